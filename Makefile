@@ -1,0 +1,36 @@
+# Everything runs in the project's own .venv, made by `make venv` and made again when its inputs change.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY     := .venv/bin/python
+STAMP  := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format demo clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## install the package and its developer tools into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)  ## ruff and pyright over the real folders
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+format: $(STAMP)  ## rewrite files as `make lint` wants them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: $(STAMP)  ## train, sample and measure a small model on coloured shapes
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo/run.sh
+
+clean:  ## remove caches and build outputs, keep .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
