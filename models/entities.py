@@ -1,0 +1,123 @@
+"""Entities: the "X" of next-X prediction, an ordered partition of a layout's N tokens.
+
+An entity is the set of tokens that a generator predicts at once: a token, a cell, a subsample, a level, a scale, the
+whole image. It is only data (an order and sizes), so decoding loops index with it and know nothing of what X is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessellar.tokenizers.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Entities:
+    """Ordered partition of N tokens.
+
+    `order` [N], or [B, N] where every image has its own: `order[i]` is the place on the layout's token axis of the i-th
+    token generated. `sizes` are the tokens of each entity, in the same order. Lives on the CPU: host code reads it.
+    """
+
+    order: Tensor
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sum(self.sizes) != self.order.shape[-1] or min(self.sizes, default=0) < 1:
+            raise ValueError(f"entity sizes {self.sizes} must be positive and sum to {self.order.shape[-1]} tokens")
+        ends = torch.tensor((0, *self.sizes), device="cpu").cumsum(0)
+        object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "_entity", torch.arange(len(self.sizes), device="cpu").repeat_interleave(ends.diff()))
+
+    ends: Tensor = None  # type: ignore[assignment]  # [count + 1] tokens before each entity, and N
+    _entity: Tensor = None  # type: ignore[assignment]  # [N] entity of the i-th token generated
+
+    @property
+    def count(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def length(self) -> int:
+        return int(self.order.shape[-1])
+
+    @property
+    def uniform(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    def span(self, first: Tensor, count: int) -> tuple[Tensor, int]:
+        """First generated token of each row [B] and the number of tokens T of `count` entities from `first` [B].
+
+        Past the end, entities continue with the last size. Raises ValueError where rows would get unequal T.
+        """
+        past = (first - self.count).clamp(min=0) * self.sizes[-1]
+        starts = self.ends[first.clamp(max=self.count)] + past
+        last = first + count
+        stops = self.ends[last.clamp(max=self.count)] + (last - self.count).clamp(min=0) * self.sizes[-1]
+        lengths = (stops - starts).unique()
+        if len(lengths) > 1:
+            raise ValueError(f"rows stand at entities {first.tolist()} of unequal size; they must be in step")
+        return starts, int(lengths)
+
+    def steps(self, first: Tensor, count: int) -> Tensor:
+        """[B, T] generation ranks of the tokens of `count` entities from `first` [B]; not clamped past the end."""
+        starts, length = self.span(first, count)
+        return starts[:, None] + torch.arange(length)
+
+    def indices(self, first: Tensor, count: int) -> Tensor:
+        """[B, T] places on the token axis of `count` entities from `first` [B]; clamped to the last token."""
+        steps = self.steps(first, count).clamp(max=self.length - 1)
+        return self.order.expand(len(first), -1).gather(1, steps)
+
+    def entity_of(self, first: Tensor, count: int) -> Tensor:
+        """[B, T] entity number of those tokens; grows past `count`, not clamped."""
+        steps = self.steps(first, count)
+        inside = self._entity[steps.clamp(max=self.length - 1)]
+        past = self.count + (steps - self.length).div(self.sizes[-1], rounding_mode="floor")
+        return torch.where(steps < self.length, inside, past)
+
+    def get(self, tokens: Tensor, first: Tensor, count: int) -> Tensor:
+        """Tokens [B, T, ...] of `count` entities from `first` [B], read from the token buffer [B, N, ...]."""
+        return take(tokens, self.indices(first, count))
+
+    def put(self, tokens: Tensor, first: Tensor, count: int, values: Tensor, keep: Tensor | None = None) -> Tensor:
+        """A copy of the buffer with `values` [B, T, ...] in place; where `keep` [B, T] is False nothing is written.
+
+        Tokens past the end are never written.
+        """
+        steps = self.steps(first, count)
+        keep = (steps < self.length) if keep is None else keep.cpu() & (steps < self.length)
+        index = self.indices(first, count).to(tokens.device)
+        rows = torch.arange(len(first), device=tokens.device)[:, None].expand_as(index)
+        keep = keep.to(tokens.device)
+        result = tokens.clone()
+        result[rows[keep], index[keep]] = values[keep].to(tokens.dtype)
+        return result
+
+    def select(self, index: Tensor) -> "Entities":
+        """The partition of images `index` where every image has its own order."""
+        return self if self.order.ndim == 1 else Entities(self.order[index.cpu()], self.sizes)
+
+    def mask(self) -> Tensor:
+        """[N, N] block-causal visibility in generation order: row i sees column j iff entity(j) <= entity(i)."""
+        return self._entity[None, :] <= self._entity[:, None]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, T] of `x` [B, N, ...] along the second axis."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, index.to(x.device)]
+
+
+def token_order(layout: Layout) -> Entities:
+    """One token at a time, in the layout's own order (raster on a grid)."""
+    return Entities(torch.arange(layout.length, device="cpu"), (1,) * layout.length)
+
+
+def ordered(order: Sequence[int] | Tensor, sizes: Sequence[int]) -> Entities:
+    """Entities from a list of places and their sizes; raises ValueError unless `order` is a permutation."""
+    order = torch.as_tensor(order, dtype=torch.int64)
+    if not torch.equal(order.sort(-1).values, torch.arange(order.shape[-1]).expand_as(order)):
+        raise ValueError(f"an order must contain each of its {order.shape[-1]} places exactly once")
+    return Entities(order, tuple(sizes))

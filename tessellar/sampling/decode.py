@@ -1,0 +1,56 @@
+"""The decoding loop: predict the next entity, draw it, put it into the buffer. It knows no generator.
+
+Exact: tokens follow the guided, processed distribution of the generator. One network evaluation an entity.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tessellar.models.condition import Condition
+from tessellar.models.generator import Generator, State
+from tessellar.models.heads.distribution import Distribution
+from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
+from tessellar.sampling.noise import Noise
+
+
+class Step(NamedTuple):
+    """One decoded entity: its number, its distribution, the token buffer [B, N, ...] behind it."""
+
+    entity: int
+    distribution: Distribution
+    tokens: Tensor
+
+
+def decode_from(
+    generator: Generator,
+    state: State,
+    sampler: Any,
+    noise: Noise,
+    tokens: Tensor,
+    first: int = 0,
+    last: int | None = None,
+) -> Iterator[Step]:
+    """Decode entities `first` .. `last` (exclusive; default: all). Tokens before `first` are taken as given.
+
+    In-painting and prompts are that: a filled buffer and a `first`; the given entities are fed in one evaluation.
+    """
+    for n in range(first, state.entities.count if last is None else last):
+        distribution = generator.predict(state, tokens, count=n + 1 - int(state.fed[0]), want=1)
+        drawn = distribution.sample(sampler, noise)
+        tokens = state.entities.put(tokens, torch.full((state.batch,), n), 1, drawn)
+        yield Step(n, distribution, tokens)
+
+
+@torch.no_grad()
+def ancestral(
+    generator: Generator, condition: Condition, sampler: Any, noise: Noise, guidance: Guidance = NO_GUIDANCE
+) -> Tensor:
+    """Tokens [B, N, ...] of a batch of conditions, entity by entity."""
+    state = generator.start(condition, guidance)
+    tokens = generator.layout.blank(condition.batch).to(noise.device)
+    for step in decode_from(generator, state, sampler, noise, tokens):
+        tokens = step.tokens
+    return tokens

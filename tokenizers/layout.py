@@ -1,0 +1,157 @@
+"""Layout: what the tokens of a tokenizer are and in which order they are generated.
+
+A tokenizer declares one layout; generators are built from it, the trainer counts code usage with it, caches and exports
+store it. So no vocabulary size and no grid side is ever typed twice. A layout is a sequence of segments (a grid, a 1D
+sequence, holistic tokens then a grid, levels, scales), each with its shape and with what one position holds.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One index in [0, vocab) a position."""
+
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """Several indices a position, sub-token f in [0, vocabs[f])."""
+
+    vocabs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """`n` binary values a position, each 0 or 1."""
+
+    n: int
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """A real vector of `dim` channels a position."""
+
+    dim: int
+
+
+Kind = Categorical | Factorized | Bits | Continuous
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions of one shape and kind: `(n,)` for a sequence, `(h, w)` for a grid in raster order."""
+
+    shape: tuple[int, ...]
+    kind: Kind
+    name: str = "tokens"
+
+    def __post_init__(self) -> None:
+        if not self.shape or any(side < 1 for side in self.shape):
+            raise ValueError(f"segment {self.name!r} has shape {self.shape}; every side must be at least 1")
+
+    @property
+    def length(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments in generation order.
+
+    `min_prefix` is the length of the shortest prefix that the tokenizer can decode; None means that only the complete
+    sequence can be decoded. Token ids are local to their segment.
+    """
+
+    segments: tuple[Segment, ...]
+    min_prefix: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise ValueError("a layout needs at least one segment")
+        if len({self._trailing(s.kind) for s in self.segments}) > 1:
+            raise ValueError("all segments of a layout must hold the same number of values a position")
+        if self.min_prefix is not None and not 1 <= self.min_prefix <= self.length:
+            raise ValueError(f"min_prefix is {self.min_prefix}; it must be in [1, {self.length}] or None")
+
+    @staticmethod
+    def _trailing(kind: Kind) -> tuple[int, ...]:
+        match kind:
+            case Categorical():
+                return ()
+            case Factorized(vocabs):
+                return (len(vocabs),)
+            case Bits(n):
+                return (n,)
+            case Continuous(dim):
+                return (dim,)
+
+    @property
+    def length(self) -> int:
+        """Number of positions N."""
+        return sum(s.length for s in self.segments)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First position of each segment, and N at the end."""
+        starts = [0]
+        for segment in self.segments:
+            starts.append(starts[-1] + segment.length)
+        return tuple(starts)
+
+    @property
+    def is_categorical(self) -> bool:
+        return all(isinstance(s.kind, Categorical) for s in self.segments)
+
+    @property
+    def is_continuous(self) -> bool:
+        return all(isinstance(s.kind, Continuous) for s in self.segments)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(h, w) if the layout is one grid, else None."""
+        shape = self.segments[0].shape
+        return (shape[0], shape[1]) if len(self.segments) == 1 and len(shape) == 2 else None
+
+    def vocab(self) -> Tensor:
+        """Vocabulary size of each position, int64 [N]; raises TypeError unless the layout is categorical."""
+        sizes = [(s.kind.vocab, s.length) for s in self.segments if isinstance(s.kind, Categorical)]
+        if not self.is_categorical:
+            raise TypeError(f"only a categorical layout has vocabularies; this one is {self}")
+        return torch.cat([torch.full((n,), v, device="cpu") for v, n in sizes])
+
+    def blank(self, batch: int) -> Tensor:
+        """Zeroed tokens of a batch: int64 [B, N] or [B, N, F], float32 [B, N, C] for continuous layouts."""
+        dtype = torch.float32 if self.is_continuous else torch.int64
+        return torch.zeros(batch, self.length, *self._trailing(self.segments[0].kind), dtype=dtype, device="cpu")
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise ValueError unless `tokens` [B, n <= N, ...] fit: shape, and range of categorical ids."""
+        trailing = self._trailing(self.segments[0].kind)
+        shortest = self.length if self.min_prefix is None else self.min_prefix
+        if tokens.shape[2:] != trailing or not shortest <= tokens.shape[1] <= self.length:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; {self} needs [B, {self.length}, *{trailing}]")
+        if self.is_categorical:
+            vocab = self.vocab().to(tokens.device)[: tokens.shape[1]]
+            if bool(((tokens < 0) | (tokens >= vocab)).any()):
+                raise ValueError(f"token ids span [{tokens.min()}, {tokens.max()}], outside the vocabulary of {self}")
+
+    def __str__(self) -> str:
+        parts = [f"{'x'.join(map(str, s.shape))} {s.name} of {s.kind}" for s in self.segments]
+        prefix = "" if self.min_prefix is None else f", decodable from {self.min_prefix}"
+        return " + ".join(parts) + prefix
+
+
+def grid_layout(height: int, width: int, kind: Kind, name: str = "tokens") -> Layout:
+    """One grid of `height` x `width` positions in raster order."""
+    return Layout((Segment((height, width), kind, name),))
+
+
+def sequence_layout(length: int, kind: Kind, min_prefix: int | None = None, name: str = "tokens") -> Layout:
+    """One sequence of `length` positions."""
+    return Layout((Segment((length,), kind, name),), min_prefix)
