@@ -1,0 +1,49 @@
+"""Data: every set gives `image` [3, H, W] in [-1, 1], `label`, `caption`, `index`, the same to the bit in any worker.
+
+The names below are looked up on first use, so that `import tessellar.data` stays light (no Lightning).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tessellar.data.batch import Batch, Sample, collate
+    from tessellar.data.datamodule import FashionMNISTData, ImageDataModule, ImageFolderData, ShapesData
+    from tessellar.data.fashion_mnist import FashionMNIST
+    from tessellar.data.image_folder import ImageFolder
+    from tessellar.data.sampler import ResumableSampler
+    from tessellar.data.shapes import Shapes
+
+_HOMES = {
+    "Batch": "batch",
+    "FashionMNIST": "fashion_mnist",
+    "FashionMNISTData": "datamodule",
+    "ImageDataModule": "datamodule",
+    "ImageFolder": "image_folder",
+    "ImageFolderData": "datamodule",
+    "ResumableSampler": "sampler",
+    "Sample": "batch",
+    "Shapes": "shapes",
+    "ShapesData": "datamodule",
+    "collate": "batch",
+}
+
+__all__ = [
+    "Batch",
+    "FashionMNIST",
+    "FashionMNISTData",
+    "ImageDataModule",
+    "ImageFolder",
+    "ImageFolderData",
+    "ResumableSampler",
+    "Sample",
+    "Shapes",
+    "ShapesData",
+    "collate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

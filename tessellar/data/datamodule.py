@@ -1,0 +1,213 @@
+"""The data sets as LightningDataModules, to be named in a run's YAML: `class_path: tessellar.data.ShapesData`.
+
+The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in training, every sample once
+in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from tessellar.data.batch import collate
+from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.fashion_mnist import CLASS_NAMES, FashionMNIST
+from tessellar.data.image_folder import Crop, ImageFolder, Listing, list_folder, split_listing
+from tessellar.data.sampler import ResumableSampler
+from tessellar.data.shapes import SHAPES, Shapes
+from tessellar.errors import UserError
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Loaders over two or three data sets; `batch_size` is that of one process.
+
+    `name` identifies the data in records, `image_size` is (height, width).
+    """
+
+    name: str
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size is {batch_size}, num_workers {num_workers}; at least 1 and 0 are needed")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @abstractmethod
+    def train_dataset(self, augment: bool = True) -> ImageDataset:
+        """The training images; without augmentation (the same at each visit) they serve as a reference."""
+
+    @abstractmethod
+    def val_dataset(self) -> ImageDataset:
+        """The validation images, never augmented."""
+
+    def test_dataset(self) -> ImageDataset:
+        """The test images; the validation images where a set has no others."""
+        return self.val_dataset()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def fingerprint(self) -> str:
+        """Hash of the training and validation images, without augmentation."""
+        parts = [self.train_dataset(augment=False), self.val_dataset()]
+        return digest(parts=[part.fingerprint() for part in parts])
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset(), train=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val_dataset(), train=False)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test_dataset(), train=False)
+
+    def _loader(self, dataset: ImageDataset, train: bool) -> DataLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if train and len(dataset) < self.batch_size * world_size:
+            raise UserError(
+                f"{self.name} has {len(dataset)} training images, too few for a batch of {self.batch_size} on each of "
+                f"{world_size} processes: lower data.batch_size"
+            )
+        sampler = ResumableSampler(dataset, self.seed, train, rank, world_size, drop_last=train)
+        # Lightning starts the first epoch's workers before it calls set_epoch; after a resume that epoch is not 0.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            drop_last=train,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class ShapesData(ImageDataModule):
+    """Procedural coloured shapes; needs no files."""
+
+    name = "shapes"
+    class_names = tuple(SHAPES)
+
+    def __init__(
+        self,
+        size: int = 32,
+        length: int = 20_000,
+        val_length: int = 2_000,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.image_size = (size, size)
+        self.length = length
+        self.val_length = val_length
+
+    def train_dataset(self, augment: bool = True) -> Shapes:
+        return Shapes(self.image_size[0], self.length, self.seed, "train")
+
+    def val_dataset(self) -> Shapes:
+        return Shapes(self.image_size[0], self.val_length, self.seed, "val")
+
+
+class FashionMNISTData(ImageDataModule):
+    """Fashion-MNIST, 32 x 32; `root` holds its four IDX files. The test images are also the validation images."""
+
+    name = "fashion-mnist"
+    class_names = CLASS_NAMES
+    image_size = (32, 32)
+
+    def __init__(
+        self, root: str, batch_size: int = 64, num_workers: int = 0, flip: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.root = root
+        self.flip = flip
+
+    @cached_property
+    def _plain(self) -> FashionMNIST:
+        return FashionMNIST(self.root, "train")
+
+    @cached_property
+    def _flipped(self) -> FashionMNIST:
+        return FashionMNIST(self.root, "train", flip=True, seed=self.seed)
+
+    @cached_property
+    def _test(self) -> FashionMNIST:
+        return FashionMNIST(self.root, "test")
+
+    def train_dataset(self, augment: bool = True) -> FashionMNIST:
+        return self._flipped if augment and self.flip else self._plain
+
+    def val_dataset(self) -> FashionMNIST:
+        return self._test
+
+
+class ImageFolderData(ImageDataModule):
+    """Your own images: one sub-folder a class, or one flat folder.
+
+    Without `val_root`, the share `val_share` of the files is held out for validation. `crop`, `flip` and `ten_ratios`
+    apply to training (see ImageFolder); validation and reference statistics take the ADM centre crop. `name` is the
+    folder's unless given.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        val_root: str | None = None,
+        val_share: float = 0.05,
+        crop: Crop = "adm",
+        flip: bool = True,
+        ten_ratios: Sequence[float] = (1.1,),
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.root = root
+        self.val_root = val_root
+        self.val_share = val_share
+        self.image_size = (size, size)
+        self.crop: Crop = crop
+        self.flip = flip
+        self.ten_ratios = ten_ratios
+        self.name = name or Path(root).resolve().name
+
+    @cached_property
+    def _listings(self) -> tuple[Listing, Listing]:
+        if self.val_root is None:
+            return split_listing(list_folder(self.root), self.val_share)
+        train, val = list_folder(self.root), list_folder(self.val_root)
+        if train.class_names != val.class_names and max(len(train.class_names), len(val.class_names)) > 1:
+            missing = sorted(set(train.class_names) ^ set(val.class_names))
+            raise UserError(f"{self.root} and {self.val_root} hold different classes, for example {missing[0]!r}")
+        return train, val
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self._listings[0].class_names
+
+    def train_dataset(self, augment: bool = True) -> ImageFolder:
+        size, train = self.image_size[0], self._listings[0]
+        if not augment:
+            return ImageFolder(self.root, size, self._still, listing=train)
+        return ImageFolder(self.root, size, self.crop, self.flip, self.ten_ratios, self.seed, train)
+
+    def val_dataset(self) -> ImageFolder:
+        return ImageFolder(self.val_root or self.root, self.image_size[0], self._still, listing=self._listings[1])
+
+    @property
+    def _still(self) -> Literal["adm", "none"]:
+        return "none" if self.crop == "none" else "adm"

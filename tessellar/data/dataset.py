@@ -1,0 +1,56 @@
+"""What every map-style data set offers: samples by index, whole batches at once, labels, a fingerprint of its content.
+
+A set implements `batch`; a single sample is a batch of one, so both are the same to the bit. The loader calls
+`__getitems__`, so sets that live in memory slice a batch instead of collating samples.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tessellar.data.batch import Batch, Sample
+
+
+class ImageDataset(Dataset[Sample], ABC):
+    """Labelled images; random augmentation depends on (seed, epoch, index) only."""
+
+    class_names: tuple[str, ...]
+    labels: Tensor  # int64 [N]
+    epoch: int = 0
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Samples of the given indices, each in [0, N)."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of what the images are; equal for equal content, whatever the folder."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of this epoch from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        batch = self.batch([range(len(self))[index]])  # the range raises IndexError past the end
+        sample: Sample = {"image": batch["image"][0], "index": int(batch["index"][0])}
+        if "label" in batch:
+            sample["label"] = int(batch["label"][0])
+        if "caption" in batch:
+            sample["caption"] = batch["caption"][0]
+        return sample
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.batch(indices)
+
+
+def digest(**facts: Any) -> str:
+    """16 hexadecimal digits that identify JSON-able facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""Fashion-MNIST (arXiv 1708.07747) from its four IDX files: 60,000 training and 10,000 test images of 28 x 28.
+
+Zero-padded to 32 x 32 (black), the grey channel three times. Everything is read once and kept as bytes, so a batch is a
+slice. There is no third split: the test images are also the validation images.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import repeat
+
+from tessellar.data.batch import Batch
+from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.idx import find_idx, read_idx
+from tessellar.data.randomness import derive, uniforms
+from tessellar.errors import UserError
+from tessellar.images import from_uint8
+
+CLASS_NAMES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+PREFIX = {"train": "train", "test": "t10k"}
+SIDE = 28
+PADDING = 2
+
+
+def photo_of(name: str) -> str:
+    """For example 'a photo of an ankle boot'."""
+    return f"a photo of {'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+class FashionMNIST(ImageDataset):
+    """One split from the folder `root`, which holds the IDX files (plain or .gz); raises UserError if they do not."""
+
+    class_names = CLASS_NAMES
+
+    def __init__(
+        self, root: str | Path, split: Literal["train", "test"] = "train", flip: bool = False, seed: int = 0
+    ) -> None:
+        images_file = find_idx(Path(root), f"{PREFIX[split]}-images-idx3-ubyte")
+        labels_file = find_idx(Path(root), f"{PREFIX[split]}-labels-idx1-ubyte")
+        pixels, labels = read_idx(images_file, axes=3), read_idx(labels_file, axes=1)
+        if pixels.shape[1:] != (SIDE, SIDE) or len(pixels) != len(labels) or len(labels) == 0:
+            raise UserError(
+                f"{images_file} holds {pixels.shape} pixels and {labels_file} {len(labels)} labels: no match"
+            )
+        if labels.max() >= len(CLASS_NAMES):
+            raise UserError(f"{labels_file} holds label {labels.max()}; labels must be below {len(CLASS_NAMES)}")
+        self.flip = flip
+        self.seed = seed
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        self._pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING))))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices)
+        pixels = self._pixels[index]
+        if self.flip:
+            flipped = uniforms(derive(self.seed, self.epoch), indices, 1)[:, 0] < 0.5
+            pixels = torch.where(torch.from_numpy(flipped)[:, None, None], pixels.flip(-1), pixels)
+        labels = self.labels[index]
+        return {
+            "image": repeat(from_uint8(pixels), "b h w -> b c h w", c=3).contiguous(),
+            "label": labels,
+            "caption": [photo_of(CLASS_NAMES[label]) for label in labels.tolist()],
+            "index": index,
+        }
+
+    def fingerprint(self) -> str:
+        content = hashlib.sha256(self._pixels.numpy().tobytes() + self.labels.numpy().tobytes())
+        return digest(set="fashion-mnist", content=content.hexdigest(), flip=self.flip)
