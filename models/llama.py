@@ -1,9 +1,9 @@
 """Llama generators: `start`, `predict` and `score` of every generator that is a causal transformer behind a prefix.
 
 A subclass says what the prefix is, what is read at each sequence index, where it sits, who sees whom and how hidden
-states become a distribution. Sequence: prefix places 0 .. P-1, then input index i at place P + i. The input of entity 0
-is the last prefix position, so `start` prefills all but that one and every entity of a token generator takes exactly one
-position.
+states become a distribution. Sequence: prefix places 0 .. P-1, then input index i at place P + i. The input of entity
+0 is the last prefix position, so `start` prefills all but that one and every entity of a token generator takes exactly
+one position.
 """
 
 from abc import abstractmethod

@@ -1,9 +1,9 @@
 """LlamaGen: a plain Llama over the tokens of a grid, behind a class or caption prefix (arXiv 2406.06525).
 
-The baseline generator of the field. As in the official code, the rotation of prefix positions is zero (cos = sin = 0, not
-the identity): prefix queries and keys become zero vectors, so every image token sees each of them with score 0. Different
-from the official code: the cache is an argument, not module state, and any categorical layout is accepted (a sequence
-turns by its index along the row axis alone).
+The baseline generator of the field. As in the official code, the rotation of prefix positions is zero (cos = sin = 0,
+not the identity): prefix queries and keys become zero vectors, so every image token sees each of them with score 0.
+Different from the official code: the cache is an argument, not module state, and any categorical layout is accepted (a
+sequence turns by its index along the row axis alone).
 """
 
 import math
@@ -71,8 +71,8 @@ class CaptionPrefix(nn.Module):
 class LlamaGen(LlamaGenerator):
     """Next-token generator over a categorical layout.
 
-    Give `num_classes` for a class prefix, or `caption_dim` (and `caption_length`) for caption features. Raises UserError
-    for a layout that is not categorical or has several vocabularies.
+    Give `num_classes` for a class prefix, or `caption_dim` (and `caption_length`) for caption features. Raises
+    UserError for a layout that is not categorical or has several vocabularies.
     """
 
     def __init__(

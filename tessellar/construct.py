@@ -1,7 +1,7 @@
 """Configured: objects that remember how they were constructed, so that exports and checkpoints can rebuild them.
 
-`obj.config` is plain data (`class_path`, `init_args`) and `build` turns it back into an object. Class paths are accepted
-only from this package, so a hostile config cannot name an arbitrary callable.
+`obj.config` is plain data (`class_path`, `init_args`) and `build` turns it back into an object. Class paths are
+accepted only from this package, so a hostile config cannot name an arbitrary callable.
 """
 
 import functools

@@ -43,4 +43,6 @@ class Tokenizer(Configured, nn.Module, ABC):
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are [B, 3, H, W] of this tokenizer's size."""
         if images.shape[1:] != (3, *self.image_size):
-            raise ValueError(f"images have shape {tuple(images.shape)}; this tokenizer needs [B, 3, *{self.image_size}]")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; this tokenizer needs [B, 3, *{self.image_size}]"
+            )

@@ -1,4 +1,4 @@
-"""Distribution: what a generator predicts for a span of tokens. It owns the drawing process, a sampler owns the draw."""
+"""Distribution: what a generator predicts for a span of tokens. It owns the process of drawing, a sampler the draw."""
 
 from abc import ABC, abstractmethod
 from typing import Any

@@ -41,5 +41,5 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v

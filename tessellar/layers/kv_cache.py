@@ -32,7 +32,8 @@ class KVCache:
     def __init__(
         self, layers: int, rows: int, heads: int, capacity: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.data = torch.empty(layers, 2, rows, heads, capacity, dim, dtype=dtype, device=device)
+        # Zeros, not empty: a hidden slot has weight 0, but 0 times a stray NaN would be NaN.
+        self.data = torch.zeros(layers, 2, rows, heads, capacity, dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.block = torch.zeros(rows, capacity, dtype=torch.int64)
         self._reserved = 0

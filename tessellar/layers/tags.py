@@ -1,6 +1,6 @@
 """Tags on parameters: modules say what a parameter is, optimizers make their groups from that and never match names.
 
-Known tags: `hidden` (matrix inside a block, what Muon updates), `no_decay` (never weight-decayed although it is a matrix).
+Known tags: `hidden` (matrix inside a block, what Muon updates), `no_decay` (never weight-decayed although a matrix).
 """
 
 from torch import nn

@@ -1,7 +1,7 @@
 """Guidance: classifier-free guidance and its schedules over entities.
 
-g = u + w (c - u) (arXiv 2207.12598 in LlamaGen's convention: w = 1 is the conditional prediction alone). A schedule gives
-w for entity n of N; the generator places the one call to `Guidance.merge` where its paper applies guidance.
+g = u + w (c - u) (arXiv 2207.12598 in LlamaGen's convention: w = 1 is the conditional prediction alone). A schedule
+gives w for entity n of N; the generator places the one call to `Guidance.merge` where its paper applies guidance.
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ NO_GUIDANCE = Guidance()
 
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """Guidance as a user writes it: a scale, a schedule's name and its own options (`power`, `first`, `last`, `start`)."""
+    """Guidance as a user writes it: scale, name of a schedule, its options (`power`, `first`, `last`, `start`)."""
 
     scale: float = 1.0
     schedule: str = "constant"
