@@ -1,0 +1,66 @@
+"""The header that our training modules write into Lightning checkpoints, so that a `.ckpt` describes its own model.
+
+`checkpoint["tessellar"]` is a JSON string: the format number, the kind, and the config of each part. With it a checkpoint is
+loaded with `weights_only=True` and without the code or the YAML of the run that wrote it.
+"""
+
+import json
+from typing import Any
+
+from torch import nn
+
+from tessellar.construct import Configured
+from tessellar.errors import UserError
+from tessellar.models.conditioners import Conditioner
+from tessellar.models.generator import Generator
+from tessellar.tokenizers.base import Tokenizer
+
+HEADER_KEY = "tessellar"
+FORMAT = 1
+PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
+REQUIRED = {"tokenizer": ("tokenizer",), "generator": ("tokenizer", "generator", "conditioner")}
+
+
+def describe_model(
+    tokenizer: Tokenizer,
+    generator: Generator | None = None,
+    conditioner: Conditioner | None = None,
+    discriminator: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Format, kind and part configs, plain data; what exports and checkpoint headers hold.
+
+    The kind is `generator` where a generator is given (its conditioner is needed then), else `tokenizer`.
+    """
+    assert (generator is None) == (conditioner is None), "a generator and its conditioner come together"
+    kind = "tokenizer" if generator is None else "generator"
+    modules = dict(zip(PARTS, (tokenizer, generator, conditioner, discriminator), strict=True))
+    described: dict[str, Any] = {"format": FORMAT, "kind": kind}
+    for part, module in modules.items():
+        if module is not None:
+            assert isinstance(module, Configured), f"{part} must be Configured to be written down"
+            described[part] = module.config
+    return described
+
+
+def checkpoint_header(
+    tokenizer: Tokenizer,
+    generator: Generator | None = None,
+    conditioner: Conditioner | None = None,
+    discriminator: nn.Module | None = None,
+) -> str:
+    """The header as the JSON string that `on_save_checkpoint` puts under `checkpoint[HEADER_KEY]`."""
+    return json.dumps(describe_model(tokenizer, generator, conditioner, discriminator))
+
+
+def check_config(config: Any, where: str) -> dict[str, Any]:
+    """The description of a model as read from a file; raises UserError where it is not one, or of a newer format."""
+    if not isinstance(config, dict) or "format" not in config or config.get("kind") not in REQUIRED:
+        raise UserError(f"{where} does not describe a tessellar model (no format, or unknown kind)")
+    if config["format"] != FORMAT:
+        raise UserError(
+            f"{where} has format {config['format']!r}; this version reads format {FORMAT}: install a newer tessellar"
+        )
+    missing = [part for part in REQUIRED[config["kind"]] if part not in config]
+    if missing:
+        raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
+    return config

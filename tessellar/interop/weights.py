@@ -1,0 +1,89 @@
+"""Reading weight files safely, and putting them into modules strictly.
+
+Two kinds of files are read: safetensors, and torch pickles with `weights_only=True` (official training checkpoints also hold
+an `argparse.Namespace`, which is allowed by name). Anything else in a pickle is code, and is refused.
+"""
+
+import argparse
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+
+SHOWN = 5
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; raises UserError for a missing or damaged one."""
+    require_file(path)
+    try:
+        with safe_open(str(path), "pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({_one_line(error)})") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """Content of a torch file; raises UserError for a missing or damaged one, and for one that holds code."""
+    require_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() and "global" in str(error).lower():
+            raise UserError(f"{path} holds more than tensors, so it was not opened: {_reason(error)}") from error
+        raise UserError(f"{path} is truncated or not a torch file ({_reason(error)})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise UserError unless `path` is a file."""
+    if not path.is_file():
+        raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist")
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copy `state` into `module`; raises UserError that lists (shortened) what is missing, unknown or misshapen."""
+    own = module.state_dict()
+    problems = [
+        listing("missing", own.keys() - state.keys()),
+        listing("unknown", state.keys() - own.keys()),
+        listing("of another shape", _misshapen(own, state)),
+    ]
+    if any(problems):
+        raise UserError(f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}")
+    module.load_state_dict(dict(state), strict=True)
+
+
+def _misshapen(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+
+
+def listing(what: str, names: Iterable[str], shown: int = SHOWN) -> str:
+    """`3 missing: a, b, c`, sorted, at most `shown` names and the number of the rest; empty for no names."""
+    names = sorted(names)
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{len(names)} {what}: {', '.join(names[:shown])}{rest}" if names else ""
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an exception's text, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _reason(error: Exception) -> str:
+    """What torch says about the refused object: the line that names it, without its advice."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = next((line for line in lines if "Unsupported" in line or "not an allowed global" in line), None)
+    return (named or _one_line(error)).split(". ")[0].removeprefix("WeightsUnpickler error: ")[:160]
