@@ -1,7 +1,7 @@
 """The header that our training modules write into Lightning checkpoints, so that a `.ckpt` describes its own model.
 
-`checkpoint["tessellar"]` is a JSON string: the format number, the kind, and the config of each part. With it a checkpoint is
-loaded with `weights_only=True` and without the code or the YAML of the run that wrote it.
+`checkpoint["tessellar"]` is a JSON string: the format number, the kind, and the config of each part. With it a
+checkpoint is loaded with `weights_only=True`, without the YAML of the run that wrote it.
 """
 
 import json

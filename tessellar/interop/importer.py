@@ -1,8 +1,8 @@
 """Shared machinery of importers: a table of key patterns theirs <-> ours, read in both directions.
 
-A pattern is a key with placeholders: `{i}` (one letter) stands for a number, a longer name such as `{tensor}` for one path
-component. A rule may carry a pair of inverse tensor functions. Nothing is guessed: a key of theirs that no rule names, or
-one of ours that was not given, is fatal and listed.
+A pattern is a key with placeholders: `{i}` (one letter) stands for a number, a longer name such as `{tensor}` for one
+path component. A rule may carry a pair of inverse tensor functions. Nothing is guessed: a key without a rule is fatal
+and listed, and so is (by `load_strict`) a key of ours that no rule filled.
 """
 
 import re
@@ -51,7 +51,9 @@ class KeyTable:
         """Their state dict from ours (without the dropped keys); the inverse of `from_official`."""
         return self._translate(state, where, lambda rule: (rule.ours, rule.theirs, rule.to_theirs))
 
-    def _translate(self, state: Mapping[str, Tensor], where: str, direction: Callable[[Rule], Any]) -> dict[str, Tensor]:
+    def _translate(
+        self, state: Mapping[str, Tensor], where: str, direction: Callable[[Rule], Any]
+    ) -> dict[str, Tensor]:
         result, unknown = {}, []
         for key, tensor in state.items():
             for source, target, function in map(direction, self.rules):

@@ -1,7 +1,7 @@
 """Reading weight files safely, and putting them into modules strictly.
 
-Two kinds of files are read: safetensors, and torch pickles with `weights_only=True` (official training checkpoints also hold
-an `argparse.Namespace`, which is allowed by name). Anything else in a pickle is code, and is refused.
+Two kinds of files are read: safetensors, and torch pickles with `weights_only=True` (official training checkpoints also
+hold an `argparse.Namespace`, which is allowed by name). Anything else in a pickle is code, and is refused.
 """
 
 import argparse
