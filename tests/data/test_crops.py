@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from tessellar.data.crops import center_crop, random_crop, resize_shorter, ten_crop
+
+sides, sizes = st.integers(1, 150), st.integers(1, 40)
+draws = st.floats(0, 1, exclude_max=True)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green downwards: a crop tells where it was taken."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+
+
+@given(sides, sides, sizes)
+def test_the_centre_crop_has_its_size(width: int, height: int, size: int):
+    assert center_crop(Image.new("RGB", (width, height)), size).size == (size, size)
+
+
+@given(sides, sides, sizes, draws, draws, draws)
+def test_the_random_crop_has_its_size(width: int, height: int, size: int, a: float, b: float, c: float):
+    assert random_crop(Image.new("RGB", (width, height)), size, (a, b, c)).size == (size, size)
+
+
+@given(sides, sides, sizes, st.integers(0, 9), st.floats(1, 2))
+def test_ten_crops_have_their_size(width: int, height: int, size: int, view: int, ratio: float):
+    assert ten_crop(Image.new("RGB", (width, height)), size, view, ratio).size == (size, size)
+
+
+def test_the_centre_crop_halves_by_boxes_and_then_resizes_bicubically():
+    image = noise(130, 90)
+    halved = np.asarray(image).astype(float).reshape(45, 2, 65, 2, 3).mean((1, 3))
+    box = image.resize((65, 45), Image.Resampling.BOX)
+    assert abs(np.asarray(box) - halved).max() <= 1
+    expected = box.resize((43, 30), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(center_crop(image, 30)), np.asarray(expected)[:, 6:36])
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = noise(24, 24)
+    assert np.array_equal(np.asarray(center_crop(image, 24)), np.asarray(image))
+
+
+def test_a_shorter_side_of_twice_the_size_is_halved_only():
+    assert np.array_equal(
+        np.asarray(resize_shorter(noise(40, 60), 20)), np.asarray(noise(40, 60).resize((20, 30), Image.Resampling.BOX))
+    )
+
+
+def test_the_centre_crop_is_central():
+    crop = np.asarray(center_crop(gradient(100, 40), 40)).astype(int)
+    assert crop[0, 0, 0] == 30 and crop[0, -1, 0] == 69
+    tall = np.asarray(center_crop(gradient(40, 100), 40)).astype(int)
+    assert tall[0, 0, 1] == 30 and tall[-1, 0, 1] == 69
+
+
+def test_random_crops_span_scales_and_positions():
+    image, size = gradient(160, 160), 64
+    widths = {
+        scale: int(np.asarray(random_crop(image, size, (scale, 0.0, 0.0)))[0, -1, 0]) for scale in (0.0, 0.5, 0.999)
+    }
+    # One pixel of the crop covers 160 / shorter pixels: 64 of them reach as far as the shorter side says.
+    for scale, shorter in ((0.0, 64), (0.5, 72), (0.999, 80)):
+        assert widths[scale] == pytest.approx(160 * 64 / shorter, abs=3)
+    left = np.asarray(random_crop(image, size, (0.999, 0.0, 0.5)))[0, 0]
+    right = np.asarray(random_crop(image, size, (0.999, 0.999, 0.5)))[0, -1]
+    assert left[0] <= 2 and right[0] >= 157
+
+
+def test_ten_crops_are_torchvisions():
+    image = noise(70, 90)
+    enlarged = center_crop(image, 35)
+    for view, expected in enumerate(F.ten_crop(enlarged, [32, 32])):
+        assert np.array_equal(np.asarray(ten_crop(image, 32, view, 1.1)), np.asarray(expected)), view
+    views = torch.stack([torch.from_numpy(np.array(ten_crop(image, 32, v))) for v in range(10)])
+    assert len(views.flatten(1).unique(dim=0)) == 10
+
+
+def test_an_eleventh_crop_is_refused():
+    with pytest.raises(ValueError, match="view is 10"):
+        ten_crop(noise(40, 40), 32, 10)

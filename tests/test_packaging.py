@@ -1,0 +1,110 @@
+"""The root folders `tokenizers` and `models` must shadow nobody, and wheel and sdist must hold them as real files."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKS = ("tokenizers", "models")
+
+
+def run(*arguments: str, cwd: Path = ROOT, path: Path | None = None) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (
+        {"PYTHONPATH": str(path)} if path else {}
+    )
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fake_site(tmp_path: Path) -> Path:
+    """A folder of installed packages that holds a package of the same name as each of our root folders."""
+    for name in LINKS:
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").write_text("origin = 'the installed one'")
+    return tmp_path / "site"
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_an_installed_package_wins_over_our_root_folder(fake_site: Path, name: str):
+    code = f"import {name}; import tessellar.tokenizers.layout as ours; print({name}.origin, ours.__name__)"
+    assert run("-c", code, path=fake_site) == "the installed one tessellar.tokenizers.layout\n"
+    script = fake_site.parent / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; print({name}.origin)")
+    assert run(str(script), path=fake_site) == "the installed one\n"
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_the_links_are_relative_and_their_targets_are_namespace_packages(name: str):
+    assert os.readlink(ROOT / "tessellar" / name) == f"../{name}"
+    assert not list((ROOT / name).rglob("__init__.py"))
+
+
+def test_entry_points_start_beside_transformers_and_hugging_faces_tokenizers():
+    code = """
+import runpy, sys
+import tokenizers, transformers, lightning
+assert "site-packages" in tokenizers.__file__ and tokenizers.Tokenizer
+for script in ("train.py", "sample.py", "evaluate.py", "convert.py"):
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (script, end.code)
+"""
+    assert run("-c", code).count("usage:") == 4
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel and sdist, built from a copy of the sources without network."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("tessellar", *LINKS):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    run("-c", "import setuptools.build_meta as b; b.build_wheel('out'); b.build_sdist('out')", cwd=copy)
+    return copy / "out"
+
+
+def sources() -> set[str]:
+    """Every Python file of the package, by the name under which it is imported."""
+    files = (path.relative_to(ROOT) for folder in ("tessellar", *LINKS) for path in (ROOT / folder).rglob("*.py"))
+    packaged = {(file if file.parts[0] == "tessellar" else "tessellar" / file).as_posix() for file in files}
+    assert {"tessellar/errors.py", "tessellar/tokenizers/layout.py", "tessellar/models/generator.py"} <= packaged
+    return packaged
+
+
+def test_wheel_and_sdist_hold_every_module_as_a_real_file(built: Path):
+    wheel, sdist = next(built.glob("*.whl")), next(built.glob("*.tar.gz"))
+    in_wheel = set(zipfile.ZipFile(wheel).namelist())
+    assert sources() | {"tessellar/py.typed"} <= in_wheel
+    assert {name.split("/")[0].split("-")[0] for name in in_wheel} == {"tessellar"}
+    with tarfile.open(sdist) as archive:
+        regular = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
+    assert sources() <= regular
+
+
+def test_an_unpacked_wheel_works_away_from_the_checkout(built: Path, tmp_path: Path):
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
+    code = "import tessellar.tokenizers.base as ours; print(ours.__file__)"
+    assert run("-c", code, cwd=tmp_path, path=tmp_path / "site").startswith(str(tmp_path / "site"))
+
+
+def test_every_dependency_has_a_tested_version_and_pins_are_plain():
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
+    pinned = {re.sub("[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.sub("[-_.]+", "-", re.split(r"[\[><=!;]", line)[0]).lower() for line in wanted}
+    assert names - pinned == set()
