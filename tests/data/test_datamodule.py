@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +34,19 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data: ImageDataModule, epochs: int, root: Path, **options) -> Recorder:
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def fit(data: ImageDataModule, epochs: int, root: Path) -> Recorder:
     module = Recorder()
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=root, **options,
-    )  # fmt: skip
-    trainer.fit(module, data)
+    Trainer(max_epochs=epochs, **QUIET, default_root_dir=root).fit(module, data)
     return module
 
 
@@ -99,6 +106,19 @@ def test_every_epoch_has_another_order_which_the_seed_repeats(tmp_path: Path):
     assert first.val_indices == 2 * list(range(10))
     other = fit(ShapesData(size=8, length=24, val_length=10, batch_size=4, seed=1), 1, tmp_path)
     assert other.train_indices[0] != first.train_indices[0]
+
+
+def test_a_run_resumed_between_epochs_sees_the_order_of_its_epoch(tmp_path: Path):
+    def data() -> ShapesData:
+        return ShapesData(size=8, length=24, val_length=10, batch_size=4, num_workers=1)
+
+    whole = fit(data(), 2, tmp_path)
+    module, trainer = Recorder(), Trainer(max_epochs=1, **QUIET, default_root_dir=tmp_path)
+    trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = Recorder()
+    Trainer(max_epochs=2, **QUIET, default_root_dir=tmp_path).fit(resumed, data(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.train_indices == {1: whole.train_indices[1]}
 
 
 def test_workers_change_nothing(image_root: Path, tmp_path: Path):
