@@ -7,7 +7,7 @@ checkpoint is loaded with `weights_only=True`, without the YAML of the run that 
 import json
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tessellar.construct import Configured
 from tessellar.errors import UserError
@@ -64,3 +64,22 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     if missing:
         raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
     return config
+
+
+def checkpoint_tensors(content: dict[str, Any], kind: str, raw: bool, where: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a Lightning checkpoint under their part's prefix, and which weights they are: `ema` or `raw`.
+
+    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for.
+    """
+    state = content.get("state_dict")
+    if not isinstance(state, dict):
+        raise UserError(f"{where} has no state_dict")
+    averages = {} if raw else _averages(content)
+    merged = {**state, **averages}
+    prefix = "model." if kind == "generator" else ""
+    tensors = {name.removeprefix(prefix): t for name, t in merged.items() if name.startswith(prefix)}
+    return {n: t for n, t in tensors.items() if n.split(".")[0] in PARTS}, "ema" if averages else "raw"
+
+
+def _averages(content: dict[str, Any]) -> dict[str, Tensor]:
+    return {}

@@ -67,10 +67,9 @@ class KeyTable:
         return result
 
 
-def table(pairs: Mapping[str, str] | Iterable[Rule], drop: Iterable[str] = ()) -> KeyTable:
-    """A table from `{theirs: ours}`, or from rules."""
-    rules = (Rule(*pair) for pair in pairs.items()) if isinstance(pairs, Mapping) else pairs
-    return KeyTable(tuple(rules), tuple(drop))
+def table(pairs: Mapping[str, str], *rules: Rule, drop: Iterable[str] = ()) -> KeyTable:
+    """A table from `{theirs: ours}`, then rules with tensor functions."""
+    return KeyTable((*(Rule(theirs, ours) for theirs, ours in pairs.items()), *rules), tuple(drop))
 
 
 def _match(pattern: str, key: str) -> dict[str, str] | None:

@@ -5,7 +5,9 @@ hold an `argparse.Namespace`, which is allowed by name). Anything else in a pick
 """
 
 import argparse
+import hashlib
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,9 @@ def read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() and "global" in str(error).lower():
-            raise UserError(f"{path} holds more than tensors, so it was not opened: {_reason(error)}") from error
-        raise UserError(f"{path} is truncated or not a torch file ({_reason(error)})") from error
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} holds code ({code[1]}), not only tensors, so it was not opened") from error
+        raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
 
@@ -77,13 +79,15 @@ def listing(what: str, names: Iterable[str], shown: int = SHOWN) -> str:
     return f"{len(names)} {what}: {', '.join(names[:shown])}{rest}" if names else ""
 
 
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits of the SHA-256 over names, shapes and values of all tensors; independent of any file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def _one_line(error: Exception) -> str:
     """The first line of an exception's text, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _reason(error: Exception) -> str:
-    """What torch says about the refused object: the line that names it, without its advice."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = next((line for line in lines if "Unsupported" in line or "not an allowed global" in line), None)
-    return (named or _one_line(error)).split(". ")[0].removeprefix("WeightsUnpickler error: ")[:160]

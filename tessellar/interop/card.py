@@ -1,0 +1,99 @@
+"""The model card of an export: front matter that hubs read, and a page made from the run's own record."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+TAGS = {
+    "tokenizer": ("image-feature-extraction", ("image-tokenizer", "autoregressive")),
+    "generator": ("unconditional-image-generation", ("image-generation", "class-conditional", "autoregressive")),
+    "text generator": ("text-to-image", ("image-generation", "autoregressive")),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a model's making; everything may be left out, nothing is guessed.
+
+    `weights` says which weights these are: `raw`, `ema` or `official`. `license` covers the weights and what they were
+    made from; `metrics` are by name, as an evaluation record names them.
+    """
+
+    title: str = ""
+    weights: str = ""
+    license: str = ""
+    source: str = ""
+    data: str = ""
+    steps: int | None = None
+    command: str = ""
+    hardware: str = ""
+    commit: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data without what was left out."""
+        return {key: value for key, value in asdict(self).items() if value not in ("", None, {})}
+
+
+def record_from(data: Any) -> Record:
+    """The record in a config; unknown entries, written by another version, are ignored."""
+    known = Record.__dataclass_fields__
+    return Record(**{key: value for key, value in data.items() if key in known}) if isinstance(data, dict) else Record()
+
+
+def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
+    """Text of README.md. `kind` is a key of TAGS, `facts` are lines about the parts."""
+    pipeline, tags = TAGS[kind]
+    front = {"library_name": "tessellar", "pipeline_tag": pipeline, "tags": ["tessellar", *tags]}
+    if record.license:
+        front["license"] = record.license
+    if record.data:
+        front["datasets"] = [record.data]
+    if record.metrics:
+        front["metrics"] = list(record.metrics)
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {record.title or name}\n",
+        f"{USAGE[kind].format(name=name)}\n",
+        _table("part", facts),
+        _table("record", {k: str(v) for k, v in record.as_dict().items() if k not in ("title", "metrics")}),
+        _table("metric", {k: f"{v:g}" for k, v in record.metrics.items()}),
+        "" if record.license else "The record of this model states no license.\n",
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
+    return "\n".join([f"| {title} | |", "|---|---|", *lines, ""]) if rows else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+USAGE = {
+    "tokenizer": """```python
+import tessellar
+
+tokenizer = tessellar.load("{name}")
+tokens = tokenizer.encode(images)  # images [B, 3, H, W] in [-1, 1]
+images = tokenizer.decode(tokens)
+```""",
+    "generator": """```python
+import tessellar
+from tessellar.sampling.settings import Sampling
+
+model = tessellar.load("{name}")
+images = model.sample(model.class_condition([0, 1, 2]), Sampling(), seeds=[0, 1, 2])
+```""",
+    "text generator": """```python
+import tessellar
+from tessellar.sampling.settings import Sampling
+
+model = tessellar.load("{name}")
+images = model.sample(condition, Sampling(), seeds=range(condition.batch))
+```""",
+}

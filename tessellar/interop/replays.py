@@ -1,0 +1,38 @@
+"""Which recorded systems can be replayed, and by what.
+
+A replay computes the outputs of some cases of a recording with our modules: `(recording) -> {name: tensor}`, reading
+the official config, the weights through an importer, and every input. A new system adds its lines here and a module.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tessellar.interop.recording import Recording
+
+ReplayFunction = Callable[[Recording], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The cases that one function replays; `function` is `module:name` below `tessellar.interop`."""
+
+    function: str
+    cases: tuple[str, ...]
+
+    def load(self) -> ReplayFunction:
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(f"tessellar.interop.{module}"), name)
+
+
+REPLAYS: dict[str, tuple[Replay, ...]] = {
+    "llamagen": (
+        Replay("llamagen_replay:vq", ("vq", "vq_no_l2", "vq_train", "disc", "loss_plain", "loss_adaptive")),
+        Replay("llamagen_replay:c2i", ("c2i",)),
+        Replay("llamagen_replay:c2i_gen", ("c2i_gen",)),
+        Replay("llamagen_replay:sample", ("sample",)),
+        Replay("llamagen_replay:t2i", ("t2i",)),
+    ),
+}
