@@ -1,0 +1,79 @@
+"""The few collective operations that evaluation needs; every function also works in a program that was not launched.
+
+Sums are float64. Backends that exchange only GPU memory (NCCL) get their tensors through the current GPU.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one process runs."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def own_share(total: int) -> range:
+    """Which of `total` items this rank works on: every world_size-th, so that each item belongs to exactly one rank."""
+    return range(rank(), total, world_size())
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of float64 (or integer) `x` over ranks, on the device of `x`; the argument stays as it is."""
+    if not is_distributed():
+        return x
+    total = x.to(_exchange_device(), copy=True).contiguous()
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [n_r, ...] of all ranks in the order of ranks, [sum n_r, ...]; ranks may differ in number, also have none."""
+    if not is_distributed():
+        return rows
+    counts = [int(n) for n in all_gather(len(rows))]
+    device = _exchange_device()
+    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(rows.device)
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The picklable `value` of every rank, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's picklable `value` on every rank."""
+    if not is_distributed():
+        return value
+    content = [value if rank() == 0 else None]
+    dist.broadcast_object_list(content, src=0)
+    return content[0]
+
+
+def _exchange_device() -> torch.device:
+    """Where the backend can exchange tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,79 @@
+"""PSNR, SSIM and LPIPS of reconstructions against their originals, summed over images and reduced once.
+
+Conventions, since papers differ: 8-bit pixels, data range 255; PSNR of each image, then the mean (not the PSNR of the mean
+error); SSIM with the 11 x 11 Gaussian window (arXiv and skimage's "gaussian_weights" agree, LlamaGen's skimage call with
+data_range 2 on [0, 1] pixels gives more); LPIPS in [-1, 1] with the given network.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import reduce
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from tessellar.distributed import all_reduce_sum
+from tessellar.errors import UserError
+from tessellar.images import from_uint8
+
+SSIM_WINDOW = 11
+
+
+def psnr(images: Tensor, originals: Tensor) -> Tensor:
+    """Decibels of each pair of uint8 images [B, 3, H, W], float64 [B].
+
+    Equal images count as if one value differed by one level: the mean over a set stays finite.
+    """
+    error = reduce((images.double() - originals.double()).square(), "b c h w -> b", "mean")
+    return 10 * torch.log10(255**2 / error.clamp(min=1 / images[0].numel()))
+
+
+def ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """Structural similarity of each pair of uint8 images [B, 3, H, W], mean over channels, float64 [B]."""
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise UserError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side; these are {images.shape[-2:]}")
+    value = structural_similarity_index_measure(
+        images.double(), originals.double(), data_range=255.0, reduction="none", kernel_size=SSIM_WINDOW
+    )
+    assert isinstance(value, Tensor)
+    return value.reshape(len(images))
+
+
+class PairedScores(NamedTuple):
+    """Means over images; `lpips` is None without a network for it."""
+
+    psnr: float
+    ssim: float
+    lpips: float | None
+
+
+class PairedSums:
+    """Sums of the scores seen so far. `lpips` maps two batches in [-1, 1] to distances that flatten to [B]."""
+
+    def __init__(self, lpips: nn.Module | None = None) -> None:
+        self.lpips = lpips
+        self.sums = torch.zeros(4, dtype=torch.float64)  # images, PSNR, SSIM, LPIPS
+
+    def update(self, images: Tensor, originals: Tensor) -> None:
+        """Add pairs of uint8 images [B, 3, H, W]."""
+        if images.shape != originals.shape:
+            raise UserError(f"reconstructions are {tuple(images.shape)}, originals {tuple(originals.shape)}")
+        scores = [
+            torch.ones(len(images)),
+            psnr(images, originals),
+            ssim(images, originals),
+            self._lpips(images, originals),
+        ]
+        self.sums += torch.stack([score.sum().cpu().double() for score in scores])
+
+    @torch.inference_mode()
+    def _lpips(self, images: Tensor, originals: Tensor) -> Tensor:
+        if self.lpips is None:
+            return torch.zeros(len(images))
+        return self.lpips(from_uint8(images), from_uint8(originals)).flatten()
+
+    def compute(self) -> PairedScores:
+        """Means over all ranks."""
+        count, *sums = all_reduce_sum(self.sums).tolist()
+        means = [s / count for s in sums]
+        return PairedScores(means[0], means[1], means[2] if self.lpips else None)
