@@ -1,0 +1,35 @@
+"""The plain pre-norm vision transformer block (ViT, arXiv 2010.11929), with residual outputs that start at zero."""
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessellar.layers.attention import attention as attend
+from tessellar.layers.tags import tag
+
+
+class ViTBlock(nn.Module):
+    """x += Attention(LN x); x += MLP(LN x), on [B, N, D]; GELU (tanh form)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, attention: str = "auto") -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide width {width}")
+        self.num_heads, self.implementation = num_heads, attention
+        hidden = int(mlp_ratio * width)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        for linear in (self.qkv, self.proj, self.fc1, self.fc2):
+            tag(linear.weight, "hidden")
+        for linear in (self.proj, self.fc2):
+            nn.init.zeros_(linear.weight)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        out = attend(q, k, v, implementation=self.implementation)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._attention(self.attention_norm(x))
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))

@@ -1,0 +1,36 @@
+"""One interface for every quantizer: vectors to tokens and back, with named losses that are already weighted."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tessellar.construct import Configured
+from tessellar.tokenizers.layout import Kind
+
+
+class QuantizerOutput(NamedTuple):
+    """Quantized vectors [B, N, C] (straight-through), tokens [B, N] or [B, N, F], weighted losses."""
+
+    quantized: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor]
+
+
+class Quantizer(Configured, nn.Module, ABC):
+    """Channel-last vectors [..., C] to discrete tokens. Works in float32, whatever the precision around it."""
+
+    kind: Kind
+    dim: int
+
+    @abstractmethod
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantize z [B, N, C] for training; gradients pass straight through to z."""
+
+    @abstractmethod
+    def encode(self, z: Tensor) -> Tensor:
+        """Tokens of z [..., C]."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Vectors [..., C] of tokens; what `forward` returned as `quantized`, up to rounding."""

@@ -1,0 +1,111 @@
+"""Vector quantization with a learned codebook (VQ-VAE, arXiv 1711.00937), as in LlamaGen (arXiv 2406.06525).
+
+With `l2_normalize` (ViT-VQGAN, arXiv 2110.04627) latents and codes are compared on the unit sphere; stored codes are
+normalised at every use. Different from LlamaGen's code: codes may be initialised from data and unused ones restarted
+(arXiv 2005.00341, section 3.1), which a small training run needs.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessellar.layers.tags import tag
+from tessellar.tokenizers.layout import Categorical
+from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest code of `vocab_size` codes of `dim` channels.
+
+    `init_step`: replace the codes by random latents at that training pass. `restart_every`: every so many passes, until
+    `restart_until`, codes that no latent chose since the last time become random latents.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        l2_normalize: bool = True,
+        codebook_weight: float = 1.0,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
+        init_step: int | None = None,
+        restart_every: int | None = None,
+        restart_until: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.dim, self.l2_normalize = Categorical(vocab_size), dim, l2_normalize
+        self.codebook_weight, self.commitment_weight = codebook_weight, commitment_weight
+        self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+        self.init_step, self.restart_every, self.restart_until = init_step, restart_every, restart_until
+        self.codebook = nn.Embedding(vocab_size, dim)
+        tag(self.codebook.weight, "no_decay")
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(vocab_size))
+        self.step: Tensor
+        self.counts: Tensor
+        nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
+        if l2_normalize:
+            with torch.no_grad():
+                self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=-1) if self.l2_normalize else x.float()
+
+    def codes(self) -> Tensor:
+        """Codes as they are compared and decoded, [V, C]."""
+        return self._normalize(self.codebook.weight)
+
+    def distances(self, z: Tensor) -> Tensor:
+        """Squared distances [..., V] of normalised z [..., C] to every code."""
+        codes = self.codes()
+        return z.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * z @ codes.T
+
+    def encode(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False), torch.no_grad():
+            return self.distances(self._normalize(z)).argmin(-1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self._normalize(self.codebook(tokens))
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        with torch.autocast(z.device.type, enabled=False):
+            z = self._normalize(z)
+            if self.training:
+                self._maintain(z.detach())
+            tokens = self.encode(z)
+            if self.training:
+                self.counts += tokens.flatten().bincount(minlength=len(self.counts))
+            quantized = self.decode(tokens)
+            losses = {
+                "codebook": self.codebook_weight * F.mse_loss(quantized, z.detach()),
+                "commitment": self.commitment_weight * F.mse_loss(z, quantized.detach()),
+            }
+            if self.entropy_weight > 0:
+                losses["entropy"] = self.entropy_weight * entropy_loss(-self.distances(z), self.entropy_temperature)
+            return QuantizerOutput(z + (quantized - z).detach(), tokens, losses)
+
+    @torch.no_grad()
+    def _maintain(self, z: Tensor) -> None:
+        """Initialise the codes from data, restart unused ones; counted in training passes, kept in buffers."""
+        latents = z.flatten(0, -2)
+        self.step += 1
+        step = int(self.step)
+        if step == self.init_step:
+            self._replace(torch.ones_like(self.counts, dtype=torch.bool), latents)
+        elif self.restart_every and step % self.restart_every == 0 and step <= (self.restart_until or step):
+            self._replace(self.counts == 0, latents)
+
+    def _replace(self, which: Tensor, latents: Tensor) -> None:
+        chosen = torch.randint(len(latents), (int(which.sum()),), device=latents.device)
+        self.codebook.weight[which] = latents[chosen].to(self.codebook.weight.dtype)
+        self.counts.zero_()
+
+
+def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
+    """Mean entropy of the soft assignment minus entropy of its mean (MaskGIT, arXiv 2202.04200); affinity [..., V]."""
+    logits = affinity.flatten(0, -2) / temperature
+    probs, log_probs = logits.softmax(-1), logits.log_softmax(-1)
+    mean = probs.mean(0)
+    return -(probs * log_probs).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
