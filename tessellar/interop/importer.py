@@ -44,7 +44,7 @@ class KeyTable:
 
     def from_official(self, state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
         """Our state dict from theirs; raises UserError that lists keys without a rule."""
-        kept = {key: t for key, t in state.items() if not any(_match(pattern, key) for pattern in self.drop)}
+        kept = {key: t for key, t in state.items() if all(_match(p, key) is None for p in self.drop)}
         return self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours))
 
     def to_official(self, state: Mapping[str, Tensor], where: str = "the model") -> dict[str, Tensor]:

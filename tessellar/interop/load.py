@@ -193,7 +193,7 @@ def _description(text: Any, path: Path) -> dict[str, Any]:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as allocated: `load_strict` fills each of them, and drawing billions of values takes minutes."""
+    """Leaves parameters as allocated: `load_strict` fills each of them, and drawing billions of values is slow."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == torch.nn.init.__name__:

@@ -1,0 +1,188 @@
+"""`convert.py`: official checkpoints in, exports out, and the proof that both say the same."""
+
+import json as json_module
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from tessellar.cli.functions import run_functions
+from tessellar.errors import UserError
+from tessellar.interop.card import Record
+from tessellar.interop.export import export_generator, export_tokenizer
+from tessellar.interop.load import assemble, read_source
+from tessellar.interop.official import import_model
+from tessellar.interop.verify import Report, UnknownSystem, verify
+from tessellar.interop.weights import fingerprint
+from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.base import Tokenizer
+
+
+def import_official(
+    system: Literal["llamagen"],
+    file: str,
+    out: str = "",
+    tokenizer: str | None = None,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    key: str | None = None,
+    license: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Make an export of an official checkpoint.
+
+    Args:
+        system: whose checkpoint it is
+        file: official file, a torch pickle or safetensors
+        out: folder of the export
+        tokenizer: for a generator, its tokenizer: an export or the official file
+        image_size: side of the images (default 256, or what the tokenizer's export says)
+        num_heads: attention heads of a generator of unpublished size
+        key: entry of the checkpoint to take, such as ema (default: the first of model, module, state_dict, ema)
+        license: license of the weights, for the card
+        overwrite: replace an older export
+    """
+    record = Record(title=Path(file).stem, weights="official", source=Path(file).name, license=license)
+    model = import_model(system, file, tokenizer, image_size, num_heads, key)
+    _export(model, _required(out), record, overwrite)
+
+
+def export(
+    checkpoint: str,
+    out: str = "",
+    raw: bool = False,
+    discriminator: bool = False,
+    title: str = "",
+    data: str = "",
+    license: str = "",
+    metrics: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make an export of a training checkpoint (or a new one of an old one).
+
+    Args:
+        checkpoint: .ckpt of a run
+        out: folder of the export
+        raw: weights of the last step instead of the averaged ones
+        discriminator: keep the discriminator of a tokenizer, for fine-tuning
+        title: title of the card
+        data: what it was trained on, for the card
+        license: license of the weights, for the card
+        metrics: JSON record of an evaluation, for the card
+        overwrite: replace an older export
+    """
+    source = read_source(checkpoint, raw=raw)
+    given = {"title": title, "data": data, "license": license, "metrics": _metrics(metrics)}
+    record = replace(source.record, **{name: value for name, value in given.items() if value})
+    kept = source.build("discriminator") if discriminator and "discriminator" in source.description else None
+    if discriminator and kept is None:
+        raise UserError(f"{checkpoint} has no discriminator")
+    _export(assemble(source), _required(out), record, overwrite, kept)
+
+
+def verify_recordings(folders: list[str], case: list[str] | None = None, json: bool = False) -> int:
+    """Replay recorded official outputs with our modules; exit code 1 where anything differs or is left over.
+
+    Args:
+        folders: folders with meta.json, io.safetensors and weights
+        case: replay only these cases
+        json: print one JSON document instead of tables
+    """
+    code, reports = 0, []
+    for folder in folders:
+        try:
+            report = verify(folder, case)
+        except UnknownSystem as error:
+            report, code = Report(folder, "unknown", leftovers=[str(error)]), 2
+        code = max(code, 0 if report.passed else 1)
+        reports.append(report)
+        if not json:
+            print_report(report)
+    if json:
+        print(json_module.dumps([report.as_dict() for report in reports], indent=1))
+    return code
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """A table of all outputs, then what was left over, then the verdict."""
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if report.comparisons:
+        console.print(_table(report))
+    for line in report.leftovers:
+        console.print(f"[red]left over[/red] {escape(line)}")
+    failed = sum(not c.passed for c in report.comparisons)
+    counts = f"{len(report.comparisons)} outputs compared, {failed} failed, {len(report.leftovers)} left over"
+    console.print(f"{'passed' if report.passed else '[red]FAILED[/red]'}: {counts}")
+
+
+def _table(report: Report) -> Table:
+    table = Table("case", "output", "largest error", "tolerance", "", title=f"{report.system}: {report.folder}")
+    for c in report.comparisons:
+        exact = "exact" if c.tolerance == 0 else f"{c.tolerance:.2e}"
+        verdict = "ok" if c.passed else f"[red]FAILED[/red] {escape(c.note)}"
+        table.add_row(c.case, c.name, f"{c.error:.2e}", exact, verdict)
+    return table
+
+
+def info(path: str, json: bool = False) -> None:
+    """Say what an export or a checkpoint holds.
+
+    Args:
+        path: export folder, .safetensors, .ckpt or hub id
+        json: print the description as JSON
+    """
+    source = read_source(path)
+    model = assemble(source)
+    parts = {"tokenizer": model} if isinstance(model, Tokenizer) else dict(model.named_children())
+    facts = {"kind": source.kind, "weights": source.weights or "not stated", "fingerprint": fingerprint(model)}
+    for name, part in parts.items():
+        facts[name] = f"{type(part).__name__}, {sum(p.numel() for p in part.parameters()):,} parameters"
+    facts["layout"] = str(parts["tokenizer"].layout)
+    if json:
+        print(json_module.dumps({**facts, "description": source.description}, indent=1))
+        return
+    for name, value in facts.items():
+        print(f"{name:<12} {value}")
+    for name, value in source.record.as_dict().items():
+        print(f"{name:<12} {value}")
+
+
+def _export(
+    model: Tokenizer | ImageGenerator, out: str, record: Record, overwrite: bool, discriminator: nn.Module | None = None
+) -> None:
+    if isinstance(model, Tokenizer):
+        export_tokenizer(model, out, discriminator=discriminator, record=record, overwrite=overwrite)
+    else:
+        export_generator(model, out, record=record, overwrite=overwrite)
+    print(f"wrote {out}")
+
+
+def _required(out: str) -> str:
+    if not out:
+        raise UserError("say where to write: --out FOLDER")
+    return out
+
+
+def _metrics(path: str | None) -> dict[str, float]:
+    """Numbers under `metrics` of an evaluation's JSON record."""
+    if path is None:
+        return {}
+    try:
+        metrics = json_module.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
+        return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an evaluation record with metrics ({error!r})") from error
+
+
+COMMANDS = {"import": import_official, "verify": verify_recordings, "export": export, "info": info}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Entry of `convert.py` and `tessellar convert`."""
+    return run_functions(COMMANDS, argv, "convert")

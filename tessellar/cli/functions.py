@@ -1,0 +1,141 @@
+"""Commands from plain functions: jsonargparse's auto_cli with the habits of a shell, and one-line errors.
+
+A function's signature and docstring are its options and help. Added: dashes in option names, bare and `--no-` flags,
+options and a last positional of several words, and a mistake that is answered by one line with the nearest valid name.
+"""
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from tessellar.errors import UserError
+
+Function = Callable[..., Any]
+
+
+def run_functions(
+    components: Function | Mapping[str, Function], argv: Sequence[str] | None = None, command: str = ""
+) -> Any:
+    """Parse `argv` (default: the command line), call the function or the subcommand it names, return its result.
+
+    `command` is the name behind `tessellar` in help. Raises UserError, in one line, for arguments that do not fit.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    head: list[str] = []
+    if callable(components):
+        function: Function | None = components
+    else:
+        names = [i for i, word in enumerate(argv) if not word.startswith("-")][:1]
+        head, argv = (argv[: names[0] + 1], argv[names[0] + 1 :]) if names else (argv, [])
+        function = components.get(head[-1]) if names else None
+        components = dict(components)
+    if function is not None:
+        argv = shell_habits(function, argv)
+    script = Path(sys.argv[0]).name
+    prog = f"{script} {command}" if script == "tessellar" else script
+    commands: Any = components
+    return auto_cli(commands, args=head + argv, as_positional=True, parser_class=FunctionParser, prog=prog)
+
+
+class FunctionParser(ArgumentParser):
+    """Raises UserError instead of printing a page, and takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_shorten(message) + _nearest(message, _option_names(self))) from ex
+
+
+def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
+    """`argv` of a function in the form that jsonargparse reads; `function`'s annotations say what each option takes."""
+    hints = get_type_hints(function)
+    lists: dict[str, list[str]] = {}
+    plain: list[str] = []
+    positionals: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            (plain if word.startswith("-") else positionals).append(word)
+            continue
+        name, value = _option(word)
+        if name.startswith("no_") and hints.get(name[3:]) is bool and value is None:
+            plain.append(f"--{name[3:]}=false")
+        elif hints.get(name) is bool and value is None:
+            given = words.pop(0).lower() if words and words[0].lower() in ("true", "false") else "true"
+            plain.append(f"--{name}={given}")
+        elif _is_list(hints.get(name)):
+            lists.setdefault(name, []).extend(_split([value] if value is not None else _take(words)))
+        else:
+            takes_next = value is None and words and not words[0].startswith("--") and name != "help"
+            value = words.pop(0) if takes_next else value
+            plain.append(f"--{name}" if value is None else f"--{name}={value}")
+    plain += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
+    return [*_gather(function, hints, positionals), *plain]
+
+
+def _option(word: str) -> tuple[str, str | None]:
+    name, equals, value = word[2:].partition("=")
+    return name.replace("-", "_"), value if equals else None
+
+
+def _take(words: list[str]) -> list[str]:
+    """The words behind a list option: up to the next option, or to a word that is an existing path."""
+    taken = []
+    while words and not words[0].startswith("-") and not Path(words[0]).exists():
+        taken.append(words.pop(0))
+    return taken
+
+
+def _split(words: Sequence[str]) -> list[str]:
+    return [part for word in words for part in word.strip("[]").split(",") if part]
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is list or any(get_origin(h) is list for h in get_args(hint))
+
+
+def _gather(function: Function, hints: Mapping[str, Any], positionals: list[str]) -> list[str]:
+    """Positional words, those of a last positional list in one."""
+    required = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
+    if not required or not _is_list(hints[required[-1]]) or len(positionals) < len(required):
+        return positionals
+    single = len(required) - 1
+    return [*positionals[:single], json.dumps(positionals[single:])]
+
+
+def _shorten(message: str) -> str:
+    """One line without Python's spelling of types."""
+    text = " ".join(message.split())
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(
+        r'Parser key "([\w.]+)": ?(?:Expected an? )?(.*?)\. Got value: (.*)', r"--\1: expected \2, not \3", text
+    )
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
+
+
+def _nearest(message: str, names: Sequence[str]) -> str:
+    """A hint where the message complains of a name that resembles a valid one."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|invalid choice: '([\w.]+)'", message)
+    wrong = (unknown[1] or unknown[2]) if unknown else ""
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _option_names(parser: ArgumentParser) -> list[str]:
+    """Long options of a parser and its subcommands, and the subcommands."""
+    names = [option.lstrip("-") for option in parser._option_string_actions]
+    for action in parser._actions:
+        if isinstance(action.choices, Mapping):
+            for name, inner in action.choices.items():
+                names += [name, *_option_names(inner)]
+    return names

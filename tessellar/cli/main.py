@@ -1,0 +1,44 @@
+"""`tessellar train|sample|evaluate|convert ...`, and the entry of the four scripts at the checkout's root.
+
+A command's module is imported only when it is called, so that help and mistakes are answered at once.
+"""
+
+import difflib
+import importlib
+import sys
+from typing import NoReturn
+
+from tessellar.cli.errors import run
+from tessellar.errors import UserError
+
+COMMANDS = {
+    "train": "train a tokenizer or a generator from a YAML",
+    "sample": "make images with a trained generator",
+    "evaluate": "measure a tokenizer, a generator, or folders of images",
+    "convert": "import official checkpoints, verify them, make and inspect exports",
+}
+
+
+def main(command: str | None = None) -> NoReturn:
+    """Run `command` with the process's arguments (default: the first of them names it), then exit."""
+    sys.exit(run(lambda: dispatch(command, sys.argv[1:])))
+
+
+def dispatch(command: str | None, argv: list[str]) -> int | None:
+    """Call `tessellar.cli.<command>.main(argv)`; raises UserError for an unknown command."""
+    if command is None:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(usage())
+            return 0 if argv else 2
+        command, argv = argv[0], argv[1:]
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{command!r} is not a command; there are {', '.join(COMMANDS)}{hint}")
+    return importlib.import_module(f"tessellar.cli.{command}").main(argv)
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<9} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: tessellar COMMAND ...", "", *lines, "", "tessellar COMMAND --help says more."])

@@ -1,0 +1,189 @@
+"""`sample.py`: images of classes from a trained generator, in a folder that says how they were made."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from tessellar import distributed
+from tessellar.cli.functions import run_functions
+from tessellar.errors import UserError
+from tessellar.interop.load import Source, assemble, read_source
+from tessellar.interop.staging import check_target, staged_folder
+from tessellar.interop.weights import fingerprint
+from tessellar.models.conditioners import ClassConditioner
+from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.choice import Choice
+from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.sampling.output import SampleFolder
+from tessellar.sampling.run import balanced_labels, sample_images
+from tessellar.sampling.settings import Sampling
+
+RECORD = "samples.json"
+DEFAULT_COUNT = 100
+
+
+def sample(
+    model: str,
+    out: str = "outputs/samples",
+    classes: str = "all",
+    count: int | None = None,
+    per_class: int | None = None,
+    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
+    choice: Choice = Choice(),  # noqa: B008
+    algorithm: str = "ancestral",
+    seed: int = 0,
+    batch_size: int = 64,
+    precision: Literal["float32", "bf16"] = "float32",
+    device: str = "auto",
+    raw: bool = False,
+    png: bool = True,
+    npz: bool = False,
+    grid: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Make images of classes: image i has class classes[i % len(classes)] and depends on its seed, seed + i, alone.
+
+    Args:
+        model: export folder, .safetensors, training checkpoint (.ckpt) or hub id
+        out: folder to write; it appears when all images are made
+        classes: class ids such as 0,3,5 or 0-9, or all
+        count: number of images (default 100)
+        per_class: number of images of each class, instead of count
+        guidance: classifier-free guidance; scale 1 is none
+        choice: how a token is drawn from its probabilities
+        algorithm: decoding algorithm
+        seed: seed of the first image; two runs of N images have no seed in common where theirs lie N apart
+        batch_size: images at once; it does not change them
+        precision: arithmetic of the generator
+        device: auto, cpu, cuda, cuda:1, ...
+        raw: weights of the last step instead of the averaged ones
+        png: write a PNG an image
+        npz: write samples.npz, which ADM's evaluator reads
+        grid: write grid.png, a row a class
+        overwrite: replace an older set of samples
+    """
+    check_target(Path(out), RECORD, overwrite)
+    source, generator = _load(model, raw, device)
+    named = parse_classes(classes, generator)
+    labels = balanced_labels(_total(count, per_class, len(named)), named)
+    sampling = Sampling(guidance, choice, algorithm)
+    with _stage(Path(out), overwrite) as stage:
+        start = time.perf_counter()
+        folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)
+        _draw(generator, labels, sampling, seed, batch_size, precision, folder)
+        seconds = time.perf_counter() - start
+        record = {
+            "model": model,
+            "weights": source.weights,
+            "fingerprint": fingerprint(generator),
+            "sampling": sampling.describe(),
+            "count": len(labels),
+            "classes": named,
+            "labels": "image i has class classes[i % len(classes)]",
+            "seeds": f"image i has seed {seed} + i",
+            "seed": seed,
+            "precision": precision,
+            "device": str(next(generator.parameters()).device),
+            "processes": distributed.world_size(),
+            "seconds": round(seconds, 3),
+            "torch": torch.__version__,
+        }
+        _write_record(stage, record)
+    if distributed.rank() == 0:
+        print(f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}")
+
+
+def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
+    source = read_source(path, raw=raw)
+    if source.kind != "generator":
+        raise UserError(f"{path} is a tokenizer; a generator is needed to sample")
+    generator = assemble(source)
+    assert isinstance(generator, ImageGenerator)
+    return source, generator.to(pick_device(device))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one; raises UserError for a device that does not exist here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0][:100]})") from error
+
+
+def parse_classes(text: str, model: ImageGenerator) -> list[int]:
+    """Class ids of `all`, `3`, `0,3,5` or `0-9,12`; raises UserError for what is no class of the model."""
+    if not isinstance(model.conditioner, ClassConditioner):
+        model.class_condition([0])  # raises, saying what the model is conditioned on
+    assert isinstance(model.conditioner, ClassConditioner)
+    if text == "all":
+        return list(range(model.conditioner.num_classes))
+    try:
+        named = [n for part in text.split(",") for n in _range(part)]
+    except ValueError as error:
+        raise UserError(f"--classes {text!r} is not a list of class ids such as 0,3,5 or 0-9, nor `all`") from error
+    model.class_condition(named)
+    return named
+
+
+def _range(part: str) -> range:
+    first, _, last = part.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _total(count: int | None, per_class: int | None, classes: int) -> int:
+    if count is not None and per_class is not None:
+        raise UserError("give either --count or --per-class, not both")
+    total = count if count is not None else DEFAULT_COUNT if per_class is None else per_class * classes
+    if total < 1:
+        raise UserError(f"{total} images were asked for; at least 1 is needed")
+    return total
+
+
+@contextmanager
+def _stage(target: Path, overwrite: bool) -> Iterator[Path]:
+    """One staged folder that all processes write into."""
+    if distributed.rank() > 0:
+        yield Path(distributed.broadcast(None))
+        distributed.barrier()
+        return
+    with staged_folder(target, RECORD, overwrite) as stage:
+        distributed.broadcast(str(stage))
+        yield stage
+        distributed.barrier()
+
+
+def _draw(
+    model: ImageGenerator,
+    labels: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    folder: SampleFolder,
+) -> None:
+    """Draw this process's share and write it; the bar shows images/s and is quiet where nobody watches."""
+    share = distributed.own_share(len(labels))
+    batches = sample_images(model, labels, sampling, seed, batch_size, precision, share)
+    with tqdm(total=len(share), unit="image", disable=True if distributed.rank() else None) as bar:
+        for indices, images in batches:
+            folder.write(indices, images)
+            bar.update(len(indices))
+    folder.finish()
+
+
+def _write_record(stage: Path, record: dict[str, Any]) -> None:
+    if distributed.rank() == 0:
+        (stage / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `sample.py` and `tessellar sample`."""
+    run_functions(sample, argv, "sample")

@@ -1,0 +1,86 @@
+"""Sampling a set of images: label plans, batches, seeds. What `sample.py`, the evaluation and the callbacks share.
+
+Image i is drawn with the stream seeded `seed + i`, so it is the same in any batch and on any number of processes. Two
+runs of N images share no stream where their seeds lie at least N apart.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.images import to_uint8
+from tessellar.models.condition import Condition
+from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.settings import Sampling
+
+PRECISIONS = ("float32", "bf16")
+
+
+def balanced_labels(count: int, classes: int | Sequence[int]) -> list[int]:
+    """`count` labels that go round the classes (0 .. classes - 1, or those named), so that any prefix is balanced."""
+    names = range(classes) if isinstance(classes, int) else classes
+    if not len(names):
+        raise UserError("no classes to sample from")
+    return [names[i % len(names)] for i in range(count)]
+
+
+def sample_images(
+    model: ImageGenerator,
+    labels: Sequence[int],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 64,
+    precision: str = "float32",
+    indices: Sequence[int] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Batches (indices, uint8 images [b, 3, H, W] on the CPU); image i has class `labels[i]` and seed `seed + i`.
+
+    `indices` (default: all) are the images to make: a process makes every world-th. Raises UserError for unknown class
+    ids before anything is drawn.
+    """
+    return sample_conditions(model, model.class_condition(labels), sampling, seed, batch_size, precision, indices)
+
+
+def sample_conditions(
+    model: ImageGenerator,
+    condition: Condition,
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 64,
+    precision: str = "float32",
+    indices: Sequence[int] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """As `sample_images`, image i from row i of any condition."""
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}; it must be at least 1")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}")
+    return _batches(model, condition, sampling, seed, batch_size, precision, indices)
+
+
+def _batches(
+    model: ImageGenerator,
+    condition: Condition,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    indices: Sequence[int] | None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    todo = list(range(condition.batch) if indices is None else indices)
+    for start in range(0, len(todo), batch_size):
+        chosen = todo[start : start + batch_size]
+        rows = condition.select(torch.tensor(chosen))
+        with _autocast(model, precision):
+            tokens = model.sample_tokens(rows, sampling, [seed + i for i in chosen])
+        yield chosen, to_uint8(model.decode(tokens)).cpu()
+
+
+def _autocast(model: ImageGenerator, precision: str) -> AbstractContextManager:
+    """For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
