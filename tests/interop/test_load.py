@@ -1,0 +1,252 @@
+"""`tessellar.load`: checkpoints, the hub, fine-tuning, and every hostile or broken file refused in one line."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tessellar
+from tessellar.errors import UserError
+from tessellar.interop import load as loading
+from tessellar.interop.card import Record
+from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
+from tessellar.interop.export import export_generator, export_tokenizer
+from tessellar.interop.load import init_generator, init_tokenizer, load_generator, load_tokenizer, read_source
+from tessellar.interop.weights import fingerprint
+from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.vit_vq import ViTVQ
+
+MakeTokenizer = Callable[..., ViTVQ]
+MakeGenerator = Callable[..., ImageGenerator]
+
+
+def checkpoint(path: Path, model: ImageGenerator) -> Path:
+    header = checkpoint_header(model.tokenizer, model.generator, model.conditioner)
+    state = {f"model.{k}": t for k, t in model.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 7, HEADER_KEY: header}, path)
+    return path
+
+
+def test_checkpoint_without_averages_gives_its_weights(tmp_path: Path, generator: MakeGenerator) -> None:
+    path = checkpoint(tmp_path / "last.ckpt", generator())
+    source = read_source(path)
+    assert source.weights == "raw" and source.record.steps == 7
+    assert fingerprint(tessellar.load(path)) == fingerprint(generator())
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="other.ckpt is not a checkpoint of this project's training"):
+        tessellar.load(tmp_path / "other.ckpt")
+
+
+def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    change(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "foreign class path": (
+        lambda f: edit_config(f, lambda c: c["tokenizer"].update(class_path="subprocess.Popen")),
+        "class path 'subprocess.Popen' is not from this package",
+    ),
+    "function instead of a class": (
+        lambda f: edit_config(f, lambda c: c["tokenizer"].update(class_path="tessellar.construct.build")),
+        "is not something that a config may build",
+    ),
+    "another kind of class": (
+        lambda f: edit_config(
+            f,
+            lambda c: c.update(
+                tokenizer={
+                    "class_path": "tessellar.models.conditioners.ClassConditioner",
+                    "init_args": {"num_classes": 3},
+                }
+            ),
+        ),
+        "ClassConditioner is not a tokenizer",
+    ),
+    "unknown argument": (
+        lambda f: edit_config(f, lambda c: c["tokenizer"]["init_args"].update(widht=3)),
+        "config of .*ViTVQ.*widht",
+    ),
+    "arguments that contradict": (
+        lambda f: edit_config(f, lambda c: c["tokenizer"]["init_args"].update(patch_size=3)),
+        "patch_size 3 does not divide",
+    ),
+    "newer format": (lambda f: edit_config(f, lambda c: c.update(format=99)), "format 99; this version reads format 1"),
+    "no description": (
+        lambda f: (f / "config.yaml").write_text("- a\n- b\n"),
+        "config.yaml does not describe a tessellar model",
+    ),
+    "config that is no YAML": (lambda f: (f / "config.yaml").write_text("a: [b"), "config.yaml is not YAML"),
+    "YAML that builds objects": (
+        lambda f: (f / "config.yaml").write_text("!!python/object/apply:os.system ['true']"),
+        "config.yaml is not YAML",
+    ),
+    "missing part": (
+        lambda f: edit_config(f, lambda c: c.pop("tokenizer")),
+        "describes a tokenizer without its tokenizer",
+    ),
+    "truncated weights": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-40]),
+        "model.safetensors is truncated or not a safetensors file",
+    ),
+    "pickle under the name of safetensors": (
+        lambda f: torch.save({"a": torch.zeros(1)}, f / "model.safetensors"),
+        "model.safetensors is truncated or not a safetensors file",
+    ),
+    "missing key": (
+        lambda f: edit_tensors(f, lambda t: t.pop("tokenizer.to_code.bias")),
+        "does not fit ViTVQ: 1 missing: to_code.bias",
+    ),
+    "unknown key": (
+        lambda f: edit_tensors(f, lambda t: t.update({"tokenizer.extra": torch.zeros(1)})),
+        "1 unknown: extra",
+    ),
+    "tensor of no part": (
+        lambda f: edit_tensors(f, lambda t: t.update({"optimizer.step": torch.zeros(1)})),
+        "tensors of no part: 1 unknown: optimizer.step",
+    ),
+    "another shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({"tokenizer.to_code.bias": torch.zeros(5)})),
+        r"1 of another shape: to_code.bias \(5,\) for \(4,\)",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is not an export: it needs config.yaml and model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused(case: str, tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    spoil, message = REFUSALS[case]
+    folder = export_tokenizer(tokenizer(), tmp_path / "vq")
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        tessellar.load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_name_that_is_nothing(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path / "absent.safetensors"):
+        with pytest.raises(UserError, match="absent.* does not exist"):
+            tessellar.load(path)
+    torch.save({}, tmp_path / "official.pt")
+    with pytest.raises(UserError, match="convert.py import"):
+        tessellar.load(tmp_path / "official.pt")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match=r"did you mean .*last\.ckpt"):
+        tessellar.load(tmp_path / "run")
+
+
+def test_kinds_are_not_confused(tmp_path: Path, tokenizer: MakeTokenizer, generator: MakeGenerator) -> None:
+    vq, llama = export_tokenizer(tokenizer(), tmp_path / "vq"), export_generator(generator(), tmp_path / "llama")
+    with pytest.raises(UserError, match="llama is a generator; a tokenizer is needed here"):
+        load_tokenizer(llama)
+    with pytest.raises(UserError, match="vq is a tokenizer; a generator is needed here"):
+        load_generator(vq)
+    with pytest.raises(UserError, match="vq is a tokenizer; a generator is needed here"):
+        init_generator(vq, generator().generator)
+
+
+def test_parts_of_two_models_do_not_make_one(
+    tmp_path: Path, tokenizer: MakeTokenizer, generator: MakeGenerator
+) -> None:
+    folder = export_generator(generator(), tmp_path / "llama")
+    other = export_tokenizer(tokenizer(vocab=32), tmp_path / "vq")
+    wide = yaml.safe_load((other / "config.yaml").read_text())["tokenizer"]
+    edit_config(folder, lambda c: c.update(tokenizer=wide))
+    tensors = load_file(other / "model.safetensors")
+    edit_tensors(folder, lambda t: t.update(tensors))
+    with pytest.raises(UserError, match="the generator was built for"):
+        tessellar.load(folder)
+
+
+def test_averaged_export_has_no_raw_weights(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    folder = export_tokenizer(tokenizer(), tmp_path / "vq", record=Record(weights="ema"))
+    with pytest.raises(UserError, match="holds averaged weights only"):
+        tessellar.load(folder, raw=True)
+
+
+def test_fine_tuning_without_a_discriminator_starts_a_fresh_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizer: MakeTokenizer
+) -> None:
+    folder = export_tokenizer(tokenizer(0), tmp_path / "vq")
+    target, critic = tokenizer(1), nn.Linear(2, 2)
+    before = fingerprint(critic)
+    with caplog.at_level(logging.INFO, loading.__name__):
+        init_tokenizer(folder, target, critic)
+    assert fingerprint(target) == fingerprint(tokenizer(0)) and fingerprint(critic) == before
+    assert [r.message for r in caplog.records] == [f"{folder} has no discriminator: training starts with a fresh one"]
+
+
+def test_fine_tuning_takes_the_discriminator_along(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    critic, fresh = tokenizer(5), tokenizer(6)
+    folder = export_tokenizer(tokenizer(0), tmp_path / "vq", discriminator=critic)
+    assert fingerprint(tessellar.load(folder)) == fingerprint(tokenizer(0))
+    init_tokenizer(folder, tokenizer(1), fresh)
+    assert fingerprint(fresh) == fingerprint(critic)
+
+
+def test_fine_tuning_a_model_of_other_size_is_refused(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    folder = export_tokenizer(tokenizer(), tmp_path / "vq")
+    with pytest.raises(UserError, match="of another shape: quantizer.codebook.weight"):
+        init_tokenizer(folder, tokenizer(vocab=32))
+
+
+def test_fine_tuning_a_generator(tmp_path: Path, generator: MakeGenerator) -> None:
+    folder = export_generator(generator(0), tmp_path / "llama")
+    target = generator(1)
+    init_generator(folder, target.generator)
+    assert fingerprint(target.generator) == fingerprint(generator(0).generator)
+
+
+def test_hub_id_fetches_only_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: MakeTokenizer
+) -> None:
+    folder = export_tokenizer(tokenizer(), tmp_path / "vq")
+    calls = []
+
+    def snapshot(repo: str, **options: object) -> str:
+        calls.append((repo, options))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(tessellar.load("someone/vq@v2")) == fingerprint(tokenizer())
+    files = ["config.yaml", "model.safetensors", "README.md"]
+    assert calls == [("someone/vq", {"revision": "v2", "allow_patterns": files})]
+
+
+def test_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*_: object, **__: object) -> str:
+        raise OSError("We couldn't connect\nand a long explanation")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"someone/vq is no local path, and the hub .* \(We couldn't connect\)$"):
+        tessellar.load("someone/vq")
+
+
+def test_a_mistyped_path_is_not_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*_: object, **__: object) -> str:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/absent", "exports/x.ckpt", "a/b/c"):
+        with pytest.raises(UserError, match="does not exist"):
+            tessellar.load(path)
