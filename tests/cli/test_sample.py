@@ -1,0 +1,96 @@
+"""`sample.py`: files, the record beside them, and refusals before anything is written."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tessellar.cli.sample import main
+from tessellar.errors import UserError
+from tessellar.interop.export import export_generator, export_tokenizer
+from tessellar.interop.weights import fingerprint
+from tessellar.models.conditioners import ClassConditioner
+from tessellar.models.llamagen import LlamaGen
+from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.vit_vq import ViTVQ
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ImageGenerator]:
+    torch.manual_seed(0)
+    tokenizer = ViTVQ(VectorQuantizer(16, 4), 8, 4, 16, 1, 1, 2)
+    generator = LlamaGen(tokenizer.layout, 16, 2, 2, num_classes=3, ffn_multiple_of=8)
+    nn.init.normal_(generator.output.weight, std=0.5)
+    whole = ImageGenerator(tokenizer, generator, ClassConditioner(3))
+    return str(export_generator(whole, tmp_path_factory.mktemp("models") / "tiny")), whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_samples_are_written_with_their_record(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "set"
+    main([model[0], "--out", str(out), "--classes", "0,2", "--per-class", "2", "--npz", "--guidance.scale", "1.5"])
+    pngs = ["000000_0000.png", "000001_0002.png", "000002_0000.png", "000003_0002.png"]
+    assert names(out) == [*pngs, "grid.png", "samples.json", "samples.npz"]
+    assert np.load(out / "samples.npz")["arr_1"].tolist() == [0, 2, 0, 2]
+    record = json.loads((out / "samples.json").read_text())
+    assert record["count"] == 4 and record["classes"] == [0, 2] and record["seed"] == 0
+    assert record["sampling"]["guidance_scale"] == 1.5 and record["fingerprint"] == fingerprint(model[1])
+    assert names(out.parent) == ["set"]
+
+
+def test_the_same_set_in_other_batches(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    for size in ("1", "5"):
+        main([model[0], "--out", str(tmp_path / size), "--count", "5", "--batch-size", size, "--npz", "--no-png"])
+    one, five = (np.load(tmp_path / size / "samples.npz")["arr_0"].astype(int) for size in ("1", "5"))
+    assert one.shape == (5, 8, 8, 3) and abs(one - five).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "3"], "class id 3 does not exist; classes are 0 to 2"),
+        (["--classes", "cat"], "--classes 'cat' is not a list of class ids"),
+        (["--count", "4", "--per-class", "2"], "either --count or --per-class"),
+        (["--count", "0"], "0 images were asked for"),
+        (["--guidance.schedule", "cosin"], "guidance schedule 'cosin' does not exist; there are constant"),
+        (["--guidance.options.powr", "3", "--guidance.schedule", "power_cosine", "--guidance.scale", "2"], "powr"),
+        (["--choice.top_p", "0"], "top_p in"),
+        (["--algorithm", "magic"], "decoding algorithm 'magic' does not exist"),
+        (["--device", "abacus"], "device 'abacus' is not available here"),
+        (["--batch-size", "0"], "batch size is 0"),
+        (["--sed", "3"], "did you mean seed"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    model: tuple[str, ImageGenerator], tmp_path: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        main([model[0], "--out", str(tmp_path / "set"), *options])
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == []
+
+
+def test_a_tokenizer_cannot_be_sampled(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    vq = export_tokenizer(model[1].tokenizer, tmp_path / "vq")
+    with pytest.raises(UserError, match="vq is a tokenizer; a generator is needed to sample"):
+        main([str(vq), "--out", str(tmp_path / "set")])
+
+
+def test_only_an_older_set_is_replaced(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    main([model[0], "--out", str(out), "--count", "3"])
+    with pytest.raises(UserError, match="--overwrite"):
+        main([model[0], "--out", str(out), "--count", "1"])
+    main([model[0], "--out", str(out), "--count", "1", "--no-grid", "--overwrite"])
+    assert names(out) == ["000000_0000.png", "samples.json"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not empty and holds no samples.json, so it is never replaced"):
+        main([model[0], "--out", str(tmp_path / "mine"), "--overwrite"])
