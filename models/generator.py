@@ -20,6 +20,7 @@ from tessellar.construct import Configured
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache
 from tessellar.models.condition import Condition, cat
+from tessellar.models.conditioners import Conditioner
 from tessellar.models.entities import Entities
 from tessellar.models.heads.distribution import Distribution
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
@@ -142,6 +143,10 @@ class Generator(Configured, nn.Module, ABC):
 
         Advances `state.fed` and returns the guided distribution of the last `want` (default: all) of those entities.
         """
+
+    @abstractmethod
+    def make_conditioner(self) -> Conditioner:
+        """What turns a batch of data into this generator's condition."""
 
     def drop_condition(self, condition: Condition) -> Condition:
         """In training, rows become null with probability `condition_dropout` (arXiv 2207.12598)."""

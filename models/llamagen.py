@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tessellar.layers.llama import Positions
 from tessellar.layers.rope import grid_angles
 from tessellar.models.condition import Condition
+from tessellar.models.conditioners import ClassConditioner, Conditioner, FeatureConditioner
 from tessellar.models.entities import Entities, token_order
 from tessellar.models.generator import Prefix, State, require_categorical
 from tessellar.models.heads.logits import Logits
@@ -130,6 +131,11 @@ class LlamaGen(LlamaGenerator):
             for layer in self.layers:
                 nn.init.zeros_(layer.attention.wo.weight)  # type: ignore[union-attr, arg-type]
                 nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
+
+    def make_conditioner(self) -> Conditioner:
+        if isinstance(self.conditioning, ClassPrefix):
+            return ClassConditioner(self.conditioning.num_classes)
+        return FeatureConditioner()
 
     def null(self, condition: Condition) -> Condition:
         return self.conditioning.null(condition)

@@ -1,0 +1,95 @@
+"""EMA: exponential moving average of the trained weights, a callback of our own.
+
+Lightning's averages the whole module, frozen tokenizer and discriminator included, and loses the raw weights at the
+end of `fit`. This one averages what `pl_module.ema_target` names, in float32, with the warm-up
+min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation, swaps it in for validation, test and prediction, and saves it under its own key.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+
+class EMA(L.Callback):
+    """Average after every update. Weights that are not finite are never averaged in."""
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay is {decay}; it must be in [0, 1)")
+        self.decay = decay
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._raw: dict[str, Tensor] | None = None
+        self._seen = 0
+
+    @staticmethod
+    def _tensors(module: nn.Module) -> dict[str, Tensor]:
+        return {n: t.detach() for n, t in module.state_dict().items()}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
+        saved = self.average or current
+        self.average = {
+            n: (saved[n].float() if t.is_floating_point() else saved[n]).to(t.device, copy=True)
+            for n, t in current.items()
+        }
+        self._seen = pl_module.updates
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if pl_module.updates == self._seen:
+            return
+        self._seen = pl_module.updates
+        current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
+        floating = [n for n, t in current.items() if t.is_floating_point()]
+        values = [current[n].float() for n in floating]
+        if not bool(torch.isfinite(torch.stack(torch._foreach_norm(values))).all()):
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_([self.average[n] for n in floating], values, 1 - decay)
+        for name in current.keys() - set(floating):
+            self.average[name].copy_(current[name])
+
+    @contextmanager
+    def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """Averaged weights inside, raw weights again outside."""
+        self._swap_in(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_out(pl_module)
+
+    def _swap_in(self, pl_module: L.LightningModule) -> None:
+        if self._raw is not None or not self.average:
+            return
+        target: nn.Module = pl_module.ema_target  # type: ignore[assignment]
+        self._raw = {n: t.clone() for n, t in self._tensors(target).items()}
+        target.load_state_dict(self.average)
+
+    def _swap_out(self, pl_module: L.LightningModule) -> None:
+        if self._raw is not None:
+            pl_module.ema_target.load_state_dict(self._raw)  # type: ignore[union-attr, operator]
+            self._raw = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+    on_predict_start, on_predict_end = on_validation_start, on_validation_end
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates, self.average = state_dict["updates"], state_dict["average"]

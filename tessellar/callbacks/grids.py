@@ -1,0 +1,63 @@
+"""Sample and reconstruction grids in the run's folder and in its loggers, after each validation."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from tessellar.images import to_uint8
+from tessellar.models.conditioners import ClassConditioner
+from tessellar.sampling.output import save_png, tile
+from tessellar.sampling.settings import Sampling
+from tessellar.training.runs import Run
+
+
+class Grids(L.Callback):
+    """Originals above their reconstructions for a tokenizer; one row a class, with fixed seeds, for a generator."""
+
+    def __init__(self, run: Run, sampling: Sampling, columns: int = 8) -> None:
+        self.run, self.sampling, self.columns = run, sampling, columns
+        self._first: tuple[Tensor, Tensor] | None = None
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and "reconstruction" in outputs:
+            self._first = (
+                batch["image"][: 4 * self.columns].cpu(),
+                outputs["reconstruction"][: 4 * self.columns].cpu(),
+            )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        if self._first is not None:
+            pairs = torch.stack([to_uint8(x) for x in self._first], 1)
+            rows = [row.transpose(0, 1).flatten(0, 1) for row in pairs.split(self.columns) if len(row) == self.columns]
+            self._save(trainer, pl_module, "reconstructions", torch.cat(rows) if rows else pairs.flatten(0, 1))
+        elif hasattr(pl_module, "model") and isinstance(pl_module.model.conditioner, ClassConditioner):
+            self._save(trainer, pl_module, "samples", self._samples(pl_module))
+
+    def _samples(self, pl_module: Any) -> Tensor:
+        classes = range(min(pl_module.model.conditioner.num_classes, 10))
+        labels = [c for c in classes for _ in range(self.columns)]
+        condition = pl_module.model.class_condition(labels)
+        return to_uint8(pl_module.model.sample(condition, self.sampling, range(len(labels)))).cpu()
+
+    def _save(self, trainer: L.Trainer, pl_module: Any, name: str, images: Tensor) -> None:
+        grid = tile(images, self.columns)
+        folder = self.run.folder / "pictures"
+        folder.mkdir(exist_ok=True)
+        save_png(grid, folder / f"{name}_{pl_module.updates:07d}.png")
+        for logger in trainer.loggers:
+            log_image(logger, name, grid, pl_module.updates)
+
+
+def log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
+    """A uint8 picture [3, H, W] to TensorBoard or wandb; loggers without pictures are left out."""
+    kind = type(logger).__name__
+    if kind == "TensorBoardLogger":
+        logger.experiment.add_image(name, image, step)
+    elif kind == "WandbLogger":
+        logger.log_image(name, [image.permute(1, 2, 0).numpy()])

@@ -1,0 +1,131 @@
+"""TrainingModule: one training loop body for all systems, under manual optimisation.
+
+Lightning's automatic optimisation takes one optimizer and, with two, refuses clipping and accumulation and counts every
+optimizer's step. Here each *update* accumulates `accumulate` batches, clips, skips non-finite gradients and steps;
+only the first optimizer goes through Lightning, so `global_step` and `max_steps` count updates, not optimizers.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tessellar.training.optim import set_factor
+from tessellar.training.schedules import Schedule
+
+log = logging.getLogger(__name__)
+STATE_KEY = "training_state"
+
+
+class Player(NamedTuple):
+    """Who trains together: parameters, their optimizers and schedule (a generator side, a discriminator)."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    optimizers: list[Optimizer]
+    schedule: Schedule
+
+
+class TrainingModule(L.LightningModule, ABC):
+    """Base of the tokenizer and the generator module.
+
+    `updates` counts updates made, `skipped` those left out because a gradient was not finite; `max_skipped` of them in
+    a row stop the run.
+    """
+
+    def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
+        self.batches, self.updates, self.skipped, self._skipped_in_a_row = 0, 0, 0, 0
+        self.players: list[Player] = []
+
+    @property
+    @abstractmethod
+    def ema_target(self) -> nn.Module:
+        """The sub-module that exponential averages are kept of."""
+
+    @abstractmethod
+    def make_players(self) -> list[Player]:
+        """Parameters with their optimizers, main one first."""
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        self.players = self.make_players()
+        return [optimizer for player in self.players for optimizer in player.optimizers]
+
+    @property
+    def total_updates(self) -> int:
+        """Length of the run in updates, for schedules."""
+        return max(1, int(self.trainer.estimated_stepping_batches))
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the current batch is the last of its update."""
+        return (self.batches + 1) % self.accumulate == 0
+
+    def backward_and_step(self, player: Player, loss: Tensor) -> None:
+        """Add the gradient of `loss`; on the last batch of an update clip and step."""
+        self.manual_backward(loss / self.accumulate)
+        if not self.at_boundary:
+            return
+        norm = nn.utils.clip_grad_norm_(player.parameters, self.clip or float("inf"))
+        self.log(f"train/grad_norm_{player.name}", norm)
+        if bool(torch.isfinite(norm)):
+            self._skipped_in_a_row = 0
+            set_factor(player.optimizers, player.schedule.factor(self.updates, self.total_updates))
+            self._step(player)
+        else:
+            self._skip(player.name)
+        for optimizer in player.optimizers:
+            optimizer.zero_grad()
+
+    def _step(self, player: Player) -> None:
+        for number, optimizer in enumerate(player.optimizers):
+            through = self._lightning_optimizer() if player is self.players[0] and number == 0 else optimizer
+            through.step()
+
+    def _lightning_optimizer(self) -> LightningOptimizer:
+        first = self.optimizers()
+        return first[0] if isinstance(first, list) else first  # type: ignore[return-value]
+
+    def _skip(self, name: str) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        log.warning(
+            "update %d: gradient of the %s is not finite, skipped (%d so far)", self.updates, name, self.skipped
+        )
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} updates in a row had no finite gradient, the last is update {self.updates}; "
+                "lower the learning rate or use precision 32-true, and resume from the last checkpoint"
+            )
+
+    def finish_batch(self) -> None:
+        """Count the batch, and the update where it ends one."""
+        if self.at_boundary:
+            self.updates += 1
+        self.batches += 1
+
+    def log_terms(self, stage: str, terms: dict[str, Tensor], size: int) -> None:
+        """Log named terms; in validation as a mean over samples and processes."""
+        values = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(values, batch_size=size, sync_dist=stage == "val", prog_bar=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[STATE_KEY] = {"batches": self.batches, "updates": self.updates, "skipped": self.skipped}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, value in checkpoint.get(STATE_KEY, {}).items():
+            setattr(self, name, value)
+
+
+def trainable(*modules: nn.Module | None) -> list[nn.Parameter]:
+    """Parameters of modules that take gradients."""
+    chosen: Iterable[nn.Module] = (m for m in modules if m is not None)
+    return [p for module in chosen for p in module.parameters() if p.requires_grad]

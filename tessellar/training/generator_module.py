@@ -1,0 +1,97 @@
+"""Generator training: any generator on the tokens of a frozen tokenizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
+from tessellar.interop.load import init_generator, load_tokenizer
+from tessellar.models.conditioners import Conditioner
+from tessellar.models.generator import Generator
+from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.base import Tokenizer
+from tessellar.tokenizers.layout import Layout
+from tessellar.training.base import Player, TrainingModule, trainable
+from tessellar.training.optim import OptimizerSettings
+from tessellar.training.schedules import Schedule
+
+
+class GeneratorModule(TrainingModule):
+    """Train a generator, built from the layout of `tokenizer` (a tokenizer, or the path of one).
+
+    Its conditioner is the generator's own choice unless one is given.
+
+    A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32. `checkpointing` trades
+    compute for memory, `compile_blocks` compiles each block on its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | str,
+        generator: Callable[[Layout], Generator],
+        conditioner: Conditioner | None = None,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
+        schedule: Schedule = Schedule(),  # noqa: B008
+        clip: float | None = 1.0,
+        accumulate: int = 1,
+        max_skipped: int = 10,
+        checkpointing: bool = False,
+        compile_blocks: bool = False,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__(clip, accumulate, max_skipped)
+        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        made = generator(loaded.layout)
+        self.model = ImageGenerator(loaded, made, conditioner or made.make_conditioner())
+        self.optimizer_settings, self.schedule = optimizer, schedule
+        if init_from is not None:
+            init_generator(init_from, self.model.generator)
+        if hasattr(self.model.generator, "activation_checkpointing"):
+            self.model.generator.activation_checkpointing = checkpointing
+        if compile_blocks:
+            for block in getattr(self.model.generator, "layers", []):
+                block.compile()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def ema_target(self) -> nn.Module:
+        return self.model.generator
+
+    def make_players(self) -> list[Player]:
+        modules = (self.model.generator, self.model.conditioner)
+        return [Player("generator", trainable(*modules), self.optimizer_settings.make(*modules), self.schedule)]
+
+    @torch.no_grad()
+    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens of a batch, encoded in float32 whatever the precision of training."""
+        if "tokens" in batch:
+            return batch["tokens"]
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.tokenizer.encode(batch["image"].float())
+
+    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = self.tokens_of(batch)
+        return tokens, self.model.generator.loss(tokens, self.model.conditioner(batch))
+
+    def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
+        tokens, terms = self._losses(batch)
+        total = torch.stack(list(terms.values())).sum()
+        self.backward_and_step(self.players[0], total)
+        self.log_terms("train", {"loss": total, **terms}, len(tokens))
+        self.finish_batch()
+        return {"tokens": tokens}
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
+        tokens, terms = self._losses(batch)
+        self.log_terms("val", {"loss": torch.stack(list(terms.values())).sum(), **terms}, len(tokens))
+        return {"tokens": tokens}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        model = self.model
+        checkpoint[HEADER_KEY] = checkpoint_header(model.tokenizer, model.generator, model.conditioner)

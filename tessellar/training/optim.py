@@ -1,0 +1,62 @@
+"""Optimizers from settings, with groups made from tags on parameters (tessellar/layers/tags.py).
+
+Matrices decay unless they are tagged `no_decay`; vectors and scalars never do. With `name: muon` the matrices tagged
+`hidden` go to Muon (Keller Jordan, 2024: orthogonalised momentum, step scaled by max(1, rows / columns)^0.5) and AdamW
+takes the rest. No published recipe in this project uses Muon; short runs on a CPU gain from it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tessellar.layers.tags import tags
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Peak learning rates and what else an optimizer needs."""
+
+    name: Literal["adamw", "adam", "muon"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+
+    def make(self, *modules: nn.Module) -> list[Optimizer]:
+        """Optimizers over the trainable parameters of `modules`: one, or Muon and AdamW."""
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        hidden = [p for p in parameters if self.name == "muon" and p.ndim == 2 and "hidden" in tags(p)]
+        chosen = {id(p) for p in hidden}
+        rest = [p for p in parameters if id(p) not in chosen]
+        made: list[Optimizer] = [self._adam(rest)] if rest else []
+        if hidden:
+            made.append(
+                torch.optim.Muon(
+                    hidden, lr=self.muon_lr, momentum=self.muon_momentum, weight_decay=0.0, adjust_lr_fn="original"
+                )
+            )
+        for group in (group for optimizer in made for group in optimizer.param_groups):
+            group["peak_lr"] = group["lr"]
+        return made
+
+    def _adam(self, parameters: list[nn.Parameter]) -> Optimizer:
+        decayed = [p for p in parameters if p.ndim >= 2 and "no_decay" not in tags(p)]
+        others = [p for p in parameters if not (p.ndim >= 2 and "no_decay" not in tags(p))]
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((decayed, self.weight_decay), (others, 0.0))
+            if group
+        ]
+        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        return kind(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=parameters[0].is_cuda or None)
+
+
+def set_factor(optimizers: list[Optimizer], factor: float) -> None:
+    """Set every group's learning rate to its peak times `factor`."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak_lr"] * factor

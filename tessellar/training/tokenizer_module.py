@@ -1,0 +1,82 @@
+"""Tokenizer training: reconstruction, perceptual, adversarial and auxiliary losses of any tokenizer."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
+from tessellar.interop.load import init_tokenizer
+from tessellar.tokenizers.base import Tokenizer
+from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
+from tessellar.training.base import Player, TrainingModule, trainable
+from tessellar.training.optim import OptimizerSettings
+from tessellar.training.schedules import Schedule
+
+
+class TokenizerModule(TrainingModule):
+    """Train `tokenizer` with `loss`.
+
+    `init_from` starts from the weights of an export or checkpoint; where that has no discriminator a fresh one is used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        loss: TokenizerLoss,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
+        schedule: Schedule = Schedule(),  # noqa: B008
+        discriminator_optimizer: OptimizerSettings | None = None,
+        clip: float | None = 1.0,
+        accumulate: int = 1,
+        max_skipped: int = 10,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__(clip, accumulate, max_skipped)
+        self.tokenizer, self.loss = tokenizer, loss
+        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.discriminator_settings = discriminator_optimizer or optimizer
+        if init_from is not None:
+            init_tokenizer(init_from, tokenizer, loss.discriminator)
+
+    @property
+    def ema_target(self) -> nn.Module:
+        return self.tokenizer
+
+    @property
+    def discriminator(self) -> nn.Module | None:
+        return self.loss.discriminator
+
+    def make_players(self) -> list[Player]:
+        players = [
+            Player("tokenizer", trainable(self.tokenizer), self.optimizer_settings.make(self.tokenizer), self.schedule)
+        ]
+        if self.discriminator is not None:
+            optimizers = self.discriminator_settings.make(self.discriminator)
+            players.append(Player("discriminator", trainable(self.discriminator), optimizers, self.schedule))
+        return players
+
+    def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
+        images = batch["image"]
+        output = self.tokenizer(images)
+        terms = self.loss.generator_loss(images, output, self.updates, self.tokenizer.last_layer)
+        self.backward_and_step(self.players[0], terms.total)
+        self.log_terms("train", {"loss": terms.total, **terms.terms}, len(images))
+        if self.discriminator is not None and self.loss.adversarial_active(self.updates):
+            against = self.loss.discriminator_loss(images, output.reconstruction.detach(), self.updates)
+            self.backward_and_step(self.players[1], against.total)
+            self.log_terms("train", against.terms, len(images))
+        self.finish_batch()
+        return {"tokens": output.tokens}
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
+        images = batch["image"]
+        tokens = self.tokenizer.encode(images)
+        reconstruction = self.tokenizer.decode(tokens)
+        error = (reconstruction.float().clamp(-1, 1) - images) / 2
+        psnr = -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10().mean()
+        self.log_terms("val", {"psnr": psnr, "l1": 2 * error.abs().mean()}, len(images))
+        return {"tokens": tokens, "reconstruction": reconstruction}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[HEADER_KEY] = checkpoint_header(self.tokenizer, discriminator=self.discriminator)

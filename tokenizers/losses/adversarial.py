@@ -1,0 +1,37 @@
+"""Adversarial losses: hinge, non-saturating and vanilla; the adaptive weight of VQGAN (arXiv 2012.09841, equation 7).
+
+The official LlamaGen code swaps the arguments of its non-saturating losses; these have them the right way round.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Kind = Literal["hinge", "non_saturating"]
+DiscriminatorKind = Literal["hinge", "vanilla", "non_saturating"]
+
+
+def generator_adversarial(fake: Tensor, kind: Kind = "hinge") -> Tensor:
+    """What the generator side minimises, of discriminator logits on its images."""
+    return -fake.float().mean() if kind == "hinge" else F.softplus(-fake.float()).mean()
+
+
+def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKind = "hinge") -> Tensor:
+    """What the discriminator minimises, of its logits on real and generated images.
+
+    `vanilla` is `non_saturating` halved, as in taming-transformers.
+    """
+    real, fake = real.float(), fake.float()
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    total = F.softplus(-real).mean() + F.softplus(fake).mean()
+    return 0.5 * total if kind == "vanilla" else total
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + 1e-4), clamped to [0, 1e4]."""
+    (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (rec.norm() / (adv.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -1,0 +1,100 @@
+"""LPIPS (arXiv 1801.03924): distance of VGG-16 features, as a frozen loss whose weights are injected.
+
+The VGG-16 weights (ImageNet classification, torchvision's `vgg16`) come from a path; the small linear heads ship with
+torchmetrics. Always in eval mode: the official LlamaGen training leaves dropout on the feature differences switched on,
+which is not copied.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessellar.errors import UserError
+from tessellar.interop.weights import load_strict, read_pickle, read_safetensors
+
+CHANNELS = (64, 128, 256, 512, 512)
+LAYERS = (2, 2, 3, 3, 3)  # convolutions before each read-out
+MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for inputs in [-1, 1]
+
+
+class VGGFeatures(nn.Module):
+    """VGG-16's convolutions; features after relu1_2, 2_2, 3_3, 4_3, 5_3. Keys as torchvision's `features`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.reads: list[int] = []
+        previous = 3
+        for width, count in zip(CHANNELS, LAYERS, strict=True):
+            for _ in range(count):
+                layers += [nn.Conv2d(previous, width, 3, padding=1), nn.ReLU()]
+                previous = width
+            self.reads.append(len(layers) - 1)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for number, layer in enumerate(self.features):
+            x = layer(x)
+            if number in self.reads:
+                outputs.append(x)
+        return outputs
+
+
+class LPIPS(nn.Module):
+    """Distance [B] of images [B, 3, H, W] in [-1, 1].
+
+    `vgg` is a path to torchvision's VGG-16 weights (.pth or .safetensors); `heads` to LPIPS's linear heads, by default
+    the ones inside torchmetrics. Raises UserError where a file is missing.
+    """
+
+    def __init__(self, vgg: str, heads: str | None = None) -> None:
+        super().__init__()
+        self.backbone = VGGFeatures()
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in CHANNELS)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        self._load(Path(vgg), Path(heads) if heads else _bundled_heads())
+        self.eval().requires_grad_(False)
+
+    def _load(self, vgg: Path, heads: Path) -> None:
+        if not vgg.is_file():
+            raise UserError(
+                f"the perceptual loss needs torchvision's VGG-16 weights; there is no file {vgg}. Give their path, or "
+                "set the perceptual weight to 0"
+            )
+        state = {k: v for k, v in _read(vgg).items() if k.startswith("features.")}
+        load_strict(self.backbone, state, str(vgg))
+        lines = {f"{k.split('.')[0].removeprefix('lin')}.weight": v for k, v in _read(heads).items()}
+        load_strict(self.heads, lines, str(heads))
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        ours, theirs = (self.backbone((x - self.mean) / self.std) for x in (images, reconstruction))
+        total = images.new_zeros(len(images))
+        for a, b, head in zip(ours, theirs, self.heads, strict=True):
+            total = total + head((_unit(a) - _unit(b)).square()).mean(dim=(1, 2, 3))
+        return total
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1, eps=1e-10)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def _bundled_heads() -> Path:
+    spec = find_spec("torchmetrics")
+    assert spec is not None and spec.origin is not None, "torchmetrics is a dependency of this package"
+    return Path(spec.origin).parent / "functional/image/lpips_models/vgg.pth"

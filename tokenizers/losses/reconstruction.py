@@ -1,0 +1,32 @@
+"""Pixel losses: L1, L2 and the L1 of image gradients, which keeps edges that the other two blur."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Weights of the pixel losses; each is a mean over all elements of images [B, 3, H, W] in [-1, 1]."""
+
+    l1: float = 0.0
+    l2: float = 1.0
+    gradient: float = 0.0
+
+    def __call__(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Named losses, not weighted; those of weight 0 are left out."""
+        error = reconstruction.float() - images.float()
+        terms = {}
+        if self.l1:
+            terms["l1"] = error.abs().mean()
+        if self.l2:
+            terms["l2"] = F.mse_loss(reconstruction.float(), images.float())
+        if self.gradient:
+            terms["gradient"] = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return terms
+
+    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of the terms."""
+        weights = {"l1": self.l1, "l2": self.l2, "gradient": self.gradient}
+        return sum((weights[name] * value for name, value in terms.items()), next(iter(terms.values())).new_zeros(()))
