@@ -18,6 +18,12 @@ from tessellar.tokenizers.base import Tokenizer
 HEADER_KEY = "tessellar"
 FORMAT = 1
 PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
+# Where our training modules keep the parts in their state dicts, and which module the EMA callback averages.
+PREFIXES = {
+    "tokenizer": {"tokenizer": "tokenizer.", "discriminator": "loss.discriminator."},
+    "generator": {part: f"model.{part}." for part in ("tokenizer", "generator", "conditioner")},
+}
+AVERAGED = {"tokenizer": "tokenizer.", "generator": "model.generator."}
 REQUIRED = {"tokenizer": ("tokenizer",), "generator": ("tokenizer", "generator", "conditioner")}
 
 
@@ -29,15 +35,15 @@ def describe_model(
 ) -> dict[str, Any]:
     """Format, kind and part configs, plain data; what exports and checkpoint headers hold.
 
-    The kind is `generator` where a generator is given (its conditioner is needed then), else `tokenizer`.
+    The kind is `generator` where a generator is given (its conditioner is needed then), else `tokenizer`. A
+    discriminator that is not Configured cannot be rebuilt, so it is left out.
     """
     assert (generator is None) == (conditioner is None), "a generator and its conditioner come together"
     kind = "tokenizer" if generator is None else "generator"
     modules = dict(zip(PARTS, (tokenizer, generator, conditioner, discriminator), strict=True))
     described: dict[str, Any] = {"format": FORMAT, "kind": kind}
     for part, module in modules.items():
-        if module is not None:
-            assert isinstance(module, Configured), f"{part} must be Configured to be written down"
+        if isinstance(module, Configured):
             described[part] = module.config
     return described
 
@@ -66,20 +72,29 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     return config
 
 
-def checkpoint_tensors(content: dict[str, Any], kind: str, raw: bool, where: str) -> tuple[dict[str, Tensor], str]:
+def checkpoint_tensors(
+    content: dict[str, Any], description: dict[str, Any], raw: bool, where: str
+) -> tuple[dict[str, Tensor], str]:
     """Tensors of a Lightning checkpoint under their part's prefix, and which weights they are: `ema` or `raw`.
 
-    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for.
+    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for. What belongs to no
+    part (losses, metrics) is left out.
     """
-    state = content.get("state_dict")
+    state, kind = content.get("state_dict"), description["kind"]
     if not isinstance(state, dict):
         raise UserError(f"{where} has no state_dict")
     averages = {} if raw else _averages(content)
-    merged = {**state, **averages}
-    prefix = "model." if kind == "generator" else ""
-    tensors = {name.removeprefix(prefix): t for name, t in merged.items() if name.startswith(prefix)}
-    return {n: t for n, t in tensors.items() if n.split(".")[0] in PARTS}, "ema" if averages else "raw"
+    merged = {**state, **{AVERAGED[kind] + name: tensor for name, tensor in averages.items()}}
+    tensors = {}
+    for part, prefix in PREFIXES[kind].items():
+        if part in description:
+            of_part = {name.removeprefix(prefix): t for name, t in merged.items() if name.startswith(prefix)}
+            tensors |= {f"{part}.{name}": tensor for name, tensor in of_part.items()}
+    return tensors, "ema" if averages else "raw"
 
 
 def _averages(content: dict[str, Any]) -> dict[str, Tensor]:
-    return {}
+    """What the EMA callback saved, names relative to the module that it averages; empty without one."""
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    return next((state["average"] for state in states if isinstance(state, dict) and "average" in state), {})

@@ -62,7 +62,7 @@ def _export(
     overwrite: bool,
 ) -> Path:
     folder, record = Path(folder), record or Record()
-    modules = {part: module for part, module in parts.items() if module is not None}
+    modules = {part: module for part, module in parts.items() if module is not None and part in description}
     description = {**description, "record": record.as_dict()}
     tensors = flatten(modules)
     with staged_folder(folder, WEIGHTS, overwrite) as stage:

@@ -179,7 +179,7 @@ def _read_checkpoint(path: Path, raw: bool) -> Source:
     if not isinstance(content, dict) or HEADER_KEY not in content:
         raise UserError(f"{path} is not a checkpoint of this project's training: it does not describe its model")
     description = _description(content[HEADER_KEY], path)
-    tensors, weights = checkpoint_tensors(content, description["kind"], raw, str(path))
+    tensors, weights = checkpoint_tensors(content, description, raw, str(path))
     steps = content.get("global_step")
     record = {"weights": weights, "steps": steps} if isinstance(steps, int) else {"weights": weights}
     return Source(str(path), {**description, "record": record}, tensors, weights)

@@ -100,6 +100,11 @@ def test_an_export_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_discriminator_that_cannot_be_rebuilt_is_left_out(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    folder = export_tokenizer(tokenizer(), tmp_path / "vq", discriminator=nn.Conv2d(3, 1, 4))
+    assert fingerprint(tessellar.load(folder)) == fingerprint(tokenizer())
+
+
 class Twins(Quantizer):
     """Only to give a module two names for one tensor."""
 

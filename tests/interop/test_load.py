@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -11,32 +12,72 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tessellar
+from tessellar.callbacks.ema import EMA
 from tessellar.errors import UserError
 from tessellar.interop import load as loading
 from tessellar.interop.card import Record
-from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
 from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.interop.load import init_generator, init_tokenizer, load_generator, load_tokenizer, read_source
 from tessellar.interop.weights import fingerprint
 from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.vit_vq import ViTVQ
+from tessellar.training.generator_module import GeneratorModule
+from tessellar.training.tokenizer_module import TokenizerModule
 
 MakeTokenizer = Callable[..., ViTVQ]
 MakeGenerator = Callable[..., ImageGenerator]
 
 
-def checkpoint(path: Path, model: ImageGenerator) -> Path:
-    header = checkpoint_header(model.tokenizer, model.generator, model.conditioner)
-    state = {f"model.{k}": t for k, t in model.state_dict().items()}
-    torch.save({"state_dict": state, "global_step": 7, HEADER_KEY: header}, path)
+def checkpoint(module: L.LightningModule, path: Path, ema: EMA | None = None) -> Path:
+    """As Lightning saves one of our training modules."""
+    content: dict = {"state_dict": module.state_dict(), "global_step": 7, "callbacks": {}}
+    if ema is not None:
+        content["callbacks"] = {ema.state_key: ema.state_dict()}
+    module.on_save_checkpoint(content)
+    torch.save(content, path)
     return path
 
 
-def test_checkpoint_without_averages_gives_its_weights(tmp_path: Path, generator: MakeGenerator) -> None:
-    path = checkpoint(tmp_path / "last.ckpt", generator())
-    source = read_source(path)
-    assert source.weights == "raw" and source.record.steps == 7
-    assert fingerprint(tessellar.load(path)) == fingerprint(generator())
+def averaged(module: nn.Module) -> EMA:
+    """A callback whose average is twice the weights."""
+    ema = EMA()
+    ema.average = {name: t * 2 if t.is_floating_point() else t for name, t in module.state_dict().items()}
+    return ema
+
+
+def test_checkpoint_of_a_generator(tmp_path: Path, generator: MakeGenerator) -> None:
+    ours = generator()
+    module = GeneratorModule(ours.tokenizer, lambda _: ours.generator, ours.conditioner)
+    plain = checkpoint(module, tmp_path / "plain.ckpt")
+    assert read_source(plain).weights == "raw" and read_source(plain).record.steps == 7
+    assert fingerprint(tessellar.load(plain)) == fingerprint(ours)
+    both = checkpoint(module, tmp_path / "both.ckpt", averaged(ours.generator))
+    assert read_source(both).weights == "ema" and read_source(both, raw=True).weights == "raw"
+    loaded, raw = load_generator(both), load_generator(both, raw=True)
+    assert fingerprint(raw) == fingerprint(ours)
+    assert fingerprint(loaded.tokenizer) == fingerprint(ours.tokenizer)
+    assert torch.equal(loaded.generator.state_dict()["norm.weight"], 2 * ours.generator.state_dict()["norm.weight"])
+
+
+def test_checkpoint_of_a_tokenizer(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    ours, critic = tokenizer(), PatchGAN(4, 1)
+    module = TokenizerModule(ours, TokenizerLoss(perceptual_weight=0, discriminator=critic))
+    path = checkpoint(module, tmp_path / "last.ckpt", averaged(ours))
+    assert fingerprint(tessellar.load(path, raw=True)) == fingerprint(ours)
+    loaded = load_tokenizer(path)
+    assert torch.equal(loaded.state_dict()["smooth.weight"], 2 * ours.state_dict()["smooth.weight"])
+    fresh = PatchGAN(4, 1)
+    init_tokenizer(path, tokenizer(1), fresh)
+    assert fingerprint(fresh) == fingerprint(critic)
+
+
+def test_checkpoint_with_a_discriminator_that_cannot_be_rebuilt(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+    module = TokenizerModule(tokenizer(), TokenizerLoss(perceptual_weight=0, discriminator=nn.Conv2d(3, 1, 4)))
+    source = read_source(checkpoint(module, tmp_path / "last.ckpt"))
+    assert "discriminator" not in source.description and source.state("discriminator") == {}
+    assert fingerprint(tessellar.load(source.where)) == fingerprint(tokenizer())
 
 
 def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
