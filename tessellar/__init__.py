@@ -1,9 +1,9 @@
 """tessellar: image tokenizers and autoregressive image generators behind one layout and one protocol.
 
-`tessellar/tokenizers` and `tessellar/models` are symbolic links to the folders of the same name at the checkout's root, so
-that those can be read and edited there without shadowing Hugging Face's package `tokenizers`. git, wheels and sdists carry
-them; a zip download, or a checkout on Windows without `core.symlinks`, may turn the links into small text files. Then this
-package cannot be imported from that folder: clone with symbolic links enabled, or install the wheel.
+`tessellar/tokenizers` and `tessellar/models` are symbolic links to the folders of the same name at the checkout's root,
+where they can be read and edited without shadowing Hugging Face's package `tokenizers`. git, wheels and sdists carry
+them; a zip download, or a checkout on Windows without `core.symlinks`, may turn the links into small text files. Then
+this package cannot be imported from that folder: clone with symbolic links enabled, or install the wheel.
 
 Importing this package imports nothing heavy; `tessellar.load` imports torch when it is called.
 """
@@ -32,8 +32,8 @@ def _check_links(package: Path) -> None:
     broken = [name for name in ("tokenizers", "models") if (package / name).is_file()]
     if broken:
         raise ImportError(
-            f"{package / broken[0]} should be a symbolic link but is a text file, as zip downloads and Windows checkouts "
-            "make it: clone with symbolic links enabled (git config core.symlinks true), or install the wheel"
+            f"{package / broken[0]} should be a symbolic link but is a text file, as zip downloads and Windows "
+            "checkouts make it: clone with symbolic links enabled (git config core.symlinks true), or install the wheel"
         )
 
 

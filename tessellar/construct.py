@@ -28,7 +28,7 @@ class Configured:
     @property
     def config(self) -> dict[str, Any]:
         """`{"class_path": ..., "init_args": {...}}`, JSON-able; `build(config)` makes an equal object."""
-        return {"class_path": class_path(type(self)), "init_args": self._config}
+        return {"class_path": class_path(type(self)), "init_args": self.__dict__.get("_config", {})}
 
 
 def _recording(init: Any) -> Any:

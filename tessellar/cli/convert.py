@@ -15,9 +15,10 @@ from torch import nn
 from tessellar.cli.functions import run_functions
 from tessellar.errors import UserError
 from tessellar.interop.card import Record
-from tessellar.interop.export import export_generator, export_tokenizer
+from tessellar.interop.export import WEIGHTS, export_generator, export_tokenizer
 from tessellar.interop.load import assemble, read_source
 from tessellar.interop.official import import_model
+from tessellar.interop.staging import check_target
 from tessellar.interop.verify import Report, UnknownSystem, verify
 from tessellar.interop.weights import fingerprint
 from tessellar.pipeline import ImageGenerator
@@ -48,9 +49,9 @@ def import_official(
         license: license of the weights, for the card
         overwrite: replace an older export
     """
+    _check_out(out, overwrite)
     record = Record(title=Path(file).stem, weights="official", source=Path(file).name, license=license)
-    model = import_model(system, file, tokenizer, image_size, num_heads, key)
-    _export(model, _required(out), record, overwrite)
+    _export(import_model(system, file, tokenizer, image_size, num_heads, key), out, record, overwrite)
 
 
 def export(
@@ -77,13 +78,14 @@ def export(
         metrics: JSON record of an evaluation, for the card
         overwrite: replace an older export
     """
+    _check_out(out, overwrite)
     source = read_source(checkpoint, raw=raw)
     given = {"title": title, "data": data, "license": license, "metrics": _metrics(metrics)}
     record = replace(source.record, **{name: value for name, value in given.items() if value})
     kept = source.build("discriminator") if discriminator and "discriminator" in source.description else None
     if discriminator and kept is None:
         raise UserError(f"{checkpoint} has no discriminator")
-    _export(assemble(source), _required(out), record, overwrite, kept)
+    _export(assemble(source), out, record, overwrite, kept)
 
 
 def verify_recordings(folders: list[str], case: list[str] | None = None, json: bool = False) -> int:
@@ -163,10 +165,11 @@ def _export(
     print(f"wrote {out}")
 
 
-def _required(out: str) -> str:
+def _check_out(out: str, overwrite: bool) -> None:
+    """Before the work, not after it."""
     if not out:
         raise UserError("say where to write: --out FOLDER")
-    return out
+    check_target(Path(out), WEIGHTS, overwrite)
 
 
 def _metrics(path: str | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ from tessellar.errors import UserError
 from tessellar.interop import llamagen
 from tessellar.interop.importer import read_official
 from tessellar.interop.load import load_tokenizer
+from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner, FeatureConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
@@ -67,5 +68,5 @@ def _resized(tokenizer: Tokenizer, image_size: int) -> Tokenizer:
     if "image_size" not in config["init_args"]:
         raise UserError(f"{type(tokenizer).__name__} has no image_size to change")
     other = build({**config, "init_args": {**config["init_args"], "image_size": image_size}})
-    other.load_state_dict(tokenizer.state_dict())
+    load_strict(other, tokenizer.state_dict(), f"the tokenizer, at image size {image_size},")
     return other.eval()
