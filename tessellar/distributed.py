@@ -44,7 +44,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows [n_r, ...] of all ranks in the order of ranks, [sum n_r, ...]; ranks may differ in number, also have none."""
+    """Rows [n_r, ...] of all ranks in the order of ranks, [sum n_r, ...]; numbers may differ, also be 0."""
     if not is_distributed():
         return rows
     counts = [int(n) for n in all_gather(len(rows))]

@@ -1,8 +1,8 @@
 """PSNR, SSIM and LPIPS of reconstructions against their originals, summed over images and reduced once.
 
-Conventions, since papers differ: 8-bit pixels, data range 255; PSNR of each image, then the mean (not the PSNR of the mean
-error); SSIM with the 11 x 11 Gaussian window (arXiv and skimage's "gaussian_weights" agree, LlamaGen's skimage call with
-data_range 2 on [0, 1] pixels gives more); LPIPS in [-1, 1] with the given network.
+Conventions, since papers differ: 8-bit pixels, data range 255; PSNR of each image, then the mean (not the PSNR of the
+mean error); SSIM with the 11 x 11 Gaussian window of its authors, mean over channels (LlamaGen's table passes a data
+range of 2 for [0, 1] pixels, which gives higher values); LPIPS of pixels in [-1, 1] with the given network.
 """
 
 from typing import NamedTuple
@@ -58,12 +58,7 @@ class PairedSums:
         """Add pairs of uint8 images [B, 3, H, W]."""
         if images.shape != originals.shape:
             raise UserError(f"reconstructions are {tuple(images.shape)}, originals {tuple(originals.shape)}")
-        scores = [
-            torch.ones(len(images)),
-            psnr(images, originals),
-            ssim(images, originals),
-            self._lpips(images, originals),
-        ]
+        scores = [torch.ones(len(images)), *(score(images, originals) for score in (psnr, ssim, self._lpips))]
         self.sums += torch.stack([score.sum().cpu().double() for score in scores])
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Precision and recall by k-nearest-neighbour manifolds (arXiv 1904.06991), k = 3 as in the ADM suite.
 
-Precision: share of samples inside the ball of a reference image that reaches to its k-th neighbour; recall: the reverse.
-A model that memorises shows here: precision near 1 while recall stays low. Distances are taken in blocks of rows, in
-float64, of features centred on the reference, so no block size changes the result.
+Precision: share of samples inside the ball of a reference image that reaches to its k-th neighbour; recall: the
+reverse. A model that memorises few images shows here: precision near 1, recall low. Distances are taken in blocks of
+rows, in float64, of features centred on the reference, so no block size changes the result.
 """
 
 from collections.abc import Iterator

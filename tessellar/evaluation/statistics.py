@@ -1,7 +1,7 @@
 """Mean and covariance of features, summed in float64 while images pass by; memory does not grow with their number.
 
-Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which loses no digits where the mean is large
-against the spread, as plain sums of squares do. The covariance divides by N - 1, as numpy.cov and all FID scripts do.
+Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which loses no digits where the mean is
+large against the spread, as sums of squares do. The covariance divides by N - 1, as numpy.cov and all FID scripts do.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Moments:
 
 
 def rank_tolerance(eigenvalues: Tensor) -> Tensor:
-    """Below it, eigenvalues [D] of a covariance are rounding errors: their square roots would add up to a visible sum."""
+    """Eigenvalues [D] of a covariance below it are rounding errors; their roots would add up to a visible sum."""
     return eigenvalues.clamp(min=0).max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
 

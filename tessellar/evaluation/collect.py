@@ -1,0 +1,148 @@
+"""One pass over images: features, statistics, scores, reduced once over ranks. The reference and the samples take it.
+
+What grows with the number of images is 8 bytes each for a hash of the pixels, and, where KID or precision/recall need
+them, the features of at most `keep` images. Batches are re-cut to one size and the last is filled up, so that a network
+sees one shape and an image's features depend neither on its neighbours' number nor on the number of processes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessellar.distributed import all_reduce_sum, gather_rows
+from tessellar.errors import UserError
+from tessellar.evaluation.extractors import Extractor, Features
+from tessellar.evaluation.inception_score import InceptionScore, ScoreSums, SplitRule
+from tessellar.evaluation.paired import PairedScores, PairedSums
+from tessellar.evaluation.pixels import image_hashes, set_hash
+from tessellar.evaluation.sources import ImageBatch
+from tessellar.evaluation.statistics import FeatureStatistics, Moments
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What to collect besides mean and covariance; `keep` is the number of images whose features are kept."""
+
+    spatial: bool = False
+    score: SplitRule | None = None
+    keep: int = 0
+    accuracy: bool = False
+    paired: bool = False
+    lpips: nn.Module | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """A set of images as metrics see it, over all ranks; `features` [n, D] are in the order of the set."""
+
+    count: int
+    moments: Moments
+    spatial: Moments | None
+    features: Tensor | None
+    score: InceptionScore | None
+    accuracy: float | None
+    paired: PairedScores | None
+    image_hash: str
+    duplicates: int
+
+
+class Collector:
+    """State of one pass over `total` images; `update` with this rank's share, then `finish`."""
+
+    def __init__(self, extractor: Extractor, total: int, needs: Needs) -> None:
+        self.total, self.needs = total, needs
+        device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
+        if needs.spatial and extractor.spatial_dim is None:
+            raise UserError(f"{extractor.name} has no spatial features; only the Inception network serves for sFID")
+        self.statistics = FeatureStatistics(extractor.dim, device)
+        self.spatial = FeatureStatistics(extractor.spatial_dim or 0, device) if needs.spatial else None
+        self.score = ScoreSums.empty(total, extractor.num_classes, needs.score) if needs.score else None
+        self.paired = PairedSums(needs.lpips) if needs.paired else None
+        self.hits = torch.zeros(2, dtype=torch.float64)  # images whose class the network finds, images with a label
+        self.kept: list[tuple[Tensor, Tensor]] = [(torch.empty(0, extractor.dim), torch.empty(0, dtype=torch.int64))]
+        self.hashes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+
+    def update(self, batch: ImageBatch, features: Features) -> None:
+        """Add images with their features."""
+        self.statistics.update(features.features)
+        self.hashes.append(image_hashes(batch.images))
+        if self.spatial is not None and features.spatial is not None:
+            self.spatial.update(features.spatial)
+        if self.score is not None:
+            self.score.update(features.logits, batch.index)
+        if self.needs.keep:
+            rows = is_kept(batch.index, self.total, self.needs.keep)
+            self.kept.append((features.features.cpu()[rows], batch.index[rows]))
+        if self.needs.accuracy and batch.labels is not None:
+            found = features.logits.argmax(dim=1).cpu() == batch.labels.cpu()
+            self.hits += torch.tensor([int(found.sum()), len(found)])
+        if self.paired is not None and batch.originals is not None:
+            self.paired.update(batch.images, batch.originals)
+
+    def finish(self) -> Collected:
+        """Reduce over ranks; raises UserError where images are missing or came twice."""
+        statistics = self.statistics.reduce()
+        if statistics.count != self.total:
+            raise UserError(f"{self.total} images were announced, {statistics.count} came")
+        hashes = gather_rows(torch.cat(self.hashes))
+        right, labelled = all_reduce_sum(self.hits).tolist()
+        return Collected(
+            count=self.total,
+            moments=statistics.moments(),
+            spatial=self.spatial.reduce().moments() if self.spatial is not None else None,
+            features=self._features() if self.needs.keep else None,
+            score=self.score.compute() if self.score is not None else None,
+            accuracy=right / labelled if labelled else None,
+            paired=self.paired.compute() if self.paired is not None else None,
+            image_hash=set_hash(hashes),
+            duplicates=len(hashes) - len(hashes.unique()),
+        )
+
+    def _features(self) -> Tensor:
+        features, index = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+        return gather_rows(features)[gather_rows(index).argsort()]
+
+
+def is_kept(index: Tensor, total: int, keep: int) -> Tensor:
+    """Which of images `index` [B] are among `keep` ones evenly spread over `total`, bool [B]."""
+    return (index + 1) * keep // total > index * keep // total if keep < total else torch.ones_like(index).bool()
+
+
+def collect(batches: Iterable[ImageBatch], total: int, extractor: Extractor, needs: Needs, size: int = 64) -> Collected:
+    """Extract features of this rank's `batches` in batches of `size`; `total` counts the images of all ranks."""
+    collector = Collector(extractor, total, needs)
+    for batch in rebatch(batches, size):
+        count = len(batch.images)
+        filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))
+        output = extractor(filled)
+        collector.update(batch, Features(*(None if part is None else part[:count] for part in output)))  # type: ignore
+    return collector.finish()
+
+
+def rebatch(batches: Iterable[ImageBatch], size: int) -> Iterator[ImageBatch]:
+    """The same images in batches of `size`, the last one shorter."""
+    held: list[ImageBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(len(b.images) for b in held) >= size:
+            *whole, rest = _split(_join(held), size)
+            yield from whole
+            held = [rest]
+    if held:
+        yield from (part for part in _split(_join(held), size) if len(part.images))
+
+
+def _join(batches: list[ImageBatch]) -> ImageBatch:
+    if len({b.images.shape[1:] for b in batches}) > 1:
+        raise UserError(f"images differ in size: {', '.join(str(tuple(b.images.shape[2:])) for b in batches)}")
+    columns = zip(*batches, strict=True)
+    return ImageBatch(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def _split(batch: ImageBatch, size: int) -> list[ImageBatch]:
+    """Pieces of `size` images and the rest, which may be empty."""
+    bounds = range(0, len(batch.images) + 1, size)
+    return [ImageBatch(*(None if c is None else c[i : i + size] for c in batch)) for i in bounds]  # type: ignore[arg-type]

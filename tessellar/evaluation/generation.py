@@ -1,0 +1,106 @@
+"""Images that a model makes while they are measured: class-balanced or data-conditioned samples, and reconstructions.
+
+Sample i has seed `seed + i` and, class-conditional, label i mod C, whatever the number of ranks: 1 and 8 processes give
+the same set. Nothing is written to disk and no float image is kept.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessellar.data.dataset import ImageDataset, digest
+from tessellar.distributed import own_share
+from tessellar.errors import UserError
+from tessellar.evaluation.sources import ImageBatch, ImageSource
+from tessellar.images import from_uint8, to_uint8
+from tessellar.interop.weights import fingerprint
+from tessellar.models.conditioners import ClassConditioner
+from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.run import balanced_labels, sample_images
+from tessellar.sampling.settings import Sampling
+from tessellar.tokenizers.base import Tokenizer
+
+
+class GeneratedImages(ImageSource):
+    """`count` samples; without classes, sample i follows the caption of item i of `data` (again from 0 at its end)."""
+
+    def __init__(
+        self,
+        model: ImageGenerator,
+        count: int,
+        sampling: Sampling,
+        seed: int = 0,
+        data: ImageDataset | None = None,
+        precision: str = "float32",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.count, self.sampling, self.seed, self.precision = model, count, sampling, seed, precision
+        self.name, self.facts = "samples", facts or {}
+        self.data = data
+        classes = model.conditioner.num_classes if isinstance(model.conditioner, ClassConditioner) else None
+        self.labels = torch.tensor(balanced_labels(count, classes)) if classes else None
+        self.label_plan = "balanced" if classes else "data"
+        if classes is None and data is None:
+            raise UserError("this generator is conditioned on text: give --data, whose captions its samples follow")
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        if self.labels is None:
+            yield from self._captioned(batch_size)
+            return
+        share = own_share(self.count)
+        arguments = (self.model, self.labels.tolist(), self.sampling, self.seed, batch_size, self.precision, share)
+        for places, images in sample_images(*arguments):
+            index = torch.tensor(places)
+            yield ImageBatch(images, index, self.labels[index])
+
+    def _captioned(self, batch_size: int) -> Iterator[ImageBatch]:
+        """Conditions are made batch by batch: the features of 30,000 captions would not fit into memory."""
+        assert self.data is not None
+        device = next(self.model.parameters()).device.type
+        for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
+            batch: Any = self.data.batch((index % len(self.data)).tolist())
+            seeds = [self.seed + i for i in index.tolist()]
+            with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
+                tokens = self.model.sample_tokens(self.model.conditioner(batch), self.sampling, seeds)
+            yield ImageBatch(to_uint8(self.model.decode(tokens)).cpu(), index)
+
+    def fingerprint(self) -> str:
+        return digest(weights=fingerprint(self.model), **self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        made = {"sampling": self.sampling.describe(), "seed": self.seed, "precision": self.precision}
+        return {**super().describe(), **made, **self.facts}
+
+
+class Reconstructions(ImageSource):
+    """Images of another source through a tokenizer, each beside its original."""
+
+    def __init__(self, tokenizer: Tokenizer, originals: ImageSource, facts: dict[str, Any] | None = None) -> None:
+        self.tokenizer, self.originals, self.facts = tokenizer, originals, facts or {}
+        self.count, self.split, self.label_plan = originals.count, originals.split, originals.label_plan
+        self.name, self.warnings = f"reconstructions of {originals.name}", originals.warnings
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        device = next(self.tokenizer.parameters()).device
+        for batch in self.originals.batches(batch_size):
+            images = reconstruct(self.tokenizer, from_uint8(batch.images).to(device))
+            yield ImageBatch(to_uint8(images).cpu(), batch.index, batch.labels, batch.images)
+
+    def fingerprint(self) -> str:
+        return digest(weights=fingerprint(self.tokenizer), originals=self.originals.fingerprint())
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **self.facts}
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] through tokens and back, in eval mode; the tokenizer's mode is as before afterwards."""
+    mode = tokenizer.training
+    tokenizer.eval()
+    try:
+        return tokenizer.decode(tokenizer.encode(images))
+    finally:
+        tokenizer.train(mode)

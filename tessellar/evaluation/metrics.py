@@ -1,0 +1,105 @@
+"""From collected features to named numbers.
+
+Names carry their network: FID, sFID, IS and KID stand alone only for the published TF-compatible Inception weights
+with TensorFlow's resize, else FD(name), sFD(name), IS(name), KD(name). FID of fewer than 50,000 images carries N.
+"""
+
+from collections.abc import Iterable
+
+from tessellar.errors import UserError
+from tessellar.evaluation.collect import Collected, Needs
+from tessellar.evaluation.extractors import Extractor
+from tessellar.evaluation.frechet import frechet_distance
+from tessellar.evaluation.inception_score import SplitRule
+from tessellar.evaluation.kid import kernel_distance
+from tessellar.evaluation.lpips import load_lpips
+from tessellar.evaluation.precision_recall import precision_recall
+from tessellar.evaluation.protocols import Metric
+from tessellar.evaluation.references import Reference
+
+FULL_COUNT = 50_000
+KEPT_SAMPLES = 50_000  # features kept for KID, precision and recall
+VERSIONS = {"fd": 1, "sfd": 1, "is": 1, "kid": 1, "pr": 1, "accuracy": 1, "paired": 1, "lpips": 1}
+"""Raised when a metric's value changes for the same images; part of a record's fingerprint."""
+
+
+def needs_of(metrics: Iterable[Metric], is_splits: SplitRule, lpips_weights: str | None = None) -> Needs:
+    """What one pass over the samples must collect."""
+    chosen = set(metrics)
+    return Needs(
+        spatial="sfd" in chosen,
+        score=is_splits if "is" in chosen else None,
+        keep=KEPT_SAMPLES if chosen & {"kid", "pr"} else 0,
+        accuracy="accuracy" in chosen,
+        paired=bool(chosen & {"paired", "lpips"}),
+        lpips=load_lpips(lpips_weights) if "lpips" in chosen else None,
+    )
+
+
+def distance_name(extractor: Extractor, count: int, reconstructions: bool = False) -> str:
+    """`FID`, `FID-10k`, `rFID`, `FD(name)`, `rFD(name)`."""
+    name = ("r" if reconstructions else "") + extractor.distance
+    if extractor.distance.startswith("FID") and count < FULL_COUNT:
+        return f"{name}-{count // 1000}k" if count % 1000 == 0 else f"{name}-{count}"
+    return name
+
+
+def named(metric: str, extractor: Extractor) -> str:
+    """`metric` for the network of FID, `metric(name)` for any other."""
+    short = {"sFID": "sFD", "KID": "KD"}.get(metric, metric)
+    return (
+        metric if extractor.distance == "FID" else f"{short}{extractor.distance.removeprefix('FD').removeprefix('FID')}"
+    )
+
+
+def measure(
+    samples: Collected, reference: Reference | None, extractor: Extractor, metrics: Iterable[Metric]
+) -> dict[str, float]:
+    """Values by name, in the order of `metrics`; raises UserError where the reference lacks what a metric needs."""
+    values: dict[str, float] = {}
+    for metric in metrics:
+        values |= _values(metric, samples, reference, extractor)
+    return values
+
+
+def _values(metric: Metric, samples: Collected, reference: Reference | None, extractor: Extractor) -> dict[str, float]:
+    match metric:
+        case "fd":
+            name = distance_name(extractor, samples.count, samples.paired is not None)
+            return {name: frechet_distance(samples.moments, _needed(reference, metric).moments)}
+        case "sfd":
+            spatial = _needed(reference, metric).spatial
+            if spatial is None or samples.spatial is None:
+                raise UserError("the reference has no spatial statistics (mu_s, sigma_s), which sFID needs")
+            return {named("sFID", extractor): frechet_distance(samples.spatial, spatial)}
+        case "is" if samples.score is not None:
+            name = named("IS", extractor)
+            return {name: samples.score.mean, f"{name} std": samples.score.std}
+        case "kid" | "pr":
+            return _neighbour_values(metric, samples, _needed(reference, metric), extractor)
+        case "accuracy":
+            if samples.accuracy is None:
+                raise UserError("class accuracy needs the labels of the samples (arr_1 in an npz, or a folder a class)")
+            return {"accuracy": samples.accuracy}
+        case "paired" if samples.paired is not None:
+            return {"PSNR": samples.paired.psnr, "SSIM": samples.paired.ssim}
+        case "lpips" if samples.paired is not None and samples.paired.lpips is not None:
+            return {"LPIPS": samples.paired.lpips}
+    raise UserError(f"metric {metric!r} cannot be taken of these samples")
+
+
+def _neighbour_values(metric: str, samples: Collected, reference: Reference, extractor: Extractor) -> dict[str, float]:
+    if samples.features is None or reference.features is None:
+        raise UserError(f"the reference {reference.name} has statistics only; {metric} needs its images or features")
+    features = (samples.features.to(extractor.device), reference.features.to(extractor.device))
+    if metric == "kid":
+        kid, name = kernel_distance(*features), named("KID", extractor)
+        return {name: kid.mean, f"{name} std": kid.std}
+    both = precision_recall(*features)
+    return {named("precision", extractor): both.precision, named("recall", extractor): both.recall}
+
+
+def _needed(reference: Reference | None, metric: str) -> Reference:
+    if reference is None:
+        raise UserError(f"metric {metric!r} compares with a reference; give --reference")
+    return reference

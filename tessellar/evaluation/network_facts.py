@@ -1,0 +1,63 @@
+"""What must be known about a timm classifier to measure with it, kept in its file's metadata or in the table below."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from tessellar.errors import UserError
+
+PURPOSE = "evaluator"
+KEY = "tessellar.evaluator"
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """A timm network and its input.
+
+    `arch` and `options` go to `timm.create_model`; images are brought to `image_size` by `resize` ("none": they must
+    have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came about.
+    """
+
+    name: str
+    arch: str
+    num_classes: int
+    image_size: tuple[int, int]
+    resize: Literal["none", "clean-bicubic", "tf1-bilinear"] = "none"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Metadata of a safetensors file, by which it describes itself."""
+        return {"format": "pt", "purpose": PURPOSE, KEY: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], path: Path) -> "NetworkFacts":
+        """Inverse of `to_metadata`; raises UserError, naming the file, where the metadata says nothing."""
+        if KEY not in metadata:
+            raise UserError(
+                f"{path} does not say what network it holds; describe it: --network.name NAME --network.arch ARCH "
+                "--network.num_classes N --network.image_size '[H,W]'"
+            )
+        try:
+            content = json.loads(metadata[KEY])
+            known: dict[str, Any] = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+            tuples: dict[str, Any] = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+            return cls(**(known | tuples))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"the metadata of {path} cannot be read: {error}") from error
+
+
+PUBLISHED = {
+    "43f238abeabdb286f702debb9ca403307f25d4f5c942d9994bc2d5abc7b0ef1c": NetworkFacts(
+        name="fmnist-resnet10t",
+        arch="resnet10t",
+        num_classes=10,
+        image_size=(32, 32),
+        options={"in_chans": 3, "output_stride": 8},
+        training={"data": "Fashion-MNIST, 28 x 28 zero-padded to 32 x 32", "test_accuracy": 0.9115},
+    ),
+}
+"""Published networks whose files carry no metadata, by the SHA-256 of the file."""

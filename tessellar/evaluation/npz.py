@@ -1,0 +1,81 @@
+"""npz files: one array as a stream of rows in constant memory, small arrays at once, and atomic writing. No pickle."""
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from tessellar.errors import UserError
+from tessellar.interop.weights import require_file
+
+_UNREADABLE = (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError)
+
+
+class Rows(NamedTuple):
+    """An open array: `shape` and `dtype` from its header, `stream` at its first value."""
+
+    stream: IO[bytes]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` rows."""
+        size = count * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        content = self.stream.read(size)
+        if len(content) < size:
+            raise EOFError("the array ends early")
+        return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:]).copy()
+
+
+def names(path: Path) -> set[str]:
+    """Names of the arrays in an npz file; raises UserError if it is none."""
+    require_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is not an npz file ({error})") from error
+
+
+@contextmanager
+def open_rows(path: Path, name: str) -> Iterator[Rows]:
+    """The array `name` of an npz file as a stream of rows; raises UserError for a damaged or foreign file."""
+    if name not in names(path):
+        raise UserError(f"{path} holds no array {name!r}; it holds {', '.join(sorted(names(path)))}")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = header[version](stream)
+            if dtype.hasobject or fortran:
+                raise ValueError(f"{name} is not a plain array in C order")
+            yield Rows(stream, shape, dtype)
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is truncated or not readable ({error})") from error
+
+
+def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+    """Small arrays by our name, each under the first of its possible names that the file holds; others are left out."""
+    present = names(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {ours: next((n for n in theirs if n in present), None) for ours, theirs in wanted.items()}
+            return {ours: archive[name] for ours, name in found.items() if name is not None}
+    except _UNREADABLE as error:
+        raise UserError(f"{path} is truncated or not readable ({error})") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz so that readers see either nothing or the whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

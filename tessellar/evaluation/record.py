@@ -1,0 +1,124 @@
+"""One JSON record an evaluation: the numbers, everything that made them, and a fingerprint of what must agree.
+
+Two numbers are comparable iff the fingerprints of their records are equal. It covers the network, the reference, the
+number of samples, the label plan, the protocol and the versions of the metrics; not the model, its sampling settings or
+the seeds, which are what one wants to compare.
+"""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tessellar.data.dataset import digest
+from tessellar.errors import UserError
+
+Record = dict[str, Any]
+PACKAGES = ("tessellar", "torch", "timm", "torch-fidelity", "torchmetrics", "numpy")
+
+
+def make_record(
+    metrics: dict[str, float],
+    comparable: dict[str, Any],
+    samples: dict[str, Any],
+    reference: dict[str, Any] | None,
+    warnings: list[str],
+    seconds: float,
+) -> Record:
+    """The record of an evaluation; `comparable` holds what must agree with another record."""
+    return {
+        "metrics": metrics,
+        "samples": samples,
+        "reference": reference,
+        "comparable": comparable,
+        "fingerprint": digest(**comparable),
+        "warnings": warnings,
+        "seconds": round(seconds, 1),
+        "code": {"commit": commit(), "versions": versions()},
+    }
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this file belongs to, "+changes" if it was edited; None outside a checkout."""
+    here = Path(__file__).resolve()
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    head = _git(here.parent, "rev-parse", "HEAD") if tracked else None
+    edited = head and _git(here.parent, "status", "--porcelain", "--untracked-files=no", ":/")
+    return f"{head}+changes" if edited else head
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a metric's value may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def write_record(record: Record, path: str | Path) -> None:
+    """Write a record as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(path: str | Path) -> Record:
+    """Inverse of `write_record`; raises UserError for a file that is no record."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and {"metrics", "comparable", "fingerprint"} <= set(record):
+            return record
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    raise UserError(f"{path} is not a record of an evaluation")
+
+
+def differences(a: Record, b: Record) -> list[str]:
+    """What keeps two records from being comparable, one line each; empty if their fingerprints are equal."""
+    if a["fingerprint"] == b["fingerprint"]:
+        return []
+    ours, theirs = _flat(a["comparable"]), _flat(b["comparable"])
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    return [f"{key}: {ours.get(key)} / {theirs.get(key)}" for key in keys]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def summary(record: Record) -> str:
+    """One line: `FD(fmnist-resnet10t) 2.23  accuracy 0.920  (N=10000, reference=fashion-mnist train 60000)`."""
+    values = "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+    reference = record["reference"]
+    against = f", reference={reference['name']} {reference['images'] or ''}".rstrip() if reference else ""
+    return f"{values}  (N={record['samples']['images']}{against})"
+
+
+def compare(a: Record, b: Record, names: tuple[str, str] = ("a", "b")) -> str:
+    """A table of the metrics of two records, headed by whether they are comparable, and if not, why."""
+    reasons = differences(a, b)
+    verdict = ["NOT comparable; these differ:", *(f"  {reason}" for reason in reasons)] if reasons else ["comparable"]
+    metrics = {**a["metrics"], **b["metrics"]}
+    width = max(map(len, metrics), default=0)
+    rows = [f"{name:{width}}  {_cell(a, name)}  {_cell(b, name)}" for name in metrics]
+    return "\n".join([*verdict, f"{'':{width}}  {names[0]:>12}  {names[1]:>12}", *rows])
+
+
+def _cell(record: Record, name: str) -> str:
+    return f"{record['metrics'][name]:12.5g}" if name in record["metrics"] else f"{'-':>12}"

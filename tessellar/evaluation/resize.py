@@ -1,0 +1,35 @@
+"""The resizers that published numbers used before their feature network; another resizer is another metric.
+
+`tf1-bilinear`: TensorFlow 1's bilinear without half-pixel centres (ADM, torch-fidelity, arXiv 1706.08500).
+`clean-bicubic`: Pillow's antialiased bicubic on each channel as float, not rounded (clean-fid, arXiv 2104.11222).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+Resizer = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+def tf1_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [B, 3, H, W] to float32 [B, 3, *size] in [0, 255]."""
+    if images.shape[-2:] == size:
+        return images.float()
+    return interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=size, align_corners=False)
+
+
+def clean_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [B, 3, H, W] to float32 [B, 3, *size] in [0, 255]."""
+    channels = rearrange(images.cpu().numpy().astype(np.float32), "b c h w -> (b c) h w")
+    shape = (size[1], size[0])
+    resized = [np.asarray(Image.fromarray(c).resize(shape, Image.Resampling.BICUBIC)) for c in channels]
+    stacked = rearrange(torch.from_numpy(np.stack(resized)), "(b c) h w -> b c h w", b=len(images))
+    return stacked.clamp(0, 255).to(images.device)
+
+
+RESIZERS: dict[str, Resizer] = {"tf1-bilinear": tf1_bilinear, "clean-bicubic": clean_bicubic}

@@ -1,0 +1,224 @@
+"""Where images to measure come from: a folder of PNG files, an ADM npz, a data set. A model that samples is another
+source (`generation.py`).
+
+A source yields this rank's share in batches of uint8 images with their place in the set; over all ranks every image
+comes exactly once. Its fingerprint is quick to compute and serves as a cache key.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tessellar.data.batch import collate
+from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.image_file import read_image
+from tessellar.data.image_folder import list_folder
+from tessellar.distributed import own_share, rank, world_size
+from tessellar.errors import UserError
+from tessellar.evaluation import npz
+from tessellar.images import to_uint8
+
+LOSSY = (".jpg", ".jpeg", ".webp")
+SAMPLE_NAME = re.compile(r"\d+_\d+\.png")
+MADE_KEYS = ("model", "weights", "fingerprint", "sampling", "seed", "precision")  # of `sample.py`'s record
+
+
+class ImageBatch(NamedTuple):
+    """uint8 `images` [B, 3, H, W], their place `index` [B] in the set, `labels` [B], `originals` if reconstructed."""
+
+    images: Tensor
+    index: Tensor
+    labels: Tensor | None = None
+    originals: Tensor | None = None
+
+
+class ImageSource(ABC):
+    """`name` and `split` are for records, `label_plan` says how labels were chosen, `warnings` what to be wary of."""
+
+    name: str
+    count: int
+    split: str | None = None
+    label_plan: str = "unknown"
+    warnings: tuple[str, ...] = ()
+
+    @abstractmethod
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        """This rank's images, in order."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the images change."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for records: where the images come from and how they were made."""
+        return {"name": self.name, "images": self.count, "labels": self.label_plan}
+
+
+def label_plan_of(labels: Tensor | None) -> str:
+    """ "balanced" if the classes present in `labels` [N] are equally frequent, up to one image."""
+    if labels is None:
+        return "unknown"
+    counts = labels.unique(return_counts=True)[1]
+    return "balanced" if int(counts.max() - counts.min()) <= 1 else "uneven"
+
+
+class DatasetImages(ImageSource):
+    """Images of a data set: all, or `limit` of them evenly spread over it (so that sorted classes stay balanced)."""
+
+    label_plan = "data"
+
+    def __init__(
+        self, dataset: ImageDataset, name: str, split: str | None = None, limit: int | None = None, num_workers: int = 0
+    ) -> None:
+        if limit is not None and not 1 <= limit <= len(dataset):
+            raise UserError(f"{limit} images were asked of {name}, which has {len(dataset)}")
+        self.dataset, self.num_workers = dataset, num_workers
+        self.count = limit or len(dataset)
+        self.name = name if split is None else f"{name} {split}"
+        self.split = split
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        places = list(own_share(self.count))
+        rows = [place * len(self.dataset) // self.count for place in places]
+        loader = DataLoader(
+            self.dataset,
+            batch_size=batch_size,
+            sampler=rows,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
+        )
+        for batch, first in zip(loader, range(0, len(places), batch_size), strict=True):
+            index = torch.tensor(places[first : first + batch_size])
+            yield ImageBatch(to_uint8(batch["image"]), index, batch.get("label"))
+
+    def fingerprint(self) -> str:
+        return digest(dataset=self.dataset.fingerprint(), count=self.count)
+
+
+class FolderImages(ImageSource):
+    """PNG files in one folder, or in one sub-folder a class; of a folder that `sample.py` wrote, its samples.
+
+    Lossy files are refused as samples, since their artefacts are measured too (2.5 points of FID in mage#8); as a
+    reference they give a warning.
+    """
+
+    def __init__(self, root: str | Path, as_samples: bool = True) -> None:
+        self.root = Path(root)
+        self.name = self.root.resolve().name
+        self.made = made_by(self.root)
+        self.files, self.labels = _sampled_files(self.root) if self.made else _listed_files(self.root)
+        self.count = len(self.files)
+        self.label_plan = label_plan_of(self.labels)
+        lossy = [file for file in self.files if Path(file).suffix.lower() in LOSSY]
+        if lossy and as_samples:
+            raise UserError(
+                f"{self.root / lossy[0]} is compressed with loss, which a distance measures too: save samples as PNG, "
+                "or as uint8 in an npz"
+            )
+        if lossy:
+            self.warnings = (f"{len(lossy)} images of the reference {self.name} are JPEG or WebP, with artefacts",)
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
+            images = [self._read(i) for i in index.tolist()]
+            if len({image.shape for image in images}) > 1:
+                raise UserError(f"images in {self.root} differ in size; measure one size, or crop: --size N")
+            yield ImageBatch(torch.stack(images), index, None if self.labels is None else self.labels[index])
+
+    def _read(self, i: int) -> Tensor:
+        image = np.array(read_image(self.root / self.files[i]))
+        return rearrange(torch.from_numpy(image), "h w c -> c h w")
+
+    def fingerprint(self) -> str:
+        stats = [(self.root / file).stat() for file in self.files]
+        return digest(
+            set="folder", files=[(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats, strict=True)]
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **self.made}
+
+
+def made_by(folder: Path) -> dict[str, Any]:
+    """How `sample.py` made the images of a folder, as its record says; empty where there is none."""
+    path = folder / "samples.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {key: record[key] for key in MADE_KEYS if key in record}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _sampled_files(root: Path) -> tuple[list[str], Tensor]:
+    """Files `<index>_<class>.png` of `sample.py`, and their classes; its grid is no sample."""
+    found = sorted(file.name for file in root.iterdir() if SAMPLE_NAME.fullmatch(file.name))
+    if not found:
+        raise UserError(f"{root} holds a samples.json but no images <index>_<class>.png; measure its samples.npz")
+    return found, torch.tensor([int(Path(name).stem.split("_")[1]) for name in found])
+
+
+def _listed_files(root: Path) -> tuple[list[str], Tensor | None]:
+    """All images, with labels where there are several classes; folders named by numbers are those classes."""
+    listing = list_folder(root)
+    names = listing.class_names
+    if len(names) == 1:
+        return list(listing.files), None
+    ids = [int(n) for n in names] if all(n.isdecimal() for n in names) else list(range(len(names)))
+    return list(listing.files), torch.tensor([ids[label] for label in listing.labels])
+
+
+class ArrayImages(ImageSource):
+    """The array `arr_0` (uint8 [N, H, W, 3]) of an npz file as the ADM suite exchanges them; `arr_1` holds labels.
+
+    Read as a stream, so 50,000 images need no 10 GB of memory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+        with npz.open_rows(self.path, "arr_0") as rows:
+            self.count = rows.shape[0] if rows.shape else 0
+            if rows.dtype != np.uint8 or len(rows.shape) != 4 or rows.shape[3] != 3:
+                raise UserError(f"arr_0 of {self.path} is {rows.dtype} {rows.shape}; needed is uint8 [N, H, W, 3]")
+        labels = npz.read_arrays(self.path, {"labels": ("arr_1", "labels")}).get("labels")
+        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
+        if self.labels is not None and len(self.labels) != self.count:
+            raise UserError(f"{self.path} holds {self.count} images but {len(self.labels)} labels")
+        self.label_plan = label_plan_of(self.labels)
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        with npz.open_rows(self.path, "arr_0") as rows:
+            for first in range(0, self.count, batch_size * world_size()):
+                stop = min(first + batch_size * world_size(), self.count)
+                images = rows.read(stop - first)  # all ranks read all, each keeps its share
+                index = torch.arange(first, stop)[rank() :: world_size()]
+                own = rearrange(torch.from_numpy(images[rank() :: world_size()]), "b h w c -> b c h w")
+                if len(index):
+                    yield ImageBatch(own, index, None if self.labels is None else self.labels[index])
+
+    def fingerprint(self) -> str:
+        stat = self.path.stat()
+        return digest(set="npz", file=self.path.name, size=stat.st_size, time=stat.st_mtime_ns)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **made_by(self.path.parent)}
+
+
+def open_images(path: str | Path, as_samples: bool = True) -> ImageSource:
+    """A folder of images or an npz with `arr_0`; raises UserError for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path, as_samples)
+    if path.suffix == ".npz":
+        return ArrayImages(path)
+    raise UserError(f"{path} is neither a folder of images nor an npz file")
