@@ -24,7 +24,16 @@ class Batch(TypedDict):
     caption: NotRequired[list[str]]
 
 
-def collate(samples: "Batch | list[Sample]") -> Batch:
+class TokenBatch(TypedDict):
+    """B samples of a cache: `tokens` as the layout says instead of an image, the rest as in a Batch."""
+
+    tokens: Tensor
+    index: Tensor
+    label: NotRequired[Tensor]
+    caption: NotRequired[list[str]]
+
+
+def collate(samples: "Batch | TokenBatch | list[Sample]") -> Batch | TokenBatch:
     """Samples to a batch; a batch that the data set already made (`__getitems__`) passes through.
 
     Raises ValueError where samples differ in their keys.

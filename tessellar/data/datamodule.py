@@ -4,6 +4,7 @@ The base class makes the loaders: a deterministic order from (seed, epoch), whol
 in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,12 +16,15 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from tessellar.data.batch import collate
-from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.fashion_mnist import CLASS_NAMES, FashionMNIST
-from tessellar.data.image_folder import Crop, ImageFolder, Listing, list_folder, split_listing
+from tessellar.data.image_folder import ImageFolder, Listing, list_folder, split_listing
+from tessellar.data.pictures import MAX_CORRUPT, Crop, PictureDataset
 from tessellar.data.sampler import ResumableSampler
 from tessellar.data.shapes import SHAPES, Shapes
 from tessellar.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -40,6 +44,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self._loaded: list[IndexedDataset] = []
 
     @abstractmethod
     def train_dataset(self, augment: bool = True) -> ImageDataset:
@@ -71,7 +76,15 @@ class ImageDataModule(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_dataset(), train=False)
 
-    def _loader(self, dataset: ImageDataset, train: bool) -> DataLoader:
+    def teardown(self, stage: str) -> None:
+        """Say how many corrupt images were skipped, and name the first ones."""
+        damaged = [d for d in self._loaded if isinstance(d, PictureDataset) and d.corrupt]
+        for dataset in damaged:
+            names = [dataset.where(index) for index in dataset.corrupt]
+            log.warning("%d of %d images are corrupt and were skipped: %s", len(names), len(dataset), _some(names))
+        self._loaded.clear()
+
+    def _loader(self, dataset: IndexedDataset, train: bool) -> DataLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if train and len(dataset) < self.batch_size * world_size:
             raise UserError(
@@ -81,6 +94,7 @@ class ImageDataModule(LightningDataModule, ABC):
         sampler = ResumableSampler(dataset, self.seed, train, rank, world_size, drop_last=train)
         # Lightning starts the first epoch's workers before it calls set_epoch; after a resume that epoch is not 0.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        self._loaded.append(dataset)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -91,6 +105,11 @@ class ImageDataModule(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
 
 
 class ShapesData(ImageDataModule):
@@ -158,7 +177,7 @@ class ImageFolderData(ImageDataModule):
 
     Without `val_root`, the share `val_share` of the files is held out for validation. `crop`, `flip` and `ten_ratios`
     apply to training (see ImageFolder); validation and reference statistics take the ADM centre crop. `name` is the
-    folder's unless given.
+    folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
     """
 
     def __init__(
@@ -174,9 +193,11 @@ class ImageFolderData(ImageDataModule):
         num_workers: int = 0,
         seed: int = 0,
         name: str | None = None,
+        max_corrupt: float = MAX_CORRUPT,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.root = root
+        self.max_corrupt = max_corrupt
         self.val_root = val_root
         self.val_share = val_share
         self.image_size = (size, size)
@@ -200,13 +221,15 @@ class ImageFolderData(ImageDataModule):
         return self._listings[0].class_names
 
     def train_dataset(self, augment: bool = True) -> ImageFolder:
-        size, train = self.image_size[0], self._listings[0]
-        if not augment:
-            return ImageFolder(self.root, size, self._still, listing=train)
-        return ImageFolder(self.root, size, self.crop, self.flip, self.ten_ratios, self.seed, train)
+        crop, flip = (self.crop, self.flip) if augment else (self._still, False)
+        return self._folder(self.root, self._listings[0], crop, flip)
 
     def val_dataset(self) -> ImageFolder:
-        return ImageFolder(self.val_root or self.root, self.image_size[0], self._still, listing=self._listings[1])
+        return self._folder(self.val_root or self.root, self._listings[1], self._still, False)
+
+    def _folder(self, root: str, listing: Listing, crop: Crop, flip: bool) -> ImageFolder:
+        ratios, size = self.ten_ratios, self.image_size[0]
+        return ImageFolder(root, size, crop, flip, ratios, self.seed, listing, self.max_corrupt)
 
     @property
     def _still(self) -> Literal["adm", "none"]:

@@ -8,28 +8,30 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tessellar.data.batch import Batch, Sample
+from tessellar.data.batch import Batch, Sample, TokenBatch
+
+B = TypeVar("B", bound=Batch | TokenBatch)
 
 
-class ImageDataset(Dataset[Sample], ABC):
-    """Labelled images; random augmentation depends on (seed, epoch, index) only."""
+class IndexedDataset(Dataset, Generic[B], ABC):
+    """Labelled samples by index; randomness depends on (seed, epoch, index) only."""
 
     class_names: tuple[str, ...]
     labels: Tensor  # int64 [N]
     epoch: int = 0
 
     @abstractmethod
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int]) -> B:
         """Samples of the given indices, each in [0, N)."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of what the images are; equal for equal content, whatever the folder."""
+        """Hash of what the samples are; equal for equal content, whatever the folder."""
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of this epoch from now on."""
@@ -37,6 +39,26 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> B:
+        return self.batch(indices)
+
+
+class ImageDataset(IndexedDataset[Batch], ABC):
+    """Labelled images. A visit shows one of `num_views` views, which a cache of tokens enumerates."""
+
+    corrupt: Sequence[int] = ()  # images found to be corrupt so far, and skipped
+
+    @property
+    def num_views(self) -> int:
+        """How many views an image has: crops and mirror images."""
+        return 1
+
+    def views(self, indices: Sequence[int], k: int) -> Batch:
+        """View `k` in [0, num_views) of the given images; without randomness."""
+        if k != 0:
+            raise ValueError(f"view is {k}; this set has 1")
+        return self.batch(indices)
 
     def __getitem__(self, index: int) -> Sample:
         batch = self.batch([range(len(self))[index]])  # the range raises IndexError past the end
@@ -46,9 +68,6 @@ class ImageDataset(Dataset[Sample], ABC):
         if "caption" in batch:
             sample["caption"] = batch["caption"][0]
         return sample
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        return self.batch(indices)
 
 
 def digest(**facts: Any) -> str:

@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from einops import repeat
+from einops import rearrange, repeat
+from torch import Tensor
 
 from tessellar.data.batch import Batch
 from tessellar.data.dataset import ImageDataset, digest
@@ -64,12 +65,23 @@ class FashionMNIST(ImageDataset):
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self._pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING))))
 
+    @property
+    def num_views(self) -> int:
+        return 1 + self.flip
+
     def batch(self, indices: Sequence[int]) -> Batch:
+        draws = uniforms(derive(self.seed, self.epoch), indices, 1)[:, 0]
+        return self._show(indices, torch.from_numpy((draws >= 0.5) & self.flip))
+
+    def views(self, indices: Sequence[int], k: int) -> Batch:
+        if not 0 <= k < self.num_views:
+            raise ValueError(f"view is {k}; this set has {self.num_views}")
+        return self._show(indices, torch.full((len(indices),), bool(k)))
+
+    def _show(self, indices: Sequence[int], flipped: Tensor) -> Batch:
         index = torch.as_tensor(indices)
         pixels = self._pixels[index]
-        if self.flip:
-            flipped = uniforms(derive(self.seed, self.epoch), indices, 1)[:, 0] < 0.5
-            pixels = torch.where(torch.from_numpy(flipped)[:, None, None], pixels.flip(-1), pixels)
+        pixels = torch.where(rearrange(flipped, "b -> b 1 1"), pixels.flip(-1), pixels)
         labels = self.labels[index]
         return {
             "image": repeat(from_uint8(pixels), "b h w -> b c h w", c=3).contiguous(),

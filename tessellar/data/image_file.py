@@ -1,9 +1,10 @@
 """One image file to RGB pixels: EXIF rotation, palette, CMYK, 16-bit and alpha (flattened on white) are resolved here.
 
-Every failure is a UserError that names the file, also for truncated files and for decompression bombs. Of an animation
-the first frame is taken.
+Every failure is an UnreadableImage that names the file, also for truncated files and for decompression bombs. Of an
+animation the first frame is taken.
 """
 
+import io
 import struct
 import warnings
 from pathlib import Path
@@ -26,16 +27,30 @@ _UNREADABLE = (
 )
 
 
+class UnreadableImage(UserError):
+    """One image is damaged; a data set may skip it (`damage.py`)."""
+
+
 def read_image(path: str | Path) -> Image.Image:
-    """The image in mode RGB, upright; raises UserError naming the file if it cannot be decoded completely."""
+    """The image in mode RGB, upright; raises UnreadableImage naming the file if it cannot be decoded completely."""
+    return _decode(path, str(path))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """As `read_image`, from the bytes of a file; `name` says in errors whose they are."""
+    return _decode(io.BytesIO(content), name)
+
+
+def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except _UNREADABLE as error:
-        raise UserError(f"cannot read the image {path}: {error or type(error).__name__}") from error
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UnreadableImage(f"cannot read the image {name}: {reason}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

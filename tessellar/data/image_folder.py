@@ -1,29 +1,21 @@
 """ImageFolder: images in one sub-folder a class (sorted by name), or all in one folder, which then is the only class.
 
-Crops are those of `crops.py`. Random augmentation depends on (seed, epoch, index) alone. For caching tokens the
-deterministic views of an image can be enumerated: `num_views` and `view(index, k)`.
+Crops, augmentation and corrupt images are `pictures.py`'s.
 """
 
 import os
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from tessellar.data.batch import Batch
-from tessellar.data.crops import CROPS_PER_RATIO, center_crop, random_crop, ten_crop
-from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.dataset import digest
 from tessellar.data.image_file import EXTENSIONS, read_image
-from tessellar.data.randomness import derive, uniforms
+from tessellar.data.pictures import MAX_CORRUPT, Crop, PictureDataset
 from tessellar.errors import UserError
-from tessellar.images import from_uint8
-
-Crop = Literal["adm", "random", "ten", "none"]
 
 
 class Listing(NamedTuple):
@@ -81,13 +73,8 @@ def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]
     return listing.take(sorted(ranked[held_out:])), listing.take(sorted(ranked[:held_out]))
 
 
-class ImageFolder(ImageDataset):
-    """Images of `root` as `size` x `size` pixels.
-
-    `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at each visit, mirror
-    images included) or "none" (files have the right size). `flip` mirrors with probability 0.5. `listing` restricts the
-    set to some of the files. Raises UserError naming the file for an image that cannot be read.
-    """
+class ImageFolder(PictureDataset):
+    """Images of `root`, framed as PictureDataset says. `listing` restricts the set to some of the files."""
 
     def __init__(
         self,
@@ -98,70 +85,22 @@ class ImageFolder(ImageDataset):
         ten_ratios: Sequence[float] = (1.1,),
         seed: int = 0,
         listing: Listing | None = None,
+        max_corrupt: float = MAX_CORRUPT,
     ) -> None:
-        if crop not in ("adm", "random", "ten", "none") or size < 1:
-            raise ValueError(f"crop is {crop!r} and size {size}; crop must be adm, random, ten or none, size positive")
-        if crop == "ten" and (flip or not ten_ratios or min(ten_ratios) < 1):
-            raise ValueError(
-                f"ten-crop needs ratios of at least 1, not {ten_ratios}, and holds mirror images: flip off"
-            )
         listing = list_folder(root) if listing is None else listing
         self.root = Path(root)
-        self.size = size
-        self.crop = crop
-        self.flip = flip
-        self.ten_ratios = tuple(ten_ratios)
-        self.seed = seed
         self.files = listing.files
-        self.labels = torch.tensor(listing.labels)
-        self.class_names = listing.class_names
+        labels = torch.tensor(listing.labels)
+        super().__init__(labels, listing.class_names, size, crop, flip, ten_ratios, seed, max_corrupt)
 
-    @property
-    def num_views(self) -> int:
-        """How many images `view` can make of one file; raises ValueError for random crops, which have no end."""
-        if self.crop == "random":
-            raise ValueError("random crops cannot be enumerated; cache with crop 'adm' or 'ten'")
-        return CROPS_PER_RATIO * len(self.ten_ratios) if self.crop == "ten" else 1 + self.flip
+    def where(self, index: int) -> str:
+        return str(self.root / self.files[index])
 
-    def view(self, index: int, k: int) -> Tensor:
-        """View `k` in [0, num_views) of one image, float32 [3, size, size]; without randomness."""
-        if not 0 <= k < self.num_views:
-            raise ValueError(f"view is {k}; this set has {self.num_views}")
-        image = self._read(index)
-        if self.crop == "ten":
-            ratio, k = self.ten_ratios[k // CROPS_PER_RATIO], k % CROPS_PER_RATIO
-            return _to_tensor(ten_crop(image, self.size, k, ratio))
-        image = center_crop(image, self.size) if self.crop == "adm" else image
-        return _to_tensor(ImageOps.mirror(image) if k else image)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        draws = uniforms(derive(self.seed, self.epoch), indices, 4)
-        images = [self._augmented(index, row) for index, row in zip(indices, draws, strict=True)]
-        index = torch.as_tensor(indices)
-        labels = self.labels[index]
-        names = [self.class_names[label].replace("_", " ") for label in labels.tolist()]
-        return {"image": torch.stack(images), "label": labels, "caption": names, "index": index}
-
-    def _augmented(self, index: int, draws: np.ndarray) -> Tensor:
-        if self.crop != "random":
-            return self.view(index, int(draws[0] * self.num_views))
-        image = random_crop(self._read(index), self.size, (draws[1], draws[2], draws[3]))
-        return _to_tensor(ImageOps.mirror(image) if self.flip and draws[0] >= 0.5 else image)
-
-    def _read(self, index: int) -> Image.Image:
-        image = read_image(self.root / self.files[index])
-        if self.crop == "none" and image.size != (self.size, self.size):
-            width, height = image.size
-            raise UserError(
-                f"{self.root / self.files[index]} is {width}x{height}; crop 'none' needs {self.size}x{self.size}"
-            )
-        return image
+    def open(self, index: int) -> Image.Image:
+        return read_image(self.root / self.files[index])
 
     def fingerprint(self) -> str:
         files = [(file, (self.root / file).stat().st_size) for file in self.files]
-        views = [self.crop, self.flip, self.ten_ratios if self.crop == "ten" else None]
-        return digest(set="image-folder", files=files, labels=self.labels.tolist(), size=self.size, views=views)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1)).contiguous()
+        return digest(
+            set="image-folder", files=files, labels=self.labels.tolist(), size=self.size, views=self.framing()
+        )

@@ -142,6 +142,19 @@ def test_a_loader_draws_nothing_from_the_global_random_numbers():
     assert (torch.rand(1), np.random.rand()) == expected
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_corrupt_images_are_counted_over_workers_and_named_at_the_end(
+    image_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
+):
+    for name in ("cat/01.png", "dog/02.png"):
+        (image_root / name).write_bytes(b"")
+    data = ImageFolderData(str(image_root), 16, val_share=0.01, batch_size=2, num_workers=num_workers, max_corrupt=0.5)
+    seen = fit(data, 2, tmp_path).train_indices
+    assert all(len(set(epoch)) == len(epoch) == 10 for epoch in seen.values())
+    (line,) = [record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()]
+    assert line.startswith("2 of 11 images") and "01.png" in line and "02.png" in line
+
+
 def test_ranks_see_different_images():
     class Ranked(ShapesData):
         rank = 0

@@ -97,12 +97,16 @@ def test_a_flat_folder_is_one_class_of_its_own_name(tmp_path: Path):
     assert data.files == ("a.webp", "b.PNG") and data.class_names == ("faces",) and data.labels.tolist() == [0, 0]
 
 
-def test_a_damaged_image_is_named(image_root: Path):
-    path = image_root / "cat" / "04.png"
+def test_a_damaged_image_gives_place_to_the_next_or_is_refused_by_name(image_root: Path):
+    path = image_root / "cat" / "10.png"
     path.write_bytes(path.read_bytes()[:200])
-    data = ImageFolder(image_root, 16)
-    with pytest.raises(UserError, match="cat/04.png"):
-        data.batch(range(12))
+    data, sound = ImageFolder(image_root, 16), ImageFolder(image_root, 16)
+    batch = data.batch(range(12))
+    assert data.files[3] == "cat/10.png" and data.corrupt == [3]
+    assert torch.equal(batch["image"][3], sound[4]["image"]) and batch["index"].tolist() == list(range(12))
+    assert batch["label"][3] == 1 and batch["caption"][3] == "dog"
+    with pytest.raises(UserError, match="cat/10.png: .*truncated"):
+        ImageFolder(image_root, 16, max_corrupt=0).batch(range(12))
 
 
 def test_folders_that_cannot_be_understood_are_refused(image_root: Path, tmp_path: Path):
