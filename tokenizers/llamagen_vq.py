@@ -1,8 +1,8 @@
 """LlamaGen's image tokenizer: taming's VQGAN with a small, l2-normalised codebook (arXiv 2406.06525, section 2.1).
 
 Convolutional encoder and decoder (arXiv 2012.09841), attention only at the coarsest level, downsampling padded at the
-right and bottom only. Different from the official code: no queue of recent codes (usage is a callback's business), codes
-can be restarted.
+right and bottom only. Different from the official code: no queue of recent codes (usage is a callback's business), and
+codes can be restarted.
 """
 
 from typing import NamedTuple

@@ -32,8 +32,8 @@ class LossTerms(NamedTuple):
 class TokenizerLoss(nn.Module):
     """Weighted losses of both sides.
 
-    `perceptual` is any module giving distances [B] or [B, 1, 1, 1] of (images, reconstruction); `discriminator` any that
-    gives logits of images. Raises UserError for a negative start step.
+    `perceptual` is any module giving distances [B] or [B, 1, 1, 1] of (images, reconstruction); `discriminator` gives
+    logits of images. Raises UserError for a negative start step.
     """
 
     def __init__(

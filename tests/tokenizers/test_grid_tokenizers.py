@@ -1,0 +1,85 @@
+"""ViT-VQ and LlamaGen's VQGAN: both sides agree, parameter counts of the published variants, sizes that do not fit."""
+
+import pytest
+import torch
+
+from tessellar.construct import build
+from tessellar.tokenizers.base import Tokenizer
+from tessellar.tokenizers.layout import Categorical, grid_layout
+from tessellar.tokenizers.llamagen_vq import LlamaGenVQ, vq_8, vq_16
+from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.vit_vq import ViTVQ
+
+
+def make(name: str) -> Tokenizer:
+    torch.manual_seed(0)
+    if name == "vit":
+        tokenizer: Tokenizer = ViTVQ(VectorQuantizer(32, 4), 16, 4, 16, 1, 1, 2)
+        for parameter in tokenizer.parameters():  # residual outputs start at zero
+            torch.nn.init.normal_(parameter, std=0.2)
+        return tokenizer
+    return LlamaGenVQ(VectorQuantizer(32, 4), 16, 32, (1, 2, 1), 1, 16)
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_forward_is_decode_of_encode(name: str) -> None:
+    tokenizer, images = make(name).eval(), torch.rand(2, 3, 16, 16) * 2 - 1
+    tokens = tokenizer.encode(images)
+    output = tokenizer(images)
+    assert tokenizer.layout == grid_layout(4, 4, Categorical(32)) and tokens.shape == (2, 16)
+    tokenizer.layout.check(tokens)
+    assert torch.equal(tokens, output.tokens)
+    torch.testing.assert_close(tokenizer.decode(tokens), output.reconstruction, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_gradients_reach_every_parameter(name: str) -> None:
+    tokenizer = make(name)
+    output = tokenizer(torch.rand(2, 3, 16, 16) * 2 - 1)
+    (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
+    without = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    # a key's bias shifts all scores of a query alike: its gradient is zero up to rounding
+    assert not [n for n in without if not n.endswith("k.bias")]
+    assert any(tokenizer.last_layer is p for p in tokenizer.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_config_rebuilds_an_equal_tokenizer(name: str) -> None:
+    tokenizer = make(name).eval()
+    again = build(tokenizer.config).eval()
+    again.load_state_dict(tokenizer.state_dict())
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(again.encode(images), tokenizer.encode(images))
+
+
+def test_tokens_are_in_raster_order() -> None:
+    tokenizer, images = make("cnn").eval(), torch.rand(1, 3, 16, 16)
+    assert isinstance(tokenizer, LlamaGenVQ)
+    latents = tokenizer.latents(images)
+    assert torch.equal(tokenizer.encode(images)[0, 4 * 1 + 2], tokenizer.quantizer.encode(latents[:, 1, 2])[0])
+
+
+def test_the_cnn_takes_larger_and_oblong_images_inside() -> None:
+    tokenizer = make("cnn").eval()
+    assert isinstance(tokenizer, LlamaGenVQ)
+    latents = tokenizer.latents(torch.rand(1, 3, 24, 32))
+    assert latents.shape == (1, 6, 8, 4) and tokenizer.render(latents).shape == (1, 3, 24, 32)
+
+
+def test_parameter_counts_of_the_published_variants() -> None:
+    with torch.device("meta"):
+        models = {"vq_16": vq_16(), "vq_8": vq_8(), "patchgan": PatchGAN()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert counts == {"vq_16": 71_883_403, "vq_8": 70_109_835, "patchgan": 2_765_633}
+    assert models["vq_16"].layout.grid == (16, 16) and models["vq_8"].layout.grid == (32, 32)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="does not divide"):
+        ViTVQ(VectorQuantizer(8, 4), image_size=30, patch_size=4)
+    with pytest.raises(ValueError, match="does not divide"):
+        LlamaGenVQ(VectorQuantizer(8, 4), image_size=100)
+    for name in ("vit", "cnn"):
+        with pytest.raises(ValueError, match="needs"):
+            make(name).encode(torch.zeros(1, 3, 16, 20))

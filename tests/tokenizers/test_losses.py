@@ -1,0 +1,106 @@
+"""Losses of tokenizer training: terms, start step, adaptive weight, LPIPS with injected weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tessellar.errors import UserError
+from tessellar.tokenizers.base import TokenizerOutput
+from tessellar.tokenizers.losses.adversarial import (
+    adaptive_weight,
+    discriminator_adversarial,
+    generator_adversarial,
+)
+from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.losses.perceptual import LPIPS, VGGFeatures
+from tessellar.tokenizers.losses.reconstruction import Reconstruction
+from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
+
+
+def output(images: torch.Tensor, weight: nn.Parameter) -> TokenizerOutput:
+    return TokenizerOutput(images * weight, torch.zeros(len(images), 1), {"codebook": weight * 0 + 0.25})
+
+
+def test_pixel_losses() -> None:
+    a, b = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    b[..., 2:] = 0.5
+    pixels = Reconstruction(l1=1.0, l2=2.0, gradient=4.0)
+    terms = pixels(a, b)
+    expected = {"l1": 0.25, "l2": 0.125, "gradient": 0.5 / 3}
+    assert {k: float(v) for k, v in terms.items()} == pytest.approx(expected)
+    assert float(pixels.weighted(terms)) == pytest.approx(0.25 + 2 * 0.125 + 4 * 0.5 / 3)
+
+
+def test_hinge_and_non_saturating_point_the_right_way() -> None:
+    good, bad = torch.full((4,), 2.0), torch.full((4,), -2.0)
+    for kind in ("hinge", "non_saturating"):
+        assert generator_adversarial(good, kind) < generator_adversarial(bad, kind)
+    for kind in ("hinge", "vanilla", "non_saturating"):
+        assert discriminator_adversarial(good, bad, kind) < discriminator_adversarial(bad, good, kind)
+    assert float(discriminator_adversarial(good, bad, "hinge")) == 0.0
+
+
+def test_adversarial_terms_begin_at_the_start_step() -> None:
+    torch.manual_seed(0)
+    loss = TokenizerLoss(Reconstruction(), discriminator=PatchGAN(8, 2), adversarial_start=10)
+    images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))
+    before, after = (loss.generator_loss(images, output(images, weight), step, weight) for step in (9, 10))
+    assert "adversarial" not in before.terms and "adversarial" in after.terms
+    expected = before.total + 0.5 * after.terms["adversarial"]
+    torch.testing.assert_close(after.total, expected)
+    assert float(loss.discriminator_loss(images, images * 0, 9).total) == 0.0
+    assert float(loss.discriminator_loss(images, images * 0, 10).total.detach()) > 0.0
+
+
+def test_the_generator_side_leaves_no_gradient_in_the_discriminator() -> None:
+    loss = TokenizerLoss(Reconstruction(), discriminator=PatchGAN(8, 2), adversarial_start=0)
+    images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))
+    loss.generator_loss(images, output(images, weight), 0, weight).total.backward()
+    assert loss.discriminator is not None and weight.grad is not None
+    assert all(p.grad is None and p.requires_grad for p in loss.discriminator.parameters())
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    ratio = adaptive_weight(weight.square().sum(), 0.5 * weight.sum(), weight)
+    assert float(ratio) == pytest.approx(10.0 / (0.5 * 2**0.5 + 1e-4), rel=1e-6)
+    assert float(adaptive_weight(1e9 * weight.sum(), 0 * weight.sum(), weight)) == 1e4
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
+    save_file(VGGFeatures().state_dict(), path)
+    return path
+
+
+def test_lpips_agrees_with_torchmetrics(vgg: Path) -> None:
+    """Same random backbone, same heads; their epsilon sits inside the root, hence the tolerance."""
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    ours = LPIPS(str(vgg))
+    theirs = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
+    layers = [m for s in range(1, 6) for m in getattr(theirs.net, f"slice{s}") if isinstance(m, nn.Conv2d)]
+    mine = [m for m in ours.backbone.features if isinstance(m, nn.Conv2d)]
+    for a, b in zip(layers, mine, strict=True):
+        a.load_state_dict(b.state_dict())
+    x, y = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(s)) * 2 - 1 for s in (1, 2))
+    torch.testing.assert_close(ours(x, y), theirs.eval()(x, y).flatten(), atol=1e-5, rtol=1e-3)
+
+
+def test_lpips_is_frozen_and_passes_gradients(vgg: Path) -> None:
+    lpips = LPIPS(str(vgg)).train()
+    assert not any(m.training for m in lpips.modules()) and not any(p.requires_grad for p in lpips.parameters())
+    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32, requires_grad=True)
+    lpips(x, y).sum().backward()
+    assert y.grad is not None and float(y.grad.abs().max()) > 0
+    assert float(lpips(x, x)) == 0.0
+
+
+def test_absent_vgg_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="VGG-16.*nowhere.pth"):
+        LPIPS(str(tmp_path / "nowhere.pth"))
