@@ -124,7 +124,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _table(report: Report) -> Table:
-    table = Table("case", "output", "largest error", "tolerance", "", title=f"{report.system}: {report.folder}")
+    table = Table("case", "output", "worst error", "tolerance", "", title=f"{report.system}: {report.folder}")
     for c in report.comparisons:
         exact = "exact" if c.tolerance == 0 else f"{c.tolerance:.2e}"
         verdict = "ok" if c.passed else f"[red]FAILED[/red] {escape(c.note)}"

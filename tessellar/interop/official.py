@@ -7,9 +7,10 @@ from torch import Tensor
 from tessellar.construct import build
 from tessellar.errors import UserError
 from tessellar.interop import llamagen
+from tessellar.interop.checkpoint import HEADER_KEY
 from tessellar.interop.importer import read_official
 from tessellar.interop.load import load_tokenizer
-from tessellar.interop.weights import load_strict
+from tessellar.interop.weights import load_strict, read_safetensors
 from tessellar.models.conditioners import ClassConditioner, FeatureConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
@@ -54,12 +55,19 @@ def _llamagen_generator(state: dict[str, Tensor], tokenizer: Tokenizer, num_head
 
 def _tokenizer(path: str, image_size: int | None) -> Tokenizer:
     """From an export, or an official file; at `image_size` where one is given."""
-    if Path(path).suffix in (".pt", ".pth", ".bin"):
+    if _is_official_file(Path(path)):
         return _llamagen_tokenizer(read_official(path), image_size or 256)
     tokenizer = load_tokenizer(path)
     if image_size is None or tokenizer.image_size == (image_size, image_size):
         return tokenizer
     return _resized(tokenizer, image_size)
+
+
+def _is_official_file(path: Path) -> bool:
+    """Whether `path` is a weight file that none of our commands wrote."""
+    if path.suffix == ".safetensors" and path.is_file():
+        return HEADER_KEY not in read_safetensors(path)[1]
+    return path.suffix in (".pt", ".pth", ".bin")
 
 
 def _resized(tokenizer: Tokenizer, image_size: int) -> Tokenizer:

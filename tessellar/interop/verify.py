@@ -23,7 +23,7 @@ class UnknownSystem(UserError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output: its largest error, the tolerance at that place, and what is wrong beyond numbers."""
+    """One output: its largest error in terms of the tolerance at that place, and what is wrong beyond numbers."""
 
     name: str
     case: str
@@ -102,21 +102,20 @@ def _replay(recording: Recording, report: Report) -> dict[str, Tensor]:
 
 
 def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> Comparison:
-    """One output of ours against the recorded one."""
+    """One output of ours against the recorded one; reports the value that is worst in terms of its tolerance."""
     problem = _problem(entry, ours, theirs)
     if problem:
         return Comparison(name, entry.case, float("inf"), entry.atol, False, problem)
     assert ours is not None and theirs is not None
     ours64, theirs64 = ours.detach().to(torch.float64), theirs.to(torch.float64)
-    error = torch.where(ours64 == theirs64, 0.0, (ours64 - theirs64).abs()).flatten()
-    error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    error = torch.where(ours64 == theirs64, 0.0, (ours64 - theirs64).abs()).flatten().nan_to_num(nan=torch.inf)
     tolerance = (entry.atol + entry.rtol * theirs64.abs()).flatten().nan_to_num(nan=0.0, posinf=0.0)
     if error.numel() == 0:
         return Comparison(name, entry.case, 0.0, entry.atol, True)
-    outside = error > tolerance
-    worst = int((error - tolerance).argmax()) if bool(outside.any()) else int(error.argmax())
-    note = f"{int(outside.sum())} of {outside.numel()} values outside" if bool(outside.any()) else ""
-    return Comparison(name, entry.case, float(error[worst]), float(tolerance[worst]), not bool(outside.any()), note)
+    outside = int((error > tolerance).sum())
+    worst = int(torch.where(error == 0, 0.0, error / tolerance).argmax())
+    note = f"{outside} of {error.numel()} values outside" if outside else ""
+    return Comparison(name, entry.case, float(error[worst]), float(tolerance[worst]), not outside, note)
 
 
 def _problem(entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> str:

@@ -17,6 +17,7 @@ from tessellar.interop.weights import fingerprint, read_safetensors
 from tessellar.models.conditioners import FeatureConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.llamagen_vq import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -56,6 +57,26 @@ def test_an_official_generator_becomes_an_export(official: Path, tmp_path: Path)
     other = tessellar.load(tmp_path / "averaged")
     assert isinstance(other, ImageGenerator) and isinstance(other.generator, LlamaGen)
     assert torch.equal(to_official(other.generator)["norm.weight"], state["norm.weight"] + 1)
+
+
+def test_an_official_tokenizer_becomes_an_export_or_part_of_one(tmp_path: Path) -> None:
+    """vq file with 64 codes; a generator of 64 codes takes it directly."""
+    file, vq = str(GOLDEN / "weights_vq.safetensors"), tmp_path / "vq"
+    main(["import", "llamagen", file, "--image-size", "8", "--out", str(vq)])
+    tokenizer = tessellar.load(vq)
+    assert isinstance(tokenizer, LlamaGenVQ) and tokenizer.layout.grid == (4, 4)
+    main(["import", "llamagen", file, "--image-size", "16", "--out", str(tmp_path / "large")])
+    large = tessellar.load(tmp_path / "large")
+    assert fingerprint(large) == fingerprint(tokenizer)
+    torch.manual_seed(0)
+    llama = LlamaGen(tokenizer.layout, 16, 1, 2, num_classes=3, ffn_multiple_of=8)
+    torch.save(to_official(llama), tmp_path / "gpt.pt")
+    words = ["import", "llamagen", str(tmp_path / "gpt.pt"), "--num-heads", "2", "--image-size", "16"]
+    for name, source in (("a", file), ("b", str(vq))):
+        main([*words, "--tokenizer", source, "--out", str(tmp_path / name)])
+        model = tessellar.load(tmp_path / name)
+        assert isinstance(model, ImageGenerator) and model.generator.layout.grid == (8, 8)
+        assert fingerprint(model.tokenizer) == fingerprint(tokenizer)
 
 
 def test_a_text_conditional_generator_reads_features(tmp_path: Path) -> None:
