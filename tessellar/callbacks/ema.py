@@ -57,12 +57,14 @@ class EMA(L.Callback):
 
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """Averaged weights inside, raw weights again outside."""
+        """Averaged weights inside, raw weights again outside; nested uses do nothing."""
+        outermost = self._raw is None
         self._swap_in(pl_module)
         try:
             yield
         finally:
-            self._swap_out(pl_module)
+            if outermost:
+                self._swap_out(pl_module)
 
     def _swap_in(self, pl_module: L.LightningModule) -> None:
         if self._raw is not None or not self.average:

@@ -1,0 +1,121 @@
+"""Both training modules: what is counted, clipped, accumulated, frozen, repeated and refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessellar.callbacks.ema import EMA
+from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.training.base import STATE_KEY
+from tessellar.training.optim import OptimizerSettings
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_two_optimizers_count_once(fit, make) -> None:
+    module = make.tokenizer_module(PatchGAN(8, 1))
+    before = weights(module.discriminator)
+    trainer, _ = fit(module, 5)
+    assert len(trainer.optimizers) == 3  # AdamW and Muon for the tokenizer, AdamW for the discriminator
+    assert trainer.global_step == module.updates == module.batches == 5
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(module.discriminator), strict=True))
+
+
+def test_losses_of_a_seed_repeat_to_the_bit(fit, make) -> None:
+    for factory in (make.tokenizer_module, make.generator_module):
+        _, first = fit(factory(), 4)
+        _, second = fit(factory(), 4)
+        assert first == second and len(set(first)) > 1
+
+
+def test_accumulated_batches_equal_one_large_batch(fit, make) -> None:
+    """Two batches of 8 move the weights as one of 16 does (same samples; dropout off)."""
+    settings = {"optimizer": OptimizerSettings("adam", lr=1e-2), "clip": 0.5}
+    results = []
+    for accumulate, batch in ((1, 16), (2, 8)):
+        module = make.generator_module(accumulate=accumulate, **settings)
+        for part in module.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        module.model.generator.condition_dropout = 0.0
+        trainer, _ = fit(module, 2, data=make.data(batch))
+        assert module.updates == trainer.global_step == 2 and module.batches == 2 * accumulate
+        results.append(weights(module.model.generator))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_clipping_bounds_the_gradient(fit, make) -> None:
+    norms = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]])))
+            return super().step(closure)
+
+    class Settings(OptimizerSettings):
+        def make(self, *modules):
+            optimizer = Spy([p for m in modules for p in m.parameters()], lr=0.1)
+            optimizer.param_groups[0]["peak_lr"] = 0.1
+            return [optimizer]
+
+    fit(make.generator_module(optimizer=Settings(), clip=1e-3), 3)
+    assert norms and max(norms) <= 1.001e-3
+
+
+def test_the_tokenizer_stays_frozen_and_in_eval_mode(fit, make) -> None:
+    module = make.generator_module()
+    before, trained = weights(module.tokenizer), weights(module.model.generator)
+    trainer, _ = fit(module, 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(module.tokenizer), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(trained, weights(module.model.generator), strict=True))
+    assert not module.tokenizer.training and module.model.generator.training
+    owned = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    assert not owned & {id(p) for p in module.tokenizer.parameters()}
+
+
+def test_a_batch_may_bring_tokens(make) -> None:
+    module = make.generator_module()
+    batch = next(iter(_loader(make)))
+    tokens = module.tokens_of(batch)
+    assert torch.equal(module.tokens_of({"tokens": tokens}), tokens)
+    assert torch.equal(tokens, module.tokenizer.encode(batch["image"]))
+
+
+def _loader(make):
+    data = make.data()
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def test_poisoned_batches_are_skipped_then_stop_the_run(fit, make) -> None:
+    module, ema = make.generator_module(max_skipped=3), EMA(0.9)
+    original, calls = module.model.generator.loss, [0]
+
+    def poisoned(tokens, condition, weight=None):
+        calls[0] += 1
+        losses = original(tokens, condition, weight)
+        return {k: v * float("nan") for k, v in losses.items()} if calls[0] in (2, 5, 6, 7) else losses
+
+    module.model.generator.loss = poisoned
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        fit(module, 10, [ema])
+    assert calls[0] == 7 and module.skipped == 4
+    assert all(bool(torch.isfinite(t).all()) for t in [*module.model.generator.parameters(), *ema.average.values()])
+
+
+def test_counters_and_optimizers_survive_a_checkpoint(fit, make, tmp_path: Path) -> None:
+    first = make.tokenizer_module()
+    trainer, _ = fit(first, 8)
+    path = tmp_path / "a.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    assert content[STATE_KEY] == {"batches": 8, "updates": 8, "skipped": 0}
+    second = make.tokenizer_module()
+    trainer, losses = fit(second, 10, ckpt_path=path)
+    assert second.updates == 10 and len(losses) == 2
+    momenta = [s for o in trainer.optimizers for s in o.state_dict()["state"].values()]
+    assert momenta and all(int(s["step"]) == 10 for s in momenta if "step" in s)

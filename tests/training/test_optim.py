@@ -1,0 +1,87 @@
+"""Optimizer groups follow tags; schedules pass through their landmarks."""
+
+import pytest
+import torch
+from torch import nn
+
+from tessellar.layers.tags import tag
+from tessellar.training.optim import OptimizerSettings, set_factor
+from tessellar.training.schedules import Schedule
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.table = nn.Linear(4, 4), nn.Linear(4, 2), nn.Embedding(3, 4)
+        tag(self.inner.weight, "hidden")
+        tag(self.table.weight, "no_decay")
+
+
+def groups(settings: OptimizerSettings, module: nn.Module) -> dict[str, tuple[str, float]]:
+    names = {id(p): n for n, p in module.named_parameters()}
+    return {
+        names[id(p)]: (type(optimizer).__name__, group["weight_decay"])
+        for optimizer in settings.make(module)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def test_matrices_decay_unless_tagged() -> None:
+    found = groups(OptimizerSettings(weight_decay=0.1), Small())
+    assert found == {
+        "inner.weight": ("AdamW", 0.1),
+        "outer.weight": ("AdamW", 0.1),
+        "inner.bias": ("AdamW", 0.0),
+        "outer.bias": ("AdamW", 0.0),
+        "table.weight": ("AdamW", 0.0),
+    }
+
+
+def test_muon_takes_the_hidden_matrices_only() -> None:
+    found = groups(OptimizerSettings("muon"), Small())
+    assert [name for name, (kind, _) in found.items() if kind == "Muon"] == ["inner.weight"]
+    assert len(found) == 5
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    module = Small()
+    module.table.requires_grad_(False)
+    assert "table.weight" not in groups(OptimizerSettings(), module)
+
+
+def test_factor_scales_every_peak() -> None:
+    optimizers = OptimizerSettings("muon", lr=0.01, muon_lr=0.2).make(Small())
+    for factor in (0.5, 0.1):  # from the peak, not from the last value
+        set_factor(optimizers, factor)
+    rates = {type(o).__name__: o.param_groups[0]["lr"] for o in optimizers}
+    assert rates == pytest.approx({"AdamW": 0.001, "Muon": 0.02})
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (Schedule(), {0: 1, 99: 1}),
+        (Schedule(warmup=10), {0: 0.1, 4: 0.5, 9: 1, 50: 1}),
+        (Schedule("linear", decay_start=0.4), {0: 1, 40: 1, 70: 0.5, 100: 0}),
+        (Schedule("linear", warmup=20), {9: 0.5, 20: 1, 60: 0.5, 100: 0}),
+        (Schedule("cosine", final=0.1), {0: 1, 50: 0.55, 100: 0.1, 200: 0.1}),
+    ],
+)
+def test_schedules(schedule: Schedule, expected: dict[int, float]) -> None:
+    assert {step: schedule.factor(step, 100) for step in expected} == pytest.approx(expected)
+
+
+def test_muon_learns() -> None:
+    torch.manual_seed(0)
+    layer, target = nn.Linear(8, 8, bias=False), torch.randn(8, 8)
+    tag(layer.weight, "hidden")
+    (optimizer,) = OptimizerSettings("muon", muon_lr=0.05).make(layer)
+    losses = []
+    for _ in range(100):
+        loss = (layer.weight - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 * losses[0]
