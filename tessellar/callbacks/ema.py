@@ -2,7 +2,8 @@
 
 Lightning's averages the whole module, frozen tokenizer and discriminator included, and loses the raw weights at the
 end of `fit`. This one averages what `pl_module.ema_target` names, in float32, with the warm-up
-min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation, swaps it in for validation, test and prediction, and saves it under its own key.
+min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation, swaps it in for validation, test and prediction, and
+saves it under its own key.
 """
 
 from collections.abc import Iterator
