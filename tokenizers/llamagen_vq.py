@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.layers.precision import at_least_float32
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.layout import grid_layout
 from tessellar.tokenizers.quantizers.base import Quantizer
@@ -219,12 +220,13 @@ class LlamaGenVQ(Tokenizer):
 
     def decode(self, tokens: Tensor) -> Tensor:
         side = self.image_size[0] // self.stride
-        return self.render(rearrange(self.quantizer.decode(tokens), "b (h w) c -> b h w c", h=side)).float()
+        vectors = rearrange(self.quantizer.decode(tokens), "b (h w) c -> b h w c", h=side)
+        return at_least_float32(self.render(vectors))
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         quantized = self.quantizer(self.latents(images))
         reconstruction = self.render(quantized.quantized)
-        return TokenizerOutput(reconstruction.float(), quantized.tokens.flatten(1), quantized.losses)
+        return TokenizerOutput(at_least_float32(reconstruction), quantized.tokens.flatten(1), quantized.losses)
 
 
 # Published variants: stride, multipliers.   parameters

@@ -220,20 +220,25 @@ def _gan_losses(
     meanings: Mapping[str, str],
     adaptive: bool,
 ) -> dict[str, Tensor]:
-    """Both sides' losses and gradients before and after the start step; every one from the stored weights."""
-    case, images = "loss/adaptive" if adaptive else "loss/plain", inputs["vq/images"]
+    """Both sides' losses and gradients before and after the start step; every one from the stored weights.
+
+    In float64: the entropy term's temperature of 0.01 amplifies rounding, so that float32 gradients differ between
+    machines and numbers of threads by as much as the tolerance.
+    """
+    case, images = "loss/adaptive" if adaptive else "loss/plain", inputs["vq/images"].double()
     outputs: dict[str, Tensor] = {}
     for moment in ("before_start", "after_start"):
         step = int(re.search(r"global_step (\d+)", meanings[f"{case}/generator_{moment}"])[1])  # type: ignore[index]
-        tokenizer = load_official(tokenizer_from_config(config["vq"], images.shape[-1]), weights["vq"]).train()
-        discriminator = discriminator_from_official(config["disc"], weights["discriminator"]).train()
-        loss = loss_from_config(config["loss"], discriminator, Given(inputs["vq/train/perceptual"]), adaptive)
+        tokenizer = load_official(tokenizer_from_config(config["vq"], images.shape[-1]), weights["vq"]).train().double()
+        discriminator = discriminator_from_official(config["disc"], weights["discriminator"]).train().double()
+        perceptual = Given(inputs["vq/train/perceptual"].double())
+        loss = loss_from_config(config["loss"], discriminator, perceptual, adaptive)
         output = tokenizer(images)
         total = loss.generator_loss(images, output, step, tokenizer.last_layer).total
         outputs[f"{case}/generator_{moment}"] = total
         if not adaptive:
             outputs |= _gradients(tokenizer, total, case, moment)
-            fresh = discriminator_from_official(config["disc"], weights["discriminator"]).train()
+            fresh = discriminator_from_official(config["disc"], weights["discriminator"]).train().double()
             loss.discriminator = fresh
             outputs[f"{case}/discriminator_{moment}"] = loss.discriminator_loss(
                 images, output.reconstruction, step
@@ -264,7 +269,7 @@ def _adaptive_parts(
     output: TokenizerOutput,
     tokenizer: LlamaGenVQ,
 ) -> dict[str, Tensor]:
-    fresh = discriminator_from_official(config["disc"], weights["discriminator"]).train()
+    fresh = discriminator_from_official(config["disc"], weights["discriminator"]).train().double()
     adversarial = generator_adversarial(fresh(output.reconstruction), loss.adversarial_kind)
     assert loss.perceptual is not None
     nll = loss.reconstruction.weighted(loss.reconstruction(images, output.reconstruction))

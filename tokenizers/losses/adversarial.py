@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.layers.precision import at_least_float32
+
 Kind = Literal["hinge", "non_saturating"]
 DiscriminatorKind = Literal["hinge", "vanilla", "non_saturating"]
 
 
 def generator_adversarial(fake: Tensor, kind: Kind = "hinge") -> Tensor:
     """What the generator side minimises, of discriminator logits on its images."""
-    return -fake.float().mean() if kind == "hinge" else F.softplus(-fake.float()).mean()
+    fake = at_least_float32(fake)
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKind = "hinge") -> Tensor:
@@ -23,7 +26,7 @@ def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKin
 
     `vanilla` is `non_saturating` halved, as in taming-transformers.
     """
-    real, fake = real.float(), fake.float()
+    real, fake = at_least_float32(real), at_least_float32(fake)
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     total = F.softplus(-real).mean() + F.softplus(fake).mean()

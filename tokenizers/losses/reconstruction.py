@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from tessellar.layers.precision import at_least_float32
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -16,12 +18,13 @@ class Reconstruction:
 
     def __call__(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Named losses, not weighted; those of weight 0 are left out."""
-        error = reconstruction.float() - images.float()
+        images, reconstruction = at_least_float32(images), at_least_float32(reconstruction)
+        error = reconstruction - images
         terms = {}
         if self.l1:
             terms["l1"] = error.abs().mean()
         if self.l2:
-            terms["l2"] = F.mse_loss(reconstruction.float(), images.float())
+            terms["l2"] = F.mse_loss(reconstruction, images)
         if self.gradient:
             terms["gradient"] = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return terms

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.tokenizers.layout import Categorical
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
@@ -51,7 +52,8 @@ class VectorQuantizer(Quantizer):
                 self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
 
     def _normalize(self, x: Tensor) -> Tensor:
-        return F.normalize(x.float(), dim=-1) if self.l2_normalize else x.float()
+        x = at_least_float32(x)
+        return F.normalize(x, dim=-1) if self.l2_normalize else x
 
     def codes(self) -> Tensor:
         """Codes as they are compared and decoded, [V, C]."""
