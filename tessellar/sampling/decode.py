@@ -14,6 +14,7 @@ from tessellar.models.generator import Generator, State
 from tessellar.models.heads.distribution import Distribution
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
 from tessellar.sampling.noise import Noise
+from tessellar.sampling.report import Recorder, forward, running
 
 
 class Step(NamedTuple):
@@ -32,13 +33,17 @@ def decode_from(
     tokens: Tensor,
     first: int = 0,
     last: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Iterator[Step]:
     """Decode entities `first` .. `last` (exclusive; default: all). Tokens before `first` are taken as given.
 
     In-painting and prompts are that: a filled buffer and a `first`; the given entities are fed in one evaluation.
     """
     for n in range(first, state.entities.count if last is None else last):
-        distribution = generator.predict(state, tokens, count=n + 1 - int(state.fed[0]), want=1)
+        with forward(recorder, tokens.device):
+            distribution = generator.predict(state, tokens, count=n + 1 - int(state.fed[0]), want=1)
+        if recorder is not None:
+            recorder.plain(torch.full((state.batch,), n))
         drawn = distribution.sample(sampler, noise)
         tokens = state.entities.put(tokens, torch.full((state.batch,), n), 1, drawn)
         yield Step(n, distribution, tokens)
@@ -46,11 +51,17 @@ def decode_from(
 
 @torch.no_grad()
 def ancestral(
-    generator: Generator, condition: Condition, sampler: Any, noise: Noise, guidance: Guidance = NO_GUIDANCE
+    generator: Generator,
+    condition: Condition,
+    sampler: Any,
+    noise: Noise,
+    guidance: Guidance = NO_GUIDANCE,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Tokens [B, N, ...] of a batch of conditions, entity by entity."""
-    state = generator.start(condition, guidance)
-    tokens = generator.layout.blank(condition.batch).to(noise.device)
-    for step in decode_from(generator, state, sampler, noise, tokens):
-        tokens = step.tokens
+    with running(recorder, condition.batch, generator.layout.length, noise.device):
+        state = generator.start(condition, guidance)
+        tokens = generator.layout.blank(condition.batch).to(noise.device)
+        for step in decode_from(generator, state, sampler, noise, tokens, recorder=recorder):
+            tokens = step.tokens
     return tokens

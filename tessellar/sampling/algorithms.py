@@ -1,0 +1,250 @@
+"""Decoding algorithms as a user chooses them: a name and options, each a frozen dataclass that runs when called.
+
+`exact` says whether tokens follow the generator's guided, processed distribution. docs/decoding.md says how to choose.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.models.condition import Condition
+from tessellar.models.generator import Generator
+from tessellar.sampling.acceptance import GroupedRatio, distance_quantile
+from tessellar.sampling.couplings import COUPLINGS, Reuse
+from tessellar.sampling.decode import ancestral
+from tessellar.sampling.draft_model import draft_model
+from tessellar.sampling.drafts import SCHEMES
+from tessellar.sampling.guidance import Guidance, GuidanceSettings
+from tessellar.sampling.noise import Noise
+from tessellar.sampling.report import Recorder
+from tessellar.sampling.speculative import Rules, speculative_jacobi
+
+Init = Literal["random", "uniform", "repeat-left", "repeat-up", "argmax-left", "sample-left"]
+CouplingName = Literal["none", "maximal", "gumbel"]
+assert get_args(Init) == SCHEMES and set(get_args(CouplingName)) == set(COUPLINGS)
+
+LARGEST_WINDOW = 64
+
+
+class Algorithm(ABC):
+    """A decoding algorithm with its options."""
+
+    exact: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Tokens [B, N, ...] of a batch of conditions."""
+
+    def describe(self) -> dict[str, Any]:
+        """Options as plain data."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Ancestral(Algorithm):
+    """Entity by entity, one evaluation each; every generator and every head."""
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        return ancestral(generator, condition, sampler, noise, guidance, recorder)
+
+
+@dataclass(frozen=True)
+class SpeculativeJacobi(Algorithm):
+    """SJD (arXiv 2410.01699) and its exact couplings (SCD, 2510.24211): no draft model, exact."""
+
+    window: int = 16
+    init: Init = "random"
+    coupling: CouplingName = "none"
+
+    def __post_init__(self) -> None:
+        _check_window(self.window, self.init)
+        if self.coupling not in COUPLINGS:
+            raise UserError(f"coupling {self.coupling!r} does not exist; there are {', '.join(COUPLINGS)}")
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        rules = Rules(self.window, self.init, coupling=COUPLINGS[self.coupling])
+        return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
+
+
+@dataclass(frozen=True)
+class ReusingJacobi(Algorithm):
+    """SJD++ (arXiv 2512.07503): drafts behind a rejection stay where p / q exceeds `threshold`. Approximate."""
+
+    window: int = 16
+    init: Init = "random"
+    threshold: float = 0.5
+
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_window(self.window, self.init)
+        if self.threshold < 0:
+            raise UserError(f"threshold is {self.threshold}; it must be at least 0")
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        rules = Rules(self.window, self.init, coupling=Reuse(self.threshold))
+        return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
+
+
+@dataclass(frozen=True)
+class GroupedJacobi(Algorithm):
+    """GSD (arXiv 2508.07747): SJD that accepts by the mass of clusters of similar tokens. Approximate.
+
+    The published `d_threshold` 0.5 fits Chameleon's embeddings: for other models give `d_quantile`, the share of pairs
+    of codes that pass for near, which replaces it. `d_threshold` None switches the distance filter off.
+    """
+
+    window: int = 16
+    init: Init = "random"
+    coupling: CouplingName = "none"
+    group_size: int = 14
+    p_threshold: float = 0.15
+    d_threshold: float | None = 0.5
+    d_quantile: float | None = None
+    exact_official: bool = False
+
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        SpeculativeJacobi(self.window, self.init, self.coupling)
+        if self.group_size < 1 or self.p_threshold <= 0:
+            raise UserError(
+                f"group_size is {self.group_size} and p_threshold {self.p_threshold}; both must be positive"
+            )
+        if self.d_quantile is not None and not 0 < self.d_quantile <= 1:
+            raise UserError(f"d_quantile is {self.d_quantile}; it must be in (0, 1]")
+
+    def acceptance(self, generator: Generator) -> GroupedRatio:
+        """The acceptance rule with the generator's embeddings; raises UserError where it has none."""
+        threshold, table = self.d_threshold, None
+        if self.d_quantile is not None or threshold is not None:
+            embedding = getattr(generator, "token_embedding", None)
+            if not isinstance(embedding, nn.Embedding):
+                name = type(generator).__name__
+                raise UserError(
+                    f"GSD's distance filter needs one embedding a code, {name} has none; set d_threshold null"
+                )
+            table = embedding.weight.detach().float()
+            threshold = threshold if self.d_quantile is None else distance_quantile(table, self.d_quantile)
+        return GroupedRatio(self.group_size, self.p_threshold, threshold, table, self.exact_official)
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        rules = Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])
+        return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
+
+
+@dataclass(frozen=True)
+class DraftModel(Algorithm):
+    """Speculative decoding (arXiv 2211.17192) with the generator at `model`: an export of the same layout. Exact.
+
+    `drafts` entities are drafted for each evaluation; `guidance_scale` guides the draft model alone (default: as the
+    generator).
+    """
+
+    model: str
+    drafts: int = 4
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.drafts < LARGEST_WINDOW:
+            raise UserError(f"drafts is {self.drafts}; it must be in [1, {LARGEST_WINDOW})")
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        parameter = next(generator.parameters())
+        draft = _load_generator(self.model).to(parameter.device, parameter.dtype)
+        own = None if self.guidance_scale is None else GuidanceSettings(self.guidance_scale).make()
+        return draft_model(generator, draft, condition, sampler, noise, guidance, own, self.drafts, recorder)
+
+
+@lru_cache(maxsize=2)
+def _load_generator(path: str) -> Generator:
+    from tessellar.interop.load import load  # it imports this module through the pipeline
+    from tessellar.pipeline import ImageGenerator
+
+    model = load(path)
+    if not isinstance(model, ImageGenerator):
+        raise UserError(f"{path} is a tokenizer; a draft model is a generator")
+    return model.generator.eval()
+
+
+def _check_window(window: int, init: str) -> None:
+    if not 1 <= window <= LARGEST_WINDOW:
+        raise UserError(f"window is {window}; it must be in [1, {LARGEST_WINDOW}]")
+    if init not in SCHEMES:
+        raise UserError(f"initial drafts {init!r} do not exist; there are {', '.join(SCHEMES)}")
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "ancestral": Ancestral,
+    "sjd": SpeculativeJacobi,
+    "sjd++": ReusingJacobi,
+    "gsd": GroupedJacobi,
+    "draft": DraftModel,
+}
+
+
+def make_algorithm(name: str, options: dict[str, Any]) -> Algorithm:
+    """The algorithm of that name; raises UserError for unknown names, unknown options and values out of range."""
+    if name not in ALGORITHMS:
+        raise UserError(f"decoding algorithm {name!r} does not exist; there are {', '.join(ALGORITHMS)}")
+    known = [f.name for f in fields(ALGORITHMS[name])]  # type: ignore[arg-type]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        there = f"its options are {', '.join(known)}" if known else "it has none"
+        raise UserError(f"decoding algorithm {name!r} has no option {unknown[0]!r}; {there}")
+    try:
+        return ALGORITHMS[name](**options)
+    except TypeError as error:
+        raise UserError(f"decoding algorithm {name!r}: {error}") from error

@@ -1,0 +1,116 @@
+"""Speculative decoding with a draft model: a small generator drafts, the target judges (arXiv 2211.17192, 2302.01318).
+
+Exact: tokens follow the target's guided, processed distribution, whatever the draft model is. Both are driven through
+the generator protocol and roll back to what is committed, image by image.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from tessellar.errors import UserError
+from tessellar.models.condition import Condition
+from tessellar.models.generator import Generator, State
+from tessellar.sampling.acceptance import plain_ratio
+from tessellar.sampling.choice import Choice, race
+from tessellar.sampling.couplings import Verdict, fresh, verify
+from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
+from tessellar.sampling.noise import Noise
+from tessellar.sampling.report import Recorder, forward, running
+from tessellar.sampling.speculative import probabilities, require_windows
+
+
+@torch.no_grad()
+def draft_model(
+    target: Generator,
+    draft: Generator,
+    condition: Condition,
+    sampler: Choice,
+    noise: Noise,
+    guidance: Guidance = NO_GUIDANCE,
+    draft_guidance: Guidance | None = None,
+    drafts: int = 4,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Tokens [B, N] of the target, from windows of `drafts` entities that the draft model draws one after the other.
+
+    `draft_guidance` defaults to the target's. Raises UserError where the two have different layouts or entities, or
+    where either has no independent categorical tokens.
+    """
+    require_same_tokens(target, draft)
+    with running(recorder, condition.batch, target.layout.length, noise.device):
+        state = target.start(condition, guidance, window=drafts + 1)
+        drafting = draft.start(condition, draft_guidance or guidance, window=drafts + 1)
+        for generator, started in ((target, state), (draft, drafting)):
+            require_windows(started, generator, sampler, "speculative decoding with a draft model")
+        tokens, done = target.layout.blank(condition.batch).to(noise.device), torch.zeros_like(state.fed)
+        while bool((done < state.entities.count).any()):
+            tokens, q = _drafted(draft, drafting, tokens, done, sampler, noise, drafts, recorder)
+            verdict = _judged(target, state, tokens, q, sampler, noise, recorder)
+            accepted = verdict.accepted.cpu()
+            committed = torch.minimum(accepted + 1, state.entities.count - done)
+            if recorder is not None:
+                alive = done < state.entities.count
+                left = (state.entities.count - done).clamp(max=drafts)
+                accepted = torch.minimum(accepted, left)
+                recorder.window(done[alive], accepted[alive], committed[alive], left[alive])
+                recorder.draft_evaluations += drafts * int(alive.sum())
+            tokens = state.entities.put(tokens, done, drafts + 1, verdict.tokens.flatten(1))
+            done = done + committed
+            _catch_up(draft, drafting, tokens, done, recorder)
+            state.rollback(done)
+    return tokens
+
+
+def _drafted(
+    draft: Generator,
+    state: State,
+    tokens: Tensor,
+    done: Tensor,
+    sampler: Choice,
+    noise: Noise,
+    drafts: int,
+    recorder: Recorder | None,
+) -> tuple[Tensor, Tensor]:
+    """The buffer with drafts behind `done` [B], and their laws [B, drafts, s, V]."""
+    laws = []
+    for ahead in range(drafts):
+        with forward(recorder, tokens.device):
+            distribution = draft.predict(state, tokens, count=1)
+        law = probabilities(distribution, sampler, state)[:, 0]
+        laws.append(law)
+        drawn = race(law, noise.exponential(*law.shape[1:]))
+        tokens = state.entities.put(tokens, done + ahead, 1, drawn)
+    return tokens, torch.stack(laws, dim=1)
+
+
+def _judged(
+    target: Generator, state: State, tokens: Tensor, q: Tensor, sampler: Choice, noise: Noise, recorder: Recorder | None
+) -> Verdict:
+    """The target's verdict on all drafts in one pass; the last slot has no draft and is a fresh sample."""
+    slots, size = q.shape[1] + 1, q.shape[2]
+    window = rearrange(state.entities.get(tokens, state.fed, slots), "b (w s) -> b w s", s=size)
+    with forward(recorder, tokens.device):
+        distribution = target.predict(state, tokens, count=slots)
+    p = probabilities(distribution, sampler, state)
+    uniform = F.pad(noise.uniform(slots - 1, size), (0, 0, 0, 1))
+    exponential = noise.exponential(*p.shape[1:])
+    return verify(p, F.pad(q, (0, 0, 0, 0, 0, 1)), window, uniform, exponential, plain_ratio, fresh)
+
+
+def _catch_up(draft: Generator, state: State, tokens: Tensor, done: Tensor, recorder: Recorder | None) -> None:
+    """Roll the draft model back; where all drafts were accepted it has not read the last of them, so it does first."""
+    while bool((state.fed < done).any()):
+        with forward(recorder, tokens.device):
+            draft.predict(state, tokens, count=1)
+    state.rollback(done)
+
+
+def require_same_tokens(target: Generator, draft: Generator) -> None:
+    """Raise UserError unless the draft model predicts the same tokens in the same order."""
+    if target.layout != draft.layout:
+        raise UserError(f"the draft model was built for {draft.layout}, the generator for {target.layout}")
+    ours, theirs = target.entities, draft.entities
+    if ours.sizes != theirs.sizes or not torch.equal(ours.order, theirs.order):
+        raise UserError("the draft model generates its tokens in another order, or in other groups, than the generator")

@@ -1,0 +1,231 @@
+"""Speculative Jacobi decoding: judge a window of drafts in one pass, commit its accepted head, draft the rest anew.
+
+SJD (arXiv 2410.01699): the tokens that one pass samples behind its first rejection are the next pass's drafts, so no
+draft model is needed. Exact with `plain_ratio` and the couplings `none`, `maximal`, `gumbel`: tokens follow the guided,
+processed distribution of the generator. Approximate with `GroupedRatio` (GSD, arXiv 2508.07747) or `Reuse` (SJD++).
+
+Different from the official code: every image of a batch commits its own number of tokens (committing the minimum and
+testing accepted drafts again with their old law is biased), filters are applied once, and any layout, entity order and
+batch is taken, entities of several tokens included if all are equally large.
+
+Shapes: B images, W slots of a window (one entity each), s tokens an entity, V codes. Slot j of the window that begins
+behind m committed entities is entity m + j; all slots but the last of a full window hold drafts.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from tessellar.errors import UserError
+from tessellar.models.condition import Condition
+from tessellar.models.generator import Generator, State
+from tessellar.models.heads.distribution import Distribution
+from tessellar.models.heads.logits import Logits
+from tessellar.sampling.acceptance import Acceptance, plain_ratio
+from tessellar.sampling.choice import Choice
+from tessellar.sampling.couplings import Coupling, Verdict, fresh, gumbel, verify
+from tessellar.sampling.drafts import Neighbourhood, fill, look_up, sources
+from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
+from tessellar.sampling.noise import Noise
+from tessellar.sampling.report import Recorder, forward, running
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run does with a window: number of slots, initial drafts, acceptance test, coupling behind a rejection."""
+
+    window: int = 16
+    init: str = "random"
+    acceptance: Acceptance = plain_ratio
+    coupling: Coupling = fresh
+
+
+DEFAULT_RULES = Rules()
+
+
+@dataclass
+class Window:
+    """Drafts [B, W, s] by slot with the law [B, W, s, V] that each was drawn from; a slot without a draft has law 0."""
+
+    draft: Tensor
+    law: Tensor
+    tied: Tensor | None  # [B, W, s, V] exponential noise of the Gumbel coupling
+
+    def select(self, index: Tensor) -> "Window":
+        return Window(self.draft[index], self.law[index], None if self.tied is None else self.tied[index])
+
+
+@dataclass
+class Batch:
+    """Images being decoded: where they go in the result, committed entities [b] (on the CPU), buffer [b, N], drafts."""
+
+    image: Tensor
+    state: State
+    noise: Noise
+    done: Tensor
+    tokens: Tensor
+    window: Window
+
+    def select(self, index: Tensor) -> "Batch":
+        """Some of the images; the caches of the others are dropped."""
+        there = index.to(self.tokens.device)
+        return Batch(
+            self.image[index],
+            self.state.select(index),
+            self.noise.select(index),
+            self.done[index],
+            self.tokens[there],
+            self.window.select(there),
+        )
+
+
+@torch.no_grad()
+def speculative_jacobi(
+    generator: Generator,
+    condition: Condition,
+    sampler: Choice,
+    noise: Noise,
+    guidance: Guidance = NO_GUIDANCE,
+    rules: Rules = DEFAULT_RULES,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Tokens [B, N] of a batch of conditions; image b depends on its own noise and condition alone.
+
+    Raises UserError for generators without categorical tokens that are independent given the entities before them.
+    """
+    with running(recorder, condition.batch, generator.layout.length, noise.device):
+        state = generator.start(condition, guidance, window=rules.window)
+        require_windows(state, generator, sampler, "speculative decoding")
+        decoder = _Decoder(generator, sampler, rules, Neighbourhood.of(generator.layout), recorder)
+        batch = decoder.begin(state, noise)
+        result = batch.tokens.clone()
+        while True:
+            batch = decoder.step(batch)
+            finished = batch.done >= state.entities.count
+            if 2 * int(finished.sum()) < len(finished):
+                continue
+            result[batch.image.to(result.device)] = batch.tokens
+            if bool(finished.all()):
+                return result
+            batch = batch.select((~finished).nonzero()[:, 0])
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What does not change between passes."""
+
+    generator: Generator
+    sampler: Choice
+    rules: Rules
+    hood: Neighbourhood
+    recorder: Recorder | None
+
+    def begin(self, state: State, noise: Noise) -> Batch:
+        """Nothing committed, a window of initial drafts."""
+        layout, slots = self.generator.layout, self.rules.window
+        size, codes = state.entities.sizes[0], int(layout.vocab().max())
+        tokens = layout.blank(state.batch).to(noise.device)
+        done = torch.zeros(state.batch, dtype=torch.int64)
+        draft = tokens.new_zeros(state.batch, slots, size)
+        law = torch.zeros(*draft.shape, codes, device=noise.device)
+        tied = noise.exponential(slots, size, codes) if self.rules.coupling is gumbel else None
+        batch = Batch(torch.arange(state.batch), state, noise, done, tokens, Window(draft, law, tied))
+        return replace(batch, window=self._filled(batch, done, law[:, 0, 0], torch.zeros(state.batch, slots) > 0))
+
+    def step(self, batch: Batch) -> Batch:
+        """One evaluation of the generator: predict the window, judge it, commit, shift."""
+        state, first = batch.state, batch.done
+        remaining = state.entities.count - first
+        width = min(self.rules.window, int(remaining.max()))
+        tokens, drafts = batch.tokens, min(self.rules.window - 1, width)
+        if drafts:
+            tokens = state.entities.put(tokens, first, drafts, batch.window.draft[:, :drafts].flatten(1))
+        state.rollback(first)
+        with forward(self.recorder, tokens.device):
+            distribution = self.generator.predict(state, tokens, count=width)
+        p = probabilities(distribution, self.sampler, state)
+        verdict = self._judge(batch, p)
+        accepted = verdict.accepted.cpu()
+        committed = torch.minimum((accepted + 1).clamp(max=width), remaining)
+        if self.recorder is not None:
+            self._record(self.recorder, first, remaining, accepted, committed, p)
+        tokens = state.entities.put(tokens, first, width, verdict.tokens.flatten(1))
+        batch = replace(batch, tokens=tokens, done=first + committed)
+        return replace(batch, window=self._shifted(batch, verdict, committed))
+
+    def _judge(self, batch: Batch, p: Tensor) -> Verdict:
+        """Noise is always drawn for the full window, so that it does not depend on the other images."""
+        (_, width, size, codes), slots = p.shape, self.rules.window
+        uniform = F.pad(batch.noise.uniform(slots - 1, size), (0, 0, 0, 1))[:, :width]
+        exponential = batch.noise.exponential(slots, size, codes)[:, :width]
+        window, rules = batch.window, self.rules
+        tied = None if window.tied is None else window.tied[:, :width]
+        law, draft = window.law[:, :width], window.draft[:, :width]
+        return verify(p, law, draft, uniform, exponential, rules.acceptance, rules.coupling, tied)
+
+    def _shifted(self, batch: Batch, verdict: Verdict, committed: Tensor) -> Window:
+        """The next window: tokens behind the committed ones with their laws, then initial drafts."""
+        width, slots = verdict.tokens.shape[1], self.rules.window
+        source = committed[:, None] + torch.arange(slots)
+        there = source < width
+        index = source.clamp(max=width - 1).to(verdict.tokens.device)
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        tied = batch.window.tied
+        if tied is not None:
+            new = batch.noise.exponential(*tied.shape[1:])
+            tied = torch.where(there.to(new.device)[..., None, None], tied[rows, index], new)
+        window = Window(verdict.tokens[rows, index], verdict.law[rows, index], tied)
+        last = (batch.done - committed + width) * batch.state.entities.sizes[0] - 1
+        return self._filled(replace(batch, window=window), last, verdict.law[:, -1, -1], there)
+
+    def _filled(self, batch: Batch, last: Tensor, law: Tensor, there: Tensor) -> Window:
+        """Initial drafts where `there` [B, W] is False; `law` [B, V] is that of the last known token, rank `last`."""
+        window, entities, scheme = batch.window, batch.state.entities, self.rules.init
+        device, size, drafts = law.device, entities.sizes[0], self.rules.window - 1
+        new_law, draft = window.law, window.draft
+        if drafts:
+            ranks = entities.steps(batch.done, drafts)
+            source = sources(scheme, self.hood, entities, ranks, last)
+            place = look_up(entities.order, ranks.clamp(max=entities.length - 1))
+            uniform = batch.noise.uniform(drafts * size)
+            exponential = batch.noise.exponential(drafts * size, law.shape[-1]) if scheme == "sample-left" else uniform
+            vocab = self.hood.vocab[place].to(device)
+            new = fill(scheme, source.to(device), batch.tokens, vocab, law, uniform, exponential)
+            keep = there[:, :drafts, None].to(device)
+            draft[:, :drafts] = torch.where(keep, draft[:, :drafts], rearrange(new.tokens, "b (w s) -> b w s", s=size))
+            fresh_law = rearrange(new.law, "b (w s) v -> b w s v", s=size)
+            new_law[:, :drafts] = torch.where(keep[..., None], new_law[:, :drafts], fresh_law)
+        new_law[:, drafts:] = 0  # the last slot of a window has no draft
+        return Window(draft, new_law, window.tied)
+
+    def _record(
+        self, recorder: Recorder, first: Tensor, remaining: Tensor, accepted: Tensor, committed: Tensor, p: Tensor
+    ) -> None:
+        alive = remaining > 0
+        drafted = remaining.clamp(max=self.rules.window - 1)
+        accepted = torch.minimum(accepted, drafted)
+        recorder.window(first[alive], accepted[alive], committed[alive], drafted[alive])
+        slot = torch.arange(p.shape[1])
+        flags = [(slot < n[:, None])[..., None].to(p.device) for n in (torch.minimum(accepted, committed), committed)]
+        recorder.certainty(p, *flags)
+
+
+def require_windows(state: State, generator: Generator, sampler: Choice, algorithm: str) -> None:
+    """Raise UserError, in one line, unless windows of this generator can be judged token by token."""
+    name = type(generator).__name__
+    if not generator.layout.is_categorical:
+        raise UserError(f"{algorithm} needs categorical tokens; {name} predicts {generator.layout}")
+    if not isinstance(sampler, Choice):
+        raise UserError(f"{algorithm} draws with Choice settings, not with {type(sampler).__name__}")
+    if not state.entities.uniform:
+        raise UserError(f"{algorithm} needs entities of one size; {name} predicts {sorted(set(state.entities.sizes))}")
+
+
+def probabilities(distribution: Distribution, sampler: Choice, state: State) -> Tensor:
+    """Processed probabilities [B, W, s, V]; raises UserError for a head whose tokens depend on each other."""
+    if not isinstance(distribution, Logits):
+        raise UserError(f"speculative decoding needs a head of independent logits, not {type(distribution).__name__}")
+    return rearrange(sampler.probs(distribution.logits), "b (w s) v -> b w s v", s=state.entities.sizes[0])
