@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop import llamagen_vq
 from tessellar.interop.llamagen import from_official, to_official
 from tessellar.interop.weights import read_safetensors
 from tessellar.models import llamagen
 from tessellar.models.llamagen import LlamaGen
+from tessellar.tokenizers import llamagen_vq as tokenizers
 from tessellar.tokenizers.layout import Categorical, Layout, grid_layout
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
@@ -108,3 +110,30 @@ def test_what_cannot_be_inferred_is_asked_for() -> None:
         from_official(official("c2i"), layout("t2i"), 3)
     with pytest.raises(UserError, match="not a LlamaGen generator: tok_embeddings.weight"):
         from_official({"encoder.weight": torch.zeros(1)}, layout("c2i"))
+
+
+@pytest.mark.parametrize(("preset", "parameters", "keys"), [("vq_16", 71_883_403, 344), ("vq_8", 70_109_835, 300)])
+def test_published_tokenizers(preset: str, parameters: int, keys: int) -> None:
+    """The official files have one key more, the queue of recent codes."""
+    with torch.device("meta"):
+        model = getattr(tokenizers, preset)()
+    assert count(model) == parameters
+    assert len(llamagen_vq.to_official(model)) == keys - 1
+
+
+def test_import_inverts_export_of_a_tokenizer() -> None:
+    theirs = official("vq")
+    back = llamagen_vq.to_official(llamagen_vq.tokenizer_from_official(theirs, 8))
+    assert theirs.keys() - back.keys() == {"quantize.codebook_used"}
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+
+
+def test_a_tokenizer_is_read_strictly() -> None:
+    with pytest.raises(UserError, match="1 unknown: encoder.extra"):
+        llamagen_vq.tokenizer_from_official({**official("vq"), "encoder.extra": torch.zeros(1)}, 8)
+    state = official("vq")
+    del state["quant_conv.bias"]
+    with pytest.raises(UserError, match="1 missing: quant_conv.bias"):
+        llamagen_vq.tokenizer_from_official(state, 8)
+    with pytest.raises(UserError, match="not the weights of a LlamaGen VQ tokenizer"):
+        llamagen_vq.tokenizer_from_official(official("disc"), 8)
