@@ -35,4 +35,9 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("llamagen_replay:sample", ("sample",)),
         Replay("llamagen_replay:t2i", ("t2i",)),
     ),
+    "gsd": (
+        Replay("gsd_replay:plain", ("shared", "sjd")),
+        Replay("gsd_replay:grouped", ("shared", "gsd")),
+        Replay("gsd_replay:initial", ("init",)),
+    ),
 }
