@@ -6,9 +6,9 @@ Any key of the YAML can be given as an option; `--print_config` shows them all, 
 """
 
 import difflib
-import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,23 +87,28 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> TrainCLI:
     """The instantiated command line; raises UserError, in one line, for whatever does not fit."""
-    os.environ.setdefault("PL_DISABLE_FORK", "1")
     torch.set_float32_matmul_precision("high")
     try:
-        return TrainCLI(
-            TrainingModule,
-            ImageDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            run=False,
-            args=list(argv),
-            parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            return _cli(argv)
     except ArgumentError as error:
         raise UserError(shorten(str(error), argv)) from error
+
+
+def _cli(argv: Sequence[str]) -> TrainCLI:
+    return TrainCLI(
+        TrainingModule,
+        ImageDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        run=False,
+        args=list(argv),
+        parser_kwargs={"exit_on_error": False},
+    )
 
 
 def shorten(message: str, argv: Sequence[str]) -> str:

@@ -1,0 +1,47 @@
+"""Every YAML under configs/ parses and builds, at real size, on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tessellar.cli.train import parse
+
+ROOT = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = sorted(ROOT.glob("*/*.yaml"))
+TOKENIZER = ["--model.init_args.tokenizer={class_path: tessellar.tokenizers.llamagen_vq.vq_16}"]
+PARAMETERS = {
+    "imagenet256/vq_16": 71_883_403,
+    "imagenet256/vq_8": 70_109_835,
+    "imagenet256/llamagen_b": 110_888_448,
+    "imagenet256/llamagen_l": 342_910_976,
+    "imagenet256/llamagen_xl": 774_699_520,
+    "imagenet256/llamagen_xxl": 1_410_972_672,
+    "imagenet256/llamagen_3b": 3_096_659_200,
+}
+
+
+def _without_vgg(path: Path, folder: Path) -> str:
+    """A copy of the YAML without the perceptual loss, whose weights a test does not have."""
+    config = yaml.safe_load(path.read_text())
+    del config["model"]["init_args"]["loss"]["init_args"]["perceptual"]
+    copy = folder / path.name
+    copy.write_text(yaml.safe_dump(config))
+    return str(copy)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"{path.parent.name}/{path.stem}"
+    options = ["--config", str(path), "--name", "x", "--trainer.strategy", "auto", "--trainer.accelerator", "cpu"]
+    if path.stem.startswith("vq"):
+        options[1] = _without_vgg(path, tmp_path)
+    elif "tokenizer" not in path.stem:
+        options += TOKENIZER
+    with torch.device("meta"):
+        cli = parse([*options, "--trainer.devices", "1"])
+    count = sum(p.numel() for p in cli.model.ema_target.parameters())
+    assert count == PARAMETERS.get(name, count)
+    assert path.read_text().startswith("# ")
