@@ -55,8 +55,6 @@ class Collector:
     def __init__(self, extractor: Extractor, total: int, needs: Needs) -> None:
         self.total, self.needs = total, needs
         device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
-        if needs.spatial and extractor.spatial_dim is None:
-            raise UserError(f"{extractor.name} has no spatial features; only the Inception network serves for sFID")
         self.statistics = FeatureStatistics(extractor.dim, device)
         self.spatial = FeatureStatistics(extractor.spatial_dim or 0, device) if needs.spatial else None
         self.score = ScoreSums.empty(total, extractor.num_classes, needs.score) if needs.score else None

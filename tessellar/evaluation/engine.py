@@ -11,7 +11,7 @@ from typing import Any
 
 from tessellar.evaluation.collect import Collected, collect
 from tessellar.evaluation.extractors import Extractor
-from tessellar.evaluation.metrics import VERSIONS, measure, needs_of
+from tessellar.evaluation.metrics import VERSIONS, check_metrics, measure, needs_of
 from tessellar.evaluation.protocols import PROTOCOLS, Metric, Protocol
 from tessellar.evaluation.record import Record, make_record
 from tessellar.evaluation.references import Reference
@@ -37,6 +37,7 @@ def evaluate_samples(
     unsure = protocol.check(source.count, source.label_plan, extractor.name, extractor.resize, split)
     if reference is not None:
         reference.check(extractor)
+    check_metrics(metrics, extractor, reference, source.has_originals)
     needs = needs_of(metrics, protocol.is_splits, lpips_weights)
     collected = collect(source.batches(batch_size), source.count, extractor, needs, batch_size)
     values = measure(collected, reference, extractor, metrics)

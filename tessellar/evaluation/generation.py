@@ -77,6 +77,8 @@ class GeneratedImages(ImageSource):
 class Reconstructions(ImageSource):
     """Images of another source through a tokenizer, each beside its original."""
 
+    has_originals = True
+
     def __init__(self, tokenizer: Tokenizer, originals: ImageSource, facts: dict[str, Any] | None = None) -> None:
         self.tokenizer, self.originals, self.facts = tokenizer, originals, facts or {}
         self.count, self.split, self.label_plan = originals.count, originals.split, originals.label_plan

@@ -10,7 +10,6 @@ from typing import Literal
 from urllib.error import URLError
 
 from torch import Tensor, nn
-from torchmetrics.functional.image.lpips import _LPIPS
 
 from tessellar.errors import UserError
 from tessellar.interop.weights import load_strict, read_pickle, read_safetensors
@@ -24,6 +23,8 @@ def load_lpips(weights: str | Path | None = None, backbone: Backbone = "vgg") ->
     `weights` is torchvision's file for the backbone (.pth or .safetensors); without it they are downloaded. Raises
     UserError where neither works.
     """
+    from torchmetrics.functional.image.lpips import _LPIPS  # slow to import, and seldom needed
+
     if weights is not None:
         network = _LPIPS(net=backbone, pnet_rand=True)
         load_strict(network.net, _backbone_state(Path(weights), network.net), str(weights))

@@ -6,6 +6,8 @@ with TensorFlow's resize, else FD(name), sFD(name), IS(name), KD(name). FID of f
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from tessellar.errors import UserError
 from tessellar.evaluation.collect import Collected, Needs
 from tessellar.evaluation.extractors import Extractor
@@ -52,10 +54,31 @@ def named(metric: str, extractor: Extractor) -> str:
     )
 
 
+def check_metrics(
+    metrics: Iterable[Metric], extractor: Extractor, reference: Reference | None, has_originals: bool
+) -> None:
+    """Raise UserError, before any image is made, where a metric lacks what it needs."""
+    for metric in metrics:
+        if metric == "sfd" and extractor.spatial_dim is None:
+            raise UserError(f"{extractor.name} has no spatial features; only the Inception network serves for sFID")
+        if metric in ("fd", "sfd", "kid", "pr") and reference is None:
+            raise UserError(f"metric {metric!r} compares with a reference; give --reference")
+        if metric in ("kid", "pr") and reference is not None and reference.features is None:
+            raise UserError(
+                f"the reference {reference.name} has statistics only; {metric} needs its images or features"
+            )
+        if metric == "sfd" and reference is not None and reference.spatial is None:
+            raise UserError(f"the reference {reference.name} has no spatial statistics (mu_s, sigma_s) for sFID")
+        if metric in ("paired", "lpips") and not has_originals:
+            raise UserError(
+                f"metric {metric!r} compares reconstructions with their originals; these are no reconstructions"
+            )
+
+
 def measure(
     samples: Collected, reference: Reference | None, extractor: Extractor, metrics: Iterable[Metric]
 ) -> dict[str, float]:
-    """Values by name, in the order of `metrics`; raises UserError where the reference lacks what a metric needs."""
+    """Values by name, in the order of `metrics`, which `check_metrics` has passed."""
     values: dict[str, float] = {}
     for metric in metrics:
         values |= _values(metric, samples, reference, extractor)
@@ -64,42 +87,31 @@ def measure(
 
 def _values(metric: Metric, samples: Collected, reference: Reference | None, extractor: Extractor) -> dict[str, float]:
     match metric:
-        case "fd":
+        case "fd" if reference is not None:
             name = distance_name(extractor, samples.count, samples.paired is not None)
-            return {name: frechet_distance(samples.moments, _needed(reference, metric).moments)}
-        case "sfd":
-            spatial = _needed(reference, metric).spatial
-            if spatial is None or samples.spatial is None:
-                raise UserError("the reference has no spatial statistics (mu_s, sigma_s), which sFID needs")
-            return {named("sFID", extractor): frechet_distance(samples.spatial, spatial)}
+            return {name: frechet_distance(samples.moments, reference.moments)}
+        case "sfd" if samples.spatial is not None and reference is not None and reference.spatial is not None:
+            return {named("sFID", extractor): frechet_distance(samples.spatial, reference.spatial)}
         case "is" if samples.score is not None:
             name = named("IS", extractor)
             return {name: samples.score.mean, f"{name} std": samples.score.std}
-        case "kid" | "pr":
-            return _neighbour_values(metric, samples, _needed(reference, metric), extractor)
-        case "accuracy":
-            if samples.accuracy is None:
-                raise UserError("class accuracy needs the labels of the samples (arr_1 in an npz, or a folder a class)")
+        case "kid" | "pr" if samples.features is not None and reference is not None and reference.features is not None:
+            return _neighbours(metric, samples.features, reference.features, extractor)
+        case "accuracy" if samples.accuracy is not None:
             return {"accuracy": samples.accuracy}
         case "paired" if samples.paired is not None:
             return {"PSNR": samples.paired.psnr, "SSIM": samples.paired.ssim}
         case "lpips" if samples.paired is not None and samples.paired.lpips is not None:
             return {"LPIPS": samples.paired.lpips}
-    raise UserError(f"metric {metric!r} cannot be taken of these samples")
+        case "accuracy":
+            raise UserError("class accuracy needs the labels of the samples (arr_1 in an npz, or a folder a class)")
+    raise AssertionError(f"{metric} was not checked, or not collected")
 
 
-def _neighbour_values(metric: str, samples: Collected, reference: Reference, extractor: Extractor) -> dict[str, float]:
-    if samples.features is None or reference.features is None:
-        raise UserError(f"the reference {reference.name} has statistics only; {metric} needs its images or features")
-    features = (samples.features.to(extractor.device), reference.features.to(extractor.device))
+def _neighbours(metric: str, samples: Tensor, reference: Tensor, extractor: Extractor) -> dict[str, float]:
+    features = (samples.to(extractor.device), reference.to(extractor.device))
     if metric == "kid":
         kid, name = kernel_distance(*features), named("KID", extractor)
         return {name: kid.mean, f"{name} std": kid.std}
     both = precision_recall(*features)
     return {named("precision", extractor): both.precision, named("recall", extractor): both.recall}
-
-
-def _needed(reference: Reference | None, metric: str) -> Reference:
-    if reference is None:
-        raise UserError(f"metric {metric!r} compares with a reference; give --reference")
-    return reference

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from einops import reduce
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from tessellar.distributed import all_reduce_sum
 from tessellar.errors import UserError
@@ -32,6 +31,9 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity of each pair of uint8 images [B, 3, H, W], mean over channels, float64 [B]."""
     if min(images.shape[-2:]) < SSIM_WINDOW:
         raise UserError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side; these are {images.shape[-2:]}")
+    # Imported here: torchmetrics takes seconds, which the other metrics need not wait for.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     value = structural_similarity_index_measure(
         images.double(), originals.double(), data_range=255.0, reduction="none", kernel_size=SSIM_WINDOW
     )

@@ -48,6 +48,7 @@ class ImageSource(ABC):
     count: int
     split: str | None = None
     label_plan: str = "unknown"
+    has_originals: bool = False
     warnings: tuple[str, ...] = ()
 
     @abstractmethod

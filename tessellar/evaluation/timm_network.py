@@ -32,7 +32,7 @@ class TimmNetwork(Extractor):
         network = create_network(facts)
         load_strict(network, state, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.dim = int(network.num_features)  # type: ignore[arg-type]
+        self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
         for key, values in (("mean", facts.mean), ("std", facts.std)):
             self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
         self.mean: Tensor
