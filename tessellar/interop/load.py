@@ -151,8 +151,8 @@ def read_source(path: str | Path, *, raw: bool = False) -> Source:
 
 def _read_folder(folder: Path) -> Source:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        found = sorted(folder.glob("**/*.ckpt"))
-        hint = f"; did you mean {found[-1]}?" if found else ""
+        inside = [p.parent for p in folder.glob(f"*/{WEIGHTS}")] or sorted(folder.glob("**/*.ckpt"))
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
         raise UserError(f"{folder} is not an export: it needs {CONFIG} and {WEIGHTS}{hint}")
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))

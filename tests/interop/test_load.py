@@ -179,7 +179,7 @@ def test_refused(case: str, tmp_path: Path, tokenizer: MakeTokenizer) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_a_name_that_is_nothing(tmp_path: Path) -> None:
+def test_a_name_that_is_nothing(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
     for path in (tmp_path / "absent", tmp_path / "absent.safetensors"):
         with pytest.raises(UserError, match="absent.* does not exist"):
             tessellar.load(path)
@@ -189,6 +189,9 @@ def test_a_name_that_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(UserError, match=r"did you mean .*last\.ckpt"):
+        tessellar.load(tmp_path / "run")
+    export_tokenizer(tokenizer(), tmp_path / "run" / "export")
+    with pytest.raises(UserError, match=r"did you mean .*run/export\?"):
         tessellar.load(tmp_path / "run")
 
 
