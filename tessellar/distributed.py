@@ -3,11 +3,29 @@
 Sums are float64. Backends that exchange only GPU memory (NCCL) get their tensors through the current GPU.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Join the processes that `torchrun` started, by NCCL where there are GPUs; nothing in a program of one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def is_distributed() -> bool:

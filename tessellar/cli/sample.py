@@ -186,4 +186,5 @@ def _write_record(stage: Path, record: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `sample.py` and `tessellar sample`."""
-    run_functions(sample, argv, "sample")
+    with distributed.session():
+        run_functions(sample, argv, "sample")

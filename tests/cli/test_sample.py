@@ -1,11 +1,16 @@
 """`sample.py`: files, the record beside them, and refusals before anything is written."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from tessellar.cli.sample import main
@@ -17,6 +22,8 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +101,20 @@ def test_only_an_older_set_is_replaced(model: tuple[str, ImageGenerator], tmp_pa
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(UserError, match="is not empty and holds no samples.json, so it is never replaced"):
         main([model[0], "--out", str(tmp_path / "mine"), "--overwrite"])
+
+
+def test_two_processes_make_the_same_set(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    words = ["--count", "5", "--npz", "--out"]
+    main([model[0], *words, str(tmp_path / "one")])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "sample.py"), model[0], *words, str(tmp_path / "two")]
+    ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}, cwd=ROOT) for r in range(2)]
+    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    assert abs(one - two).max() <= 1
+    grids = [np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int) for name in ("one", "two")]
+    assert abs(grids[0] - grids[1]).max() <= 1
