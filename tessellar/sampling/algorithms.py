@@ -4,9 +4,10 @@
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, get_args
+from types import UnionType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -239,12 +240,31 @@ def make_algorithm(name: str, options: dict[str, Any]) -> Algorithm:
     """The algorithm of that name; raises UserError for unknown names, unknown options and values out of range."""
     if name not in ALGORITHMS:
         raise UserError(f"decoding algorithm {name!r} does not exist; there are {', '.join(ALGORITHMS)}")
-    known = [f.name for f in fields(ALGORITHMS[name])]  # type: ignore[arg-type]
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        there = f"its options are {', '.join(known)}" if known else "it has none"
-        raise UserError(f"decoding algorithm {name!r} has no option {unknown[0]!r}; {there}")
-    try:
-        return ALGORITHMS[name](**options)
-    except TypeError as error:
-        raise UserError(f"decoding algorithm {name!r}: {error}") from error
+    known = {f.name: f for f in fields(ALGORITHMS[name])}  # type: ignore[arg-type]
+    hints = get_type_hints(ALGORITHMS[name])
+    for key, value in options.items():
+        if key not in known:
+            there = f"its options are {', '.join(known)}" if known else "it has none"
+            raise UserError(f"decoding algorithm {name!r} has no option {key!r}; {there}")
+        if not _fits(value, hints[key]):
+            raise UserError(f"option {key!r} of algorithm {name!r} is {value!r}; it must be {_spelled(hints[key])}")
+    missing = [key for key, f in known.items() if f.default is MISSING and key not in options]
+    if missing:
+        raise UserError(f"decoding algorithm {name!r} needs its option {missing[0]!r}")
+    return ALGORITHMS[name](**options)
+
+
+def _spelled(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value has the type of an option; an int will do for a float, names are checked elsewhere."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    allowed = (int, float) if hint is float else hint
+    return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
