@@ -61,10 +61,19 @@ class Damage:
             raise error
         self.state[index] = CORRUPT
         corrupt, met = self.corrupt, int((self.state != UNREAD).sum())
-        if len(corrupt) > max(1, self.max_share * max(met, min(len(self.state), SAMPLE))):
+        if too_many(len(corrupt), max(met, min(len(self.state), SAMPLE)), self.max_share):
             raise UserError(
                 f"{len(corrupt)} of {met} images read so far are corrupt, more than max_corrupt {self.max_share} "
                 f"allows; one is {self.where(corrupt[0])}, the last: {error}"
             ) from error
         if len(corrupt) == 1:
-            log.warning("%s. It is skipped, as others will be in silence, up to a share of %g", error, self.max_share)
+            warn_of_first(error, self.max_share)
+
+
+def too_many(corrupt: int, total: int, max_share: float) -> bool:
+    """Whether more than the share of `total` are corrupt; a single one is borne wherever any is."""
+    return corrupt > (max(1, max_share * total) if max_share else 0)
+
+
+def warn_of_first(error: UserError, max_share: float) -> None:
+    log.warning("%s. It is skipped, as others will be in silence, up to a share of %g", error, max_share)

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from tessellar.data.batch import collate
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.fashion_mnist import CLASS_NAMES, FashionMNIST
+from tessellar.data.framing import Crop
 from tessellar.data.image_folder import ImageFolder, Listing, list_folder, split_listing
-from tessellar.data.pictures import MAX_CORRUPT, Crop, PictureDataset
+from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.sampler import ResumableSampler
 from tessellar.data.shapes import SHAPES, Shapes
 from tessellar.errors import UserError

@@ -8,12 +8,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import ceil
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tessellar.data.batch import Batch, Sample, TokenBatch
+from tessellar.errors import UserError
 
 B = TypeVar("B", bound=Batch | TokenBatch)
 
@@ -73,3 +75,16 @@ class ImageDataset(IndexedDataset[Batch], ABC):
 def digest(**facts: Any) -> str:
     """16 hexadecimal digits that identify JSON-able facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hold_out(names: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+    """Places of training and validation samples, both ascending: the latter are the share of the lowest hashes.
+
+    At least one sample on each side; one keeps its side when others come and go, but for the few at the border. Raises
+    UserError where that cannot be.
+    """
+    if len(names) < 2 or not 0 < share < 1:
+        raise UserError(f"cannot hold out {share} of {len(names)} images; the share must be between 0 and 1")
+    ranked = sorted(range(len(names)), key=lambda place: digest(file=names[place]))
+    held_out = min(ceil(share * len(ranked)), len(ranked) - 1)
+    return sorted(ranked[held_out:]), sorted(ranked[:held_out])

@@ -5,16 +5,16 @@ Crops, augmentation and corrupt images are `pictures.py`'s.
 
 import os
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-from tessellar.data.dataset import digest
+from tessellar.data.dataset import digest, hold_out
+from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import EXTENSIONS, read_image
-from tessellar.data.pictures import MAX_CORRUPT, Crop, PictureDataset
+from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.errors import UserError
 
 
@@ -60,21 +60,13 @@ def _images_below(root: Path, name: str) -> list[str]:
 
 
 def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]:
-    """Training and validation part, the latter the share of files (at least one) whose path has the lowest hash.
-
-    A file keeps its part when others come and go, but for the few at the border.
-    """
-    if len(listing.files) < 2 or not 0 < val_share < 1:
-        raise UserError(
-            f"cannot hold out {val_share} of {len(listing.files)} images; the share must be between 0 and 1"
-        )
-    ranked = sorted(range(len(listing.files)), key=lambda i: digest(file=listing.files[i]))
-    held_out = min(ceil(val_share * len(ranked)), len(ranked) - 1)
-    return listing.take(sorted(ranked[held_out:])), listing.take(sorted(ranked[:held_out]))
+    """Training and validation part, the latter the share `val_share` of the files (see `hold_out`)."""
+    train, val = hold_out(listing.files, val_share)
+    return listing.take(train), listing.take(val)
 
 
 class ImageFolder(PictureDataset):
-    """Images of `root`, framed as PictureDataset says. `listing` restricts the set to some of the files."""
+    """Images of `root`, framed as Framing says. `listing` restricts the set to some of the files."""
 
     def __init__(
         self,
@@ -87,11 +79,11 @@ class ImageFolder(PictureDataset):
         listing: Listing | None = None,
         max_corrupt: float = MAX_CORRUPT,
     ) -> None:
+        framing = Framing(size, crop, flip, tuple(ten_ratios))
         listing = list_folder(root) if listing is None else listing
         self.root = Path(root)
         self.files = listing.files
-        labels = torch.tensor(listing.labels)
-        super().__init__(labels, listing.class_names, size, crop, flip, ten_ratios, seed, max_corrupt)
+        super().__init__(torch.tensor(listing.labels), listing.class_names, framing, seed, max_corrupt)
 
     def where(self, index: int) -> str:
         return str(self.root / self.files[index])
@@ -101,6 +93,5 @@ class ImageFolder(PictureDataset):
 
     def fingerprint(self) -> str:
         files = [(file, (self.root / file).stat().st_size) for file in self.files]
-        return digest(
-            set="image-folder", files=files, labels=self.labels.tolist(), size=self.size, views=self.framing()
-        )
+        labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
+        return digest(set="image-folder", files=files, labels=labels, size=size, views=views)

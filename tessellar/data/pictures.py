@@ -1,63 +1,51 @@
-"""PictureDataset: what all readers of image files share: crops, mirror images, views for caches, and corrupt images.
+"""PictureDataset: what all readers of image files share: framing, views for caches, and the care of corrupt images.
 
-A reader (folder, tar, Hugging Face) implements `open(index)` and `where(index)`. Crops are those of `crops.py`; random
-augmentation depends on (seed, epoch, index) alone; corrupt images are treated as `damage.py` says.
+A reader (folder, tar, Hugging Face) implements `open(index)` and `where(index)`. Random augmentation depends on (seed,
+epoch, index) alone; corrupt images are treated as `damage.py` says.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from tessellar.data.batch import Batch
-from tessellar.data.crops import CROPS_PER_RATIO, center_crop, random_crop, ten_crop
 from tessellar.data.damage import Damage
 from tessellar.data.dataset import ImageDataset
+from tessellar.data.framing import DRAWS, Framing
 from tessellar.data.randomness import derive, uniforms
-from tessellar.errors import UserError
 from tessellar.images import from_uint8
 
-Crop = Literal["adm", "random", "ten", "none"]
-CROPS = ("adm", "random", "ten", "none")
 MAX_CORRUPT = 0.01
 
 
-class PictureDataset(ImageDataset):
-    """Images as `size` x `size` pixels, with `labels` int64 [N] below the number of `class_names`.
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as float32 [B, 3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return from_uint8(rearrange(pixels, "b h w c -> b c h w")).contiguous()
 
-    `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at each visit, mirror
-    images included) or "none" (images have the right size). `flip` mirrors with probability 0.5. A corrupt image gives
-    place to the next readable one; above the share `max_corrupt` of them a UserError is raised.
+
+class PictureDataset(ImageDataset):
+    """Images as `framing` says, with `labels` int64 [N] below the number of `class_names`.
+
+    A corrupt image gives place to the next readable one; above the share `max_corrupt` of them a UserError is raised.
     """
 
     def __init__(
         self,
         labels: Tensor,
         class_names: tuple[str, ...],
-        size: int,
-        crop: Crop = "adm",
-        flip: bool = False,
-        ten_ratios: Sequence[float] = (1.1,),
+        framing: Framing,
         seed: int = 0,
         max_corrupt: float = MAX_CORRUPT,
     ) -> None:
-        if crop not in CROPS or size < 1:
-            raise ValueError(f"crop is {crop!r} and size {size}; crop must be one of {CROPS}, size positive")
-        if crop == "ten" and (flip or not ten_ratios or min(ten_ratios) < 1):
-            raise ValueError(
-                f"ten-crop needs ratios of at least 1, not {ten_ratios}, and holds mirror images: flip off"
-            )
         self.labels = labels
         self.class_names = class_names
-        self.size = size
-        self.crop = crop
-        self.flip = flip
-        self.ten_ratios = tuple(ten_ratios)
+        self.framing = framing
         self.seed = seed
         self.damage = Damage(len(labels), max_corrupt, self.where)
 
@@ -79,58 +67,36 @@ class PictureDataset(ImageDataset):
 
     @property
     def num_views(self) -> int:
-        """How many images `views` can make of one; raises ValueError for random crops, which have no end."""
-        if self.crop == "random":
-            raise ValueError("random crops cannot be enumerated; cache with crop 'adm' or 'ten'")
-        return CROPS_PER_RATIO * len(self.ten_ratios) if self.crop == "ten" else 1 + self.flip
+        """How many views an image has; raises ValueError for random crops, which have no end."""
+        return self.framing.num_views
 
     def view(self, index: int, k: int) -> Tensor:
         """View `k` in [0, num_views) of one image, float32 [3, size, size]; without randomness."""
         return self.views([index], k)["image"][0]
 
     def views(self, indices: Sequence[int], k: int) -> Batch:
-        if not 0 <= k < self.num_views:
-            raise ValueError(f"view is {k}; this set has {self.num_views}")
-        sources, images = self._read(indices)
-        return self._batch(indices, sources, [self._show(image, k) for image in images])
+        read = self._read(indices)
+        return self._batch(indices, read, [self.framing.view(image, k, self.where(i)) for i, image in read])
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        draws = uniforms(derive(self.seed, self.epoch), indices, 4)
-        sources, images = self._read(indices)
-        shown = [self._augmented(image, row) for image, row in zip(images, draws, strict=True)]
-        return self._batch(indices, sources, shown)
+        draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS)
+        read = self._read(indices)
+        shown = [
+            self.framing.draw(image, row, self.where(i)) for (i, image), row in zip(read, draws.tolist(), strict=True)
+        ]
+        return self._batch(indices, read, shown)
 
-    def _read(self, indices: Sequence[int]) -> tuple[list[int], list[Image.Image]]:
-        """Images, and the indices of those that are really shown."""
-        pairs = [self.damage.read(index, self.open) for index in indices]
-        return [source for source, _ in pairs], [image for _, image in pairs]
+    def _read(self, indices: Sequence[int]) -> list[tuple[int, Image.Image]]:
+        """Images, each with its own index, which is not the asked one where a corrupt image was skipped."""
+        return [self.damage.read(int(index), self.open) for index in indices]
 
-    def _batch(self, indices: Sequence[int], sources: Sequence[int], images: Sequence[Image.Image]) -> Batch:
-        for source, image in zip(sources, images, strict=True):
-            if image.size != (self.size, self.size):
-                width, height = image.size
-                raise UserError(f"{self.where(source)} is {width}x{height}; crop 'none' needs {self.size}x{self.size}")
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    def _batch(
+        self, indices: Sequence[int], read: Sequence[tuple[int, Image.Image]], shown: Sequence[Image.Image]
+    ) -> Batch:
+        sources = [source for source, _ in read]
         return {
-            "image": from_uint8(rearrange(pixels, "b h w c -> b c h w")).contiguous(),
-            "label": self.labels[torch.as_tensor(sources)],
+            "image": to_tensor(shown),
+            "label": self.labels[sources],
             "caption": [self.caption(source) for source in sources],
             "index": torch.as_tensor(indices),
         }
-
-    def _augmented(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
-        if self.crop != "random":
-            return self._show(image, int(draws[0] * self.num_views))
-        image = random_crop(image, self.size, (draws[1], draws[2], draws[3]))
-        return ImageOps.mirror(image) if self.flip and draws[0] >= 0.5 else image
-
-    def _show(self, image: Image.Image, k: int) -> Image.Image:
-        """View `k` of a whole image."""
-        if self.crop == "ten":
-            return ten_crop(image, self.size, k % CROPS_PER_RATIO, self.ten_ratios[k // CROPS_PER_RATIO])
-        image = center_crop(image, self.size) if self.crop == "adm" else image
-        return ImageOps.mirror(image) if k else image
-
-    def framing(self) -> list[object]:
-        """What crops and flips do, for fingerprints."""
-        return [self.crop, self.flip, self.ten_ratios if self.crop == "ten" else None]

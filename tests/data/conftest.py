@@ -1,6 +1,10 @@
 """Small data sets on disk."""
 
 import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,4 +44,55 @@ def image_root(tmp_path: Path) -> Path:
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
     (root / "cat" / "notes.txt").write_text("not an image")
     (root / ".hidden").mkdir()
+    return root
+
+
+def png(colour: int, size: int = 12) -> bytes:
+    """A picture whose pixels are all `colour`."""
+    stream = io.BytesIO()
+    Image.new("RGB", (size, size), (colour, colour, colour)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of plain files in the given order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample_members(first: int, count: int) -> dict[str, bytes]:
+    """Samples of a WebDataset tar: picture i has the colour i, class i % 3 and the caption `picture i`."""
+    members = {}
+    for i in range(first, first + count):
+        facts = {"caption": f"picture {i}", "class": i % 3, "class_name": ("cat", "dog", "owl")[i % 3]}
+        members |= {f"{i:06}.png": png(i), f"{i:06}.json": json.dumps(facts).encode()}
+    return members
+
+
+@pytest.fixture
+def make_tar() -> Callable[[Path, dict[str, bytes]], Path]:
+    return write_tar
+
+
+@pytest.fixture
+def make_samples() -> Callable[[int, int], dict[str, bytes]]:
+    return sample_members
+
+
+@pytest.fixture
+def make_png() -> Callable[..., bytes]:
+    return png
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder with train-0000.tar (20 samples), train-0001.tar (10) and val.tar (6)."""
+    root = tmp_path / "shards"
+    for name, first, count in (("train-0000", 0, 20), ("train-0001", 20, 10), ("val", 30, 6)):
+        write_tar(root / f"{name}.tar", sample_members(first, count))
     return root

@@ -1,0 +1,70 @@
+"""Framing: how a whole image becomes a square one in training: crop, mirror image, and the views of it that exist."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image, ImageOps
+
+from tessellar.data.crops import CROPS_PER_RATIO, center_crop, random_crop, ten_crop
+from tessellar.errors import UserError
+
+Crop = Literal["adm", "random", "ten", "none"]
+CROPS = ("adm", "random", "ten", "none")
+DRAWS = 4  # random numbers a visit
+
+
+@dataclass(frozen=True)
+class Framing:
+    """To `size` x `size` pixels.
+
+    `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at each visit, mirror
+    images included) or "none" (images have the right size). `flip` mirrors with probability 0.5.
+    """
+
+    size: int
+    crop: Crop = "adm"
+    flip: bool = False
+    ten_ratios: tuple[float, ...] = (1.1,)
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS or self.size < 1:
+            raise ValueError(f"crop is {self.crop!r} and size {self.size}; crop must be one of {CROPS}, size positive")
+        if self.crop == "ten" and (self.flip or not self.ten_ratios or min(self.ten_ratios) < 1):
+            raise ValueError(
+                f"ten-crop needs ratios of at least 1, not {self.ten_ratios}, and holds mirror images: flip off"
+            )
+
+    def still(self) -> "Framing":
+        """The one view that serves for validation and as a reference."""
+        return Framing(self.size, "none" if self.crop == "none" else "adm")
+
+    @property
+    def num_views(self) -> int:
+        """How many views there are of one image; raises ValueError for random crops, which have no end."""
+        if self.crop == "random":
+            raise ValueError("random crops cannot be enumerated; cache with crop 'adm' or 'ten'")
+        return CROPS_PER_RATIO * len(self.ten_ratios) if self.crop == "ten" else 1 + self.flip
+
+    def view(self, image: Image.Image, k: int, where: str) -> Image.Image:
+        """View `k` in [0, num_views) of a whole image; `where` names it should its size be wrong."""
+        if not 0 <= k < self.num_views:
+            raise ValueError(f"view is {k}; there are {self.num_views}")
+        if self.crop == "ten":
+            return ten_crop(image, self.size, k % CROPS_PER_RATIO, self.ten_ratios[k // CROPS_PER_RATIO])
+        if self.crop == "adm":
+            image = center_crop(image, self.size)
+        elif image.size != (self.size, self.size):
+            raise UserError(f"{where} is {image.width}x{image.height}; crop 'none' needs {self.size}x{self.size}")
+        return ImageOps.mirror(image) if k else image
+
+    def draw(self, image: Image.Image, draws: Sequence[float], where: str) -> Image.Image:
+        """The view that DRAWS numbers in [0, 1) choose."""
+        if self.crop != "random":
+            return self.view(image, int(draws[0] * self.num_views), where)
+        image = random_crop(image, self.size, (draws[1], draws[2], draws[3]))
+        return ImageOps.mirror(image) if self.flip and draws[0] >= 0.5 else image
+
+    def describe(self) -> list[object]:
+        """What distinguishes the views, for fingerprints."""
+        return [self.crop, self.flip, list(self.ten_ratios) if self.crop == "ten" else None]

@@ -1,0 +1,99 @@
+"""Members of WebDataset tars: which are read, and how. Only images, json, txt and cls are decoded, and npy on request.
+
+A sample is all members with one name up to the first dot of its last part; the rest, in lower case, is the field.
+Nothing is ever unpickled: a member that would need it is refused by name, as is a name that leads out of the tar's
+folder. Members of any other kind are left unread.
+"""
+
+import io
+import json
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from tessellar.data.image_file import EXTENSIONS, decode_image
+from tessellar.errors import UserError
+
+IMAGE_FIELDS = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
+FIELDS = (*IMAGE_FIELDS, "json", "txt", "cls", "npy")
+PICKLES = ("pth", "pt", "ckpt", "pkl", "pickle", "pyd", "joblib", "dill")
+MAX_CLASSES = 1_000_000
+
+
+class UnreadableMember(UserError):
+    """A member whose content is not what its name says; the sample can be left out."""
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, field) of a member's name; None for what is not read.
+
+    Raises UserError for a name with `..` or from the root, and for a pickle.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UserError(f"member {name!r} leads out of the tar: such a file is not opened")
+    stem, _, field = path.name.partition(".")
+    if field.lower().rpartition(".")[2] in PICKLES:
+        raise UserError(f"member {name!r} is a pickle, which can hold code; only {', '.join(FIELDS)} are read")
+    if not stem or field.lower() not in FIELDS:
+        return None
+    return str(path.parent / stem), field.lower()
+
+
+def decode(field: str, content: bytes, name: str) -> Any:
+    """The content of a member: an RGB image, JSON, text, an int (cls), or an array (npy, without pickles).
+
+    Raises UnreadableImage or UnreadableMember naming the member.
+    """
+    if field in IMAGE_FIELDS:
+        return decode_image(content, name)
+    try:
+        match field:
+            case "json":
+                return json.loads(content.decode())
+            case "txt":
+                return content.decode()
+            case "cls":
+                return int(content.decode())
+            case "npy":
+                return np.load(io.BytesIO(content), allow_pickle=False)
+    except UnicodeDecodeError as error:
+        raise UnreadableMember(f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except (ValueError, OSError, EOFError, RecursionError, MemoryError) as error:
+        raise UnreadableMember(f"{name} is not {field}: {error or type(error).__name__}") from error
+    raise UserError(f"{name}: field {field!r} is not read; only {', '.join(FIELDS)} are")
+
+
+def label_of(fields: dict[str, Any], key: str, name: str) -> int | None:
+    """The class of a sample's decoded `fields`: `cls`, or entry `key` of its JSON; None where it has none.
+
+    Raises UnreadableMember unless it is in [0, MAX_CLASSES).
+    """
+    label = fields["cls"] if "cls" in fields else _entry(fields, key)
+    if label is None:
+        return None
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < MAX_CLASSES:
+        raise UnreadableMember(f"{name}: the class is {_short(label)}; it must be a whole number, 0 or more")
+    return label
+
+
+def caption_of(fields: dict[str, Any], key: str, name: str) -> str | None:
+    """The caption of a sample's decoded `fields`: `txt`, or entry `key` of its JSON; None where it has none."""
+    caption = fields["txt"].strip() if "txt" in fields else _entry(fields, key)
+    if caption is None:
+        return None
+    if not isinstance(caption, str):
+        raise UnreadableMember(f"{name}: the caption is {_short(caption)}; it must be text")
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):  # half a pair, which JSON can spell but UTF-8 cannot
+        raise UnreadableMember(f"{name}: the caption cannot be written as UTF-8")
+    return caption
+
+
+def _entry(fields: dict[str, Any], key: str) -> Any:
+    entries = fields.get("json")
+    return entries.get(key) if isinstance(entries, dict) else None
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]
