@@ -5,6 +5,7 @@ A command's module is imported only when it is called, so that help and mistakes
 
 import difflib
 import importlib
+import logging
 import sys
 from typing import NoReturn
 
@@ -21,7 +22,16 @@ COMMANDS = {
 
 def main(command: str | None = None) -> NoReturn:
     """Run `command` with the process's arguments (default: the first of them names it), then exit."""
+    show_log()
     sys.exit(run(lambda: dispatch(command, sys.argv[1:])))
+
+
+def show_log() -> None:
+    """Print what our modules log (from INFO up) to stderr, bare; other packages' loggers stay as they are."""
+    log = logging.getLogger("tessellar")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def dispatch(command: str | None, argv: list[str]) -> int | None:
