@@ -1,5 +1,6 @@
 """The dispatcher: commands by name, mistakes in one line, exit codes, and the scripts at the checkout's root."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,20 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines()[0] == "error: no such thing"
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
+
+
+def test_commands_print_what_the_package_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("tessellar")
+    level, handlers = log.level, log.handlers[:]
+    log.handlers.clear()
+    try:
+        dispatcher.show_log()
+        dispatcher.show_log()
+        logging.getLogger("tessellar.interop.load").info("one line")
+    finally:
+        log.setLevel(level)
+        log.handlers[:] = handlers
+    assert capsys.readouterr().err == "one line\n"
 
 
 def test_scripts_hand_over_to_their_command(tmp_path: Path) -> None:

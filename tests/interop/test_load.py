@@ -1,6 +1,7 @@
 """`tessellar.load`: checkpoints, the hub, fine-tuning, and every hostile or broken file refused in one line."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,37 @@ def test_checkpoint_with_a_discriminator_that_cannot_be_rebuilt(tmp_path: Path, 
     source = read_source(checkpoint(module, tmp_path / "last.ckpt"))
     assert "discriminator" not in source.description and source.state("discriminator") == {}
     assert fingerprint(tessellar.load(source.where)) == fingerprint(tokenizer())
+
+
+class Hostile:
+    """Unpickling this would make a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_hostile_or_damaged_checkpoints_are_refused(tmp_path: Path, generator: MakeGenerator) -> None:
+    ours = generator()
+    module = GeneratorModule(ours.tokenizer, lambda _: ours.generator, ours.conditioner)
+    good = checkpoint(module, tmp_path / "good.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:5000])
+    with pytest.raises(UserError, match="cut.ckpt is truncated or not a torch file"):
+        tessellar.load(tmp_path / "cut.ckpt")
+    content = torch.load(good, weights_only=True)
+    torch.save({**content, "extra": Hostile(tmp_path / "ran")}, tmp_path / "hostile.ckpt")
+    with pytest.raises(UserError, match=r"hostile.ckpt holds code \(\w+\.mkdir\)"):
+        tessellar.load(tmp_path / "hostile.ckpt")
+    assert not (tmp_path / "ran").exists()
+    torch.save({**content, HEADER_KEY: "{not json"}, tmp_path / "header.ckpt")
+    with pytest.raises(UserError, match="header.ckpt: its description is not JSON"):
+        tessellar.load(tmp_path / "header.ckpt")
+    del content["state_dict"]["model.generator.norm.weight"]
+    torch.save(content, tmp_path / "hole.ckpt")
+    with pytest.raises(UserError, match=r"hole.ckpt \(generator\) does not fit LlamaGen: 1 missing: norm.weight"):
+        tessellar.load(tmp_path / "hole.ckpt")
 
 
 def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
