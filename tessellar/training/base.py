@@ -7,8 +7,8 @@ only the first optimizer goes through Lightning, so `global_step` and `max_steps
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -35,15 +35,20 @@ class Player(NamedTuple):
 class TrainingModule(L.LightningModule, ABC):
     """Base of the tokenizer and the generator module.
 
-    `updates` counts updates made, `skipped` those left out because a gradient was not finite; `max_skipped` of them in
-    a row stop the run.
+    `batches` and `updates` count what the run has seen; `skipped` are the updates of one player that were left out
+    because its gradient was not finite, and `max_skipped` of them in a row stop the run. A subclass returns its loss
+    under `loss` and its tokens under `tokens` from `training_step`.
     """
+
+    #: The validation metric that the best checkpoint is chosen by, and whether the `min` or `max` of it is best.
+    best_by: tuple[str, Literal["min", "max"]] = ("val/loss", "min")
 
     def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
-        self.batches, self.updates, self.skipped, self._skipped_in_a_row = 0, 0, 0, 0
+        self.batches, self.updates, self.skipped = 0, 0, 0
+        self._skipped_in_a_row: dict[str, int] = {}
         self.players: list[Player] = []
 
     @property
@@ -75,10 +80,11 @@ class TrainingModule(L.LightningModule, ABC):
         if not self.at_boundary:
             return
         norm = nn.utils.clip_grad_norm_(player.parameters, self.clip or float("inf"))
-        self.log(f"train/grad_norm_{player.name}", norm)
+        factor = player.schedule.factor(self.updates, self.total_updates)
+        self.log_train({f"train/grad_norm_{player.name}": norm, f"train/lr_factor_{player.name}": factor})
         if bool(torch.isfinite(norm)):
-            self._skipped_in_a_row = 0
-            set_factor(player.optimizers, player.schedule.factor(self.updates, self.total_updates))
+            self._skipped_in_a_row[player.name] = 0
+            set_factor(player.optimizers, factor)
             self._step(player)
         else:
             self._skip(player.name)
@@ -96,13 +102,13 @@ class TrainingModule(L.LightningModule, ABC):
 
     def _skip(self, name: str) -> None:
         self.skipped += 1
-        self._skipped_in_a_row += 1
+        in_a_row = self._skipped_in_a_row[name] = self._skipped_in_a_row.get(name, 0) + 1
         log.warning(
             "update %d: gradient of the %s is not finite, skipped (%d so far)", self.updates, name, self.skipped
         )
-        if self._skipped_in_a_row >= self.max_skipped:
+        if in_a_row >= self.max_skipped:
             raise RuntimeError(
-                f"{self._skipped_in_a_row} updates in a row had no finite gradient, the last is update {self.updates}; "
+                f"{in_a_row} updates in a row of the {name} had no finite gradient, the last is update {self.updates}; "
                 "lower the learning rate or use precision 32-true, and resume from the last checkpoint"
             )
 
@@ -112,10 +118,26 @@ class TrainingModule(L.LightningModule, ABC):
             self.updates += 1
         self.batches += 1
 
-    def log_terms(self, stage: str, terms: dict[str, Tensor], size: int) -> None:
-        """Log named terms; in validation as a mean over samples and processes."""
+    @property
+    def logs_now(self) -> bool:
+        """Whether the current batch is one whose metrics are written; others are not even handed to Lightning."""
+        return (self.batches + 1) % self.trainer.log_every_n_steps == 0
+
+    def log_train(self, values: Mapping[str, Tensor | float]) -> None:
+        """Log metrics of a training batch, at the number of updates made."""
+        if self.logs_now:
+            self.log_dict({"step": float(self.updates), **values})
+
+    def log_terms(self, stage: Literal["train", "val"], terms: Mapping[str, Tensor], size: int) -> None:
+        """Log named terms of a batch of `size`; in validation as a mean over samples and processes."""
         values = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(values, batch_size=size, sync_dist=stage == "val", prog_bar=False)
+        if stage == "train":
+            self.log_train(values)
+        else:
+            self.log_dict(values, batch_size=size, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("step", float(self.updates))  # where loggers place the validation's metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE_KEY] = {"batches": self.batches, "updates": self.updates, "skipped": self.skipped}

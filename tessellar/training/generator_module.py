@@ -16,6 +16,7 @@ from tessellar.tokenizers.layout import Layout
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.schedules import Schedule
+from tessellar.training.speed import checkpoint_activations, compile_each_block
 
 
 class GeneratorModule(TrainingModule):
@@ -48,11 +49,10 @@ class GeneratorModule(TrainingModule):
         self.optimizer_settings, self.schedule = optimizer, schedule
         if init_from is not None:
             init_generator(init_from, self.model.generator)
-        if hasattr(self.model.generator, "activation_checkpointing"):
-            self.model.generator.activation_checkpointing = checkpointing
+        if checkpointing:
+            checkpoint_activations(made)
         if compile_blocks:
-            for block in getattr(self.model.generator, "layers", []):
-                block.compile()
+            compile_each_block(made)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -84,11 +84,14 @@ class GeneratorModule(TrainingModule):
         self.backward_and_step(self.players[0], total)
         self.log_terms("train", {"loss": total, **terms}, len(tokens))
         self.finish_batch()
-        return {"tokens": tokens}
+        return {"loss": total.detach(), "tokens": tokens}
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         tokens, terms = self._losses(batch)
-        self.log_terms("val", {"loss": torch.stack(list(terms.values())).sum(), **terms}, len(tokens))
+        named = {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        if "cross_entropy" in terms:
+            named["nats_per_image"] = terms["cross_entropy"] * self.tokenizer.layout.length
+        self.log_terms("val", named, len(tokens))
         return {"tokens": tokens}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

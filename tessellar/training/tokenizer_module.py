@@ -11,6 +11,7 @@ from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.schedules import Schedule
+from tessellar.training.speed import compile_each_block
 
 
 class TokenizerModule(TrainingModule):
@@ -18,6 +19,8 @@ class TokenizerModule(TrainingModule):
 
     `init_from` starts from the weights of an export or checkpoint; where that has no discriminator a fresh one is used.
     """
+
+    best_by = ("val/psnr", "max")
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class TokenizerModule(TrainingModule):
         clip: float | None = 1.0,
         accumulate: int = 1,
         max_skipped: int = 10,
+        compile_blocks: bool = False,
         init_from: str | None = None,
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
@@ -37,6 +41,8 @@ class TokenizerModule(TrainingModule):
         self.discriminator_settings = discriminator_optimizer or optimizer
         if init_from is not None:
             init_tokenizer(init_from, tokenizer, loss.discriminator)
+        if compile_blocks:
+            compile_each_block(tokenizer)
 
     @property
     def ema_target(self) -> nn.Module:
@@ -66,7 +72,7 @@ class TokenizerModule(TrainingModule):
             self.backward_and_step(self.players[1], against.total)
             self.log_terms("train", against.terms, len(images))
         self.finish_batch()
-        return {"tokens": output.tokens}
+        return {"loss": terms.total.detach(), "tokens": output.tokens}
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         images = batch["image"]

@@ -43,13 +43,13 @@ def make_generator_module(**options: Any) -> GeneratorModule:
 
 
 class Losses(L.Callback):
-    """The logged training loss of every batch."""
+    """The training loss of every batch."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.values.append(float(trainer.callback_metrics["train/loss"]))
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""Speed and memory switches of a run: compiled blocks, recomputed activations. Both leave results as they are."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from tessellar.errors import UserError
+
+
+def compile_each_block(module: nn.Module) -> int:
+    """`torch.compile` every member of the module's lists of blocks on its own (regional); returns their number.
+
+    Members of one list share their code, so a deep model compiles about as fast as a shallow one. Raises UserError for
+    a module without lists.
+    """
+    found = list(blocks(module))
+    if not found:
+        raise UserError(f"{type(module).__name__} has no repeated blocks to compile; leave compile_blocks off")
+    for block in found:
+        block.compile()
+    return len(found)
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost lists (`nn.ModuleList`) inside a module."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks(child)
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Have a generator recompute its blocks' activations in the backward pass; raises UserError where it cannot."""
+    if not hasattr(module, "activation_checkpointing"):
+        raise UserError(f"{type(module).__name__} cannot recompute activations; leave checkpointing off")
+    module.activation_checkpointing = True  # type: ignore[assignment]
