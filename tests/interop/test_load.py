@@ -17,6 +17,7 @@ from tessellar.callbacks.ema import EMA
 from tessellar.errors import UserError
 from tessellar.interop import load as loading
 from tessellar.interop.card import Record
+from tessellar.interop.checkpoint import HEADER_KEY
 from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.interop.load import init_generator, init_tokenizer, load_generator, load_tokenizer, read_source
 from tessellar.interop.weights import fingerprint
