@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
-from tessellar.distributed import all_reduce_sum, gather_rows
+from tessellar.distributed import all_reduce_sum, gather_rows, own_share, rank
 from tessellar.errors import UserError
 from tessellar.evaluation.extractors import Extractor, Features
 from tessellar.evaluation.inception_score import InceptionScore, ScoreSums, SplitRule
@@ -112,11 +113,14 @@ def is_kept(index: Tensor, total: int, keep: int) -> Tensor:
 def collect(batches: Iterable[ImageBatch], total: int, extractor: Extractor, needs: Needs, size: int = 64) -> Collected:
     """Extract features of this rank's `batches` in batches of `size`; `total` counts the images of all ranks."""
     collector = Collector(extractor, total, needs)
-    for batch in rebatch(batches, size):
-        count = len(batch.images)
-        filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))
-        output = extractor(filled)
-        collector.update(batch, Features(*(None if part is None else part[:count] for part in output)))  # type: ignore
+    # The bar is quiet where nobody watches (no terminal), and on all ranks but the first.
+    with tqdm(total=len(own_share(total)), unit="image", leave=False, disable=True if rank() else None) as bar:
+        for batch in rebatch(batches, size):
+            count = len(batch.images)
+            filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))
+            output = extractor(filled)
+            collector.update(batch, Features(*(None if part is None else part[:count] for part in output)))  # type: ignore
+            bar.update(count)
     return collector.finish()
 
 

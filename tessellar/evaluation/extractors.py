@@ -84,24 +84,27 @@ def full_precision(device_type: str) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def load_extractor(source: str | Path = "inception", network: NetworkFacts | None = None) -> Extractor:
+def load_extractor(
+    source: str | Path = "inception", network: NetworkFacts | None = None, resize: str = "any"
+) -> Extractor:
     """An extractor from "inception" (weights are downloaded), a file of Inception weights, or a timm network's file.
 
-    A timm network is a safetensors file that says in its metadata what it is, or a published one that is known by its
-    hash, or one that `network` describes. Raises UserError where none of this holds.
+    `resize` is for Inception alone: "tf1-bilinear" (also for "any") or "clean-bicubic". A timm network is a safetensors
+    file that says in its metadata what it is, or a published one that is known by its hash, or one that `network`
+    describes. Raises UserError where none of this holds.
     """
     from tessellar.evaluation.inception import Inception, is_inception
     from tessellar.evaluation.timm_network import TimmNetwork
 
     if str(source) == "inception":
-        return Inception.download()
+        return Inception.download(resize)
     path = Path(source)
     require_file(path)
     if path.suffix != ".safetensors":
-        return Inception.from_file(path)
+        return Inception.from_file(path, resize)
     state, metadata = read_safetensors(path)
     if is_inception(state):
-        return Inception.from_file(path)
+        return Inception.from_file(path, resize)
     digest = sha256_of(path)
     facts = network or PUBLISHED.get(digest) or NetworkFacts.from_metadata(metadata, path)
     return TimmNetwork(facts, state, digest, str(path))

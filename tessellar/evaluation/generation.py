@@ -82,7 +82,11 @@ class Reconstructions(ImageSource):
     def __init__(self, tokenizer: Tokenizer, originals: ImageSource, facts: dict[str, Any] | None = None) -> None:
         self.tokenizer, self.originals, self.facts = tokenizer, originals, facts or {}
         self.count, self.split, self.label_plan = originals.count, originals.split, originals.label_plan
-        self.name, self.warnings = f"reconstructions of {originals.name}", originals.warnings
+        self.name = f"reconstructions of {originals.name}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.originals.warnings
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         device = next(self.tokenizer.parameters()).device

@@ -38,11 +38,11 @@ class Inception(Extractor):
     num_classes = 1008
     spatial_dim = 17 * 17 * SPATIAL_CHANNELS
 
-    def __init__(self, state: Mapping[str, Tensor], sha256: str, resize: str = "tf1-bilinear") -> None:
+    def __init__(self, state: Mapping[str, Tensor], sha256: str, resize: str = "any") -> None:
         super().__init__()
         self.sha256 = sha256
         self.name = "inception" if self.is_published else f"inception-{sha256[:8]}"
-        self.resize = resize
+        self.resize = "tf1-bilinear" if resize == "any" else resize
         # torch-fidelity reads its weights with the unsafe unpickler, so it gets a file that we wrote ourselves.
         file = io.BytesIO()
         torch.save(dict(state), file)
@@ -61,15 +61,15 @@ class Inception(Extractor):
         return "FID" if self.resize == "tf1-bilinear" else f"FID({self.resize})"
 
     @classmethod
-    def from_file(cls, path: Path) -> "Inception":
+    def from_file(cls, path: Path, resize: str = "any") -> "Inception":
         """Raises UserError for a file that does not hold this network."""
         state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
         if not isinstance(state, Mapping) or not is_inception(state):
             raise UserError(f"{path} does not hold the weights of torch-fidelity's InceptionV3")
-        return cls(state, sha256_of(path))
+        return cls(state, sha256_of(path), resize)
 
     @classmethod
-    def download(cls) -> "Inception":
+    def download(cls, resize: str = "any") -> "Inception":
         """The published weights from torch-fidelity's release, kept in torch's hub cache; raises UserError offline."""
         try:
             state = load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True)
@@ -79,7 +79,7 @@ class Inception(Extractor):
                 f"{URL_INCEPTION_V3.rsplit('/', 1)[1]} (from {URL_INCEPTION_V3}), or another network: "
                 "--extractor NET.safetensors, which `evaluate.py extractor` trains"
             ) from error
-        return cls(state, PUBLISHED_SHA256)
+        return cls(state, PUBLISHED_SHA256, resize)
 
     def extract(self, images: Tensor) -> Features:
         x = (RESIZERS[self.resize](images, SIZE) - 128) / 128

@@ -87,6 +87,12 @@ class DatasetImages(ImageSource):
         self.name = name if split is None else f"{name} {split}"
         self.split = split
 
+    @property
+    def warnings(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Corrupt images are known only after they were met."""
+        corrupt = len(self.dataset.corrupt)
+        return (f"{corrupt} images of {self.name} are corrupt; others were taken instead",) if corrupt else ()
+
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         places = list(own_share(self.count))
         rows = [place * len(self.dataset) // self.count for place in places]
