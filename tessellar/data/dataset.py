@@ -56,11 +56,9 @@ class ImageDataset(IndexedDataset[Batch], ABC):
         """How many views an image has: crops and mirror images."""
         return 1
 
-    def views(self, indices: Sequence[int], k: int) -> Batch:
-        """View `k` in [0, num_views) of the given images; without randomness."""
-        if k != 0:
-            raise ValueError(f"view is {k}; this set has 1")
-        return self.batch(indices)
+    def views(self, index: int) -> Batch:
+        """All views of one image, without randomness: view k in row k, each with the same label and caption."""
+        return self.batch([index])
 
     def __getitem__(self, index: int) -> Sample:
         batch = self.batch([range(len(self))[index]])  # the range raises IndexError past the end

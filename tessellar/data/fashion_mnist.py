@@ -73,10 +73,8 @@ class FashionMNIST(ImageDataset):
         draws = uniforms(derive(self.seed, self.epoch), indices, 1)[:, 0]
         return self._show(indices, torch.from_numpy((draws >= 0.5) & self.flip))
 
-    def views(self, indices: Sequence[int], k: int) -> Batch:
-        if not 0 <= k < self.num_views:
-            raise ValueError(f"view is {k}; this set has {self.num_views}")
-        return self._show(indices, torch.full((len(indices),), bool(k)))
+    def views(self, index: int) -> Batch:
+        return self._show([index] * self.num_views, torch.arange(self.num_views) > 0)
 
     def _show(self, indices: Sequence[int], flipped: Tensor) -> Batch:
         index = torch.as_tensor(indices)

@@ -72,31 +72,25 @@ class PictureDataset(ImageDataset):
 
     def view(self, index: int, k: int) -> Tensor:
         """View `k` in [0, num_views) of one image, float32 [3, size, size]; without randomness."""
-        return self.views([index], k)["image"][0]
+        source, image = self.damage.read(index, self.open)
+        return to_tensor([self.framing.view(image, k, self.where(source))])[0]
 
-    def views(self, indices: Sequence[int], k: int) -> Batch:
-        read = self._read(indices)
-        return self._batch(indices, read, [self.framing.view(image, k, self.where(i)) for i, image in read])
+    def views(self, index: int) -> Batch:
+        source, image = self.damage.read(index, self.open)
+        shown = [self.framing.view(image, k, self.where(source)) for k in range(self.num_views)]
+        return self._batch([index] * len(shown), [source] * len(shown), shown)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS)
-        read = self._read(indices)
-        shown = [
-            self.framing.draw(image, row, self.where(i)) for (i, image), row in zip(read, draws.tolist(), strict=True)
-        ]
-        return self._batch(indices, read, shown)
+        draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS).tolist()
+        read = [self.damage.read(int(index), self.open) for index in indices]
+        shown = [self.framing.draw(image, row, self.where(i)) for (i, image), row in zip(read, draws, strict=True)]
+        return self._batch(indices, [source for source, _ in read], shown)
 
-    def _read(self, indices: Sequence[int]) -> list[tuple[int, Image.Image]]:
-        """Images, each with its own index, which is not the asked one where a corrupt image was skipped."""
-        return [self.damage.read(int(index), self.open) for index in indices]
-
-    def _batch(
-        self, indices: Sequence[int], read: Sequence[tuple[int, Image.Image]], shown: Sequence[Image.Image]
-    ) -> Batch:
-        sources = [source for source, _ in read]
+    def _batch(self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]) -> Batch:
+        """`sources` are the images really shown: others than `indices` where corrupt ones were skipped."""
         return {
             "image": to_tensor(shown),
-            "label": self.labels[sources],
+            "label": self.labels[list(sources)],
             "caption": [self.caption(source) for source in sources],
             "index": torch.as_tensor(indices),
         }

@@ -1,0 +1,186 @@
+"""Training from a cache of tokens instead of images: the same views at the same visits, without reading an image.
+
+At each visit one of the cached views is drawn by the very numbers that draw it in the set of images, so with the same
+seed a run sees the same tokens in the same order. Other tokenizers' caches are refused.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import ndtri
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tessellar.data.batch import TokenBatch
+from tessellar.data.cache_files import CAPTIONS, ENDS, LABELS, TOKENS, Header, open_array, read_header
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
+from tessellar.data.randomness import derive, uniforms
+from tessellar.data.token_storage import sample_posterior, unpack
+from tessellar.errors import UserError
+from tessellar.interop.fingerprint import model_fingerprint
+from tessellar.tokenizers.base import Tokenizer
+
+POSTERIOR = 0x7E  # sets the noise of a posterior apart from the choice of a view
+
+
+class CachedTokens(IndexedDataset[TokenBatch]):
+    """Tokens of the cache in `folder`: one view a visit, drawn from (seed, epoch, index), or always the first.
+
+    Raises UserError for an incomplete or damaged cache, and for labels without a class.
+    """
+
+    def __init__(self, folder: str | Path, seed: int = 0, augment: bool = True) -> None:
+        self.folder = Path(folder)
+        self.header: Header = read_header(folder)
+        self.seed, self.augment = seed, augment
+        self.class_names = self.header.class_names
+        labels = open_array(self.folder / LABELS, (self.header.count,), "int64")
+        if labels.min() < 0 or labels.max() >= len(self.class_names):
+            raise UserError(
+                f"{self.folder / LABELS} holds classes {labels.min()} to {labels.max()}; the header names "
+                f"{len(self.class_names)}"
+            )
+        self.labels = torch.from_numpy(np.array(labels))
+        assert self._ends is None or len(self._ends) == len(self)
+        assert len(self._tokens) == len(self)  # opens the file: a damaged one is no surprise for the first epoch
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        storage = self.header.storage
+        return open_array(self.folder / TOKENS, (self.header.count, self.header.views, *storage.shape), storage.dtype)
+
+    @cached_property
+    def _ends(self) -> np.ndarray | None:
+        """Where each caption ends in the file of captions; None for a set without captions."""
+        if not self.header.captions:
+            return None
+        ends = open_array(self.folder / ENDS, (self.header.count,), "int64")
+        path = self.folder / CAPTIONS
+        size = path.stat().st_size if path.is_file() else 0
+        if ends[-1] != size:
+            raise UserError(f"{path} has {size} bytes, not {ends[-1]}: it is truncated")
+        return ends
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_ends")}
+
+    def batch(self, indices: Sequence[int]) -> TokenBatch:
+        index = torch.as_tensor(indices)
+        seed = derive(self.seed, self.epoch)
+        draws = uniforms(seed, indices, 1)[:, 0] if self.augment else np.zeros(len(index))
+        rows = self._tokens[index.numpy(), (draws * self.header.views).astype(np.int64)]
+        tokens = unpack(rows, self.header.storage, self.header.token_layout)
+        self._check(tokens)
+        if self.header.storage.kind == "posterior":
+            count = tokens[0].numel() // 2
+            u = uniforms(derive(seed, POSTERIOR), indices, count)
+            tokens = sample_posterior(tokens, ndtri(u + 2.0**-54))  # 0 would become minus infinity
+        batch: TokenBatch = {"tokens": tokens, "label": self.labels[index], "index": index}
+        if self.header.captions:
+            batch["caption"] = [self._caption(int(i)) for i in index]
+        return batch
+
+    def _check(self, tokens: Tensor) -> None:
+        if self.header.storage.kind == "posterior":
+            return
+        try:
+            self.header.token_layout.check(tokens)
+        except ValueError as error:
+            raise UserError(f"{self.folder / TOKENS} is damaged ({error}); make the cache anew") from error
+
+    def _caption(self, index: int) -> str:
+        assert self._ends is not None
+        first, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        with open(self.folder / CAPTIONS, "rb") as file:
+            file.seek(first)
+            return file.read(end - first).decode(errors="replace")
+
+    def require(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError unless the cache was made by this very tokenizer."""
+        theirs, ours = self.header.tokenizer, model_fingerprint(tokenizer)
+        if theirs != ours:
+            raise UserError(
+                f"{self.folder} was encoded by another tokenizer (fingerprint {theirs}, the model's has {ours}): "
+                "encode it again with convert.py cache"
+            )
+
+    def fingerprint(self) -> str:
+        header = self.header
+        return digest(set="tokens", tokenizer=header.tokenizer, data=header.data_fingerprint, views=header.views)
+
+
+class CachedTokensData(ImageDataModule):
+    """The cache that `convert.py cache` wrote into `root`: its parts `train` and `val`.
+
+    `images` is the data set that was encoded: only needed where real images are, such as reference statistics.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        images: ImageDataModule | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.root = Path(root)
+        self.images = images
+
+    @cached_property
+    def _train(self) -> CachedTokens:
+        return CachedTokens(self.root / "train", self.seed)
+
+    @cached_property
+    def _val(self) -> CachedTokens:
+        return CachedTokens(self.root / "val", self.seed, augment=False)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self._train.header.data
+
+    @property
+    def image_size(self) -> tuple[int, int]:  # type: ignore[override]
+        return self._train.header.image_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self._train.class_names
+
+    def train_dataset(self, augment: bool = True) -> ImageDataset:
+        return self._images().train_dataset(augment)
+
+    def val_dataset(self) -> ImageDataset:
+        return self._images().val_dataset()
+
+    def _images(self) -> ImageDataModule:
+        if self.images is None:
+            raise UserError(
+                f"{self.root} holds tokens, not images: name the images too (data.images), or use statistics"
+            )
+        return self.images
+
+    def fingerprint(self) -> str:
+        return digest(parts=[self._train.fingerprint(), self._val.fingerprint()])
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self._checked(self._train), train=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self._checked(self._val), train=False)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def _checked(self, tokens: CachedTokens) -> CachedTokens:
+        """The cache, if it was made by the tokenizer of the model in training; a model without one takes any cache."""
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        tokenizer = getattr(module, "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer):
+            tokens.require(tokenizer)
+        return tokens

@@ -1,0 +1,282 @@
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tessellar.data import CachedTokens, CachedTokensData, FashionMNIST, ImageFolder, ImageFolderData, Shapes
+from tessellar.data.cache import encode, encode_dataset
+from tessellar.data.dataset import ImageDataset
+from tessellar.errors import UserError
+from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
+from tessellar.tokenizers.layout import Bits, Categorical, Continuous, Factorized, Kind, grid_layout
+
+
+class Pixels(Tokenizer):
+    """Four tokens an image, one for each quarter, made from its mean colour; `gain` is its only weight."""
+
+    def __init__(self, kind: Kind, size: int = 16) -> None:
+        super().__init__()
+        self.layout, self.image_size = grid_layout(2, 2, kind), (size, size)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def encode(self, images: Tensor) -> Tensor:
+        mean = nn.functional.adaptive_avg_pool2d((images + 1) / 2, 2).flatten(2).transpose(1, 2) * self.gain
+        match self.layout.segments[0].kind:
+            case Categorical(vocab):
+                return (mean.mean(2) * (vocab - 1)).long()
+            case Factorized(vocabs):
+                return (mean[..., : len(vocabs)] * (torch.tensor(vocabs) - 1)).long()
+            case Bits(n):
+                return (mean.mean(2, keepdim=True) * torch.arange(1, n + 1) % 1 > 0.5).long()
+            case _:
+                return mean
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return tokens.float()
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        return TokenizerOutput(images, self.encode(images), {})
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.gain
+
+
+class Fuzzy(Pixels):
+    """A continuous tokenizer with a posterior."""
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.encode(images)
+        return mean, 0.5 * torch.ones_like(mean)
+
+
+def write(dataset: ImageDataset, folder: Path, tokenizer: Tokenizer | None = None, **options: Any) -> CachedTokens:
+    encode_dataset(tokenizer or Pixels(Categorical(700)), dataset, folder, name="pictures", **options)
+    return CachedTokens(folder)
+
+
+@pytest.mark.parametrize("kind", [Categorical(700), Factorized((5, 900)), Bits(11), Continuous(3)])
+def test_a_cache_holds_what_the_tokenizer_makes(tmp_path: Path, kind: Kind):
+    dataset, tokenizer = Shapes(16, 30), Pixels(kind)
+    cache = write(dataset, tmp_path / "cache", tokenizer)
+    batch, expected = cache.batch([7, 29, 0]), dataset.batch([7, 29, 0])
+    tokens = encode(tokenizer, expected["image"])
+    tokens = tokens.bfloat16().float() if isinstance(kind, Continuous) else tokens
+    assert torch.equal(batch["tokens"], tokens) and batch["tokens"].dtype == tokens.dtype
+    assert batch["caption"] == expected["caption"]
+    assert all(torch.equal(batch[key], expected[key]) for key in ("label", "index"))
+    assert len(cache) == 30 and cache.class_names == dataset.class_names
+
+
+def views_of(name: str, image_root: Path, idx_root: Path) -> ImageDataset:
+    match name:
+        case "ten":
+            return ImageFolder(image_root, 16, "ten", ten_ratios=(1.1, 1.3), seed=4)
+        case "flip":
+            return ImageFolder(image_root, 16, flip=True, seed=4)
+        case _:
+            return FashionMNIST(idx_root, "test", flip=True, seed=4)
+
+
+@pytest.mark.parametrize("name, views", [("ten", 20), ("flip", 2), ("fashion-mnist", 2)])
+def test_each_visit_gives_the_tokens_of_the_view_that_the_images_would_show(
+    tmp_path: Path, image_root: Path, idx_root: Path, name: str, views: int
+):
+    dataset = views_of(name, image_root, idx_root)
+    tokenizer = Pixels(Categorical(60_000), 32 if name == "fashion-mnist" else 16)
+    encode_dataset(tokenizer, dataset, tmp_path / "cache", name="x", batch_size=7)
+    cache = CachedTokens(tmp_path / "cache", seed=4)
+    assert cache.header.views == views
+    seen = set()
+    for epoch in range(4):
+        for each in (cache, dataset):
+            each.set_epoch(epoch)
+        expected = encode(tokenizer, dataset.batch(range(12))["image"])
+        assert torch.equal(cache.batch(range(12))["tokens"], expected)
+        seen.add(tuple(expected.flatten().tolist()))
+    assert len(seen) > 1
+    still = CachedTokens(tmp_path / "cache", augment=False).batch(range(12))["tokens"]
+    assert torch.equal(still, encode(tokenizer, torch.cat([dataset.views(i)["image"][:1] for i in range(12)])))
+
+
+def test_random_crops_cannot_be_cached(tmp_path: Path, image_root: Path):
+    with pytest.raises(ValueError, match="cannot be enumerated"):
+        write(ImageFolder(image_root, 16, "random"), tmp_path / "cache")
+    assert not list(tmp_path.glob("*cache*"))
+
+
+def test_a_posterior_is_sampled_anew_at_each_visit(tmp_path: Path):
+    cache = write(Shapes(16, 400), tmp_path / "cache", Fuzzy(Continuous(3)))
+    assert cache.header.storage.kind == "posterior"
+    mean = encode(Pixels(Continuous(3)), Shapes(16, 400).batch(range(400))["image"])
+    noise = []
+    for epoch in range(2):
+        cache.set_epoch(epoch)
+        tokens = cache.batch(range(400))["tokens"]
+        assert torch.equal(tokens[3], cache.batch([9, 3])["tokens"][1])
+        noise.append((tokens - mean) / 0.5)
+    assert not torch.equal(noise[0], noise[1])
+    both = torch.stack(noise)
+    assert abs(both.mean()) < 0.05 and abs(both.std() - 1) < 0.05
+
+
+def test_corrupt_images_are_replaced_as_in_training_and_counted(tmp_path: Path, image_root: Path):
+    (image_root / "cat" / "10.png").write_bytes(b"")
+    cache = write(ImageFolder(image_root, 16), tmp_path / "cache")
+    batch = cache.batch([3, 4])
+    assert torch.equal(batch["tokens"][0], batch["tokens"][1]) and batch["label"].tolist() == [1, 1]
+    assert batch["caption"] == ["dog", "dog"] and cache.header.corrupt == 1
+
+
+def test_workers_and_batches_change_nothing(tmp_path: Path, image_root: Path):
+    dataset = ImageFolder(image_root, 16, flip=True)
+    parts = [write(dataset, tmp_path / f"{n}", num_workers=n, batch_size=b) for n, b in ((0, 64), (2, 5))]
+    files = [sorted(p.name for p in part.folder.iterdir()) for part in parts]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (parts[0].folder / name).read_bytes() == (parts[1].folder / name).read_bytes()
+
+
+def test_another_tokenizers_cache_is_refused(tmp_path: Path):
+    tokenizer = Pixels(Categorical(700))
+    cache = write(Shapes(16, 10), tmp_path / "cache", tokenizer)
+    cache.require(tokenizer)
+    cache.require(Pixels(Categorical(700)))
+    other = Pixels(Categorical(700))
+    nn.init.constant_(other.gain, 0.5)
+    for wrong in (other, Pixels(Categorical(701))):
+        with pytest.raises(UserError, match="was encoded by another tokenizer .*convert.py cache"):
+            cache.require(wrong)
+
+
+class Failing(Shapes):
+    """Breaks off in the middle."""
+
+    def batch(self, indices):
+        if 8 in indices:
+            raise KeyboardInterrupt
+        return super().batch(indices)
+
+
+def test_an_interruption_leaves_nothing_and_an_older_cache_as_it_was(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        write(Failing(16, 10), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    older = write(Shapes(16, 10), tmp_path / "old").batch(range(10))["tokens"]
+    with pytest.raises(KeyboardInterrupt):
+        write(Failing(16, 10, seed=1), tmp_path / "old", overwrite=True)
+    assert torch.equal(CachedTokens(tmp_path / "old").batch(range(10))["tokens"], older)
+    with pytest.raises(UserError, match="exists; .*--overwrite"):
+        write(Shapes(16, 10), tmp_path / "old")
+    assert len(write(Shapes(16, 12), tmp_path / "old", overwrite=True)) == 12
+
+
+def test_what_a_kill_leaves_behind_is_not_taken_for_a_cache(tmp_path: Path):
+    write(Shapes(16, 10), tmp_path / "cache")
+    (tmp_path / "cache" / "header.json").unlink()
+    with pytest.raises(UserError, match="is not a complete cache"):
+        CachedTokens(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "labels.npy", "captions.npy", "captions.bin", "header.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "zip", "pickle"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str):
+    folder = write(Shapes(16, 10), tmp_path / "cache").folder
+    match damage:
+        case "missing":
+            (folder / name).unlink()
+        case "empty":
+            (folder / name).write_bytes(b"")
+        case "half":
+            (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+        case "zip":
+            with open(folder / name, "wb") as file:
+                np.savez(file, a=np.arange(3))
+        case "pickle":
+            with open(folder / name, "wb") as file:
+                np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=name.split(".")[0]):
+        CachedTokens(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": 11},
+        {"count": "many"},
+        {"views": 3},
+        {"version": 2},
+        {"format": "another"},
+        {"class_names": ["one"]},
+        {"storage": {"kind": "ids", "dtype": "uint8", "shape": [4]}},
+        {"storage": {"kind": "ids", "dtype": "O", "shape": [4]}},
+        {"layout": {"class_path": "os.system", "init_args": {"command": "true"}}},
+        {"layout": {"class_path": "tessellar.tokenizers.layout.Bits", "init_args": {"n": 3}}},
+        {"unknown": 1},
+        {"image_size": 16},
+    ],
+    ids=str,
+)
+def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, change: dict):
+    path = write(Shapes(16, 10), tmp_path / "cache").folder / "header.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError):
+        CachedTokens(path.parent)
+
+
+def test_tokens_outside_the_vocabulary_are_noticed(tmp_path: Path):
+    cache = write(Shapes(16, 10), tmp_path / "cache")
+    tokens = np.load(cache.folder / "tokens.npy")
+    tokens[4] = 700
+    np.save(cache.folder / "tokens.npy", tokens)
+    damaged = CachedTokens(cache.folder)
+    damaged.batch([3, 5])
+    with pytest.raises(UserError, match="tokens.npy is damaged .*700"):
+        damaged.batch([3, 4])
+
+
+def test_a_cache_travels_to_workers_without_its_tokens(tmp_path: Path):
+    cache = write(Shapes(16, 3000), tmp_path / "cache")
+    content = pickle.dumps(cache)
+    moved = pickle.loads(content)
+    assert len(content) < 3000 * (8 + 4)  # labels travel, tokens of two bytes each and captions do not
+    assert torch.equal(moved.batch([2999])["tokens"], cache.batch([2999])["tokens"])
+
+
+def test_the_data_module_reads_both_parts_and_the_facts_of_the_header(tmp_path: Path, image_root: Path):
+    images = ImageFolderData(str(image_root), 16, val_share=0.25, batch_size=3, seed=2)
+    for part, dataset in (("train", images.train_dataset()), ("val", images.val_dataset())):
+        encode_dataset(Pixels(Categorical(700)), dataset, tmp_path / part, name=images.name)
+    data = CachedTokensData(str(tmp_path), batch_size=3, seed=2)
+    assert (data.name, data.image_size, data.class_names) == ("pictures", (16, 16), images.class_names)
+    assert data.fingerprint() == CachedTokensData(str(tmp_path)).fingerprint()
+    for ours, theirs in zip(data.train_dataloader(), images.train_dataloader(), strict=True):
+        assert torch.equal(ours["index"], theirs["index"]) and torch.equal(ours["label"], theirs["label"])
+        assert torch.equal(ours["tokens"], Pixels(Categorical(700)).encode(theirs["image"]))
+    assert [len(batch["index"]) for batch in data.val_dataloader()] == [3]
+    with pytest.raises(UserError, match="holds tokens, not images"):
+        data.val_dataset()
+    with_images = CachedTokensData(str(tmp_path), images=images)
+    assert torch.equal(with_images.val_dataset()[0]["image"], images.val_dataset()[0]["image"])
+    assert len(with_images.train_dataset(augment=False)) == 9
+
+
+def test_a_missing_part_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="train is not a complete cache"):
+        CachedTokensData(str(tmp_path)).train_dataloader()
+
+
+def test_bf16_is_a_choice_and_recorded(tmp_path: Path):
+    assert write(Shapes(16, 4), tmp_path / "a").header.precision == "float32"
+    assert write(Shapes(16, 4), tmp_path / "b", precision="bf16").header.precision == "bf16"
+
+
+def test_images_of_another_size_are_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(UserError, match="images of 32x32"):
+        write(Shapes(32, 4), tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
