@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from tessellar.cli.cache import cache
 from tessellar.cli.functions import run_functions
 from tessellar.errors import UserError
 from tessellar.interop.card import Record
@@ -183,7 +184,7 @@ def _metrics(path: str | None) -> dict[str, float]:
         raise UserError(f"{path} is not an evaluation record with metrics ({error!r})") from error
 
 
-COMMANDS = {"import": import_official, "verify": verify_recordings, "export": export, "info": info}
+COMMANDS = {"import": import_official, "verify": verify_recordings, "export": export, "info": info, "cache": cache}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

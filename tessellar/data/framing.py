@@ -41,9 +41,9 @@ class Framing:
 
     @property
     def num_views(self) -> int:
-        """How many views there are of one image; raises ValueError for random crops, which have no end."""
+        """How many views there are of one image; raises UserError for random crops, which have no end."""
         if self.crop == "random":
-            raise ValueError("random crops cannot be enumerated; cache with crop 'adm' or 'ten'")
+            raise UserError("random crops cannot be enumerated; take crop 'adm' or 'ten' for a cache")
         return CROPS_PER_RATIO * len(self.ten_ratios) if self.crop == "ten" else 1 + self.flip
 
     def view(self, image: Image.Image, k: int, where: str) -> Image.Image:

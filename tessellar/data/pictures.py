@@ -67,7 +67,7 @@ class PictureDataset(ImageDataset):
 
     @property
     def num_views(self) -> int:
-        """How many views an image has; raises ValueError for random crops, which have no end."""
+        """How many views an image has; raises UserError for random crops, which have no end."""
         return self.framing.num_views
 
     def view(self, index: int, k: int) -> Tensor:

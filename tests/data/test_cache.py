@@ -105,7 +105,7 @@ def test_each_visit_gives_the_tokens_of_the_view_that_the_images_would_show(
 
 
 def test_random_crops_cannot_be_cached(tmp_path: Path, image_root: Path):
-    with pytest.raises(ValueError, match="cannot be enumerated"):
+    with pytest.raises(UserError, match="cannot be enumerated"):
         write(ImageFolder(image_root, 16, "random"), tmp_path / "cache")
     assert not list(tmp_path.glob("*cache*"))
 

@@ -210,6 +210,10 @@ def test_the_fingerprint_ignores_augmentation_and_follows_content(image_root: Pa
         ("ShapesData", {"size": 16}),
         ("FashionMNISTData", {"root": "somewhere"}),
         ("ImageFolderData", {"root": "somewhere", "size": 16, "crop": "ten", "ten_ratios": [1.1, 1.05]}),
+        ("WebDatasetData", {"shards": "somewhere/{00..11}.tar", "size": 16, "val_shards": ["a.tar", "b.tar"]}),
+        ("WebDatasetStreamData", {"shards": "a", "val_shards": "b", "size": 16, "epoch_length": 1000}),
+        ("HFData", {"path": "owner/name", "size": 16, "label": None, "caption": "text"}),
+        ("CachedTokensData", {"root": "somewhere", "images": {"class_path": "tessellar.data.ShapesData"}}),
     ],
 )
 def test_sets_are_built_from_yaml_without_touching_files(name: str, arguments: dict):

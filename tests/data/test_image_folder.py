@@ -75,7 +75,7 @@ def test_ten_crop_views_come_in_the_order_of_ratios_and_crops(image_root: Path):
 
 def test_random_crops_cannot_be_enumerated(image_root: Path):
     data = ImageFolder(image_root, 16, crop="random")
-    with pytest.raises(ValueError, match="cannot be enumerated"):
+    with pytest.raises(UserError, match="cannot be enumerated"):
         data.view(0, 0)
 
 

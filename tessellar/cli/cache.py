@@ -1,0 +1,58 @@
+"""`convert.py cache`: encode a data set with a tokenizer, once, for training generators from its tokens."""
+
+from pathlib import Path
+from typing import Literal
+
+from tessellar.cli.sample import pick_device
+from tessellar.data.cache import encode_dataset
+from tessellar.data.cache_files import HEADER
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.errors import UserError
+from tessellar.interop.load import assemble, read_source
+from tessellar.interop.staging import check_target
+from tessellar.tokenizers.base import Tokenizer
+
+PARTS = ("train", "val")
+
+
+def cache(
+    tokenizer: str,
+    data: ImageDataModule | None = None,
+    out: str = "",
+    parts: list[Literal["train", "val"]] | None = None,
+    batch_size: int = 64,
+    precision: Literal["float32", "bf16"] = "float32",
+    device: str = "auto",
+    raw: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Encode a data set once: all crops and mirror images of training, one view of validation.
+
+    Args:
+        tokenizer: export folder, .safetensors, .ckpt or hub id of a tokenizer, or of a generator, which holds one
+        data: data set, as in a training YAML: a class, then --data.root and so on, or the YAML of a data set
+        out: folder of the cache; training names it as data.root of tessellar.data.CachedTokensData
+        parts: of train and val (default: both)
+        batch_size: images at once
+        precision: arithmetic of the tokenizer
+        device: auto, cpu, cuda, ...
+        raw: weights of the last step instead of the averaged ones
+        overwrite: replace an older cache
+    """
+    if data is None:
+        raise UserError("say what to encode, for example --data tessellar.data.ImageFolderData --data.root DIR")
+    if not out:
+        raise UserError("say where to write: --out FOLDER")
+    chosen = parts or list(PARTS)
+    for part in chosen:  # before hours of encoding, not after
+        check_target(Path(out) / part, HEADER, overwrite)
+    loaded = assemble(read_source(tokenizer, raw=raw))
+    model = (loaded if isinstance(loaded, Tokenizer) else loaded.tokenizer).to(pick_device(device))
+    for part in chosen:
+        dataset = data.train_dataset() if part == "train" else data.val_dataset()
+        options = {"batch_size": batch_size, "num_workers": data.num_workers, "precision": precision}
+        header = encode_dataset(model, dataset, Path(out) / part, name=data.name, overwrite=overwrite, **options)
+        size = sum(file.stat().st_size for file in (Path(out) / part).iterdir())
+        skipped = f", {header.corrupt} of them corrupt and replaced" if header.corrupt else ""
+        print(f"{part}: {header.count} images{skipped}, views of each: {header.views}, {size / 1e6:.2f} MB")
+    print(f"wrote {out}")
