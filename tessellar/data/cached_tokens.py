@@ -165,6 +165,9 @@ class CachedTokensData(ImageDataModule):
             )
         return self.images
 
+    def check_files(self) -> None:
+        _ = self._train, self._val
+
     def fingerprint(self) -> str:
         return digest(parts=[self._train.fingerprint(), self._val.fingerprint()])
 

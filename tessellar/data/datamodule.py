@@ -63,6 +63,10 @@ class ImageDataModule(LightningDataModule, ABC):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def check_files(self) -> None:
+        """Raise UserError where files are missing or cannot be understood, before a run begins."""
+        _ = self.train_dataset(), self.val_dataset()
+
     def fingerprint(self) -> str:
         """Hash of the training and validation images, without augmentation."""
         parts = [self.train_dataset(augment=False), self.val_dataset()]

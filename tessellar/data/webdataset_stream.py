@@ -209,6 +209,9 @@ class WebDatasetStreamData(ImageDataModule):
     def val_dataset(self) -> ImageDataset:
         return self.train_dataset()
 
+    def check_files(self) -> None:
+        _ = expand_braces(self.shards), expand_braces(self.val_shards)
+
     def fingerprint(self) -> str:
         parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]
         return digest(set="webdataset-stream", shards=parts, size=self.image_size)
