@@ -3,15 +3,19 @@
 Known tags: `hidden` (matrix inside a block, what Muon updates), `no_decay` (never weight-decayed although a matrix).
 """
 
-from torch import nn
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T", bound=Tensor)
 
 
-def tag(parameter: nn.Parameter, *names: str) -> nn.Parameter:
+def tag(parameter: T, *names: str) -> T:
     """Add tags to a parameter and return it."""
     parameter.tags = tags(parameter) | set(names)  # type: ignore[attr-defined]
     return parameter
 
 
-def tags(parameter: nn.Parameter) -> set[str]:
+def tags(parameter: Tensor) -> set[str]:
     """The tags of a parameter; empty where none were given."""
     return getattr(parameter, "tags", set())

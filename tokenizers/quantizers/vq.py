@@ -2,13 +2,15 @@
 
 With `l2_normalize` (ViT-VQGAN, arXiv 2110.04627) latents and codes are compared on the unit sphere; stored codes are
 normalised at every use. Different from LlamaGen's code: codes may be initialised from data and unused ones restarted
-(arXiv 2005.00341, section 3.1), which a small training run needs.
+(arXiv 2005.00341, section 3.1), which a small training run needs. In several processes codes are counted over all of
+them and replaced by latents of the first, so that every process keeps the same codebook.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.tokenizers.layout import Categorical
@@ -19,7 +21,8 @@ class VectorQuantizer(Quantizer):
     """Nearest code of `vocab_size` codes of `dim` channels.
 
     `init_step`: replace the codes by random latents at that training pass. `restart_every`: every so many passes, until
-    `restart_until`, codes that no latent chose since the last time become random latents.
+    `restart_until`, codes that no latent chose since the last time become random latents. Raises ValueError for sizes
+    or passes below 1, and for an end of restarts without restarts.
     """
 
     def __init__(
@@ -36,6 +39,12 @@ class VectorQuantizer(Quantizer):
         restart_until: int | None = None,
     ) -> None:
         super().__init__()
+        counts = {"vocab_size": vocab_size, "dim": dim, "init_step": init_step, "restart_every": restart_every}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if restart_until is not None and restart_every is None:
+            raise ValueError(f"restart_until is {restart_until}, but codes are not restarted: give restart_every")
         self.kind, self.dim, self.l2_normalize = Categorical(vocab_size), dim, l2_normalize
         self.codebook_weight, self.commitment_weight = codebook_weight, commitment_weight
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
@@ -77,8 +86,8 @@ class VectorQuantizer(Quantizer):
             if self.training:
                 self._maintain(z.detach())
             tokens = self.encode(z)
-            if self.training:
-                self.counts += tokens.flatten().bincount(minlength=len(self.counts))
+            if self.training and self.restart_every is not None:
+                self.counts += distributed.all_reduce_sum(tokens.flatten().bincount(minlength=len(self.counts)))
             quantized = self.decode(tokens)
             losses = {
                 "codebook": self.codebook_weight * F.mse_loss(quantized, z.detach()),
@@ -91,17 +100,24 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def _maintain(self, z: Tensor) -> None:
         """Initialise the codes from data, restart unused ones; counted in training passes, kept in buffers."""
-        latents = z.flatten(0, -2)
         self.step += 1
-        step = int(self.step)
+        if self.init_step is None and self.restart_every is None:
+            return  # reading the step would make a GPU wait
+        step, latents = int(self.step), z.flatten(0, -2)
         if step == self.init_step:
             self._replace(torch.ones_like(self.counts, dtype=torch.bool), latents)
-        elif self.restart_every and step % self.restart_every == 0 and step <= (self.restart_until or step):
+        elif self._restarts_at(step):
             self._replace(self.counts == 0, latents)
 
+    def _restarts_at(self, step: int) -> bool:
+        if self.restart_every is None or step % self.restart_every:
+            return False
+        return self.restart_until is None or step <= self.restart_until
+
     def _replace(self, which: Tensor, latents: Tensor) -> None:
+        """Random latents [n, C] of the first process in place of the chosen codes."""
         chosen = torch.randint(len(latents), (int(which.sum()),), device=latents.device)
-        self.codebook.weight[which] = latents[chosen].to(self.codebook.weight.dtype)
+        self.codebook.weight[which] = distributed.broadcast(latents[chosen].cpu()).to(self.codebook.weight)
         self.counts.zero_()
 
 
