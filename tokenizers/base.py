@@ -37,7 +37,7 @@ class Tokenizer(Configured, nn.Module, ABC):
 
     @property
     @abstractmethod
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the last layer, where the adaptive adversarial weight compares gradients (arXiv 2012.09841)."""
 
     def check_images(self, images: Tensor) -> None:

@@ -99,7 +99,7 @@ class Level(nn.Module):
 
 def middle(channels: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
-        ResBlock(channels, channels, dropout), SpatialAttention(channels), ResBlock(channels, channels)
+        ResBlock(channels, channels, dropout), SpatialAttention(channels), ResBlock(channels, channels, dropout)
     )
 
 
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class LlamaGenVQ(Tokenizer):
-    """VQGAN over square images of `image_size`; `encode` and `decode` of latents take any multiple of the stride.
+    """VQGAN over images of `image_size` (one side, or height and width); convolutional, so any multiple of the stride.
 
     Raises ValueError where the stride does not divide the image size.
     """
@@ -183,7 +183,7 @@ class LlamaGenVQ(Tokenizer):
     def __init__(
         self,
         quantizer: Quantizer,
-        image_size: int = 256,
+        image_size: int | tuple[int, int] = 256,
         channels: int = 128,
         multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
@@ -192,10 +192,11 @@ class LlamaGenVQ(Tokenizer):
     ) -> None:
         super().__init__()
         self.stride = 2 ** (len(multipliers) - 1)
-        if image_size % self.stride:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % self.stride or width % self.stride:
             raise ValueError(f"the stride {self.stride} does not divide image_size {image_size}")
-        self.image_size, side = (image_size, image_size), image_size // self.stride
-        self.layout = grid_layout(side, side, quantizer.kind)
+        self.image_size = (height, width)
+        self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
         self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
         self.quant_conv = nn.Conv2d(z_channels, quantizer.dim, 1)
@@ -203,7 +204,7 @@ class LlamaGenVQ(Tokenizer):
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
     def latents(self, images: Tensor) -> Tensor:
@@ -212,6 +213,7 @@ class LlamaGenVQ(Tokenizer):
 
     def render(self, vectors: Tensor) -> Tensor:
         """Images of code vectors [B, h, w, C]."""
+        vectors = vectors.to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(rearrange(vectors, "b h w c -> b c h w").contiguous()))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -219,22 +221,23 @@ class LlamaGenVQ(Tokenizer):
         return self.quantizer.encode(self.latents(images)).flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        side = self.image_size[0] // self.stride
-        vectors = rearrange(self.quantizer.decode(tokens), "b (h w) c -> b h w c", h=side)
+        self.layout.check(tokens)
+        height = self.image_size[0] // self.stride
+        vectors = rearrange(self.quantizer.decode(tokens), "b (h w) c -> b h w c", h=height)
         return at_least_float32(self.render(vectors))
 
     def forward(self, images: Tensor) -> TokenizerOutput:
+        self.check_images(images)
         quantized = self.quantizer(self.latents(images))
         reconstruction = self.render(quantized.quantized)
         return TokenizerOutput(at_least_float32(reconstruction), quantized.tokens.flatten(1), quantized.losses)
 
 
-# Published variants: stride, multipliers.   parameters
-def vq_16(image_size: int = 256, vocab_size: int = 16384, code_dim: int = 8) -> LlamaGenVQ:
+def vq_16(image_size: int | tuple[int, int] = 256, vocab_size: int = 16384, code_dim: int = 8) -> LlamaGenVQ:
     """71,883,403 parameters; 16 x 16 tokens at 256 pixels."""
     return LlamaGenVQ(VectorQuantizer(vocab_size, code_dim), image_size, multipliers=(1, 1, 2, 2, 4))
 
 
-def vq_8(image_size: int = 256, vocab_size: int = 16384, code_dim: int = 8) -> LlamaGenVQ:
+def vq_8(image_size: int | tuple[int, int] = 256, vocab_size: int = 16384, code_dim: int = 8) -> LlamaGenVQ:
     """70,109,835 parameters; 32 x 32 tokens at 256 pixels."""
     return LlamaGenVQ(VectorQuantizer(vocab_size, code_dim), image_size, multipliers=(1, 2, 2, 4))

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.layers.vit import ViTBlock
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
@@ -67,7 +68,7 @@ class ViTVQ(Tokenizer):
         nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.patch_out.weight
 
     def latents(self, images: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class ViTVQ(Tokenizer):
 
     def render(self, vectors: Tensor) -> Tensor:
         """Images of code vectors [B, N, C]."""
+        vectors = vectors.to(self.from_code.weight.dtype)
         pixels = self.patch_out(self.decoder(self.from_code(vectors)))
         p = self.patch_size
         images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
@@ -88,8 +90,10 @@ class ViTVQ(Tokenizer):
         return self.quantizer.encode(self.latents(images))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.render(self.quantizer.decode(tokens)).float()
+        self.layout.check(tokens)
+        return at_least_float32(self.render(self.quantizer.decode(tokens)))
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         quantized = self.quantizer(self.latents(images))
-        return TokenizerOutput(self.render(quantized.quantized).float(), quantized.tokens, quantized.losses)
+        reconstruction = at_least_float32(self.render(quantized.quantized))
+        return TokenizerOutput(reconstruction, quantized.tokens, quantized.losses)

@@ -6,7 +6,7 @@ The official LlamaGen code swaps the arguments of its non-saturating losses; the
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
@@ -33,7 +33,7 @@ def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKin
     return 0.5 * total if kind == "vanilla" else total
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + 1e-4), clamped to [0, 1e4]."""
     (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)

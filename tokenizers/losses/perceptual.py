@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.interop.weights import load_strict, read_pickle, read_safetensors
+from tessellar.layers.precision import at_least_float32
 
 CHANNELS = (64, 128, 256, 512, 512)
 LAYERS = (2, 2, 3, 3, 3)  # convolutions before each read-out
@@ -80,14 +81,16 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         ours, theirs = (self.backbone((x - self.mean) / self.std) for x in (images, reconstruction))
-        total = images.new_zeros(len(images))
-        for a, b, head in zip(ours, theirs, self.heads, strict=True):
-            total = total + head((_unit(a) - _unit(b)).square()).mean(dim=(1, 2, 3))
-        return total
+        # Products, not convolutions: under autocast the features may be bfloat16, their distance is not.
+        distances = [
+            ((_unit(a) - _unit(b)).square() * weight[0]).sum(1).mean(dim=(1, 2))
+            for a, b, weight in zip(ours, theirs, self.heads.parameters(), strict=True)
+        ]
+        return torch.stack(distances).sum(0)
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=1, eps=1e-10)
+    return F.normalize(at_least_float32(x), dim=1, eps=1e-10)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

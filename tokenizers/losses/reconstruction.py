@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +31,6 @@ class Reconstruction:
         return terms
 
     def weighted(self, terms: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of the terms."""
+        """Weighted sum of the terms; 0 where there is none."""
         weights = {"l1": self.l1, "l2": self.l2, "gradient": self.gradient}
-        return sum((weights[name] * value for name, value in terms.items()), next(iter(terms.values())).new_zeros(()))
+        return sum((weights[name] * value for name, value in terms.items()), torch.zeros(()))

@@ -4,8 +4,9 @@ total = reconstruction + perceptual + w(step) * adaptive * adversarial + auxilia
 LlamaGen, arXiv 2406.06525: w = 0.5 from step 20,000, no adaptive weight).
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class TokenizerLoss(nn.Module):
         self.reconstruction, self.perceptual, self.perceptual_weight = reconstruction, perceptual, perceptual_weight
         self.discriminator, self.adversarial_weight = discriminator, adversarial_weight
         self.adversarial_start, self.adaptive = adversarial_start, adaptive
-        self.adversarial_kind, self.discriminator_kind = adversarial_kind, discriminator_kind
+        self.adversarial_kind: Kind = adversarial_kind
+        self.discriminator_kind: DiscriminatorKind = discriminator_kind
 
     def weight_at(self, step: int) -> float:
         """Weight of the adversarial losses of both sides at an update."""
@@ -63,7 +65,15 @@ class TokenizerLoss(nn.Module):
     def adversarial_active(self, step: int) -> bool:
         return self.discriminator is not None and step >= self.adversarial_start
 
-    def generator_loss(self, images: Tensor, output: TokenizerOutput, step: int, last_layer: nn.Parameter) -> LossTerms:
+    def adversarial(self, fake: Tensor) -> Tensor:
+        """The tokenizer's adversarial loss, of logits on its reconstructions."""
+        return generator_adversarial(fake, self.adversarial_kind)
+
+    def discrimination(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The discriminator's loss, of its logits on images and on reconstructions."""
+        return discriminator_adversarial(real, fake, self.discriminator_kind)
+
+    def generator_loss(self, images: Tensor, output: TokenizerOutput, step: int, last_layer: Tensor) -> LossTerms:
         """Loss of the tokenizer at update `step`."""
         terms = self.reconstruction(images, output.reconstruction)
         nll = self.reconstruction.weighted(terms)
@@ -74,7 +84,7 @@ class TokenizerLoss(nn.Module):
         if self.adversarial_active(step):
             assert self.discriminator is not None
             with frozen(self.discriminator):
-                adversarial = generator_adversarial(self.discriminator(output.reconstruction), self.adversarial_kind)
+                adversarial = self.adversarial(self.discriminator(output.reconstruction))
             scale = adaptive_weight(nll, adversarial, last_layer) if self.adaptive else torch.ones_like(nll)
             total = total + self.weight_at(step) * scale * adversarial
             terms |= {"adversarial": adversarial, "adaptive_weight": scale}
@@ -87,13 +97,13 @@ class TokenizerLoss(nn.Module):
         """Loss of the discriminator; 0 before the start step."""
         assert self.discriminator is not None
         real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
-        loss = discriminator_adversarial(real, fake, self.discriminator_kind)
+        loss = self.discrimination(real, fake)
         terms = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return LossTerms(self.weight_at(step) * loss, terms)
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Any:
+def frozen(module: nn.Module) -> Iterator[None]:
     """No gradients for the module's own parameters inside; gradients still pass through it."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
