@@ -25,13 +25,6 @@ from tessellar.tokenizers.layout import Categorical, Layout, grid_layout
 GREEDY = Choice(temperature=0)
 
 
-def vq(recording: Recording) -> dict[str, Tensor]:
-    """The tokenizer's cases."""
-    from tessellar.interop.llamagen_vq import replay_vq
-
-    return replay_vq(recording.config, recording.weights, recording.inputs, recording.meanings)
-
-
 def c2i(recording: Recording) -> dict[str, Tensor]:
     """Teacher-forced logits, loss, gradient norm and rotation table of the class-conditional generator."""
     generator = _generator(recording, "c2i")

@@ -29,7 +29,7 @@ class Replay:
 
 REPLAYS: dict[str, tuple[Replay, ...]] = {
     "llamagen": (
-        Replay("llamagen_replay:vq", ("vq", "vq_no_l2", "vq_train", "disc", "loss_plain", "loss_adaptive")),
+        Replay("llamagen_vq_replay:vq", ("vq", "vq_no_l2", "vq_train", "disc", "loss_plain", "loss_adaptive")),
         Replay("llamagen_replay:c2i", ("c2i",)),
         Replay("llamagen_replay:c2i_gen", ("c2i_gen",)),
         Replay("llamagen_replay:sample", ("sample",)),
