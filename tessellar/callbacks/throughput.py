@@ -1,5 +1,7 @@
 """Throughput: images/s, tokens/s, the share of time spent waiting for data, and what a run cost."""
 
+import logging
+import os
 import time
 from typing import Any
 
@@ -7,23 +9,29 @@ import lightning as L
 
 from tessellar.training.base import TrainingModule
 
+log = logging.getLogger(__name__)
+
 
 class Throughput(L.Callback):
-    """Logs rates every `every` batches, prints parameters at the start and totals at the end."""
+    """Logs rates every `every` batches, parameters at the start and totals at the end.
+
+    Totals count over resumes. CPU time includes that of data workers, as far as they have ended.
+    """
 
     def __init__(self, every: int = 50) -> None:
         self.every, self.samples, self.tokens = every, 0, 0
-        self._cpu = self._wall = self._waited = 0.0
         self.cpu_seconds = self.wall_seconds = 0.0
+        self._cpu = self._wall = self._waited = self._batch_end = 0.0
+        self._mark = (0.0, 0, 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
         if trainer.is_global_zero:
-            print(f"parameters: {trained:,} trained, {frozen:,} frozen; updates: {trainer.max_steps}")
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
+            log.info("parameters: %s trained, %s frozen; updates: %d", f"{trained:,}", f"{frozen:,}", trainer.max_steps)
+        self._cpu, self._wall = cpu_time(), time.perf_counter()
         self._mark = (self._wall, self.samples, self.tokens)
-        self._batch_end = self._wall
+        self._batch_end, self._waited = self._wall, 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._waited += time.perf_counter() - self._batch_end
@@ -35,31 +43,61 @@ class Throughput(L.Callback):
         tokens = outputs["tokens"]
         self.samples += len(tokens) * trainer.world_size
         self.tokens += tokens.shape[0] * tokens.shape[1] * trainer.world_size
-        self._batch_end = time.perf_counter()
         if pl_module.batches % self.every == 0:
-            wall, samples, counted = self._mark
-            elapsed = self._batch_end - wall
-            pl_module.log_dict(
-                {
-                    "speed/images_per_second": (self.samples - samples) / elapsed,
-                    "speed/tokens_per_second": (self.tokens - counted) / elapsed,
-                    "speed/data_wait_share": self._waited / elapsed,
-                    "speed/samples_seen": float(self.samples),
-                }
-            )
-            self._mark, self._waited = (self._batch_end, self.samples, self.tokens), 0.0
+            self._log_rates(pl_module)
+        self._batch_end = time.perf_counter()
+
+    def _log_rates(self, pl_module: TrainingModule) -> None:
+        now = time.perf_counter()
+        before, samples, tokens = self._mark
+        elapsed = max(now - before, 1e-9)
+        pl_module.log_dict(
+            {
+                "speed/images_per_second": (self.samples - samples) / elapsed,
+                "speed/tokens_per_second": (self.tokens - tokens) / elapsed,
+                "speed/data_wait_share": self._waited / elapsed,
+                "speed/samples_seen": float(self.samples),
+            }
+        )
+        self._mark, self._waited = (now, self.samples, self.tokens), 0.0
+
+    def _add_times(self) -> None:
+        cpu, wall = cpu_time(), time.perf_counter()
+        self.cpu_seconds, self.wall_seconds = self.cpu_seconds + cpu - self._cpu, self.wall_seconds + wall - self._wall
+        self._cpu, self._wall = cpu, wall
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.cpu_seconds += time.process_time() - self._cpu
-        self.wall_seconds += time.perf_counter() - self._wall
+        self._add_times()
         if trainer.is_global_zero:
-            print(
-                f"trained on {self.samples:,} samples ({self.tokens:,} tokens) in {self.wall_seconds:.0f} s, "
-                f"{self.cpu_seconds:.0f} CPU-seconds"
+            log.info(
+                "trained on %s samples (%s tokens) in %.0f s, %.0f CPU-seconds",
+                f"{self.samples:,}",
+                f"{self.tokens:,}",
+                self.wall_seconds,
+                self.cpu_seconds,
             )
 
+    def costs(self) -> dict[str, float]:
+        """What the run cost so far, plain data for its record."""
+        return {
+            "samples_seen": self.samples,
+            "tokens_seen": self.tokens,
+            "cpu_seconds": round(self.cpu_seconds, 1),
+            "wall_seconds": round(self.wall_seconds, 1),
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "tokens": self.tokens}
+        if self._wall:
+            self._add_times()
+        names = ("samples", "tokens", "cpu_seconds", "wall_seconds")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples, self.tokens = state_dict["samples"], state_dict["tokens"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+def cpu_time() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -1,28 +1,30 @@
 """`train.py`: LightningCLI in subclass mode; everything a run writes goes to runs/<name>/.
 
-    python train.py --config configs/fashion_mnist/tokenizer.yaml --name tok --data.init_args.root DIR
+    python train.py --config configs/fashion_mnist/tokenizer.yaml --name tok --data.root DIR
+    python train.py validate --config configs/fashion_mnist/tokenizer.yaml --name tok --resume auto
 
 Any key of the YAML can be given as an option; `--print_config` shows them all, `--model.help CLASS` explains a class.
 """
 
-import difflib
-import re
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.throughput import Throughput
+from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.interop.card import Record
@@ -30,8 +32,18 @@ from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import TrainingModule
 from tessellar.training.generator_module import GeneratorModule
-from tessellar.training.runs import Run, commit
+from tessellar.training.runs import CHECKPOINTS, Run, commit
 from tessellar.training.tokenizer_module import TokenizerModule
+
+QUIET = (
+    "LightningCLI's args parameter",
+    ".*isinstance\\(treespec, LeafSpec\\)",
+    "Found .* in eval mode",
+    ".*does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    "Checkpoint directory .* exists and is not empty",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+)
 
 
 class TrainCLI(LightningCLI):
@@ -47,17 +59,32 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights; null is none")
         parser.add_argument("--wandb", type=str | None, default=None, help="a project name switches wandb on")
         parser.add_argument("--log_every", type=int, default=50, help="batches between lines of the logs")
+        parser.add_argument("--save_every", type=int, default=1000, help="updates between checkpoints")
+        parser.add_argument(
+            "--best_metric", type=str | None, default=None, help="what best.ckpt is chosen by (default: the model's)"
+        )
+        parser.add_argument("--best_mode", type=Literal["min", "max"], default="min", help="which value of it is best")
         parser.add_argument("--sampling", type=Sampling, default=Sampling(), help="how sample grids are drawn")
 
     def before_instantiate_classes(self) -> None:
-        name = self.config.name or _default_name(self.config.config)
-        self.run_folder = Run(name, resume=self.config.resume)
+        config: Any = self.config
+        self.run_folder = Run(config.name or _default_name(config.config), resume=config.resume)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        config, run = self.config_init, self.run_folder
-        run.create()
-        checkpoints = ModelCheckpoint(run.folder / "checkpoints", filename="{step:08d}", save_last="link")
-        callbacks = [Throughput(config.log_every), CodebookUsage(), Grids(run, config.sampling), checkpoints]
+        config: Any = self.config_init
+        run = self.run_folder
+        best_metric, best_mode = self.model.best_by
+        callbacks: list[L.Callback] = [
+            Throughput(config.log_every),
+            CodebookUsage(config.log_every),
+            Grids(run, config.sampling),
+            Checkpoints(
+                run.folder / CHECKPOINTS,
+                config.save_every,
+                config.best_metric or best_metric,
+                config.best_mode if config.best_metric else best_mode,
+            ),
+        ]
         if config.ema is not None:
             callbacks.insert(0, EMA(config.ema))
         return super().instantiate_trainer(
@@ -72,59 +99,81 @@ class TrainCLI(LightningCLI):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the arguments say; returns the exit code."""
-    cli = parse(argv)
+    """`[fit | validate] options`: train or validate as the arguments say; returns the exit code."""
+    actions = {"fit": fit, "validate": validate}
+    word = argv[0] if argv and not argv[0].startswith("-") else "fit"
+    if word not in actions:
+        raise UserError(f"{word!r} is not an action; there are {', '.join(actions)}{nearest(word, actions)}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            actions[word](parse(argv[1:] if argv[:1] == [word] else argv))
+        except MisconfigurationException as error:
+            raise UserError(" ".join(str(error).split())) from error
+    return 0
+
+
+def fit(cli: TrainCLI) -> None:
+    """Train, then write the run's export and what it cost."""
     run, trainer = cli.run_folder, cli.trainer
+    check(cli)
     if trainer.is_global_zero:
-        cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_none=False)
+        run.create()
+        cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
         run.write("run.json", run.facts(trainer))
-    _check_classes(cli.model, cli.datamodule)
     trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.is_global_zero and trainer.state.finished:
         _finish(cli)
-    return 0
+
+
+def validate(cli: TrainCLI) -> None:
+    """Print the validation metrics of a checkpoint, of the averaged weights where it has some."""
+    run, trainer = cli.run_folder, cli.trainer
+    if run.checkpoint is None:
+        raise UserError("validate needs --resume auto (this run's last checkpoint) or --resume FILE")
+    check(cli)
+    trainer.logger = None
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Grids)]  # type: ignore[attr-defined]
+    (metrics,) = trainer.validate(cli.model, cli.datamodule, ckpt_path=run.checkpoint, verbose=False, weights_only=True)
+    if trainer.is_global_zero:
+        print("\n".join(f"{name} {value:.6g}" for name, value in sorted(metrics.items()) if name != "step"))
 
 
 def parse(argv: Sequence[str]) -> TrainCLI:
     """The instantiated command line; raises UserError, in one line, for whatever does not fit."""
     torch.set_float32_matmul_precision("high")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            return _cli(argv)
-    except ArgumentError as error:
-        raise UserError(shorten(str(error), argv)) from error
+        return TrainCLI(
+            TrainingModule,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            run=False,
+            args=list(argv),
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+        )
+    except (ArgumentError, ValueError) as error:
+        raise cause_of(error) or UserError(explain(str(error), _options(), _configs(argv), argv)) from error
 
 
-def _cli(argv: Sequence[str]) -> TrainCLI:
-    return TrainCLI(
-        TrainingModule,
-        ImageDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        run=False,
-        args=list(argv),
-        parser_kwargs={"exit_on_error": False},
-    )
+def _options() -> list[str]:
+    """Names of the options outside of classes."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    parser.add_argument("--config", "--seed_everything", "--model", "--data")
+    TrainCLI.add_arguments_to_parser(None, parser)  # type: ignore[arg-type]
+    return [option.lstrip("-") for option in parser._option_string_actions]
 
 
-def shorten(message: str, argv: Sequence[str]) -> str:
-    """The deepest cause in a parser's message, with the nearest valid name where a key is unknown."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    unknown = re.findall(
-        r"[Kk]ey[s]? ['\"]?([\w.]+)['\"]? (?:is|are) not expected|Unrecognized arguments: --([\w.]+)", message
-    )
-    cause = lines[-1] if lines else message
-    if unknown:
-        key = next(part for part in unknown[-1] if part)
-        known = set(re.findall(r"[A-Za-z_]\w+", " ".join(lines)))
-        close = difflib.get_close_matches(key.split(".")[-1], known - {key.split(".")[-1]}, n=1)
-        cause = f"key {key!r} is not known" + (f"; did you mean {close[0]!r}?" if close else "")
-    files = [a for a in argv if a.endswith((".yaml", ".yml"))]
-    return f"{', '.join(files)}: {cause}" if files else cause
+def _configs(argv: Sequence[str]) -> list[str]:
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    return [b if a == "--config" else a.partition("=")[2] for a, b in pairs if a.split("=")[0] == "--config"]
 
 
 def _default_name(configs: Any) -> str:
@@ -134,14 +183,19 @@ def _default_name(configs: Any) -> str:
     return f"{path.parent.name}-{path.stem}"
 
 
-def _check_classes(model: L.LightningModule, data: ImageDataModule) -> None:
+def check(cli: TrainCLI) -> None:
+    """Raise UserError for what would stop the run later: trainer options we do not take, data that does not fit."""
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    if trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1:
+        raise UserError("set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches")
+    if str(cli.config.trainer.precision) in ("16", "16-mixed"):  # type: ignore[union-attr]
+        raise UserError("trainer.precision 16-mixed is not supported: use bf16-mixed or 32-true")
+    data.check_files()  # raises where files are missing, before the run's folder exists
     if isinstance(model, GeneratorModule):
-        wanted, size = getattr(model.model.conditioner, "num_classes", None), model.model.tokenizer.image_size
+        wanted = getattr(model.model.conditioner, "num_classes", None)
         if wanted is not None and wanted != data.num_classes:
             raise UserError(f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}")
-    else:
-        assert isinstance(model, TokenizerModule)
-        size = model.tokenizer.image_size
+    size = model.tokenizer.image_size
     if tuple(size) != tuple(data.image_size):
         raise UserError(f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}")
 
@@ -149,15 +203,9 @@ def _check_classes(model: L.LightningModule, data: ImageDataModule) -> None:
 def _finish(cli: TrainCLI) -> None:
     """Write the export of the run (averaged weights where they are kept) and its costs."""
     module, run, trainer = cli.model, cli.run_folder, cli.trainer
-    ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)
-    speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))
-    costs = {
-        "updates": module.updates,
-        "samples_seen": speed.samples,
-        "cpu_seconds": round(speed.cpu_seconds, 1),
-        "wall_seconds": round(speed.wall_seconds, 1),
-    }
-    run.write("run.json", {**run.facts(trainer), **costs})
+    ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+    speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+    run.write("run.json", {**run.facts(trainer), "updates": module.updates, **speed.costs()})
     record = Record(
         title=run.name,
         weights="raw" if ema is None else "ema",

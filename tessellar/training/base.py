@@ -6,6 +6,7 @@ only the first optimizer goes through Lightning, so `global_step` and `max_steps
 """
 
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -66,8 +67,13 @@ class TrainingModule(L.LightningModule, ABC):
 
     @property
     def total_updates(self) -> int:
-        """Length of the run in updates, for schedules."""
-        return max(1, int(self.trainer.estimated_stepping_batches))
+        """Length of the run in updates, for schedules; huge where the run has no end."""
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        limits = [steps] if steps >= 0 else []
+        batches = self.trainer.num_training_batches
+        if epochs is not None and epochs >= 0 and batches != float("inf"):
+            limits.append(epochs * int(batches) // self.accumulate)
+        return max(1, min(limits, default=sys.maxsize))
 
     @property
     def at_boundary(self) -> bool:
@@ -121,12 +127,12 @@ class TrainingModule(L.LightningModule, ABC):
     @property
     def logs_now(self) -> bool:
         """Whether the current batch is one whose metrics are written; others are not even handed to Lightning."""
-        return (self.batches + 1) % self.trainer.log_every_n_steps == 0
+        return (self.batches + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def log_train(self, values: Mapping[str, Tensor | float]) -> None:
-        """Log metrics of a training batch, at the number of updates made."""
+        """Log metrics of a training batch, at the number of updates made with it."""
         if self.logs_now:
-            self.log_dict({"step": float(self.updates), **values})
+            self.log_dict({"step": float(self.updates + self.at_boundary), **values})
 
     def log_terms(self, stage: Literal["train", "val"], terms: Mapping[str, Tensor], size: int) -> None:
         """Log named terms of a batch of `size`; in validation as a mean over samples and processes."""

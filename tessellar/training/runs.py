@@ -1,78 +1,79 @@
 """A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is written elsewhere."""
 
 import json
+import os
 import platform
+import secrets
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
+from tessellar.callbacks.checkpoints import LAST, PREVIOUS
 from tessellar.errors import UserError
+from tessellar.training.metrics_file import MetricsFile
 
-LAST = "last.ckpt"
+CHECKPOINTS, WANDB_ID = "checkpoints", "wandb_id"
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
 
 
 class Run:
     """The folder of one run. A run never writes into another run's folder.
 
-    `resume` is a checkpoint's path, `auto` (continue this run if it has a checkpoint, else start) or None. Raises
-    UserError where the name is taken.
+    `resume` is a checkpoint's path, `auto` (continue this run where it has a checkpoint, else start it) or None. Raises
+    UserError where the name is taken or the checkpoint does not exist.
     """
 
     def __init__(self, name: str, root: str | Path = "runs", resume: str | None = None) -> None:
-        if not name or Path(name).name != name:
+        if name in ("", ".", "..") or Path(name).name != name:
             raise UserError(f"--name {name!r} must be a plain folder name")
         self.name, self.folder = name, Path(root) / name
-        last = self.folder / "checkpoints" / LAST
-        self.checkpoint: Path | None = None
-        if resume == "auto":
-            self.checkpoint = last if last.exists() else None
-        elif resume is not None:
-            self.checkpoint = Path(resume)
-            if not self.checkpoint.is_file():
-                raise UserError(f"--resume {resume}: there is no such checkpoint")
-        if self.checkpoint is None and self.folder.exists() and any(self.folder.iterdir()):
+        self._wandb_id: str | None = None
+        self.checkpoint = self._find(resume)
+        taken = self.folder.exists() and any(self.folder.iterdir())
+        own = resume == "auto" or (self.checkpoint is not None and self.folder in self.checkpoint.parents)
+        if taken and not own and rank_zero_only.rank == 0:
             raise UserError(f"{self.folder} exists; choose another --name, or continue that run with --resume auto")
 
-    def create(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _find(self, resume: str | None) -> Path | None:
+        if resume == "auto":
+            kept = [self.folder / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
+            return next((path for path in kept if path.is_file()), None)
+        if resume is not None and not Path(resume).is_file():
+            raise UserError(f"--resume {resume}: there is no such checkpoint")
+        return None if resume is None else Path(resume)
 
     def loggers(self, wandb: str | None = None) -> list[Logger]:
-        """CSV always, TensorBoard where it is installed, wandb where a project is named."""
-        loggers: list[Logger] = [CSVLogger(self.folder, name="", version="logs")]
-        if _installed("tensorboard"):
-            from lightning.pytorch.loggers import TensorBoardLogger
-
+        """CSV always, TensorBoard where it is installed, wandb where a project is named. Nothing is written yet."""
+        loggers: list[Logger] = [MetricsFile(self.folder / "metrics.csv")]
+        if find_spec("tensorboard") is not None:
             loggers.append(TensorBoardLogger(self.folder, name="", version="tensorboard"))
         if wandb:
             loggers.append(self._wandb(wandb))
         return loggers
 
     def _wandb(self, project: str) -> Logger:
-        """Offline unless a key is set; the id is kept in the run's folder, so a resumed run continues its page."""
-        import os
-
+        """Offline unless a key is set; its id lies in the run's folder, so that a resumed run continues its page."""
+        if find_spec("wandb") is None:
+            raise UserError("--wandb needs the package wandb: pip install wandb")
         from lightning.pytorch.loggers import WandbLogger
 
-        kept = self.folder / "wandb_id"
-        if not kept.exists():
-            import wandb
+        kept = self.folder / WANDB_ID
+        self._wandb_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
+        online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
+        return WandbLogger(project=project, name=self.name, id=self._wandb_id, save_dir=self.folder, offline=not online)
 
-            kept.write_text(wandb.util.generate_id())
-        key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
-        return WandbLogger(
-            project=project,
-            name=self.name,
-            id=kept.read_text(),
-            save_dir=self.folder,
-            offline=not key,
-            resume=None if not key else "allow",
-        )
+    def create(self) -> None:
+        """Make the folder; from here on the name is taken."""
+        (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if self._wandb_id is not None:
+            (self.folder / WANDB_ID).write_text(self._wandb_id)
 
     def write(self, file: str, content: dict[str, Any]) -> None:
         """Write JSON into the run's folder, beside and then in place."""
@@ -92,12 +93,6 @@ class Run:
             "precision": trainer.precision,
             "devices": trainer.num_devices,
         }
-
-
-def _installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
 
 
 def commit() -> str:

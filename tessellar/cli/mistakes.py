@@ -1,0 +1,208 @@
+"""One line for what a parser says in sixty: which file and key, what is wrong, and the nearest valid name.
+
+jsonargparse reports trees: each union, class and key adds a level of indentation. The deepest branch holds the cause.
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from tessellar.errors import UserError
+
+NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value")
+WHOLE = ("Problems parsing config", "Unexpected config")  # not trees
+KEY = re.compile(r'Parser key "([\w.]+)":\s*(.*)')
+CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
+CALLABLE = re.compile(r"^(\s*(?:- )?)Type .*? expects a function or a callable class: ")
+GOT_CLASS = re.compile(r"\.+ Got value: Namespace\(class_path='([\w.]+)'.*$")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The end of the deepest branch: keys and class on the way to it, its text, and the value it complains of."""
+
+    keys: tuple[str, ...]
+    class_path: str | None
+    texts: tuple[str, ...]
+    value: str | None
+
+    @property
+    def place(self) -> str:
+        return ".".join(self.keys)
+
+
+def explain(message: str, options: Iterable[str], files: Sequence[str], argv: Sequence[str]) -> str:
+    """`message` of a parser in one line; `options` are the parser's names, `files` the configs that it read."""
+    if message.startswith(WHOLE):
+        cause = Cause((), None, (" ".join(message.split()),), None)
+    else:
+        cause = deepest(message)
+    text = _say(cause, set(options))
+    files = [f for f in files if not _given_on_command_line(cause, argv)]
+    return ": ".join([*_holding(files, cause), text])
+
+
+def deepest(message: str) -> Cause:
+    """The cause in a tree of complaints; siblings that all say `Expected ...` belong together."""
+    path: list[tuple[int, str]] = []
+    best: tuple[int, list[tuple[int, str]], list[str]] = (-1, [], [])
+    class_path, values = None, {}
+    for line in message.splitlines():
+        found = GOT_CLASS.search(line)
+        class_path = found[1] if found else class_path
+        line = CALLABLE.sub(r"\1", GOT_CLASS.sub("", line))
+        level = len(line) - len(line.lstrip(" -"))
+        text = line.strip(" -")
+        path = [(depth, part) for depth, part in path if depth < level]
+        values |= {level: text.partition("Given value:")[2].strip()} if text.startswith("Given value:") else {}
+        if not text or text.startswith(NOISE):
+            continue
+        key = KEY.match(text)
+        if key or CLASS.match(text):
+            path.append((level, text))
+            text = key[2] if key else ""
+        if text and level > best[0]:
+            best = (level, list(path), [text])
+        elif text and level == best[0] and text.startswith("Expected") and path == best[1]:
+            best[2].append(text)
+    keys = tuple(m[1] for _, part in best[1] if (m := KEY.match(part)))
+    classes = [m[1] for _, part in best[1] if (m := CLASS.match(part))]
+    value = values.get(max((level for level in values if level < best[0]), default=-1))
+    return Cause(keys, class_path or (classes[-1] if classes else None), tuple(best[2]), value)
+
+
+def _say(cause: Cause, options: set[str]) -> str:
+    text = cause.texts[0] if cause.texts else ""
+    prefix = f"{cause.place}: " if cause.place else ""
+    if found := re.match(r"Option '([\w.]+)' is not accepted", text):
+        owner = f"{_short(cause.class_path)} ({cause.place})" if cause.class_path else "there"
+        names = _parameters(cause.class_path) if cause.class_path else {o.split(".")[0] for o in options}
+        key = found[1].split(".")[0]
+        return f"{owner} {'has' if cause.class_path else 'is'} no option {key!r}{nearest(key, names)}"
+    if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        names = _members(cause.class_path, found[1]) | _under(options, found[1])
+        owner = ".".join([*cause.keys, found[1]])
+        return f"{owner} has no option {found[2]!r}{nearest(found[2], names)}"
+    if found := re.match(r"unrecognized arguments: (?:--)?([\w.-]+)", text):
+        group, _, key = found[1].rpartition(".")
+        names = _members(cause.class_path, group) | _under(options, group)
+        return f"{prefix}there is no option {found[1]!r}{nearest(key, names, 0)}"
+    if found := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        return f"{prefix}there is no {found[2]!r} in {found[1]}{nearest(found[2], _contents(found[1]))}"
+    if found := re.match(
+        r"(?:Import path|Expected) '?([\w.]+)'? (?:does not correspond|to be).*subclass of (?:<class ')?(\w+)", text
+    ):
+        return f"{prefix}{_short(found[1])} is not a {found[2]}; a {found[2]} is needed here"
+    if found := re.match(r"the following arguments are required: (.*)", text):
+        return f"{prefix}{found[1]} missing; give it in the --config or as an option"
+    if found := re.match(r"Expected an instantiatable class, but ([\w.]+) is abstract", text):
+        return f"{prefix}class_path missing; it names a {_short(found[1])}"
+    if text.startswith("Problems parsing config"):
+        return text.replace("Problems parsing config", "not valid YAML").replace(' in "<unicode string>",', " in")
+    if text.startswith("Unexpected config"):
+        return "a config is a mapping of keys (trainer, model, data); this is something else"
+    if text.startswith("Expected"):
+        return prefix + _expected(cause)
+    return prefix + " ".join(text.split())
+
+
+def _expected(cause: Cause) -> str:
+    """`Expected a X. Got value: V` of one or several alternatives in plain words."""
+    wanted, value = [], cause.value
+    for text in cause.texts:
+        kind, _, got = text.partition(". Got value: ")
+        value = got or value
+        kind = re.sub(r"^Expected an? ", "", kind)
+        kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
+        literal = re.match(r"typing\.Literal\[(.*)\]", kind)
+        wanted += literal[1].split(", ") if literal else [kind]
+    wanted = [w for w in wanted if w != "NoneType"]
+    names = [w.strip("'") for w in wanted]
+    return f"expected {' or '.join(wanted)}, not {value!r}{nearest(str(value), names, 0)}"
+
+
+def nearest(wrong: str, names: Iterable[str], listed: int = 10) -> str:
+    """`; did you mean 'x'?` where a name resembles `wrong`, else a list of the names if it is short."""
+    names = sorted(names)
+    close = difflib.get_close_matches(wrong, names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(names)}" if 0 < len(names) <= listed else ""
+
+
+def _short(class_path: str | None) -> str:
+    return (class_path or "").rpartition(".")[2]
+
+
+def _resolve(class_path: str | None) -> Any:
+    module, _, name = (class_path or "").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _parameters(class_path: str | None) -> set[str]:
+    target = _resolve(class_path)
+    return set(inspect.signature(target).parameters) if target is not None else set()
+
+
+def _members(class_path: str | None, group: str) -> set[str]:
+    """Options inside a dataclass argument `group` of a class."""
+    target = _resolve(class_path)
+    hint = get_type_hints(target.__init__).get(group) if isinstance(target, type) else None
+    return {f.name for f in fields(hint)} if is_dataclass(hint) else set()
+
+
+def _under(options: Iterable[str], group: str) -> set[str]:
+    start = f"{group}." if group else ""
+    return {o.removeprefix(start).split(".")[0] for o in options if o.startswith(start)}
+
+
+def _contents(module: str) -> set[str]:
+    """Public names and sub-modules of a module of this package; nothing is imported for a foreign one."""
+    if not module.startswith("tessellar"):
+        return set()
+    found = importlib.import_module(module)
+    return {n for n in [*dir(found), *getattr(found, "__all__", [])] if n[0] != "_"} | {
+        m.name for m in pkgutil.iter_modules(getattr(found, "__path__", []))
+    }
+
+
+def _given_on_command_line(cause: Cause, argv: Sequence[str]) -> bool:
+    words = [w.split(".")[-1] for w in _words(cause)]
+    given = {part for a in argv if a.startswith("--") for part in a[2:].partition("=")[0].split(".")}
+    return bool(words) and words[-1] in given
+
+
+def _words(cause: Cause) -> list[str]:
+    """The key or name that the cause is about."""
+    text = cause.texts[0] if cause.texts else ""
+    if option := re.match(r"unrecognized arguments: (?:--)?([\w.-]+)", text):
+        return [option[1]]
+    quoted = re.findall(r"'([\w.]+)'", text) if not text.startswith("Expected") else []
+    return quoted or list(cause.keys[-1:])
+
+
+def _holding(files: Sequence[str], cause: Cause) -> list[str]:
+    """The configs that hold the offending word; all of them where that cannot be told."""
+    words = [w.split(".")[0] for w in _words(cause)[-1:]] or [""]
+    texts = {f: Path(f).read_text(encoding="utf-8", errors="replace") for f in files if Path(f).is_file()}
+    hit = [f for f, text in texts.items() if re.search(rf"\b{re.escape(words[0])}\b", text)]
+    return [", ".join(hit or list(texts))] if texts else []
+
+
+def cause_of(error: BaseException) -> UserError | None:
+    """The UserError that a parser wrapped into its own errors, if there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,212 @@
+"""`train.py`: one short line for a user's mistake, a folder a run, a run that continues, weights that are exported."""
+
+import copy
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import tessellar
+from tessellar.cli import train
+from tessellar.cli.errors import run
+from tessellar.tokenizers.vit_vq import ViTVQ
+
+TOKENIZER: dict[str, Any] = {
+    "trainer": {
+        "max_steps": 4,
+        "accelerator": "cpu",
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 2,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0,
+    },
+    "log_every": 1,
+    "save_every": 3,
+    "model": {
+        "class_path": "tessellar.training.tokenizer_module.TokenizerModule",
+        "init_args": {
+            "tokenizer": {
+                "class_path": "tessellar.tokenizers.vit_vq.ViTVQ",
+                "init_args": {
+                    "image_size": 16,
+                    "width": 16,
+                    "encoder_depth": 1,
+                    "decoder_depth": 1,
+                    "num_heads": 2,
+                    "quantizer": {
+                        "class_path": "tessellar.tokenizers.quantizers.vq.VectorQuantizer",
+                        "init_args": {"vocab_size": 16, "dim": 4},
+                    },
+                },
+            },
+            "loss": {"class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss"},
+            "schedule": {"decay": "linear"},
+        },
+    },
+    "data": {
+        "class_path": "tessellar.data.ShapesData",
+        "init_args": {"size": 16, "length": 64, "val_length": 16, "batch_size": 8},
+    },
+}
+GENERATOR: dict[str, Any] = {
+    **{key: TOKENIZER[key] for key in ("trainer", "log_every", "save_every", "data")},
+    "model": {
+        "class_path": "tessellar.training.generator_module.GeneratorModule",
+        "init_args": {
+            "tokenizer": "runs/tok/export",
+            "generator": {
+                "class_path": "tessellar.models.llamagen.LlamaGen",
+                "init_args": {"width": 16, "depth": 1, "num_heads": 2, "num_classes": 10, "ffn_multiple_of": 8},
+            },
+        },
+    },
+}
+
+
+def changed(config: dict[str, Any], path: str, value: Any = None, delete: bool = False) -> dict[str, Any]:
+    """A copy of a config with one key (dots between its parts) set or taken away; `init_args` are left out of it."""
+    new = copy.deepcopy(config)
+    node, (*parts, last) = new, path.split(".")
+    for part in parts:
+        node = node[part]
+        node = node.get("init_args", node)
+    if delete:
+        del node[last]
+    else:
+        node[last] = value
+    return new
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Run train.py in an empty folder; gives exit code and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(config: dict[str, Any] | str, *options: str, name: str | None = "tok", action: str = "fit"):
+        Path("run.yaml").write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+        named = [] if name is None else ["--name", name]
+        code = run(lambda: train.main([action, "--config", "run.yaml", *named, *options]))
+        return code, capsys.readouterr().err
+
+    return command
+
+
+def tokenizer(path: str, value: Any = None, delete: bool = False) -> dict[str, Any]:
+    return changed(TOKENIZER, path, value, delete)
+
+
+def generator(path: str, value: Any = None, delete: bool = False) -> dict[str, Any]:
+    return changed(GENERATOR, path, value, delete)
+
+
+MODEL = "model.tokenizer"
+MISTAKES = [
+    (tokenizer("traner", 1), (), "run.yaml: there is no option 'traner'; did you mean 'trainer'?"),
+    (tokenizer("trainer.max_step", 1), (), "run.yaml: trainer has no option 'max_step'; did you mean 'max_steps'?"),
+    (tokenizer(f"{MODEL}.widht", 1), (), "ViTVQ (model.tokenizer) has no option 'widht'; did you mean 'width'?"),
+    (tokenizer(f"{MODEL}.quantizer.vocab", 1), (), "VectorQuantizer (model.tokenizer.quantizer) has no option"),
+    (tokenizer("model.schedule.decy", 1), (), "model.schedule has no option 'decy'; did you mean 'decay'?"),
+    (tokenizer("data.batchsize", 1), (), "ShapesData (data) has no option 'batchsize'; did you mean 'batch_size'?"),
+    (tokenizer(f"{MODEL}.width", "wide"), (), "model.tokenizer.width: expected int, not 'wide'"),
+    (tokenizer("model.schedule.decay", "cosin"), (), "not 'cosin'; did you mean 'cosine'?"),
+    (tokenizer(f"{MODEL}.quantizer", delete=True), (), "model.tokenizer: quantizer missing"),
+    (tokenizer("model", delete=True), (), "model missing"),
+    (tokenizer(f"{MODEL}.patch_size", 5), (), "patch_size 5 does not divide image_size 16"),
+    (tokenizer("data.size", 8), (), "the tokenizer takes images of (16, 16); the data set shapes gives (8, 8)"),
+    (tokenizer("trainer.gradient_clip_val", 1.0), (), "set model.clip"),
+    (tokenizer("trainer.precision", "16-mixed"), (), "use bf16-mixed"),
+    (tokenizer("trainer.accelerator", "cpuu"), (), "cpuu"),
+    ("model: [a\nb: }", (), "run.yaml: not valid YAML"),
+    ("- a\n- b", (), "run.yaml: a config is a mapping of keys"),
+    (TOKENIZER, ("--trainer.max_stap", "1"), "error: there is no option 'trainer.max_stap'; did you mean 'max_steps'?"),
+    (TOKENIZER, ("--model.clipp", "1"), "error: TokenizerModule (model) has no option 'clipp'; did you mean 'clip'?"),
+    (TOKENIZER, ("--nam", "x"), "error: there is no option 'nam'; did you mean 'name'?"),
+    (TOKENIZER, ("--resume", "nowhere.ckpt"), "nowhere.ckpt: there is no such checkpoint"),
+    (TOKENIZER, ("--sampling.algorithm", "guess"), "guess"),
+    (GENERATOR, (), "runs/tok/export does not exist"),
+    (generator("model.generator.widht", 1), (), "LlamaGen (model.generator) has no option 'widht'"),
+    (generator("model.generator.width", "a"), (), "model.generator.width: expected int, not 'a'"),
+]  # fmt: skip
+CLASSES = [
+    (TOKENIZER, MODEL, "tessellar.tokenizers.vit_vq.VitVQ", "there is no 'VitVQ' in tessellar.tokenizers.vit_vq; did"),
+    (TOKENIZER, MODEL, "tessellar.tokenizers.vitvq.ViTVQ", "there is no 'vitvq' in tessellar.tokenizers; did you mean"),
+    (TOKENIZER, MODEL, "tessellar.models.llamagen.LlamaGen", "LlamaGen is not a Tokenizer; a Tokenizer"),
+    (GENERATOR, "model.tokenizer", "tessellar.models.llamagen.LlamaGen", "LlamaGen is not a Tokenizer; a Tokenizer"),
+    (GENERATOR, "model.generator", "tessellar.tokenizers.vit_vq.ViTVQ", "model.generator: ViTVQ is not a Generator"),
+    (GENERATOR, "model.generator", "tessellar.models.llamagen.LamaGen", "did you mean 'LlamaGen'?"),
+    (TOKENIZER, "data", "tessellar.data.ShapeData", "did you mean 'ShapesData'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "options", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_mistake_is_one_line(call, config, options: tuple[str, ...], message: str) -> None:
+    code, printed = call(config, *options)
+    assert code == 2 and message in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and len(printed) < 400
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("config", "key", "class_path", "message"), CLASSES, ids=lambda x: x if "." in x else "")
+def test_a_wrong_class_is_one_line(call, config, key: str, class_path: str, message: str) -> None:
+    code, printed = call(changed(config, key, {"class_path": class_path}))
+    assert code == 2 and message in printed and printed.count("\n") == 1
+
+
+def test_missing_config_and_missing_data(call) -> None:
+    assert run(lambda: train.main(["--config", "nowhere.yaml"])) == 2
+    data = {"class_path": "tessellar.data.FashionMNISTData", "init_args": {"root": "nowhere"}}
+    config = changed(tokenizer("data", data), f"{MODEL}.image_size", 32)
+    code, printed = call(config, "--data.root", "elsewhere")
+    assert code == 2 and "elsewhere" in printed and not Path("runs").exists()
+    assert call(TOKENIZER, action="fitt")[1].startswith("error: 'fitt' is not an action; there are fit, validate; did")
+
+
+def test_a_run_from_tokenizer_to_generator(call) -> None:
+    assert call(TOKENIZER, "--ema", "0.5")[0] == 0
+    assert isinstance(tessellar.load("runs/tok/export"), ViTVQ)
+    for path in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "config.yaml", "pictures", "tensorboard"):
+        assert (Path("runs/tok") / path).exists(), path
+    facts = json.loads(Path("runs/tok/run.json").read_text())
+    assert (facts["updates"], facts["samples_seen"], facts["tokens_seen"]) == (4, 32, 32 * 16)
+    with open("runs/tok/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(row["train/loss"] for row in rows) and [bool(row["val/psnr"]) for row in rows] == [False, True] * 2
+    averaged = tessellar.load("runs/tok/checkpoints/last.ckpt").state_dict()
+    raw = tessellar.load("runs/tok/checkpoints/last.ckpt", raw=True).state_dict()
+    exported = tessellar.load("runs/tok/export").state_dict()
+    assert all(torch.equal(exported[key], averaged[key]) for key in averaged)
+    assert any(not torch.equal(raw[key], averaged[key]) for key in raw)
+
+    assert call(GENERATOR, "--trainer.max_steps", "2", name="gen")[0] == 0
+    model = tessellar.load("runs/gen/export")
+    assert all(torch.equal(model.tokenizer.state_dict()[key], exported[key]) for key in exported)
+    assert sorted(Path("runs/gen/pictures").iterdir()) == [Path("runs/gen/pictures/samples_0000002.png")]
+    code, printed = call(generator("model.generator.num_classes", 3), name="three")
+    assert code == 2 and "the generator has 3 classes; the data set shapes has 10" in printed
+
+
+def test_a_run_never_writes_into_another_and_continues_when_asked(call, capsys) -> None:
+    assert call(TOKENIZER)[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    code, printed = call(TOKENIZER)
+    assert code == 2 and "choose another --name, or continue that run with --resume auto" in printed
+    assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+
+    assert call(TOKENIZER, "--resume", "auto", "--trainer.max_steps", "6")[0] == 0
+    with open("runs/tok/metrics.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5", "6"]
+    assert json.loads(Path("runs/tok/run.json").read_text())["samples_seen"] == 48
+    capsys.readouterr()
+    assert run(lambda: train.main(["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"])) == 0
+    assert "val/psnr" in capsys.readouterr().out
+    assert "--resume" in call(TOKENIZER, name="new", action="validate")[1]
+
+
+def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:
+    assert call(TOKENIZER, "--trainer.max_steps", "1", name=None)[0] == 0
+    assert (tmp_path / "runs" / "-run" / "export").is_dir()
