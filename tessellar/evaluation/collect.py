@@ -21,6 +21,7 @@ from tessellar.evaluation.paired import PairedScores, PairedSums
 from tessellar.evaluation.pixels import image_hashes, set_hash
 from tessellar.evaluation.sources import ImageBatch
 from tessellar.evaluation.statistics import FeatureStatistics, Moments
+from tessellar.evaluation.subset import subset
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Collector:
         self.spatial = FeatureStatistics(extractor.spatial_dim or 0, device) if needs.spatial else None
         self.score = ScoreSums.empty(total, extractor.num_classes, needs.score) if needs.score else None
         self.paired = PairedSums(needs.lpips) if needs.paired else None
+        self.keep = subset(total, needs.keep)
         self.hits = torch.zeros(2, dtype=torch.float64)  # images whose class the network finds, images with a label
         self.kept: list[tuple[Tensor, Tensor]] = [(torch.empty(0, extractor.dim), torch.empty(0, dtype=torch.int64))]
         self.hashes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
@@ -73,7 +75,7 @@ class Collector:
         if self.score is not None:
             self.score.update(features.logits, batch.index)
         if self.needs.keep:
-            rows = is_kept(batch.index, self.total, self.needs.keep)
+            rows = torch.isin(batch.index, self.keep)
             self.kept.append((features.features.cpu()[rows], batch.index[rows]))
         if self.needs.accuracy and batch.labels is not None:
             found = features.logits.argmax(dim=1).cpu() == batch.labels.cpu()
@@ -103,11 +105,6 @@ class Collector:
     def _features(self) -> Tensor:
         features, index = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
         return gather_rows(features)[gather_rows(index).argsort()]
-
-
-def is_kept(index: Tensor, total: int, keep: int) -> Tensor:
-    """Which of images `index` [B] are among `keep` ones evenly spread over `total`, bool [B]."""
-    return (index + 1) * keep // total > index * keep // total if keep < total else torch.ones_like(index).bool()
 
 
 def collect(batches: Iterable[ImageBatch], total: int, extractor: Extractor, needs: Needs, size: int = 64) -> Collected:

@@ -25,6 +25,7 @@ from tessellar.data.image_folder import list_folder
 from tessellar.distributed import own_share, rank, world_size
 from tessellar.errors import UserError
 from tessellar.evaluation import npz
+from tessellar.evaluation.subset import subset
 from tessellar.images import to_uint8
 
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -73,7 +74,7 @@ def label_plan_of(labels: Tensor | None) -> str:
 
 
 class DatasetImages(ImageSource):
-    """Images of a data set: all, or `limit` of them evenly spread over it (so that sorted classes stay balanced)."""
+    """Images of a data set: all, or a fixed random part of `limit` images (data sets are often sorted by class)."""
 
     label_plan = "data"
 
@@ -95,7 +96,7 @@ class DatasetImages(ImageSource):
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         places = list(own_share(self.count))
-        rows = [place * len(self.dataset) // self.count for place in places]
+        rows = subset(len(self.dataset), self.count)[places].tolist()
         loader = DataLoader(
             self.dataset,
             batch_size=batch_size,

@@ -13,13 +13,14 @@ from torch import Tensor
 from tessellar.data.batch import Batch
 from tessellar.data.dataset import ImageDataset
 from tessellar.errors import UserError
-from tessellar.evaluation.collect import is_kept, rebatch
+from tessellar.evaluation.collect import Needs, collect, rebatch
 from tessellar.evaluation.engine import evaluate_samples
 from tessellar.evaluation.extractors import Extractor, Features
 from tessellar.evaluation.protocols import PROTOCOLS, protocol, small
 from tessellar.evaluation.record import differences
 from tessellar.evaluation.references import Reference, reference_from
 from tessellar.evaluation.sources import ArrayImages, DatasetImages, FolderImages, ImageBatch, open_images
+from tessellar.evaluation.subset import subset
 from tessellar.images import from_uint8
 
 Images = Callable[..., Tensor]
@@ -102,17 +103,24 @@ def test_rebatching_keeps_every_image_in_order() -> None:
     assert torch.cat([b.index for b in cut]).tolist() == torch.cat([b.index for b in batches]).tolist()
 
 
-def test_kept_images_are_spread_evenly() -> None:
-    kept = is_kept(torch.arange(103), 103, 10)
-    assert int(kept.sum()) == 10 and int(kept.nonzero().diff(dim=0).max()) <= 11
-    assert bool(is_kept(torch.arange(5), 5, 10).all())
+@pytest.mark.parametrize("labels", [torch.arange(400) % 4, torch.arange(400) // 100])
+def test_a_part_of_a_data_set_is_spread_over_its_classes(labels: Tensor, random_images: Images) -> None:
+    """Whether labels go round or come in blocks."""
+    data = Given(random_images(400, size=2))
+    data.labels = labels
+    part = torch.cat([b.labels for b in DatasetImages(data, "given", limit=100).batches(33) if b.labels is not None])
+    assert len(part) == 100 and int(part.bincount().min()) >= 15
 
 
-def test_a_part_of_a_data_set_is_spread_over_its_classes(random_images: Images) -> None:
+def test_features_are_kept_of_a_part_of_the_images(tiny: Extractor, random_images: Images) -> None:
+    images = random_images(30)
+    kept = collect([ImageBatch(images, torch.arange(30))], 30, tiny, Needs(keep=7), 8).features
+    assert kept is not None
+    torch.testing.assert_close(kept, tiny(images).features[subset(30, 7)])
+
+
+def test_too_large_a_part_is_refused(random_images: Images) -> None:
     data = Given(random_images(40))
-    data.labels = torch.arange(40) // 10
-    labels = torch.cat([b.labels for b in DatasetImages(data, "given", limit=12).batches(5) if b.labels is not None])
-    assert labels.bincount().tolist() == [3, 3, 3, 3]
     with pytest.raises(UserError, match="41 images were asked of given, which has 40"):
         DatasetImages(data, "given", limit=41)
 

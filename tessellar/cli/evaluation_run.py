@@ -1,0 +1,97 @@
+"""What the commands of `evaluate.py` share: a protocol with its network, references, reports, sets by name."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from tessellar import distributed
+from tessellar.cli.sample import pick_device
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.errors import UserError
+from tessellar.evaluation.engine import evaluate_samples
+from tessellar.evaluation.extractors import Extractor, load_extractor
+from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.protocols import Metric, Protocol
+from tessellar.evaluation.record import Record, summary, write_record
+from tessellar.evaluation.references import Reference, load_reference, reference_from
+from tessellar.evaluation.sources import DatasetImages, ImageSource
+
+CACHE = "runs/.cache"
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Measurement:
+    """What the commands share: a protocol and the network that it measures with."""
+
+    protocol: Protocol
+    extractor_source: str
+    network: NetworkFacts | None
+    device: str
+    cache: str | None
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        loaded = load_extractor(self.extractor_source, self.network, self.protocol.resize)
+        self.extractor: Extractor = loaded.to(pick_device(self.device))
+
+    def reference(self, name: str, data: ImageDataModule | None) -> Reference | None:
+        """Statistics of a path, or of a split of `data`; None without a name."""
+        if name in SPLITS:
+            return self.reference_of(split_of(name, data))
+        return load_reference(name, self.extractor, self.cache, self.batch_size) if name else None
+
+    def reference_of(self, source: ImageSource) -> Reference:
+        return reference_from(source, self.extractor, self.cache, self.batch_size)
+
+    def report(
+        self,
+        source: ImageSource,
+        reference: Reference | None,
+        metrics: Sequence[Metric] | None,
+        out: str,
+        lpips_weights: str | None = None,
+    ) -> None:
+        """Measure, write the record, print its line."""
+        record = evaluate_samples(
+            source, self.extractor, reference, self.protocol, metrics, self.batch_size, lpips_weights
+        )
+        if distributed.rank() == 0:
+            path = Path(out) if out else _new_file(record)
+            write_record(record, path)
+            warn(record["warnings"])
+            print(f"{summary(record)}\nfingerprint {record['fingerprint']}, record: {path}")
+
+
+def warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def _new_file(record: Record) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in record["samples"]["name"])
+    return Path("outputs/evaluations") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+
+
+def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) -> DatasetImages:
+    if data is None:
+        raise UserError(
+            f"{name!r} is a split of a data set; name that too, for example --data tessellar.data.ShapesData"
+        )
+    dataset = data.train_dataset(augment=False) if name == "train" else data.val_dataset()
+    return DatasetImages(dataset, data.name, name, limit, data.num_workers)
+
+
+def data_of_run(path: str) -> ImageDataModule | None:
+    """The data set in the config of the run that `path` lies in; None outside of runs."""
+    for folder in [Path(path), *Path(path).parents][:3]:
+        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else None
+        if isinstance(config, dict) and isinstance(config.get("data"), dict):
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_subclass_arguments(ImageDataModule, "data")
+            return parser.instantiate_classes(parser.parse_object({"data": config["data"]}))["data"]
+    return None

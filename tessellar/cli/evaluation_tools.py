@@ -1,0 +1,131 @@
+"""`evaluate.py stats|extractor|neighbours|compare`: what is needed around a measurement."""
+
+from pathlib import Path
+
+from tessellar import distributed
+from tessellar.cli.evaluation_run import SPLITS, Measurement, split_of, warn
+from tessellar.cli.sample import pick_device
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.image_folder import ImageFolder
+from tessellar.errors import UserError
+from tessellar.evaluation import protocols
+from tessellar.evaluation.extractors import load_extractor
+from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.pictures import nearest as nearest_images
+from tessellar.evaluation.pictures import neighbour_grid, pick_images, pixels
+from tessellar.evaluation.record import compare as comparison
+from tessellar.evaluation.record import differences, read_record
+from tessellar.evaluation.references import reference_from, save_statistics
+from tessellar.evaluation.sources import DatasetImages, open_images
+from tessellar.evaluation.train_extractor import Architecture, Recipe, train_extractor
+from tessellar.sampling.output import save_png
+
+
+def stats(
+    images: str,
+    data: ImageDataModule | None = None,
+    size: int | None = None,
+    extractor: str = "inception",
+    network: NetworkFacts | None = None,
+    protocol: str = "free",
+    out: str = "",
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Reference statistics of any images: mu, sigma (and mu_s, sigma_s for sFID, features for KID, precision, recall).
+
+    Args:
+        images: folder or npz with arr_0; or train or val of --data
+        data: data set, as in a training YAML: a class, then --data.root and so on
+        size: crop the centre of a folder's images to this size, as ADM does
+        extractor: inception (downloaded), its weights file, or a timm network's .safetensors
+        network: what the .safetensors holds, where it does not say so itself
+        protocol: whose resize the Inception network takes
+        out: npz to write
+        batch_size: images at once; it does not change the numbers
+        device: auto, cpu, cuda, ...
+    """
+    if not out:
+        raise UserError("say where to write: --out REF.npz")
+    measurement = Measurement(protocols.protocol(protocol), extractor, network, device, None, batch_size)
+    source = (
+        split_of(images, data) if images in SPLITS else _cropped(images, size) if size else open_images(images, False)
+    )
+    reference = reference_from(source, measurement.extractor, None, batch_size)
+    if distributed.rank() == 0:
+        save_statistics(reference, out)
+        print(f"wrote {out}: {reference.moments.count} images of {reference.name}, hash {reference.hash}")
+        warn(reference.warnings)
+
+
+def extractor(
+    out: str = "",
+    data: ImageDataModule | None = None,
+    architecture: Architecture = Architecture(),  # noqa: B008
+    recipe: Recipe = Recipe(),  # noqa: B008
+    device: str = "auto",
+) -> None:
+    """Train a feature network on a labelled data set; distances measured with it are written FD(name).
+
+    Args:
+        out: .safetensors file to write
+        data: data set, as in a training YAML: a class, then --data.root and so on
+        architecture: a timm network, and the name that distances carry
+        recipe: epochs, learning rate, augmentation, seed
+        device: auto, cpu, cuda, ...
+    """
+    if data is None or not out.endswith(".safetensors"):
+        raise UserError("say what to train on and where to write: --data CLASS ... --out NET.safetensors")
+    facts = train_extractor(data, out, architecture, recipe, pick_device(device))
+    print(f"wrote {out}: {facts.name}, validation accuracy {facts.training['val_accuracy']:.4f}")
+
+
+def neighbours(
+    samples: str,
+    data: ImageDataModule | None = None,
+    extractor: str = "",
+    network: NetworkFacts | None = None,
+    count: int = 10,
+    nearest: int = 7,
+    out: str = "outputs/neighbours.png",
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Draw some of the samples, each beside its nearest training images: does the model memorise?
+
+    Args:
+        samples: folder or npz
+        data: data set whose training images are searched: a class, then --data.root and so on
+        extractor: compare features of this network (default: pixels)
+        network: what the .safetensors holds, where it does not say so itself
+        count: number of samples
+        nearest: number of training images beside each
+        out: PNG to write
+        batch_size: images at once
+        device: auto, cpu, cuda, ...
+    """
+    source, train = open_images(samples), split_of("train", data)
+    net = load_extractor(extractor, network).to(pick_device(device)) if extractor else None
+    picked = pick_images(source, count)
+    found = nearest_images(picked, train, nearest, (lambda x: net(x).features) if net else pixels, batch_size)
+    if distributed.rank() == 0:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        save_png(neighbour_grid(picked, found), Path(out))
+        copies = int((found.distances[:, 0] == 0).sum())
+        print(f"wrote {out}: {len(picked)} samples, {copies} of them equal to a training image")
+
+
+def compare(a: str, b: str) -> int:
+    """Put two records side by side; exit code 1 where their numbers are not comparable.
+
+    Args:
+        a: JSON record
+        b: JSON record
+    """
+    records = read_record(a), read_record(b)
+    print(comparison(*records, names=(Path(a).stem[:12], Path(b).stem[:12])))
+    return 1 if differences(*records) else 0
+
+
+def _cropped(folder: str, size: int) -> DatasetImages:
+    return DatasetImages(ImageFolder(folder, size, "adm"), Path(folder).resolve().name)

@@ -1,0 +1,108 @@
+"""Pictures that tell what numbers hide: the nearest training images of samples (memorisation), and curves of a run."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tessellar.distributed import all_gather
+from tessellar.errors import UserError
+from tessellar.evaluation.sources import ImageSource
+from tessellar.evaluation.subset import subset
+from tessellar.images import from_uint8
+from tessellar.sampling.output import tile
+
+Embed = Callable[[Tensor], Tensor]
+
+
+class Neighbours(NamedTuple):
+    """For each of N images its k nearest: `images` uint8 [N, k, 3, H, W], `distances` [N, k] ascending."""
+
+    images: Tensor
+    distances: Tensor
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Embedding by pixel values in [-1, 1]: uint8 [B, 3, H, W] to [B, D]."""
+    return from_uint8(images).flatten(1)
+
+
+def pick_images(source: ImageSource, count: int) -> Tensor:
+    """A fixed random part of `count` images of a source, the same on every rank; uint8 [n, 3, H, W]."""
+    picked, places = [], subset(source.count, count)
+    for batch in source.batches(64):
+        rows = torch.isin(batch.index, places)
+        picked += list(zip(batch.index[rows].tolist(), batch.images[rows], strict=True))
+    chosen = dict(pair for part in all_gather(picked) for pair in part)
+    return torch.stack([chosen[index] for index in sorted(chosen)])
+
+
+def nearest(
+    queries: Tensor, source: ImageSource, count: int, embed: Embed = pixels, batch_size: int = 256
+) -> Neighbours:
+    """The `count` images of `source` nearest to each of the uint8 images `queries` [N, 3, H, W], over all ranks.
+
+    Distances are Euclidean between `embed(images)` [B, D].
+    """
+    points = embed(queries).cpu().double()
+    best: Neighbours | None = None
+    for batch in source.batches(batch_size):
+        distances = torch.cdist(points, embed(batch.images).cpu().double())
+        closest = distances.sort(dim=1, stable=True)
+        found = Neighbours(batch.images[closest.indices[:, :count]], closest.values[:, :count])
+        best = found if best is None else _closest([best, found], count)
+    parts = [part for part in all_gather(best) if part is not None]
+    if not parts:
+        raise UserError(f"{source.name} holds no images")
+    return _closest(parts, count)
+
+
+def _closest(parts: list[Neighbours], count: int) -> Neighbours:
+    images, distances = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    order = distances.sort(dim=1, stable=True).indices[:, :count]
+    rows = torch.arange(len(order))[:, None]
+    return Neighbours(images[rows, order], distances[rows, order])
+
+
+def neighbour_grid(queries: Tensor, neighbours: Neighbours) -> Tensor:
+    """One uint8 picture [3, H', W']: each row an image of `queries` and, to its right, its neighbours."""
+    cells = torch.cat([queries[:, None].cpu(), neighbours.images], dim=1)
+    return tile(rearrange(cells, "n k c h w -> (n k) c h w"), cells.shape[1])
+
+
+def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") -> list[str]:
+    """Draw every column of a CSVLogger's file that begins with `prefix` over its steps, a panel each, as one PNG.
+
+    Returns the names of the columns drawn; raises UserError for a file without such columns.
+    """
+    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+
+    curves = _columns(Path(metrics_csv), prefix)
+    if not curves:
+        raise UserError(f"{metrics_csv} holds no values to draw")
+    rows = -(-len(curves) // 3)
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    for place, (name, points) in enumerate(curves.items(), start=1):
+        panel = figure.add_subplot(rows, 3, place)
+        panel.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
+        panel.set_title(name, fontsize=9)
+    figure.savefig(out, dpi=100)
+    return list(curves)
+
+
+def _columns(path: Path, prefix: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) by column, without empty cells and bookkeeping columns."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name.startswith(prefix) and name not in ("step", "epoch"):
+                        curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a metrics.csv of a run ({error})") from error
+    return curves
