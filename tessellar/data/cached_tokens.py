@@ -4,6 +4,8 @@ At each visit one of the cached views is drawn by the very numbers that draw it 
 seed a run sees the same tokens in the same order. Other tokenizers' caches are refused.
 """
 
+import mmap
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -66,8 +68,14 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             raise UserError(f"{path} has {size} bytes, not {ends[-1]}: it is truncated")
         return ends
 
+    @cached_property
+    def _captions(self) -> memoryview:
+        with open(self.folder / CAPTIONS, "rb") as file:
+            empty = os.fstat(file.fileno()).st_size == 0
+            return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_ends")}
+        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_ends", "_captions")}
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         index = torch.as_tensor(indices)
@@ -82,7 +90,7 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             tokens = sample_posterior(tokens, ndtri(u + 2.0**-54))  # 0 would become minus infinity
         batch: TokenBatch = {"tokens": tokens, "label": self.labels[index], "index": index}
         if self.header.captions:
-            batch["caption"] = [self._caption(int(i)) for i in index]
+            batch["caption"] = self._captions_of(index.numpy())
         return batch
 
     def _check(self, tokens: Tensor) -> None:
@@ -93,12 +101,11 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         except ValueError as error:
             raise UserError(f"{self.folder / TOKENS} is damaged ({error}); make the cache anew") from error
 
-    def _caption(self, index: int) -> str:
+    def _captions_of(self, index: np.ndarray) -> list[str]:
         assert self._ends is not None
-        first, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
-        with open(self.folder / CAPTIONS, "rb") as file:
-            file.seek(first)
-            return file.read(end - first).decode(errors="replace")
+        ends, starts = self._ends[index], np.where(index > 0, self._ends[index - 1], 0)
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        return [bytes(self._captions[start:end]).decode(errors="replace") for start, end in places]
 
     def require(self, tokenizer: Tokenizer) -> None:
         """Raise UserError unless the cache was made by this very tokenizer."""

@@ -1,15 +1,19 @@
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tessellar.data import CachedTokens, CachedTokensData, FashionMNIST, ImageFolder, ImageFolderData, Shapes
 from tessellar.data.cache import encode, encode_dataset
+from tessellar.data.cache_files import read_header
 from tessellar.data.dataset import ImageDataset
 from tessellar.errors import UserError
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
@@ -242,6 +246,7 @@ def test_tokens_outside_the_vocabulary_are_noticed(tmp_path: Path):
 
 def test_a_cache_travels_to_workers_without_its_tokens(tmp_path: Path):
     cache = write(Shapes(16, 3000), tmp_path / "cache")
+    cache.batch([0])
     content = pickle.dumps(cache)
     moved = pickle.loads(content)
     assert len(content) < 3000 * (8 + 4)  # labels travel, tokens of two bytes each and captions do not
@@ -280,3 +285,28 @@ def test_images_of_another_size_are_refused_before_anything_is_written(tmp_path:
     with pytest.raises(UserError, match="images of 32x32"):
         write(Shapes(32, 4), tmp_path / "cache")
     assert not list(tmp_path.iterdir())
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("tessellar.tokenizers.layout.Layout"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["class_path", "init_args"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    key=st.sampled_from(["storage", "layout", "count", "views", "class_names", "image_size", "captions"]), value=values
+)
+def test_any_header_is_read_or_refused(tmp_path: Path, key: str, value: Any):
+    path = tmp_path / "cache" / "header.json"
+    if not path.exists():
+        write(Shapes(16, 4), path.parent)
+        shutil.copy(path, tmp_path / "whole.json")
+    path.write_text(json.dumps(json.loads((tmp_path / "whole.json").read_text()) | {key: value}))
+    try:
+        header = read_header(path.parent)
+    except UserError as error:
+        assert "header.json" in str(error) or "class path" in str(error) or "config of" in str(error)
+    else:
+        assert header.count > 0 and header.token_layout.length == 4
