@@ -29,8 +29,17 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.updates % self.every == 0 and pl_module.updates != self._saved:
             self._save_last(trainer, pl_module)
+        if self.metric != pl_module.best_by[0]:  # a callback may measure it between two validations
+            self._consider(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._consider(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._consider(trainer)
+
+    def _consider(self, trainer: L.Trainer) -> None:
+        """Save `best.ckpt` where the metric has a new best value."""
         value = trainer.callback_metrics.get(self.metric)
         if value is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return

@@ -1,4 +1,8 @@
-"""Codebook usage of every segment, in training and validation, and a warning when a codebook collapses."""
+"""Codebook usage of every segment, in training and validation, and a warning when a codebook collapses.
+
+Usage is the share of codes drawn in a window, perplexity the exponential of the entropy of their frequencies.
+Factorized tokens have one codebook a factor, binary ones one of two codes a bit: usage and perplexity are means then.
+"""
 
 import logging
 from typing import Any
@@ -7,7 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tessellar.tokenizers.layout import Categorical, Layout
+from tessellar import distributed
+from tessellar.tokenizers.layout import Bits, Categorical, Factorized, Layout, Segment
 
 log = logging.getLogger(__name__)
 ADVICE = (
@@ -17,7 +22,7 @@ ADVICE = (
 
 
 class CodebookUsage(L.Callback):
-    """Logs usage (share of codes drawn), perplexity and dead codes over each window of `every` batches.
+    """Logs usage, perplexity and dead codes over windows of `every` batches, summed over processes.
 
     Below a usage of `warn_below` after `grace` updates it warns once, with what to try.
     """
@@ -27,48 +32,71 @@ class CodebookUsage(L.Callback):
         self._train: list[Tensor] = []
         self._val: list[Tensor] = []
 
-    @staticmethod
-    def _count(counts: list[Tensor], tokens: Tensor, layout: Layout) -> list[Tensor]:
-        starts = layout.starts
-        new = []
-        for segment, start, stop in zip(layout.segments, starts, starts[1:], strict=False):
-            assert isinstance(segment.kind, Categorical)
-            new.append(tokens[:, start:stop].flatten().bincount(minlength=segment.kind.vocab).cpu())
-        return [a + b for a, b in zip(counts, new, strict=True)] if counts else new
-
-    def _log(self, pl_module: L.LightningModule, stage: str, counts: list[Tensor], layout: Layout) -> float:
-        lowest = 1.0
-        for segment, count in zip(layout.segments, counts, strict=True):
-            probs = count / count.sum()
-            usage = float((count > 0).float().mean())
-            name = f"{stage}/codebook_{segment.name}" if len(counts) > 1 else f"{stage}/codebook"
-            perplexity = float(torch.special.entr(probs).sum().exp())
-            dead = float((count == 0).sum())
-            pl_module.log_dict({f"{name}_usage": usage, f"{name}_perplexity": perplexity, f"{name}_dead": dead})
-            lowest = min(lowest, usage)
-        return lowest
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        layout = pl_module.tokenizer.layout
-        if not layout.is_categorical:
+        layout: Layout = pl_module.tokenizer.layout
+        if layout.is_continuous:
             return
-        self._train = self._count(self._train, outputs["tokens"], layout)
+        self._train = add_counts(self._train, outputs["tokens"], layout)
         if pl_module.batches % self.every == 0:
-            usage = self._log(pl_module, "train", self._train, layout)
+            lowest = self._log(pl_module, "train", self._train, layout)
             self._train = []
-            if usage < self.warn_below and pl_module.updates >= self.grace and not self._warned:
+            if lowest < self.warn_below and pl_module.updates >= self.grace and not self._warned:
                 self._warned = True
                 log.warning(
-                    "only %.1f %% of a codebook is used at update %d: %s", 100 * usage, pl_module.updates, ADVICE
+                    "%.1f %% of a codebook are in use at update %d: %s", 100 * lowest, pl_module.updates, ADVICE
                 )
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if pl_module.tokenizer.layout.is_categorical:
-            self._val = self._count(self._val, outputs["tokens"], pl_module.tokenizer.layout)
+        if not pl_module.tokenizer.layout.is_continuous:
+            self._val = add_counts(self._val, outputs["tokens"], pl_module.tokenizer.layout)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._val:
             self._log(pl_module, "val", self._val, pl_module.tokenizer.layout)
             self._val = []
+
+    def _log(self, pl_module: Any, stage: str, counts: list[Tensor], layout: Layout) -> float:
+        """Log all segments; returns the lowest usage."""
+        lowest = 1.0
+        for segment, count in zip(layout.segments, counts, strict=True):
+            name = f"{stage}/codebook_{segment.name}" if len(counts) > 1 else f"{stage}/codebook"
+            facts = usage(distributed.all_reduce_sum(count).split(codebooks(segment)))
+            pl_module.log_dict({f"{name}_{fact}": value for fact, value in facts.items()})
+            lowest = min(lowest, facts["usage"])
+        return lowest
+
+
+def codebooks(segment: Segment) -> list[int]:
+    """Sizes of the codebooks that a position of a segment draws from."""
+    match segment.kind:
+        case Categorical(vocab):
+            return [vocab]
+        case Factorized(vocabs):
+            return list(vocabs)
+        case Bits(n):
+            return [2] * n
+    raise TypeError(f"{segment.name} has no codebook: {segment.kind}")
+
+
+def add_counts(counts: list[Tensor], tokens: Tensor, layout: Layout) -> list[Tensor]:
+    """`counts` (one int64 tensor a segment, its codebooks one behind the other) with those of tokens [B, N, ...]."""
+    starts, new = layout.starts, []
+    for segment, start, stop in zip(layout.segments, starts, starts[1:], strict=False):
+        sizes = torch.tensor(codebooks(segment))
+        offsets = (sizes.cumsum(0) - sizes).to(tokens.device)
+        ids = tokens[:, start:stop].reshape(-1, len(sizes)) + offsets
+        new.append(ids.flatten().bincount(minlength=int(sizes.sum())))
+    return [a + b for a, b in zip(counts, new, strict=True)] if counts else new
+
+
+def usage(counts: tuple[Tensor, ...]) -> dict[str, float]:
+    """Usage and perplexity (means over codebooks) and the number of codes that were never drawn."""
+    shares = [float((count > 0).double().mean()) for count in counts]
+    entropies = [torch.special.entr(count.double() / count.sum()).sum() for count in counts]
+    return {
+        "usage": sum(shares) / len(shares),
+        "perplexity": float(sum(h.exp() for h in entropies)) / len(counts),
+        "dead": float(sum(int((count == 0).sum()) for count in counts)),
+    }

@@ -41,7 +41,7 @@ class MetricsFile(Logger):
         if not self._started:
             self._start(int(key))
         if self._row and self._row["step"] != key:
-            self._flush()
+            self.flush()
         self._row = {**self._row, "step": key, **{name: f"{value:.7g}" for name, value in metrics.items()}}
 
     def _start(self, step: int) -> None:
@@ -63,7 +63,11 @@ class MetricsFile(Logger):
             writer.writerows(rows)
         staged.replace(self.path)
 
-    def _flush(self) -> None:
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the row at hand; later metrics of its step begin another one."""
+        if not self._row:
+            return
         row, self._row = self._row, {}
         new = [name for name in row if name not in self._columns]
         if new:
@@ -77,6 +81,4 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the row at hand."""
-        if self._row:
-            self._flush()
+        self.flush()

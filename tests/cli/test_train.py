@@ -13,6 +13,7 @@ import yaml
 import tessellar
 from tessellar.cli import train
 from tessellar.cli.errors import run
+from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 TOKENIZER: dict[str, Any] = {
@@ -184,6 +185,7 @@ def test_a_run_from_tokenizer_to_generator(call) -> None:
 
     assert call(GENERATOR, "--trainer.max_steps", "2", name="gen")[0] == 0
     model = tessellar.load("runs/gen/export")
+    assert isinstance(model, ImageGenerator)
     assert all(torch.equal(model.tokenizer.state_dict()[key], exported[key]) for key in exported)
     assert sorted(Path("runs/gen/pictures").iterdir()) == [Path("runs/gen/pictures/samples_0000002.png")]
     code, printed = call(generator("model.generator.num_classes", 3), name="three")
