@@ -1,0 +1,119 @@
+"""Prepared generators: Llama blocks as decoding wants them, with fewer kernels a step and weights packed for few rows.
+
+A step of one or two rows reads every weight once and is otherwise bound by the number of small operations, so a block
+runs as two fused projections (q | k | v and w1 | w3) with one rotation of q and k together. Values agree with the
+block's own forward up to rounding (tests/sampling/test_prepare.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessellar.layers.attention import attention
+from tessellar.layers.llama import LlamaBlock, Pass
+from tessellar.models.generator import Generator
+
+PACKED_FOR_ROWS = 32  # the layout that oneDNN chooses for 32 rows is also the fastest one for 2 to 256
+
+
+class Product:
+    """x @ weight.T on a copy of `weight` [out, in] in `dtype`.
+
+    On CPUs bfloat16 weights are packed once: the plain product rearranges them at every call, which takes half of its
+    time at two rows. float32 products of few rows read their weights at the speed of memory as they are.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight, self.is_packed = weight.detach().to(dtype), False
+        if dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
+            self.is_packed = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.is_packed:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class FusedBlock:
+    """The forward pass of a `LlamaBlock` without dropout and gradients, on copies of its weights in `dtype`."""
+
+    def __init__(self, block: LlamaBlock, dtype: torch.dtype) -> None:
+        own, feed = block.attention, block.feed_forward
+        self.norms = (block.attention_norm, block.ffn_norm)
+        self.num_heads, self.dtype = own.num_heads, dtype
+        # `auto` prefers the explicit form on CPU for its backward pass; going forward SDPA is up to 7 times faster.
+        self.implementation = "sdpa" if own.implementation == "auto" else own.implementation
+        self.wqkv, self.wo, self.w2 = (Product(m.weight, dtype) for m in (own.wqkv, own.wo, feed.w2))
+        self.w13 = Product(torch.cat([feed.w1.weight, feed.w3.weight]), dtype)
+
+    def __call__(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
+        """x [R, n, D] to [R, n, D]."""
+        x = x + self.wo(self._attend(self._normed(x, 0), layer, shared))
+        gate, value = self.w13(self._normed(x, 1)).chunk(2, dim=-1)
+        return x + self.w2(F.silu(gate).mul_(value))
+
+    def _normed(self, x: Tensor, which: int) -> Tensor:
+        norm = self.norms[which]
+        return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps).to(self.dtype)
+
+    def _attend(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
+        """Attention output [R, n, D] before the last projection."""
+        positions, heads = shared.positions, self.num_heads
+        qkv = self.wqkv(x).float().unflatten(-1, (3, heads, -1))  # [R, n, 3, H, d]
+        if positions.bias is not None:
+            qkv[:, :, :2] += positions.bias.unflatten(-1, (1, heads, -1))
+        pairs = torch.view_as_complex(qkv.unflatten(-1, (-1, 2)))
+        pairs[:, :, :2] *= torch.complex(positions.cos, positions.sin)[:, :, None, None]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [R, H, n, d]
+        keys, values = shared.cache.write(layer, shared.slots, k, v)
+        slots = shared.slots
+        out = attention(q.to(keys.dtype), keys, values, slots.mask, slots.is_causal, self.implementation)
+        return out.transpose(1, 2).flatten(2).to(self.dtype)
+
+
+class FusedLinear:
+    """A linear layer without bias on a copy of its weight in `dtype`; the output has the precision of the input."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        self.product, self.dtype = Product(linear.weight, dtype), dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x.to(self.dtype)).to(x.dtype)
+
+
+@contextmanager
+def prepared(generator: Generator, dtype: torch.dtype | None = None, compile: bool = False) -> Iterator[None]:
+    """Within it, the generator's Llama blocks and other linear layers run fused, in `dtype`.
+
+    The default is autocast's precision where that is on, else the weights'.
+
+    `compile` hands the fused blocks to torch.compile (worth it on a GPU; minutes of start-up). For sampling only:
+    weights are copied when it is entered, and dropout and gradients are gone until it is left.
+    """
+    replaced: list[nn.Module] = []
+    kind = next(generator.parameters()).device.type
+    if dtype is None and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    inside = {id(m) for block in generator.modules() if isinstance(block, LlamaBlock) for m in block.modules()}
+    try:
+        for module in generator.modules():
+            fused = _fused(module, dtype) if isinstance(module, LlamaBlock) or id(module) not in inside else None
+            if fused is not None:
+                object.__setattr__(module, "forward", torch.compile(fused, dynamic=True) if compile else fused)
+                replaced.append(module)
+        yield
+    finally:
+        for module in replaced:
+            object.__delattr__(module, "forward")
+
+
+def _fused(module: nn.Module, dtype: torch.dtype | None) -> Callable[..., Tensor] | None:
+    if type(module) is LlamaBlock:
+        return FusedBlock(module, dtype or module.attention.wo.weight.dtype)
+    if type(module) is nn.Linear and module.bias is None:
+        return FusedLinear(module, dtype or module.weight.dtype)
+    return None

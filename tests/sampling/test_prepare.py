@@ -1,0 +1,117 @@
+"""Prepared generators give the values of the plain ones, in windows and with padding, and leave nothing behind."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessellar.layers.kv_cache import KVCache
+from tessellar.layers.llama import LlamaBlock, Pass, Positions
+from tessellar.models.condition import Condition
+from tessellar.models.llamagen import LlamaGen
+from tessellar.sampling.choice import Choice
+from tessellar.sampling.couplings import maximal
+from tessellar.sampling.decode import ancestral
+from tessellar.sampling.guidance import Constant, Guidance
+from tessellar.sampling.noise import Noise
+from tessellar.sampling.prepare import FusedBlock, prepared
+from tessellar.sampling.speculative import Rules, speculative_jacobi
+from tessellar.tokenizers.layout import Categorical, grid_layout
+
+GRID, GUIDED = grid_layout(3, 4, Categorical(23)), Guidance(Constant(2.0))
+
+
+def captioned() -> LlamaGen:
+    torch.manual_seed(0)
+    generator = LlamaGen(GRID, 32, 2, 4, None, caption_dim=6, caption_length=5, ffn_multiple_of=8)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return generator.eval()
+
+
+def captions(batch: int) -> Condition:
+    valid = torch.arange(5) >= torch.tensor([0, 2, 4])[torch.arange(batch) % 3][:, None]
+    features = torch.randn(batch, 5, 6, generator=torch.Generator().manual_seed(1))
+    return Condition(valid=valid, features=features * valid[..., None])
+
+
+@torch.no_grad()
+def logits(generator: LlamaGen) -> Tensor:
+    """Guided logits of a prefill, a window, and a step after images were rolled back apart."""
+    tokens = torch.randint(0, 23, (3, 12), generator=torch.Generator().manual_seed(2))
+    state, found = generator.start(captions(3), GUIDED, window=4), []
+    for fed, count in ((None, 4), (torch.tensor([4, 1, 2]), 3), (torch.tensor([5, 4, 5]), 1)):
+        if fed is not None:
+            state.rollback(fed)
+        found.append(generator.predict(state, tokens, count).logits)  # type: ignore[attr-defined]
+    return torch.cat(found, dim=1)
+
+
+def test_float32_values_agree() -> None:
+    generator = captioned()
+    plain = logits(generator)
+    with prepared(generator):
+        torch.testing.assert_close(logits(generator), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_as_close_as_autocast() -> None:
+    """Within 3 % of the logits' range of float32, by dtype or by autocast, whose precision is the default."""
+    generator = captioned()
+    plain = logits(generator)
+    with prepared(generator, torch.bfloat16):
+        by_dtype = logits(generator)
+    with torch.autocast("cpu", torch.bfloat16), prepared(generator):
+        by_autocast = logits(generator)
+    for rounded in (by_dtype, by_autocast):
+        error = float((rounded - plain).abs().max())
+        assert 0 < error < 0.03 * float(plain.max() - plain.min())
+
+
+@pytest.mark.parametrize("rules", [None, Rules(5, coupling=maximal)])
+def test_tokens_are_the_same(rules: Rules | None) -> None:
+    generator, found = captioned(), []
+    for ready in (False, True):
+        with prepared(generator) if ready else torch.no_grad():
+            arguments = (generator, captions(3), Choice(0.7), Noise([1, 2, 3]), GUIDED)
+            found.append(ancestral(*arguments) if rules is None else speculative_jacobi(*arguments, rules))
+    assert torch.equal(*found)
+
+
+def test_nothing_is_left_behind() -> None:
+    generator = captioned()
+    before = dict(generator.state_dict())
+    with pytest.raises(RuntimeError, match="interrupted"), prepared(generator, torch.bfloat16):
+        assert any("forward" in module.__dict__ for module in generator.modules())
+        raise RuntimeError("interrupted")
+    assert not any("forward" in module.__dict__ for module in generator.modules())
+    after = generator.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    generator.loss(torch.zeros(3, 12, dtype=torch.int64), captions(3))["cross_entropy"].backward()
+    assert all(p.grad is not None for p in generator.layers.parameters())
+
+
+@torch.no_grad()
+def test_a_block_with_a_position_bias() -> None:
+    """Hita adds a bias to q and k before they turn."""
+    torch.manual_seed(3)
+    block, x, angles = LlamaBlock(32, 4, 48).eval(), torch.randn(2, 5, 32), torch.randn(1, 5, 4)
+    positions, found = Positions(angles.cos(), angles.sin(), torch.randn(1, 5, 32)), []
+    for forward in (block, FusedBlock(block, torch.float32)):
+        cache = KVCache(1, 2, 4, 8, 8, torch.float32, torch.device("cpu"))
+        found.append(forward(x, 0, Pass(positions, cache, cache.reserve(torch.arange(5)[None]))))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    unbiased = block(x, 0, Pass(positions._replace(bias=None), cache, cache.reserve(torch.arange(5)[None])))
+    assert not torch.allclose(unbiased, found[0], atol=1e-3)
+
+
+def test_compilation_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, generator = [], captioned()
+
+    def compile(function, dynamic: bool):
+        compiled.append((function, dynamic))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with prepared(generator, compile=True):
+        logits(generator)
+    assert sum(isinstance(function, FusedBlock) for function, _ in compiled) == 2
+    assert all(dynamic for _, dynamic in compiled)
