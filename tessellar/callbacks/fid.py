@@ -1,4 +1,4 @@
-"""FID: a Fréchet distance (or any metric of the engine) while training, on averaged weights, for ModelCheckpoint.
+"""FID: a Fréchet distance (or any metric of the engine) while training, on averaged weights, also for best.ckpt.
 
 A generator is measured by class-balanced samples against the data set, a tokenizer by reconstructions of validation
 images (rFD). The name logged is the network's: `val/FID-10k`, `val/FD(fmnist-resnet10t)`; `val/distance` is the same
@@ -97,9 +97,9 @@ class FID(L.Callback):
     def _log(self, trainer: L.Trainer, pl_module: Any, record: Record) -> None:
         values = {f"val/{name}": value for name, value in record["metrics"].items()}
         values |= {MONITOR: next(iter(values.values())), "val/evaluation_seconds": record["seconds"]}
-        pl_module.log_dict(values, logger=False)  # for ModelCheckpoint; loggers would drop it between their steps
+        pl_module.log_dict(values, logger=False)  # for Checkpoints; loggers would drop it between their steps
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=pl_module.updates)
         if trainer.is_global_zero:
             write_record(record, Path(trainer.default_root_dir) / "evaluations" / f"{pl_module.updates:08d}.json")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from tessellar.callbacks.ema import EMA
@@ -24,6 +23,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.output import save_png
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling
+from tessellar.training.metrics_file import MetricsFile
 
 
 class Pictures(L.Callback):
@@ -49,9 +49,9 @@ class Pictures(L.Callback):
             if isinstance(model.conditioner, ClassConditioner):
                 self._neighbours(trainer, pl_module, data, folder)
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLogger) and trainer.is_global_zero:
-                logger.save()
-                metric_curves(logger.experiment.metrics_file_path, folder / "curves.png")
+            if isinstance(logger, MetricsFile) and trainer.is_global_zero:
+                logger.flush()
+                metric_curves(logger.path, folder / "curves.png")
 
     def _neighbours(self, trainer: L.Trainer, pl_module: Any, data: ImageDataModule, folder: Path) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]

@@ -75,7 +75,7 @@ def neighbour_grid(queries: Tensor, neighbours: Neighbours) -> Tensor:
 
 
 def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") -> list[str]:
-    """Draw every column of a CSVLogger's file that begins with `prefix` over its steps, a panel each, as one PNG.
+    """Draw every column of a run's metrics.csv that begins with `prefix` over its steps, a panel each, as one PNG.
 
     Returns the names of the columns drawn; raises UserError for a file without such columns.
     """
