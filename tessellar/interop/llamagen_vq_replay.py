@@ -19,18 +19,15 @@ from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
+MOMENTS = ("before_start", "after_start")
+
 
 def vq(recording: Recording) -> dict[str, Tensor]:
-    """All recorded outputs of the tokenizer, the discriminator and their losses."""
-    images = recording.inputs["vq/images"]
-    tokenizer = _tokenizer(recording)
-    outputs = _tokenizer_outputs(tokenizer, images, recording.inputs["vq/codes"])
-    outputs |= _without_normalisation(tokenizer, images)
-    outputs |= _training_losses(tokenizer, images)
-    outputs |= _discriminator_outputs(_discriminator(recording), images)
-    for moment in ("before_start", "after_start"):
-        outputs |= _plain_losses(recording, moment)
-        outputs |= _adaptive_losses(recording, moment)
+    """Outputs of the selected cases of the tokenizer, the discriminator and their losses."""
+    outputs: dict[str, Tensor] = {}
+    for case, replay in CASES.items():
+        if case in recording.cases:
+            outputs |= replay(recording)
     return outputs
 
 
@@ -45,7 +42,8 @@ def _discriminator(recording: Recording) -> PatchGAN:
 
 
 @torch.no_grad()
-def _tokenizer_outputs(tokenizer: LlamaGenVQ, images: Tensor, codes: Tensor) -> dict[str, Tensor]:
+def _tokenizer_outputs(recording: Recording) -> dict[str, Tensor]:
+    tokenizer, images, codes = _tokenizer(recording), recording.inputs["vq/images"], recording.inputs["vq/codes"]
     latents = tokenizer.latents(images)
     tokens = tokenizer.encode(images)
     quantized = tokenizer.quantizer.decode(tokens.view(latents.shape[:-1]))
@@ -60,8 +58,9 @@ def _tokenizer_outputs(tokenizer: LlamaGenVQ, images: Tensor, codes: Tensor) -> 
 
 
 @torch.no_grad()
-def _without_normalisation(tokenizer: LlamaGenVQ, images: Tensor) -> dict[str, Tensor]:
+def _without_normalisation(recording: Recording) -> dict[str, Tensor]:
     """The same latents and codebook, compared as they are."""
+    tokenizer, images = _tokenizer(recording), recording.inputs["vq/images"]
     own = tokenizer.quantizer
     assert isinstance(own, VectorQuantizer)
     plain = VectorQuantizer(*own.codebook.weight.shape, l2_normalize=False).eval()
@@ -72,9 +71,9 @@ def _without_normalisation(tokenizer: LlamaGenVQ, images: Tensor) -> dict[str, T
 
 
 @torch.no_grad()
-def _training_losses(tokenizer: LlamaGenVQ, images: Tensor) -> dict[str, Tensor]:
-    output = tokenizer.train()(images)
-    tokenizer.eval()
+def _training_losses(recording: Recording) -> dict[str, Tensor]:
+    images = recording.inputs["vq/images"]
+    output = _tokenizer(recording).train()(images)
     return {
         "vq/train/vq_loss": output.losses["codebook"],
         "vq/train/commit_loss": output.losses["commitment"],
@@ -84,7 +83,8 @@ def _training_losses(tokenizer: LlamaGenVQ, images: Tensor) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def _discriminator_outputs(discriminator: PatchGAN, images: Tensor) -> dict[str, Tensor]:
+def _discriminator_outputs(recording: Recording) -> dict[str, Tensor]:
+    discriminator, images = _discriminator(recording), recording.inputs["vq/images"]
     evaluated = discriminator.eval()(images)
     return {"disc/logits_eval": evaluated, "disc/logits_train": discriminator.train()(images)}
 
@@ -157,14 +157,14 @@ class _Update:
         return self.loss.discriminator_loss(self.images, self.output.reconstruction, self.step).total
 
 
-def _plain_losses(recording: Recording, moment: str) -> dict[str, Tensor]:
-    update = _Update(recording, "loss/plain", moment)
-    outputs = {
-        f"loss/plain/generator_{moment}": update.terms.total,
-        f"loss/plain/discriminator_{moment}": update.discriminator_loss(_discriminator(recording)),
-    }
-    if moment == "before_start":
-        outputs |= _gradients(update)
+def _plain_losses(recording: Recording) -> dict[str, Tensor]:
+    outputs = {}
+    for moment in MOMENTS:
+        update = _Update(recording, "loss/plain", moment)
+        outputs[f"loss/plain/generator_{moment}"] = update.terms.total
+        outputs[f"loss/plain/discriminator_{moment}"] = update.discriminator_loss(_discriminator(recording))
+        if moment == "before_start":
+            outputs |= _gradients(update)
     return outputs
 
 
@@ -172,7 +172,8 @@ def _gradients(update: _Update) -> dict[str, Tensor]:
     tokenizer, quantizer = update.tokenizer, update.tokenizer.quantizer
     assert isinstance(quantizer, VectorQuantizer)
     chosen = [tokenizer.quant_conv.weight, quantizer.codebook.weight]
-    gradients = torch.autograd.grad(update.terms.total, [*chosen, *tokenizer.parameters()])
+    everything = [*chosen, *tokenizer.parameters()]
+    gradients = torch.autograd.grad(update.terms.total, everything, materialize_grads=True)
     return {
         "loss/plain/grad_norm_before_start": nn.utils.get_total_norm(gradients[2:]),
         "loss/plain/grad_quant_conv": gradients[0],
@@ -180,10 +181,22 @@ def _gradients(update: _Update) -> dict[str, Tensor]:
     }
 
 
-def _adaptive_losses(recording: Recording, moment: str) -> dict[str, Tensor]:
-    update = _Update(recording, "loss/adaptive", moment)
-    outputs = {f"loss/adaptive/generator_{moment}": update.terms.total}
-    if moment == "after_start":
-        terms = update.terms.terms
-        outputs |= {"loss/adaptive/weight": terms["adaptive_weight"], "loss/adaptive/gen_adv": terms["adversarial"]}
+def _adaptive_losses(recording: Recording) -> dict[str, Tensor]:
+    outputs = {}
+    for moment in MOMENTS:
+        update = _Update(recording, "loss/adaptive", moment)
+        outputs[f"loss/adaptive/generator_{moment}"] = update.terms.total
+        if moment == "after_start":
+            outputs["loss/adaptive/weight"] = update.terms.terms["adaptive_weight"]
+            outputs["loss/adaptive/gen_adv"] = update.terms.terms["adversarial"]
     return outputs
+
+
+CASES = {
+    "vq": _tokenizer_outputs,
+    "vq_no_l2": _without_normalisation,
+    "vq_train": _training_losses,
+    "disc": _discriminator_outputs,
+    "loss_plain": _plain_losses,
+    "loss_adaptive": _adaptive_losses,
+}

@@ -60,11 +60,31 @@ def test_tokens_are_in_raster_order() -> None:
     assert torch.equal(tokenizer.encode(images)[0, 4 * 1 + 2], tokenizer.quantizer.encode(latents[:, 1, 2])[0])
 
 
-def test_the_cnn_takes_larger_and_oblong_images_inside() -> None:
-    tokenizer = make("cnn").eval()
-    assert isinstance(tokenizer, LlamaGenVQ)
-    latents = tokenizer.latents(torch.rand(1, 3, 24, 32))
-    assert latents.shape == (1, 6, 8, 4) and tokenizer.render(latents).shape == (1, 3, 24, 32)
+def test_the_cnn_takes_oblong_images_and_others_than_it_was_built_for() -> None:
+    square = make("cnn").eval()
+    assert isinstance(square, LlamaGenVQ)
+    wide = LlamaGenVQ(VectorQuantizer(32, 4), (16, 24), 32, (1, 2, 1), 1, 16).eval()
+    wide.load_state_dict(square.state_dict())
+    assert wide.layout.grid == (4, 6) and build(wide.config).image_size == (16, 24)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    output, latents = wide(images), square.latents(images)
+    assert output.tokens.shape == (2, 24) and output.reconstruction.shape == images.shape
+    assert torch.equal(square.quantizer.encode(latents).flatten(1), output.tokens)
+    vectors = square.quantizer.decode(output.tokens.view(2, 4, 6))
+    torch.testing.assert_close(square.render(vectors), wide.decode(output.tokens))
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_weights_in_half_precision(name: str) -> None:
+    tokenizer = make(name).eval()
+    tokenizer.bfloat16()
+    images = (torch.rand(1, 3, 16, 16) * 2 - 1).bfloat16()
+    assert tokenizer(images).reconstruction.dtype == tokenizer.decode(tokenizer.encode(images)).dtype == torch.float32
+
+
+def test_dropout_is_everywhere_in_the_cnn_or_nowhere() -> None:
+    made = LlamaGenVQ(VectorQuantizer(8, 4), 16, 32, (1, 2), 1, 16, dropout=0.25)
+    assert {m.p for m in made.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
 
 
 def test_parameter_counts_of_the_published_variants() -> None:
@@ -80,6 +100,17 @@ def test_sizes_that_do_not_fit() -> None:
         ViTVQ(VectorQuantizer(8, 4), image_size=30, patch_size=4)
     with pytest.raises(ValueError, match="does not divide"):
         LlamaGenVQ(VectorQuantizer(8, 4), image_size=100)
-    for name in ("vit", "cnn"):
-        with pytest.raises(ValueError, match="needs"):
-            make(name).encode(torch.zeros(1, 3, 16, 20))
+    with pytest.raises(ValueError, match="does not divide"):
+        LlamaGenVQ(VectorQuantizer(8, 4), image_size=(96, 100))
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_inputs_that_do_not_fit(name: str) -> None:
+    tokenizer = make(name)
+    for method in (tokenizer.encode, tokenizer.forward):
+        with pytest.raises(ValueError, match=r"shape \(1, 3, 16, 20\).*needs"):
+            method(torch.zeros(1, 3, 16, 20))
+    with pytest.raises(ValueError, match=r"shape \(1, 15\).*4x4"):
+        tokenizer.decode(torch.zeros(1, 15, dtype=torch.int64))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.decode(torch.full((1, 16), 32))

@@ -51,7 +51,7 @@ def test_adversarial_terms_begin_at_the_start_step() -> None:
     assert "adversarial" not in before.terms and "adversarial" in after.terms
     expected = before.total + 0.5 * after.terms["adversarial"]
     torch.testing.assert_close(after.total, expected)
-    assert float(loss.discriminator_loss(images, images * 0, 9).total) == 0.0
+    assert float(loss.discriminator_loss(images, images * 0, 9).total.detach()) == 0.0
     assert float(loss.discriminator_loss(images, images * 0, 10).total.detach()) > 0.0
 
 
@@ -78,11 +78,17 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_lpips_agrees_with_torchmetrics(vgg: Path) -> None:
+def test_lpips_agrees_with_torchmetrics(vgg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same random backbone, same heads; their epsilon sits inside the root, hence the tolerance."""
     from torchmetrics.functional.image.lpips import _LPIPS
 
     ours = LPIPS(str(vgg))
+    for initialise in (
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "normal_",
+    ):  # slow for VGG's classifier, which is not used
+        monkeypatch.setattr(nn.init, initialise, lambda tensor, *_, **__: tensor)
     theirs = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
     layers = [m for s in range(1, 6) for m in getattr(theirs.net, f"slice{s}") if isinstance(m, nn.Conv2d)]
     mine = [m for m in ours.backbone.features if isinstance(m, nn.Conv2d)]
@@ -99,6 +105,27 @@ def test_lpips_is_frozen_and_passes_gradients(vgg: Path) -> None:
     lpips(x, y).sum().backward()
     assert y.grad is not None and float(y.grad.abs().max()) > 0
     assert float(lpips(x, x)) == 0.0
+
+
+def test_lpips_is_computed_in_float32_under_autocast(vgg: Path) -> None:
+    lpips, x, y = LPIPS(str(vgg)), torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = lpips(x, y)
+    assert mixed.dtype == torch.float32 and mixed.shape == (2,)
+    torch.testing.assert_close(mixed, lpips(x, y), rtol=0.02, atol=0)
+
+
+def test_other_networks_are_refused_as_backbone(tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(UserError, match="does not fit VGGFeatures: 26 missing"):
+        LPIPS(str(tmp_path / "resnet.safetensors"))
+
+
+def test_a_loss_without_pixels() -> None:
+    weight, images = nn.Parameter(torch.tensor(0.5)), torch.rand(2, 3, 8, 8)
+    loss = TokenizerLoss(Reconstruction(l2=0.0))
+    terms = loss.generator_loss(images, output(images, weight), 0, weight)
+    assert float(terms.total.detach()) == 0.25 and set(terms.terms) == {"codebook"}
 
 
 def test_absent_vgg_weights_are_named(tmp_path: Path) -> None:

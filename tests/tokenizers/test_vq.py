@@ -1,9 +1,13 @@
 """Vector quantization: nearest codes, straight-through gradients, codes that stay in use."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tessellar import distributed
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
@@ -90,8 +94,97 @@ def test_maintenance_stops_in_eval_and_after_its_end() -> None:
     assert torch.equal(settled, vq.codebook.weight)
 
 
+def test_use_counts_since_the_last_restart_only() -> None:
+    """Codes 0 to 7 are in use, then 8 to 15: the second restart takes the first eight away, the second eight stay."""
+    vq = quantizer(restart_every=3)
+    codes = vq.codes().detach()[None].clone()
+    for part in (codes[:, :16], codes[:, :16], codes[:, 8:16], codes[:, 8:16], codes[:, 8:16], codes[:, 8:16]):
+        vq(part)
+    kept = vq.codebook.weight.detach()
+    assert torch.equal(kept[8:16], codes[0, 8:16])
+    assert not any(torch.equal(kept[i], codes[0, i]) for i in range(8))
+
+
 def test_quantization_is_float32_under_autocast() -> None:
     vq, z = quantizer().eval(), torch.randn(2, 50, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = vq(z)
     assert mixed.quantized.dtype == torch.float32 and torch.equal(mixed.tokens, vq.encode(z))
+
+
+class Ranks:
+    """Stands in for the processes of a job: one thread each, which meet at every collective operation."""
+
+    def __init__(self, world: int) -> None:
+        self.values: list[Any] = [None] * world
+        self.barrier = threading.Barrier(world, timeout=20)
+        self.local = threading.local()
+
+    def _exchange(self, value: Any) -> list[Any]:
+        self.barrier.wait()
+        self.values[self.local.rank] = value
+        self.barrier.wait()
+        return list(self.values)
+
+    def all_reduce_sum(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(x)).sum(0)
+
+    def broadcast(self, value: Any) -> Any:
+        return self._exchange(value)[0]
+
+    def run(self, rank: int, passes: list[torch.Tensor], vq: VectorQuantizer) -> None:
+        self.local.rank = rank
+        for z in passes:
+            vq(z)
+
+
+def test_processes_keep_one_codebook_and_restart_what_none_of_them_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 sees codes 0 to 7, process 1 codes 8 to 15; 16 to 31 are restarted, from process 0's latents."""
+    ranks, codes = Ranks(2), quantizer()
+    monkeypatch.setattr(distributed, "all_reduce_sum", ranks.all_reduce_sum)
+    monkeypatch.setattr(distributed, "broadcast", ranks.broadcast)
+    copies = [quantizer(restart_every=2) for _ in range(2)]
+    seen = [codes.codes().detach()[None, 8 * rank : 8 * rank + 8] for rank in range(2)]
+    threads = [threading.Thread(target=ranks.run, args=(r, [seen[r]] * 2, copies[r])) for r in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, second = (vq.codebook.weight.detach() for vq in copies)
+    assert torch.equal(first, second) and torch.equal(copies[0].counts, copies[1].counts)
+    torch.testing.assert_close(first[:16], codes.codes().detach()[:16])
+    assert float(torch.cdist(first[16:], seen[0][0]).min(1).values.max()) < 1e-3
+
+
+def test_a_resumed_quantizer_restarts_at_the_same_pass() -> None:
+    passes = [torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(s)) for s in range(9)]
+
+    def run(vq: VectorQuantizer, zs: list[torch.Tensor]) -> VectorQuantizer:
+        for z in zs:
+            torch.manual_seed(int(vq.step))
+            vq(z)
+        return vq
+
+    options = {"init_step": 2, "restart_every": 4}
+    whole = run(quantizer(**options), passes)
+    half = run(quantizer(**options), passes[:5])
+    other = quantizer(**options)
+    other.load_state_dict(half.state_dict())
+    resumed = run(other, passes[5:])
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    assert not torch.equal(half.codebook.weight, resumed.codebook.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"restart_every": 0}, "restart_every is 0"),
+        ({"init_step": -1}, "init_step is -1"),
+        ({"restart_until": 5}, "give restart_every"),
+    ],
+)
+def test_options_that_mean_nothing(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VectorQuantizer(8, 4, **options)  # type: ignore[arg-type]
