@@ -30,9 +30,11 @@ class Entities:
         ends = torch.tensor((0, *self.sizes), device="cpu").cumsum(0)
         object.__setattr__(self, "ends", ends)
         object.__setattr__(self, "_entity", torch.arange(len(self.sizes), device="cpu").repeat_interleave(ends.diff()))
+        object.__setattr__(self, "uniform", len(set(self.sizes)) == 1)
 
     ends: Tensor = None  # type: ignore[assignment]  # [count + 1] tokens before each entity, and N
     _entity: Tensor = None  # type: ignore[assignment]  # [N] entity of the i-th token generated
+    uniform: bool = False  # all entities are of one size
 
     @property
     def count(self) -> int:
@@ -42,15 +44,13 @@ class Entities:
     def length(self) -> int:
         return int(self.order.shape[-1])
 
-    @property
-    def uniform(self) -> bool:
-        return len(set(self.sizes)) == 1
-
     def span(self, first: Tensor, count: int) -> tuple[Tensor, int]:
         """First generated token of each row [B] and the number of tokens T of `count` entities from `first` [B].
 
         Past the end, entities continue with the last size. Raises ValueError where rows would get unequal T.
         """
+        if self.uniform:
+            return first * self.sizes[0], count * self.sizes[0]
         past = (first - self.count).clamp(min=0) * self.sizes[-1]
         starts = self.ends[first.clamp(max=self.count)] + past
         last = first + count
@@ -73,6 +73,8 @@ class Entities:
     def entity_of(self, first: Tensor, count: int) -> Tensor:
         """[B, T] entity number of those tokens; grows past `count`, not clamped."""
         steps = self.steps(first, count)
+        if self.uniform:
+            return steps.div(self.sizes[0], rounding_mode="floor")
         inside = self._entity[steps.clamp(max=self.length - 1)]
         past = self.count + (steps - self.length).div(self.sizes[-1], rounding_mode="floor")
         return torch.where(steps < self.length, inside, past)
