@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 class Throughput(L.Callback):
     """Logs rates every `every` batches, parameters at the start and totals at the end.
 
-    Totals count over resumes. CPU time includes that of data workers, as far as they have ended.
+    Where no progress bar is shown, a line says how far the run is, at most twenty times. Totals count over resumes. CPU
+    time includes that of data workers, as far as they have ended.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -23,6 +24,7 @@ class Throughput(L.Callback):
         self.cpu_seconds = self.wall_seconds = 0.0
         self._cpu = self._wall = self._waited = self._batch_end = 0.0
         self._mark = (0.0, 0, 0)
+        self._said = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -44,10 +46,19 @@ class Throughput(L.Callback):
         self.samples += len(tokens) * trainer.world_size
         self.tokens += tokens.shape[0] * tokens.shape[1] * trainer.world_size
         if pl_module.batches % self.every == 0:
-            self._log_rates(pl_module)
+            rate = self._log_rates(pl_module)
+            if trainer.progress_bar_callback is None and trainer.is_global_zero:
+                self._say(pl_module.updates, trainer.max_steps, float(outputs["loss"]), rate)
         self._batch_end = time.perf_counter()
 
-    def _log_rates(self, pl_module: TrainingModule) -> None:
+    def _say(self, updates: int, total: int, loss: float, rate: float) -> None:
+        done = updates / total if total > 0 else 0.0
+        if done >= self._said + 0.05:
+            self._said = done
+            log.info("update %s of %s: loss %.4f, %.0f images/s", f"{updates:,}", f"{total:,}", loss, rate)
+
+    def _log_rates(self, pl_module: TrainingModule) -> float:
+        """Log all rates of the batches since the last time; returns images/s."""
         now = time.perf_counter()
         before, samples, tokens = self._mark
         elapsed = max(now - before, 1e-9)
@@ -60,6 +71,7 @@ class Throughput(L.Callback):
             }
         )
         self._mark, self._waited = (now, self.samples, self.tokens), 0.0
+        return (self.samples - samples) / elapsed
 
     def _add_times(self) -> None:
         cpu, wall = cpu_time(), time.perf_counter()

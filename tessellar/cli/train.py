@@ -42,6 +42,7 @@ QUIET = (
     ".*does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",
+    "It is recommended to use `self.log",
     "You're resuming from a checkpoint that ended before the epoch ended",
 )
 

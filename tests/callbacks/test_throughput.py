@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return times
 
 
-TRAINER = SimpleNamespace(is_global_zero=True, world_size=2, max_steps=4)
+TRAINER = SimpleNamespace(is_global_zero=True, world_size=2, max_steps=4, progress_bar_callback=None)
 
 
 def train(callback: Throughput, module: Module, clock: SimpleNamespace, batches: int) -> None:
@@ -45,8 +45,9 @@ def train(callback: Throughput, module: Module, clock: SimpleNamespace, batches:
         clock.wall += 1
         callback.on_train_batch_start(TRAINER, module)  # type: ignore[arg-type]
         clock.wall, clock.cpu = clock.wall + 3, clock.cpu + 2
-        module.batches += 1
-        callback.on_train_batch_end(TRAINER, module, {"tokens": torch.zeros(4, 8)}, None, 0)  # type: ignore[arg-type]
+        module.batches, module.updates = module.batches + 1, module.updates + 1
+        outputs = {"tokens": torch.zeros(4, 8), "loss": torch.tensor(0.5)}
+        callback.on_train_batch_end(TRAINER, module, outputs, None, 0)  # type: ignore[arg-type]
     callback.on_train_end(TRAINER, module)  # type: ignore[arg-type]
 
 
@@ -69,3 +70,12 @@ def test_totals_go_on_after_a_resume(clock: SimpleNamespace) -> None:
     clock.wall, clock.cpu = 0.0, 0.0  # another process
     train(again, Module(), clock, 2)
     assert again.costs() == {"samples_seen": 32, "tokens_seen": 256, "cpu_seconds": 8.0, "wall_seconds": 16.0}
+
+
+def test_progress_is_said_where_no_bar_shows_it(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        train(Throughput(every=2), Module(), clock, 4)
+    assert [m for m in caplog.messages if m.startswith("update")] == [
+        "update 2 of 4: loss 0.5000, 2 images/s",
+        "update 4 of 4: loss 0.5000, 2 images/s",
+    ]

@@ -1,5 +1,6 @@
 """Both training modules: what is counted, clipped, accumulated, frozen, repeated and refused."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,39 @@ def test_poisoned_batches_are_skipped_then_stop_the_run(fit, make) -> None:
         fit(module, 10, [ema])
     assert calls[0] == 7 and module.skipped == 4
     assert all(bool(torch.isfinite(t).all()) for t in [*module.model.generator.parameters(), *ema.average.values()])
+
+
+def test_each_player_has_its_own_count_of_skipped_updates(fit, make) -> None:
+    """A discriminator with finite gradients does not hide a tokenizer that never learns."""
+    module = make.tokenizer_module(PatchGAN(8, 1), max_skipped=3)
+    original = module.loss.generator_loss
+
+    def poisoned(*arguments):
+        terms = original(*arguments)
+        return terms._replace(total=terms.total * float("nan"))
+
+    module.loss.generator_loss = poisoned
+    with pytest.raises(RuntimeError, match="3 updates in a row of the tokenizer"):
+        fit(module, 10)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "options", "expected"),
+    [(1, {"max_steps": 5}, 5), (2, {"max_steps": -1, "max_epochs": 3}, 3 * 8 // 2), (1, {"max_epochs": 1}, 8)],
+)
+def test_length_of_the_run_for_schedules(fit, make, accumulate: int, options: dict[str, int], expected: int) -> None:
+    module = make.generator_module(accumulate=accumulate)
+    trainer, _ = fit(module, **{"steps": options.pop("max_steps", 100), **options})
+    assert module.total_updates == expected == module.updates == trainer.global_step
+
+
+def test_validation_loss_of_an_untrained_generator_is_that_of_a_uniform_guess(fit, make) -> None:
+    module = make.generator_module(optimizer=OptimizerSettings(lr=0.0))
+    trainer, _ = fit(module, 2, limit_val_batches=1.0)
+    trainer.validate(module, make.data(), verbose=False)
+    metrics = trainer.callback_metrics
+    assert float(metrics["val/loss"]) == pytest.approx(math.log(16), rel=1e-5)
+    assert float(metrics["val/nats_per_image"]) == pytest.approx(16 * math.log(16), rel=1e-5)
 
 
 def test_counters_and_optimizers_survive_a_checkpoint(fit, make, tmp_path: Path) -> None:
