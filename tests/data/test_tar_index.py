@@ -188,7 +188,7 @@ def test_two_names_of_one_class_are_refused(tmp_path: Path, make_tar, make_png):
         build_index(make_tar(tmp_path / "t.tar", members))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 12_000), content=st.binary(min_size=1, max_size=40))
 def test_any_damage_ends_in_an_index_or_a_user_error(shards: Path, place: int, content: bytes):
     original = (shards / "val.tar").read_bytes()
