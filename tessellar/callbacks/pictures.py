@@ -51,7 +51,8 @@ class Pictures(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile) and trainer.is_global_zero:
                 logger.flush()
-                metric_curves(logger.path, folder / "curves.png")
+                if logger.path.is_file():
+                    metric_curves(logger.path, folder / "curves.png")
 
     def _neighbours(self, trainer: L.Trainer, pl_module: Any, data: ImageDataModule, folder: Path) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]

@@ -93,5 +93,7 @@ def data_of_run(path: str) -> ImageDataModule | None:
         if isinstance(config, dict) and isinstance(config.get("data"), dict):
             parser = ArgumentParser(exit_on_error=False)
             parser.add_subclass_arguments(ImageDataModule, "data")
-            return parser.instantiate_classes(parser.parse_object({"data": config["data"]}))["data"]
+            # jsonargparse 4.49 renamed the method.
+            instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+            return instantiate(parser.parse_object({"data": config["data"]}))["data"]
     return None

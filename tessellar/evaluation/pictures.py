@@ -77,13 +77,13 @@ def neighbour_grid(queries: Tensor, neighbours: Neighbours) -> Tensor:
 def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") -> list[str]:
     """Draw every column of a run's metrics.csv that begins with `prefix` over its steps, a panel each, as one PNG.
 
-    Returns the names of the columns drawn; raises UserError for a file without such columns.
+    Returns the names of the columns drawn; without any, no file is written. Raises UserError for another kind of file.
     """
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 
     curves = _columns(Path(metrics_csv), prefix)
     if not curves:
-        raise UserError(f"{metrics_csv} holds no values to draw")
+        return []
     rows = -(-len(curves) // 3)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     for place, (name, points) in enumerate(curves.items(), start=1):

@@ -35,7 +35,7 @@ def make_record(
         "comparable": comparable,
         "fingerprint": digest(**comparable),
         "warnings": warnings,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "code": {"commit": commit(), "versions": versions()},
     }
 

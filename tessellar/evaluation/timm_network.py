@@ -29,7 +29,8 @@ class TimmNetwork(Extractor):
         self.facts = facts
         self.name, self.resize, self.sha256 = facts.name, facts.resize, sha256
         self.num_classes = facts.num_classes
-        network = create_network(facts)
+        with torch.random.fork_rng(devices=[]):  # a run that measures draws the same numbers as one that does not
+            network = create_network(facts)
         load_strict(network, state, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]

@@ -82,17 +82,21 @@ def tiny(tiny_file: Path) -> Extractor:
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of torch-fidelity's Inception, as it would save them; scaled so that activations do not vanish."""
-    torch.manual_seed(0)
     with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch("torch.load"):
-        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, torch.nn.BatchNorm2d):
-            module.bias.uniform_(-0.1, 0.1)
-    network.fc.weight.mul_(100)  # else all classes are equally likely
+        with torch.device("meta"):
+            network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    draw = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim > 1:
+            gain = 2 if tensor.ndim == 4 else 10_000  # logits that differ by class, else all are equally likely
+            state[name] = torch.randn(tensor.shape, generator=draw) * (gain / tensor[0].numel()) ** 0.5
+        elif name.endswith(("running_var", "bn.weight")):
+            state[name] = torch.ones(tensor.shape)
+        else:
+            state[name] = 0.1 * torch.randn(tensor.shape, generator=draw).to(tensor.dtype)
     path = tmp_path_factory.mktemp("inception") / "weights-inception-random.pth"
-    torch.save(network.state_dict(), path)
+    torch.save(state, path)
     return path
 
 

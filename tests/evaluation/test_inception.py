@@ -25,7 +25,7 @@ from tessellar.evaluation.references import Reference
 from tessellar.evaluation.resize import clean_bicubic
 from tessellar.evaluation.sources import ImageBatch
 
-COUNT = 8  # of images a side; one costs a tenth of a second
+COUNT = 6  # of images a side; one costs a tenth of a second
 
 
 class Both(NamedTuple):
@@ -38,7 +38,7 @@ class Both(NamedTuple):
 
 @pytest.fixture(scope="session")
 def both(inception_file: Path, random_images: Callable[..., Tensor]) -> Both:
-    sets = [random_images(COUNT, size=48, seed=1), random_images(COUNT, size=48, seed=2, smooth=12)]
+    sets = [random_images(COUNT, size=48, seed=1), random_images(COUNT, size=48, seed=2, smooth=3) // 2]
     names = ["2048", "logits_unbiased"]
     network = FeatureExtractorInceptionV3("x", names, feature_extractor_weights_path=str(inception_file))
     with torch.no_grad():
@@ -72,12 +72,12 @@ def test_metrics_equal_torch_fidelity(both: Both) -> None:
 
 
 def test_distance_equals_torch_fidelity(both: Both) -> None:
-    """Over all 2048 features, eight images a side: covariances of rank 7."""
+    """Over all 2048 features, six images a side: covariances of rank 5."""
     statistics = [fid_features_to_statistics(t["2048"]) for t in both.theirs]
     theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     reference = Reference("b", "", both.ours[1].moments)
     (ours,) = measure(both.ours[0], reference, both.extractor, ["fd"]).values()
-    assert ours == pytest.approx(theirs, rel=1e-3) and ours > 1
+    assert ours == pytest.approx(theirs, rel=1e-3) and ours > 0.1
 
 
 def test_spatial_features_are_the_first_branch_of_mixed_6(both: Both, random_images: Callable[..., Tensor]) -> None:
