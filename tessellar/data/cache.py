@@ -125,10 +125,12 @@ def encode(tokenizer: Tokenizer, images: Tensor, precision: Precision = "float32
     device = next(tokenizer.parameters()).device
     with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         images = images.to(device)
-        if posterior := posterior_of(tokenizer):
-            return torch.cat(posterior(images), dim=-1)
-        tokens = tokenizer.encode(images)
-    tokenizer.layout.check(tokens)
+        posterior = posterior_of(tokenizer)
+        tokens = torch.cat(posterior(images), dim=-1) if posterior else tokenizer.encode(images)
+    if not bool(tokens.isfinite().all()):
+        raise UserError(f"the tokenizer makes tokens that are not finite in {precision}; its weights may be damaged")
+    if posterior is None:
+        tokenizer.layout.check(tokens)
     return tokens
 
 

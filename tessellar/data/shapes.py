@@ -30,7 +30,7 @@ COLOURS = {
     "pink": (245, 130, 180),
 }
 BACKGROUNDS = {"black": (20, 20, 20), "grey": (128, 128, 128), "white": (240, 240, 240), "brown": (95, 65, 45)}
-SIZES = {"small": (0.34, 0.42), "medium": (0.5, 0.58), "large": (0.68, 0.78)}  # range of the radius
+SIZES = {"small": (0.5, 0.58), "medium": (0.66, 0.74), "large": (0.82, 0.9)}  # range of the radius
 SPLITS = ("train", "val")
 JITTER = 12.0  # colours vary by up to this many grey levels
 DRAWS = 9  # random numbers a scene

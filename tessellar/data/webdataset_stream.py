@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
+from urllib.parse import urlparse
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
@@ -28,14 +29,14 @@ from tessellar.data.shards import expand_braces
 from tessellar.data.tar_index import Keys
 from tessellar.errors import UserError
 
-FORBIDDEN = ("pipe",)
+SCHEMES = ("", "file", "http", "https", "hf", "gs", "ais", "sftp", "ftps", "scp")  # without pipe, which runs a shell
 Raw = dict[str, bytes]
 
 
 def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
     """Names and contents of one tar's files, in order; raises UserError for a stream that breaks off."""
-    if url.partition(":")[0] in FORBIDDEN:
-        raise UserError(f"{url}: such an address runs a command and is not opened; use https, hf, gs or a path")
+    if urlparse(url).scheme not in SCHEMES:
+        raise UserError(f"{url} is not opened: it must be a path or begin with {', '.join(filter(None, SCHEMES))}")
     try:
         for member in tar_file_expander(url_opener(iter([{"url": url}])), eof_value=None):
             yield member["fname"], member["data"]
@@ -67,7 +68,8 @@ class WebDatasetStream(IterableDataset[Sample]):
     """`length` samples of endlessly drawn shards for this rank, or with `length` None every sample of them once.
 
     `class_names` bound the classes: one outside is a mistake (UserError); a sample without one has class 0. Corrupt
-    samples are skipped, counted in each worker. A pass depends on (seed, epoch, rank, number of workers).
+    samples are skipped, counted in each worker. A pass depends on (seed, epoch, start, rank, number of workers), where
+    `start` is the step that a run was resumed at.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         self.length, self.buffer, self.batch_size = length, buffer, batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.keys, self.max_corrupt = keys, max_corrupt
-        self.epoch = 0
+        self.epoch = self.start = 0
         self.corrupt = self.met = 0
 
     def __iter__(self) -> Iterator[Sample]:
@@ -108,7 +110,7 @@ class WebDatasetStream(IterableDataset[Sample]):
                 yield sample
 
     def _endless(self, place: int, places: int) -> Iterator[Sample]:
-        rng = random.Random(derive(self.seed, self.epoch, place, places))
+        rng = random.Random(derive(self.seed, self.epoch, self.start, place, places))
 
         def samples() -> Iterator[tuple[str, Raw]]:
             while True:
@@ -247,7 +249,8 @@ class WebDatasetStreamData(ImageDataModule):
             self.keys,
             self.max_corrupt,
         )
-        dataset.epoch = self.trainer.current_epoch if self.trainer else 0
+        if self.trainer:
+            dataset.epoch, dataset.start = self.trainer.current_epoch, self.trainer.global_step
         return _EpochLoader(
             dataset, self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=length is not None
         )

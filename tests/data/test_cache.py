@@ -180,6 +180,14 @@ def test_an_interruption_leaves_nothing_and_an_older_cache_as_it_was(tmp_path: P
     assert len(write(Shapes(16, 12), tmp_path / "old", overwrite=True)) == 12
 
 
+def test_a_tokenizer_that_makes_nan_is_refused(tmp_path: Path):
+    for broken in (Pixels(Continuous(3)), Fuzzy(Continuous(3))):
+        nn.init.constant_(broken.gain, float("nan"))
+        with pytest.raises(UserError, match="not finite"):
+            write(Shapes(16, 4), tmp_path / "cache", broken)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_kill_leaves_behind_is_not_taken_for_a_cache(tmp_path: Path):
     write(Shapes(16, 10), tmp_path / "cache")
     (tmp_path / "cache" / "header.json").unlink()
