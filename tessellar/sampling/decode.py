@@ -12,6 +12,7 @@ from torch import Tensor
 from tessellar.models.condition import Condition
 from tessellar.models.generator import Generator, State
 from tessellar.models.heads.distribution import Distribution
+from tessellar.models.heads.logits import Logits
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
 from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder, forward, running
@@ -44,6 +45,10 @@ def decode_from(
             distribution = generator.predict(state, tokens, count=n + 1 - int(state.fed[0]), want=1)
         if recorder is not None:
             recorder.plain(torch.full((state.batch,), n))
+            if recorder.entropy and isinstance(distribution, Logits):
+                p = sampler.probs(distribution.logits)
+                committed = torch.ones(p.shape[:-1], dtype=torch.bool, device=p.device)
+                recorder.certainty(p, ~committed, committed)
         drawn = distribution.sample(sampler, noise)
         tokens = state.entities.put(tokens, torch.full((state.batch,), n), 1, drawn)
         yield Step(n, distribution, tokens)

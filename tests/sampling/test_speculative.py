@@ -189,7 +189,7 @@ def test_the_recorder_sees_plain_decoding_and_uncertain_tokens() -> None:
     cond = Condition(ids=torch.tensor([0, 1]))
     ancestral(generator, cond, Choice(), Noise([0, 1]), recorder=recorder)
     assert recorder.evaluations == 10 and recorder.passes == 5 and recorder.committed == [0, 10]
-    assert recorder.report().uncertain_tokens is not None
+    assert recorder.report().uncertain_tokens and recorder.report().uncertain_drafted == 0
     speculative_jacobi(generator, cond, GREEDY, Noise([0, 1]), recorder=recorder)
     report = recorder.report()
     assert report.images == 4 and report.tokens == 20

@@ -1,0 +1,242 @@
+"""Decoding algorithms against each other on a trained generator: evaluations an image, time at batch 1, and FD.
+
+    python benchmarks/tradeoff.py MODEL --data DIR --extractor FILE [--guidance 1.5] [--rows REGEX] [--out DIR]
+
+Every row is one algorithm with its options. Its FD comes from 10,000 class-balanced samples for each of the seeds, made
+in large batches: an image is the same in any batch, and so are its evaluations. Its time comes from `--timed` images
+one after the other. Rows are written to `results.json` as they are done and skipped when the script is run again;
+`table.md` and `tradeoff.png` are made of whatever is there. `--images 0` measures evaluations and time alone.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from tessellar.data.fashion_mnist import FashionMNIST
+from tessellar.errors import UserError
+from tessellar.evaluation.engine import evaluate_samples
+from tessellar.evaluation.extractors import Extractor, load_extractor
+from tessellar.evaluation.generation import GeneratedImages
+from tessellar.evaluation.references import Reference, reference_from
+from tessellar.evaluation.sources import DatasetImages, ImageBatch
+from tessellar.images import to_uint8
+from tessellar.interop.load import load
+from tessellar.models.conditioners import ClassConditioner
+from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.algorithms import ALGORITHMS
+from tessellar.sampling.choice import Choice
+from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.sampling.prepare import prepared
+from tessellar.sampling.report import Recorder, Report
+from tessellar.sampling.settings import Sampling
+
+SEED_STEP = 10_000_000  # two runs share no stream where their seeds lie further apart than their numbers of images
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    algorithm: str = "ancestral"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def all_rows() -> list[Row]:
+    """Plain; SJD by window, coupling and initial drafts; GSD by group size, threshold and window; SJD++."""
+    rows = [Row("plain")]
+    for window in (8, 16, 32, 64):
+        rows += [Row(f"sjd {window} {c}", "sjd", {"window": window, "coupling": c}) for c in COUPLINGS]
+        best = {"window": window, "coupling": "maximal", "init": "uniform"}
+        rows.append(Row(f"sjd {window} maximal uniform", "sjd", best))
+    for init in ("repeat-left", "repeat-up", "argmax-left", "sample-left"):
+        rows.append(Row(f"sjd 16 none {init}", "sjd", {"window": 16, "init": init}))
+    for size in (3, 5, 10, 14, 25, 50):
+        for threshold in (0.05, 0.15, 0.5):
+            options = {"group_size": size, "p_threshold": threshold, "d_threshold": None}
+            rows.append(Row(f"gsd 16 G {size} p {threshold}", "gsd", options))
+    for window in (8, 32, 64):
+        for coupling in ("none", "maximal"):
+            options = {"window": window, "coupling": coupling, "d_threshold": None}
+            rows.append(Row(f"gsd {window} {coupling}", "gsd", options))
+    rows += [Row(f"gsd 16 near {q}", "gsd", {"d_quantile": q}) for q in (0.05, 0.2)]
+    return rows + [Row(f"sjd++ 16 t {t}", "sjd++", {"threshold": t}) for t in (0.1, 0.5, 1.0)]
+
+
+COUPLINGS = ("none", "maximal", "gumbel")
+
+
+class RecordedImages(GeneratedImages):
+    """Samples of a prepared generator that count what the algorithm does."""
+
+    def __init__(self, model: ImageGenerator, count: int, sampling: Sampling, seed: int) -> None:
+        super().__init__(model, count, sampling, seed)
+        self.recorder = Recorder(entropy=True)
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        assert self.labels is not None
+        for index in torch.arange(self.count).split(batch_size):
+            condition = self.model.class_condition(self.labels[index].tolist())
+            seeds = [self.seed + i for i in index.tolist()]
+            with torch.no_grad():
+                tokens = self.sampling.tokens(self.model.generator, condition, seeds, self.recorder)
+                yield ImageBatch(to_uint8(self.model.decode(tokens)), index, self.labels[index])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, what it is measured by, and how much of it."""
+
+    model: ImageGenerator
+    extractor: Extractor | None
+    reference: Reference | None
+    guidance: float
+    images: int
+    timed: int
+    seeds: int
+    batch_size: int
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
+        sampling = Sampling(GuidanceSettings(self.guidance), Choice(), row.algorithm, row.options)
+        result: dict[str, Any] = {"name": row.name, "exact": ALGORITHMS[row.algorithm].exact}
+        result |= {"sampling": sampling.describe(), "batch_1": _summary(self._one_by_one(sampling)), "seeds": []}
+        for number in range(self.seeds if self.images else 0):
+            source = RecordedImages(self.model, self.images, sampling, (number + 1) * SEED_STEP)
+            assert self.extractor is not None
+            arguments = (source, self.extractor, self.reference)
+            record = evaluate_samples(*arguments, metrics=("fd", "accuracy"), batch_size=self.batch_size)
+            result["seeds"].append({"metrics": record["metrics"], **_summary(source.recorder.report())})
+        return result
+
+    def _one_by_one(self, sampling: Sampling) -> Report:
+        recorder, conditioner = Recorder(entropy=True), self.model.conditioner
+        assert isinstance(conditioner, ClassConditioner)
+        classes = conditioner.num_classes
+        with torch.no_grad():
+            for i in range(self.timed):
+                sampling.tokens(self.model.generator, self.model.class_condition([i % classes]), [i], recorder)
+        return recorder.report()
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    uncertain = (report.uncertain_tokens or 0, report.uncertain_drafted or 0)
+    return {
+        "evaluations_per_image": report.evaluations_per_image,
+        "tokens_per_evaluation": report.tokens_per_evaluation,
+        "tokens_per_evaluation_where_uncertain": uncertain[0] / max(uncertain[0] - uncertain[1], 1),
+        "uncertain_share": uncertain[0] / report.tokens,
+        "seconds_per_image": report.seconds / report.images,
+        "network_seconds_per_image": report.network_seconds / report.images,
+        "acceptance": report.acceptance,
+    }
+
+
+def fd_of(result: dict[str, Any]) -> list[float]:
+    """The Fréchet distance of each seed; empty where it was not measured."""
+    return [value for seed in result["seeds"] for name, value in seed["metrics"].items() if name.startswith("F")]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, one row an algorithm; ratios are against the row `plain`."""
+    plain = next((r["batch_1"] for r in results if r["name"] == "plain"), None)
+    lines = [
+        "| algorithm | exact | evaluations | fewer by | where uncertain | seconds | faster by | FD | accuracy |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        one, distances = result["batch_1"], fd_of(result)
+        evaluations = mean([s["evaluations_per_image"] for s in result["seeds"]] or [one["evaluations_per_image"]])
+        cells = [result["name"], "yes" if result["exact"] else "no", f"{evaluations:.1f}"]
+        cells.append(f"{plain['evaluations_per_image'] / evaluations:.2f}" if plain else "")
+        cells.append(f"{one['tokens_per_evaluation_where_uncertain']:.2f}")
+        cells.append(f"{one['seconds_per_image']:.3f}")
+        cells.append(f"{plain['seconds_per_image'] / one['seconds_per_image']:.2f}" if plain else "")
+        spread = f" ± {stdev(distances):.2f}" if len(distances) > 1 else ""
+        cells.append(f"{mean(distances):.2f}{spread}" if distances else "")
+        accuracies = [v for s in result["seeds"] for k, v in s["metrics"].items() if "accuracy" in k]
+        cells.append(f"{mean(accuracies):.3f}" if accuracies else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Evaluations an image against FD, mean and spread over the seeds, a colour a family."""
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for family in dict.fromkeys(r["name"].split()[0] for r in results):
+        chosen = [r for r in results if r["name"].split()[0] == family and fd_of(r)]
+        x = [mean(s["evaluations_per_image"] for s in r["seeds"]) for r in chosen]
+        y, spread = [mean(fd_of(r)) for r in chosen], [stdev(fd_of(r)) if len(fd_of(r)) > 1 else 0 for r in chosen]
+        axes.errorbar(x, y, yerr=spread, fmt="o", label=family, capsize=2)
+        for a, b, result in zip(x, y, chosen, strict=True):
+            axes.annotate(result["name"].removeprefix(family), (a, b), fontsize=6)
+    axes.set_xlabel("network evaluations an image")
+    axes.set_ylabel("FD")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def run(bench: Bench, rows: list[Row], out: Path) -> None:
+    """Measure the rows that are not in `results.json` yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    with prepared(bench.model.generator):
+        for row in rows:
+            if row.name in (r["name"] for r in results):
+                continue
+            results.append(bench.measure(row))
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(table(results).splitlines()[-1], flush=True)
+    (out / "table.md").write_text(table(results), encoding="utf-8")
+    if any(fd_of(r) for r in results):
+        plot(results, out / "tradeoff.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="export of a class-conditional generator")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST")
+    parser.add_argument("--extractor", help="file of the feature network")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--rows", default="", help="regular expression for names of rows; default: all")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--timed", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--out", type=Path, default=Path("runs/tradeoff"))
+    arguments = parser.parse_args()
+    if arguments.images and not (arguments.data and arguments.extractor):
+        parser.error("FD needs --data and --extractor; --images 0 leaves it out")
+    model = load(arguments.model)
+    if not isinstance(model, ImageGenerator):
+        raise UserError(f"{arguments.model} is a tokenizer; a generator is needed")
+    extractor, reference = None, None
+    if arguments.images:
+        extractor = load_extractor(arguments.extractor)
+        images = DatasetImages(FashionMNIST(arguments.data, "train"), "fashion-mnist", "train")
+        reference = reference_from(images, extractor, arguments.out / "cache")
+    bench = Bench(
+        model,
+        extractor,
+        reference,
+        arguments.guidance,
+        arguments.images,
+        arguments.timed,
+        arguments.seeds,
+        arguments.batch_size,
+    )
+    run(bench, [row for row in all_rows() if re.search(arguments.rows, row.name)], arguments.out)
+
+
+if __name__ == "__main__":
+    main()
