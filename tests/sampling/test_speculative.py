@@ -101,7 +101,14 @@ def test_a_window_of_one_is_plain_decoding_with_the_same_noise() -> None:
 
 
 @pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("rules", [Rules(5, coupling=c) for c in COUPLINGS.values()] + [Rules(7, "sample-left")])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        *(Rules(5, coupling=c) for c in COUPLINGS.values()),
+        Rules(7, "sample-left"),
+        Rules(6, acceptance=GroupedRatio(5)),
+    ],
+)
 def test_an_image_does_not_depend_on_its_batch(text: bool, rules: Rules) -> None:
     generator, cond = llamagen(text), condition(text, 4)
     together = speculative_jacobi(generator, cond, Choice(0.5), Noise(range(9, 13)), GUIDED, rules)
