@@ -32,7 +32,7 @@ from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import TrainingModule
 from tessellar.training.generator_module import GeneratorModule
-from tessellar.training.runs import CHECKPOINTS, Run, commit
+from tessellar.training.runs import CHECKPOINTS, Run, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
 
 QUIET = (
@@ -125,7 +125,8 @@ def fit(cli: TrainCLI) -> None:
         run.create()
         cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
         run.write("run.json", run.facts(trainer))
-    trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    with restoring(run.checkpoint):
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
     if trainer.is_global_zero and trainer.state.finished:
         _finish(cli)
 
@@ -138,7 +139,10 @@ def validate(cli: TrainCLI) -> None:
     check(cli)
     trainer.logger = None
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Grids)]  # type: ignore[attr-defined]
-    (metrics,) = trainer.validate(cli.model, cli.datamodule, ckpt_path=run.checkpoint, verbose=False, weights_only=True)
+    with restoring(run.checkpoint):
+        (metrics,) = trainer.validate(
+            cli.model, cli.datamodule, ckpt_path=run.checkpoint, verbose=False, weights_only=True
+        )
     if trainer.is_global_zero:
         print("\n".join(f"{name} {value:.6g}" for name, value in sorted(metrics.items()) if name != "step"))
 

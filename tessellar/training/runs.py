@@ -1,14 +1,19 @@
 """A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is written elsewhere."""
 
 import json
+import logging
 import os
 import platform
 import secrets
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -19,6 +24,7 @@ from tessellar.callbacks.checkpoints import LAST, PREVIOUS
 from tessellar.errors import UserError
 from tessellar.training.metrics_file import MetricsFile
 
+log = logging.getLogger(__name__)
 CHECKPOINTS, WANDB_ID = "checkpoints", "wandb_id"
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
 
@@ -42,12 +48,21 @@ class Run:
             raise UserError(f"{self.folder} exists; choose another --name, or continue that run with --resume auto")
 
     def _find(self, resume: str | None) -> Path | None:
-        if resume == "auto":
-            kept = [self.folder / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
-            return next((path for path in kept if path.is_file()), None)
-        if resume is not None and not Path(resume).is_file():
-            raise UserError(f"--resume {resume}: there is no such checkpoint")
-        return None if resume is None else Path(resume)
+        """The checkpoint to continue from; for `auto` the one before the last where the last is damaged."""
+        if resume is None:
+            return None
+        if resume != "auto":
+            if not Path(resume).is_file():
+                raise UserError(f"--resume {resume}: there is no such checkpoint")
+            if not intact(Path(resume)):
+                raise UserError(f"--resume {resume}: this checkpoint is damaged, or it is none")
+            return Path(resume)
+        for path in (self.folder / CHECKPOINTS / name for name in (LAST, PREVIOUS)):
+            if path.is_file() and intact(path):
+                return path
+            if path.is_file():
+                log.warning("%s is damaged and is left aside", path)
+        return None
 
     def loggers(self, wandb: str | None = None) -> list[Logger]:
         """CSV always, TensorBoard where it is installed, wandb where a project is named. Nothing is written yet."""
@@ -93,6 +108,29 @@ class Run:
             "precision": trainer.precision,
             "devices": trainer.num_devices,
         }
+
+
+def intact(path: Path) -> bool:
+    """Whether a checkpoint is complete and every part of it has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+        return False
+
+
+@contextmanager
+def restoring(checkpoint: Path | None) -> Iterator[None]:
+    """Raise UserError, in one line, where `checkpoint` turns out not to be one of this model."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise UserError(f"{checkpoint} holds more than tensors and plain data; it is not opened") from error
+    except RuntimeError as error:
+        first, _, rest = str(error).partition("\n")
+        if checkpoint is None or "loading state_dict" not in first:
+            raise
+        raise UserError(f"{checkpoint} is of another model: {' '.join(rest.split())[:160]}") from error
 
 
 def commit() -> str:

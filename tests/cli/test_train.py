@@ -44,7 +44,7 @@ TOKENIZER: dict[str, Any] = {
                     },
                 },
             },
-            "loss": {"class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss"},
+            "loss": {"class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss", "init_args": {}},
             "schedule": {"decay": "linear"},
         },
     },
@@ -190,6 +190,11 @@ def test_a_run_from_tokenizer_to_generator(call) -> None:
     assert sorted(Path("runs/gen/pictures").iterdir()) == [Path("runs/gen/pictures/samples_0000002.png")]
     code, printed = call(generator("model.generator.num_classes", 3), name="three")
     assert code == 2 and "the generator has 3 classes; the data set shapes has 10" in printed
+    code, printed = call(GENERATOR, "--model.tokenizer", "runs/gen/export", name="three")
+    assert code == 2 and printed == "error: runs/gen/export is a generator; a tokenizer is needed here\n"
+    code, printed = call(GENERATOR, "--resume", "runs/tok/checkpoints/last.ckpt", name="three")
+    assert code == 2 and printed.startswith("error: runs/tok/checkpoints/last.ckpt is of another model: Missing key")
+    assert printed.count("\n") == 1 and len(printed) < 300
 
 
 def test_a_run_never_writes_into_another_and_continues_when_asked(call, capsys) -> None:
@@ -207,6 +212,36 @@ def test_a_run_never_writes_into_another_and_continues_when_asked(call, capsys) 
     assert run(lambda: train.main(["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"])) == 0
     assert "val/psnr" in capsys.readouterr().out
     assert "--resume" in call(TOKENIZER, name="new", action="validate")[1]
+
+
+def test_a_hostile_checkpoint_is_not_opened(call) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return (open, ("opened", "w"))
+
+    torch.save({"state_dict": {}, "more": Hostile()}, "evil.ckpt")
+    code, printed = call(TOKENIZER, "--resume", "evil.ckpt")
+    assert code == 2 and "evil.ckpt holds more than tensors" in printed and printed.count("\n") == 1
+    assert not Path("opened").exists()
+
+
+def test_fine_tuning_takes_weights_and_starts_a_fresh_discriminator(call, caplog) -> None:
+    assert call(TOKENIZER)[0] == 0
+    with_critic = tokenizer(
+        "model.loss.discriminator",
+        {
+            "class_path": "tessellar.tokenizers.losses.discriminator.PatchGAN",
+            "init_args": {"channels": 8, "depth": 1},
+        },
+    )
+    options = ("--model.init_from", "runs/tok/export", "--model.optimizer.lr", "0")
+    with caplog.at_level("INFO"):
+        assert call(with_critic, *options, name="fine")[0] == 0
+    assert sum("no discriminator: training starts with a fresh one" in m for m in caplog.messages) == 1
+    before, after = (list(tessellar.load(f"runs/{name}/export").parameters()) for name in ("tok", "fine"))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    code, printed = call(tokenizer(f"{MODEL}.width", 32), *options, name="wider")
+    assert code == 2 and printed.count("\n") == 1 and "runs/tok/export (tokenizer)" in printed
 
 
 def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tessellar.errors import UserError
 from tessellar.training.metrics_file import MetricsFile
@@ -15,6 +16,13 @@ def test_a_name_is_a_plain_folder_name(tmp_path: Path, name: str) -> None:
         Run(name, tmp_path)
 
 
+def save(path: Path) -> Path:
+    """A small checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"weight": torch.arange(1000)}, path)
+    return path
+
+
 def test_resume_auto_takes_the_last_checkpoint_or_the_one_before(tmp_path: Path) -> None:
     run = Run("a", tmp_path, resume="auto")
     assert run.checkpoint is None  # nothing there yet: a start
@@ -22,14 +30,26 @@ def test_resume_auto_takes_the_last_checkpoint_or_the_one_before(tmp_path: Path)
     (run.folder / "config.yaml").touch()
     assert Run("a", tmp_path, resume="auto").checkpoint is None  # killed before its first checkpoint
     for name in ("previous.ckpt", "last.ckpt"):
-        (run.folder / "checkpoints" / name).touch()
-        assert Run("a", tmp_path, resume="auto").checkpoint == run.folder / "checkpoints" / name
+        path = save(run.folder / "checkpoints" / name)
+        assert Run("a", tmp_path, resume="auto").checkpoint == path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
+def test_a_damaged_checkpoint_is_left_aside(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "a" / "checkpoints"
+    previous, last = save(folder / "previous.ckpt"), save(folder / "last.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": content}[damage])
+    assert Run("a", tmp_path, resume="auto").checkpoint == previous
+    assert "last.ckpt is damaged" in caplog.text
+    with pytest.raises(UserError, match="damaged"):
+        Run("a", tmp_path, resume=str(last))
 
 
 def test_another_runs_checkpoint_gives_no_right_to_a_taken_folder(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        Run(name, tmp_path).create()
-        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        save(tmp_path / name / "checkpoints" / "last.ckpt")
     theirs = str(tmp_path / "b" / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match="exists"):
         Run("a", tmp_path, resume=theirs)
