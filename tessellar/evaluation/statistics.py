@@ -13,6 +13,9 @@ from torch import Tensor
 from tessellar.distributed import all_reduce_sum
 from tessellar.errors import UserError
 
+BLOCK = 256  # rows gathered before they are multiplied
+COLUMNS = 256
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -33,17 +36,36 @@ class Moments:
     def dim(self) -> int:
         return self.mean.shape[0]
 
+    @property
+    def rank_bound(self) -> int:
+        """The rank of the covariance is at most this."""
+        return self.dim if self.count is None else min(self.dim, self.count - 1)
+
     @cached_property
     def factor(self) -> Tensor:
-        """A [D, r] with A A^T = cov and r its rank; computed once, so a reference may serve many distances."""
+        """A [D, r] with A A^T = cov and r its rank; computed once, so a reference may serve many distances.
+
+        By Cholesky where the covariance is positive definite, else by its eigenvectors.
+        """
+        if self.cholesky is not None:
+            return self.cholesky
         values, vectors = torch.linalg.eigh((self.cov + self.cov.T) / 2)
         keep = values > rank_tolerance(values)
         return vectors[:, keep] * values[keep].sqrt()
 
+    @cached_property
+    def cholesky(self) -> Tensor | None:
+        """Lower triangle [D, D]; None where the covariance is singular, up to rounding."""
+        if self.rank_bound < self.dim:
+            return None
+        lower, failed = torch.linalg.cholesky_ex((self.cov + self.cov.T) / 2)
+        pivots = lower.diagonal().square()
+        return None if failed or bool(pivots.min() <= rank_tolerance(pivots)) else lower
 
-def rank_tolerance(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues [D] of a covariance below it are rounding errors; their roots would add up to a visible sum."""
-    return eigenvalues.clamp(min=0).max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+
+def rank_tolerance(values: Tensor) -> Tensor:
+    """Eigenvalues [D] of a covariance below it are rounding errors, whose roots would add up to a visible sum."""
+    return values.clamp(min=0).max() * len(values) * torch.finfo(values.dtype).eps
 
 
 class FeatureStatistics:
@@ -52,7 +74,12 @@ class FeatureStatistics:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(
+            dim, dim, dtype=torch.float64, device=device
+        )  # only on and above the diagonal blocks
+        self.pending: list[
+            Tensor
+        ] = []  # fewer than BLOCK rows: a product of many rows takes less time than many products
 
     def update(self, features: Tensor) -> None:
         """Add features [B, D]; raises UserError if one is not finite."""
@@ -62,19 +89,28 @@ class FeatureStatistics:
             )
         if not bool(torch.isfinite(features).all()):
             raise UserError("a feature is NaN or infinite: the images or the feature network's weights are broken")
-        if len(features):
-            x = features.to(self.mean)
+        self.pending.append(features.to(self.mean, copy=True))
+        if sum(map(len, self.pending)) >= BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what is pending to mean and scatter."""
+        x, self.pending = torch.cat([*self.pending, self.mean.new_empty(0, len(self.mean))]), []
+        if len(x):
             mean = x.mean(dim=0)
-            self._merge(len(x), mean)
-            self.scatter.addmm_((x - mean).T, x - mean)
+            self._shift(len(x), mean)
+            _add_outer(self.scatter, x - mean)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add everything that `other` has seen."""
+        self.flush()
+        other.flush()
         if other.count:
-            self._merge(other.count, other.mean)
+            self._shift(other.count, other.mean)
             self.scatter += other.scatter
 
-    def _merge(self, count: int, mean: Tensor) -> None:
+    def _shift(self, count: int, mean: Tensor) -> None:
+        """Count and mean of both parts, and what the distance of their means adds to the scatter."""
         total = self.count + count
         shift = mean - self.mean
         self.scatter.addr_(shift, shift, alpha=self.count * count / total)
@@ -83,6 +119,7 @@ class FeatureStatistics:
 
     def reduce(self) -> "FeatureStatistics":
         """Statistics over all ranks; one exchange of the means, one of the sums."""
+        self.flush()
         count = int(all_reduce_sum(torch.tensor(self.count)))
         whole = FeatureStatistics(len(self.mean), self.mean.device)
         whole.count = count
@@ -94,6 +131,15 @@ class FeatureStatistics:
 
     def moments(self) -> Moments:
         """Mean and covariance; raises UserError for fewer than two images."""
+        self.flush()
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images; there are {self.count}")
-        return Moments(self.mean.clone(), self.scatter / (self.count - 1), self.count)
+        upper = self.scatter.triu()
+        return Moments(self.mean.clone(), (upper + upper.triu(1).T) / (self.count - 1), self.count)
+
+
+def _add_outer(scatter: Tensor, x: Tensor) -> None:
+    """Add x^T x to `scatter` [D, D] in blocks from the diagonal to the right; what is left of them mirrors the rest."""
+    for start in range(0, x.shape[1], COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        scatter[columns, start:].addmm_(x[:, columns].T, x[:, start:])

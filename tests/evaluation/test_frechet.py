@@ -50,6 +50,29 @@ def test_equals_sqrtm(images: int, dim: int) -> None:
     assert frechet_distance(a, b) == pytest.approx(oracle(a, b), rel=1e-6)
 
 
+def test_equals_sqrtm_where_the_spectrum_spans_six_decades() -> None:
+    """Truncating small eigenvalues too early would show in the fifth digit."""
+    spread = torch.logspace(0, -3, 300, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64))[0]
+    a = moments_of(torch.randn(2000, 300, dtype=torch.float64) * spread)
+    b = moments_of(torch.randn(2000, 300, dtype=torch.float64) * spread @ turn)
+    assert frechet_distance(a, b) == pytest.approx(oracle(a, b), rel=1e-7)
+    assert frechet_distance(a, a) < 1e-9
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rounding_of_zero_eigenvalues_does_not_show(known: bool) -> None:
+    """Equal to 1e-11 in another basis, where the zeros of a singular covariance round otherwise."""
+    turn = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64))[0]
+    x, y = torch.randn(40, 200, dtype=torch.float64), 2 * torch.randn(500, 200, dtype=torch.float64)
+    x[:, :5] = 0
+    pairs = [(moments_of(a), moments_of(b)) for a, b in ((x, y), (x @ turn, y @ turn))]
+    if not known:
+        pairs = [(Moments(a.mean, a.cov), Moments(b.mean, b.cov)) for a, b in pairs]
+    here, there = (frechet_distance(a, b) for a, b in pairs)
+    assert here == pytest.approx(there, rel=1e-11 if known else 1e-9)
+
+
 def test_is_symmetric_and_zero_for_equal_sets() -> None:
     a, b = moments_of(torch.randn(30, 50)), moments_of(1.5 * torch.randn(80, 50))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)

@@ -1,0 +1,182 @@
+"""Our evaluation against torch-fidelity's code and scipy's matrix square root, as ratios of times (above 1: ours wins).
+
+    python benchmarks/evaluation.py [--images 48] [--features 4096] [--rounds 3] [--weights FILE] [--json FILE]
+
+InceptionV3 with random weights unless a file is given. Network, statistics, distance at D = 2048, and the way from
+pixels to FID; rounds are interleaved and the fastest counts, in CPU seconds if torch runs one thread (a busy machine
+then changes little), else in seconds. Numbers belong to the machine that made them.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from tessellar.evaluation.collect import Needs, collect
+from tessellar.evaluation.extractors import Extractor, load_extractor
+from tessellar.evaluation.frechet import frechet_distance
+from tessellar.evaluation.sources import ImageBatch
+from tessellar.evaluation.statistics import FeatureStatistics, Moments
+
+DIM, BATCH = 2048, 16
+CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+Row = dict[str, Any]
+
+
+def random_weights(path: Path) -> Path:
+    """A weights file of torch-fidelity's Inception with random values of the right scale."""
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch("torch.load"):
+        with torch.device("meta"):
+            network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    draw = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in network.state_dict().items():
+        scale = (2 / tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else 0.1
+        state[name] = (scale * torch.randn(tensor.shape, generator=draw)).to(tensor.dtype)
+        if name.endswith(("running_var", "bn.weight")):
+            state[name] = torch.ones(tensor.shape)
+    torch.save(state, path)
+    return path
+
+
+def race(name: str, ours: Callable[[], float], theirs: Callable[[], float], rounds: int, other: str) -> Row:
+    """Both, interleaved; their fastest times and the last values."""
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    values = {}
+    for _ in range(rounds):
+        for who, run in (("ours", ours), ("theirs", theirs)):
+            start = CLOCK()
+            values[who] = run()
+            times[who].append(CLOCK() - start)
+    fastest = {who: min(seconds) for who, seconds in times.items()}
+    difference = abs(values["ours"] - values["theirs"]) / max(abs(values["theirs"]), 1e-12)
+    row = {
+        "what": name,
+        "against": other,
+        **fastest,
+        "ratio": fastest["theirs"] / fastest["ours"],
+        "difference": difference,
+    }
+    print(
+        f"{name:<34} {other:<15} {fastest['ours']:8.3f} {fastest['theirs']:9.3f} {row['ratio']:7.2f}  {difference:.1e}"
+    )
+    return row
+
+
+def their_features(network: FeatureExtractorInceptionV3, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([network(part)[0] for part in images.split(BATCH)])
+
+
+def our_features(extractor: Extractor, images: Tensor) -> Tensor:
+    return torch.cat([extractor(part).features for part in images.split(BATCH)])
+
+
+def our_moments(extractor: Extractor, images: Tensor) -> Moments:
+    batches = [ImageBatch(images, torch.arange(len(images)))]
+    return collect(batches, len(images), extractor, Needs(), BATCH).moments
+
+
+def streamed(features: Tensor) -> Moments:
+    statistics = FeatureStatistics(DIM)
+    for part in features.split(64):
+        statistics.update(part)
+    return statistics.moments()
+
+
+def sqrtm_distance(a: Moments, b: Moments) -> float:
+    root = scipy.linalg.sqrtm((a.cov @ b.cov).numpy())
+    traces = a.cov.trace() + b.cov.trace() - 2 * np.trace(root).real
+    return float((a.mean - b.mean).square().sum() + traces)
+
+
+def eigvals_distance(a: Moments, b: Moments) -> float:
+    pair = [{"mu": m.mean.numpy(), "sigma": m.cov.numpy()} for m in (a, b)]
+    return fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
+
+
+def fresh(moments: Moments) -> Moments:
+    """The same statistics without what an earlier distance has computed of them."""
+    return Moments(moments.mean, moments.cov, moments.count)
+
+
+def network_rows(images: Tensor, weights: Path, rounds: int) -> list[Row]:
+    """Network alone, then pixels to FID, against torch-fidelity."""
+    theirs = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(weights))
+    ours = load_extractor(weights)
+    halves = images.chunk(2)
+
+    def our_fid() -> float:
+        return frechet_distance(*(our_moments(ours, half) for half in halves))
+
+    def their_fid() -> float:
+        stats = [fid_features_to_statistics(their_features(theirs, half)) for half in halves]
+        return fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+
+    network = race(
+        f"network, {len(images)} images of 64 px",
+        lambda: float(our_features(ours, images).mean()),
+        lambda: float(their_features(theirs, images).mean()),
+        rounds,
+        "torch-fidelity",
+    )
+    print(f"{'':<34} {len(images) / network['ours']:.1f} images/s")
+    return [network, race("pixels to FID", our_fid, their_fid, rounds, "torch-fidelity")]
+
+
+def feature_rows(count: int, rounds: int) -> list[Row]:
+    """Statistics of `count` features and the distance between two sets of them."""
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(DIM, DIM, generator=draw) * torch.logspace(0, -2, DIM)
+    sets = [torch.randn(count, DIM, generator=draw) @ mixing / 30 + shift for shift in (0.0, 0.05)]
+    statistics = race(
+        f"statistics of {count} features",
+        lambda: float(streamed(sets[0]).cov.trace()),
+        lambda: float(np.trace(fid_features_to_statistics(sets[0])["sigma"])),
+        rounds,
+        "torch-fidelity",
+    )
+    a, b = (streamed(features) for features in sets)
+    ours = lambda: frechet_distance(fresh(a), fresh(b))  # noqa: E731
+    rows = [statistics, race("distance, D = 2048", ours, lambda: eigvals_distance(a, b), rounds, "torch-fidelity")]
+    rows.append(race("distance, D = 2048", ours, lambda: sqrtm_distance(a, b), 1, "scipy sqrtm"))
+    frechet_distance(a, b)
+    known = race("distance, reference seen before", lambda: frechet_distance(a, b), ours, rounds, "ours, unseen")
+    return [*rows, known]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--features", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'':<34} {'against':<15} {'ours s':>8} {'theirs s':>9} {'ratio':>7}  difference")
+    images = torch.randint(0, 256, (arguments.images, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        weights = arguments.weights or random_weights(Path(folder) / "inception.pth")
+        rows = network_rows(images.to(torch.uint8), weights, arguments.rounds)
+    rows += feature_rows(arguments.features, arguments.rounds)
+    state = 8 * (DIM * DIM + DIM)
+    print(f"state: {state / 2**20:.1f} MiB at any number of images; torch-fidelity keeps {4 * DIM} bytes an image")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
