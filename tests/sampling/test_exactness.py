@@ -45,7 +45,7 @@ def drafted(
 ) -> Tensor:
     other = TableGenerator(generator.layout, seed=7, spread=0.7)
     own = Guidance(Constant(1.2)) if guidance.branches == 2 else None
-    return draft_model(generator, other, condition, choice, noise, guidance, own, drafts=3)
+    return draft_model(generator, other, condition, choice, noise, guidance, own, drafts=2)
 
 
 ALGORITHMS: dict[str, Sampler] = {
