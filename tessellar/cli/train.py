@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from tessellar.callbacks.checkpoints import Checkpoints
+from tessellar.callbacks.checkpoints import LAST, Checkpoints
 from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
@@ -30,7 +30,7 @@ from tessellar.errors import UserError
 from tessellar.interop.card import Record
 from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.sampling.settings import Sampling
-from tessellar.training.base import TrainingModule
+from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.runs import CHECKPOINTS, Run, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
@@ -125,8 +125,12 @@ def fit(cli: TrainCLI) -> None:
         run.create()
         cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
         run.write("run.json", run.facts(trainer))
-    with restoring(run.checkpoint):
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    try:
+        with restoring(run.checkpoint):
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    except NonFiniteGradients as error:
+        last = run.folder / CHECKPOINTS / LAST
+        raise UserError(f"{error}. Last checkpoint: {last if last.exists() else 'none yet'}") from error
     if trainer.is_global_zero and trainer.state.finished:
         _finish(cli)
 

@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 STATE_KEY = "training_state"
 
 
+class NonFiniteGradients(RuntimeError):
+    """Too many updates in a row had no finite gradient."""
+
+
 class Player(NamedTuple):
     """Who trains together: parameters, their optimizers and schedule (a generator side, a discriminator)."""
 
@@ -46,6 +50,11 @@ class TrainingModule(L.LightningModule, ABC):
 
     def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
         super().__init__()
+        if accumulate < 1 or max_skipped < 1 or (clip is not None and clip <= 0):
+            raise ValueError(
+                f"accumulate is {accumulate}, max_skipped {max_skipped}, clip {clip}: the first two are at least 1, "
+                "clip above 0 or null"
+            )
         self.automatic_optimization = False
         self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
         self.batches, self.updates, self.skipped = 0, 0, 0
@@ -113,9 +122,9 @@ class TrainingModule(L.LightningModule, ABC):
             "update %d: gradient of the %s is not finite, skipped (%d so far)", self.updates, name, self.skipped
         )
         if in_a_row >= self.max_skipped:
-            raise RuntimeError(
+            raise NonFiniteGradients(
                 f"{in_a_row} updates in a row of the {name} had no finite gradient, the last is update {self.updates}; "
-                "lower the learning rate or use precision 32-true, and resume from the last checkpoint"
+                "lower the learning rate or use precision 32-true"
             )
 
     def finish_batch(self) -> None:

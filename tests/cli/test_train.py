@@ -123,6 +123,8 @@ MISTAKES = [
     (tokenizer("trainer.accelerator", "cpuu"), (), "cpuu"),
     ("model: [a\nb: }", (), "run.yaml: not valid YAML"),
     ("- a\n- b", (), "run.yaml: a config is a mapping of keys"),
+    (tokenizer("model.accumulate", 0), (), "accumulate is 0"),
+    (tokenizer("model.clip", 0.0), (), "clip above 0 or null"),
     (TOKENIZER, ("--trainer.max_stap", "1"), "error: there is no option 'trainer.max_stap'; did you mean 'max_steps'?"),
     (TOKENIZER, ("--model.clipp", "1"), "error: TokenizerModule (model) has no option 'clipp'; did you mean 'clip'?"),
     (TOKENIZER, ("--nam", "x"), "error: there is no option 'nam'; did you mean 'name'?"),
@@ -212,6 +214,13 @@ def test_a_run_never_writes_into_another_and_continues_when_asked(call, capsys) 
     assert run(lambda: train.main(["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"])) == 0
     assert "val/psnr" in capsys.readouterr().out
     assert "--resume" in call(TOKENIZER, name="new", action="validate")[1]
+
+
+def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(call) -> None:
+    diverging = tokenizer("model.optimizer", {"lr": 1.0e30})
+    code, printed = call(diverging, "--model.max_skipped", "2", "--save_every", "1", "--trainer.max_steps", "50")
+    assert code == 2 and printed.splitlines()[-1].startswith("error: 2 updates in a row of the tokenizer had no finite")
+    assert printed.endswith("Last checkpoint: runs/tok/checkpoints/last.ckpt\n")
 
 
 def test_a_hostile_checkpoint_is_not_opened(call) -> None:
