@@ -23,9 +23,10 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
     factor = lower.factor.to(samples.cov)
     product = factor.T @ higher.cov.to(factor) @ factor
     values = torch.linalg.eigvalsh((product + product.T) / 2) if factor.shape[1] else product.new_zeros(1)
-    # Where `higher` is singular, some of the values may be zeros that were rounded.
-    noise = 0 if higher.cholesky is not None else float(values.max()) * NOISE * torch.finfo(values.dtype).eps
-    overlap = values[values > noise].sqrt().sum()
+    rounding = float(values.max()) * NOISE * torch.finfo(values.dtype).eps
+    if float(values.min()) < rounding and higher.cholesky is None:
+        values = values[values > rounding]  # of a singular covariance these are zeros, else small numbers that count
+    overlap = values.clamp(min=0).sqrt().sum()
     shift = samples.mean - reference.mean.to(samples.mean)
     spread = samples.cov.trace() + reference.cov.trace().to(samples.cov)
     return max(0.0, float(shift.square().sum() + spread - 2 * overlap))
