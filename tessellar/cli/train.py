@@ -142,7 +142,8 @@ def validate(cli: TrainCLI) -> None:
         raise UserError("validate needs --resume auto (this run's last checkpoint) or --resume FILE")
     check(cli)
     trainer.logger = None
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Grids)]  # type: ignore[attr-defined]
+    kept = [c for c in trainer.callbacks if not isinstance(c, (Grids, EMA))]  # type: ignore[attr-defined]
+    trainer.callbacks = [EMA(), *kept]  # type: ignore[attr-defined]
     with restoring(run.checkpoint):
         (metrics,) = trainer.validate(
             cli.model, cli.datamodule, ckpt_path=run.checkpoint, verbose=False, weights_only=True

@@ -168,7 +168,14 @@ def test_missing_config_and_missing_data(call) -> None:
     assert call(TOKENIZER, action="fitt")[1].startswith("error: 'fitt' is not an action; there are fit, validate; did")
 
 
-def test_a_run_from_tokenizer_to_generator(call) -> None:
+def validate_psnr(capsys: pytest.CaptureFixture) -> float:
+    """What `validate` prints of the run `tok`."""
+    assert run(lambda: train.main(["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"])) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    return float(printed["val/psnr"])
+
+
+def test_a_run_from_tokenizer_to_generator(call, capsys) -> None:
     assert call(TOKENIZER, "--ema", "0.5")[0] == 0
     assert isinstance(tessellar.load("runs/tok/export"), ViTVQ)
     for path in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "config.yaml", "pictures", "tensorboard"):
@@ -184,6 +191,8 @@ def test_a_run_from_tokenizer_to_generator(call) -> None:
     exported = tessellar.load("runs/tok/export").state_dict()
     assert all(torch.equal(exported[key], averaged[key]) for key in averaged)
     assert any(not torch.equal(raw[key], averaged[key]) for key in raw)
+
+    assert validate_psnr(capsys) == pytest.approx(float(rows[-1]["val/psnr"]), rel=1e-5)  # of averaged weights, both
 
     assert call(GENERATOR, "--trainer.max_steps", "2", name="gen")[0] == 0
     model = tessellar.load("runs/gen/export")
@@ -210,9 +219,10 @@ def test_a_run_never_writes_into_another_and_continues_when_asked(call, capsys) 
     with open("runs/tok/metrics.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5", "6"]
     assert json.loads(Path("runs/tok/run.json").read_text())["samples_seen"] == 48
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert run(lambda: train.main(["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"])) == 0
-    assert "val/psnr" in capsys.readouterr().out
+    assert validate_psnr(capsys) > 0
+    assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     assert "--resume" in call(TOKENIZER, name="new", action="validate")[1]
 
 
