@@ -1,6 +1,6 @@
 """How close plain decoding is to what the hardware allows, and what GSD's own work costs.
 
-    python benchmarks/decoding.py [--tokens 256] [--rounds 3] [--batches 1,8] [--dtypes float32,bfloat16] [--json FILE]
+    python benchmarks/decoding.py [--tokens 256] [--rounds 3] [--batches 1,8] [--layout auto] [--json FILE]
 
 LlamaGen-B (random weights, 16,384 codes, a class prefix), guidance on: our loop with a prepared generator against a
 plain loop of the same model, whose cache is copied at every step and whose attention runs over the full length. Rounds
@@ -89,12 +89,12 @@ def decode(generator: LlamaGen, batch: int, tokens: int, copied: bool) -> tuple[
     return seconds, buffer
 
 
-def compare(dtype: torch.dtype, batch: int, tokens: int, rounds: int, compile: bool) -> dict[str, Any]:
+def compare(dtype: torch.dtype, batch: int, tokens: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     """Fastest rounds of both loops, their ratio, and the same from the fastest time of every step."""
     generator = model(16, dtype)
     ways: dict[str, tuple[bool, Callable[[], AbstractContextManager[None]]]] = {
         "plain": (True, nullcontext),
-        "ours": (False, lambda: prepared(generator, dtype, compile)),
+        "ours": (False, lambda: prepared(generator, dtype, **options)),
     }
     steps: dict[str, list[list[float]]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -146,15 +146,17 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile our blocks (minutes of start-up)")
+    parser.add_argument("--layout", default="auto", choices=["auto", "plain", "transposed", "packed"])
     parser.add_argument("--no-windows", action="store_true", help="leave out SJD and GSD")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}")
+    options = {"compile": arguments.compile, "layout": arguments.layout}
     results: dict[str, Any] = {"threads": threads, "torch": torch.__version__, "loops": [], "windows": []}
     for dtype in (getattr(torch, name) for name in arguments.dtypes.split(",")):
         for batch in map(int, arguments.batches.split(",")):
-            row = compare(dtype, batch, arguments.tokens, arguments.rounds, arguments.compile)
+            row = compare(dtype, batch, arguments.tokens, arguments.rounds, options)
             results["loops"].append(row)
             print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         if not arguments.no_windows:

@@ -7,6 +7,7 @@ block's own forward up to rounding (tests/sampling/test_prepare.py).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,30 @@ from tessellar.models.generator import Generator
 PACKED_FOR_ROWS = 32  # the layout that oneDNN chooses for 32 rows is also the fastest one for 2 to 256
 
 
-class Product:
-    """x @ weight.T on a copy of `weight` [out, in] in `dtype`.
+WeightLayout = Literal["auto", "plain", "transposed", "packed"]
 
-    On CPUs bfloat16 weights are packed once: the plain product rearranges them at every call, which takes half of its
-    time at two rows. float32 products of few rows read their weights at the speed of memory as they are.
+
+class Product:
+    """x @ weight.T on a copy of `weight` [out, in] in `dtype`, laid out for few rows.
+
+    `packed` is oneDNN's order: in bfloat16 the plain product rearranges the weight at every call, which takes half of
+    its time at two rows. `auto` packs bfloat16 weights on CPUs and leaves others as they are: float32 products of few
+    rows run at the speed of memory already. Which is fastest depends on the processor (benchmarks/decoding.py).
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight, self.is_packed = weight.detach().to(dtype), False
-        if dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    def __init__(self, weight: Tensor, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
+        packable = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if layout == "auto":
+            layout = "packed" if packable and dtype == torch.bfloat16 else "plain"
+        if layout == "packed" and not packable:
+            raise ValueError(
+                f"weights on {weight.device} cannot be packed; layout 'plain' or 'transposed' works anywhere"
+            )
+        self.weight, self.is_packed = weight.detach().to(dtype), layout == "packed"
+        if layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
-            self.is_packed = True
+        elif layout == "transposed":
+            self.weight = self.weight.t().contiguous().t()
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.is_packed:
@@ -41,14 +54,14 @@ class Product:
 class FusedBlock:
     """The forward pass of a `LlamaBlock` without dropout and gradients, on copies of its weights in `dtype`."""
 
-    def __init__(self, block: LlamaBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: LlamaBlock, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
         own, feed = block.attention, block.feed_forward
         self.norms = (block.attention_norm, block.ffn_norm)
         self.num_heads, self.dtype = own.num_heads, dtype
         # `auto` prefers the explicit form on CPU for its backward pass; going forward SDPA is up to 7 times faster.
         self.implementation = "sdpa" if own.implementation == "auto" else own.implementation
-        self.wqkv, self.wo, self.w2 = (Product(m.weight, dtype) for m in (own.wqkv, own.wo, feed.w2))
-        self.w13 = Product(torch.cat([feed.w1.weight, feed.w3.weight]), dtype)
+        self.wqkv, self.wo, self.w2 = (Product(m.weight, dtype, layout) for m in (own.wqkv, own.wo, feed.w2))
+        self.w13 = Product(torch.cat([feed.w1.weight, feed.w3.weight]), dtype, layout)
 
     def __call__(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """x [R, n, D] to [R, n, D]."""
@@ -78,21 +91,24 @@ class FusedBlock:
 class FusedLinear:
     """A linear layer without bias on a copy of its weight in `dtype`; the output has the precision of the input."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        self.product, self.dtype = Product(linear.weight, dtype), dtype
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
+        self.product, self.dtype = Product(linear.weight, dtype, layout), dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.product(x.to(self.dtype)).to(x.dtype)
 
 
 @contextmanager
-def prepared(generator: Generator, dtype: torch.dtype | None = None, compile: bool = False) -> Iterator[None]:
+def prepared(
+    generator: Generator, dtype: torch.dtype | None = None, compile: bool = False, layout: WeightLayout = "auto"
+) -> Iterator[None]:
     """Within it, the generator's Llama blocks and other linear layers run fused, in `dtype`.
 
     The default is autocast's precision where that is on, else the weights'.
 
     `compile` hands the fused blocks to torch.compile (worth it on a GPU; minutes of start-up). For sampling only:
-    weights are copied when it is entered, and dropout and gradients are gone until it is left.
+    weights are copied when it is entered, and dropout and gradients are gone until it is left. `layout` is that of the
+    weights (`Product`).
     """
     replaced: list[nn.Module] = []
     kind = next(generator.parameters()).device.type
@@ -101,7 +117,9 @@ def prepared(generator: Generator, dtype: torch.dtype | None = None, compile: bo
     inside = {id(m) for block in generator.modules() if isinstance(block, LlamaBlock) for m in block.modules()}
     try:
         for module in generator.modules():
-            fused = _fused(module, dtype) if isinstance(module, LlamaBlock) or id(module) not in inside else None
+            fused = (
+                _fused(module, dtype, layout) if isinstance(module, LlamaBlock) or id(module) not in inside else None
+            )
             if fused is not None:
                 object.__setattr__(module, "forward", torch.compile(fused, dynamic=True) if compile else fused)
                 replaced.append(module)
@@ -111,9 +129,9 @@ def prepared(generator: Generator, dtype: torch.dtype | None = None, compile: bo
             object.__delattr__(module, "forward")
 
 
-def _fused(module: nn.Module, dtype: torch.dtype | None) -> Callable[..., Tensor] | None:
+def _fused(module: nn.Module, dtype: torch.dtype | None, layout: WeightLayout) -> Callable[..., Tensor] | None:
     if type(module) is LlamaBlock:
-        return FusedBlock(module, dtype or module.attention.wo.weight.dtype)
+        return FusedBlock(module, dtype or module.attention.wo.weight.dtype, layout)
     if type(module) is nn.Linear and module.bias is None:
-        return FusedLinear(module, dtype or module.weight.dtype)
+        return FusedLinear(module, dtype or module.weight.dtype, layout)
     return None

@@ -13,7 +13,7 @@ from tessellar.sampling.couplings import maximal
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.guidance import Constant, Guidance
 from tessellar.sampling.noise import Noise
-from tessellar.sampling.prepare import FusedBlock, prepared
+from tessellar.sampling.prepare import FusedBlock, WeightLayout, prepared
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 from tessellar.tokenizers.layout import Categorical, grid_layout
 
@@ -46,10 +46,11 @@ def logits(generator: LlamaGen) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def test_float32_values_agree() -> None:
+@pytest.mark.parametrize("layout", ["auto", "plain", "transposed", "packed"])
+def test_float32_values_agree(layout: WeightLayout) -> None:
     generator = captioned()
     plain = logits(generator)
-    with prepared(generator):
+    with prepared(generator, layout=layout):
         torch.testing.assert_close(logits(generator), plain, atol=1e-5, rtol=1e-5)
 
 
