@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +17,7 @@ from tessellar.errors import UserError
 from tessellar.interop.card import Record
 from tessellar.interop.export import WEIGHTS, export_generator, export_tokenizer
 from tessellar.interop.load import assemble, read_source
-from tessellar.interop.official import import_model
+from tessellar.interop.official import ImportOptions, import_model
 from tessellar.interop.staging import check_target
 from tessellar.interop.verify import Report, UnknownSystem, verify
 from tessellar.interop.weights import fingerprint
@@ -27,12 +26,13 @@ from tessellar.tokenizers.base import Tokenizer
 
 
 def import_official(
-    system: Literal["llamagen"],
+    system: str,
     file: str,
     out: str = "",
     tokenizer: str | None = None,
     image_size: int | None = None,
     num_heads: int | None = None,
+    variant: str | None = None,
     key: str | None = None,
     license: str = "",
     overwrite: bool = False,
@@ -40,19 +40,21 @@ def import_official(
     """Make an export of an official checkpoint.
 
     Args:
-        system: whose checkpoint it is
+        system: whose checkpoint it is: llamagen, or any other name that the message about a wrong one lists
         file: official file, a torch pickle or safetensors
         out: folder of the export
         tokenizer: for a generator, its tokenizer: an export or the official file
         image_size: side of the images (default 256, or what the tokenizer's export says)
         num_heads: attention heads of a generator of unpublished size
+        variant: published variant, where the weights do not show it, such as titok_b64
         key: entry of the checkpoint to take, such as ema (default: the first of model, module, state_dict, ema)
         license: license of the weights, for the card
         overwrite: replace an older export
     """
     _check_out(out, overwrite)
     record = Record(title=Path(file).stem, weights="official", source=Path(file).name, license=license)
-    _export(import_model(system, file, tokenizer, image_size, num_heads, key), out, record, overwrite)
+    options = ImportOptions(image_size, num_heads, variant)
+    _export(import_model(system, file, tokenizer, key, options), out, record, overwrite)
 
 
 def export(

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.interop.importer import table
+from tessellar.interop.official import ImportOptions
 from tessellar.interop.weights import load_strict
 from tessellar.layers.llama import swiglu_hidden
+from tessellar.models.conditioners import ClassConditioner, FeatureConditioner
 from tessellar.models.llamagen import LlamaGen
+from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 
 KEYS = table(
@@ -120,6 +124,13 @@ def from_official(
         )
     load_strict(generator, KEYS.from_official(state, "the LlamaGen checkpoint"), "the LlamaGen checkpoint")
     return generator.eval()
+
+
+def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> ImageGenerator:
+    """What `convert.py import llamagen` makes of a generator's file."""
+    generator, classes = from_official(state, tokenizer.layout, options.num_heads), sizes_of(state).num_classes
+    conditioner = FeatureConditioner() if classes is None else ClassConditioner(classes)
+    return ImageGenerator(tokenizer, generator, conditioner)
 
 
 def to_official(generator: LlamaGen) -> dict[str, Tensor]:

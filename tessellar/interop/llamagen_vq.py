@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.interop.importer import table
+from tessellar.interop.official import ImportOptions
 from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.llamagen_vq import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
@@ -84,6 +85,11 @@ def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) 
         state["encoder.conv_out.weight"].shape[0],
     )
     return load_official(tokenizer, state)
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> LlamaGenVQ:
+    """What `convert.py import llamagen` makes of a tokenizer's file."""
+    return tokenizer_from_official(state, options.image_size or 256)
 
 
 def _last(state: Mapping[str, Tensor], pattern: str) -> int:

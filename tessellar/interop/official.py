@@ -1,30 +1,64 @@
-"""Which official systems can be imported, and how a file becomes one of our models."""
+"""Which official systems can be imported, and how a file becomes one of our models.
 
+A new system adds one line to SYSTEMS: a function that makes the tokenizer of a state dict, one that makes the generator
+of a state dict and its tokenizer, and, where a file may hold either, one that tells them apart.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from tessellar.construct import build
 from tessellar.errors import UserError
-from tessellar.interop import llamagen
 from tessellar.interop.checkpoint import HEADER_KEY
 from tessellar.interop.importer import read_official
 from tessellar.interop.load import load_tokenizer
 from tessellar.interop.weights import load_strict, read_safetensors
-from tessellar.models.conditioners import ClassConditioner, FeatureConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 
-SYSTEMS = ("llamagen",)
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the weights do not say: side of the images, attention heads, and the name of a published variant."""
+
+    image_size: int | None = None
+    num_heads: int | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class Official:
+    """Importers of one system, as `module:function` below `tessellar.interop`.
+
+    `tokenizer`: (state, ImportOptions) -> Tokenizer; `generator`: (state, Tokenizer, ImportOptions) -> ImageGenerator;
+    `is_generator`: (state) -> bool, needed where both are given.
+    """
+
+    tokenizer: str | None = None
+    generator: str | None = None
+    is_generator: str | None = None
+
+    def holds_generator(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether `state` is the generator's rather than the tokenizer's."""
+        if self.is_generator is None:
+            return self.tokenizer is None
+        return _function(self.is_generator)(state)
+
+
+SYSTEMS: dict[str, Official] = {
+    "llamagen": Official(
+        "llamagen_vq:import_tokenizer", "llamagen:import_generator", is_generator="llamagen:is_official"
+    ),
+}
 
 
 def import_model(
-    system: str,
-    file: str,
-    tokenizer: str | None = None,
-    image_size: int | None = None,
-    num_heads: int | None = None,
-    key: str | None = None,
+    system: str, file: str, tokenizer: str | None = None, key: str | None = None, options: ImportOptions | None = None
 ) -> Tokenizer | ImageGenerator:
     """The tokenizer, or the generator with its tokenizer, of an official file.
 
@@ -32,35 +66,34 @@ def import_model(
     """
     if system not in SYSTEMS:
         raise UserError(f"there is no importer for {system!r}; there are {', '.join(SYSTEMS)}")
-    state = read_official(file, key)
-    if not llamagen.is_official(state):
-        return _llamagen_tokenizer(state, image_size or 256)
+    official, options, state = SYSTEMS[system], options or ImportOptions(), read_official(file, key)
+    if not official.holds_generator(state):
+        return _import_tokenizer(official, state, options)
     if tokenizer is None:
         raise UserError(f"{file} is a generator: give its tokenizer (an export or the official file) as --tokenizer")
-    return _llamagen_generator(state, _tokenizer(tokenizer, image_size), num_heads)
+    assert official.generator is not None
+    return _function(official.generator)(state, _tokenizer(official, tokenizer, options), options)
 
 
-def _llamagen_tokenizer(state: dict[str, Tensor], image_size: int) -> Tokenizer:
-    from tessellar.interop import llamagen_vq
-
-    return llamagen_vq.tokenizer_from_official(state, image_size)
-
-
-def _llamagen_generator(state: dict[str, Tensor], tokenizer: Tokenizer, num_heads: int | None) -> ImageGenerator:
-    generator = llamagen.from_official(state, tokenizer.layout, num_heads)
-    classes = llamagen.sizes_of(state).num_classes
-    conditioner = FeatureConditioner() if classes is None else ClassConditioner(classes)
-    return ImageGenerator(tokenizer, generator, conditioner)
+def _function(path: str) -> Callable[..., Any]:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(f"tessellar.interop.{module}"), name)
 
 
-def _tokenizer(path: str, image_size: int | None) -> Tokenizer:
+def _import_tokenizer(official: Official, state: Mapping[str, Tensor], options: ImportOptions) -> Tokenizer:
+    if official.tokenizer is None:
+        raise UserError("this system has no tokenizer of its own: give an export as --tokenizer")
+    return _function(official.tokenizer)(state, options)
+
+
+def _tokenizer(official: Official, path: str, options: ImportOptions) -> Tokenizer:
     """From an export, or an official file; at `image_size` where one is given."""
     if _is_official_file(Path(path)):
-        return _llamagen_tokenizer(read_official(path), image_size or 256)
-    tokenizer = load_tokenizer(path)
-    if image_size is None or tokenizer.image_size == (image_size, image_size):
+        return _import_tokenizer(official, read_official(path), options)
+    tokenizer, size = load_tokenizer(path), options.image_size
+    if size is None or tokenizer.image_size == (size, size):
         return tokenizer
-    return _resized(tokenizer, image_size)
+    return _resized(tokenizer, size)
 
 
 def _is_official_file(path: Path) -> bool:
