@@ -1,11 +1,11 @@
 """Decoding algorithms against each other on a trained generator: evaluations an image, time at batch 1, and FD.
 
-    python benchmarks/tradeoff.py MODEL --data DIR --extractor FILE [--guidance 1.5] [--rows REGEX] [--out DIR]
+    python benchmarks/tradeoff.py MODEL --data DIR --extractor FILE [--guidance 1.5] [--rows REGEX] [--bf16] [--out DIR]
 
-Every row is one algorithm with its options. Its FD comes from 10,000 class-balanced samples for each of the seeds, made
-in large batches: an image is the same in any batch, and so are its evaluations. Its time comes from `--timed` images
-one after the other. Rows are written to `results.json` as they are done and skipped when the script is run again;
-`table.md` and `tradeoff.png` are made of whatever is there. `--images 0` measures evaluations and time alone.
+Every row is one algorithm with its options. Its FD comes from `--images` class-balanced samples for each of the seeds,
+made in large batches: an image is the same in any batch, and so are its evaluations. Its time comes from `--timed`
+images one after the other. Rows are written to `results.json` as they are done and skipped when the script is run
+again; `table.md` and `tradeoff.png` are made of whatever is there. `--images 0` measures evaluations and time alone.
 """
 
 import argparse
@@ -77,9 +77,9 @@ COUPLINGS = ("none", "maximal", "gumbel")
 class RecordedImages(GeneratedImages):
     """Samples of a prepared generator that count what the algorithm does."""
 
-    def __init__(self, model: ImageGenerator, count: int, sampling: Sampling, seed: int) -> None:
+    def __init__(self, model: ImageGenerator, count: int, sampling: Sampling, seed: int, bf16: bool) -> None:
         super().__init__(model, count, sampling, seed)
-        self.recorder = Recorder(entropy=True)
+        self.recorder, self.bf16 = Recorder(entropy=True), bf16
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         assert self.labels is not None
@@ -87,7 +87,8 @@ class RecordedImages(GeneratedImages):
             condition = self.model.class_condition(self.labels[index].tolist())
             seeds = [self.seed + i for i in index.tolist()]
             with torch.no_grad():
-                tokens = self.sampling.tokens(self.model.generator, condition, seeds, self.recorder)
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                    tokens = self.sampling.tokens(self.model.generator, condition, seeds, self.recorder)
                 yield ImageBatch(to_uint8(self.model.decode(tokens)), index, self.labels[index])
 
 
@@ -103,6 +104,7 @@ class Bench:
     timed: int
     seeds: int
     batch_size: int
+    bf16: bool
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
@@ -110,7 +112,7 @@ class Bench:
         result: dict[str, Any] = {"name": row.name, "exact": ALGORITHMS[row.algorithm].exact}
         result |= {"sampling": sampling.describe(), "batch_1": _summary(self._one_by_one(sampling)), "seeds": []}
         for number in range(self.seeds if self.images else 0):
-            source = RecordedImages(self.model, self.images, sampling, (number + 1) * SEED_STEP)
+            source = RecordedImages(self.model, self.images, sampling, (number + 1) * SEED_STEP, self.bf16)
             assert self.extractor is not None
             arguments = (source, self.extractor, self.reference)
             record = evaluate_samples(*arguments, metrics=("fd", "accuracy"), batch_size=self.batch_size)
@@ -121,7 +123,7 @@ class Bench:
         recorder, conditioner = Recorder(entropy=True), self.model.conditioner
         assert isinstance(conditioner, ClassConditioner)
         classes = conditioner.num_classes
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             for i in range(self.timed):
                 sampling.tokens(self.model.generator, self.model.class_condition([i % classes]), [i], recorder)
         return recorder.report()
@@ -190,7 +192,7 @@ def run(bench: Bench, rows: list[Row], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    with prepared(bench.model.generator):
+    with prepared(bench.model.generator, torch.bfloat16 if bench.bf16 else None):
         for row in rows:
             if row.name in (r["name"] for r in results):
                 continue
@@ -213,6 +215,9 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument(
+        "--bf16", action="store_true", help="the generator in bfloat16; the tokenizer decodes in float32"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/tradeoff"))
     arguments = parser.parse_args()
     if arguments.images and not (arguments.data and arguments.extractor):
@@ -234,6 +239,7 @@ def main() -> None:
         arguments.timed,
         arguments.seeds,
         arguments.batch_size,
+        arguments.bf16,
     )
     run(bench, [row for row in all_rows() if re.search(arguments.rows, row.name)], arguments.out)
 

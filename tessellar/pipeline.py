@@ -9,6 +9,7 @@ from tessellar.errors import UserError
 from tessellar.models.condition import Condition
 from tessellar.models.conditioners import ClassConditioner, Conditioner
 from tessellar.models.generator import Generator
+from tessellar.sampling.prepare import prepared
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.base import Tokenizer
 
@@ -38,11 +39,12 @@ class ImageGenerator(nn.Module):
 
     @torch.no_grad()
     def sample_tokens(self, condition: Condition, sampling: Sampling, seeds: Sequence[int]) -> Tensor:
-        """Tokens [B, N, ...] of the conditions."""
+        """Tokens [B, N, ...] of the conditions, drawn by the prepared generator."""
         mode = self.generator.training
         self.generator.eval()
         try:
-            return sampling.tokens(self.generator, condition, seeds)
+            with prepared(self.generator):
+                return sampling.tokens(self.generator, condition, seeds)
         finally:
             self.generator.train(mode)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from tessellar.layers.attention import attention
@@ -130,6 +131,8 @@ def prepared(
 
 
 def _fused(module: nn.Module, dtype: torch.dtype | None, layout: WeightLayout) -> Callable[..., Tensor] | None:
+    if any(isinstance(p, DTensor) for p in module.parameters(recurse=True)):
+        return None  # sharded over processes: gathered by the module's own forward
     if type(module) is LlamaBlock:
         return FusedBlock(module, dtype or module.attention.wo.weight.dtype, layout)
     if type(module) is nn.Linear and module.bias is None:
