@@ -37,11 +37,11 @@ def swiglu_hidden(width: int, multiple_of: int = 256) -> int:
 class SwiGLU(nn.Module):
     """w2(SiLU(w1 x) * w3 x) (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w1 = nn.Linear(width, hidden, bias=bias)
+        self.w3 = nn.Linear(width, hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -50,11 +50,13 @@ class SwiGLU(nn.Module):
 class LlamaAttention(nn.Module):
     """Multi-head attention with a fused projection, rows q | k | v, each head-major."""
 
-    def __init__(self, width: int, num_heads: int, implementation: str = "auto") -> None:
+    def __init__(
+        self, width: int, num_heads: int, implementation: str = "auto", bias: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.num_heads, self.implementation = num_heads, implementation
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.num_heads, self.implementation, self.dropout = num_heads, implementation, dropout
+        self.wqkv = nn.Linear(width, 3 * width, bias=bias)
+        self.wo = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         positions = shared.positions
@@ -64,7 +66,8 @@ class LlamaAttention(nn.Module):
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in (q, k, v))
         q, k = rotate(q, positions.cos, positions.sin), rotate(k, positions.cos, positions.sin)
         k, v = shared.cache.write(layer, shared.slots, k, v)
-        out = attention(q, k, v, shared.slots.mask, shared.slots.is_causal, self.implementation)
+        dropout = self.dropout if self.training else 0.0
+        out = attention(q, k, v, shared.slots.mask, shared.slots.is_causal, self.implementation, dropout=dropout)
         return self.wo(rearrange(out, "b h n d -> b n (h d)"))
 
 
