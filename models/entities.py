@@ -6,11 +6,17 @@ whole image. It is only data (an order and sizes), so decoding loops index with 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from tessellar.errors import UserError
 from tessellar.tokenizers.layout import Layout
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +107,30 @@ class Entities:
         """The partition of images `index` where every image has its own order."""
         return self if self.order.ndim == 1 else Entities(self.order[index.cpu()], self.sizes)
 
+    @property
+    def numbers(self) -> Tensor:
+        """[N] entity of the i-th token generated."""
+        return self._entity
+
+    @property
+    def inverse(self) -> Tensor:
+        """[N] or [B, N]: `inverse[p]` is when the token at place p is generated; undoes `order`."""
+        return self.order.argsort(-1)
+
     def mask(self) -> Tensor:
         """[N, N] block-causal visibility in generation order: row i sees column j iff entity(j) <= entity(i)."""
         return self._entity[None, :] <= self._entity[:, None]
+
+    def block_mask(self, device: torch.device | str = "cpu") -> "BlockMask":
+        """`mask` for FlexAttention, which skips the blocks that are hidden and stores no N x N table."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        entity = self._entity.to(device)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return entity[key] <= entity[query]
+
+        return create_block_mask(visible, None, None, self.length, self.length, device=str(device))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -123,3 +150,60 @@ def ordered(order: Sequence[int] | Tensor, sizes: Sequence[int]) -> Entities:
     if not torch.equal(order.sort(-1).values, torch.arange(order.shape[-1]).expand_as(order)):
         raise ValueError(f"an order must contain each of its {order.shape[-1]} places exactly once")
     return Entities(order, tuple(sizes))
+
+
+def image_entity(layout: Layout) -> Entities:
+    """Everything at once."""
+    return Entities(torch.arange(layout.length, device="cpu"), (layout.length,))
+
+
+def subsamples(layout: Layout, down: int, across: int | None = None) -> Entities:
+    """`down` x `across` tokens spread evenly over the grid at once (xAR, arXiv 2502.20388, algorithm 1).
+
+    Neighbours inside an entity are (height / down, width / across) apart: the numbers count tokens, not distances.
+    """
+    across = across or down
+    h, w = _grid(layout, "subsamples", down, across)
+    order = rearrange(torch.arange(h * w, device="cpu"), "(i h j w) -> (h w i j)", i=down, j=across, w=w // across)
+    return Entities(order, (down * across,) * (h * w // (down * across)))
+
+
+def levels(layout: Layout, sizes: Sequence[int] | None = None) -> Entities:
+    """Runs of tokens in the layout's own order: of the given sizes, or one a segment (levels, scales)."""
+    sizes = tuple(sizes or (segment.length for segment in layout.segments))
+    if sum(sizes) != layout.length or min(sizes) < 1:
+        raise UserError(f"levels of {sizes} tokens must be positive and sum to the {layout.length} tokens of {layout}")
+    return Entities(torch.arange(layout.length, device="cpu"), sizes)
+
+
+def scales(layout: Layout) -> Entities:
+    """One entity a scale of a pyramid of grids that grow; raises UserError for any other layout."""
+    sides = [segment.shape for segment in layout.segments]
+    grow = all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(sides, sides[1:], strict=False) if len(a) == len(b) == 2)
+    if len(sides) < 2 or not grow or any(len(side) != 2 for side in sides):
+        raise UserError(f"scales need a layout of grids from coarse to fine; this tokenizer gives {layout}")
+    return levels(layout)
+
+
+def random_order(
+    layout: Layout, generator: torch.Generator, batch: int | None = None, sizes: Sequence[int] | None = None
+) -> Entities:
+    """Tokens in random order, [N] or one order an image [B, N]; entities of `sizes` (default: one token each)."""
+    orders = [torch.randperm(layout.length, generator=generator, device="cpu") for _ in range(batch or 1)]
+    return Entities(orders[0] if batch is None else torch.stack(orders), tuple(sizes or (1,) * layout.length))
+
+
+def shuffled(entities: Entities, generator: torch.Generator) -> Entities:
+    """The same entities in random order, each with its tokens as they were; every image shares the order."""
+    parts = entities.order.split(entities.sizes)
+    chosen = torch.randperm(entities.count, generator=generator, device="cpu").tolist()
+    return Entities(torch.cat([parts[n] for n in chosen]), tuple(entities.sizes[n] for n in chosen))
+
+
+def _grid(layout: Layout, name: str, height: int, width: int) -> tuple[int, int]:
+    """Sides of a layout that is one grid and divides into height x width; raises UserError for any other."""
+    if layout.grid is None:
+        raise UserError(f"{name} need a layout of one grid; this tokenizer gives {layout}")
+    if height < 1 or width < 1 or layout.grid[0] % height or layout.grid[1] % width:
+        raise UserError(f"{name} of {height}x{width} do not divide the grid of {layout.grid[0]}x{layout.grid[1]}")
+    return layout.grid

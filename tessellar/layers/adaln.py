@@ -1,6 +1,6 @@
 """Adaptive normalisation: a condition scales, shifts and gates each residual branch (AdaLN, DiT, arXiv 2212.09748).
 
-xAR, VAR and diffusion decoders share it. Attention and MLP are given, so only the wiring is here: one linear layer makes
+xAR, VAR and diffusion decoders share it. Attention and MLP are given, only the wiring is here: one linear layer makes
 six vectors of the condition, in the order gate1, gate2, scale1, scale2, shift1, shift2 (xAR's and VAR's; DiT's rows are
 shift, scale, gate of each branch, an importer permutes them).
 """
