@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tessellar.construct import Configured
@@ -26,6 +27,10 @@ class Tokenizer(Configured, nn.Module, ABC):
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of the images."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens of the images as a generator is trained on them: a draw where encoding is random, else `encode`."""
+        return self.encode(images)
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:

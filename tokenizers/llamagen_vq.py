@@ -41,7 +41,7 @@ class LlamaGenVQ(Tokenizer):
         self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
         self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
-        self.quant_conv = nn.Conv2d(z_channels, quantizer.dim, 1)
+        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
 

@@ -58,7 +58,7 @@ class ViTVQ(Tokenizer):
         length, pixels = self.side**2, 3 * patch_size**2
         self.patch_in = nn.Linear(pixels, width)
         self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention)
-        self.to_code = nn.Linear(width, quantizer.dim)
+        self.to_code = nn.Linear(width, quantizer.in_dim)
         self.quantizer = quantizer
         self.from_code = nn.Linear(quantizer.dim, width)
         self.decoder = PatchTransformer(length, width, decoder_depth, num_heads, attention)
@@ -88,6 +88,9 @@ class ViTVQ(Tokenizer):
 
     def encode(self, images: Tensor) -> Tensor:
         return self.quantizer.encode(self.latents(images))
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.quantizer.draw(self.latents(images), generator)
 
     def decode(self, tokens: Tensor) -> Tensor:
         self.layout.check(tokens)

@@ -54,6 +54,8 @@ SYSTEMS: dict[str, Official] = {
     "llamagen": Official(
         "llamagen_vq:import_tokenizer", "llamagen:import_generator", is_generator="llamagen:is_official"
     ),
+    "rar": Official(generator="rar:import_generator"),
+    "mar": Official(tokenizer="kl_vae:import_tokenizer"),
 }
 
 

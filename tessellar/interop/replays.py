@@ -40,4 +40,11 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("gsd_replay:grouped", ("shared", "gsd")),
         Replay("gsd_replay:initial", ("init",)),
     ),
+    "mar": (Replay("kl_vae:replay", ("vae_main",)),),
+    "titok_rar": (
+        Replay(
+            "rar_replay:rar",
+            ("gen_shared", "gen_perm", "gen_raster", "gen_prefix", "gen_sample_pow", "gen_sample_const"),
+        ),
+    ),
 }

@@ -1,7 +1,7 @@
 """Convolutional encoder and decoder of the VQGAN family (arXiv 2012.09841, LDM's layout).
 
-Residual blocks behind GroupNorm and SiLU, downsampling padded at the right and bottom only, attention over the whole map
-at chosen levels and in the middle. Shared by LlamaGen's VQGAN and MAR's KL VAE.
+Residual blocks behind GroupNorm and SiLU, downsampling padded at the right and bottom only, attention over the whole
+map at chosen levels and in the middle. Shared by LlamaGen's VQGAN and MAR's KL VAE.
 """
 
 from collections.abc import Collection

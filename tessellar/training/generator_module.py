@@ -68,11 +68,12 @@ class GeneratorModule(TrainingModule):
 
     @torch.no_grad()
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens of a batch, encoded in float32 whatever the precision of training."""
+        """Tokens of a batch, encoded in float32 whatever the precision of training; drawn anew where that is random."""
         if "tokens" in batch:
             return batch["tokens"]
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.tokenizer.encode(batch["image"].float())
+            encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
+            return encode(batch["image"].float())
 
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = self.tokens_of(batch)

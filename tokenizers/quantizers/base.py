@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tessellar.construct import Configured
@@ -23,6 +24,11 @@ class Quantizer(Configured, nn.Module, ABC):
     kind: Kind
     dim: int
 
+    @property
+    def in_dim(self) -> int:
+        """Channels of what is quantized; `dim` unless the encoder says more than a vector."""
+        return self.dim
+
     @abstractmethod
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize z [B, N, C] for training; gradients pass straight through to z."""
@@ -30,6 +36,10 @@ class Quantizer(Configured, nn.Module, ABC):
     @abstractmethod
     def encode(self, z: Tensor) -> Tensor:
         """Tokens of z [..., C]."""
+
+    def draw(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens of z as a generator is trained on them: a draw where encoding is random, else `encode`."""
+        return self.encode(z)
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""Gaussian bottleneck: the "quantizer" of a KL-regularised autoencoder (VAE, arXiv 1312.6114; LDM, arXiv 2112.10752).
+
+It turns moments [mean | log variance] into continuous tokens, so any encoder and decoder with a quantizer becomes a
+VAE. Tokens are latents times `scale` = 1 / their standard deviation over the data (no shift of the mean, as MAR's
+0.2325): generators expect unit variance. The scale is measured while training and stored with the weights.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.layers.precision import at_least_float32
+from tessellar.tokenizers.base import Tokenizer
+from tessellar.tokenizers.layout import Continuous
+from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+
+MEMORY = 200  # training passes that the measured scale averages over
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian over latents; mean and log variance [..., C]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        return (0.5 * self.logvar).exp()
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents of standard normal noise [..., C]."""
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence to N(0, I) in nats, of each latent value [..., C]."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar)
+
+
+class GaussianBottleneck(Quantizer):
+    """Moments [..., 2 dim] to latents of `dim` channels.
+
+    `kl_weight` multiplies the mean KL of a latent value, in nats. LDM's 1e-6 is a weight on sums over pixels and
+    latents: times (latent values / pixel values) it is the one here. `scale` fixes the scale instead of measuring it.
+    Raises ValueError for a negative weight or a scale that is not positive.
+    """
+
+    def __init__(self, dim: int, kl_weight: float = 1e-6, scale: float | None = None) -> None:
+        super().__init__()
+        if kl_weight < 0 or dim < 1 or (scale is not None and scale <= 0):
+            raise ValueError(f"dim {dim} and scale {scale} must be positive, kl_weight {kl_weight} at least 0")
+        self.kind, self.dim, self.kl_weight, self.measures = Continuous(dim), dim, kl_weight, scale is None
+        self.register_buffer("scale", torch.tensor(1.0 if scale is None else scale))
+        self.register_buffer("moments", torch.zeros(2))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.scale: Tensor
+        self.moments: Tensor  # running mean and mean square of sampled latents
+        self.passes: Tensor
+
+    @property
+    def in_dim(self) -> int:
+        return 2 * self.dim
+
+    def posterior(self, moments: Tensor) -> Posterior:
+        """Posterior of moments [..., 2 dim]; log variances are clamped to [-30, 20]."""
+        mean, logvar = at_least_float32(moments).chunk(2, dim=-1)
+        return Posterior(mean, logvar.clamp(-30, 20))
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        posterior = self.posterior(z)
+        latents = posterior.mean
+        if self.training:
+            latents = posterior.sample(torch.randn_like(latents))
+            self._measure(latents.detach())
+        return QuantizerOutput(latents, latents * self.scale, {"kl": self.kl_weight * posterior.kl().mean()})
+
+    def encode(self, z: Tensor) -> Tensor:
+        return self.posterior(z).mean * self.scale
+
+    def draw(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens of a sample of the posterior."""
+        posterior = self.posterior(z)
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
+        return posterior.sample(noise) * self.scale
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return tokens / self.scale
+
+    @torch.no_grad()
+    def _measure(self, latents: Tensor) -> None:
+        if not self.measures:
+            return
+        self.passes += 1
+        now = torch.stack([latents.mean(), latents.square().mean()]).to(self.moments.dtype)
+        self.moments.lerp_(now, (1 / self.passes.float()).clamp(min=1 / MEMORY))
+        self.scale.copy_(scale_of(self.moments))
+
+
+def scale_of(moments: Tensor) -> Tensor:
+    """1 / standard deviation, of a mean and a mean square [2]."""
+    return (moments[1] - moments[0].square()).clamp(min=1e-12).rsqrt()
+
+
+@torch.no_grad()
+def measure_scale(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> float:
+    """Measure the scale anew on images [B, 3, H, W] and set it: 1 / standard deviation of their sampled latents.
+
+    Raises UserError for a tokenizer without a Gaussian bottleneck, and where there are no images.
+    """
+    bottleneck = getattr(tokenizer, "quantizer", None)
+    if not isinstance(bottleneck, GaussianBottleneck):
+        raise UserError(f"{type(tokenizer).__name__} has no continuous latents whose scale could be measured")
+    bottleneck.scale.fill_(1.0)
+    total, count = torch.zeros(2, dtype=torch.float64), 0
+    for number, images in enumerate(batches):
+        generator = torch.Generator(images.device).manual_seed(number)
+        latents = tokenizer.draw(images, generator).double().cpu()
+        total += torch.stack([latents.sum(), latents.square().sum()])
+        count += latents.numel()
+    if count == 0:
+        raise UserError("there are no images to measure the scale of the latents on")
+    bottleneck.scale.copy_(scale_of(total / count))
+    return float(bottleneck.scale)
