@@ -58,13 +58,20 @@ class Cosine:
 
 @dataclass(frozen=True)
 class PowerCosine:
-    """1 + (w - 1) (1 - cos(pi r^power)) / 2 over progress r (RAR, arXiv 2411.00776; VA-pi's fork of LlamaGen)."""
+    """1 + (w - 1) (1 - cos(pi r^power)) / 2 over progress r (VA-pi's fork of LlamaGen).
+
+    RAR (arXiv 2411.00776) and MaskGIT count r = n / N, which stays below 1: `reach_end` False.
+    """
 
     scale: float
     power: float = 3.0
+    reach_end: bool = True
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        progress = _progress(entity, entities) ** self.power
+        progress = _progress(entity, entities)
+        if not self.reach_end:
+            progress = entity.clamp(max=entities.count - 1) / entities.count
+        progress = progress**self.power
         return 1 + (self.scale - 1) * (1 - torch.cos(torch.pi * progress)) / 2
 
 
