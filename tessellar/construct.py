@@ -31,6 +31,10 @@ class Configured:
         return {"class_path": class_path(type(self)), "init_args": self.__dict__.get("_config", {})}
 
 
+class LossOnly:
+    """Mixin of what only a training loss reads (a teacher); configs hold None in its place: exports do without it."""
+
+
 def _recording(init: Any) -> Any:
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -51,6 +55,8 @@ def class_path(cls: type) -> str:
 
 def describe(value: Any) -> Any:
     """Plain data for a constructor argument; raises TypeError for what cannot be written down."""
+    if isinstance(value, LossOnly):
+        return None
     if isinstance(value, Configured):
         return value.config
     if is_dataclass(value) and not isinstance(value, type):

@@ -10,7 +10,7 @@ from tessellar.data.image_folder import ImageFolder
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
 from tessellar.evaluation.extractors import load_extractor
-from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.network_facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.evaluation.pictures import nearest as nearest_images
 from tessellar.evaluation.pictures import neighbour_grid, pick_images, pixels
 from tessellar.evaluation.record import compare as comparison
@@ -63,6 +63,7 @@ def extractor(
     data: ImageDataModule | None = None,
     architecture: Architecture = Architecture(),  # noqa: B008
     recipe: Recipe = Recipe(),  # noqa: B008
+    purpose: Purpose = PURPOSE,
     device: str = "auto",
 ) -> None:
     """Train a feature network on a labelled data set; distances measured with it are written FD(name).
@@ -72,11 +73,12 @@ def extractor(
         data: data set, as in a training YAML: a class, then --data.root and so on
         architecture: a timm network, and the name that distances carry
         recipe: epochs, learning rate, augmentation, seed
+        purpose: evaluator, or teacher of a tokenizer: a file serves one of them
         device: auto, cpu, cuda, ...
     """
     if data is None or not out.endswith(".safetensors"):
         raise UserError("say what to train on and where to write: --data CLASS ... --out NET.safetensors")
-    facts = train_extractor(data, out, architecture, recipe, pick_device(device))
+    facts = train_extractor(data, out, architecture, recipe, pick_device(device), purpose)
     print(f"wrote {out}: {facts.name}, validation accuracy {facts.training['val_accuracy']:.4f}")
 
 

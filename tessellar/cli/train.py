@@ -34,6 +34,7 @@ from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.runs import CHECKPOINTS, Run, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
+from tessellar.vision import stand_ins
 
 QUIET = (
     "LightningCLI's args parameter",
@@ -69,7 +70,8 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config: Any = self.config
-        self.run_folder = Run(config.name or _default_name(config.config), resume=config.resume)
+        name = with_teachers(config.name or _default_name(config.config), stand_ins(config.model.as_dict()))
+        self.run_folder = Run(name, resume=config.resume)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config: Any = self.config_init
@@ -191,6 +193,12 @@ def _default_name(configs: Any) -> str:
         raise UserError("give a --config, and --name for the folder under runs/")
     path = Path(str(configs[-1]))
     return f"{path.parent.name}-{path.stem}"
+
+
+def with_teachers(name: str, teachers: list[str]) -> str:
+    """A run's name, saying by which networks of our own it is taught in place of published ones."""
+    suffix = f"(teacher={'+'.join(sorted(set(teachers)))})"
+    return name if not teachers or name.endswith(suffix) else name + suffix
 
 
 def check(cli: TrainCLI) -> None:

@@ -107,6 +107,8 @@ def load_extractor(
         return Inception.from_file(path, resize)
     digest = sha256_of(path)
     facts = network or PUBLISHED.get(digest) or NetworkFacts.from_metadata(metadata, path)
+    if "teacher" in (facts.purpose, metadata.get("purpose")):
+        raise UserError(f"{path} is a network for teaching; a model that it taught may not be measured with it")
     return TimmNetwork(facts, state, digest, str(path))
 
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from tessellar.errors import UserError
 
-PURPOSE = "evaluator"
+Purpose = Literal["evaluator", "teacher"]
+PURPOSE: Purpose = "evaluator"
 KEY = "tessellar.evaluator"
 
 
@@ -16,7 +17,8 @@ class NetworkFacts:
     """A timm network and its input.
 
     `arch` and `options` go to `timm.create_model`; images are brought to `image_size` by `resize` ("none": they must
-    have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came about.
+    have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came about,
+    `purpose` whether it measures or teaches: never both.
     """
 
     name: str
@@ -28,10 +30,11 @@ class NetworkFacts:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    purpose: Purpose = PURPOSE
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata of a safetensors file, by which it describes itself."""
-        return {"format": "pt", "purpose": PURPOSE, KEY: json.dumps(asdict(self))}
+        return {"format": "pt", "purpose": self.purpose, KEY: json.dumps(asdict(self))}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "NetworkFacts":

@@ -1,7 +1,7 @@
 """Train a small timm classifier on any labelled data set, to measure with where no published network fits.
 
 AdamW, one cycle of the learning rate, label smoothing, flips and shifted crops; averaged weights are kept. The file
-says in its metadata what it is and that it may only measure (`refuse_evaluator`).
+says in its metadata what it is and that it may only measure (`refuse_evaluator`), or, where that is its purpose, teach.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
-from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.network_facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.evaluation.timm_network import TimmNetwork, create_network
 
@@ -54,6 +54,7 @@ def train_extractor(
     architecture: Architecture = Architecture(),  # noqa: B008
     recipe: Recipe = Recipe(),  # noqa: B008
     device: torch.device | str = "cpu",
+    purpose: Purpose = PURPOSE,
 ) -> NetworkFacts:
     """Train, measure the validation accuracy, write a safetensors file to `out`; returns what its metadata says."""
     if data.num_classes < 2:
@@ -66,7 +67,7 @@ def train_extractor(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
     accuracy = _accuracy(TimmNetwork(facts, state, "", str(out)).to(device), data)
     training = {"data": data.name, "data_fingerprint": data.fingerprint(), "val_accuracy": accuracy}
-    facts = replace(facts, training={**training, **recipe.__dict__})
+    facts = replace(facts, training={**training, **recipe.__dict__}, purpose=purpose)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_file(state, out, metadata=facts.to_metadata())
     return facts

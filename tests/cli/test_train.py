@@ -266,3 +266,15 @@ def test_fine_tuning_takes_weights_and_starts_a_fresh_discriminator(call, caplog
 def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:
     assert call(TOKENIZER, "--trainer.max_steps", "1", name=None)[0] == 0
     assert (tmp_path / "runs" / "-run" / "export").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers", "expected"),
+    [
+        ("retok", [], "retok"),
+        ("retok", ["b", "a", "b"], "retok(teacher=a+b)"),
+        ("retok(teacher=a)", ["a"], "retok(teacher=a)"),
+    ],
+)
+def test_the_name_says_which_network_of_our_own_teaches(name: str, teachers: list[str], expected: str) -> None:
+    assert train.with_teachers(name, teachers) == expected

@@ -27,6 +27,15 @@ def test_it_learns_and_its_file_is_all_one_needs(stripes: ImageFolderData, tmp_p
         refuse_evaluator(tmp_path / "net.safetensors")
 
 
+def test_a_teacher_may_not_measure_and_says_so(stripes: ImageFolderData, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    facts = train_extractor(stripes, path, Architecture("test_resnet"), Recipe(epochs=1), purpose="teacher")
+    assert facts.purpose == "teacher"
+    refuse_evaluator(path)
+    with pytest.raises(UserError, match="network for teaching"):
+        load_extractor(path)
+
+
 @pytest.fixture
 def stripes(write_pngs: Callable[..., Path], tmp_path: Path) -> ImageFolderData:
     """Noise with lying and with standing stripes."""
