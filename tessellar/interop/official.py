@@ -54,8 +54,10 @@ SYSTEMS: dict[str, Official] = {
     "llamagen": Official(
         "llamagen_vq:import_tokenizer", "llamagen:import_generator", is_generator="llamagen:is_official"
     ),
+    "maskgit": Official(generator="maskgit:import_generator"),
     "rar": Official(generator="rar:import_generator"),
     "mar": Official(tokenizer="kl_vae:import_tokenizer"),
+    "xar": Official("kl_vae:import_tokenizer", "xar:import_generator", is_generator="xar:is_official"),
 }
 
 

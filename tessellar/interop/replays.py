@@ -47,4 +47,16 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
             ("gen_shared", "gen_perm", "gen_raster", "gen_prefix", "gen_sample_pow", "gen_sample_const"),
         ),
     ),
+    "titok_maskgit": tuple(
+        Replay(
+            f"maskgit_replay:{part}",
+            ("gen_shared", *(f"gen_{part}_{run}" for run in ("train", "constant", "linear", "power_cosine"))),
+        )
+        for part in ("vit", "uvit")
+    ),
+    "xar": (
+        Replay("xar_replay:train", ("shared", "train")),
+        Replay("xar_replay:sample", ("shared", "sample")),
+        Replay("xar_replay:order", ("shared", "order")),
+    ),
 }

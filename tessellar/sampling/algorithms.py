@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.models.condition import Condition
 from tessellar.models.generator import Generator
+from tessellar.models.masked import MaskedGenerator
 from tessellar.sampling.acceptance import GroupedRatio, distance_quantile
+from tessellar.sampling.choice import Choice
+from tessellar.sampling.confidence import decode_by_confidence
 from tessellar.sampling.couplings import COUPLINGS, Reuse
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.draft_model import draft_model
@@ -91,6 +94,7 @@ class SpeculativeJacobi(Algorithm):
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
+        check_in_order(generator)
         rules = Rules(self.window, self.init, coupling=COUPLINGS[self.coupling])
         return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
 
@@ -119,6 +123,7 @@ class ReusingJacobi(Algorithm):
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
+        check_in_order(generator)
         rules = Rules(self.window, self.init, coupling=Reuse(self.threshold))
         return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
 
@@ -174,6 +179,7 @@ class GroupedJacobi(Algorithm):
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
+        check_in_order(generator)
         rules = Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])
         return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
 
@@ -203,10 +209,46 @@ class DraftModel(Algorithm):
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
+        check_in_order(generator)
         parameter = next(generator.parameters())
         draft = _load_generator(self.model).to(parameter.device, parameter.dtype)
         own = None if self.guidance_scale is None else GuidanceSettings(self.guidance_scale).make()
         return draft_model(generator, draft, condition, sampler, noise, guidance, own, self.drafts, recorder)
+
+
+@dataclass(frozen=True)
+class MaskGIT(Algorithm):
+    """Decoding by confidence (arXiv 2202.04200) of a masked generator, in `steps` evaluations. Approximate.
+
+    Draws and confidences have noise of `temperature`, falling to 0; `anneal` also cools the logits. The sampler's
+    temperature and filters have no part in it.
+    """
+
+    steps: int = 8
+    temperature: float = 1.0
+    anneal: bool = True
+
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.temperature < 0:
+            raise UserError(f"maskgit needs at least 1 step and a temperature of at least 0, not {self}")
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        sampler: Any,
+        noise: Noise,
+        guidance: Guidance,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        if not isinstance(generator, MaskedGenerator):
+            raise UserError(f"algorithm maskgit needs a masked generator; {type(generator).__name__} predicts in order")
+        if sampler != Choice():
+            raise UserError("algorithm maskgit has a temperature of its own: set it there, and leave choice as it is")
+        arguments = (noise, guidance, self.steps, self.temperature, self.anneal, recorder)
+        return decode_by_confidence(generator, condition, *arguments)
 
 
 @lru_cache(maxsize=2)
@@ -218,6 +260,12 @@ def _load_generator(path: str) -> Generator:
     if not isinstance(model, ImageGenerator):
         raise UserError(f"{path} is a tokenizer; a draft model is a generator")
     return model.generator.eval()
+
+
+def check_in_order(generator: Generator) -> None:
+    """Raise UserError for a generator that cannot judge several drafts in one evaluation."""
+    if isinstance(generator, MaskedGenerator):
+        raise UserError(f"{type(generator).__name__} does not predict in order, so drafts gain nothing: use maskgit")
 
 
 def _check_window(window: int, init: str) -> None:
@@ -233,6 +281,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "sjd++": ReusingJacobi,
     "gsd": GroupedJacobi,
     "draft": DraftModel,
+    "maskgit": MaskGIT,
 }
 
 

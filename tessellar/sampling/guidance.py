@@ -18,8 +18,10 @@ Schedule = Callable[[Tensor, Entities], Tensor]
 """Entity numbers [B, T] (may run past the end) to scales [B, T]."""
 
 
-def _progress(entity: Tensor, entities: Entities) -> Tensor:
-    """Entity number as a fraction in [0, 1]; 1 where there is a single entity."""
+def _progress(entity: Tensor, entities: Entities, reach_end: bool = True) -> Tensor:
+    """n / (N - 1), 1 where there is a single entity; without `reach_end` n / N, which stays below 1."""
+    if not reach_end:
+        return entity.clamp(max=entities.count - 1) / entities.count
     if entities.count == 1:
         return torch.ones(entity.shape)
     return entity.clamp(max=entities.count - 1) / (entities.count - 1)
@@ -37,13 +39,14 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` at the first entity to w at the last (xAR, VAR)."""
+    """From `start` at the first entity to w at the last (xAR, VAR), or short of it (MaskGIT: `reach_end` False)."""
 
     scale: float
     start: float = 1.0
+    reach_end: bool = True
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        return self.start + (self.scale - self.start) * _progress(entity, entities)
+        return self.start + (self.scale - self.start) * _progress(entity, entities, self.reach_end)
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,7 @@ class PowerCosine:
     reach_end: bool = True
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        progress = _progress(entity, entities)
-        if not self.reach_end:
-            progress = entity.clamp(max=entities.count - 1) / entities.count
-        progress = progress**self.power
+        progress = _progress(entity, entities, self.reach_end) ** self.power
         return 1 + (self.scale - 1) * (1 - torch.cos(torch.pi * progress)) / 2
 
 

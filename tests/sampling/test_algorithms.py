@@ -90,6 +90,7 @@ def test_exactness_is_declared() -> None:
         "sjd++": False,
         "gsd": False,
         "draft": True,
+        "maskgit": False,
     }
 
 
