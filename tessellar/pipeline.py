@@ -10,6 +10,7 @@ from tessellar.models.condition import Condition
 from tessellar.models.conditioners import ClassConditioner, Conditioner
 from tessellar.models.generator import Generator
 from tessellar.sampling.prepare import prepared
+from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.base import Tokenizer
 
@@ -38,13 +39,15 @@ class ImageGenerator(nn.Module):
         return self.decode(self.sample_tokens(condition, sampling, seeds))
 
     @torch.no_grad()
-    def sample_tokens(self, condition: Condition, sampling: Sampling, seeds: Sequence[int]) -> Tensor:
-        """Tokens [B, N, ...] of the conditions, drawn by the prepared generator."""
+    def sample_tokens(
+        self, condition: Condition, sampling: Sampling, seeds: Sequence[int], recorder: Recorder | None = None
+    ) -> Tensor:
+        """Tokens [B, N, ...] of the conditions, drawn by the prepared generator; a `recorder` counts evaluations."""
         mode = self.generator.training
         self.generator.eval()
         try:
             with prepared(self.generator):
-                return sampling.tokens(self.generator, condition, seeds)
+                return sampling.tokens(self.generator, condition, seeds, recorder)
         finally:
             self.generator.train(mode)
 

@@ -72,6 +72,7 @@ def model(
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
     choice: Choice = Choice(),  # noqa: B008
     algorithm: str = "ancestral",
+    options: dict[str, Any] | None = None,
     seed: int = 0,
     precision: Literal["float32", "bf16"] = "float32",
     raw: bool = False,
@@ -94,7 +95,8 @@ def model(
         count: number of samples, or of validation images to reconstruct (default: the protocol's, or all)
         guidance: classifier-free guidance; scale 1 is none
         choice: how a token is drawn from its probabilities
-        algorithm: decoding algorithm
+        algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
+        options: of the algorithm, such as '{window: 32, coupling: maximal}'
         seed: sample i is drawn with seed + i
         precision: arithmetic of the generator
         raw: weights of the last step instead of the averaged ones
@@ -120,7 +122,8 @@ def model(
         )
         metrics = metrics or (["fd", "paired"] if protocol == "free" else None)
     else:
-        source = _generated(loaded, count, Sampling(guidance, choice, algorithm), seed, precision, data, facts)
+        sampling = Sampling(guidance, choice, algorithm, options or {})
+        source = _generated(loaded, count, sampling, seed, precision, data, facts)
         against = measurement.reference(reference or "train", data)
         metrics = metrics or (_free_metrics(loaded, measurement.extractor) if protocol == "free" else None)
     measurement.report(source, against, metrics, out, lpips_weights)

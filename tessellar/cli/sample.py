@@ -21,6 +21,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.choice import Choice
 from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.output import SampleFolder
+from tessellar.sampling.report import Recorder
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling
 
@@ -37,6 +38,7 @@ def sample(
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
     choice: Choice = Choice(),  # noqa: B008
     algorithm: str = "ancestral",
+    options: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     precision: Literal["float32", "bf16"] = "float32",
@@ -57,7 +59,8 @@ def sample(
         per_class: number of images of each class, instead of count
         guidance: classifier-free guidance; scale 1 is none
         choice: how a token is drawn from its probabilities
-        algorithm: decoding algorithm
+        algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
+        options: of the algorithm, such as '{window: 32, coupling: maximal}'
         seed: seed of the first image; two runs of N images have no seed in common where theirs lie N apart
         batch_size: images at once; it does not change them
         precision: arithmetic of the generator
@@ -72,11 +75,11 @@ def sample(
     source, generator = _load(model, raw, device)
     named = parse_classes(classes, generator)
     labels = balanced_labels(_total(count, per_class, len(named)), named)
-    sampling = Sampling(guidance, choice, algorithm)
+    sampling, recorder = Sampling(guidance, choice, algorithm, options or {}), Recorder()
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
         folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)
-        _draw(generator, labels, sampling, seed, batch_size, precision, folder)
+        _draw(generator, labels, sampling, seed, batch_size, precision, folder, recorder)
         seconds = time.perf_counter() - start
         record = {
             "model": model,
@@ -92,11 +95,13 @@ def sample(
             "device": str(next(generator.parameters()).device),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
+            "decoding": recorder.report().as_dict(),
             "torch": torch.__version__,
         }
         _write_record(stage, record)
     if distributed.rank() == 0:
         print(f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}")
+        print(f"this process: {recorder.report()}" if distributed.world_size() > 1 else recorder.report())
 
 
 def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
@@ -168,10 +173,11 @@ def _draw(
     batch_size: int,
     precision: str,
     folder: SampleFolder,
+    recorder: Recorder,
 ) -> None:
     """Draw this process's share and write it; the bar shows images/s and is quiet where nobody watches."""
     share = distributed.own_share(len(labels))
-    batches = sample_images(model, labels, sampling, seed, batch_size, precision, share)
+    batches = sample_images(model, labels, sampling, seed, batch_size, precision, share, recorder)
     with tqdm(total=len(share), unit="image", disable=True if distributed.rank() else None) as bar:
         for indices, images in batches:
             folder.write(indices, images)

@@ -14,6 +14,7 @@ from tessellar.errors import UserError
 from tessellar.images import to_uint8
 from tessellar.models.condition import Condition
 from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 
 PRECISIONS = ("float32", "bf16")
@@ -35,13 +36,15 @@ def sample_images(
     batch_size: int = 64,
     precision: str = "float32",
     indices: Sequence[int] | None = None,
+    recorder: Recorder | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches (indices, uint8 images [b, 3, H, W] on the CPU); image i has class `labels[i]` and seed `seed + i`.
 
-    `indices` (default: all) are the images to make: a process makes every world-th. Raises UserError for unknown class
-    ids before anything is drawn.
+    `indices` (default: all) are the images to make: a process makes every world-th. A `recorder` counts evaluations.
+    Raises UserError for unknown class ids before anything is drawn.
     """
-    return sample_conditions(model, model.class_condition(labels), sampling, seed, batch_size, precision, indices)
+    condition = model.class_condition(labels)
+    return sample_conditions(model, condition, sampling, seed, batch_size, precision, indices, recorder)
 
 
 def sample_conditions(
@@ -52,13 +55,14 @@ def sample_conditions(
     batch_size: int = 64,
     precision: str = "float32",
     indices: Sequence[int] | None = None,
+    recorder: Recorder | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """As `sample_images`, image i from row i of any condition."""
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}; it must be at least 1")
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}")
-    return _batches(model, condition, sampling, seed, batch_size, precision, indices)
+    return _batches(model, condition, sampling, seed, batch_size, precision, indices, recorder)
 
 
 def _batches(
@@ -69,13 +73,14 @@ def _batches(
     batch_size: int,
     precision: str,
     indices: Sequence[int] | None,
+    recorder: Recorder | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     todo = list(range(condition.batch) if indices is None else indices)
     for start in range(0, len(todo), batch_size):
         chosen = todo[start : start + batch_size]
         rows = condition.select(torch.tensor(chosen))
         with _autocast(model, precision):
-            tokens = model.sample_tokens(rows, sampling, [seed + i for i in chosen])
+            tokens = model.sample_tokens(rows, sampling, [seed + i for i in chosen], recorder)
         yield chosen, to_uint8(model.decode(tokens)).cpu()
 
 

@@ -52,6 +52,20 @@ def test_samples_are_written_with_their_record(model: tuple[str, ImageGenerator]
     assert names(out.parent) == ["set"]
 
 
+def test_algorithms_have_options_and_are_reported(
+    model: tuple[str, ImageGenerator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model[0], "--count", "3", "--algorithm", "sjd", "--out", str(tmp_path / "set")]
+    with pytest.raises(UserError, match="'sjd' has no option 'windows'; its options are window, init, coupling"):
+        main([*words, "--options", "{windows: 3}"])
+    main([*words, "--options", "{window: 3, coupling: maximal}"])
+    record = json.loads((tmp_path / "set" / "samples.json").read_text())
+    assert record["sampling"]["algorithm_window"] == 3 and record["sampling"]["algorithm_coupling"] == "maximal"
+    decoding = record["decoding"]
+    assert decoding["images"] == 3 and decoding["tokens"] == 12 and 6 <= decoding["evaluations"] <= 12
+    assert f"{decoding['evaluations_per_image']:.1f} network evaluations an image" in capsys.readouterr().out
+
+
 def test_the_same_set_in_other_batches(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
     for size in ("1", "5"):
         main([model[0], "--out", str(tmp_path / size), "--count", "5", "--batch-size", size, "--npz", "--no-png"])
