@@ -91,10 +91,9 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-def middle(channels: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        ResBlock(channels, channels, dropout), SpatialAttention(channels), ResBlock(channels, channels, dropout)
-    )
+def middle(channels: int, dropout: float, attention: bool = True) -> nn.Sequential:
+    blocks = [ResBlock(channels, channels, dropout) for _ in range(2)]
+    return nn.Sequential(blocks[0], *([SpatialAttention(channels)] if attention else []), blocks[1])
 
 
 class Sizes(NamedTuple):
@@ -117,7 +116,7 @@ class Encoder(nn.Module):
     `attention` are the levels with attention after each block, 0 the finest; None: the coarsest alone.
     """
 
-    def __init__(self, sizes: Sizes, attention: Collection[int] | None = None) -> None:
+    def __init__(self, sizes: Sizes, attention: Collection[int] | None = None, middle_attention: bool = True) -> None:
         super().__init__()
         widths, last = sizes.widths, len(sizes.widths) - 1
         attention = (last,) if attention is None else attention
@@ -133,7 +132,7 @@ class Encoder(nn.Module):
             )
             for i, (previous, width) in enumerate(zip([sizes.channels, *widths], widths, strict=False))
         )
-        self.mid = middle(widths[-1], sizes.dropout)
+        self.mid = middle(widths[-1], sizes.dropout, middle_attention)
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:

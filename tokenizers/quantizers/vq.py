@@ -15,14 +15,16 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.tokenizers.layout import Categorical
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.tokenizers.quantizers.rotation import rotate_to
 
 
 class VectorQuantizer(Quantizer):
     """Nearest code of `vocab_size` codes of `dim` channels.
 
     `init_step`: replace the codes by random latents at that training pass. `restart_every`: every so many passes, until
-    `restart_until`, codes that no latent chose since the last time become random latents. Raises ValueError for sizes
-    or passes below 1, and for an end of restarts without restarts.
+    `restart_until`, codes that no latent chose since the last time become random latents. `rotation`: gradients by the
+    rotation trick instead of straight through. Raises ValueError for sizes or passes below 1, and for an end of
+    restarts without restarts.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class VectorQuantizer(Quantizer):
         init_step: int | None = None,
         restart_every: int | None = None,
         restart_until: int | None = None,
+        rotation: bool = False,
     ) -> None:
         super().__init__()
         counts = {"vocab_size": vocab_size, "dim": dim, "init_step": init_step, "restart_every": restart_every}
@@ -49,6 +52,7 @@ class VectorQuantizer(Quantizer):
         self.codebook_weight, self.commitment_weight = codebook_weight, commitment_weight
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
         self.init_step, self.restart_every, self.restart_until = init_step, restart_every, restart_until
+        self.rotation = rotation
         self.codebook = nn.Embedding(vocab_size, dim)
         tag(self.codebook.weight, "no_decay")
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -95,7 +99,8 @@ class VectorQuantizer(Quantizer):
             }
             if self.entropy_weight > 0:
                 losses["entropy"] = self.entropy_weight * entropy_loss(-self.distances(z), self.entropy_temperature)
-            return QuantizerOutput(z + (quantized - z).detach(), tokens, losses)
+            passed = rotate_to(z, quantized) if self.rotation else z + (quantized - z).detach()
+            return QuantizerOutput(passed, tokens, losses)
 
     @torch.no_grad()
     def _maintain(self, z: Tensor) -> None:
