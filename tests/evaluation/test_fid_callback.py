@@ -32,7 +32,7 @@ class Brush(ImageGenerator):
         self.conditioner, self.generator = ClassConditioner(10), nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.generator.weight)
 
-    def sample_tokens(self, condition: Condition, sampling: Any, seeds: Any) -> Tensor:
+    def sample_tokens(self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None) -> Tensor:
         noise = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return 0.2 * torch.stack(noise) + self.generator.weight[0, 0]
 
@@ -120,7 +120,7 @@ def test_it_measures_averaged_weights_and_gives_the_raw_ones_back(settings: dict
     seen = []
 
     class Watched(Brush):
-        def sample_tokens(self, condition: Condition, sampling: Any, seeds: Any) -> Tensor:
+        def sample_tokens(self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None) -> Tensor:
             seen.append(self.generator.weight.item())
             return super().sample_tokens(condition, sampling, seeds)
 

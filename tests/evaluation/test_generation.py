@@ -31,7 +31,9 @@ class Paint(ImageGenerator):
         nn.Module.__init__(self)
         self.conditioner, self.weight = conditioner, nn.Parameter(torch.zeros(1))
 
-    def sample_tokens(self, condition: Condition, sampling: Sampling, seeds: Sequence[int]) -> Tensor:
+    def sample_tokens(
+        self, condition: Condition, sampling: Sampling, seeds: Sequence[int], recorder: Any = None
+    ) -> Tensor:
         assert condition.ids is not None
         return torch.stack([condition.ids.flatten(), torch.tensor(seeds)], dim=1)
 
