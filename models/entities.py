@@ -157,6 +157,13 @@ def image_entity(layout: Layout) -> Entities:
     return Entities(torch.arange(layout.length, device="cpu"), (layout.length,))
 
 
+def cells(layout: Layout, h: int, w: int) -> Entities:
+    """Cells of `h` rows x `w` columns of a grid, cells in raster order and raster order inside (xAR's default X)."""
+    rows, columns = _grid(layout, "cells", h, w)
+    order = rearrange(torch.arange(rows * columns, device="cpu"), "(r h c w) -> (r c h w)", h=h, c=columns // w, w=w)
+    return Entities(order, (h * w,) * (rows * columns // (h * w)))
+
+
 def subsamples(layout: Layout, down: int, across: int | None = None) -> Entities:
     """`down` x `across` tokens spread evenly over the grid at once (xAR, arXiv 2502.20388, algorithm 1).
 
@@ -198,6 +205,41 @@ def shuffled(entities: Entities, generator: torch.Generator) -> Entities:
     parts = entities.order.split(entities.sizes)
     chosen = torch.randperm(entities.count, generator=generator, device="cpu").tolist()
     return Entities(torch.cat([parts[n] for n in chosen]), tuple(entities.sizes[n] for n in chosen))
+
+
+def parse_entities(text: str, layout: Layout) -> Entities:
+    """X as a flag: token, image, level, scale, cell:4 (4x4), cell:2x8, subsample:2, level:1,1,2,4 or random:SEED.
+
+    Raises UserError for anything else, and where X does not fit the layout.
+    """
+    name, _, given = text.partition(":")
+    try:
+        numbers = tuple(int(n) for n in given.replace("x", ",").split(",")) if given else ()
+    except ValueError:
+        name = ""
+    match name, numbers:
+        case "token", ():
+            return token_order(layout)
+        case "image", ():
+            return image_entity(layout)
+        case "scale", ():
+            return scales(layout)
+        case "level", sizes:
+            return levels(layout, sizes or None)
+        case ("cell", (k,)) | ("window", (k,)):
+            return cells(layout, k, k)
+        case "cell", (h, w):
+            return cells(layout, h, w)
+        case "subsample", (d,):
+            return subsamples(layout, d)
+        case "subsample", (down, across):
+            return subsamples(layout, down, across)
+        case "random", (seed,):
+            return random_order(layout, torch.Generator().manual_seed(seed))
+    raise UserError(
+        f"entity {text!r} is none of token, image, scale, level, level:SIZES, cell:K, cell:HxW, window:K, subsample:D, "
+        "random:SEED"
+    )
 
 
 def _grid(layout: Layout, name: str, height: int, width: int) -> tuple[int, int]:

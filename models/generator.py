@@ -11,7 +11,7 @@ Shapes: B images, R = B x branches rows (all conditional rows, then all null row
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tessellar.models.conditioners import Conditioner
 from tessellar.models.entities import Entities
 from tessellar.models.heads.distribution import Distribution
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
+from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 
 
@@ -112,9 +113,11 @@ class Generator(Configured, nn.Module, ABC):
     """Tokens from a condition, entity by entity.
 
     `layout` and `entities` (the default partition) are set by the constructor; `condition_dropout` is the probability
-    with which training replaces a sample's condition by the null condition.
+    with which training replaces a sample's condition by the null condition. `sampler` names the field of `Sampling`
+    that draws from its distributions: `choice` for logits, `flow` for velocities.
     """
 
+    sampler: ClassVar[str] = "choice"
     layout: Layout
     entities: Entities
     condition_dropout: float = 0.0
@@ -143,6 +146,9 @@ class Generator(Configured, nn.Module, ABC):
 
         Advances `state.fed` and returns the guided distribution of the last `want` (default: all) of those entities.
         """
+
+    def bind(self, tokenizer: Tokenizer) -> None:
+        """Told once whose tokens these are; for generators that read more of the tokenizer than its layout (VAR)."""
 
     @abstractmethod
     def make_conditioner(self) -> Conditioner:

@@ -50,13 +50,16 @@ class AdaLNBlock(nn.Module):
     `attention` is called with the modulated input and the rest of the arguments; the norms should have no weights.
     """
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module, norm: nn.Module, modulation: Modulation) -> None:
+    def __init__(
+        self, attention: nn.Module, mlp: nn.Module, norm: nn.Module, modulation: Modulation, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm, self.attention, self.mlp, self.modulation = norm, attention, mlp, modulation
 
     def forward(self, x: Tensor, condition: Tensor, sizes: Sequence[int], *rest: Any) -> Tensor:
         """x [B, n, D]; condition [B, E, D] of E entities that hold `sizes` positions, n in all (E = 1: all of them)."""
         vectors = (spread(v, sizes) for v in self.modulation(condition))
         gate1, gate2, scale1, scale2, shift1, shift2 = vectors
-        x = x + gate1 * self.attention(modulate(self.norm(x), scale1, shift1), *rest)
-        return x + gate2 * self.mlp(modulate(self.norm(x), scale2, shift2))
+        x = x + gate1 * self.dropout(self.attention(modulate(self.norm(x), scale1, shift1), *rest))
+        return x + gate2 * self.dropout(self.mlp(modulate(self.norm(x), scale2, shift2)))
