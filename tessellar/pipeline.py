@@ -26,6 +26,7 @@ class ImageGenerator(nn.Module):
             )
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.generator, self.conditioner = generator, conditioner
+        generator.bind(tokenizer)
 
     def train(self, mode: bool = True) -> "ImageGenerator":
         """The tokenizer stays in eval mode."""
