@@ -40,7 +40,19 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("gsd_replay:grouped", ("shared", "gsd")),
         Replay("gsd_replay:initial", ("init",)),
     ),
-    "mar": (Replay("kl_vae:replay", ("vae_main",)),),
+    "retok": (
+        Replay("retok_replay:encode", ("tok_shared", "tok_encode")),
+        Replay("retok_replay:decode", ("tok_shared", "tok_decode")),
+        Replay("retok_replay:train", ("tok_shared", "tok_train")),
+        Replay("retok_replay:rotation", ("tok_rot",)),
+        Replay("retok_replay:gpt", ("gen_shared", "gen_train")),
+        Replay("retok_replay:gpt_decoding", ("gen_shared", "gen_step", "gen_constant", "gen_nocfg")),
+    ),
+    "mar": (
+        Replay("kl_vae:replay", ("vae_main",)),
+        Replay("mar_replay:mar", ("gen_schedule", "gen_shared", "gen_diffloss", "gen_diffloss_sample", "gen_train")),
+        Replay("mar_replay:mar", ("gen_sample_cfg", "gen_sample_nocfg")),
+    ),
     "titok_rar": (
         Replay(
             "rar_replay:rar",

@@ -87,6 +87,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class LateStep:
+    """w at the first entity and where progress n / (N - 1) has reached `start`, 1 between them (GigaTok, ReToK).
+
+    `between` is the scale in between; the official code has 1.0001 there.
+    """
+
+    scale: float
+    start: float = 0.18
+    between: float = 1.0
+
+    def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
+        full = (entity == 0) | (_progress(entity, entities) >= self.start)
+        return torch.where(full, float(self.scale), float(self.between))
+
+
+@dataclass(frozen=True)
 class Interval:
     """w for entities in [first, last], 1 elsewhere (arXiv 2404.07724; LlamaGen's cfg_interval m is last = m + 1)."""
 
@@ -99,13 +115,26 @@ class Interval:
         return torch.where(inside, float(self.scale), 1.0)
 
 
+@dataclass(frozen=True)
+class Revealed:
+    """1 + (w - 1) k / N for k of N tokens known behind the entity, one less behind the last (MAR, arXiv 2406.11838)."""
+
+    scale: float
+
+    def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
+        known = entities.ends[entity.clamp(max=entities.count - 1) + 1].clamp(max=entities.length - 1)
+        return 1 + (self.scale - 1) * known / entities.length
+
+
 SCHEDULES: dict[str, type] = {
     "constant": Constant,
     "linear": Linear,
     "cosine": Cosine,
     "power_cosine": PowerCosine,
     "step": Step,
+    "late_step": LateStep,
     "interval": Interval,
+    "revealed": Revealed,
 }
 
 
