@@ -1,16 +1,33 @@
-"""Embedding of a diffusion or flow time: sinusoids, then a small MLP (ADM, arXiv 2105.05233; MAR, xAR, DiT)."""
+"""Embedding of a diffusion or flow time: sinusoids, then a small MLP (ADM, arXiv 2105.05233; MAR, xAR, DiT).
+
+At t = 1000 the last bit of a frequency moves the embedding by 1e-5, and the float32 exp of different processors rounds
+near ties differently. So frequencies are made in float64: correctly rounded to float32, which all agree on, except near
+ties, where the exact value is at most half a bit from either neighbour. The result is the same on every machine.
+"""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+NEAR_TIE = 0.475  # of a float32 spacing: vector exps in use err by up to 0.525
+
+
+@lru_cache(maxsize=16)
+def frequencies(count: int, period: float, device: torch.device) -> Tensor:
+    """period^(-i / count) as the official exp(-ln(period) i / count) gives it, float64 [count]."""
+    argument = -math.log(period) * torch.arange(count, dtype=torch.float32, device="cpu") / count
+    exact = argument.double().exp()
+    rounded = exact.float()
+    spacing = (torch.nextafter(rounded, torch.tensor(torch.inf)) - rounded).double()
+    near_tie = (exact - rounded).abs() > NEAR_TIE * spacing
+    return torch.where(near_tie, exact, rounded.double()).to(device)
+
 
 def sinusoid(t: Tensor, channels: int, period: float = 10000.0) -> Tensor:
     """[..., channels] of times [...]: cosines, then sines, of t period^(-i / half); float32. `channels` is even."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[..., None].float() * frequencies
+    angles = (t[..., None].double() * frequencies(channels // 2, period, t.device)).float()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
