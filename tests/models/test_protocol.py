@@ -17,6 +17,7 @@ from tessellar.models.heads.logits import Logits
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.rar import RAR
+from tessellar.models.retok_gpt import ReToKGPT
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.tokenizers.layout import Categorical, Layout, grid_layout, sequence_layout
 
@@ -28,6 +29,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
+    "retok": lambda: ReToKGPT(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "rar": lambda: RAR(GRID, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "rar-1d": lambda: RAR(LINE, 32, 2, 4, 64, CLASSES, dropout=0.0),
 }

@@ -44,6 +44,19 @@ def test_gradient_passes_straight_through_to_the_latent() -> None:
     torch.testing.assert_close(gradient, cotangent)
 
 
+def test_rotation_gives_codes_and_turns_gradients_as_it_turns_latents() -> None:
+    vq = quantizer(l2_normalize=False, rotation=True)
+    z, cotangent = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 5, 4)
+    out = vq(z)
+    assert torch.equal(out.quantized, vq.decode(out.tokens))
+    (gradient,) = torch.autograd.grad((out.quantized * cotangent).sum(), z)
+    ratio = out.quantized.norm(dim=-1) / z.norm(dim=-1)
+    torch.testing.assert_close(gradient.norm(dim=-1), ratio * cotangent.norm(dim=-1), atol=1e-5, rtol=1e-4)
+    (along,) = torch.autograd.grad((vq(z).quantized * out.quantized.detach()).sum(), z)
+    cosine = F.cosine_similarity(along, z, dim=-1)  # what points along the code comes back along the latent
+    torch.testing.assert_close(cosine, torch.ones(2, 5), atol=1e-4, rtol=0)
+
+
 def test_losses_move_codes_and_latents_towards_each_other() -> None:
     vq, z = quantizer(commitment_weight=0.25), torch.randn(2, 5, 4, requires_grad=True)
     losses = vq(z).losses
