@@ -24,6 +24,7 @@ from tessellar.models.conditioners import Conditioner
 from tessellar.models.entities import Entities
 from tessellar.models.heads.distribution import Distribution
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
+from tessellar.sampling.noise import Noise
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 
@@ -146,6 +147,15 @@ class Generator(Configured, nn.Module, ABC):
 
         Advances `state.fed` and returns the guided distribution of the last `want` (default: all) of those entities.
         """
+
+    def plan(self, noise: Noise, steps: int | None = None) -> Entities:
+        """The partition to decode in; generators of random order draw one for each image, in `steps` entities.
+
+        Raises UserError for a number of steps that is not this generator's to choose.
+        """
+        if steps is not None:
+            raise UserError(f"{type(self).__name__} has an order of its own: leave steps out")
+        return self.entities
 
     def bind(self, tokenizer: Tokenizer) -> None:
         """Told once whose tokens these are; for generators that read more of the tokenizer than its layout (VAR)."""

@@ -6,6 +6,7 @@ skips (`uvit`). The sequence is a class embedding, then the tokens, masked ones 
 transformers' BERT, and any layout.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,14 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.tags import tag
 from tessellar.models.condition import Condition
 from tessellar.models.conditioners import ClassConditioner, Conditioner
-from tessellar.models.entities import take, token_order
+from tessellar.models.entities import Entities, take, token_order
 from tessellar.models.generator import State, require_categorical
 from tessellar.models.heads.logits import Logits
 from tessellar.models.masked import MaskedGenerator
+from tessellar.sampling.noise import Noise
 from tessellar.tokenizers.layout import Layout
 
 
@@ -154,6 +157,15 @@ class MaskGIT(MaskedGenerator):
                     tag(linear.weight, "hidden")
         if isinstance(self.backbone, UViT):
             nn.init.trunc_normal_(tag(self.backbone.position, "no_decay"), std=0.02)
+
+    def plan(self, noise: Noise, steps: int | None = None) -> Entities:
+        """A random order of its own for each image, in sets of about one size (default: one token each)."""
+        length = self.layout.length
+        ends = [length * i // (steps or length) for i in range((steps or length) + 1)]
+        sizes = tuple(b - a for a, b in pairwise(ends))
+        if min(sizes) < 1:
+            raise UserError(f"{steps} steps for {length} tokens; give 1 to {length}")
+        return Entities(noise.uniform(length).argsort(1).cpu(), sizes)
 
     def make_conditioner(self) -> Conditioner:
         return ClassConditioner(self.num_classes)

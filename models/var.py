@@ -5,12 +5,13 @@ scale; it comes from the tokenizer (`VARVQVAE.next_inputs`), so input and output
 shifted. Different from the official code: labels are dropped in training only, and any pyramid of scales is accepted.
 """
 
+from functools import partial
 from math import log, sqrt
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from einops import rearrange
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,7 +103,7 @@ def block(
     """One block; `shared` modulation comes from the generator."""
     made = VARBlock(
         VARAttention(width, num_heads, l2_norm, attention),
-        Mlp(width, hidden, act_layer=lambda: nn.GELU(approximate="tanh")),
+        Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh")),  # type: ignore[arg-type]
         nn.LayerNorm(width, eps=1e-6, elementwise_affine=False),
         SharedModulation(width) if shared else Modulation(width, zero=False),
     )

@@ -22,6 +22,8 @@ from tessellar.interop.load import assemble, read_source
 from tessellar.interop.weights import fingerprint
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.choice import Choice
+from tessellar.sampling.diffusion import AncestralDiffusion
+from tessellar.sampling.flow import Flow
 from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.base import Tokenizer
@@ -73,6 +75,8 @@ def model(
     choice: Choice = Choice(),  # noqa: B008
     algorithm: str = "ancestral",
     options: dict[str, Any] | None = None,
+    flow: Flow = Flow(),  # noqa: B008
+    diffusion: AncestralDiffusion = AncestralDiffusion(),  # noqa: B008
     seed: int = 0,
     precision: Literal["float32", "bf16"] = "float32",
     raw: bool = False,
@@ -96,6 +100,8 @@ def model(
         guidance: classifier-free guidance; scale 1 is none
         choice: how a token is drawn from its probabilities
         algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
+        flow: how tokens of a flow-matching generator are drawn
+        diffusion: how tokens of a generator with a diffusion head are drawn
         options: of the algorithm, such as '{window: 32, coupling: maximal}'
         seed: sample i is drawn with seed + i
         precision: arithmetic of the generator
@@ -122,7 +128,7 @@ def model(
         )
         metrics = metrics or (["fd", "paired"] if protocol == "free" else None)
     else:
-        sampling = Sampling(guidance, choice, algorithm, options or {})
+        sampling = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion)
         source = _generated(loaded, count, sampling, seed, precision, data, facts)
         against = measurement.reference(reference or "train", data)
         metrics = metrics or (_free_metrics(loaded, measurement.extractor) if protocol == "free" else None)

@@ -19,6 +19,8 @@ from tessellar.interop.weights import fingerprint
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.choice import Choice
+from tessellar.sampling.diffusion import AncestralDiffusion
+from tessellar.sampling.flow import Flow
 from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
@@ -39,6 +41,8 @@ def sample(
     choice: Choice = Choice(),  # noqa: B008
     algorithm: str = "ancestral",
     options: dict[str, Any] | None = None,
+    flow: Flow = Flow(),  # noqa: B008
+    diffusion: AncestralDiffusion = AncestralDiffusion(),  # noqa: B008
     seed: int = 0,
     batch_size: int = 64,
     precision: Literal["float32", "bf16"] = "float32",
@@ -60,6 +64,8 @@ def sample(
         guidance: classifier-free guidance; scale 1 is none
         choice: how a token is drawn from its probabilities
         algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
+        flow: how tokens of a flow-matching generator are drawn
+        diffusion: how tokens of a generator with a diffusion head are drawn
         options: of the algorithm, such as '{window: 32, coupling: maximal}'
         seed: seed of the first image; two runs of N images have no seed in common where theirs lie N apart
         batch_size: images at once; it does not change them
@@ -75,7 +81,7 @@ def sample(
     source, generator = _load(model, raw, device)
     named = parse_classes(classes, generator)
     labels = balanced_labels(_total(count, per_class, len(named)), named)
-    sampling, recorder = Sampling(guidance, choice, algorithm, options or {}), Recorder()
+    sampling, recorder = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion), Recorder()
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
         folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)
@@ -85,7 +91,7 @@ def sample(
             "model": model,
             "weights": source.weights,
             "fingerprint": fingerprint(generator),
-            "sampling": sampling.describe(),
+            "sampling": sampling.describe(generator.sampler),
             "count": len(labels),
             "classes": named,
             "labels": "image i has class classes[i % len(classes)]",

@@ -57,7 +57,7 @@ SYSTEMS: dict[str, Official] = {
     "maskgit": Official(generator="maskgit:import_generator"),
     "rar": Official(generator="rar:import_generator"),
     "retok": Official("retok:import_tokenizer", "retok:import_generator", is_generator="retok:is_generator"),
-    "mar": Official(tokenizer="kl_vae:import_tokenizer"),
+    "mar": Official("kl_vae:import_tokenizer", "mar:import_generator", is_generator="mar:is_generator"),
     "xar": Official("kl_vae:import_tokenizer", "xar:import_generator", is_generator="xar:is_official"),
 }
 

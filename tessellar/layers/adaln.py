@@ -51,10 +51,10 @@ class AdaLNBlock(nn.Module):
     """
 
     def __init__(
-        self, attention: nn.Module, mlp: nn.Module, norm: nn.Module, modulation: Modulation, dropout: float = 0.0
+        self, attention: nn.Module, mlp: nn.Module, norm: nn.Module, modulation: nn.Module, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout: nn.Module = nn.Dropout(dropout)
         self.norm, self.attention, self.mlp, self.modulation = norm, attention, mlp, modulation
 
     def forward(self, x: Tensor, condition: Tensor, sizes: Sequence[int], *rest: Any) -> Tensor:

@@ -58,7 +58,12 @@ class Algorithm(ABC):
 
 @dataclass(frozen=True)
 class Ancestral(Algorithm):
-    """Entity by entity, one evaluation each; every generator and every head."""
+    """Entity by entity, one evaluation each; every generator and every head.
+
+    `steps`: number of entities, for generators of random order.
+    """
+
+    steps: int | None = None
 
     def __call__(
         self,
@@ -69,7 +74,7 @@ class Ancestral(Algorithm):
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        return ancestral(generator, condition, sampler, noise, guidance, recorder)
+        return ancestral(generator, condition, sampler, noise, guidance, recorder, self.steps)
 
 
 @dataclass(frozen=True)

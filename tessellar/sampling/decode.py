@@ -62,10 +62,11 @@ def ancestral(
     noise: Noise,
     guidance: Guidance = NO_GUIDANCE,
     recorder: Recorder | None = None,
+    steps: int | None = None,
 ) -> Tensor:
-    """Tokens [B, N, ...] of a batch of conditions, entity by entity."""
+    """Tokens [B, N, ...] of conditions, entity by entity; in `steps` entities, where the generator lets choose."""
     with running(recorder, condition.batch, generator.layout.length, noise.device):
-        state = generator.start(condition, guidance)
+        state = generator.start(condition, guidance, generator.plan(noise, steps))
         tokens = generator.layout.blank(condition.batch).to(noise.device)
         for step in decode_from(generator, state, sampler, noise, tokens, recorder=recorder):
             tokens = step.tokens

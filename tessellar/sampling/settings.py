@@ -10,6 +10,8 @@ from tessellar.models.condition import Condition
 from tessellar.models.generator import Generator
 from tessellar.sampling.algorithms import Algorithm, make_algorithm
 from tessellar.sampling.choice import Choice
+from tessellar.sampling.diffusion import AncestralDiffusion
+from tessellar.sampling.flow import Flow
 from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder
@@ -19,13 +21,16 @@ from tessellar.sampling.report import Recorder
 class Sampling:
     """Guidance, the draw of a token, and the decoding algorithm with its options.
 
-    Algorithms are `ancestral`, `sjd`, `sjd++`, `gsd` and `draft`; tessellar/sampling/algorithms.py has their options.
+    A generator names what draws its tokens: `choice` (logits), `flow` (velocities) or `diffusion` (a diffusion head).
+    tessellar/sampling/algorithms.py has the algorithms and their options.
     """
 
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     choice: Choice = field(default_factory=Choice)
     algorithm: str = "ancestral"
     options: dict[str, Any] = field(default_factory=dict)
+    flow: Flow = field(default_factory=Flow)
+    diffusion: AncestralDiffusion = field(default_factory=AncestralDiffusion)
 
     def __post_init__(self) -> None:
         self.make()
@@ -45,13 +50,14 @@ class Sampling:
             raise ValueError(f"{condition.batch} images need as many seeds, not {len(seeds)}")
         device = next(generator.parameters()).device
         noise = Noise(seeds, device)
-        return self.make()(generator, condition.to(device), self.choice, noise, self.guidance.make(), recorder)
+        sampler = getattr(self, generator.sampler)
+        return self.make()(generator, condition.to(device), sampler, noise, self.guidance.make(), recorder)
 
-    def describe(self) -> dict[str, Any]:
-        """Plain data for records."""
+    def describe(self, sampler: str = "choice") -> dict[str, Any]:
+        """Plain data for records, of a generator whose tokens `sampler` draws."""
         return {
             **self.guidance.describe(),
-            **self.choice.describe(),
+            **getattr(self, sampler).describe(),
             "algorithm": self.algorithm,
             **{f"algorithm_{name}": value for name, value in self.make().describe().items()},
         }

@@ -60,7 +60,7 @@ def test_a_draft_model_that_is_no_model(tmp_path: Path) -> None:
     ("name", "options", "reason"),
     [
         ("sdj", {}, "does not exist; there are ancestral, sjd"),
-        ("ancestral", {"window": 3}, "no option 'window'; it has none"),
+        ("ancestral", {"window": 3}, "no option 'window'; its options are steps"),
         ("sjd", {"windw": 3}, "no option 'windw'; its options are window, init, coupling"),
         ("sjd", {"window": 0}, r"in \[1, 64\]"),
         ("sjd", {"window": 65}, r"in \[1, 64\]"),
