@@ -213,9 +213,9 @@ def parse_entities(text: str, layout: Layout) -> Entities:
     Raises UserError for anything else, and where X does not fit the layout.
     """
     name, _, given = text.partition(":")
-    try:
-        numbers = tuple(int(n) for n in given.replace("x", ",").split(",")) if given else ()
-    except ValueError:
+    parts = given.replace("x", ",").split(",") if given else []
+    numbers = tuple(int(part) for part in parts if part.isdecimal())
+    if len(numbers) < len(parts):
         name = ""
     match name, numbers:
         case "token", ():

@@ -44,7 +44,8 @@ class ScalePyramid(Tokenizer):
         if self.sides[-1] != grid[0] or any(a >= b for a, b in pairwise((0, *self.sides))):
             raise UserError(f"scales {self.sides} must grow to the side of the latents, {grid[0]}")
         kind = tokenizer.layout.segments[0].kind
-        self.tokenizer, self.mode, self.image_size = tokenizer, mode, tokenizer.image_size
+        self.tokenizer, self.image_size = tokenizer, tokenizer.image_size
+        self.mode: ResizeMode = mode
         self.layout = Layout(tuple(Segment((side, side), kind, f"scale{side}") for side in self.sides))
         self.requires_grad_(False)
 

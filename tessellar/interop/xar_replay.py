@@ -59,9 +59,9 @@ def train(recording: Recording) -> dict[str, Tensor]:
     generator, inputs = _generator(recording, recording.inputs["train/noise"].shape[2]), recording.inputs
     generator.train()
     hidden: list[Tensor] = []
-    generator.encoder.register_forward_hook(lambda module, given, result: hidden.append(result))
+    generator.encoder.register_forward_hook(lambda *call: hidden.append(call[2]))
     outputs: list[Tensor] = []
-    generator.output.register_forward_hook(lambda module, given, result: outputs.append(result))
+    generator.output.register_forward_hook(lambda *call: outputs.append(call[2]))
     tokens = rearrange(inputs["train/latents"], "b c h w -> b (h w) c")
     noise = rearrange(inputs["train/noise"], "n b k c -> b (n k) c")
     t, dropped = inputs["train/t"].T, inputs["train/label_drop"].bool()
