@@ -1,6 +1,7 @@
-"""The few collective operations that evaluation needs; every function also works in a program that was not launched.
+"""The few collective operations that evaluation and training need; all of them also work in one plain process.
 
-Sums are float64. Backends that exchange only GPU memory (NCCL) get their tensors through the current GPU.
+Sums are float64 where evaluation gives them so. Backends that exchange only GPU memory (NCCL) get their tensors through
+the current GPU. `sum_over_ranks` and `mean_over_ranks` pass gradients, for statistics of the global batch in a loss.
 """
 
 import os
@@ -59,6 +60,28 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     total = x.to(_exchange_device(), copy=True).contiguous()
     dist.all_reduce(total)
     return total.to(x.device)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of `x` over ranks with gradients: the derivative of the sum of all ranks' losses. All ranks call it."""
+    return _Sum.apply(x) if is_distributed() else x  # type: ignore[return-value]
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of `x` over ranks, with gradients as `sum_over_ranks`."""
+    return sum_over_ranks(x) / world_size() if is_distributed() else x
+
+
+class _Sum(torch.autograd.Function):
+    """Every rank's result depends on every rank's argument, so gradients are summed over ranks as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(gradient)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

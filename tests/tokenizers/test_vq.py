@@ -151,10 +151,12 @@ class Ranks:
 
 
 def test_processes_keep_one_codebook_and_restart_what_none_of_them_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process 0 sees codes 0 to 7, process 1 codes 8 to 15; 16 to 31 are restarted, from process 0's latents."""
+    """Process 0 sees codes 0 to 7, process 1 codes 8 to 15; 16 to 31 are restarted, from latents of both."""
     ranks, codes = Ranks(2), quantizer()
     monkeypatch.setattr(distributed, "all_reduce_sum", ranks.all_reduce_sum)
     monkeypatch.setattr(distributed, "broadcast", ranks.broadcast)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: ranks.local.rank)
     copies = [quantizer(restart_every=2) for _ in range(2)]
     seen = [codes.codes().detach()[None, 8 * rank : 8 * rank + 8] for rank in range(2)]
     threads = [threading.Thread(target=ranks.run, args=(r, [seen[r]] * 2, copies[r])) for r in range(2)]
@@ -165,7 +167,9 @@ def test_processes_keep_one_codebook_and_restart_what_none_of_them_uses(monkeypa
     first, second = (vq.codebook.weight.detach() for vq in copies)
     assert torch.equal(first, second) and torch.equal(copies[0].counts, copies[1].counts)
     torch.testing.assert_close(first[:16], codes.codes().detach()[:16])
-    assert float(torch.cdist(first[16:], seen[0][0]).min(1).values.max()) < 1e-3
+    distances = torch.cdist(first[16:], torch.cat(seen, 1)[0])
+    assert float(distances.min(1).values.max()) < 1e-3
+    assert {int(code) // 8 for code in distances.argmin(1)} == {0, 1}
 
 
 def test_a_resumed_quantizer_restarts_at_the_same_pass() -> None:

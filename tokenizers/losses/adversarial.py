@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 
 Kind = Literal["hinge", "non_saturating"]
@@ -34,7 +35,12 @@ def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKin
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + 1e-4), clamped to [0, 1e4]."""
-    (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + 1e-4), clamped to [0, 1e4].
+
+    In several processes the gradients are those of the global batch, so that all of them take the same weight.
+    """
+    rec, adv = (
+        distributed.mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
+        for loss in (reconstruction, adversarial)
+    )
     return (rec.norm() / (adv.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -1,8 +1,12 @@
-"""PatchGAN discriminator (pix2pix, arXiv 1611.07004; as taming-transformers and LlamaGen use it)."""
+"""PatchGAN discriminator (pix2pix, arXiv 1611.07004; as taming-transformers and LlamaGen use it).
+
+Different from their code: in several processes its batch norms see the batch of all of them.
+"""
 
 from torch import Tensor, nn
 
 from tessellar.construct import Configured
+from tessellar.layers.batch_norm import BatchNorm2d
 
 
 class PatchGAN(Configured, nn.Module):
@@ -14,7 +18,7 @@ class PatchGAN(Configured, nn.Module):
         previous = channels
         for stage in range(1, depth + 1):
             width, stride = channels * min(2**stage, 8), 2 if stage < depth else 1
-            layers += [nn.Conv2d(previous, width, 4, stride, 1, bias=False), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(previous, width, 4, stride, 1, bias=False), BatchNorm2d(width), nn.LeakyReLU(0.2)]
             previous = width
         layers.append(nn.Conv2d(previous, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)

@@ -3,7 +3,8 @@
 With `l2_normalize` (ViT-VQGAN, arXiv 2110.04627) latents and codes are compared on the unit sphere; stored codes are
 normalised at every use. Different from LlamaGen's code: codes may be initialised from data and unused ones restarted
 (arXiv 2005.00341, section 3.1), which a small training run needs. In several processes codes are counted over all of
-them and replaced by latents of the first, so that every process keeps the same codebook.
+them and replaced by latents of any, so that every process keeps the same codebook, and the one that a single process
+with the whole batch would have.
 """
 
 import torch
@@ -108,21 +109,29 @@ class VectorQuantizer(Quantizer):
         self.step += 1
         if self.init_step is None and self.restart_every is None:
             return  # reading the step would make a GPU wait
-        step, latents = int(self.step), z.flatten(0, -2)
+        step = int(self.step)
         if step == self.init_step:
-            self._replace(torch.ones_like(self.counts, dtype=torch.bool), latents)
+            self._replace(torch.ones_like(self.counts, dtype=torch.bool), z)
         elif self._restarts_at(step):
-            self._replace(self.counts == 0, latents)
+            self._replace(self.counts == 0, z)
 
     def _restarts_at(self, step: int) -> bool:
         if self.restart_every is None or step % self.restart_every:
             return False
         return self.restart_until is None or step <= self.restart_until
 
-    def _replace(self, which: Tensor, latents: Tensor) -> None:
-        """Random latents [n, C] of the first process in place of the chosen codes."""
-        chosen = torch.randint(len(latents), (int(which.sum()),), device=latents.device)
-        self.codebook.weight[which] = distributed.broadcast(latents[chosen].cpu()).to(self.codebook.weight)
+    def _replace(self, which: Tensor, z: Tensor) -> None:
+        """Random latents of the global batch in place of the chosen codes; z [B, ..., C] is this process's share."""
+        ranks, rank = distributed.world_size(), distributed.rank()
+        latents, count = z.flatten(0, -2), int(which.sum())
+        drawn = torch.randint(ranks * len(latents), (count,), device=z.device)
+        drawn = distributed.broadcast(drawn.cpu()).to(z.device)
+        # Sample i of the global batch is sample i // ranks of rank i % ranks, as the sampler deals them.
+        each = len(latents) // len(z)
+        sample, place = drawn // each, drawn % each
+        own = (sample % ranks == rank)[:, None]
+        rows = torch.where(own, latents[sample // ranks * each + place], 0)
+        self.codebook.weight[which] = distributed.all_reduce_sum(rows).to(self.codebook.weight)
         self.counts.zero_()
 
 
@@ -130,5 +139,5 @@ def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
     """Mean entropy of the soft assignment minus entropy of its mean (MaskGIT, arXiv 2202.04200); affinity [..., V]."""
     logits = affinity.flatten(0, -2) / temperature
     probs, log_probs = logits.softmax(-1), logits.log_softmax(-1)
-    mean = probs.mean(0)
+    mean = distributed.mean_over_ranks(probs.mean(0))  # the entropy of a mean is not the mean of entropies
     return -(probs * log_probs).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
