@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import tessellar
 from tessellar.cli import train
 from tessellar.cli.errors import run
+from tessellar.evaluation.network_facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
+from tessellar.tokenizers.retok import ReToK
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 TOKENIZER: dict[str, Any] = {
@@ -278,3 +282,32 @@ def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:
 )
 def test_the_name_says_which_network_of_our_own_teaches(name: str, teachers: list[str], expected: str) -> None:
     assert train.with_teachers(name, teachers) == expected
+
+
+def test_a_stand_in_teaches_and_is_not_needed_afterwards(call) -> None:
+    options: Any = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    facts = NetworkFacts("shapes-vit", "test_vit", 3, (16, 16), options=options, purpose="teacher")
+    network = timm.create_model("test_vit", num_classes=3, **options)
+    save_file(network.state_dict(), "teacher.safetensors", metadata=facts.to_metadata())
+    small = {"width": 16, "depth": 1, "num_heads": 2}
+    retok = {
+        "class_path": "tessellar.tokenizers.retok.ReToK",
+        "init_args": {
+            "quantizer": TOKENIZER["model"]["init_args"]["tokenizer"]["init_args"]["quantizer"],
+            **{"image_size": 16, "num_tokens": 8, "always": 2, "channels": 32, "multipliers": [1, 1], "z_channels": 8},
+            **{"encoder_size": small, "decoder_size": small, "semantic_dim": 16, "semantic_layer": 1},
+            "teacher": {"class_path": "tessellar.vision.teacher", "init_args": {"weights": "teacher.safetensors"}},
+        },
+    }
+    config = tokenizer(MODEL, retok)
+    assert call(config)[0] == 0
+    run_folder = Path("runs/tok(teacher=shapes-vit)")
+    with open(run_folder / "metrics.csv") as file:
+        assert any(row.get("train/semantic") for row in csv.DictReader(file))
+    assert call(config, "--trainer.max_steps", "5", "--resume", "auto")[0] == 0
+    Path("teacher.safetensors").unlink()
+    back = tessellar.load(run_folder / "export")
+    assert isinstance(back, ReToK) and back.teacher is None
+    assert isinstance(tessellar.load(run_folder / "checkpoints" / "last.ckpt"), ReToK)
+    code, error = call(config, name="again")
+    assert code != 0 and "there are no weights teacher.safetensors" in error and "Traceback" not in error
