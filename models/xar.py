@@ -89,7 +89,8 @@ class XAR(Generator):
 
     `entity` is X, as `parse_entities` reads it: cell:8x8, token, subsample:2, image, scale, ... `context_noise` is how
     noise levels are ordered over the entities in training. `depth` counts the blocks of each stack. `loss_over` weighs
-    tokens or entities alike, which differs for scales. Raises UserError for a layout that is not continuous or that X does not fit.
+    tokens or entities alike, which differs for scales. Raises UserError for a layout that is not continuous or that X
+    does not fit.
     """
 
     sampler = "flow"
@@ -248,7 +249,7 @@ class XAR(Generator):
         )
 
     def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Implicit:
-        """Feed the clean entities before entity fed + count - 1 and return that one: entities are drawn one at a time."""
+        """Feed the clean entities before entity fed + count - 1 and return that one; it takes no others."""
         if (count if want is None else want) != 1:
             raise UserError("xAR draws one entity at a time; entities cannot be predicted together")
         read = (state.fed - 1).clamp(min=0)

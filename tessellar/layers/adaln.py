@@ -59,7 +59,14 @@ class AdaLNBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, sizes: Sequence[int], *rest: Any) -> Tensor:
         """x [B, n, D]; condition [B, E, D] of E entities that hold `sizes` positions, n in all (E = 1: all of them)."""
-        vectors = (spread(v, sizes) for v in self.modulation(condition))
+        vectors = self.modulation(condition)
+        if len(sizes) > 1 and len(set(sizes)) == 1:  # broadcasting over [B, E, n / E, D] is cheaper than repeating
+            vectors, shape = [v[:, :, None] for v in vectors], (len(sizes), sizes[0])
+        else:
+            vectors, shape = [spread(v, sizes) for v in vectors], (x.shape[1],)
         gate1, gate2, scale1, scale2, shift1, shift2 = vectors
-        x = x + gate1 * self.dropout(self.attention(modulate(self.norm(x), scale1, shift1), *rest))
-        return x + gate2 * self.dropout(self.mlp(modulate(self.norm(x), scale2, shift2)))
+        x = x.unflatten(1, shape)
+        branch = self.dropout(self.attention(modulate(self.norm(x), scale1, shift1).flatten(1, -2), *rest))
+        x = x + gate1 * branch.unflatten(1, shape)
+        x = x + gate2 * self.dropout(self.mlp(modulate(self.norm(x), scale2, shift2)))
+        return x.flatten(1, -2)
