@@ -26,12 +26,16 @@ from tessellar.tokenizers.losses.alignment import cosine_distance
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok import Inferred, ReToK
 
+FIXED = {"multi_level_query_init": True, "adaptive_gn": True, "d2s_up": True, "use_attn": False}
 OFFICIAL_BETWEEN = 1.0001  # their scale where guidance is meant to be off
 
 
 def _tokenizer(recording: Recording) -> ReToK:
     """In eval mode, with nothing inferred: the released code keeps all N tokens and has no schedule."""
     config, state = recording.config, recording.weights["tokenizer"]
+    other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
+    if other:
+        raise UserError(f"no published ReToK has {other}; this tokenizer is {FIXED}")
     quantizer = VectorQuantizer(
         config["codebook_size"],
         config["codebook_embed_dim"],
