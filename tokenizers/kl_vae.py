@@ -35,6 +35,7 @@ class KLVAE(Tokenizer):
         encoder_attention: tuple[int, ...] | None = None,
         decoder_attention: tuple[int, ...] = (),
         dropout: float = 0.0,
+        groups: int = 32,
     ) -> None:
         super().__init__()
         self.stride = 2 ** (len(multipliers) - 1)
@@ -44,8 +45,8 @@ class KLVAE(Tokenizer):
         self.image_size = (height, width)
         self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind, "latents")
         shared = (channels, tuple(multipliers), num_res_blocks)
-        self.encoder = Encoder(Sizes(*shared, quantizer.in_dim, dropout), encoder_attention)
-        self.decoder = Decoder(Sizes(*shared, quantizer.dim, dropout), decoder_attention)
+        self.encoder = Encoder(Sizes(*shared, quantizer.in_dim, dropout, groups), encoder_attention)
+        self.decoder = Decoder(Sizes(*shared, quantizer.dim, dropout, groups), decoder_attention)
         self.quant_conv = nn.Conv2d(quantizer.in_dim, quantizer.in_dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 1)

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     """Two convolutions behind norms and SiLU, added to the input (1x1 where the channels change)."""
 
-    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(channels, groups), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out_channels, groups), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
@@ -35,9 +35,9 @@ class ResBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """One head over all positions of the map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -75,12 +75,19 @@ class Level(nn.Module):
     """Residual blocks (with attention after each, if wanted), then a change of resolution."""
 
     def __init__(
-        self, channels: int, out_channels: int, blocks: int, attention: bool, resample: nn.Module | None, dropout: float
+        self,
+        channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        resample: nn.Module | None,
+        dropout: float,
+        groups: int = 32,
     ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
-        self.res = nn.ModuleList(ResBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(SpatialAttention(out_channels) for _ in range(blocks if attention else 0))
+        self.res = nn.ModuleList(ResBlock(a, b, dropout, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(SpatialAttention(out_channels, groups) for _ in range(blocks if attention else 0))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,19 +98,20 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-def middle(channels: int, dropout: float, attention: bool = True) -> nn.Sequential:
-    blocks = [ResBlock(channels, channels, dropout) for _ in range(2)]
-    return nn.Sequential(blocks[0], *([SpatialAttention(channels)] if attention else []), blocks[1])
+def middle(channels: int, dropout: float, attention: bool = True, groups: int = 32) -> nn.Sequential:
+    blocks = [ResBlock(channels, channels, dropout, groups) for _ in range(2)]
+    return nn.Sequential(blocks[0], *([SpatialAttention(channels, groups)] if attention else []), blocks[1])
 
 
 class Sizes(NamedTuple):
-    """What encoder and decoder share; `z_channels` leave the encoder or enter the decoder."""
+    """What encoder and decoder share; `z_channels` leave the encoder or enter the decoder; norms have `groups`."""
 
     channels: int
     multipliers: tuple[int, ...]
     num_res_blocks: int
     z_channels: int
     dropout: float = 0.0
+    groups: int = 32
 
     @property
     def widths(self) -> list[int]:
@@ -129,11 +137,13 @@ class Encoder(nn.Module):
                 attention=i in attention,
                 resample=None if i == last else Downsample(width),
                 dropout=sizes.dropout,
+                groups=sizes.groups,
             )
             for i, (previous, width) in enumerate(zip([sizes.channels, *widths], widths, strict=False))
         )
-        self.mid = middle(widths[-1], sizes.dropout, middle_attention)
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
+        self.mid = middle(widths[-1], sizes.dropout, middle_attention, sizes.groups)
+        self.norm_out = group_norm(widths[-1], sizes.groups)
+        self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
@@ -151,7 +161,7 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         attention = (last,) if attention is None else attention
         self.conv_in = nn.Conv2d(sizes.z_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0], sizes.dropout)
+        self.mid = middle(widths[0], sizes.dropout, groups=sizes.groups)
         self.levels = nn.ModuleList(
             Level(
                 previous,
@@ -160,10 +170,11 @@ class Decoder(nn.Module):
                 attention=last - i in attention,
                 resample=None if i == last else Upsample(width),
                 dropout=sizes.dropout,
+                groups=sizes.groups,
             )
             for i, (previous, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[-1], sizes.groups), nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.mid(self.conv_in(features))

@@ -34,11 +34,11 @@ def sinusoid(t: Tensor, channels: int, period: float = 10000.0) -> Tensor:
 class TimeEmbedding(nn.Module):
     """Times [...] (as the model counts them, 0 to 1000 in most) to [..., width]."""
 
-    def __init__(self, width: int, channels: int = 256) -> None:
+    def __init__(self, width: int, channels: int = 256, period: float = 10000.0) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.period = channels, period
         self.fc1, self.fc2 = nn.Linear(channels, width), nn.Linear(width, width)
         self.act = nn.SiLU()
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(sinusoid(t, self.channels).to(self.fc1.weight.dtype))))
+        return self.fc2(self.act(self.fc1(sinusoid(t, self.channels, self.period).to(self.fc1.weight.dtype))))
