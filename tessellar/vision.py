@@ -83,11 +83,16 @@ class VisionModel(Configured, nn.Module):
             self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        self.filled = downloads
         if file:
-            _fill(self.network, file.state, str(weights))
-        self.filled = downloads or file is not None
+            self.fill(file.state, str(weights))
         self.register_load_state_dict_post_hook(_mark_filled)
         self.eval().requires_grad_(False)
+
+    def fill(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Weights as timm or the network's authors publish them; raises UserError where they do not fit."""
+        _fill(self.network, state, where)
+        self.filled = True
 
     @property
     def config(self) -> dict[str, Any]:

@@ -30,11 +30,11 @@ _SIDE = {
 }
 
 
-def _half(side: str) -> dict[str, str]:
-    """The table of encoder or decoder; the way back must tell `downsample` from `upsample`."""
+def cnn_keys(side: str, own: str | None = None) -> dict[str, str]:
+    """The table of `encoder` or `decoder` (our name: `own`); the way back must tell `downsample` from `upsample`."""
     other = "upsample" if side == "encoder" else "downsample"
     return {
-        theirs.replace("{side}", side): ours.replace("{side}", side)
+        theirs.replace("{side}", side): ours.replace("{side}", own or side)
         for theirs, ours in _SIDE.items()
         if other not in theirs
     }
@@ -42,8 +42,8 @@ def _half(side: str) -> dict[str, str]:
 
 KEYS = table(
     {
-        **_half("encoder"),
-        **_half("decoder"),
+        **cnn_keys("encoder"),
+        **cnn_keys("decoder"),
         "quant_conv.{tensor}": "quant_conv.{tensor}",
         "post_quant_conv.{tensor}": "post_quant_conv.{tensor}",
         "quantize.embedding.weight": "quantizer.codebook.weight",

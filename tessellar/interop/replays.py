@@ -71,4 +71,5 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("xar_replay:sample", ("shared", "sample")),
         Replay("xar_replay:order", ("shared", "order")),
     ),
+    "hita": (Replay("hita_replay:tokenizer", ("tok_shared", "tok_prep", "tok_main", "tok_loss")),),
 }
