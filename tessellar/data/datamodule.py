@@ -97,8 +97,8 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{world_size} processes: lower data.batch_size"
             )
         sampler = ResumableSampler(dataset, self.seed, train, rank, world_size, drop_last=train)
-        # Lightning starts the first epoch's workers before it calls set_epoch; after a resume that epoch is not 0.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        if train:
+            sampler.seek(*self._place(sampler.total))
         self._loaded.append(dataset)
         return DataLoader(
             dataset,
@@ -110,6 +110,22 @@ class ImageDataModule(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _place(self, total: int) -> tuple[int, int]:
+        """Epoch and samples consumed in it, as our training modules count them.
+
+        Lightning starts the first workers before it names the epoch, and after a resume it would give the epoch's first
+        samples again. Raises UserError where this data has fewer samples than were consumed.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        if module is None or not hasattr(module, "epoch_samples"):
+            return self.trainer.current_epoch if self.trainer else 0, 0
+        epoch, start = int(module.epoch), int(module.epoch_samples)  # type: ignore[arg-type]
+        if start > total:
+            raise UserError(
+                f"the run was at sample {start} of an epoch; {self.name} now has {total}: continue it with its own data"
+            )
+        return epoch, start
 
 
 def _some(names: Sequence[str], shown: int = 5) -> str:

@@ -3,6 +3,9 @@
 Lightning's automatic optimisation takes one optimizer and, with two, refuses clipping and accumulation and counts every
 optimizer's step. Here each *update* accumulates `accumulate` batches, clips, skips non-finite gradients and steps;
 only the first optimizer goes through Lightning, so `global_step` and `max_steps` count updates, not optimizers.
+
+A checkpoint also holds what Lightning leaves out: the samples consumed, the random numbers' states, gradients of an
+update that is under way. So a resumed run equals an uninterrupted one bit for bit, wherever it was interrupted.
 """
 
 import logging
@@ -15,13 +18,31 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from tessellar import distributed
+from tessellar.data.randomness import derive
+from tessellar.errors import UserError
+from tessellar.training import random_state
 from tessellar.training.optim import set_factor
 from tessellar.training.schedules import Schedule
+from tessellar.training.sharding import (
+    average_gradients,
+    clip_gradients,
+    gather,
+    like,
+    mesh_of,
+    number_by_model,
+    scatter,
+    settle,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 STATE_KEY = "training_state"
+COUNTERS = ("batches", "updates", "skipped", "epoch", "epoch_samples")
 
 
 class NonFiniteGradients(RuntimeError):
@@ -40,9 +61,10 @@ class Player(NamedTuple):
 class TrainingModule(L.LightningModule, ABC):
     """Base of the tokenizer and the generator module.
 
-    `batches` and `updates` count what the run has seen; `skipped` are the updates of one player that were left out
-    because its gradient was not finite, and `max_skipped` of them in a row stop the run. A subclass returns its loss
-    under `loss` and its tokens under `tokens` from `training_step`.
+    `batches` and `updates` count what the run has seen, `epoch` and `epoch_samples` (over all processes) where it is in
+    the data; `skipped` are the updates of one player that were left out because its loss or gradient was not finite,
+    and `max_skipped` of them in a row stop the run. A subclass returns its loss under `loss` and its tokens under
+    `tokens` from `training_step`.
     """
 
     #: The validation metric that the best checkpoint is chosen by, and whether the `min` or `max` of it is best.
@@ -58,8 +80,12 @@ class TrainingModule(L.LightningModule, ABC):
         self.automatic_optimization = False
         self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
         self.batches, self.updates, self.skipped = 0, 0, 0
+        self.epoch, self.epoch_samples = 0, 0
         self._skipped_in_a_row: dict[str, int] = {}
+        self._to_restore: dict[str, Any] = {}
+        self._random_before_validation: list[random_state.State] | None = None
         self.players: list[Player] = []
+        self.is_sharded = False
 
     @property
     @abstractmethod
@@ -72,7 +98,25 @@ class TrainingModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> list[Optimizer]:
         self.players = self.make_players()
+        settle([optimizer for player in self.players for optimizer in player.optimizers])
         return [optimizer for player in self.players for optimizer in player.optimizers]
+
+    def shard_over(self, mesh: DeviceMesh) -> None:
+        """Shard what is trained over the processes of `mesh` (FSDP2)."""
+        raise UserError(f"{type(self).__name__} cannot be sharded; train it with --trainer.strategy ddp")
+
+    def configure_model(self) -> None:
+        mesh = mesh_of(self.trainer.strategy)
+        if mesh is not None and not self.is_sharded:
+            for tensor in self.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+            self.shard_over(mesh)
+            self.is_sharded = True
+
+    def on_fit_start(self) -> None:
+        """Draws of dropout differ between processes; the first one draws as a run of one process does."""
+        if self.global_rank > 0:
+            torch.manual_seed(derive(torch.initial_seed(), self.global_rank))
 
     @property
     def total_updates(self) -> int:
@@ -90,11 +134,17 @@ class TrainingModule(L.LightningModule, ABC):
         return (self.batches + 1) % self.accumulate == 0
 
     def backward_and_step(self, player: Player, loss: Tensor) -> None:
-        """Add the gradient of `loss`; on the last batch of an update clip and step."""
-        self.manual_backward(loss / self.accumulate)
+        """Add the gradient of `loss`; on the last batch of an update clip and step.
+
+        A loss that is not finite makes the whole gradient NaN, so that every process skips the same update.
+        """
+        weight = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self.manual_backward(loss * weight / self.accumulate)
+        if self.is_sharded:
+            average_gradients([p for p in player.parameters if not isinstance(p, DTensor)])
         if not self.at_boundary:
             return
-        norm = nn.utils.clip_grad_norm_(player.parameters, self.clip or float("inf"))
+        norm = clip_gradients(player.parameters, self.clip or float("inf"))
         factor = player.schedule.factor(self.updates, self.total_updates)
         self.log_train({f"train/grad_norm_{player.name}": norm, f"train/lr_factor_{player.name}": factor})
         if bool(torch.isfinite(norm)):
@@ -127,11 +177,14 @@ class TrainingModule(L.LightningModule, ABC):
                 "lower the learning rate or use precision 32-true"
             )
 
-    def finish_batch(self) -> None:
-        """Count the batch, and the update where it ends one."""
+    def finish_batch(self, samples: int) -> None:
+        """Count the batch of `samples` (in this process), the update where it ends one, and the place in the data."""
         if self.at_boundary:
             self.updates += 1
         self.batches += 1
+        self.epoch_samples += samples * distributed.world_size()
+        if self.trainer.is_last_batch:
+            self.epoch, self.epoch_samples = self.epoch + 1, 0
 
     @property
     def logs_now(self) -> bool:
@@ -141,7 +194,8 @@ class TrainingModule(L.LightningModule, ABC):
     def log_train(self, values: Mapping[str, Tensor | float]) -> None:
         """Log metrics of a training batch, at the number of updates made with it."""
         if self.logs_now:
-            self.log_dict({"step": float(self.updates + self.at_boundary), **values})
+            values = {"step": float(self.updates + self.at_boundary), **values}
+            self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
     def log_terms(self, stage: Literal["train", "val"], terms: Mapping[str, Tensor], size: int) -> None:
         """Log named terms of a batch of `size`; in validation as a mean over samples and processes."""
@@ -154,12 +208,57 @@ class TrainingModule(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         self.log("step", float(self.updates))  # where loggers place the validation's metrics
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Lightning frees gradients before a validation; those of an update that is under way have to stay."""
+        if self.batches % self.accumulate == 0:
+            super().on_validation_model_zero_grad()
+
+    def on_validation_start(self) -> None:
+        """Validation may draw random numbers; training goes on as if it had drawn none."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._random_before_validation = random_state.capture_all()
+        gather(self)
+
+    def on_validation_end(self) -> None:
+        scatter(self)
+        if self._random_before_validation is not None:
+            random_state.restore_own(self._random_before_validation)
+            self._random_before_validation = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put back what has to be in place when the first batch after a resume begins, and not earlier."""
+        gradients = self._to_restore.pop("gradients", {})
+        for name, parameter in self.named_parameters() if gradients else ():
+            if name in gradients:
+                parameter.grad = like(gradients[name].to(parameter.dtype), parameter)
+        if "random" in self._to_restore:
+            random_state.restore_own(self._to_restore.pop("random"))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[STATE_KEY] = {"batches": self.batches, "updates": self.updates, "skipped": self.skipped}
+        checkpoint[STATE_KEY] = {
+            **{name: getattr(self, name) for name in COUNTERS},
+            "skipped_in_a_row": dict(self._skipped_in_a_row),
+            "random": self._random_before_validation or random_state.capture_all(),
+            "gradients": self._gradients_under_way(),
+        }
+        states = checkpoint.get("optimizer_states")
+        if states and not self.is_sharded:
+            optimizers = [optimizer for player in self.players for optimizer in player.optimizers]
+            checkpoint["optimizer_states"] = [
+                number_by_model(state, optimizer, self) for state, optimizer in zip(states, optimizers, strict=True)
+            ]
+
+    def _gradients_under_way(self) -> dict[str, Tensor]:
+        if self.batches % self.accumulate == 0:
+            return {}
+        return {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, value in checkpoint.get(STATE_KEY, {}).items():
-            setattr(self, name, value)
+        state = dict(checkpoint.get(STATE_KEY, {}))
+        self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
+        self._to_restore = {name: state.pop(name) for name in ("random", "gradients") if name in state}
+        for name in COUNTERS:
+            setattr(self, name, state.get(name, 0))
 
 
 def trainable(*modules: nn.Module | None) -> list[nn.Parameter]:

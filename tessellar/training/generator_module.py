@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
 from tessellar.interop.load import init_generator, load_tokenizer
@@ -16,6 +17,7 @@ from tessellar.tokenizers.layout import Layout
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.schedules import Schedule
+from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block
 
 
@@ -66,6 +68,11 @@ class GeneratorModule(TrainingModule):
         modules = (self.model.generator, self.model.conditioner)
         return [Player("generator", trainable(*modules), self.optimizer_settings.make(*modules), self.schedule)]
 
+    def shard_over(self, mesh: DeviceMesh) -> None:
+        shard(self.model.generator, mesh, methods=("loss",))
+        if any(True for _ in self.model.conditioner.parameters()):
+            shard(self.model.conditioner, mesh)
+
     @torch.no_grad()
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
         """Tokens of a batch, encoded in float32 whatever the precision of training; drawn anew where that is random."""
@@ -84,7 +91,7 @@ class GeneratorModule(TrainingModule):
         total = torch.stack(list(terms.values())).sum()
         self.backward_and_step(self.players[0], total)
         self.log_terms("train", {"loss": total, **terms}, len(tokens))
-        self.finish_batch()
+        self.finish_batch(len(tokens))
         return {"loss": total.detach(), "tokens": tokens}
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
 from tessellar.interop.load import init_tokenizer
@@ -11,6 +12,7 @@ from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.schedules import Schedule
+from tessellar.training.sharding import shard
 from tessellar.training.speed import compile_each_block
 
 
@@ -61,6 +63,10 @@ class TokenizerModule(TrainingModule):
             players.append(Player("discriminator", trainable(self.discriminator), optimizers, self.schedule))
         return players
 
+    def shard_over(self, mesh: DeviceMesh) -> None:
+        """The quantizer stays whole, since it writes its codes itself; so does the discriminator, which is small."""
+        shard(self.tokenizer, mesh, whole=getattr(self.tokenizer, "quantizer", None))
+
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         images = batch["image"]
         output = self.tokenizer(images)
@@ -71,7 +77,7 @@ class TokenizerModule(TrainingModule):
             against = self.loss.discriminator_loss(images, output.reconstruction.detach(), self.updates)
             self.backward_and_step(self.players[1], against.total)
             self.log_terms("train", against.terms, len(images))
-        self.finish_batch()
+        self.finish_batch(len(images))
         return {"loss": terms.total.detach(), "tokens": output.tokens}
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from tessellar.callbacks.ema import EMA
 from tessellar.tokenizers.losses.discriminator import PatchGAN
-from tessellar.training.base import STATE_KEY
+from tessellar.training.base import COUNTERS, STATE_KEY
 from tessellar.training.optim import OptimizerSettings
 
 
@@ -108,6 +108,16 @@ def test_poisoned_batches_are_skipped_then_stop_the_run(fit, make) -> None:
     assert all(bool(torch.isfinite(t).all()) for t in [*module.model.generator.parameters(), *ema.average.values()])
 
 
+def test_a_loss_that_is_not_finite_skips_its_update_even_where_its_gradient_is(fit, make) -> None:
+    module = make.generator_module(max_skipped=2)
+    original = module.model.generator.loss
+    module.model.generator.loss = lambda *given: {**original(*given), "constant": torch.tensor(float("inf"))}
+    before = weights(module.model.generator)
+    with pytest.raises(RuntimeError, match="2 updates in a row"):
+        fit(module, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(module.model.generator), strict=True))
+
+
 def test_each_player_has_its_own_count_of_skipped_updates(fit, make) -> None:
     """A discriminator with finite gradients does not hide a tokenizer that never learns."""
     module = make.tokenizer_module(PatchGAN(8, 1), max_skipped=3)
@@ -147,7 +157,8 @@ def test_counters_and_optimizers_survive_a_checkpoint(fit, make, tmp_path: Path)
     path = tmp_path / "a.ckpt"
     trainer.save_checkpoint(path)
     content = torch.load(path, weights_only=True)
-    assert content[STATE_KEY] == {"batches": 8, "updates": 8, "skipped": 0}
+    counts = {name: content[STATE_KEY][name] for name in COUNTERS}
+    assert counts == {"batches": 8, "updates": 8, "skipped": 0, "epoch": 1, "epoch_samples": 0}
     second = make.tokenizer_module()
     trainer, losses = fit(second, 10, ckpt_path=path)
     assert second.updates == 10 and len(losses) == 2
