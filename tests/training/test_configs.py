@@ -10,7 +10,7 @@ from tessellar.cli.train import parse
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(ROOT.glob("*/*.yaml"))
-TOKENIZER = ["--model.init_args.tokenizer={class_path: tessellar.tokenizers.llamagen_vq.vq_16}"]
+CONTINUOUS = ("xar", "mar")  # modules of generators that read latents
 PARAMETERS = {
     "imagenet256/vq_16": 71_883_403,
     "imagenet256/vq_8": 70_109_835,
@@ -19,10 +19,21 @@ PARAMETERS = {
     "imagenet256/llamagen_xl": 774_699_520,
     "imagenet256/llamagen_xxl": 1_410_972_672,
     "imagenet256/llamagen_3b": 3_096_659_200,
+    "imagenet256/kl16": 66_456_019,
+    "imagenet256/xar_b": 172_638_224,
+    "imagenet256/xar_l": 608_397_968,
+    "imagenet256/xar_h": 1_186_024_096,
     "imagenet256/retok_s_s": 136_302_603,
     "imagenet256/retok_s_b": 232_686_347,
     "imagenet256/retok_gpt_xl": 775_028_480,
 }
+
+
+def _tokenizer(config: dict) -> str:
+    """One whose tokens are of the kind that the generator of a YAML reads."""
+    generator = config["model"]["init_args"]["generator"]
+    path = generator if isinstance(generator, str) else generator["class_path"]
+    return f"tessellar.tokenizers.{'kl_vae.kl16' if path.split('.')[-2] in CONTINUOUS else 'llamagen_vq.vq_16'}"
 
 
 def _without_vgg(path: Path, config: dict, folder: Path) -> str:
@@ -42,7 +53,7 @@ def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if config["model"]["class_path"].endswith("TokenizerModule"):
         options[1] = _without_vgg(path, config, tmp_path)
     else:
-        options += TOKENIZER
+        options.append(f"--model.init_args.tokenizer={{class_path: {_tokenizer(config)}}}")
     with torch.device("meta"):
         cli = parse([*options, "--trainer.devices", "1"])
     count = sum(p.numel() for p in cli.model.ema_target.parameters())
