@@ -13,6 +13,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tessellar.training.sharding import like, whole
 
 
 class EMA(L.Callback):
@@ -32,13 +35,20 @@ class EMA(L.Callback):
         return {n: t.detach() for n, t in module.state_dict().items()}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
-        saved = self.average or current
-        self.average = {
-            n: (saved[n].float() if t.is_floating_point() else saved[n]).to(t.device, copy=True)
-            for n, t in current.items()
-        }
+        if not self.average:
+            current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
+            self.average = {n: t.float().clone() if t.is_floating_point() else t.clone() for n, t in current.items()}
+        self._place(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._place(pl_module)  # a sharded run reads its checkpoint after on_fit_start
         self._seen = pl_module.updates
+
+    def _place(self, pl_module: L.LightningModule) -> None:
+        """Averages where the weights are, and sharded as they are."""
+        current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
+        saved = {n: self.average[n].float() if t.is_floating_point() else self.average[n] for n, t in current.items()}
+        self.average = {n: like(saved[n], t) for n, t in current.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -47,12 +57,15 @@ class EMA(L.Callback):
         self._seen = pl_module.updates
         current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
         floating = [n for n, t in current.items() if t.is_floating_point()]
-        values = [current[n].float() for n in floating]
-        if not bool(torch.isfinite(torch.stack(torch._foreach_norm(values))).all()):
+        if not _finite([current[n] for n in floating]):
             return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_([self.average[n] for n in floating], values, 1 - decay)
+        for sharded in (False, True):
+            names = [n for n in floating if isinstance(current[n], DTensor) is sharded]
+            if names:
+                new = [current[n].float() for n in names]
+                torch._foreach_lerp_([self.average[n] for n in names], new, 1 - decay)
         for name in current.keys() - set(floating):
             self.average[name].copy_(current[name])
 
@@ -70,6 +83,7 @@ class EMA(L.Callback):
     def _swap_in(self, pl_module: L.LightningModule) -> None:
         if self._raw is not None or not self.average:
             return
+        self._place(pl_module)
         target: nn.Module = pl_module.ema_target  # type: ignore[assignment]
         self._raw = {n: t.clone() for n, t in self._tensors(target).items()}
         target.load_state_dict(self.average)
@@ -92,7 +106,14 @@ class EMA(L.Callback):
         self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+        return {"decay": self.decay, "updates": self.updates, "average": {n: whole(t) for n, t in self.average.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.average = state_dict["updates"], state_dict["average"]
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    """Whether all are finite; the same on all processes of a sharded run."""
+    kinds = [[t for t in tensors if isinstance(t, DTensor) is sharded] for sharded in (False, True)]
+    norms = [whole(torch.stack(torch._foreach_norm(kind)).norm()) for kind in kinds if kind]
+    return all(bool(torch.isfinite(norm)) for norm in norms)
