@@ -174,6 +174,20 @@ def test_weights_of_another_image_size_are_resampled(tmp_path: Path, images: Ten
     assert larger.grid == (8, 8) and larger.patch_features(images).shape == (2, 64, 24)
 
 
+def test_weights_as_the_authors_of_dinov2_publish_them(tmp_path: Path, images: Tensor) -> None:
+    """With a mask token, for images of another size, in a torch file."""
+    name = "vit_small_patch14_dinov2"
+    theirs: Any = timm.create_model(name, img_size=42, num_classes=0, depth=1)
+    torch.save({**theirs.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2.pth")
+    same, other = (VisionModel(name, str(tmp_path / "dinov2.pth"), size, options={"depth": 1}) for size in (42, 28))
+    for model in (same, other):
+        assert torch.equal(model.network.state_dict()["norm.weight"], theirs.norm.weight)
+    torch.testing.assert_close(
+        torch.cat(same.features(images), dim=1), theirs.eval().forward_features(same.preprocess(images))
+    )
+    assert other.patch_features(images).shape == (2, 4, 384)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
