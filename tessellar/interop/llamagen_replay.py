@@ -14,6 +14,7 @@ from tessellar.errors import UserError
 from tessellar.interop.llamagen import from_config
 from tessellar.interop.recording import Recording
 from tessellar.models.condition import Condition
+from tessellar.models.generator import Generator
 from tessellar.models.heads.logits import Logits
 from tessellar.models.llamagen import CaptionPrefix, LlamaGen
 from tessellar.sampling.choice import Choice
@@ -96,12 +97,12 @@ def _greedy_runs(recording: Recording, case: str, generator: LlamaGen, condition
     for name in recording.names("output", {case}):
         run, _, kind = name.rpartition("/")
         if kind == "tokens":
-            guidance = _guidance(recording.settings(name))
-            outputs[name], outputs[f"{run}/logits"] = _greedy(generator, condition, guidance)
+            guidance = guidance_of(recording.settings(name))
+            outputs[name], outputs[f"{run}/logits"] = greedy(generator, condition, guidance)
     return outputs
 
 
-def _guidance(settings: dict[str, float]) -> Guidance:
+def guidance_of(settings: dict[str, float]) -> Guidance:
     """LlamaGen's: no null rows for a scale of at most 1; `cfg_interval` m > -1 guides tokens 0 .. m + 1."""
     scale, interval = settings.get("cfg_scale", 1.0), int(settings.get("cfg_interval", -1))
     if scale <= 1:
@@ -110,7 +111,7 @@ def _guidance(settings: dict[str, float]) -> Guidance:
 
 
 @torch.no_grad()
-def _greedy(generator: LlamaGen, condition: Condition, guidance: Guidance) -> tuple[Tensor, Tensor]:
+def greedy(generator: Generator, condition: Condition, guidance: Guidance) -> tuple[Tensor, Tensor]:
     """Greedy tokens [B, N] with a cache, and the guided logits [B, N, V] of each step."""
     state, tokens = generator.start(condition, guidance), generator.layout.blank(condition.batch)
     logits = []

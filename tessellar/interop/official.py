@@ -54,6 +54,7 @@ SYSTEMS: dict[str, Official] = {
     "llamagen": Official(
         "llamagen_vq:import_tokenizer", "llamagen:import_generator", is_generator="llamagen:is_official"
     ),
+    "hita": Official("hita:import_tokenizer", "hita_ar:import_generator", is_generator="hita:is_generator"),
     "maskgit": Official(generator="maskgit:import_generator"),
     "rar": Official(generator="rar:import_generator"),
     "retok": Official("retok:import_tokenizer", "retok:import_generator", is_generator="retok:is_generator"),

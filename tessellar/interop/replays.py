@@ -71,5 +71,12 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("xar_replay:sample", ("shared", "sample")),
         Replay("xar_replay:order", ("shared", "order")),
     ),
-    "hita": (Replay("hita_replay:tokenizer", ("tok_shared", "tok_prep", "tok_main", "tok_loss")),),
+    "hita": (
+        Replay("hita_replay:tokenizer", ("tok_shared", "tok_prep", "tok_main", "tok_loss")),
+        Replay(
+            "hita_ar:replay",
+            ("gen_shared", "gen_train", "gen_incremental", "gen_inpaint", "gen_greedy_nocfg", "gen_greedy_cfg")
+            + ("gen_greedy_cfg_interval", "gen_greedy_cfg_train_consistent"),
+        ),
+    ),
 }

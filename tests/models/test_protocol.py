@@ -14,19 +14,23 @@ from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities
 from tessellar.models.generator import Generator, State
 from tessellar.models.heads.logits import Logits
+from tessellar.models.hita_ar import HitaAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.rar import RAR
 from tessellar.models.retok_gpt import ReToKGPT
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance, Linear
-from tessellar.tokenizers.layout import Categorical, Layout, grid_layout, sequence_layout
+from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 
 CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))
 
+HITA = Layout((Segment((4,), Categorical(23), "holistic"), Segment((2, 3), Categorical(23), "patches")))
+
 GENERATORS: dict[str, Callable[[], Generator]] = {
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
+    "hita": lambda: HitaAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "retok": lambda: ReToKGPT(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
