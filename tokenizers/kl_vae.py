@@ -72,6 +72,10 @@ class KLVAE(Tokenizer):
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.quantizer.draw(self.latents(images), generator)
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, N, C] of the tokens, which a cache keeps."""
+        return self.quantizer.law(self.latents(images))
+
     def decode(self, tokens: Tensor) -> Tensor:
         self.layout.check(tokens)
         return self.render(self.quantizer.decode(tokens))

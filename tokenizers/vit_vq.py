@@ -1,7 +1,8 @@
 """ViT-VQ: patch transformers around a vector quantizer (ViT-VQGAN, arXiv 2110.04627), the CPU-friendly tokenizer.
 
 Different from the paper: residual outputs start at zero, positions are learned, the decoder ends in a linear map to
-pixels and a 3x3 convolution that starts as the identity and mends patch borders.
+pixels and a 3x3 convolution that starts as the identity and mends patch borders. With a Gaussian bottleneck in place of
+the vector quantizer it is a KL autoencoder.
 """
 
 import torch
@@ -14,6 +15,7 @@ from tessellar.layers.vit import ViTBlock
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.layout import grid_layout
 from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 
 class PatchTransformer(nn.Module):
@@ -91,6 +93,12 @@ class ViTVQ(Tokenizer):
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.quantizer.draw(self.latents(images), generator)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, N, C] of continuous tokens, which a cache keeps."""
+        if not isinstance(self.quantizer, GaussianBottleneck):
+            raise TypeError(f"{type(self.quantizer).__name__} has no posterior")
+        return self.quantizer.law(self.latents(images))
 
     def decode(self, tokens: Tensor) -> Tensor:
         self.layout.check(tokens)

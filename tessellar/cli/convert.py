@@ -13,6 +13,7 @@ from torch import nn
 
 from tessellar.cli.cache import cache
 from tessellar.cli.functions import run_functions
+from tessellar.cli.scale import scale
 from tessellar.errors import UserError
 from tessellar.interop.card import Record
 from tessellar.interop.export import WEIGHTS, export_generator, export_tokenizer
@@ -186,7 +187,14 @@ def _metrics(path: str | None) -> dict[str, float]:
         raise UserError(f"{path} is not an evaluation record with metrics ({error!r})") from error
 
 
-COMMANDS = {"import": import_official, "verify": verify_recordings, "export": export, "info": info, "cache": cache}
+COMMANDS = {
+    "import": import_official,
+    "verify": verify_recordings,
+    "export": export,
+    "info": info,
+    "cache": cache,
+    "scale": scale,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

@@ -61,6 +61,17 @@ def test_training_samples_the_posterior_and_encoding_does_not(name: str) -> None
 
 
 @both
+def test_posterior_is_the_law_of_draws(name: str) -> None:
+    made = make(name).train()
+    made(IMAGES)
+    made.eval()
+    mean, std = made.posterior(IMAGES)  # type: ignore[attr-defined]
+    assert torch.equal(mean, made.encode(IMAGES))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(made.draw(IMAGES, torch.Generator().manual_seed(3)), mean + std * noise)
+
+
+@both
 def test_gradients_reach_every_parameter(name: str) -> None:
     made = make(name).train()
     output = made(IMAGES)

@@ -85,6 +85,11 @@ class GaussianBottleneck(Quantizer):
         noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
         return posterior.sample(noise) * self.scale
 
+    def law(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [..., dim] of the tokens that `draw` gives."""
+        posterior = self.posterior(z)
+        return posterior.mean * self.scale, posterior.std * self.scale
+
     def decode(self, tokens: Tensor) -> Tensor:
         return tokens / self.scale
 
