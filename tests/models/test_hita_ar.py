@@ -1,4 +1,4 @@
-"""Hita's generator: heads by position, the official look-up, in-painting, published sizes. See also test_protocol.py."""
+"""Hita's generator: heads by position, the official look-up, in-painting, sizes. See also test_protocol.py."""
 
 from typing import Any
 
