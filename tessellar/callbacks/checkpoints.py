@@ -4,11 +4,15 @@ Each is written beside its place and then moved into it, so that a kill or a ful
 previous one usable. Lightning's own callback writes in place, and warns about manual optimisation at every run.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+
+from tessellar.errors import UserError
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
@@ -28,7 +32,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.updates % self.every == 0 and pl_module.updates != self._saved:
-            self._save_last(trainer, pl_module)
+            self.save(trainer, pl_module)
         if self.metric != pl_module.best_by[0]:  # a callback may measure it between two validations
             self._consider(trainer)
 
@@ -49,24 +53,50 @@ class Checkpoints(Checkpoint):
             self._write(trainer, BEST)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if pl_module.updates != self._saved:
-            self._save_last(trainer, pl_module)
+        self.save(trainer, pl_module)
 
-    def _save_last(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._saved = pl_module.updates
-        self._write(trainer, LAST, keep=PREVIOUS)
+    def save(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write `last.ckpt` now, unless it is of this very update; raises UserError where it cannot be written."""
+        if pl_module.updates != self._saved:
+            self._write(trainer, LAST, keep=PREVIOUS)
+            self._saved = pl_module.updates
 
     def _write(self, trainer: L.Trainer, name: str, keep: str | None = None) -> None:
         """Write `name`, its old content goes to `keep`; every process takes part, the first one moves files."""
         target, staged = self.folder / name, self.folder / f"{name}.part"
-        trainer.save_checkpoint(staged)
-        if trainer.is_global_zero:
-            if keep is not None and target.exists():
-                target.replace(self.folder / keep)
-            staged.replace(target)
+        older = target if keep is None else self.folder / keep
+        try:
+            trainer.save_checkpoint(staged)
+            if trainer.is_global_zero:
+                flush(staged)
+                if older != target and target.exists():
+                    target.replace(older)
+                staged.replace(target)
+                flush(self.folder)
+        except (OSError, RuntimeError) as error:
+            remove(staged)
+            whole = next((path for path in (target, older) if path.exists()), "none")
+            raise UserError(f"{target} could not be written: {error}. Last whole checkpoint: {whole}") from error
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder, before anything relies on it."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove(path: Path) -> None:
+    """Give the space of an unfinished checkpoint, a file or a folder, back."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -23,12 +23,15 @@ from tessellar.callbacks.checkpoints import LAST, Checkpoints
 from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
+from tessellar.callbacks.interruption import Interrupted, Interruption
 from tessellar.callbacks.throughput import Throughput
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.interop.card import Record
 from tessellar.interop.export import export_generator, export_tokenizer
+from tessellar.interop.load import assemble, read_source
+from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.generator_module import GeneratorModule
@@ -36,6 +39,7 @@ from tessellar.training.runs import CHECKPOINTS, Run, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
 from tessellar.vision import stand_ins
 
+TAKING_TURNS = "ddp_find_unused_parameters_true"
 QUIET = (
     "LightningCLI's args parameter",
     ".*isinstance\\(treespec, LeafSpec\\)",
@@ -81,6 +85,7 @@ class TrainCLI(LightningCLI):
             Throughput(config.log_every),
             CodebookUsage(config.log_every),
             Grids(run, config.sampling),
+            Interruption(),
             Checkpoints(
                 run.folder / CHECKPOINTS,
                 config.save_every,
@@ -92,6 +97,7 @@ class TrainCLI(LightningCLI):
             callbacks.insert(0, EMA(config.ema))
         return super().instantiate_trainer(
             **kwargs,
+            **({"strategy": TAKING_TURNS} if config.trainer.strategy == "ddp" and _takes_turns(self.model) else {}),
             logger=run.loggers(config.wandb),
             callbacks=[*(config.trainer.callbacks or []), *callbacks],
             default_root_dir=run.folder,
@@ -102,7 +108,10 @@ class TrainCLI(LightningCLI):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`[fit | validate] options`: train or validate as the arguments say; returns the exit code."""
+    """`[fit | validate] options`: train or validate as the arguments say; returns the exit code.
+
+    It is 128 + n where signal n ended the run.
+    """
     actions = {"fit": fit, "validate": validate}
     word = argv[0] if argv and not argv[0].startswith("-") else "fit"
     if word not in actions:
@@ -114,6 +123,9 @@ def main(argv: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", message=message)
         try:
             actions[word](parse(argv[1:] if argv[:1] == [word] else argv))
+        except Interrupted as signal:
+            print(signal, file=sys.stderr)
+            return 128 + signal.number
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
     return 0
@@ -218,6 +230,11 @@ def check(cli: TrainCLI) -> None:
         raise UserError(f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}")
 
 
+def _takes_turns(model: Any) -> bool:
+    """Whether a backward pass leaves out what another one trains, which plain `ddp` refuses."""
+    return getattr(model, "discriminator", None) is not None
+
+
 def _finish(cli: TrainCLI) -> None:
     """Write the export of the run (averaged weights where they are kept) and its costs."""
     module, run, trainer = cli.model, cli.run_folder, cli.trainer
@@ -232,12 +249,25 @@ def _finish(cli: TrainCLI) -> None:
         command=" ".join(["python", *sys.argv]),
         commit=commit(),
     )
-    if ema is not None:
+    if module.is_sharded:
+        _export_checkpoint(run, record)
+    elif ema is not None:
         with ema.swapped(module):
             _export(module, run, record)
     else:
         _export(module, run, record)
     print(f"export: {run.folder / 'export'}")
+
+
+def _export_checkpoint(run: Run, record: Record) -> None:
+    """The export of a sharded run, of its last checkpoint: no process holds all weights."""
+    source, folder = read_source(run.folder / CHECKPOINTS / LAST), run.folder / "export"
+    model = assemble(source)
+    if isinstance(model, ImageGenerator):
+        export_generator(model, folder, record=record, overwrite=True)
+    else:
+        discriminator = source.build("discriminator") if "discriminator" in source.description else None
+        export_tokenizer(model, folder, discriminator=discriminator, record=record, overwrite=True)
 
 
 def _export(module: L.LightningModule, run: Run, record: Record) -> None:

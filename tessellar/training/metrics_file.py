@@ -49,8 +49,8 @@ class MetricsFile(Logger):
         self._started = True
         rows = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+            whole = self.path.read_text().rpartition("\n")[0]  # a kill may have left a part of the last line
+            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) < step]
         self._columns = list(rows[0]) if rows else ["step"]
         self._rewrite(rows)
 

@@ -44,11 +44,13 @@ def capture_all() -> list[State]:
 
 
 def restore_own(states: Sequence[State]) -> None:
-    """Put this process's states back. With another number of processes each takes a new stream, derived from rank 0's:
-    no stream is used twice, and the same resume draws the same numbers."""
+    """Put this process's states back. With another number of processes the first keeps its own, since it draws what all
+    share (restarted codes); each of the others takes a new stream derived from it, the same in every such resume."""
     if len(states) == distributed.world_size():
         return restore(states[distributed.rank()])
     restore(states[0])
+    if distributed.rank() == 0:
+        return
     seed = derive(int(torch.randint(2**62, (1,))), distributed.rank())
     random.seed(seed)
     np.random.seed(seed % 2**32)

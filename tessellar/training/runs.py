@@ -1,5 +1,6 @@
 """A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is written elsewhere."""
 
+import fcntl
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -25,7 +26,7 @@ from tessellar.errors import UserError
 from tessellar.training.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
-CHECKPOINTS, WANDB_ID = "checkpoints", "wandb_id"
+CHECKPOINTS, WANDB_ID, LOCK = "checkpoints", "wandb_id", "lock"
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
 
 
@@ -41,6 +42,8 @@ class Run:
             raise UserError(f"--name {name!r} must be a plain folder name")
         self.name, self.folder = name, Path(root) / name
         self._wandb_id: str | None = None
+        self._damaged: list[Path] = []
+        self._lock: IO[str] | None = None
         self.checkpoint = self._find(resume)
         taken = self.folder.exists() and any(self.folder.iterdir())
         own = resume == "auto" or (self.checkpoint is not None and self.folder in self.checkpoint.parents)
@@ -48,7 +51,10 @@ class Run:
             raise UserError(f"{self.folder} exists; choose another --name, or continue that run with --resume auto")
 
     def _find(self, resume: str | None) -> Path | None:
-        """The checkpoint to continue from; for `auto` the one before the last where the last is damaged."""
+        """The checkpoint to continue from; for `auto` the one before the last where the last is damaged.
+
+        Raises UserError where all are damaged: to start anew would overwrite what is left of the run.
+        """
         if resume is None:
             return None
         if resume != "auto":
@@ -62,6 +68,10 @@ class Run:
                 return path
             if path.is_file():
                 log.warning("%s is damaged and is left aside", path)
+                self._damaged.append(path)
+        if self._damaged:
+            names = " and ".join(str(path) for path in self._damaged)
+            raise UserError(f"{names} cannot be read: remove them to start this run from its beginning, or use --name")
         return None
 
     def loggers(self, wandb: str | None = None) -> list[Logger]:
@@ -85,8 +95,21 @@ class Run:
         return WandbLogger(project=project, name=self.name, id=self._wandb_id, save_dir=self.folder, offline=not online)
 
     def create(self) -> None:
-        """Make the folder; from here on the name is taken."""
+        """Make the folder; from here on the name is taken, and this process alone writes there.
+
+        Damaged checkpoints are renamed, so that none takes the place of a whole one. Raises UserError where another
+        process writes.
+        """
         (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError as error:
+            raise UserError(
+                f"another process is training in {self.folder}; wait for it or use another --name"
+            ) from error
+        for path in self._damaged:
+            path.replace(path.with_suffix(".damaged"))
         if self._wandb_id is not None:
             (self.folder / WANDB_ID).write_text(self._wandb_id)
 

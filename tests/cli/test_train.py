@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 import tessellar
+from tessellar.callbacks.throughput import Throughput
 from tessellar.cli import train
 from tessellar.cli.errors import run
 from tessellar.evaluation.network_facts import NetworkFacts
@@ -235,6 +238,32 @@ def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(call) -> None:
     code, printed = call(diverging, "--model.max_skipped", "2", "--save_every", "1", "--trainer.max_steps", "50")
     assert code == 2 and printed.splitlines()[-1].startswith("error: 2 updates in a row of the tokenizer had no finite")
     assert printed.endswith("Last checkpoint: runs/tok/checkpoints/last.ckpt\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_in_one_line_and_resume_auto_finishes_it(call, monkeypatch, number) -> None:
+    assert call(TOKENIZER, name="whole")[0] == 0
+    start = Throughput.on_train_batch_start
+
+    def during(self, trainer, module, *given):
+        start(self, trainer, module, *given)
+        if module.updates == 1 and run_before is None:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Throughput, "on_train_batch_start", during)
+    run_before = None
+    code, printed = call(TOKENIZER)
+    assert code == 128 + number and not Path("runs/tok/export").exists()
+    assert printed.splitlines()[-1] == f"{number.name}: saved and stopped after update 2; continue with --resume auto"
+    run_before = "signalled"
+    assert call(TOKENIZER, "--resume", "auto")[0] == 0
+    whole, resumed = (tessellar.load(f"runs/{name}/export").state_dict() for name in ("whole", "tok"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    with open("runs/tok/metrics.csv") as ours, open("runs/whole/metrics.csv") as theirs:
+        rows = [
+            [(row["step"], row["train/loss"], row["val/psnr"]) for row in csv.DictReader(f)] for f in (ours, theirs)
+        ]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
 
 
 def test_a_hostile_checkpoint_is_not_opened(call) -> None:
