@@ -26,6 +26,7 @@ from tessellar.evaluation.references import Reference, load_reference, reference
 from tessellar.evaluation.sources import DatasetImages, ImageSource
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
+from tessellar.training.sharding import gathered
 
 MONITOR = "val/distance"
 
@@ -84,7 +85,7 @@ class FID(L.Callback):
         """Measure now, with averaged weights where they are kept; all ranks take part and get the same record."""
         assert self._extractor is not None
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-        with ema.swapped(pl_module) if ema else nullcontext():
+        with ema.swapped(pl_module) if ema else nullcontext(), gathered(pl_module):
             source = self._source(trainer, pl_module)
             record = evaluate_samples(
                 source, self._extractor, self._reference, metrics=self.metrics, batch_size=self.batch_size

@@ -24,6 +24,7 @@ from tessellar.sampling.output import save_png
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling
 from tessellar.training.metrics_file import MetricsFile
+from tessellar.training.sharding import gathered
 
 
 class Pictures(L.Callback):
@@ -56,7 +57,7 @@ class Pictures(L.Callback):
 
     def _neighbours(self, trainer: L.Trainer, pl_module: Any, data: ImageDataModule, folder: Path) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-        with ema.swapped(pl_module) if ema else nullcontext():
+        with ema.swapped(pl_module) if ema else nullcontext(), gathered(pl_module):
             samples = self._samples(pl_module.model)
         train = DatasetImages(data.train_dataset(augment=False), data.name, "train")
         found = nearest(samples, train, self.neighbours, self._embed(pl_module.device), self.batch_size)
