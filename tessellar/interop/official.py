@@ -6,7 +6,7 @@ of a state dict and its tokenizer, and, where a file may hold either, one that t
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ from tessellar.tokenizers.base import Tokenizer
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the weights do not say: side of the images, attention heads, and the name of a published variant."""
+    """What the weights do not say: side of the images, attention heads, and the name of a published variant.
+
+    `file` is where the weights were read; a config may lie beside them.
+    """
 
     image_size: int | None = None
     num_heads: int | None = None
     variant: str | None = None
+    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ SYSTEMS: dict[str, Official] = {
     "rar": Official(generator="rar:import_generator"),
     "retok": Official("retok:import_tokenizer", "retok:import_generator", is_generator="retok:is_generator"),
     "mar": Official("kl_vae:import_tokenizer", "mar:import_generator", is_generator="mar:is_generator"),
+    "var": Official("var:import_tokenizer", "var:import_generator", is_generator="var:is_generator"),
+    "flextok": Official("flextok:import_tokenizer"),
     "xar": Official("kl_vae:import_tokenizer", "xar:import_generator", is_generator="xar:is_official"),
 }
 
@@ -72,7 +78,8 @@ def import_model(
     """
     if system not in SYSTEMS:
         raise UserError(f"there is no importer for {system!r}; there are {', '.join(SYSTEMS)}")
-    official, options, state = SYSTEMS[system], options or ImportOptions(), read_official(file, key)
+    official, state = SYSTEMS[system], read_official(file, key)
+    options = replace(options or ImportOptions(), file=file)
     if not official.holds_generator(state):
         return _import_tokenizer(official, state, options)
     if tokenizer is None:
@@ -95,7 +102,7 @@ def _import_tokenizer(official: Official, state: Mapping[str, Tensor], options: 
 def _tokenizer(official: Official, path: str, options: ImportOptions) -> Tokenizer:
     """From an export, or an official file; at `image_size` where one is given."""
     if _is_official_file(Path(path)):
-        return _import_tokenizer(official, read_official(path), options)
+        return _import_tokenizer(official, read_official(path), replace(options, file=path))
     tokenizer, size = load_tokenizer(path), options.image_size
     if size is None or tokenizer.image_size == (size, size):
         return tokenizer

@@ -66,6 +66,17 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         )
         for part in ("vit", "uvit")
     ),
+    "flextok": (
+        Replay("flextok_replay:vae", ("shared", "vae")),
+        Replay("flextok_replay:encode", ("shared", "enc")),
+        Replay("flextok_replay:fsq", ("shared", "fsq")),
+        Replay("flextok_replay:time", ("shared", "time")),
+        Replay("flextok_replay:velocity", ("shared", "vel")),
+        Replay("flextok_replay:mask", ("shared", "dec")),
+        Replay("flextok_replay:train", ("shared", "train")),
+        Replay("flextok_replay:apg", ("apg",)),
+        Replay("flextok_replay:decode", ("shared", "decode")),
+    ),
     "xar": (
         Replay("xar_replay:train", ("shared", "train")),
         Replay("xar_replay:sample", ("shared", "sample")),
@@ -79,4 +90,5 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
             + ("gen_greedy_cfg_interval", "gen_greedy_cfg_train_consistent"),
         ),
     ),
+    "var": (Replay("var_replay:var", ("shared", "vae", "vq_train", "train", "greedy", "filter")),),
 }

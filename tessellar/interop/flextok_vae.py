@@ -1,0 +1,113 @@
+"""diffusers' AutoencoderKL, FlexTok's frozen VAE: official keys to those of `KLVAE` and back.
+
+Sizes are read from the tensors' shapes; the number of groups of the norms and the scale of the latents stand only in
+the official config.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.interop.checkpoint import HEADER_KEY
+from tessellar.interop.importer import KeyTable, Rule, read_official, table
+from tessellar.interop.kl_vae import OWN
+from tessellar.interop.load import load_tokenizer
+from tessellar.interop.weights import load_strict, read_safetensors
+from tessellar.tokenizers.flextok_vae import flextok_vae
+from tessellar.tokenizers.kl_vae import KLVAE
+
+
+def _convolution(t: Tensor) -> Tensor:
+    """The weight of a linear layer (or of a 1x1 convolution, as older files have it) as that of a convolution."""
+    return t[:, :, None, None] if t.ndim == 2 else t
+
+
+def _matrix(t: Tensor) -> Tensor:
+    return t[:, :, 0, 0]
+
+
+def _keys() -> KeyTable:
+    pairs = {f"{layer}.{{tensor}}": f"{layer}.{{tensor}}" for layer in ("quant_conv", "post_quant_conv")}
+    for side, group, resample in (
+        ("encoder", "down_blocks", "downsamplers"),
+        ("decoder", "up_blocks", "upsamplers"),
+    ):
+        level, block = f"{side}.levels.{{i}}", f"{side}.{group}.{{i}}"
+        pairs |= {f"{side}.{layer}.{{tensor}}": f"{side}.{layer}.{{tensor}}" for layer in ("conv_in", "conv_out")}
+        pairs[f"{side}.conv_norm_out.{{tensor}}"] = f"{side}.norm_out.{{tensor}}"
+        pairs[f"{block}.{resample}.0.conv.{{tensor}}"] = f"{level}.resample.conv.{{tensor}}"
+        places = {f"{block}.resnets.{{j}}": f"{level}.res.{{j}}"}
+        places |= {f"{side}.mid_block.resnets.{n}": f"{side}.mid.{2 * n}" for n in (0, 1)}
+        for theirs, ours in places.items():
+            pairs[f"{theirs}.conv_shortcut.{{tensor}}"] = f"{ours}.shortcut.{{tensor}}"
+            pairs[f"{theirs}.{{layer}}.{{tensor}}"] = f"{ours}.{{layer}}.{{tensor}}"
+        pairs[f"{side}.mid_block.attentions.0.group_norm.{{tensor}}"] = f"{side}.mid.1.norm.{{tensor}}"
+    return table(pairs, *_attention())
+
+
+def _attention() -> list[Rule]:
+    """The attention in the middle, with today's names first, then those of older files."""
+    names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj"}
+    names |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj"}
+    rules = []
+    for theirs, ours in names.items():
+        key, own = f"{{side}}.mid_block.attentions.0.{theirs}", f"{{side}}.mid.1.{ours}"
+        rules.append(Rule(f"{key}.weight", f"{own}.weight", _convolution, _matrix))
+        rules.append(Rule(f"{key}.bias", f"{own}.bias"))
+    return rules
+
+
+KEYS = _keys()
+
+
+def load_official(vae: KLVAE, state: Mapping[str, Tensor], where: str = "the VAE") -> KLVAE:
+    """Official weights into a VAE of the same sizes, strictly; the scale stays."""
+    own = {name: vae.state_dict()[name] for name in OWN}
+    load_strict(vae, {**KEYS.from_official(state, where), **own}, where)
+    return vae.eval()
+
+
+def to_official(vae: KLVAE) -> dict[str, Tensor]:
+    """The official state dict; the inverse of `load_official`."""
+    return KEYS.to_official({name: tensor for name, tensor in vae.state_dict().items() if name not in OWN})
+
+
+def vae_from_official(state: Mapping[str, Tensor], image_size: int, scale: float, groups: int = 32) -> KLVAE:
+    """Our VAE with the sizes that the weights show, filled with them."""
+    missing = [key for key in ("encoder.conv_in.weight", "post_quant_conv.weight") if key not in state]
+    if missing:
+        raise UserError(f"these are not the weights of diffusers' AutoencoderKL: {', '.join(missing)} is absent")
+    levels = 1 + _last(state, r"encoder\.down_blocks\.(\d+)\.")
+    widths = tuple(len(state[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"]) for i in range(levels))
+    if any(width % widths[0] for width in widths):
+        raise UserError(f"the VAE's widths {list(widths)} are not multiples of the first")
+    blocks = 1 + _last(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    channels = len(state["post_quant_conv.weight"])
+    made = flextok_vae(channels, image_size, scale, widths=widths, num_res_blocks=blocks, groups=groups)
+    return load_official(made, state)
+
+
+def load_vae(vae: KLVAE, file: str, scale: float | None = None) -> KLVAE:
+    """Weights of diffusers' file, or of an export of ours, into `vae`; `scale` counts before the export's."""
+    if _is_official(Path(file)):
+        return load_official(vae, read_official(file), file)
+    found = load_tokenizer(file)
+    if not isinstance(found, KLVAE):
+        raise UserError(f"{file} is a {type(found).__name__}; FlexTok's VAE is a KLVAE")
+    load_strict(vae, found.state_dict(), file)
+    if scale is not None:
+        vae.quantizer.scale.fill_(scale)
+    return vae.eval()
+
+
+def _is_official(path: Path) -> bool:
+    if path.suffix == ".safetensors" and path.is_file():
+        return HEADER_KEY not in read_safetensors(path)[1]
+    return path.suffix in (".bin", ".pt", ".pth")
+
+
+def _last(state: Mapping[str, Tensor], pattern: str) -> int:
+    return max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
