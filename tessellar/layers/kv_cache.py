@@ -57,7 +57,7 @@ class KVCache:
         start = int(self.lengths[0]) if bool((self.lengths == self.lengths[0]).all()) else None
         mask = self._visible(block, index, stop)
         is_causal = start == 0 and n == stop and bool((mask == torch.ones(n, n, dtype=torch.bool).tril()).all())
-        everything = n == 1 and bool(mask.all())
+        everything = bool(mask.all())
         device = self.data.device
         return Slots(
             index.to(device), start, stop, None if is_causal or everything else mask.to(device), is_causal and n > 1

@@ -191,6 +191,7 @@ def test_gradients_reach_every_parameter(checkpointing: bool) -> None:
     assert not without
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_compiled_masks_change_nothing() -> None:
     """The FlexAttention mask, run eagerly, against the dense one."""
     dense, blocks = model(), model(attention="flex")
