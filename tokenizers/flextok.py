@@ -6,23 +6,20 @@ flow, conditioned on the first k registers, draws the latents. Nested dropout dr
 no trainer (the loss and what its configuration names are built here), encoding takes the mode of the VAE's posterior.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from tessellar import flow
-from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
-from tessellar.sampling.apg import APG
-from tessellar.sampling.flow import euler
 from tessellar.sampling.noise import Noise
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.flextok_transformer import Decoder, Encoder, Grid, TransformerSize, Velocity
 from tessellar.tokenizers.flextok_vae import flextok_vae
+from tessellar.tokenizers.flow_decoding import FlowDecoding, FlowTraining, Scale, flow_loss, solve
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.layout import Categorical, Continuous, sequence_layout
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
@@ -31,56 +28,6 @@ from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.vision import Teacher
 
 LEVELS = (8, 8, 8, 5, 5, 5)
-Lengths = Literal["pow2", "uniform", "uniform_pow2", "all"]
-Scale = float | Callable[[float], float]
-"""Guidance scale, or the scale at a time t (1 is noise)."""
-
-
-@dataclass(frozen=True)
-class FlowDecoding:
-    """How `decode` draws: Euler steps, guidance (1: none), and its projection (None: plain guidance)."""
-
-    steps: int = 20
-    guidance: float = 7.5
-    projection: APG | None = APG()
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; decoding needs at least 1")
-
-
-@dataclass(frozen=True)
-class FlowTraining:
-    """What a training pass draws and weighs.
-
-    `lengths` of nested dropout: uniform over the powers of two up to N (and N), over 1 to N, over 1 to N rounded up to
-    a power of two, or always N. `null` is the share of images that see the null condition. `repa_weight` multiplies
-    REPA. `sample_posterior`: latents are drawn from the VAE's posterior, else its mode.
-    """
-
-    lengths: Lengths = "pow2"
-    null: float = 0.1
-    times: flow.Times = flow.Times()
-    repa_weight: float = 1.0
-    sample_posterior: bool = True
-
-    def __post_init__(self) -> None:
-        if self.lengths not in get_args(Lengths):
-            raise ValueError(f"lengths is {self.lengths!r}; it must be one of {', '.join(get_args(Lengths))}")
-        if not 0 <= self.null <= 1:
-            raise ValueError(f"null is {self.null}; a share is in [0, 1]")
-
-    def draw_lengths(self, batch: int, longest: int) -> Tensor:
-        """How many registers each of a batch keeps, int64 [B] on the CPU."""
-        powers = torch.tensor(
-            sorted({2**i for i in range(longest.bit_length()) if 2**i <= longest} | {longest}), device="cpu"
-        )
-        if self.lengths == "all":
-            return torch.full((batch,), longest, device="cpu")
-        if self.lengths == "pow2":
-            return powers[torch.randint(len(powers), (batch,), device="cpu")]
-        drawn = torch.randint(1, longest + 1, (batch,), device="cpu")
-        return drawn if self.lengths == "uniform" else powers[torch.searchsorted(powers, drawn)]
 
 
 class FlexTok(Tokenizer):
@@ -196,26 +143,14 @@ class FlexTok(Tokenizer):
         guidance = decoding.guidance if guidance is None else guidance
         kept = self._checked_lengths(tokens, lengths)
         codes, no = self.quantizer.decode(tokens), torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        registers, average = self.decoder.condition(codes, kept), None
+        registers = self.decoder.condition(codes, kept)
         if guidance != 1:
             registers = torch.cat([registers, self.decoder.condition(codes, kept, ~no)])
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal average
-            copies = len(registers) // len(x)
-            times = t.to(x.device, torch.float32).expand(len(registers))
-            found = at_least_float32(self.decoder(x.float().repeat(copies, 1, 1, 1), times, registers).velocity)
-            if copies == 1:
-                return found
-            scale = guidance if isinstance(guidance, (int, float)) else guidance(float(t))
-            conditional, null = found.chunk(2)
-            if decoding.projection is None:
-                return null + scale * (conditional - null)
-            guided, average = decoding.projection.step(conditional, null, scale, average)
-            return guided
+            return at_least_float32(self.decoder(x, t, registers).velocity)
 
-        noise = Noise([], start.device)  # Euler takes no further noise
-        return euler(velocity, start.double(), decoding.steps, noise).float()
+        return solve(velocity, start, len(registers) // len(tokens), decoding, guidance)
 
     def _checked_lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """[B]; raises ValueError for a length that is not in [1, k]."""
@@ -265,12 +200,6 @@ class FlexTok(Tokenizer):
             self.repa(regrid(features, (side, side), self.teacher.grid).to(features.dtype)),
             self.teacher(images).patches,
         )
-
-
-def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of each image's velocity, [B]."""
-    error = at_least_float32(velocity) - flow.target(latents, noise)
-    return error.square().flatten(1).mean(1)
 
 
 def _projection(width: int, out: int) -> nn.Sequential:

@@ -25,8 +25,9 @@ from tessellar.interop.flextok_vae import vae_from_official
 from tessellar.interop.importer import KeyTable, Rule, table
 from tessellar.interop.official import ImportOptions
 from tessellar.interop.weights import load_strict
-from tessellar.tokenizers.flextok import FlexTok, FlowTraining
+from tessellar.tokenizers.flextok import FlexTok
 from tessellar.tokenizers.flextok_transformer import TransformerSize
+from tessellar.tokenizers.flow_decoding import FlowTraining
 from tessellar.tokenizers.quantizers.fsq import FSQ
 
 Config = Mapping[str, Any]

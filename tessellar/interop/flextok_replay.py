@@ -16,8 +16,9 @@ from tessellar.interop.flextok import Modules, from_official
 from tessellar.interop.recording import Recording, numbers
 from tessellar.layers.time_embedding import sinusoid
 from tessellar.sampling.apg import APG
-from tessellar.tokenizers.flextok import FlexTok, FlowDecoding, flow_loss
+from tessellar.tokenizers.flextok import FlexTok
 from tessellar.tokenizers.flextok_transformer import TIME_PERIOD, prefix_mask
+from tessellar.tokenizers.flow_decoding import FlowDecoding, flow_loss
 from tessellar.tokenizers.quantizers.fsq import FSQ
 
 
