@@ -5,7 +5,7 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo clean
+.PHONY: help venv test soak lint format demo clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+soak: $(STAMP)  ## kill a run 20 times at random steps, compare its end with an uninterrupted run's bit for bit
+	rm -rf outputs/soak
+	OMP_NUM_THREADS=1 $(PY) benchmarks/soak.py --kills 20 --folder outputs/soak
 
 lint: $(STAMP)  ## ruff and pyright over the real folders
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Throughput: images/s, tokens/s, the share of time spent waiting for data, and what a run cost."""
+"""Throughput: images/s, tokens/s, operations/s, the share of time spent waiting for data, and what a run cost."""
 
 import logging
 import os
@@ -7,16 +7,19 @@ from typing import Any
 
 import lightning as L
 
+from tessellar.training import flops
 from tessellar.training.base import TrainingModule
 
 log = logging.getLogger(__name__)
+COUNT_EVERY = 1000  # batches between two counts of operations: a discriminator may have joined
 
 
 class Throughput(L.Callback):
     """Logs rates every `every` batches, parameters at the start and totals at the end.
 
     Where no progress bar is shown, a line says how far the run is, at most twenty times. Totals count over resumes. CPU
-    time includes that of data workers, as far as they have ended.
+    time includes that of data workers, as far as they have ended. Operations are those of one process, and MFU is their
+    rate against its GPU's peak, where that is known.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -24,6 +27,9 @@ class Throughput(L.Callback):
         self.cpu_seconds = self.wall_seconds = 0.0
         self._cpu = self._wall = self._waited = self._batch_end = 0.0
         self._mark = (0.0, 0, 0)
+        self._count: flops.CountFlops | None = None
+        self._flops = self._batches = 0
+        self._peak: float | None = None
         self._said = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -34,14 +40,28 @@ class Throughput(L.Callback):
         self._cpu, self._wall = cpu_time(), time.perf_counter()
         self._mark = (self._wall, self.samples, self.tokens)
         self._batch_end, self._waited = self._wall, 0.0
+        self._flops, self._batches = 0, 0
+        self._peak = flops.peak(pl_module.device, str(trainer.precision))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._waited += time.perf_counter() - self._batch_end
+        if (self._flops == 0 or pl_module.batches % COUNT_EVERY == 0) and flops.countable(pl_module):
+            self._count = flops.CountFlops().__enter__()
+
+    def _end_count(self) -> None:
+        if self._count is not None:
+            self._count.__exit__(None, None, None)
+            self._flops, self._count = self._count.total, None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end_count()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
+        self._end_count()
+        self._batches += 1
         tokens = outputs["tokens"]
         self.samples += len(tokens) * trainer.world_size
         self.tokens += tokens.shape[0] * tokens.shape[1] * trainer.world_size
@@ -62,14 +82,20 @@ class Throughput(L.Callback):
         now = time.perf_counter()
         before, samples, tokens = self._mark
         elapsed = max(now - before, 1e-9)
+        rate = self._flops * self._batches / elapsed
+        counted = {"speed/tflops_per_second": rate / 1e12} if rate else {}
+        if rate and self._peak:
+            counted["speed/mfu"] = rate / self._peak
         pl_module.log_dict(
             {
+                **counted,
                 "speed/images_per_second": (self.samples - samples) / elapsed,
                 "speed/tokens_per_second": (self.tokens - tokens) / elapsed,
                 "speed/data_wait_share": self._waited / elapsed,
                 "speed/samples_seen": float(self.samples),
             }
         )
+        self._batches = 0
         self._mark, self._waited = (now, self.samples, self.tokens), 0.0
         return (self.samples - samples) / elapsed
 

@@ -35,7 +35,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return times
 
 
-TRAINER = SimpleNamespace(is_global_zero=True, world_size=2, max_steps=4, progress_bar_callback=None)
+TRAINER = SimpleNamespace(
+    is_global_zero=True, world_size=2, max_steps=4, progress_bar_callback=None, precision="32-true"
+)
 
 
 def train(callback: Throughput, module: Module, clock: SimpleNamespace, batches: int) -> None:
