@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from tessellar import distributed
 from tessellar.data.randomness import derive
 from tessellar.errors import UserError
+from tessellar.layers.tags import tag, tags
 from tessellar.training import random_state
 from tessellar.training.optim import set_factor
 from tessellar.training.schedules import Schedule
@@ -34,7 +35,6 @@ from tessellar.training.sharding import (
     gather,
     like,
     mesh_of,
-    number_by_model,
     scatter,
     settle,
     whole,
@@ -86,6 +86,7 @@ class TrainingModule(L.LightningModule, ABC):
         self._random_before_validation: list[random_state.State] | None = None
         self.players: list[Player] = []
         self.is_sharded = False
+        self._tags: dict[str, set[str]] = {}
 
     @property
     @abstractmethod
@@ -97,6 +98,8 @@ class TrainingModule(L.LightningModule, ABC):
         """Parameters with their optimizers, main one first."""
 
     def configure_optimizers(self) -> list[Optimizer]:
+        for name, parameter in self.named_parameters() if self.is_sharded else ():
+            tag(parameter, *self._tags[name])
         self.players = self.make_players()
         settle([optimizer for player in self.players for optimizer in player.optimizers])
         return [optimizer for player in self.players for optimizer in player.optimizers]
@@ -110,6 +113,7 @@ class TrainingModule(L.LightningModule, ABC):
         if mesh is not None and not self.is_sharded:
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
+            self._tags = {name: tags(parameter) for name, parameter in self.named_parameters()}
             self.shard_over(mesh)
             self.is_sharded = True
 
@@ -241,12 +245,6 @@ class TrainingModule(L.LightningModule, ABC):
             "random": self._random_before_validation or random_state.capture_all(),
             "gradients": self._gradients_under_way(),
         }
-        states = checkpoint.get("optimizer_states")
-        if states and not self.is_sharded:
-            optimizers = [optimizer for player in self.players for optimizer in player.optimizers]
-            checkpoint["optimizer_states"] = [
-                number_by_model(state, optimizer, self) for state, optimizer in zip(states, optimizers, strict=True)
-            ]
 
     def _gradients_under_way(self) -> dict[str, Tensor]:
         if self.batches % self.accumulate == 0:

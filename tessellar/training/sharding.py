@@ -5,7 +5,7 @@ encoding), by one process alone or by processes with unequal shares; so `gathere
 Checkpoints hold full tensors and load in any number of processes.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from tessellar.errors import UserError
-from tessellar.layers.tags import tag, tags
 from tessellar.training.speed import blocks
 
 
@@ -36,16 +35,69 @@ def mesh_of(strategy: Any) -> DeviceMesh | None:
             f"ModelParallelStrategy shards over data_parallel_size={dist.get_world_size()}, tensor_parallel_size=1; "
             f"it was given {mesh['data_parallel'].size()} and {mesh['tensor_parallel'].size()}"
         )
-    strategy._save_distributed_checkpoint = False  # one file with full tensors, for any number of processes
+    strategy.__class__ = Sharded  # the same but for its checkpoints
     return mesh["data_parallel"]
 
 
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy with the checkpoints of a plain run: one file, full tensors, states as optimizers have them.
+
+    Lightning's own look parameters up by their place in the model, refuse optimizers that have not stepped, and count a
+    step of theirs when they are saved.
+    """
+
+    lightning_restore_optimizer = True  # type: ignore[assignment]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        return {name: self._kept(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        saved = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        state = {n: {k: self._kept(v) for k, v in values.items()} for n, values in saved["state"].items()}
+        return {**saved, "state": state}
+
+    def _kept(self, value: Any) -> Any:
+        """The full tensor on the first process, which writes it; all take part."""
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if self.global_rank == 0 else full[:0]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath) if self.global_rank == 0 else None
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.model is not None
+        own = self.model.state_dict()
+        placed = {n: like(t, own[n]) if n in own else t for n, t in checkpoint["state_dict"].items()}
+        self.model.load_state_dict(placed, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            ids = [n for group in saved["param_groups"] for n in group["params"]]
+            model = dict(zip(ids, parameters, strict=True))
+            state = {
+                n: {k: like(v, model[n]) if k != "step" and isinstance(v, Tensor) else v for k, v in values.items()}
+                for n, values in saved["state"].items()
+            }
+            settings = [
+                {**group, **{k: own[k] for k in ("foreach", "fused") if k in own}}
+                for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+            ]
+            optimizer.load_state_dict({**saved, "state": state, "param_groups": settings})
+
+
 def shard(module: nn.Module, mesh: DeviceMesh, methods: Collection[str] = (), whole: nn.Module | None = None) -> None:
-    """Shard a module: each of its blocks, and the rest of it together; tags of parameters stay.
+    """Shard a module: each of its blocks, and the rest of it together. Its parameters are replaced and lose their tags.
 
     `methods` are entered in training as `forward` is. The parameters of `whole` stay whole on every process.
     """
-    named = {name: tags(parameter) for name, parameter in module.named_parameters()}
     kept = set() if whole is None else set(whole.parameters())
     for block in blocks(module):
         if not kept & set(block.parameters()):
@@ -53,8 +105,6 @@ def shard(module: nn.Module, mesh: DeviceMesh, methods: Collection[str] = (), wh
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
     for method in methods:
         register_fsdp_forward_method(module, method)
-    for name, parameter in module.named_parameters():
-        tag(parameter, *named[name])
 
 
 @contextmanager
@@ -133,16 +183,3 @@ def settle(optimizers: Collection[Optimizer]) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if len({isinstance(p, DTensor) for p in group["params"]}) == 2 and "foreach" in group:
             group["foreach"] = group["fused"] = False
-
-
-def number_by_model(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """An optimizer's state with parameters numbered as in the model, which is how sharded runs look them up.
-
-    A plain `load_state_dict` goes by the order within groups, so it takes either numbering.
-    """
-    place = {id(parameter): number for number, parameter in enumerate(model.parameters())}
-    own = [place[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    ids = [number for group in state["param_groups"] for number in group["params"]]
-    new = dict(zip(ids, own, strict=True))
-    groups = [{**group, "params": [new[n] for n in group["params"]]} for group in state["param_groups"]]
-    return {**state, "state": {new[n]: value for n, value in state["state"].items()}, "param_groups": groups}
