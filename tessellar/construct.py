@@ -28,7 +28,8 @@ class Configured:
     @property
     def config(self) -> dict[str, Any]:
         """`{"class_path": ..., "init_args": {...}}`, JSON-able; `build(config)` makes an equal object."""
-        return {"class_path": class_path(type(self)), "init_args": self.__dict__.get("_config", {})}
+        made_as = self.__dict__.get("_class", type(self))  # sharding gives a module another class
+        return {"class_path": class_path(made_as), "init_args": self.__dict__.get("_config", {})}
 
 
 class LossOnly:
@@ -43,6 +44,7 @@ def _recording(init: Any) -> Any:
             bound.apply_defaults()
             arguments = dict(list(bound.arguments.items())[1:])
             self.__dict__["_config"] = {name: describe(value) for name, value in arguments.items()}
+            self.__dict__["_class"] = type(self)
         init(self, *args, **kwargs)
 
     return wrapped

@@ -123,11 +123,15 @@ def test_the_random_numbers_of_a_checkpoint_are_plain_data(fit, make, tmp_path: 
     assert draws[0] == draws[1]
 
 
-def test_another_number_of_processes_gets_streams_of_its_own_that_repeat() -> None:
-    states = [random_state.capture(), random_state.capture()]  # of a run with two processes, resumed by one
-    draws = []
+@pytest.mark.parametrize("rank", [0, 1])
+def test_with_another_number_of_processes_the_first_keeps_its_stream(rank: int, monkeypatch) -> None:
+    """Other processes get streams of their own, the same in every such resume."""
+    states, draws = [random_state.capture()] * 3, []  # of a run with three processes, resumed by two
+    monkeypatch.setattr(random_state.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(random_state.distributed, "rank", lambda: rank)
     for _ in range(2):
         random_state.restore_own(states)
         draws.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     random_state.restore(states[0])
-    assert draws[0] == draws[1] and float(torch.rand(())) != draws[0][2]
+    original = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    assert draws[0] == draws[1] and (draws[0] == original) is (rank == 0)
