@@ -11,11 +11,15 @@ from tessellar.tokenizers.layout import Layout
 
 
 class TokenizerOutput(NamedTuple):
-    """What a training forward gives: reconstruction [B, 3, H, W], tokens, and auxiliary losses already weighted."""
+    """What a training forward gives: reconstruction [B, 3, H, W], tokens, and auxiliary losses already weighted.
+
+    `shorter` is a second reconstruction, from fewer tokens, where the tokenizer trains on both.
+    """
 
     reconstruction: Tensor
     tokens: Tensor
     losses: dict[str, Tensor]
+    shorter: Tensor | None = None
 
 
 class Tokenizer(Configured, nn.Module, ABC):

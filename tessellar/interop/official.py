@@ -55,6 +55,9 @@ class Official:
 
 
 SYSTEMS: dict[str, Official] = {
+    "titok": Official("titok:import_tokenizer"),
+    "one_d_piece": Official("one_d_piece:import_tokenizer"),
+    "maskgit_vqgan": Official("titok:import_vqgan"),
     "llamagen": Official(
         "llamagen_vq:import_tokenizer", "llamagen:import_generator", is_generator="llamagen:is_official"
     ),
@@ -63,6 +66,7 @@ SYSTEMS: dict[str, Official] = {
     "rar": Official(generator="rar:import_generator"),
     "retok": Official("retok:import_tokenizer", "retok:import_generator", is_generator="retok:is_generator"),
     "mar": Official("kl_vae:import_tokenizer", "mar:import_generator", is_generator="mar:is_generator"),
+    "restok": Official("restok:import_tokenizer", "har:import_generator", is_generator="har:is_generator"),
     "var": Official("var:import_tokenizer", "var:import_generator", is_generator="var:is_generator"),
     "flextok": Official("flextok:import_tokenizer"),
     "xar": Official("kl_vae:import_tokenizer", "xar:import_generator", is_generator="xar:is_official"),

@@ -53,6 +53,18 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("mar_replay:mar", ("gen_schedule", "gen_shared", "gen_diffloss", "gen_diffloss_sample", "gen_train")),
         Replay("mar_replay:mar", ("gen_sample_cfg", "gen_sample_nocfg")),
     ),
+    "titok": (
+        Replay("titok_replay:vqgan", ("tok_shared", "tok_vqgan")),
+        Replay("titok_replay:two_stage", ("tok_shared", "tok_vq2")),
+        Replay("titok_replay:discriminator", ("tok_shared", "tok_disc")),
+        Replay("titok_replay:single_stage", ("tok_shared", "tok_single")),
+        Replay("titok_replay:kl", ("tok_shared", "tok_kl")),
+        Replay("titok_replay:clustering", ("tok_cvq",)),
+    ),
+    "one_d_piece": (
+        Replay("one_d_piece_replay:evaluate", ("shared", "encode", "decode")),
+        Replay("one_d_piece_replay:train", ("shared", "train")),
+    ),
     "titok_rar": (
         Replay(
             "rar_replay:rar",
@@ -91,4 +103,11 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         ),
     ),
     "var": (Replay("var_replay:var", ("shared", "vae", "vq_train", "train", "greedy", "filter")),),
+    "restok": (
+        Replay(
+            "restok_replay:restok",
+            ("tok_shared", "tok_main", "tok_train", "tok_loss", "gen_shared", "gen_train", "gen_filter")
+            + tuple(f"gen_greedy_{run}" for run in ("nocfg", "const", "step", "linear")),
+        ),
+    ),
 }

@@ -9,13 +9,15 @@ from tessellar.layers.tags import tag
 
 
 class ViTBlock(nn.Module):
-    """x += Attention(LN x); x += MLP(LN x), on [B, N, D]; GELU (tanh form)."""
+    """x += Attention(LN x); x += MLP(LN x), on [B, N, D]; `gelu` is its approximation ("none": exact)."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, attention: str = "auto") -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float = 4.0, attention: str = "auto", gelu: str = "tanh"
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
-        self.num_heads, self.implementation = num_heads, attention
+        self.num_heads, self.implementation, self.gelu = num_heads, attention, gelu
         hidden = int(mlp_ratio * width)
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -32,4 +34,4 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attention(self.attention_norm(x))
-        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate=self.gelu))

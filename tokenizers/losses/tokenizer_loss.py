@@ -20,6 +20,7 @@ from tessellar.tokenizers.losses.adversarial import (
     discriminator_adversarial,
     generator_adversarial,
 )
+from tessellar.tokenizers.losses.lecam import LeCam
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 
 
@@ -34,7 +35,8 @@ class TokenizerLoss(nn.Module):
     """Weighted losses of both sides.
 
     `perceptual` is any module giving distances [B] or [B, 1, 1, 1] of (images, reconstruction); `discriminator` gives
-    logits of images. Raises UserError for a negative start step.
+    logits of images, `lecam` regularises it. A second, shorter reconstruction adds its own pixel and perceptual losses.
+    Raises UserError for a negative start step.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class TokenizerLoss(nn.Module):
         adversarial_kind: Kind = "hinge",
         discriminator_kind: DiscriminatorKind = "hinge",
         adaptive: bool = False,
+        lecam: LeCam | None = None,
     ) -> None:
         super().__init__()
         if adversarial_start < 0:
             raise UserError(f"adversarial_start is {adversarial_start}; it is a step, at least 0")
         self.reconstruction, self.perceptual, self.perceptual_weight = reconstruction, perceptual, perceptual_weight
         self.discriminator, self.adversarial_weight = discriminator, adversarial_weight
-        self.adversarial_start, self.adaptive = adversarial_start, adaptive
+        self.adversarial_start, self.adaptive, self.lecam = adversarial_start, adaptive, lecam
         self.adversarial_kind: Kind = adversarial_kind
         self.discriminator_kind: DiscriminatorKind = discriminator_kind
 
@@ -75,11 +78,11 @@ class TokenizerLoss(nn.Module):
 
     def generator_loss(self, images: Tensor, output: TokenizerOutput, step: int, last_layer: Tensor) -> LossTerms:
         """Loss of the tokenizer at update `step`."""
-        terms = self.reconstruction(images, output.reconstruction)
-        nll = self.reconstruction.weighted(terms)
-        if self.perceptual is not None and self.perceptual_weight:
-            terms["perceptual"] = self.perceptual(images, output.reconstruction).mean()
-            nll = nll + self.perceptual_weight * terms["perceptual"]
+        nll, terms = self._likeness(images, output.reconstruction)
+        if output.shorter is not None:
+            likeness, others = self._likeness(images, output.shorter)
+            nll = nll + likeness
+            terms |= {f"shorter_{name}": value for name, value in others.items()}
         total = nll
         if self.adversarial_active(step):
             assert self.discriminator is not None
@@ -93,12 +96,25 @@ class TokenizerLoss(nn.Module):
             total = total + value
         return LossTerms(total, terms)
 
+    def _likeness(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of pixel and perceptual losses, and the terms."""
+        terms = self.reconstruction(images, reconstruction)
+        total = self.reconstruction.weighted(terms)
+        if self.perceptual is not None and self.perceptual_weight:
+            terms["perceptual"] = self.perceptual(images, reconstruction).mean()
+            total = total + self.perceptual_weight * terms["perceptual"]
+        return total, terms
+
     def discriminator_loss(self, images: Tensor, reconstruction: Tensor, step: int) -> LossTerms:
         """Loss of the discriminator; 0 before the start step."""
         assert self.discriminator is not None
         real, fake = self.discriminator(images), self.discriminator(reconstruction.detach())
         loss = self.discrimination(real, fake)
-        terms = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        terms = {"logits_real": real.mean(), "logits_fake": fake.mean()}
+        if self.lecam is not None:
+            terms["lecam"] = self.lecam(real, fake)
+            loss = loss + terms["lecam"]
+        terms["discriminator"] = loss
         return LossTerms(self.weight_at(step) * loss, terms)
 
 
