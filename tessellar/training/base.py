@@ -257,6 +257,21 @@ class TrainingModule(L.LightningModule, ABC):
         self._to_restore = {name: state.pop(name) for name in ("random", "gradients") if name in state}
         for name in COUNTERS:
             setattr(self, name, state.get(name, 0))
+        if STATE_KEY in checkpoint and "loops" in checkpoint:
+            self._place_loops(checkpoint["loops"]["fit_loop"])
+
+    def _place_loops(self, loop: dict[str, Any]) -> None:
+        """Tell Lightning's loops where the run is: over several resumes they lose count of epochs, and at the end of
+        one they do not say in which state they were saved."""
+        begun = self.epoch_samples > 0
+        for part in loop["epoch_progress"].values():
+            part.update(ready=self.epoch + begun, started=self.epoch + begun)
+            part.update(processed=self.epoch, completed=self.epoch)
+        if not begun:
+            batches = loop["epoch_loop.batch_progress"]
+            batches["total"].update(dict.fromkeys(batches["total"], self.batches))
+            batches["current"].update(dict.fromkeys(batches["current"], 0))
+            batches["is_last_batch"] = False
 
 
 def trainable(*modules: nn.Module | None) -> list[nn.Parameter]:

@@ -135,3 +135,15 @@ def test_with_another_number_of_processes_the_first_keeps_its_stream(rank: int, 
     random_state.restore(states[0])
     original = (random.random(), float(np.random.rand()), float(torch.rand(())))
     assert draws[0] == draws[1] and (draws[0] == original) is (rank == 0)
+
+
+@pytest.mark.parametrize("stops", [(3, 5, 7, 10), (2, 7, 10, 12), (5, 10), (4, 15)])
+def test_a_run_resumed_many_times_equals_the_uninterrupted_one(fit, make, tmp_path: Path, stops: Sequence[int]) -> None:
+    """Each part saves what the next one starts from; they begin and end at ends of epochs (5, 10, 15) or cross them."""
+    whole, losses = trained(fit, make, generator_module, 17)
+    path = None
+    for start, stop in zip((0, *stops), (*stops, 17), strict=True):
+        resumed, part = trained(fit, make, generator_module, stop + (stop < 17), tmp_path, ckpt_path=path)
+        assert part[: stop - start] == losses[start:stop], f"{start} to {stop}"
+        path = tmp_path / f"batch_{stop}.ckpt"
+    assert differences(whole, resumed) == []
