@@ -24,7 +24,7 @@ RUN = "killed"
 
 
 class Report(NamedTuple):
-    """What a soak saw: kills, the updates a kill threw away (made again), checkpoints left aside, differing tensors."""
+    """What a soak saw: kills and where, updates made again, unfinished checkpoints left behind, tensors compared."""
 
     updates: int
     kills: int
@@ -151,7 +151,7 @@ def soak(folder: Path, kills: int, updates: int, seed: int = 0, workers: int = 0
         if reached is None:
             break
         at.append(reached)
-        again += reached - saved_update(run)
+        again += max(0, reached - saved_update(run))
         parts += len(list((run / "checkpoints").glob("*.part")))
     finish(start(folder, RUN), folder, RUN)
     names, different = compare(folder / "runs" / "whole", run)

@@ -60,7 +60,7 @@ def checkpoint_header(
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
     """The description of a model as read from a file; raises UserError where it is not one, or of a newer format."""
-    if not isinstance(config, dict) or "format" not in config or config.get("kind") not in REQUIRED:
+    if not isinstance(config, dict) or "format" not in config or str(config.get("kind")) not in REQUIRED:
         raise UserError(f"{where} does not describe a tessellar model (no format, or unknown kind)")
     if config["format"] != FORMAT:
         raise UserError(

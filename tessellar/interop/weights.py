@@ -41,7 +41,7 @@ def read_pickle(path: Path) -> Any:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path} holds code ({code[1]}), not only tensors, so it was not opened") from error
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way, IndexError included
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
 
 
