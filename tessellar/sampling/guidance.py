@@ -77,13 +77,14 @@ class PowerCosine:
 
 @dataclass(frozen=True)
 class Step:
-    """1 before entity `first`, w from there on."""
+    """`before` (1: none) until entity `first`, w from there on (HAR: from a quarter of the steps on)."""
 
     scale: float
     first: int
+    before: float = 1.0
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        return torch.where(entity >= self.first, float(self.scale), 1.0)
+        return torch.where(entity >= self.first, float(self.scale), self.before)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ from tessellar.cli.train import parse
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(ROOT.glob("*/*.yaml"))
-CONTINUOUS = ("xar", "mar")  # modules of generators that read latents
+READS = {  # module of a generator -> preset whose tokens it reads; the others read LlamaGen's
+    "xar": "kl_vae.kl16",
+    "mar": "kl_vae.kl16",
+    "var": "var_vqvae.var_vqvae",
+    "har": "restok.restok_l_128",
+    "hita_ar": "hita.hita_v",
+}
 PARAMETERS = {
     "imagenet256/vq_16": 71_883_403,
     "imagenet256/vq_8": 70_109_835,
@@ -26,6 +32,12 @@ PARAMETERS = {
     "imagenet256/retok_s_s": 136_302_603,
     "imagenet256/retok_s_b": 232_686_347,
     "imagenet256/retok_gpt_xl": 775_028_480,
+    "imagenet256/har_l": 326_263_808,
+    "imagenet256/var_d16": 310_283_520,
+    "imagenet256/var_vqvae": 108_948_355,
+    "imagenet256/mar_b": 207_924_768,
+    "imagenet256/restok_l_128": 661_791_947,
+    "imagenet256/hita_ar_l": 376_596_480,
 }
 
 
@@ -33,7 +45,7 @@ def _tokenizer(config: dict) -> str:
     """One whose tokens are of the kind that the generator of a YAML reads."""
     generator = config["model"]["init_args"]["generator"]
     path = generator if isinstance(generator, str) else generator["class_path"]
-    return f"tessellar.tokenizers.{'kl_vae.kl16' if path.split('.')[-2] in CONTINUOUS else 'llamagen_vq.vq_16'}"
+    return f"tessellar.tokenizers.{READS.get(path.split('.')[-2], 'llamagen_vq.vq_16')}"
 
 
 def _without_vgg(path: Path, config: dict, folder: Path) -> str:

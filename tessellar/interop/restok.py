@@ -1,0 +1,142 @@
+"""ResTok's checkpoints (arXiv 2601.03955), official keys to ours and back. (The generator: har.py.)
+
+Sizes are read from the tensors' shapes; heads are those of 64 channels and otherwise an argument.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.interop.importer import KeyTable, Rule, table
+from tessellar.interop.official import ImportOptions
+from tessellar.interop.weights import load_strict
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.restok import ResTok
+
+OWN = ("quantizer.step", "quantizer.counts")
+HEAD_DIM = 64
+_RES = {"nin_shortcut.weight": "shortcut.weight", "{layer}.{tensor}": "{layer}.{tensor}"}
+_BLOCK = {
+    "attn.qkv.weight": "qkv.weight",
+    "attn.q_bias": "q_bias",
+    "attn.v_bias": "v_bias",
+    "attn.{layer}.{tensor}": "{layer}.{tensor}",
+    "mlp.{layer}.{tensor}": "{layer}.{tensor}",
+    "gamma_1": "gamma_1",
+    "gamma_2": "gamma_2",
+    "{norm}.{tensor}": "{norm}.{tensor}",
+}
+
+
+def _squeeze(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def _to_conv(weight: Tensor) -> Tensor:
+    return weight[..., None, None]
+
+
+def keys(levels: int) -> KeyTable:
+    """The table of a tokenizer whose CNN has that many levels."""
+    pairs: dict[str, str] = {}
+    for theirs, ours, group in (("pixel_encoder", "cnn_encoder", "down"), ("pixel_decoder", "cnn_decoder", "up")):
+        for a, b in _RES.items():
+            pairs[f"{theirs}.{group}.{{i}}.block.{{j}}.{a}"] = f"{ours}.levels.{{i}}.{{j}}.{b}"
+            pairs[f"{theirs}.mid.{{j}}.{a}"] = f"{ours}.mid.{{j}}.{b}"
+        for layer in ("conv_in", "norm_out", "conv_out"):
+            pairs[f"{theirs}.{layer}.{{tensor}}"] = f"{ours}.{layer}.{{tensor}}"
+    for level in range(1, levels):
+        pairs[f"pixel_decoder.up.{level}.upsample_conv.{{tensor}}"] = (
+            f"cnn_decoder.upsample.{level - 1}.conv.{{tensor}}"
+        )
+    for side in ("encoder", "decoder"):
+        pairs |= {f"{side}.blocks.{{i}}.{a}": f"{side}.blocks.{{i}}.{b}" for a, b in _BLOCK.items()}
+        pairs |= {
+            f"{side}.ln_pre.{{tensor}}": f"{side}.norm_in.{{tensor}}",
+            f"{side}.ln_post.{{tensor}}": f"{side}.norm_out.{{tensor}}",
+            f"{side}.latent_token_level_embedding.{{i}}": f"{side}.level_embeddings.{{i}}",
+        }
+    pairs |= {
+        "encoder.patch_embed.{tensor}": "encoder.project.{tensor}",
+        "encoder.level_embedding.{i}": "encoder.scale_embeddings.{i}",
+        "encoder.conv_out.{i}.bias": "to_code.{i}.bias",
+        "decoder.latent_mask_token": "decoder.mask_code",
+        "decoder.mask_token": "decoder.mask_token",
+        "decoder.feat_mask_token": "decoder.feature_token",
+        "decoder.decoder_embed.{i}.{tensor}": "decoder.inputs.{i}.{tensor}",
+        "decoder.ffn.{tensor}": "decoder.output.{tensor}",
+        "quantize.embedding.weight": "quantizer.codebook.weight",
+    }
+    own = (
+        Rule("encoder.conv_out.{i}.weight", "to_code.{i}.weight", lambda t: t[..., 0], lambda t: t[..., None]),
+        Rule("vf_proj.weight", "encoder_to_vision.weight", _squeeze, _to_conv),
+        Rule("vf_proj_dec.weight", "decoder_to_vision.weight", _squeeze, _to_conv),
+    )
+    return KeyTable((*own, *table(pairs).rules), ("foundation_model.*",))
+
+
+def from_official(
+    state: Mapping[str, Tensor],
+    image_size: int = 256,
+    heads: tuple[int, int] | None = None,
+    min_tokens: int = 4,
+    drop: float = 0.2,
+    legacy: bool = True,
+    vision_margin: float = 0.25,
+    quantizer_options: Mapping[str, Any] | None = None,
+    where: str = "the ResTok checkpoint",
+) -> ResTok:
+    """A tokenizer of the sizes that the weights show; `heads` of encoder and decoder are not among them."""
+    if "encoder.level_embedding.0" not in state or "pixel_encoder.conv_in.weight" not in state:
+        raise UserError(f"{where} holds no ResTok tokenizer: its level embeddings or its CNN are absent")
+    channels, levels = state["pixel_encoder.conv_in.weight"].shape[0], 1 + _last(state, r"pixel_encoder\.down\.(\d+)\.")
+    widths = [state[f"pixel_encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    encoder, decoder = state["encoder.ln_pre.weight"].shape[0], state["decoder.ln_pre.weight"].shape[0]
+    num_heads = heads or (encoder // HEAD_DIM, decoder // HEAD_DIM)
+    length = 2 ** _last(state, r"encoder\.latent_token_level_embedding\.(\d+)")
+    # without the decoder's feature token, projections alone are of no use: they stay out
+    has_vision = {"vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token"} <= set(state)
+    loose = () if has_vision else ("vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token")
+    made = ResTok(
+        VectorQuantizer(*state["quantize.embedding.weight"].shape, **(quantizer_options or {})),
+        image_size,
+        length,
+        min_tokens,
+        channels,
+        tuple(width // channels for width in widths),
+        1 + _last(state, r"pixel_encoder\.down\.0\.block\.(\d+)\."),
+        state["pixel_encoder.conv_out.weight"].shape[0],
+        encoder,
+        1 + _last(state, r"encoder\.blocks\.(\d+)\."),
+        num_heads[0],
+        decoder,
+        1 + _last(state, r"decoder\.blocks\.(\d+)\."),
+        num_heads[1],
+        1 + _last(state, r"encoder\.level_embedding\.(\d+)"),
+        drop=drop,
+        legacy=legacy,
+        vision_dim=state["vf_proj.weight"].shape[0] if has_vision else None,
+        vision_margin=vision_margin,
+    )
+    own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
+    kept = {name: tensor for name, tensor in state.items() if name not in loose}
+    load_strict(made, {**keys(levels).from_official(kept, where), **own}, where)
+    return made.eval()
+
+
+def _last(state: Mapping[str, Tensor], pattern: str) -> int:
+    return max(int(found[1]) for key in state if (found := re.match(pattern, key)))
+
+
+def to_official(tokenizer: ResTok) -> dict[str, Tensor]:
+    """The official state dict; the inverse of `from_official`."""
+    state = {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in OWN}
+    return keys(len(tokenizer.cnn_encoder.levels)).to_official(state)
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> ResTok:
+    """What `convert.py import restok` makes of a tokenizer's file."""
+    return from_official(state, options.image_size or 256)
