@@ -110,4 +110,25 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
             + tuple(f"gen_greedy_{run}" for run in ("nocfg", "const", "step", "linear")),
         ),
     ),
+    "quantizers": (
+        Replay("quantizers_replay:lfq", ("lfq_lucid", "lfq_lucid_multi", "lfq_lucid_image", "lfq_magvit")),
+        Replay("quantizers_replay:lfq", ("lfq_magvit_factorized", "gq_wetok", "gfq_eval")),
+        Replay("quantizers_replay:lfq", ("entropy_magvit_t0.01", "entropy_magvit_t1.0")),
+        Replay(
+            "quantizers_replay:bsq", ("bsq_lucid", "bsq_official_group", "bsq_official_analytical", "ms_bsq_infinity")
+        ),
+        Replay("quantizers_replay:fsq", ("fsq", "fsq_sym", "fsq_proj")),
+        Replay(
+            "quantizers_replay:vq", ("vq_taming_legacy1", "vq_taming_legacy0", "vq_llamagen_l2", "ibq", "rotate_to")
+        ),
+        Replay("quantizers_replay:ema", ("vq_ema", "vq_ema_cos", "vq_ema_norot", "dead_code_mask")),
+        Replay(
+            "quantizers_replay:simvq",
+            ("simvq_official_legacy1", "simvq_official_legacy0", "simvq_lucid_rot1", "simvq_lucid_rot0"),
+        ),
+        Replay(
+            "quantizers_replay:residual",
+            ("residual_vq", "grouped_residual_vq", "residual_fsq", "residual_lfq", "product_unitok"),
+        ),
+    ),
 }

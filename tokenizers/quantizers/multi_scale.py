@@ -60,8 +60,8 @@ class MultiScaleQuantizer(VectorQuantizer):
         restart_every: int | None = None,
         restart_until: int | None = None,
     ) -> None:
-        maintenance = {"init_step": init_step, "restart_every": restart_every, "restart_until": restart_until}
-        super().__init__(vocab_size, dim, False, codebook_weight, commitment_weight, **maintenance)
+        weights, plan = (codebook_weight, commitment_weight), (init_step, restart_every, restart_until)
+        super().__init__(vocab_size, dim, False, *weights, 0.0, 0.01, *plan)
         if not sides or any(a >= b for a, b in pairwise((0, *sides))):
             raise ValueError(f"scales {tuple(sides)} must grow from at least 1")
         self.sides, self.cosine = tuple(sides), cosine

@@ -16,6 +16,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.tokenizers.layout import Categorical
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.tokenizers.quantizers.entropy import entropy_loss
 from tessellar.tokenizers.quantizers.rotation import rotate_to
 
 
@@ -124,8 +125,7 @@ class VectorQuantizer(Quantizer):
         """Random latents of the global batch in place of the chosen codes; z [B, ..., C] is this process's share."""
         ranks, rank = distributed.world_size(), distributed.rank()
         latents, count = z.flatten(0, -2), int(which.sum())
-        drawn = torch.randint(ranks * len(latents), (count,), device=z.device)
-        drawn = distributed.broadcast(drawn.cpu()).to(z.device)
+        drawn = distributed.broadcast(draw_rows(ranks * len(latents), count).cpu()).to(z.device)
         # Sample i of the global batch is sample i // ranks of rank i % ranks, as the sampler deals them.
         each = len(latents) // len(z)
         sample, place = drawn // each, drawn % each
@@ -135,9 +135,7 @@ class VectorQuantizer(Quantizer):
         self.counts.zero_()
 
 
-def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
-    """Mean entropy of the soft assignment minus entropy of its mean (MaskGIT, arXiv 2202.04200); affinity [..., V]."""
-    logits = affinity.flatten(0, -2) / temperature
-    probs, log_probs = logits.softmax(-1), logits.log_softmax(-1)
-    mean = distributed.mean_over_ranks(probs.mean(0))  # the entropy of a mean is not the mean of entropies
-    return -(probs * log_probs).sum(-1).mean() + (mean * (mean + 1e-5).log()).sum()
+def draw_rows(total: int, count: int) -> Tensor:
+    """`count` of `total` numbers: distinct where there are enough, else each at least once."""
+    whole, rest = divmod(count, total)
+    return torch.cat([torch.randperm(total)[:n] for n in [total] * whole + [rest]])

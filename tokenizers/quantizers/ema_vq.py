@@ -1,0 +1,83 @@
+"""Vector quantization whose codes are running means of their latents (VQ-VAE, arXiv 1711.00937, appendix A.1).
+
+After each training pass code = sum / count, both averaged with `decay` and the count smoothed; numerics are those of
+vector-quantize-pytorch, except that gradients pass straight through unless `rotation` is set. Codes whose count falls
+below `threshold` become random latents of the global batch. No gradient reaches the codes, and no optimizer owns them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tessellar import distributed
+from tessellar.tokenizers.quantizers.base import QuantizerOutput
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+
+SMOOTHING = 1e-5
+
+
+class EMAVectorQuantizer(VectorQuantizer):
+    """As VectorQuantizer; counts are per pass, so `threshold` means that many latents a pass (0: never restart).
+
+    Raises ValueError for a decay outside [0, 1] and a negative threshold.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        l2_normalize: bool = True,
+        commitment_weight: float = 1.0,
+        decay: float = 0.99,
+        threshold: float = 0.0,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
+        init_step: int | None = None,
+        rotation: bool = False,
+    ) -> None:
+        if not 0 <= decay <= 1 or threshold < 0:
+            raise ValueError(f"decay {decay} must be in [0, 1] and threshold {threshold} at least 0")
+        entropy = (entropy_weight, entropy_temperature)
+        super().__init__(vocab_size, dim, l2_normalize, 0.0, commitment_weight, *entropy, init_step, rotation=rotation)
+        self.decay, self.threshold = decay, threshold
+        self.codebook.weight.requires_grad_(False)
+        self.register_buffer("sizes", torch.ones(vocab_size))
+        self.register_buffer("sums", self.codebook.weight.detach().clone())
+        self.sizes: Tensor
+        self.sums: Tensor
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        output = super().forward(z)
+        del output.losses["codebook"]
+        if self.training:
+            with torch.autocast(z.device.type, enabled=False):
+                self._update(self._normalize(z.detach()), output.tokens)
+        return output
+
+    @torch.no_grad()
+    def _update(self, z: Tensor, tokens: Tensor) -> None:
+        rows, chosen = z.flatten(0, -2).to(self.sums.dtype), tokens.flatten()
+        used = chosen.bincount(minlength=len(self.sizes)).to(self.sizes.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, chosen, rows)
+        self.sizes.lerp_(distributed.all_reduce_sum(used), 1 - self.decay)
+        self.sums.lerp_(distributed.all_reduce_sum(sums), 1 - self.decay)
+        self.codebook.weight.copy_(self._means())
+        expired = self.expired()
+        if self.threshold > 0 and bool(expired.any()):
+            self._replace(expired, z)
+
+    def _means(self) -> Tensor:
+        total = self.sizes.sum()
+        smoothed = (self.sizes + SMOOTHING) / (total + len(self.sizes) * SMOOTHING) * total
+        means = self.sums / smoothed[:, None]
+        return F.normalize(means, dim=-1) if self.l2_normalize else means
+
+    def expired(self) -> Tensor:
+        """Which codes are used less than the threshold, [V]."""
+        return self.sizes < self.threshold
+
+    def _replace(self, which: Tensor, z: Tensor) -> None:
+        super()._replace(which, z)
+        size = max(self.threshold, 1.0)
+        self.sizes[which] = size
+        self.sums[which] = self.codebook.weight[which].to(self.sums.dtype) * size

@@ -1,0 +1,123 @@
+"""Residual quantization: each layer quantizes what the layers before it left (RQ-VAE, arXiv 2203.01941; SoundStream).
+
+Layers are any quantizers, so this is also residual FSQ (`residual_fsq`), LFQ and SimVQ; one layer with a `depth` is
+RQ-VAE's shared codebook. Gradients pass straight through once, to the sum; `pass_each` is vector-quantize-pytorch's
+sum of straight-through layers, whose gradient is as many times larger. Dropped layers give tokens all the same.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tessellar import distributed
+from tessellar.layers.precision import at_least_float32
+from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.tokenizers.quantizers.factors import factorized, factors, split_tokens
+from tessellar.tokenizers.quantizers.fsq import FSQ
+
+
+class ResidualQuantizer(Quantizer):
+    """Tokens [..., F], the factors of layer 0 first.
+
+    Layer i sees the rest times ratio^i (one number, or one a channel). `soft_clamp` bounds z by tanh first, per
+    channel. `dropout`: how likely a training pass uses only its first layers, at least `keep` of them. Losses are sums
+    over layers. Raises ValueError for layers of several sizes, and for a depth, dropout or `keep` out of range.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[Quantizer, ...],
+        depth: int | None = None,
+        ratio: float | tuple[float, ...] = 1.0,
+        soft_clamp: tuple[float, ...] | None = None,
+        dropout: float = 0.0,
+        keep: int = 1,
+        pass_each: bool = False,
+    ) -> None:
+        super().__init__()
+        dims = {layer.dim for layer in layers}
+        if len(dims) != 1:
+            raise ValueError("a residual quantizer needs layers, all of one dim")
+        if depth is not None and (depth < 1 or len(layers) > 1):
+            raise ValueError(f"depth is {depth} with {len(layers)} layers; it repeats a single layer, at least once")
+        self.depth = depth or len(layers)
+        if not 0 <= dropout <= 1 or not 1 <= keep <= self.depth:
+            raise ValueError(f"dropout {dropout} must be in [0, 1], keep {keep} in [1, {self.depth}]")
+        self.layers, self.dim = nn.ModuleList(layers), dims.pop()
+        self.ratio, self.soft_clamp = ratio, soft_clamp
+        self.dropout, self.keep, self.pass_each = dropout, keep, pass_each
+        self.kind = factorized([self.layer(i).kind for i in range(self.depth)])
+
+    def layer(self, i: int) -> Quantizer:
+        layer = self.layers[i % len(self.layers)]
+        assert isinstance(layer, Quantizer)
+        return layer
+
+    def _scale(self, i: int, like: Tensor) -> Tensor:
+        return torch.tensor(self.ratio, device=like.device, dtype=like.dtype) ** -i
+
+    def _bound(self, z: Tensor) -> Tensor:
+        z = at_least_float32(z)
+        if self.soft_clamp is None:
+            return z
+        most = torch.tensor(self.soft_clamp, device=z.device, dtype=z.dtype)
+        return (z / most).tanh() * most
+
+    def scan(self, z: Tensor) -> Iterator[QuantizerOutput]:
+        """Layer by layer: what it adds to the sum [..., C], its tokens and its losses."""
+        rest = self._bound(z)
+        for i in range(self.depth):
+            scale = self._scale(i, rest)
+            output = self.layer(i)(rest / scale)
+            added = output.quantized * scale
+            rest = rest - added.detach()
+            yield QuantizerOutput(added, output.tokens, output.losses)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            rest, found = self._bound(z), []
+            for i in range(self.depth):
+                scale = self._scale(i, rest)
+                found.append(self.layer(i).encode(rest / scale))
+                rest = rest - self.layer(i).decode(found[-1]) * scale
+        return torch.cat([factors(tokens, self.layer(i).kind) for i, tokens in enumerate(found)], -1)
+
+    def parts(self, tokens: Tensor) -> list[Tensor]:
+        """What each layer's tokens add to the sum, [..., C] each."""
+        split = split_tokens(tokens, [self.layer(i).kind for i in range(self.depth)])
+        vectors = [self.layer(i).decode(part) for i, part in enumerate(split)]
+        return [v * self._scale(i, v) for i, v in enumerate(vectors)]
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return torch.stack(self.parts(tokens)).sum(0)
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        with torch.autocast(z.device.type, enabled=False):
+            outputs = list(self.scan(z))
+            tokens = [factors(out.tokens, self.layer(i).kind) for i, out in enumerate(outputs)]
+            kept = outputs[: self._kept()]
+            total = torch.stack([out.quantized for out in kept]).sum(0)
+            if not self.pass_each:
+                bounded = self._bound(z)
+                total = bounded + (total - bounded).detach()
+            names = {name: None for out in kept for name in out.losses}
+            losses = {
+                name: torch.stack([out.losses[name] for out in kept if name in out.losses]).sum() for name in names
+            }
+            return QuantizerOutput(total, torch.cat(tokens, -1), losses)
+
+    def _kept(self) -> int:
+        """How many layers this pass uses, the same in all processes."""
+        if not self.training or not self.dropout:
+            return self.depth
+        kept = int(torch.randint(self.keep, self.depth + 1, ())) if float(torch.rand(())) < self.dropout else self.depth
+        return int(distributed.broadcast(kept))
+
+
+def residual_fsq(levels: tuple[int, ...], depth: int) -> ResidualQuantizer:
+    """Residual FSQ of vector-quantize-pytorch: symmetric levels, each layer finer by the number of levels."""
+    layers = tuple(FSQ(levels, symmetric=True, clamp=True) for _ in range(depth))
+    soft_clamp = tuple(1 + 1 / (level - 1) for level in levels)
+    return ResidualQuantizer(layers, ratio=tuple(map(float, levels)), soft_clamp=soft_clamp)
