@@ -38,6 +38,20 @@ PARAMETERS = {
     "imagenet256/mar_b": 207_924_768,
     "imagenet256/restok_l_128": 661_791_947,
     "imagenet256/hita_ar_l": 376_596_480,
+    "imagenet256/titok_stage1": 204_814_095,
+    "imagenet256/titok_s128": 83_674_639,
+    "imagenet256/titok_b64": 204_814_095,
+    "imagenet256/titok_l32": 641_054_735,
+    "imagenet256/titok_bl64_vq8k": 390_016_148,
+    "imagenet256/titok_bl128_vq8k": 390_179_988,
+    "imagenet256/titok_sl256_vq8k": 330_260_884,
+    "imagenet256/titok_ll32_vae_c16": 606_879_604,
+    "imagenet256/titok_bl64_vae_c16": 389_418_100,
+    "imagenet256/titok_bl128_vae_c16": 389_581_940,
+    "imagenet256/one_d_piece_stage1": 205_256_463,
+    "imagenet256/one_d_piece_s256": 83_871_247,
+    "imagenet256/one_d_piece_b256": 205_256_463,
+    "imagenet256/one_d_piece_l256": 641_742_863,
 }
 
 
