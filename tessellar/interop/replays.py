@@ -89,6 +89,7 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("flextok_replay:apg", ("apg",)),
         Replay("flextok_replay:decode", ("shared", "decode")),
     ),
+    "flextok_ar": (Replay("flextok_ar_replay:c2i", ("c2i",)), Replay("flextok_ar_replay:t2i", ("t2i",))),
     "xar": (
         Replay("xar_replay:train", ("shared", "train")),
         Replay("xar_replay:sample", ("shared", "sample")),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities
+from tessellar.models.flextok_ar import FlexAR
 from tessellar.models.generator import Generator, State
 from tessellar.models.har import HAR
 from tessellar.models.heads.logits import Logits
@@ -31,6 +32,7 @@ HITA = Layout((Segment((4,), Categorical(23), "holistic"), Segment((2, 3), Categ
 GENERATORS: dict[str, Callable[[], Generator]] = {
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
+    "flextok-ar": lambda: FlexAR(LINE, 32, 2, 4, CLASSES, learned_positions=True),
     "har": lambda: HAR(sequence_layout(16, Categorical(19)), 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
     "har-first-2": lambda: HAR(LINE, 32, 2, 4, CLASSES, 2, dropout=0.0, ffn_multiple_of=8),
     "hita": lambda: HitaAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
