@@ -1,0 +1,189 @@
+"""What each run under configs/ costs: the table of docs/cost.md, made from the YAMLs themselves.
+
+    python benchmarks/costs.py --write docs/cost.md       (replaces what stands between its two marks)
+
+Every model is built at its real size on the meta device. Operations are counted on one image, forward and backward;
+memory and GPU-hours are estimates by the formulas of the page. Only `MEASURED` was run.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import yaml
+
+from tessellar.cli.train import TrainCLI, parse
+from tessellar.errors import UserError
+from tessellar.training.flops import CountFlops, peak_of
+from tessellar.training.generator_module import GeneratorModule
+
+ROOT = Path(__file__).resolve().parents[1] / "configs"
+MARKS = "<!-- made by benchmarks/costs.py -->", "<!-- end -->"
+PROCESSES, GPU, SHARE = 8, "H100", 0.4  # what an estimate of GPU-hours supposes
+MEASURED = {  # images/s, one thread of a shared CPU core, of the runs in the README
+    "fashion_mnist/tokenizer": "199 to 221 (CPU core)",
+    "fashion_mnist/generator": "104 to 129 (CPU core)",
+}
+NO_AUTOCAST = patch("torch.autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
+CONTINUOUS = ("xar", "mar")  # modules of generators that read the latents of a KL VAE
+
+
+class Cost(NamedTuple):
+    """Facts of one config; None where an operation does not run on the meta device."""
+
+    name: str
+    trained: int
+    frozen: int
+    tokens: int
+    flops: int | None
+    images: int | None
+    counted: bool = True
+
+    @property
+    def memory(self) -> float:
+        """GB of weights, gradients, two moments of AdamW and averages in float32; activations come on top."""
+        return (self.trained * 5 * 4 + self.frozen * 4) / 1e9
+
+    @property
+    def gpu_hours(self) -> float | None:
+        peak = peak_of(GPU, "bf16-mixed")
+        if self.flops is None or self.images is None or peak is None:
+            return None
+        return self.flops * self.images / (SHARE * peak) / 3600
+
+
+def build(path: Path, folder: Path) -> TrainCLI:
+    """The command line of a YAML on the meta device, without weights from files."""
+    config = yaml.safe_load(path.read_text())
+    arguments = config["model"]["init_args"]
+    options = []
+    if "generator" in arguments:
+        generator = arguments["generator"]
+        name = generator if isinstance(generator, str) else generator["class_path"]
+        stand_in = "kl_vae.kl16" if name.split(".")[-2] in CONTINUOUS else "llamagen_vq.vq_16"
+        if isinstance(arguments.get("tokenizer"), str):
+            stand_in = _tokenizer_of(arguments["tokenizer"], path) or f"tessellar.tokenizers.{stand_in}"
+            options.append(f"--model.init_args.tokenizer={yaml.safe_dump(_class(stand_in), default_flow_style=True)}")
+    else:
+        arguments["loss"]["init_args"].pop("perceptual", None)
+    copy = folder / path.name
+    copy.write_text(yaml.safe_dump(config))
+    fixed = ("--trainer.strategy", "auto", "--trainer.accelerator", "cpu", "--trainer.devices", "1")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return parse(["--config", str(copy), "--name", "x", *fixed, *options])
+
+
+def _class(given: Any) -> Any:
+    return given if isinstance(given, dict) else {"class_path": given}
+
+
+def _tokenizer_of(export: str, path: Path) -> Any:
+    """The tokenizer in the YAML beside this one that trains `runs/NAME/export`."""
+    beside = path.with_name(f"{Path(export).parent.name}.yaml")
+    for candidate in (beside, path.with_name("tokenizer.yaml")):
+        if candidate.exists() and candidate != path:
+            return yaml.safe_load(candidate.read_text())["model"]["init_args"]["tokenizer"]
+    return None
+
+
+def cost(path: Path) -> Cost:
+    """Build a config and count."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = os.getcwd()
+        os.chdir(folder)
+        try:
+            cli = build(path, Path(folder))
+        finally:
+            os.chdir(here)
+    module, config = cli.model, yaml.safe_load(path.read_text())
+    trained = sum(p.numel() for player in module.make_players() for p in player.parameters)
+    total = sum(p.numel() for p in module.parameters())
+    several = config["trainer"].get("strategy", "auto") != "auto"
+    batch = cli.datamodule.batch_size * module.accumulate * (PROCESSES if several else 1)
+    steps = config["trainer"].get("max_steps")
+    counted = operations(module, module.tokenizer.image_size)
+    by_rule = 6 * trained * module.tokenizer.layout.length if isinstance(module, GeneratorModule) else None
+    return Cost(
+        f"{path.parent.name}/{path.stem}",
+        trained,
+        total - trained,
+        module.tokenizer.layout.length,
+        counted or by_rule,
+        None if steps is None else steps * batch,
+        counted is not None,
+    )
+
+
+def operations(module: Any, size: tuple[int, int]) -> int | None:
+    """Operations of one image: the frozen tokenizer forward, what is trained forward and backward."""
+    images, labels = torch.zeros(1, 3, *size, device="meta"), torch.zeros(1, dtype=torch.long)
+    try:
+        with CountFlops() as count, NO_AUTOCAST:
+            if isinstance(module, GeneratorModule):
+                condition = module.model.conditioner({"label": labels}).to("meta")
+                with torch.device("meta"):
+                    terms = module.model.generator.loss(module.tokens_of({"image": images}), condition)
+                    torch.stack(list(terms.values())).sum().backward()
+            else:
+                with torch.device("meta"):
+                    module.tokenizer(images).reconstruction.sum().backward()
+    except (RuntimeError, NotImplementedError, UserError):
+        return None  # it looks at values, or at a vision model, which the meta device does not have
+    return count.total
+
+
+def table(costs: list[Cost]) -> str:
+    """The rows as Markdown."""
+    head = (
+        "| config | trained | frozen | tokens an image | GFLOP an image | memory without activations, GB "
+        f"| images in all | measured images/s | {GPU}-hours, estimate |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([head, *map(row, costs)])
+
+
+def row(c: Cost) -> str:
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    hours = c.gpu_hours
+    cells = [
+        c.name,
+        f"{c.trained:,}",
+        f"{c.frozen:,}",
+        str(c.tokens),
+        ("" if c.counted else "~") * (c.flops is not None) + shown(c.flops and c.flops / 1e9, ",.4g"),
+        f"{c.memory:.2f}",
+        shown(c.images, ","),
+        MEASURED.get(c.name, ""),
+        "" if hours is None else "below 1" if hours < 1 else f"{hours:,.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    parser = argparse.ArgumentParser(description="The cost table of every config.")
+    parser.add_argument("--write", type=Path, help="a page to put the table into, between its marks")
+    given = parser.parse_args()
+    text = table([cost(path) for path in sorted(ROOT.glob("*/*.yaml"))])
+    if given.write is None:
+        print(text)
+        return 0
+    before, _, rest = given.write.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    given.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The cost table of the docs is what the configs give."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.costs import ROOT, Cost, cost, row
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
+
+
+@pytest.mark.parametrize("name", ["demo/tokenizer", "imagenet256/llamagen_b"])
+def test_a_row_of_the_page_is_made_from_its_config(name: str) -> None:
+    assert row(cost(ROOT / f"{name}.yaml")) in PAGE.read_text().splitlines()
+
+
+def test_estimates_follow_the_pages_formulas() -> None:
+    facts = Cost("x/y", trained=10**9, frozen=10**9, tokens=256, flops=10**12, images=10**9)
+    assert facts.memory == pytest.approx(24.0)
+    assert facts.gpu_hours == pytest.approx(1e21 / (0.4 * 989.4e12) / 3600)
+    assert facts._replace(flops=None).gpu_hours is None and "| ~1,000 |" in row(facts._replace(counted=False))
