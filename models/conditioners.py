@@ -1,6 +1,7 @@
 """Conditioners: from a batch of data to the condition that a generator reads."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from tessellar.construct import Configured
 from tessellar.errors import UserError
 from tessellar.models.condition import Condition
+from tessellar.text import BPE, FIRST_PAIR, FeatureCache, FrozenEncoder, bpe_of, pad_left, train_bpe
+
+UNTRAINED = -1
 
 
 class Conditioner(Configured, nn.Module, ABC):
@@ -46,3 +50,75 @@ class FeatureConditioner(Conditioner):
         if "caption_features" not in batch or "caption_valid" not in batch:
             raise UserError("the data set gives no caption_features and caption_valid, which this generator reads")
         return Condition(valid=batch["caption_valid"].bool(), features=batch["caption_features"])
+
+
+class TextConditioner(Conditioner):
+    """Reads captions; `of_texts` serves prompts."""
+
+    @abstractmethod
+    def of_texts(self, texts: Sequence[str]) -> Condition:
+        """Condition of B texts."""
+
+    def prepare(self, captions: Callable[[], list[str]]) -> None:
+        """Told once before training how to get the captions of the training set; for what is learnt from them."""
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        if "caption" not in batch:
+            raise UserError("the data set gives no captions, which this generator reads")
+        return self.of_texts(batch["caption"])
+
+
+class CaptionConditioner(TextConditioner):
+    """Caption tokens [B, P], left-padded, of a byte-level BPE with `vocab_size` ids learnt from the run's captions.
+
+    The BPE is a buffer, so checkpoints and exports carry it. Texts are cut off at `length` tokens, the first of which
+    begins the text.
+    """
+
+    def __init__(self, vocab_size: int = 1024, length: int = 64, lowercase: bool = True) -> None:
+        super().__init__()
+        if vocab_size < FIRST_PAIR or length < 2:
+            raise UserError(f"vocab_size {vocab_size} and length {length} must be at least {FIRST_PAIR} and 2")
+        self.length, self.lowercase = length, lowercase
+        self.register_buffer("merges", torch.full((vocab_size - FIRST_PAIR, 2), UNTRAINED))
+        self.register_buffer("trained", torch.tensor(False))
+        self.merges: Tensor
+        self.trained: Tensor
+
+    def prepare(self, captions: Callable[[], list[str]]) -> None:
+        if bool(self.trained):
+            return
+        merges = train_bpe(captions(), len(self.merges), self.lowercase)
+        self.merges[: len(merges)] = merges.to(self.merges.device)
+        self.trained.fill_(True)
+
+    @property
+    def bpe(self) -> BPE:
+        """Raises UserError before `prepare`."""
+        if not bool(self.trained):
+            raise UserError("this generator's BPE has not been learnt yet: train.py does so from the run's captions")
+        pairs = [(a, b) for a, b in self.merges.tolist() if a != UNTRAINED]
+        return bpe_of(tuple(pairs), self.lowercase)
+
+    def of_texts(self, texts: Sequence[str]) -> Condition:
+        bpe = self.bpe
+        ids, valid = pad_left([torch.tensor(bpe.encode(text, self.length)) for text in texts])
+        return Condition(ids=ids, valid=valid).to(self.merges.device)
+
+
+class EncoderConditioner(TextConditioner):
+    """Features [B, length, F] of a frozen T5 or CLIP (a local folder or hub id), left-padded; kept in `cache`.
+
+    The encoder is no part of checkpoints: it is read again from `source`.
+    """
+
+    def __init__(self, source: str, length: int = 120, cache: str | None = "runs/.cache/text") -> None:
+        super().__init__()
+        self.length = length
+        self.features = FeatureCache(FrozenEncoder(source, length), cache)
+        self.register_buffer("place", torch.zeros(0), persistent=False)  # where features go
+        self.place: Tensor
+
+    def of_texts(self, texts: Sequence[str]) -> Condition:
+        features, valid = pad_left(self.features(texts, self.place.device), self.length)
+        return Condition(valid=valid, features=features)

@@ -158,7 +158,14 @@ def image_entity(layout: Layout) -> Entities:
 
 
 def cells(layout: Layout, h: int, w: int) -> Entities:
-    """Cells of `h` rows x `w` columns of a grid, cells in raster order and raster order inside (xAR's default X)."""
+    """Cells of `h` rows x `w` columns of a grid, cells in raster order and raster order inside (xAR's default X).
+
+    On one sequence, cells of a single row are `w` consecutive tokens.
+    """
+    if h == 1 and len(layout.segments) == 1 and len(layout.segments[0].shape) == 1:
+        if w < 1 or layout.length % w:
+            raise UserError(f"windows of {w} do not divide the sequence of {layout.length} tokens")
+        return Entities(torch.arange(layout.length, device="cpu"), (w,) * (layout.length // w))
     rows, columns = _grid(layout, "cells", h, w)
     order = rearrange(torch.arange(rows * columns, device="cpu"), "(r h c w) -> (r c h w)", h=h, c=columns // w, w=w)
     return Entities(order, (h * w,) * (rows * columns // (h * w)))

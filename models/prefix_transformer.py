@@ -95,7 +95,8 @@ class PrefixTransformer(Generator):
         weight = next(self.layers.parameters())
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(len(self.layers), rows, self.num_heads, capacity, self.head_dim, dtype, weight.device)
+        heads = getattr(self, "num_kv_heads", self.num_heads)
+        return KVCache(len(self.layers), rows, heads, capacity, self.head_dim, dtype, weight.device)
 
     def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Distribution:
         want = count if want is None else want

@@ -68,6 +68,7 @@ SYSTEMS: dict[str, Official] = {
     "mar": Official("kl_vae:import_tokenizer", "mar:import_generator", is_generator="mar:is_generator"),
     "restok": Official("restok:import_tokenizer", "har:import_generator", is_generator="har:is_generator"),
     "var": Official("var:import_tokenizer", "var:import_generator", is_generator="var:is_generator"),
+    "token_shuffle": Official(generator="token_shuffle:import_generator"),
     "flextok": Official(
         "flextok:import_tokenizer", "flextok_ar:import_generator", is_generator="flextok_ar:is_generator"
     ),

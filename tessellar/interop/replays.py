@@ -103,6 +103,12 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
             + ("gen_greedy_cfg_interval", "gen_greedy_cfg_train_consistent"),
         ),
     ),
+    "token_shuffle": (
+        Replay(
+            "token_shuffle_replay:token_shuffle",
+            ("shared", "shuffle", "sample0", "sample1", "cfg", "greedy_constant", "greedy_half_linear"),
+        ),
+    ),
     "var": (Replay("var_replay:var", ("shared", "vae", "vq_train", "train", "greedy", "filter")),),
     "restok": (
         Replay(

@@ -48,24 +48,38 @@ class SwiGLU(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Multi-head attention with a fused projection, rows q | k | v, each head-major."""
+    """Multi-head attention with a fused projection, rows q | k | v, each head-major.
+
+    With `num_kv_heads` below `num_heads`, groups of queries share a key and a value (arXiv 2305.13245).
+    """
 
     def __init__(
-        self, width: int, num_heads: int, implementation: str = "auto", bias: bool = False, dropout: float = 0.0
+        self,
+        width: int,
+        num_heads: int,
+        implementation: str = "auto",
+        bias: bool = False,
+        dropout: float = 0.0,
+        num_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.implementation, self.dropout = num_heads, implementation, dropout
-        self.wqkv = nn.Linear(width, 3 * width, bias=bias)
+        self.group = num_heads // (num_kv_heads or num_heads)
+        self.sizes = (width, width // self.group, width // self.group)
+        self.wqkv = nn.Linear(width, sum(self.sizes), bias=bias)
         self.wo = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         positions = shared.positions
-        q, k, v = self.wqkv(x).chunk(3, dim=-1)
+        q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
         if positions.bias is not None:
             q, k = q + positions.bias, k + positions.bias
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in (q, k, v))
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads // self.group) for t in (k, v))
         q, k = rotate(q, positions.cos, positions.sin), rotate(k, positions.cos, positions.sin)
         k, v = shared.cache.write(layer, shared.slots, k, v)
+        if self.group > 1:
+            k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
         dropout = self.dropout if self.training else 0.0
         out = attention(q, k, v, shared.slots.mask, shared.slots.is_causal, self.implementation, dropout=dropout)
         return self.wo(rearrange(out, "b h n d -> b n (h d)"))
@@ -83,10 +97,11 @@ class LlamaBlock(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         implementation: str = "auto",
+        num_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
-        self.attention = LlamaAttention(width, num_heads, implementation)
+        self.attention = LlamaAttention(width, num_heads, implementation, num_kv_heads=num_kv_heads)
         self.ffn_norm = nn.RMSNorm(width, eps=norm_eps)
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)

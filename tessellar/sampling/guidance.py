@@ -76,6 +76,27 @@ class PowerCosine:
 
 
 @dataclass(frozen=True)
+class HalfLinear:
+    """1 + (w - 1) min(1, 2r) over progress r: linear up to the middle, w from there on (Token-Shuffle's default)."""
+
+    scale: float
+
+    def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
+        return 1 + (self.scale - 1) * (2 * _progress(entity, entities)).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class HalfCosine:
+    """1 + (w - 1) (1 - cos(pi min(1, 2r))) / 2 over progress r (Token-Shuffle, arXiv 2504.17789)."""
+
+    scale: float
+
+    def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
+        progress = (2 * _progress(entity, entities)).clamp(max=1)
+        return 1 + (self.scale - 1) * (1 - torch.cos(torch.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
 class Step:
     """`before` (1: none) until entity `first`, w from there on (HAR: from a quarter of the steps on)."""
 
@@ -132,6 +153,8 @@ SCHEDULES: dict[str, type] = {
     "linear": Linear,
     "cosine": Cosine,
     "power_cosine": PowerCosine,
+    "half_linear": HalfLinear,
+    "half_cosine": HalfCosine,
     "step": Step,
     "late_step": LateStep,
     "interval": Interval,

@@ -133,7 +133,7 @@ def prepared(
 def _fused(module: nn.Module, dtype: torch.dtype | None, layout: WeightLayout) -> Callable[..., Tensor] | None:
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=True)):
         return None  # sharded over processes: gathered by the module's own forward
-    if type(module) is LlamaBlock:
+    if type(module) is LlamaBlock and module.attention.group == 1:
         return FusedBlock(module, dtype or module.attention.wo.weight.dtype, layout)
     if type(module) is nn.Linear and module.bias is None:
         return FusedLinear(module, dtype or module.weight.dtype, layout)

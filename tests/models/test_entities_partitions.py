@@ -144,3 +144,11 @@ def test_entities_that_do_not_fit(text: str, message: str) -> None:
         parse_entities(text, grid(4, 6))
     with pytest.raises(UserError, match="one grid"):
         cells(sequence_layout(4, Categorical(2)), 2, 2)
+
+
+def test_cells_of_a_sequence_are_consecutive() -> None:
+    layout = sequence_layout(6, Categorical(2))
+    assert members(cells(layout, 1, 2)) == [[0, 1], [2, 3], [4, 5]]
+    check(cells(layout, 1, 3))
+    with pytest.raises(UserError, match="windows of 4 do not divide the sequence of 6"):
+        cells(layout, 1, 4)
