@@ -207,7 +207,8 @@ class TrainingModule(L.LightningModule, ABC):
         if stage == "train":
             self.log_train(values)
         else:
-            self.log_dict(values, batch_size=size, sync_dist=True)
+            # Lightning rounds the mean over processes of the number of samples down; of a multiple it is exact.
+            self.log_dict(values, batch_size=size * self.trainer.world_size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         self.log("step", float(self.updates))  # where loggers place the validation's metrics

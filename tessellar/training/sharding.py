@@ -99,10 +99,14 @@ def shard(module: nn.Module, mesh: DeviceMesh, methods: Collection[str] = (), wh
     `methods` are entered in training as `forward` is. The parameters of `whole` stay whole on every process.
     """
     kept = set() if whole is None else set(whole.parameters())
-    for block in blocks(module):
-        if not kept & set(block.parameters()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    chosen = [block for block in blocks(module) if not kept & set(block.parameters())]
+    for block in chosen:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
+    # By default a backward pass gathers ahead in the order of the forward passes before it. Those of validation are
+    # among them, and processes make unequal numbers of these: they would wait for each other for ever.
+    for before, part in zip([*chosen[-1:], module, *chosen], [module, *chosen], strict=False):
+        part.set_modules_to_backward_prefetch([before])  # type: ignore[operator, list-item]
     for method in methods:
         register_fsdp_forward_method(module, method)
 
