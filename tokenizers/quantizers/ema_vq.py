@@ -19,7 +19,8 @@ SMOOTHING = 1e-5
 class EMAVectorQuantizer(VectorQuantizer):
     """As VectorQuantizer; counts are per pass, so `threshold` means that many latents a pass (0: never restart).
 
-    A restarted code counts as used `threshold` times, at least once. Raises ValueError for a decay outside [0, 1] and a negative threshold.
+    A restarted code counts as used `threshold` times, at least once. Raises ValueError for a decay
+    outside [0, 1] and a negative threshold.
     """
 
     def __init__(
