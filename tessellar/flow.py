@@ -36,11 +36,15 @@ def mode_times(u: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Times:
-    """How the times of training are drawn; `stratified`: one from each of B equal parts, for a batch of B."""
+    """How the times of training are drawn; `stratified`: one from each of B equal parts, for a batch of B.
+
+    `mean` of the normal shifts logit-normal times towards noise, where redundant data (pixels) are still uncertain.
+    """
 
     law: TimeLaw = "logit_normal"
     mode_scale: float = 0.0
     stratified: bool = False
+    mean: float = 0.0
 
     def __post_init__(self) -> None:
         if self.law not in get_args(TimeLaw):
@@ -49,11 +53,11 @@ class Times:
     def draw(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Times in (0, 1), [B], of the global stream."""
         if self.law == "logit_normal" and not self.stratified:
-            return logit_normal(batch, device=device)
+            return (torch.randn(batch, device=device) + self.mean).sigmoid()
         u = torch.rand(batch, device=device)
         if self.stratified:
             u = (torch.randperm(batch, device=device) + u) / batch
         if self.law == "mode":
             return mode_times(u, self.mode_scale)
         tiny = torch.finfo(u.dtype).eps
-        return (sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny))).sigmoid()
+        return (sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny)) + self.mean).sigmoid()

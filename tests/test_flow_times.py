@@ -8,11 +8,12 @@ import torch
 from tessellar.flow import Times, mode_times
 
 
+@pytest.mark.parametrize("mean", [0.0, 1.5])
 @pytest.mark.parametrize("stratified", [False, True])
-def test_logit_normal_times(stratified: bool) -> None:
+def test_logit_normal_times(stratified: bool, mean: float) -> None:
     torch.manual_seed(0)
-    logits = Times(stratified=stratified).draw(4000).double().logit()
-    assert abs(float(logits.mean())) < 0.06 and abs(float(logits.std()) - 1) < 0.06
+    logits = Times(stratified=stratified, mean=mean).draw(4000).double().logit()
+    assert abs(float(logits.mean()) - mean) < 0.06 and abs(float(logits.std()) - 1) < 0.06
 
 
 @pytest.mark.parametrize("law", ["logit_normal", "mode"])
