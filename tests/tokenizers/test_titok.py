@@ -308,7 +308,9 @@ def test_lecam_compares_with_means_of_the_past() -> None:
 def test_lecam_joins_the_discriminators_loss(images: Tensor) -> None:
     critic = BlurDiscriminator(32, 1, pool=2)
     plain = TokenizerLoss(Reconstruction(), discriminator=critic, adversarial_start=0)
-    regular = TokenizerLoss(Reconstruction(), discriminator=critic, adversarial_start=0, lecam=LeCam(10.0))
+    lecam = LeCam(10.0)
+    lecam.means = torch.tensor([9.0, -9.0])  # further apart than any logit of an untrained critic
+    regular = TokenizerLoss(Reconstruction(), discriminator=critic, adversarial_start=0, lecam=lecam)
     without, terms = (loss.discriminator_loss(images, -images, 0).terms for loss in (plain, regular))
     assert float(terms["lecam"].detach()) > 0
     torch.testing.assert_close(terms["discriminator"], without["discriminator"] + terms["lecam"])
