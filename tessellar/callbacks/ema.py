@@ -65,7 +65,7 @@ class EMA(L.Callback):
             names = [n for n in floating if isinstance(current[n], DTensor) is sharded]
             if names:
                 new = [current[n].float() for n in names]
-                torch._foreach_lerp_([self.average[n] for n in names], new, 1 - decay)
+                torch._foreach_lerp_([self.average[n] for n in names], new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for name in current.keys() - set(floating):
             self.average[name].copy_(current[name])
 
@@ -115,5 +115,5 @@ class EMA(L.Callback):
 def _finite(tensors: list[Tensor]) -> bool:
     """Whether all are finite; the same on all processes of a sharded run."""
     kinds = [[t for t in tensors if isinstance(t, DTensor) is sharded] for sharded in (False, True)]
-    norms = [whole(torch.stack(torch._foreach_norm(kind)).norm()) for kind in kinds if kind]
+    norms = [whole(torch.stack(torch._foreach_norm(kind)).norm()) for kind in kinds if kind]  # pyright: ignore[reportPrivateImportUsage]
     return all(bool(torch.isfinite(norm)) for norm in norms)

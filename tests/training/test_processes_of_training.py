@@ -44,7 +44,11 @@ def folder(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
         )
         for rank in (0, 1)
     ]
-    codes = [process.wait(timeout=180) for process in processes]
+    try:
+        codes = [process.wait(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert codes == [0, 0], "".join((folder / f"rank{rank}.txt").read_text()[-3000:] for rank in (0, 1))
     return folder
 
