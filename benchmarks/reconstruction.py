@@ -221,7 +221,7 @@ def main() -> None:
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for run in arguments.runs:
         if run.name not in (r["run"] for r in rows):
-            rows.append(row(run, *sources, extractor, references))
+            rows.append(row(run, sources[0], sources[1], extractor, references))
             path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             print(table(rows).splitlines()[-1], flush=True)
     (arguments.out / "table.md").write_text(table(rows), encoding="utf-8")
