@@ -2,10 +2,10 @@
 
     python benchmarks/hita_swap.py EXPORT --data DIR [--images 500] [--out DIR]
 
-DIR holds Fashion-MNIST (IDX files) or tars (val.tar). Measured over random pairs of host and donor: how far colour statistics
-(mean and deviation of each channel) move from the host's to the donor's (0 stays, 1 arrives), and how the edges of the
-result correlate with the host's and with the donor's. Controls: the same numbers against another picture than the
-donor, and holistic tokens drawn at random. Writes `swap.json` and `swap.png` (hosts, donors, swapped).
+DIR holds Fashion-MNIST (IDX files) or tars (val.tar). Measured over random pairs of host and donor: how far colour
+statistics (mean and deviation of each channel) move from the host's to the donor's (0 stays, 1 arrives), and how the
+edges of the result correlate with the host's and with the donor's. Controls: the same numbers against another picture
+than the donor, and holistic tokens drawn at random. Writes `swap.json` and `swap.png` (hosts, donors, swapped).
 """
 
 import argparse
