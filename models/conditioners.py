@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessellar import distributed
 from tessellar.construct import Configured
 from tessellar.errors import UserError
 from tessellar.models.condition import Condition
@@ -88,7 +89,8 @@ class CaptionConditioner(TextConditioner):
     def prepare(self, captions: Callable[[], list[str]]) -> None:
         if bool(self.trained):
             return
-        merges = train_bpe(captions(), len(self.merges), self.lowercase)
+        learnt = train_bpe(captions(), len(self.merges), self.lowercase) if distributed.rank() == 0 else None
+        merges = distributed.broadcast(learnt)
         self.merges[: len(merges)] = merges.to(self.merges.device)
         self.trained.fill_(True)
 

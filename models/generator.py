@@ -23,6 +23,7 @@ from tessellar.models.condition import Condition, cat
 from tessellar.models.conditioners import Conditioner
 from tessellar.models.entities import Entities
 from tessellar.models.heads.distribution import Distribution
+from tessellar.models.work import Work, linear_macs
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
 from tessellar.sampling.noise import Noise
 from tessellar.tokenizers.base import Tokenizer
@@ -159,6 +160,10 @@ class Generator(Configured, nn.Module, ABC):
 
     def bind(self, tokenizer: Tokenizer) -> None:
         """Told once whose tokens these are; for generators that read more of the tokenizer than its layout (VAR)."""
+
+    def work(self) -> Work:
+        """Positions and MACs of one image, an estimate: every linear layer once a token, without attention."""
+        return Work(self.layout.length, linear_macs(self) * self.layout.length, 0)
 
     @abstractmethod
     def make_conditioner(self) -> Conditioner:

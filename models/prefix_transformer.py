@@ -18,6 +18,7 @@ from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities
 from tessellar.models.generator import Generator, Prefix, State
 from tessellar.models.heads.distribution import Distribution
+from tessellar.models.work import Work, causal_attention_macs, linear_macs
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
 
 
@@ -62,6 +63,20 @@ class PrefixTransformer(Generator):
     def num_reads(self, state: State, first: Tensor, want: int) -> int:
         """How many of the last hidden states `head` reads; default: one a token."""
         return state.entities.span(first, want)[1]
+
+    def work(self) -> Work:
+        """Blocks at every position of the sequence with its longest prefix, other linear layers once a token."""
+        with torch.device("cpu"):  # also where the model is built on the meta device
+            positions = int(self.input_ends(self.prefix_length, self.entities)[-1])
+        attention = causal_attention_macs(len(self.layers), self.num_heads * self.head_dim, positions)
+        blocks = linear_macs(self.layers)
+        around = (linear_macs(self) - blocks) * self.layout.length
+        return Work(positions, blocks * positions + attention, around)
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the longest prefix."""
+        return int(getattr(getattr(self, "conditioning", None), "length", 1))
 
     def start(
         self,

@@ -27,6 +27,7 @@ from tessellar.models.heads.logits import Logits
 from tessellar.models.joint_text import JointText
 from tessellar.models.llama import LlamaGenerator
 from tessellar.models.llamagen import CaptionPrefix, ClassPrefix, rope_table
+from tessellar.models.work import Work, linear_macs
 from tessellar.sampling.guidance import NO_GUIDANCE
 from tessellar.tokenizers.layout import Layout, Segment
 
@@ -220,6 +221,21 @@ class TokenShuffle(LlamaGenerator):
                 return CaptionConditioner(vocab, length)
         return FeatureConditioner()
 
+    @property
+    def prefix_length(self) -> int:
+        """With the begin of the image, where text is joint."""
+        return self.conditioning.length + isinstance(self.conditioning, JointText)
+
+    def work(self) -> Work:
+        """MLP blocks once a window; compress, expand and the vocabulary once a code, which windows do not make less."""
+        blocks = super().work()
+        a_window = linear_macs(self.shuffle.blocks) + linear_macs(self.unshuffle.blocks)
+        a_code = linear_macs(self.shuffle.compress) + linear_macs(self.unshuffle.expand)
+        vocabulary = self.token_embedding.weight.numel()
+        texts = self.prefix_length if isinstance(self.conditioning, JointText) else 0
+        around = a_window * self.entities.count + a_code * self.layout.length
+        return blocks._replace(around=around + vocabulary * (self.layout.length + texts))
+
     def null(self, condition: Condition) -> Condition:
         return self.conditioning.null(condition)
 
@@ -304,3 +320,32 @@ class TokenShuffle(LlamaGenerator):
         if self.z_loss:
             losses["z"] = self.z_loss * mean(squares, predicted.to(tokens.device))
         return losses
+
+
+# Published variant; heads, FFN and text vocabulary are the only near combination with 2.7 billion parameters [ours].
+def token_shuffle_2b7(layout: Layout, window: int = 2) -> TokenShuffle:
+    """2,789,634,816 parameters on 16,384 codes, windows of 2; reads and writes Llama 3's 128,256 text ids."""
+    return TokenShuffle(
+        layout,
+        3072,
+        20,
+        24,
+        window,
+        text_vocab=128_256,
+        caption_length=512,
+        tied=True,
+        ffn_hidden=8192,
+        rope_base=500_000.0,
+        bos=128_000,
+    )
+
+
+# LlamaGen's sizes with a class prefix.   parameters on 16,384 codes, windows of 2, 1,000 classes
+def token_shuffle_b(layout: Layout, window: int = 2, num_classes: int = 1000) -> TokenShuffle:
+    """115,909,056 parameters."""
+    return TokenShuffle(layout, 768, 12, 12, window, num_classes=num_classes)
+
+
+def token_shuffle_l(layout: Layout, window: int = 2, num_classes: int = 1000) -> TokenShuffle:
+    """351,833,344 parameters."""
+    return TokenShuffle(layout, 1024, 24, 16, window, num_classes=num_classes)

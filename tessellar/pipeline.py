@@ -65,5 +65,5 @@ class ImageGenerator(nn.Module):
     def class_condition(self, labels: Sequence[int]) -> Condition:
         """Condition of class ids; raises UserError for unknown ids or a generator that is not class-conditional."""
         if not isinstance(self.conditioner, ClassConditioner):
-            raise UserError("this generator is conditioned on text, not on class ids")
+            raise UserError("this generator is conditioned on text, not on class ids: give --prompts FILE")
         return self.conditioner.of_labels(torch.as_tensor(labels, dtype=torch.int64))

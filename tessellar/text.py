@@ -66,7 +66,6 @@ class BPE:
         vocab: dict[str, int] = {}
         for number, name in enumerate(names):
             vocab.setdefault(name, number)
-        self._names = names
         self._codec = _pipeline(library, library.models.BPE(vocab=vocab, merges=pieces), lowercase)
         self._codec.decoder = library.decoders.ByteLevel()
 

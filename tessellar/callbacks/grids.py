@@ -7,22 +7,28 @@ import torch
 from torch import Tensor
 
 from tessellar.images import to_uint8
-from tessellar.models.conditioners import ClassConditioner
+from tessellar.models.conditioners import ClassConditioner, TextConditioner
 from tessellar.sampling.output import save_png, tile
 from tessellar.sampling.settings import Sampling
 from tessellar.training.runs import Run
 
 
 class Grids(L.Callback):
-    """Originals above their reconstructions for a tokenizer; one row a class, with fixed seeds, for a generator."""
+    """Originals above their reconstructions for a tokenizer; samples with fixed seeds for a generator.
+
+    A class-conditional generator shows one row a class, one that reads text the first captions of the validation set.
+    """
 
     def __init__(self, run: Run, sampling: Sampling, columns: int = 8) -> None:
         self.run, self.sampling, self.columns = run, sampling, columns
         self._first: tuple[Tensor, Tensor] | None = None
+        self._captions: list[str] = []
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if batch_idx == 0:
+            self._captions = batch.get("caption", [])[: 4 * self.columns]
         if batch_idx == 0 and "reconstruction" in outputs:
             self._first = (
                 batch["image"][: 4 * self.columns].cpu(),
@@ -36,10 +42,17 @@ class Grids(L.Callback):
             pairs = torch.stack([to_uint8(x) for x in self._first], 1)
             rows = [row.transpose(0, 1).flatten(0, 1) for row in pairs.split(self.columns) if len(row) == self.columns]
             self._save(trainer, pl_module, "reconstructions", torch.cat(rows) if rows else pairs.flatten(0, 1))
-        elif hasattr(pl_module, "model") and isinstance(pl_module.model.conditioner, ClassConditioner):
+        elif hasattr(pl_module, "model") and self._can_sample(pl_module.model.conditioner):
             self._save(trainer, pl_module, "samples", self._samples(pl_module))
 
+    def _can_sample(self, conditioner: Any) -> bool:
+        texts = isinstance(conditioner, TextConditioner) and bool(self._captions)
+        return texts or isinstance(conditioner, ClassConditioner)
+
     def _samples(self, pl_module: Any) -> Tensor:
+        if isinstance(pl_module.model.conditioner, TextConditioner):
+            condition = pl_module.model.conditioner.of_texts(self._captions)
+            return to_uint8(pl_module.model.sample(condition, self.sampling, range(condition.batch))).cpu()
         classes = range(min(pl_module.model.conditioner.num_classes, 10))
         labels = [c for c in classes for _ in range(self.columns)]
         condition = pl_module.model.class_condition(labels)

@@ -1,4 +1,4 @@
-"""`sample.py`: images of classes from a trained generator, in a folder that says how they were made."""
+"""`sample.py`: images of classes or prompts from a trained generator, in a folder that says how they were made."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from tessellar.errors import UserError
 from tessellar.interop.load import Source, assemble, read_source
 from tessellar.interop.staging import check_target, staged_folder
 from tessellar.interop.weights import fingerprint
-from tessellar.models.conditioners import ClassConditioner
+from tessellar.models.conditioners import ClassConditioner, TextConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.choice import Choice
 from tessellar.sampling.diffusion import AncestralDiffusion
@@ -24,7 +24,7 @@ from tessellar.sampling.flow import Flow
 from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
-from tessellar.sampling.run import balanced_labels, sample_images
+from tessellar.sampling.run import balanced_labels, sample_images, sample_texts
 from tessellar.sampling.settings import Sampling
 
 RECORD = "samples.json"
@@ -35,6 +35,7 @@ def sample(
     model: str,
     out: str = "outputs/samples",
     classes: str = "all",
+    prompts: str | None = None,
     count: int | None = None,
     per_class: int | None = None,
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
@@ -53,14 +54,15 @@ def sample(
     grid: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Make images of classes: image i has class classes[i % len(classes)] and depends on its seed, seed + i, alone.
+    """Make images of classes, or of prompts: image i has class classes[i % len(classes)] and its own seed, seed + i.
 
     Args:
         model: export folder, .safetensors, training checkpoint (.ckpt) or hub id
         out: folder to write; it appears when all images are made
         classes: class ids such as 0,3,5 or 0-9, or all
-        count: number of images (default 100)
-        per_class: number of images of each class, instead of count
+        prompts: text file with a prompt a line, for generators that read text, instead of classes
+        count: number of images (default 100, or one a prompt)
+        per_class: number of images of each class or prompt, instead of count
         guidance: classifier-free guidance; scale 1 is none
         choice: how a token is drawn from its probabilities
         algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
@@ -79,13 +81,15 @@ def sample(
     """
     check_target(Path(out), RECORD, overwrite)
     source, generator = _load(model, raw, device)
-    named = parse_classes(classes, generator)
-    labels = balanced_labels(_total(count, per_class, len(named)), named)
+    texts = None if prompts is None else read_prompts(prompts, generator)
+    named = parse_classes(classes, generator) if texts is None else list(range(len(texts)))
+    default = DEFAULT_COUNT if texts is None else len(texts)
+    labels = balanced_labels(_total(count, per_class, len(named), default), named)
     sampling, recorder = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion), Recorder()
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
         folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)
-        _draw(generator, labels, sampling, seed, batch_size, precision, folder, recorder)
+        _draw(generator, labels, texts, sampling, seed, batch_size, precision, folder, recorder)
         seconds = time.perf_counter() - start
         record = {
             "model": model,
@@ -93,8 +97,7 @@ def sample(
             "fingerprint": fingerprint(generator),
             "sampling": sampling.describe(generator.sampler),
             "count": len(labels),
-            "classes": named,
-            "labels": "image i has class classes[i % len(classes)]",
+            **_what(named, texts),
             "seeds": f"image i has seed {seed} + i",
             "seed": seed,
             "precision": precision,
@@ -144,15 +147,36 @@ def parse_classes(text: str, model: ImageGenerator) -> list[int]:
     return named
 
 
+def read_prompts(path: str, model: ImageGenerator) -> list[str]:
+    """Lines of a text file that are not empty; raises UserError where there are none or the model reads no text."""
+    if not isinstance(model.conditioner, TextConditioner):
+        raise UserError("--prompts needs a generator that is conditioned on text; this one is not")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read as UTF-8 text ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt; it needs one a line")
+    return prompts
+
+
+def _what(named: list[int], texts: list[str] | None) -> dict[str, Any]:
+    """What the images are of, for the record."""
+    if texts is None:
+        return {"classes": named, "labels": "image i has class classes[i % len(classes)]"}
+    return {"prompts": texts, "labels": "image i has prompt prompts[i % len(prompts)]"}
+
+
 def _range(part: str) -> range:
     first, _, last = part.partition("-")
     return range(int(first), int(last or first) + 1)
 
 
-def _total(count: int | None, per_class: int | None, classes: int) -> int:
+def _total(count: int | None, per_class: int | None, classes: int, default: int) -> int:
     if count is not None and per_class is not None:
         raise UserError("give either --count or --per-class, not both")
-    total = count if count is not None else DEFAULT_COUNT if per_class is None else per_class * classes
+    total = count if count is not None else default if per_class is None else per_class * classes
     if total < 1:
         raise UserError(f"{total} images were asked for; at least 1 is needed")
     return total
@@ -174,6 +198,7 @@ def _stage(target: Path, overwrite: bool) -> Iterator[Path]:
 def _draw(
     model: ImageGenerator,
     labels: Sequence[int],
+    texts: Sequence[str] | None,
     sampling: Sampling,
     seed: int,
     batch_size: int,
@@ -183,7 +208,11 @@ def _draw(
 ) -> None:
     """Draw this process's share and write it; the bar shows images/s and is quiet where nobody watches."""
     share = distributed.own_share(len(labels))
-    batches = sample_images(model, labels, sampling, seed, batch_size, precision, share, recorder)
+    settings = (sampling, seed, batch_size, precision, share, recorder)
+    if texts is None:
+        batches = sample_images(model, labels, *settings)
+    else:
+        batches = sample_texts(model, [texts[label] for label in labels], *settings)
     with tqdm(total=len(share), unit="image", disable=True if distributed.rank() else None) as bar:
         for indices, images in batches:
             folder.write(indices, images)

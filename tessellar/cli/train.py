@@ -34,6 +34,7 @@ from tessellar.interop.load import assemble, read_source
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
+from tessellar.training.facts import facts_of
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.runs import CHECKPOINTS, Run, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
@@ -139,6 +140,7 @@ def fit(cli: TrainCLI) -> None:
         run.create()
         cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
         run.write("run.json", run.facts(trainer))
+        print(facts_of(cli.model))
     try:
         with restoring(run.checkpoint):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)

@@ -35,6 +35,16 @@ class IndexedDataset(Dataset, Generic[B], ABC):
     def fingerprint(self) -> str:
         """Hash of what the samples are; equal for equal content, whatever the folder."""
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Texts to samples; raises UserError for a set without any."""
+        texts: list[str] = []
+        for start in range(0, len(indices), 512):
+            batch = self.batch(indices[start : start + 512])
+            if "caption" not in batch:
+                raise UserError("this data set gives no captions")
+            texts += batch["caption"]
+        return texts
+
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of this epoch from now on."""
         self.epoch = epoch

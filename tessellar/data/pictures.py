@@ -61,6 +61,10 @@ class PictureDataset(ImageDataset):
         """Text to an image: the name of its class, unless the reader knows better."""
         return self.class_names[int(self.labels[index])].replace("_", " ")
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """Captions of samples, whose images are not read."""
+        return [self.caption(index) for index in indices]
+
     @property
     def corrupt(self) -> list[int]:  # type: ignore[override]
         return self.damage.corrupt

@@ -21,6 +21,7 @@ from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import UnreadableImage, decode_image
 from tessellar.data.members import caption_of, decode
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
+from tessellar.data.randomness import derive
 from tessellar.data.shards import find_shards
 from tessellar.data.tar_index import Keys, TarIndex, load_index
 from tessellar.errors import UserError
@@ -122,8 +123,11 @@ class WebDatasetTars(PictureDataset):
         framing: Framing,
         seed: int = 0,
         max_corrupt: float = MAX_CORRUPT,
+        shuffle_captions: bool = False,
     ) -> None:
         self.samples = samples
+        chosen = torch.Generator().manual_seed(derive(seed))
+        self.told = torch.randperm(len(samples), generator=chosen) if shuffle_captions else torch.arange(len(samples))
         labels = torch.from_numpy(samples.labels).clamp(min=0)
         if int(labels.max()) >= len(class_names):
             worst = int(labels.argmax())
@@ -150,6 +154,9 @@ class WebDatasetTars(PictureDataset):
         return {field: decode(field, shard.read(sample, field), f"{where}.{field}") for field in shard.members(sample)}
 
     def caption(self, index: int) -> str:
+        return self._own_caption(int(self.told[index]))
+
+    def _own_caption(self, index: int) -> str:
         shard, sample = self.samples.find(index)
         where = shard.where(sample)
         there = shard.members(sample)
@@ -169,7 +176,8 @@ class WebDatasetData(ImageDataModule):
 
     Without `val_shards`, the share `val_share` of the samples is held out for validation. `label`, `class_name` and
     `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. `crop`, `flip` and
-    `ten_ratios` apply to training (see Framing). `name` is that of the folder unless given.
+    `ten_ratios` apply to training (see Framing). `name` is that of the folder unless given. `shuffle_captions` gives
+    training images each other's captions, in an order that `seed` fixes: the control that shows what text does.
     """
 
     def __init__(
@@ -190,8 +198,10 @@ class WebDatasetData(ImageDataModule):
         seed: int = 0,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
+        shuffle_captions: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        self.shuffle_captions = shuffle_captions
         self.shards, self.val_shards = shards, val_shards
         self.val_share = val_share
         self.image_size = (size, size)
@@ -213,10 +223,11 @@ class WebDatasetData(ImageDataModule):
         return name_classes(self._samples[0], self.name, self.given_classes)
 
     def train_dataset(self, augment: bool = True) -> WebDatasetTars:
-        return self._tars(self._samples[0], self.framing if augment else self.framing.still())
+        framing = self.framing if augment else self.framing.still()
+        return self._tars(self._samples[0], framing, self.shuffle_captions)
 
     def val_dataset(self) -> WebDatasetTars:
         return self._tars(self._samples[1], self.framing.still())
 
-    def _tars(self, samples: TarSamples, framing: Framing) -> WebDatasetTars:
-        return WebDatasetTars(samples, self.class_names, framing, self.seed, self.max_corrupt)
+    def _tars(self, samples: TarSamples, framing: Framing, shuffled: bool = False) -> WebDatasetTars:
+        return WebDatasetTars(samples, self.class_names, framing, self.seed, self.max_corrupt, shuffled)

@@ -4,7 +4,7 @@ Image i is drawn with the stream seeded `seed + i`, so it is the same in any bat
 runs of N images share no stream where their seeds lie at least N apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 from tessellar.models.condition import Condition
+from tessellar.models.conditioners import TextConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
@@ -58,27 +59,73 @@ def sample_conditions(
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """As `sample_images`, image i from row i of any condition."""
-    if batch_size < 1:
-        raise UserError(f"batch size is {batch_size}; it must be at least 1")
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}")
-    return _batches(model, condition, sampling, seed, batch_size, precision, indices, recorder)
+    todo = range(condition.batch) if indices is None else indices
+    return _checked(
+        model, lambda rows: condition.select(torch.tensor(rows)), sampling, seed, batch_size, precision, todo, recorder
+    )
 
 
-def _batches(
+def sample_texts(
     model: ImageGenerator,
-    condition: Condition,
+    texts: Sequence[str],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 64,
+    precision: str = "float32",
+    indices: Sequence[int] | None = None,
+    recorder: Recorder | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """As `sample_images`, image i of `texts[i]`; texts are read batch by batch, since their features are large.
+
+    Raises UserError for a generator that is not conditioned on text.
+    """
+    conditioner = model.conditioner
+    if not isinstance(conditioner, TextConditioner):
+        raise UserError("this generator is conditioned on class ids, not on text: give --classes")
+    todo = range(len(texts)) if indices is None else indices
+    return _checked(
+        model,
+        lambda rows: conditioner.of_texts([texts[i] for i in rows]),
+        sampling,
+        seed,
+        batch_size,
+        precision,
+        todo,
+        recorder,
+    )
+
+
+def _checked(
+    model: ImageGenerator,
+    condition_of: Callable[[list[int]], Condition],
     sampling: Sampling,
     seed: int,
     batch_size: int,
     precision: str,
-    indices: Sequence[int] | None,
+    indices: Sequence[int],
     recorder: Recorder | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    todo = list(range(condition.batch) if indices is None else indices)
-    for start in range(0, len(todo), batch_size):
-        chosen = todo[start : start + batch_size]
-        rows = condition.select(torch.tensor(chosen))
+    """The batches; mistakes are said before the first of them is asked for."""
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}; it must be at least 1")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}")
+    return _batches(model, condition_of, sampling, seed, batch_size, precision, indices, recorder)
+
+
+def _batches(
+    model: ImageGenerator,
+    condition_of: Callable[[list[int]], Condition],
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    indices: Sequence[int],
+    recorder: Recorder | None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    for start in range(0, len(indices), batch_size):
+        chosen = list(indices[start : start + batch_size])
+        rows = condition_of(chosen)
         with _autocast(model, precision):
             tokens = model.sample_tokens(rows, sampling, [seed + i for i in chosen], recorder)
         yield chosen, to_uint8(model.decode(tokens)).cpu()

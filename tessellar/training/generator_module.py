@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.dataset import IndexedDataset
 from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
 from tessellar.interop.load import init_generator, load_tokenizer
-from tessellar.models.conditioners import Conditioner
+from tessellar.models.conditioners import Conditioner, TextConditioner
 from tessellar.models.generator import Generator
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
@@ -19,6 +21,14 @@ from tessellar.training.optim import OptimizerSettings
 from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block
+
+MOST_CAPTIONS = 20_000
+
+
+def training_captions(dataset: IndexedDataset) -> list[str]:
+    """Captions of a set, of at most MOST_CAPTIONS samples that lie evenly in it."""
+    step = -(-len(dataset) // MOST_CAPTIONS)
+    return dataset.captions(range(0, len(dataset), step))
 
 
 class GeneratorModule(TrainingModule):
@@ -55,6 +65,12 @@ class GeneratorModule(TrainingModule):
             checkpoint_activations(made)
         if compile_blocks:
             compile_each_block(made)
+
+    def setup(self, stage: str) -> None:
+        """A conditioner that learns from captions reads those of the training set; a checkpoint's replaces it later."""
+        conditioner, data = self.model.conditioner, getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(conditioner, TextConditioner) and isinstance(data, ImageDataModule):
+            conditioner.prepare(lambda: training_captions(data.train_dataset()))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,0 +1,52 @@
+"""Facts of a run that are said before it begins: tokens, positions, parameters, memory, operations an image."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from tessellar.training.generator_module import GeneratorModule
+
+BYTES = 4
+STATES = 5
+"""Weights, gradients, two moments of AdamW, averaged weights: float32 numbers a trained parameter."""
+
+
+class Facts(NamedTuple):
+    """What a run will cost by its sizes alone; positions and FLOPs are None for a tokenizer."""
+
+    trained: int
+    frozen: int
+    tokens: int
+    entities: int | None = None
+    positions: int | None = None
+    flops: int | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes without activations."""
+        return BYTES * (STATES * self.trained + self.frozen)
+
+    def __str__(self) -> str:
+        told = [f"{self.trained:,} parameters ({self.frozen:,} frozen)", f"{self.tokens:,} tokens an image"]
+        if self.positions is not None and self.flops is not None:
+            told[1] += f" in {self.entities:,} entities"
+            told.append(f"{self.positions:,} positions")
+            told.append(f"{self.flops / 1e9:,.2f} GFLOP an image (forward and backward, estimate)")
+        told.append(f"{self.memory / 1e9:,.2f} GB without activations")
+        return ", ".join(told)
+
+
+def facts_of(module: nn.Module) -> Facts:
+    """Facts of a training module, on any device, the meta device included."""
+    tokenizer: nn.Module = module.tokenizer  # type: ignore[assignment]
+    length = tokenizer.layout.length  # type: ignore[union-attr]
+    parts = list(module.parameters())
+    trained = sum(p.numel() for p in parts if p.requires_grad)
+    frozen = sum(p.numel() for p in parts if not p.requires_grad)
+    if not isinstance(module, GeneratorModule):
+        return Facts(trained, frozen, length)  # type: ignore[arg-type]
+    generator = module.model.generator
+    work = generator.work()
+    return Facts(
+        trained, frozen, generator.layout.length, generator.entities.count, work.positions, work.training_flops
+    )
