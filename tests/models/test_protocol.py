@@ -19,6 +19,7 @@ from tessellar.models.heads.logits import Logits
 from tessellar.models.hita_ar import HitaAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
 from tessellar.models.retok_gpt import ReToKGPT
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance, Linear
@@ -28,6 +29,11 @@ CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))
 
 HITA = Layout((Segment((4,), Categorical(23), "holistic"), Segment((2, 3), Categorical(23), "patches")))
+
+
+def next_entity(layout: Layout, x: str) -> NextEntity:
+    return NextEntity(layout, x, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8)
+
 
 GENERATORS: dict[str, Callable[[], Generator]] = {
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
@@ -39,6 +45,11 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "retok": lambda: ReToKGPT(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
+    "next-token": lambda: next_entity(LINE, "token"),
+    "next-cell": lambda: next_entity(GRID, "cell:2"),
+    "next-subsample": lambda: next_entity(GRID, "subsample:2"),
+    "next-level": lambda: next_entity(LINE, "level:1,1,2,4"),
+    "next-random": lambda: next_entity(GRID, "random:0"),
     "rar": lambda: RAR(GRID, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "rar-1d": lambda: RAR(LINE, 32, 2, 4, 64, CLASSES, dropout=0.0),
 }
