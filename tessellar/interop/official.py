@@ -84,7 +84,7 @@ def import_model(
     Raises UserError where the system is unknown, the file does not fit, or a generator is given without its tokenizer.
     """
     if system not in SYSTEMS:
-        raise UserError(f"there is no importer for {system!r}; there are {', '.join(SYSTEMS)}")
+        raise UserError(f"there is no importer for {system!r}; there are {', '.join(sorted(SYSTEMS))}")
     official, state = SYSTEMS[system], read_official(file, key)
     options = replace(options or ImportOptions(), file=file)
     if not official.holds_generator(state):

@@ -104,7 +104,7 @@ def test_import_says_what_is_missing(official: Path, tmp_path: Path) -> None:
         main(["import", "llamagen", str(official), "--tokenizer", str(vq), "--num-heads", "3", *out])
     with pytest.raises(UserError, match="--out FOLDER"):
         main(["import", "llamagen", str(official), "--tokenizer", str(vq)])
-    with pytest.raises(UserError, match="there is no importer for 'dalle'; there are llamagen"):
+    with pytest.raises(UserError, match="there is no importer for 'dalle'; there are flextok, hita, "):
         main(["import", "dalle", str(official), *out])
     assert not (tmp_path / "out").exists()
 
