@@ -27,13 +27,13 @@ class Facts(NamedTuple):
         return BYTES * (STATES * self.trained + self.frozen)
 
     def __str__(self) -> str:
-        told = [f"{self.trained:,} parameters ({self.frozen:,} frozen)", f"{self.tokens:,} tokens an image"]
+        told = [f"{self.tokens:,} tokens an image"]
         if self.positions is not None and self.flops is not None:
-            told[1] += f" in {self.entities:,} entities"
+            told[0] += f" in {self.entities:,} entities"
             told.append(f"{self.positions:,} positions")
-            told.append(f"{self.flops / 1e9:,.2f} GFLOP an image (forward and backward, estimate)")
+            told.append(f"about {self.flops / 1e9:,.2f} GFLOP an image, forward and backward")
         told.append(f"{self.memory / 1e9:,.2f} GB without activations")
-        return ", ".join(told)
+        return "; ".join(told)
 
 
 def facts_of(module: nn.Module) -> Facts:

@@ -18,6 +18,7 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "hita_ar": "hita.hita_v",
 }
 PARAMETERS = {
+    "t2i/token_shuffle_2048": 2_789_634_816,
     "imagenet256/vq_16": 71_883_403,
     "imagenet256/vq_8": 70_109_835,
     "imagenet256/llamagen_b": 110_888_448,
