@@ -124,6 +124,10 @@ class HAR(LlamaGenerator):
         """As many inputs as outputs; the class is the input of the first token."""
         return entities.ends
 
+    def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
+        index = (self.token_of >= 0).nonzero().flatten()
+        return index + 1 - entities.length, self.token_of[index]
+
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         logits = self.output(hidden).float()
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))

@@ -103,9 +103,8 @@ class NextEntity(LlamaGenerator):
         return F.pad(entities.ends[:-1] + prefix_length, (1, 0), value=prefix_length - 1)
 
     def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
-        """Rows of a teacher-forced pass that read a token, and the rank of that token in generation order."""
         ranks = torch.arange(entities.length - entities.sizes[-1])
-        return ranks + self.prefix_length, ranks
+        return ranks - len(ranks) - entities.length, ranks
 
     def work(self) -> Work:
         """Training reads each token (but those of the last entity) and a query for each token."""
@@ -186,7 +185,7 @@ class NextEntity(LlamaGenerator):
         count, length = state.entities.count, state.entities.length
         context = torch.arange(int(state.input_ends[-1]))
         queries = torch.arange(length) + QUERY + state.prefix.length
-        hidden = self._run(state, torch.cat([context, queries])[None], tokens)
+        hidden = self._run(state, torch.cat([context, queries])[None], self.read(tokens, state.entities))
         return self.head(state, self.norm(hidden[:, -length:]), state.fed, count)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:

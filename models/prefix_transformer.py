@@ -7,12 +7,14 @@ but that one and every entity of a token generator takes exactly one position.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, Slots
 from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities
@@ -35,6 +37,8 @@ class PrefixTransformer(Generator):
     num_heads: int
     head_dim: int
     activation_checkpointing: bool = False
+    #: Training only: what teacher forcing reads in the place of tokens [B, N, ...]; what is predicted stays as it is.
+    reader: Callable[[Tensor, Entities], Tensor] | None = None
 
     @abstractmethod
     def shared(self, place: Tensor, state: State, slots: Slots) -> Any:
@@ -126,10 +130,24 @@ class PrefixTransformer(Generator):
         state = self._state(condition, NO_GUIDANCE, entities or self.entities)
         assert state.input_ends is not None
         state.cache = NoCache(tokens.device)
-        hidden = self._run(state, torch.arange(int(state.input_ends[-1]))[None], tokens)
+        hidden = self._run(state, torch.arange(int(state.input_ends[-1]))[None], self.read(tokens, state.entities))
         count = state.entities.count
         reads = self.num_reads(state, state.fed, count)
         return self.head(state, self.norm(hidden[:, hidden.shape[1] - reads :]), state.fed, count)
+
+    def read(self, tokens: Tensor, entities: Entities) -> Tensor:
+        """Tokens as teacher forcing reads them: through `reader`, where one is set."""
+        return tokens if self.reader is None else self.reader(tokens, entities)
+
+    def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
+        """Rows of a teacher-forced pass that read one token (counted from the end, below 0) and its generation rank.
+
+        Raises UserError for a generator with other inputs, unless it says which of them are tokens.
+        """
+        if set(entities.sizes) != {1}:
+            raise UserError(f"{type(self).__name__} does not read one token a position")
+        ranks = torch.arange(entities.length - 1)
+        return ranks - len(ranks), ranks
 
     def _run(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:
         """Hidden states [R, n, D] of the inputs at `place` [R or 1, n]; their keys are committed to the cache."""

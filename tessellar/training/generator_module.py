@@ -1,6 +1,7 @@
 """Generator training: any generator on the tokens of a frozen tokenizer."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
 from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
 from tessellar.interop.load import init_generator, load_tokenizer
+from tessellar.models.condition import Condition
 from tessellar.models.conditioners import Conditioner, TextConditioner
+from tessellar.models.entities import Entities
 from tessellar.models.generator import Generator
+from tessellar.models.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 from tessellar.training.base import Player, TrainingModule, trainable
+from tessellar.training.context_noise import ContextNoise, reading, require_teacher_forcing
 from tessellar.training.optim import OptimizerSettings
+from tessellar.training.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block
@@ -37,7 +43,8 @@ class GeneratorModule(TrainingModule):
     Its conditioner is the generator's own choice unless one is given.
 
     A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32. `checkpointing` trades
-    compute for memory, `compile_blocks` compiles each block on its own.
+    compute for memory, `compile_blocks` compiles each block on its own. A generator trained by teacher forcing may read
+    a noisy context (`context_noise`) and also learn code vectors (`recovery`), in training alone; together: reAR.
     """
 
     def __init__(
@@ -53,12 +60,18 @@ class GeneratorModule(TrainingModule):
         checkpointing: bool = False,
         compile_blocks: bool = False,
         init_from: str | None = None,
+        context_noise: ContextNoise | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         made = generator(loaded.layout)
         self.model = ImageGenerator(loaded, made, conditioner or made.make_conditioner())
         self.optimizer_settings, self.schedule = optimizer, schedule
+        self.context_noise = context_noise
+        self.recovery = None if recovery is None else EmbeddingRecovery(recovery, made, loaded)
+        if context_noise is not None:
+            require_teacher_forcing(made, "context_noise")
         if init_from is not None:
             init_generator(init_from, self.model.generator)
         if checkpointing:
@@ -81,7 +94,8 @@ class GeneratorModule(TrainingModule):
         return self.model.generator
 
     def make_players(self) -> list[Player]:
-        modules = (self.model.generator, self.model.conditioner)
+        parts = (self.model.generator, self.model.conditioner, self.recovery)
+        modules = [part for part in parts if part is not None]
         return [Player("generator", trainable(*modules), self.optimizer_settings.make(*modules), self.schedule)]
 
     def shard_over(self, mesh: DeviceMesh) -> None:
@@ -100,7 +114,28 @@ class GeneratorModule(TrainingModule):
 
     def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = self.tokens_of(batch)
-        return tokens, self.model.generator.loss(tokens, self.model.conditioner(batch))
+        condition = self.model.conditioner(batch)
+        if self.training and (self.context_noise is not None or self.recovery is not None):
+            return tokens, self._regularised(tokens, condition)
+        return tokens, self.model.generator.loss(tokens, condition)
+
+    def _regularised(self, tokens: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Losses under a noisy context, and that of the recovery of code vectors."""
+        generator, recovery = self.model.generator, self.recovery
+        assert isinstance(generator, PrefixTransformer)
+        with nullcontext(Trace()) if recovery is None else recovery.watch(generator) as trace:
+
+            def read(tokens: Tensor, entities: Entities) -> Tensor:
+                trace.entities = entities
+                if self.context_noise is None:
+                    return tokens
+                return self.context_noise.corrupt(tokens, generator.layout, self.updates / self.total_updates)
+
+            with reading(generator, read):
+                terms = generator.loss(tokens, condition)
+        if recovery is not None:
+            terms = {**terms, "recovery": recovery(trace, generator, tokens, self.tokenizer)}
+        return terms
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         tokens, terms = self._losses(batch)
