@@ -72,7 +72,7 @@ class FusedBlock:
 
     def _normed(self, x: Tensor, which: int) -> Tensor:
         norm = self.norms[which]
-        return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps).to(self.dtype)
+        return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps).to(self.dtype)
 
     def _attend(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """Attention output [R, n, D] before the last projection."""
