@@ -19,6 +19,7 @@ from tessellar.models.hita_ar import HitaAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
 from tessellar.models.retok_gpt import ReToKGPT
 from tessellar.models.var import VAR
@@ -81,6 +82,8 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "MaskGIT": lambda layout: MaskGIT(layout, "vit", 16, 1, 2, 24, CLASSES),
     "HAR": lambda layout: HAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "Hita's AR": lambda layout: HitaAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, cell": lambda layout: NextEntity(layout, "cell:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, level": lambda layout: NextEntity(layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
     "xAR, cell": lambda layout: _xar(layout, "cell:2"),
     "xAR, token": lambda layout: _xar(layout, "token"),
