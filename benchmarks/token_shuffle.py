@@ -1,6 +1,6 @@
 """Token-Shuffle (arXiv 2504.17789): windows of 2 x 2 codes against single codes at the same resolution and width.
 
-    python benchmarks/token_shuffle.py [--size b] [--side 16] [--codes 16384] [--batch 4] [--rounds 3] [--windows 1,2]
+    python benchmarks/token_shuffle.py [--size b] [--side 16] [--codes 16384] [--batch 8] [--rounds 3] [--windows 1,2]
     python benchmarks/token_shuffle.py --width 192 --depth 6 --heads 6 --side 8 --codes 512 --batch 64
 
 Random weights, a class prefix; window 1 keeps the MLP blocks, as in the paper. Positions and MACs are computed from
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--side", type=int, default=16, help="side of the grid of codes")
     parser.add_argument("--codes", type=int, default=16384)
-    parser.add_argument("--batch", type=int, default=4, help="images of a training step")
+    parser.add_argument("--batch", type=int, default=8, help="images of a training step")
     parser.add_argument("--guidance", type=float, default=1.0, help="scale while sampling; 1 is none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=lambda text: [int(w) for w in text.split(",")], default=[1, 2])
