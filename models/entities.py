@@ -234,8 +234,8 @@ def local_order(layout: Layout, steps: int, seed: int = 0, near: float = 2.0, ap
 
     An entity first takes candidates within `near` of a known token, the best supported first (support: the sum of
     1 / distance^2 to known tokens), as long as they lie `apart` or more from those already taken; what is missing are
-    the tokens farthest from those taken. Ties are broken by `seed`. Established from the paper: both criteria, the
-    two stages and growing sizes; the support's formula, thresholds in tokens and the sizes' curve are ours.
+    the tokens farthest from those taken. Ties are broken by `seed`. The paper's are both criteria; the two stages, the
+    support's formula, thresholds in tokens and growing sizes are as we understand it, not checked against its code.
     """
     rows, columns = _grid(layout, "local orders", 1, 1)
     ties = torch.rand(rows * columns, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64)

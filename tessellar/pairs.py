@@ -9,6 +9,7 @@ one pair of each kind.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,8 +57,9 @@ def _kl() -> KLVAE:
 
 
 def _restok() -> ResTok:
-    sizes = {"encoder_width": 16, "encoder_depth": 2, "encoder_heads": 2, "stages": 2}
-    return ResTok(_vq(), 16, 16, 4, 32, (1, 1, 1), 1, 32, **sizes, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    encoder: dict[str, Any] = {"encoder_width": 16, "encoder_depth": 2, "encoder_heads": 2, "stages": 2}
+    decoder: dict[str, Any] = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return ResTok(_vq(), 16, 16, 4, 32, (1, 1, 1), 1, 32, **encoder, **decoder)
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {

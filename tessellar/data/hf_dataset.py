@@ -104,7 +104,7 @@ class HFImages(PictureDataset):
     ) -> None:
         self.name, self.table = rows.name, rows.table
         self.image_column, self.caption_column = image, caption
-        self.captions = None if caption is None else rows.table.select_columns([caption])
+        self.texts: Any = None if caption is None else rows.table.select_columns([caption])
         super().__init__(rows.labels, rows.class_names, framing, seed, max_corrupt)
 
     def where(self, index: int) -> str:
@@ -119,7 +119,7 @@ class HFImages(PictureDataset):
         raise UnreadableImage(f"{self.where(index)} holds no image")
 
     def caption(self, index: int) -> str:
-        text = None if self.captions is None else self.captions[index][self.caption_column]
+        text = None if self.texts is None else self.texts[index][self.caption_column]
         return text if isinstance(text, str) else super().caption(index)
 
     def fingerprint(self) -> str:

@@ -83,9 +83,11 @@ def from_official(
     levels = 1 + _last(ours, r"cnn_encoder\.levels\.(\d+)\.")
     widths = [ours[f"cnn_encoder.levels.{i}.res.0.conv2.weight"].shape[0] for i in range(levels)]
     options = dict(quantizer_options or {})
+    holistic_size, holistic_dim = ours["holistic_quantizer.codebook.weight"].shape
+    patch_size, patch_dim = ours["quantizer.codebook.weight"].shape
     made = Hita(
-        VectorQuantizer(*ours["holistic_quantizer.codebook.weight"].shape, **options),
-        VectorQuantizer(*ours["quantizer.codebook.weight"].shape, **options),
+        VectorQuantizer(holistic_size, holistic_dim, **options),
+        VectorQuantizer(patch_size, patch_dim, **options),
         vision,
         image_size,
         channels,

@@ -182,7 +182,7 @@ def _predict(generator: HitaAR, condition: Condition, tokens: Tensor, entity: in
 def _hidden(generator: HitaAR, tokens: Tensor, condition: Condition) -> Tensor:
     """Normed hidden states [B, S + N, D] of the training pass, which both heads read at every place."""
     kept: list[Tensor] = []
-    handle = generator.norm.register_forward_hook(lambda _, __, output: kept.append(output))
+    handle = generator.norm.register_forward_hook(lambda _, __, output: kept.append(torch.as_tensor(output)))
     generator.score(tokens, condition)
     handle.remove()
     return kept[0]

@@ -100,8 +100,9 @@ def from_official(
     # without the decoder's feature token, projections alone are of no use: they stay out
     has_vision = {"vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token"} <= set(state)
     loose = () if has_vision else ("vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token")
+    vocab_size, dim = state["quantize.embedding.weight"].shape
     made = ResTok(
-        VectorQuantizer(*state["quantize.embedding.weight"].shape, **(quantizer_options or {})),
+        VectorQuantizer(vocab_size, dim, **(quantizer_options or {})),
         image_size,
         length,
         min_tokens,

@@ -62,9 +62,8 @@ def vqvae_from_official(
     widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
     split = _split(state)
     phis = 1 + _last(split, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
-    quantizer = MultiScaleQuantizer(
-        *state["quantize.embedding.weight"].shape, sides, phis, phi_ratio, commitment_weight=commitment_weight
-    )
+    vocab_size, dim = state["quantize.embedding.weight"].shape
+    quantizer = MultiScaleQuantizer(vocab_size, dim, sides, phis, phi_ratio, commitment_weight=commitment_weight)
     made = VARVQVAE(
         quantizer,
         sides[-1] * 2 ** (levels - 1),

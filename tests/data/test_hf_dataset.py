@@ -105,6 +105,7 @@ def test_images_labels_and_captions_are_those_of_the_columns(save, make_png):
     batch = data.train_dataset().batch([3, 1, 2])
     assert to_uint8(batch["image"])[:, 0, 0, 0].tolist() == [3, 1, 2] == batch["index"].tolist()
     assert batch["label"].tolist() == [0, 1, 1] and batch["caption"] == ["cat", "two", "three"]
+    assert data.train_dataset().captions(range(3)) == ["one", "two", "three"]
     assert data.class_names == ("cat", "red_fox") and data.name == "pictures"
     assert shown(data.val_dataset()) == [9, 10] and data.val_dataset().where(1) == "pictures test[1]"
 
