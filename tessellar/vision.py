@@ -139,7 +139,7 @@ class VisionModel(Configured, nn.Module):
 
     def features(self, images: Tensor) -> VisionFeatures:
         """Prefix tokens and patches of images [B, 3, H, W] in [-1, 1]; gradients reach images that take them."""
-        self._check_filled()
+        self.check_filled()
         has_prefix = bool(getattr(self.network, "num_prefix_tokens", 0))
         arguments: dict[str, Any] = {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
         if has_prefix:
@@ -156,14 +156,15 @@ class VisionModel(Configured, nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """What the network's classifier would read, [B, pooled_dim]."""
-        self._check_filled()
+        self.check_filled()
         hidden = self.network.forward_features(self.preprocess(images))  # type: ignore[operator]
         return at_least_float32(self.network.forward_head(hidden, pre_logits=True))  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.patch_features(images)
 
-    def _check_filled(self) -> None:
+    def check_filled(self) -> None:
+        """Raises UserError where nothing has filled the weights."""
         if not self.filled:
             raise UserError(
                 f"the vision model {self.name} has no weights: give weights=FILE, or weights={DOWNLOAD} where the "

@@ -55,6 +55,18 @@ def test_adversarial_terms_begin_at_the_start_step() -> None:
     assert float(loss.discriminator_loss(images, images * 0, 10).total.detach()) > 0.0
 
 
+def test_the_discriminator_can_have_a_weight_of_its_own() -> None:
+    torch.manual_seed(0)
+    images, network = torch.rand(2, 3, 16, 16), PatchGAN(8, 2).eval()
+    as_tokenizer, own = (
+        TokenizerLoss(Reconstruction(), None, 1.0, network, 0.1, 0, discriminator_weight=weight)
+        .discriminator_loss(images, images * 0, 0)
+        .total
+        for weight in (None, 1.0)
+    )
+    torch.testing.assert_close(own, 10 * as_tokenizer)
+
+
 def test_the_generator_side_leaves_no_gradient_in_the_discriminator() -> None:
     loss = TokenizerLoss(Reconstruction(), discriminator=PatchGAN(8, 2), adversarial_start=0)
     images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))

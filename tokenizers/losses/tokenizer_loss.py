@@ -35,8 +35,9 @@ class TokenizerLoss(nn.Module):
     """Weighted losses of both sides.
 
     `perceptual` is any module giving distances [B] or [B, 1, 1, 1] of (images, reconstruction); `discriminator` gives
-    logits of images, `lecam` regularises it. A second, shorter reconstruction adds its own pixel and perceptual losses.
-    Raises UserError for a negative start step.
+    logits of images, `lecam` regularises it. `discriminator_weight` weighs the discriminator's own loss: None is the
+    adversarial weight, as in LlamaGen's and Hita's training; 1 in TiTok's and ResTok's. A second, shorter
+    reconstruction adds its own pixel and perceptual losses. Raises UserError for a negative start step.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TokenizerLoss(nn.Module):
         discriminator_kind: DiscriminatorKind = "hinge",
         adaptive: bool = False,
         lecam: LeCam | None = None,
+        discriminator_weight: float | None = None,
     ) -> None:
         super().__init__()
         if adversarial_start < 0:
@@ -58,11 +60,12 @@ class TokenizerLoss(nn.Module):
         self.reconstruction, self.perceptual, self.perceptual_weight = reconstruction, perceptual, perceptual_weight
         self.discriminator, self.adversarial_weight = discriminator, adversarial_weight
         self.adversarial_start, self.adaptive, self.lecam = adversarial_start, adaptive, lecam
+        self.discriminator_weight = adversarial_weight if discriminator_weight is None else discriminator_weight
         self.adversarial_kind: Kind = adversarial_kind
         self.discriminator_kind: DiscriminatorKind = discriminator_kind
 
     def weight_at(self, step: int) -> float:
-        """Weight of the adversarial losses of both sides at an update."""
+        """Weight of the tokenizer's adversarial loss at an update."""
         return self.adversarial_weight if self.adversarial_active(step) else 0.0
 
     def adversarial_active(self, step: int) -> bool:
@@ -115,7 +118,7 @@ class TokenizerLoss(nn.Module):
             terms["lecam"] = self.lecam(real, fake)
             loss = loss + terms["lecam"]
         terms["discriminator"] = loss
-        return LossTerms(self.weight_at(step) * loss, terms)
+        return LossTerms((self.discriminator_weight if self.adversarial_active(step) else 0.0) * loss, terms)
 
 
 @contextmanager
