@@ -6,7 +6,6 @@ whole image. It is only data (an order and sizes), so decoding loops index with 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import cos, pi
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.models.local_order import local_sizes, near_and_apart
 from tessellar.tokenizers.layout import Layout
 
 if TYPE_CHECKING:
@@ -215,56 +215,11 @@ def shuffled(entities: Entities, generator: torch.Generator) -> Entities:
     return Entities(torch.cat([parts[n] for n in chosen]), tuple(entities.sizes[n] for n in chosen))
 
 
-def local_sizes(length: int, steps: int) -> tuple[int, ...]:
-    """Sizes that grow as 1 - cos(pi k / 2 steps) of the tokens are known after k steps, at least one a step.
-
-    Raises UserError for more steps than tokens, or none.
-    """
-    if not 1 <= steps <= length:
-        raise UserError(f"{length} tokens cannot be generated in {steps} steps: give 1 to {length}")
-    ends = [0]
-    for k in range(1, steps + 1):
-        share = round(length * (1 - cos(pi * k / (2 * steps))))
-        ends.append(min(max(share, ends[-1] + 1), length - (steps - k)))
-    return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
-
-
-def local_order(layout: Layout, steps: int, seed: int = 0, near: float = 2.0, apart: float = 2.0) -> Entities:
-    """Tokens near known ones and far from each other at once: the order of LPD (arXiv 2507.01957), in `steps` entities.
-
-    An entity first takes candidates within `near` of a known token, the best supported first (support: the sum of
-    1 / distance^2 to known tokens), as long as they lie `apart` or more from those already taken; what is missing are
-    the tokens farthest from those taken. Ties are broken by `seed`. The paper's are both criteria; the two stages, the
-    support's formula, thresholds in tokens and growing sizes are as we understand it, not checked against its code.
-    """
+def local_order(layout: Layout, steps: int, seed: int = 0) -> Entities:
+    """Tokens of a grid in LPD's locality-aware order (models/local_order.py), in `steps` entities that grow."""
     rows, columns = _grid(layout, "local orders", 1, 1)
-    ties = torch.rand(rows * columns, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float64)
-    place = torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")).double()
-    distance = torch.cdist(place, place, compute_mode="donot_use_mm_for_euclid_dist")
-    known, order = torch.zeros(len(place), dtype=torch.bool, device="cpu"), []
-    sizes = local_sizes(len(place), steps)
-    for size in sizes:
-        chosen = _local_entity(distance, known, size, ties, near, apart)
-        known[chosen] = True
-        order += chosen
-    return Entities(torch.tensor(order, device="cpu"), sizes)
-
-
-def _local_entity(distance: Tensor, known: Tensor, size: int, ties: Tensor, near: float, apart: float) -> list[int]:
-    """Places of one entity, given which tokens are known [N] and the distances [N, N]."""
-    support = (distance[:, known] ** -2).sum(1)
-    nearest = distance[:, known].amin(1) if bool(known.any()) else torch.full_like(support, torch.inf)
-    candidates = ((nearest <= near) & ~known).nonzero().flatten().tolist()
-    chosen: list[int] = []
-    for place in sorted(candidates, key=lambda p: (-round(float(support[p]), 9), float(ties[p]))):
-        if len(chosen) < size and all(distance[place, other] >= apart for other in chosen):
-            chosen.append(place)
-    while len(chosen) < size:
-        gap = distance[:, chosen].amin(1) if chosen else torch.zeros_like(support)
-        gap = (gap + 1e-6 * ties).masked_fill(known, -1.0)
-        gap[chosen] = -1.0
-        chosen.append(int(gap.argmax()))
-    return chosen
+    sizes = local_sizes(rows * columns, steps)
+    return ordered(near_and_apart(rows, columns, sizes, seed), sizes)
 
 
 def parse_entities(text: str, layout: Layout) -> Entities:

@@ -4,6 +4,7 @@ Exact: tokens follow the guided, processed distribution of the generator. One ne
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tessellar.models.condition import Condition
 from tessellar.models.generator import Generator, State
 from tessellar.models.heads.distribution import Distribution
+from tessellar.models.heads.implicit import Implicit
 from tessellar.models.heads.logits import Logits
 from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
 from tessellar.sampling.noise import Noise
@@ -49,6 +51,8 @@ def decode_from(
                 p = sampler.probs(distribution.logits)
                 committed = torch.ones(p.shape[:-1], dtype=torch.bool, device=p.device)
                 recorder.certainty(p, ~committed, committed)
+            if isinstance(distribution, Implicit):
+                distribution = replace(distribution, model=recorder.solved(distribution.model))
         drawn = distribution.sample(sampler, noise)
         tokens = state.entities.put(tokens, torch.full((state.batch,), n), 1, drawn)
         yield Step(n, distribution, tokens)

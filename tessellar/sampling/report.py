@@ -4,7 +4,7 @@ An algorithm is handed a `Recorder` (or none) and tells it of every evaluation; 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ class Report:
     tokens: int  # committed
     evaluations: int  # of the generator, summed over images
     draft_evaluations: int  # of a draft model, summed over images
+    solver_evaluations: int  # of a flow or a diffusion head by its solver, summed over images
     passes: int  # forward passes, each for a whole batch
     tried: list[int]  # by window slot: how often the acceptance test of its draft was reached
     accepted: list[int]  # by window slot: how often the draft was accepted
@@ -62,6 +63,8 @@ class Report:
             f" ({self.tokens_per_evaluation:.2f} tokens an evaluation)",
             f"{self.seconds:.2f} s: {self.network_seconds:.2f} s in the network, {outside:.2f} s outside it",
         ]
+        if self.solver_evaluations:
+            lines.append(f"{self.solver_evaluations / max(self.images, 1):.1f} evaluations of the solver an image")
         if self.draft_evaluations:
             lines.append(f"{self.draft_evaluations / max(self.images, 1):.1f} draft evaluations an image")
         if any(self.tried):
@@ -81,6 +84,7 @@ class Recorder:
     tokens: int = 0
     evaluations: int = 0
     draft_evaluations: int = 0
+    solver_evaluations: int = 0
     passes: int = 0
     seconds: float = 0.0
     network_seconds: float = 0.0
@@ -108,6 +112,16 @@ class Recorder:
         yield
         self.network_seconds += _now(device) - started
         self.passes += 1
+
+    def solved(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The model of a solver, of (x [B, ...], time), whose calls count as time in the network."""
+
+        def call(x: Tensor, time: Tensor) -> Tensor:
+            self.solver_evaluations += len(x)
+            with self.network(x.device):
+                return model(x, time)
+
+        return call
 
     def window(self, first: Tensor, accepted: Tensor, committed: Tensor, drafted: Tensor) -> None:
         """One evaluation of images that are not finished, each [b], on the CPU.

@@ -5,7 +5,8 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.models.condition import Condition
-from tessellar.models.entities import Entities, local_order, local_sizes, parse_entities
+from tessellar.models.entities import Entities, local_order, parse_entities
+from tessellar.models.local_order import local_sizes
 from tessellar.models.next_entity import NextEntity
 from tessellar.sampling.choice import Choice
 from tessellar.sampling.decode import decode_from

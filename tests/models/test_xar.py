@@ -19,6 +19,7 @@ from tessellar.sampling.decode import ancestral, decode_from
 from tessellar.sampling.flow import Flow
 from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance, Linear
 from tessellar.sampling.noise import Noise
+from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 
@@ -256,6 +257,24 @@ def test_memory_of_sampling_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> No
         sampling.tokens(generator, labels(2), [first, first + 1])
     assert len(made) == 4 and len({size for _, size in made}) == 1
     assert made[0][1] == 4 * 2 * 2 * 2 * (16 + 4) * 12
+
+
+def test_calls_of_the_solver_are_counted_as_time_in_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, clock = model("cell:2"), [0.0]
+    run = generator._run
+
+    def slow(*args: Any) -> Tensor:
+        clock[0] += 1.0
+        return run(*args)
+
+    monkeypatch.setattr(generator, "_run", slow)
+    monkeypatch.setattr("tessellar.sampling.report._now", lambda _: clock[0])
+    recorder = Recorder()
+    ancestral(generator, labels(3), FEW, Noise(range(3)), recorder=recorder)
+    report = recorder.report()
+    assert report.evaluations == 3 * 4 and report.solver_evaluations == 3 * 4 * 3
+    assert report.seconds == report.network_seconds == 4 * 3 + 3  # the last entity is not fed
+    assert "12.0 evaluations of the solver an image" in str(report)
 
 
 def test_times_are_truncated() -> None:
