@@ -15,6 +15,7 @@ from tessellar.tokenizers.losses.adversarial import (
     generator_adversarial,
 )
 from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.losses.jittered import Jittered
 from tessellar.tokenizers.losses.perceptual import LPIPS, VGGFeatures
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
@@ -143,3 +144,32 @@ def test_a_loss_without_pixels() -> None:
 def test_absent_vgg_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="VGG-16.*nowhere.pth"):
         LPIPS(str(tmp_path / "nowhere.pth"))
+
+
+class Pair(nn.Module):
+    """Keeps what it is shown."""
+
+    def forward(self, images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+        self.seen = images, reconstruction
+        return (images - reconstruction).square().mean((1, 2, 3))
+
+
+def test_jittered_distances_move_both_pictures_alike() -> None:
+    torch.manual_seed(0)
+    ramp = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32)
+    distance, scales, shifts = Jittered(Pair(), 6), set(), set()
+    for _ in range(20):
+        assert float(distance(ramp, ramp).abs().max()) == 0
+        row = distance.distance.seen[0][0, 0, 0]
+        inside = row[(row > -0.9) & (row < 0.9)]
+        slope = float((inside[-1] - inside[0]) / (len(inside) - 1) * 31 / 2)
+        assert 1 - 1e-3 <= slope <= (32 + 12) / 32 + 1e-3
+        scales.add(round(slope, 2))
+        shifts.add(round(float(row[16]), 2))
+    assert len(scales) > 5 and len(shifts) > 5
+    images, moved = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    distance(images, moved).sum().backward()
+    assert moved.grad is not None and moved.grad.abs().sum() > 0
+    torch.testing.assert_close(Jittered(Pair(), 0)(images, moved), Pair()(images, moved))
+    with pytest.raises(UserError, match="pad is -1"):
+        Jittered(Pair(), -1)
