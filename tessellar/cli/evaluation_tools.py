@@ -10,14 +10,17 @@ from tessellar.data.image_folder import ImageFolder
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
 from tessellar.evaluation.extractors import load_extractor
+from tessellar.evaluation.generation import Reconstructions
 from tessellar.evaluation.network_facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.evaluation.pictures import nearest as nearest_images
 from tessellar.evaluation.pictures import neighbour_grid, pick_images, pixels
 from tessellar.evaluation.record import compare as comparison
 from tessellar.evaluation.record import differences, read_record
 from tessellar.evaluation.references import reference_from, save_statistics
-from tessellar.evaluation.sources import DatasetImages, open_images
+from tessellar.evaluation.sources import DatasetImages, ImageSource, open_images
 from tessellar.evaluation.train_extractor import Architecture, Recipe, train_extractor
+from tessellar.interop.load import load
+from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.output import save_png
 
 
@@ -28,6 +31,8 @@ def stats(
     extractor: str = "inception",
     network: NetworkFacts | None = None,
     protocol: str = "free",
+    through: str = "",
+    count: int | None = None,
     out: str = "",
     batch_size: int = 64,
     device: str = "auto",
@@ -41,6 +46,9 @@ def stats(
         extractor: inception (downloaded), its weights file, or a timm network's .safetensors
         network: what the .safetensors holds, where it does not say so itself
         protocol: whose resize the Inception network takes
+        through: a tokenizer, or a generator that holds one: of the images as it reconstructs them, from which a perfect
+            generator of its tokens would have distance 0
+        count: of so many images of --data, a fixed random part
         out: npz to write
         batch_size: images at once; it does not change the numbers
         device: auto, cpu, cuda, ...
@@ -48,9 +56,16 @@ def stats(
     if not out:
         raise UserError("say where to write: --out REF.npz")
     measurement = Measurement(protocols.protocol(protocol), extractor, network, device, None, batch_size)
-    source = (
-        split_of(images, data) if images in SPLITS else _cropped(images, size) if size else open_images(images, False)
+    source: ImageSource = (
+        split_of(images, data, count)
+        if images in SPLITS
+        else _cropped(images, size)
+        if size
+        else open_images(images, False)
     )
+    if through:
+        model = load(through).to(measurement.extractor.device)
+        source = Reconstructions(model.tokenizer if isinstance(model, ImageGenerator) else model, source)
     reference = reference_from(source, measurement.extractor, None, batch_size)
     if distributed.rank() == 0:
         save_statistics(reference, out)

@@ -11,8 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tessellar.cli.evaluate import main
+from tessellar.data import ShapesData
 from tessellar.errors import UserError
+from tessellar.evaluation.generation import reconstruct
+from tessellar.images import from_uint8, to_uint8
 from tessellar.interop.export import export_generator, export_tokenizer
+from tessellar.interop.load import load_tokenizer
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
@@ -63,6 +67,24 @@ def test_stats_then_samples_then_compare(
     main(["samples", samples, "--reference", "val", *SHAPES, *net, "--out", "c.json"])
     assert main(["compare", "a.json", "c.json"]) == 1
     assert "NOT comparable; these differ:\n  reference:" in capsys.readouterr().out
+
+
+def test_stats_through_a_tokenizer_are_those_of_its_reconstructions(models: Path, net: list[str]) -> None:
+    for name in ("tokenizer", "export"):
+        main(["stats", "val", *SHAPES, *net, "--through", str(models / name), "--count", "40", "--out", f"{name}.npz"])
+    a, b = np.load("tokenizer.npz"), np.load("export.npz")
+    assert json.loads(str(a["meta"]))["count"] == 40 and "reconstructions of shapes val" in str(a["meta"])
+    np.testing.assert_allclose(a["mu"], b["mu"], atol=1e-6)
+    main(["stats", "val", *SHAPES, *net, "--count", "10", "--out", "plain.npz"])
+    assert np.abs(a["mu"] - np.load("plain.npz")["mu"]).max() > 1e-3
+    tokenizer, images = load_tokenizer(models / "tokenizer"), ShapesData(length=60, val_length=40).val_dataset()
+    seen = to_uint8(reconstruct(tokenizer, from_uint8(to_uint8(images.batch(range(40))["image"]))))
+    folder = Path("pictures")
+    folder.mkdir()
+    for number, image in enumerate(seen):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    main(["stats", "pictures", *net, "--out", "pictures.npz"])
+    np.testing.assert_allclose(np.load("pictures.npz")["mu"], a["mu"], atol=1e-6)
 
 
 def test_a_generator_is_measured_live_on_its_runs_data(models: Path, net: list[str], tmp_path: Path) -> None:
