@@ -219,7 +219,7 @@ def local_order(layout: Layout, steps: int, seed: int = 0) -> Entities:
     """Tokens of a grid in LPD's locality-aware order (models/local_order.py), in `steps` entities that grow."""
     rows, columns = _grid(layout, "local orders", 1, 1)
     sizes = local_sizes(rows * columns, steps)
-    return ordered(near_and_apart(rows, columns, sizes, seed), sizes)
+    return Entities(torch.tensor(near_and_apart(rows, columns, sizes, seed), device="cpu"), sizes)
 
 
 def parse_entities(text: str, layout: Layout) -> Entities:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tessellar.errors import UserError
+from tessellar.models.flextok_ar import FlexAR
 from tessellar.models.generator import Generator
 from tessellar.models.har import HAR
 from tessellar.models.hita_ar import HitaAR
@@ -23,6 +24,7 @@ from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
 from tessellar.models.retok_gpt import ReToKGPT
+from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 from tessellar.tokenizers.base import Tokenizer
@@ -80,11 +82,15 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "ReToK's GPT": lambda layout: ReToKGPT(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "FlexTok's AR": lambda layout: FlexAR(layout, 16, 1, 2, CLASSES),
+    "Token-Shuffle": lambda layout: TokenShuffle(layout, 16, 1, 2, 2, num_classes=CLASSES, ffn_multiple_of=8),
     "RAR": lambda layout: RAR(layout, 16, 1, 2, 24, CLASSES),
     "MaskGIT": lambda layout: MaskGIT(layout, "vit", 16, 1, 2, 24, CLASSES),
     "HAR": lambda layout: HAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "Hita's AR": lambda layout: HitaAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "Next entity, cell": lambda layout: NextEntity(layout, "cell:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, subsample": lambda layout: NextEntity(layout, "subsample:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, local": lambda layout: NextEntity(layout, "local:4", 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "Next entity, level": lambda layout: NextEntity(layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
     "xAR, cell": lambda layout: _xar(layout, "cell:2"),
