@@ -182,7 +182,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         for a, b, result in zip(x, y, chosen, strict=True):
             axes.annotate(result["name"].removeprefix(family), (a, b), fontsize=6)
     axes.set_xlabel("network evaluations an image")
-    axes.set_ylabel("FD")
+    axes.set_ylabel(next(name for r in results for s in r["seeds"] for name in s["metrics"] if name.startswith("F")))
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
