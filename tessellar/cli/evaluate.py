@@ -92,7 +92,7 @@ def model(
         model: run, export folder, .safetensors, .ckpt or hub id
         data: data set, as in a training YAML (default: that of the run)
         reference: train or val of --data, or a path (default: train for samples, val for reconstructions)
-        extractor: inception (downloaded), its weights file, or a timm network's .safetensors
+        extractor: inception (downloaded), its weights file, a timm network's .safetensors, or none (for paired, lpips)
         network: what the .safetensors holds, where it does not say so itself
         protocol: adm-50k, torch-fidelity, clean-fid, rfid-val, fmnist-10k or free
         metrics: of fd sfd is kid pr accuracy paired lpips (default: the protocol's; paired is PSNR and SSIM)
@@ -120,13 +120,12 @@ def model(
     count = count or measurement.protocol.samples
     if isinstance(loaded, Tokenizer):
         source: ImageSource = Reconstructions(loaded, split_of("val", data, count), facts)
-        # The default reference is the very images that were reconstructed.
-        against = (
-            measurement.reference(reference, data)
-            if reference
-            else measurement.reference_of(split_of("val", data, count))
-        )
-        metrics = metrics or (["fd", "paired"] if protocol == "free" else None)
+        measures: list[Metric] = ["fd", "paired"] if measurement.extractor.dim else ["paired"]
+        if reference:
+            against = measurement.reference(reference, data)
+        else:  # the very images that were reconstructed
+            against = measurement.reference_of(split_of("val", data, count)) if measurement.extractor.dim else None
+        metrics = metrics or (measures if protocol == "free" else None)
     else:
         sampling = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion)
         source = _generated(loaded, count, sampling, seed, precision, data, facts)

@@ -87,15 +87,18 @@ def full_precision(device_type: str) -> Iterator[None]:
 def load_extractor(
     source: str | Path = "inception", network: NetworkFacts | None = None, resize: str = "any"
 ) -> Extractor:
-    """An extractor from "inception" (weights are downloaded), a file of Inception weights, or a timm network's file.
+    """An extractor: "inception" (weights are downloaded), a file of Inception weights, a timm network's file, or "none".
 
     `resize` is for Inception alone: "tf1-bilinear" (also for "any") or "clean-bicubic". A timm network is a safetensors
     file that says in its metadata what it is, or a published one that is known by its hash, or one that `network`
     describes. Raises UserError where none of this holds.
     """
     from tessellar.evaluation.inception import Inception, is_inception
+    from tessellar.evaluation.no_network import NoNetwork
     from tessellar.evaluation.timm_network import TimmNetwork
 
+    if str(source) == "none":
+        return NoNetwork()
     if str(source) == "inception":
         return Inception.download(resize)
     path = Path(source)

@@ -59,6 +59,8 @@ def check_metrics(
 ) -> None:
     """Raise UserError, before any image is made, where a metric lacks what it needs."""
     for metric in metrics:
+        if not extractor.dim and metric not in ("paired", "lpips"):
+            raise UserError(f"metric {metric!r} needs a feature network, and --extractor {extractor.name} is none")
         if metric == "sfd" and extractor.spatial_dim is None:
             raise UserError(f"{extractor.name} has no spatial features; only the Inception network serves for sFID")
         if metric in ("fd", "sfd", "kid", "pr") and reference is None:

@@ -129,6 +129,21 @@ def test_stats_of_a_folder_of_any_size_are_cropped(net: list[str], tmp_path: Pat
     assert json.loads(str(np.load("ref.npz")["meta"]))["count"] == 3
 
 
+def test_pixels_need_no_network(models: Path, net: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for extractor, out in ((net, "a.json"), (["--extractor", "none"], "b.json")):
+        main(["model", str(models / "tokenizer"), *extractor, "--metrics", "paired", "--out", out])
+    a, b = (json.loads(Path(name).read_text())["metrics"] for name in ("a.json", "b.json"))
+    assert a == b and set(b) == {"PSNR", "SSIM"}
+    main(["model", str(models / "tokenizer"), "--extractor", "none", "--out", "c.json"])
+    assert json.loads(Path("c.json").read_text())["metrics"] == b
+    for words in (
+        ["model", str(models / "export"), "--count", "4"],
+        ["model", str(models / "tokenizer"), "--metrics", "fd"],
+    ):
+        with pytest.raises(UserError, match="metric 'fd' needs a feature network, and --extractor none is none"):
+            main([*words, "--extractor", "none"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
