@@ -87,7 +87,7 @@ def full_precision(device_type: str) -> Iterator[None]:
 def load_extractor(
     source: str | Path = "inception", network: NetworkFacts | None = None, resize: str = "any"
 ) -> Extractor:
-    """An extractor: "inception" (weights are downloaded), a file of Inception weights, a timm network's file, or "none".
+    """An extractor: "inception" (downloaded), a file of Inception weights, a timm network's file, or "none".
 
     `resize` is for Inception alone: "tf1-bilinear" (also for "any") or "clean-bicubic". A timm network is a safetensors
     file that says in its metadata what it is, or a published one that is known by its hash, or one that `network`
