@@ -12,6 +12,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, Rule, table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import count, heads_of
 from tessellar.interop.weights import load_strict
 from tessellar.models.flextok_ar import FlexAR
 from tessellar.pipeline import ImageGenerator
@@ -72,9 +73,8 @@ def generator_from_official(
     generator = FlexAR(
         layout,
         width,
-        1
-        + max(int(found[1]) for key in state if (found := re.match(rf"{re.escape(MODEL)}trunk\.blocks\.(\d+)\.", key))),
-        num_heads or width // 64,
+        count(state, rf"{re.escape(MODEL)}trunk\.blocks\.(\d+)\."),
+        heads_of(width, num_heads),
         None if classes is None else len(classes),
         None if fc1 is None else fc1.shape[1],
         None if fc1 is None else len(fc1),

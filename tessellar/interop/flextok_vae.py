@@ -4,7 +4,6 @@ Sizes are read from the tensors' shapes; the number of groups of the norms and t
 the official config.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tessellar.interop.checkpoint import HEADER_KEY
 from tessellar.interop.importer import KeyTable, Rule, read_official, table
 from tessellar.interop.kl_vae import OWN
 from tessellar.interop.load import load_tokenizer
+from tessellar.interop.sizes import cnn_sizes, matrix
 from tessellar.interop.weights import load_strict, read_safetensors
 from tessellar.tokenizers.flextok_vae import flextok_vae
 from tessellar.tokenizers.kl_vae import KLVAE
@@ -23,10 +23,6 @@ from tessellar.tokenizers.kl_vae import KLVAE
 def _convolution(t: Tensor) -> Tensor:
     """The weight of a linear layer (or of a 1x1 convolution, as older files have it) as that of a convolution."""
     return t[:, :, None, None] if t.ndim == 2 else t
-
-
-def _matrix(t: Tensor) -> Tensor:
-    return t[:, :, 0, 0]
 
 
 def _keys() -> KeyTable:
@@ -55,7 +51,7 @@ def _attention() -> list[Rule]:
     rules = []
     for theirs, ours in names.items():
         key, own = f"{{side}}.mid_block.attentions.0.{theirs}", f"{{side}}.mid.1.{ours}"
-        rules.append(Rule(f"{key}.weight", f"{own}.weight", _convolution, _matrix))
+        rules.append(Rule(f"{key}.weight", f"{own}.weight", _convolution, matrix))
         rules.append(Rule(f"{key}.bias", f"{own}.bias"))
     return rules
 
@@ -80,13 +76,9 @@ def vae_from_official(state: Mapping[str, Tensor], image_size: int, scale: float
     missing = [key for key in ("encoder.conv_in.weight", "post_quant_conv.weight") if key not in state]
     if missing:
         raise UserError(f"these are not the weights of diffusers' AutoencoderKL: {', '.join(missing)} is absent")
-    levels = 1 + _last(state, r"encoder\.down_blocks\.(\d+)\.")
-    widths = tuple(len(state[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"]) for i in range(levels))
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"the VAE's widths {list(widths)} are not multiples of the first")
-    blocks = 1 + _last(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
-    channels = len(state["post_quant_conv.weight"])
-    made = flextok_vae(channels, image_size, scale, widths=widths, num_res_blocks=blocks, groups=groups)
+    cnn = cnn_sizes(state, "encoder.down_blocks.{i}.resnets.{j}", len(state["encoder.conv_in.weight"]))
+    widths, channels = tuple(cnn.channels * m for m in cnn.multipliers), len(state["post_quant_conv.weight"])
+    made = flextok_vae(channels, image_size, scale, widths=widths, num_res_blocks=cnn.blocks, groups=groups)
     return load_official(made, state)
 
 
@@ -107,7 +99,3 @@ def _is_official(path: Path) -> bool:
     if path.suffix == ".safetensors" and path.is_file():
         return HEADER_KEY not in read_safetensors(path)[1]
     return path.suffix in (".bin", ".pt", ".pth")
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    return max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)

@@ -12,6 +12,7 @@ from tessellar.interop.llamagen import HEADS
 from tessellar.interop.llamagen_replay import greedy
 from tessellar.interop.official import ImportOptions
 from tessellar.interop.recording import Recording
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.condition import Condition
 from tessellar.models.conditioners import ClassConditioner
@@ -56,7 +57,7 @@ def from_official(
     """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
     vocab, width = state["output.weight"].shape
     special = state["spe_tok_embeddings.special_embeddings.weight"].shape[0]
-    depth = 1 + max(int(found[1]) for key in state if (found := re.match(r"layers\.(\d+)\.", key)))
+    depth = count(state, r"layers\.(\d+)\.")
     if num_heads is None and (width, depth) not in HEADS:
         raise UserError(f"no published HAR has width {width} and depth {depth}: give --num_heads")
     hidden = state["layers.0.feed_forward.w1.weight"].shape[0]

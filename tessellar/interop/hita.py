@@ -3,7 +3,6 @@
 Checkpoints leave out the frozen vision model: an imported tokenizer decodes, and encodes once it is given one.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import table
 from tessellar.interop.llamagen_vq import cnn_keys
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import cnn_sizes, count
 from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.hita import Hita
 from tessellar.tokenizers.hita_vision import HitaVision
@@ -79,9 +79,7 @@ def from_official(
     ours = KEYS.from_official(state, where)
     if "encoder.queries" not in ours or "cnn_encoder.conv_in.weight" not in ours:
         raise UserError(f"{where} holds no Hita tokenizer: its learned queries or its CNN are absent")
-    channels = ours["cnn_encoder.conv_in.weight"].shape[0]
-    levels = 1 + _last(ours, r"cnn_encoder\.levels\.(\d+)\.")
-    widths = [ours[f"cnn_encoder.levels.{i}.res.0.conv2.weight"].shape[0] for i in range(levels)]
+    cnn = cnn_sizes(ours, "cnn_encoder.levels.{i}.res.{j}", len(ours["cnn_encoder.conv_in.weight"]))
     options = dict(quantizer_options or {})
     holistic_size, holistic_dim = ours["holistic_quantizer.codebook.weight"].shape
     patch_size, patch_dim = ours["quantizer.codebook.weight"].shape
@@ -90,11 +88,11 @@ def from_official(
         VectorQuantizer(patch_size, patch_dim, **options),
         vision,
         image_size,
-        channels,
-        tuple(width // channels for width in widths),
-        1 + _last(ours, r"cnn_encoder\.levels\.0\.res\.(\d+)\."),
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
         ours["encoder.queries"].shape[2],
-        1 + _last(ours, r"encoder\.mixing\.(\d+)\."),
+        count(ours, r"encoder\.mixing\.(\d+)\."),
         num_heads,
         _mlp_dim(ours["encoder.mixing.0.mlp.fc2.weight"].shape[1]),
         ours["encoder.queries"].shape[1],
@@ -105,10 +103,6 @@ def from_official(
     kept = {name: t for name, t in made.state_dict().items() if name in OWN or name.startswith("vision.")}
     load_strict(made, {**ours, **kept}, where)
     return made.eval()
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    return max(int(found[1]) for key in state if (found := re.match(pattern, key)))
 
 
 def _mlp_dim(hidden: int) -> int:

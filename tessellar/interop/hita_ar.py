@@ -17,6 +17,7 @@ from tessellar.interop.llamagen import HEADS
 from tessellar.interop.llamagen_replay import greedy, guidance_of
 from tessellar.interop.official import ImportOptions
 from tessellar.interop.recording import Recording
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.condition import Condition
 from tessellar.models.conditioners import ClassConditioner
@@ -64,7 +65,7 @@ def from_official(
     first = state["slot_embeddings.weight"].shape[0]
     split |= {"output.holistic": state["output.weight"][:first], "output.patches": state["output.weight"][first:]}
     width = state["norm.weight"].shape[0]
-    depth = 1 + max(int(found[1]) for key in state if (found := re.match(r"layers\.(\d+)\.", key)))
+    depth = count(state, r"layers\.(\d+)\.")
     if num_heads is None and (width, depth) not in WIDE_HEADS:
         raise UserError(f"no published Hita generator has width {width} and depth {depth}: give --num_heads")
     generator = HitaAR(

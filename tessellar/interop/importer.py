@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.weights import listing, read_pickle, read_safetensors
+from tessellar.interop.weights import Weights, listing, read_pickle, read_safetensors
 
 WRAPPERS = ("model", "module", "state_dict", "ema")
 """Entries of official training checkpoints that may hold the weights, in order of preference."""
@@ -45,7 +45,7 @@ class KeyTable:
     def from_official(self, state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
         """Our state dict from theirs; raises UserError that lists keys without a rule."""
         kept = {key: t for key, t in state.items() if all(_match(p, key) is None for p in self.drop)}
-        return self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours))
+        return Weights(self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours)), where)
 
     def to_official(self, state: Mapping[str, Tensor], where: str = "the model") -> dict[str, Tensor]:
         """Their state dict from ours (without the dropped keys); the inverse of `from_official`."""
@@ -95,7 +95,7 @@ def read_official(path: str | Path, key: str | None = None) -> dict[str, Tensor]
     """
     path = Path(path)
     content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    return unwrap(content, str(path), key)
+    return Weights(unwrap(content, str(path), key), str(path))
 
 
 def unwrap(content: Any, where: str, key: str | None = None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, table
 from tessellar.interop.official import ImportOptions
 from tessellar.interop.recording import Recording
+from tessellar.interop.sizes import cnn_sizes
 from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.kl_vae import KL16_SCALE, KLVAE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
@@ -54,21 +55,19 @@ def from_official(
     """Our VAE with the sizes that the weights show, filled with them; `scale` as published, for no file says it."""
     if "encoder.conv_in.weight" not in state or "quant_conv.weight" not in state:
         raise UserError("these are not the weights of a KL VAE: encoder.conv_in or quant_conv is absent")
-    channels = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(_found(state, r"encoder\.down\.(\d+)\.block\."))
-    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     dim = state["post_quant_conv.weight"].shape[0]
     made = KLVAE(
         GaussianBottleneck(dim, scale=scale),
         image_size,
-        channels,
-        tuple(width // channels for width in widths),
-        1 + max(_found(state, r"encoder\.down\.0\.block\.(\d+)\.")),
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
         encoder_attention=tuple(sorted(_found(state, r"encoder\.down\.(\d+)\.attn\."))),
         decoder_attention=tuple(sorted(_found(state, r"decoder\.up\.(\d+)\.attn\."))),
     )
     own = {name: made.state_dict()[name] for name in OWN}
-    load_strict(made, {**keys(levels).from_official(state, "the KL VAE"), **own}, "the KL VAE")
+    load_strict(made, {**keys(cnn.levels).from_official(state, "the KL VAE"), **own}, "the KL VAE")
     return made.eval()
 
 

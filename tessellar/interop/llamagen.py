@@ -13,6 +13,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.layers.llama import swiglu_hidden
 from tessellar.models.conditioners import ClassConditioner, FeatureConditioner
@@ -79,7 +80,7 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
     vocab, width = state["tok_embeddings.weight"].shape
     return Sizes(
         width=width,
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers.")),
+        depth=count(state, r"layers\.(\d+)\."),
         vocab=vocab,
         hidden=state["layers.0.feed_forward.w1.weight"].shape[0],
         num_classes=None if classes is None else len(classes) - 1,

@@ -1,6 +1,5 @@
 """LlamaGen's VQ tokenizer and PatchGAN: official keys to ours and back (the replay is llamagen_vq_replay.py)."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import cnn_sizes
 from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.llamagen_vq import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
@@ -72,16 +72,14 @@ def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) 
         raise UserError(
             "these are not the weights of a LlamaGen VQ tokenizer: encoder.conv_in or the codebook is absent"
         )
-    channels = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + _last(state, r"encoder\.conv_blocks\.(\d+)\.")
-    widths = [state[f"encoder.conv_blocks.{i}.res.0.conv2.weight"].shape[0] for i in range(levels)]
+    cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
     vocab, dim = state["quantize.embedding.weight"].shape
     tokenizer = LlamaGenVQ(
         VectorQuantizer(vocab, dim),
         image_size,
-        channels,
-        tuple(w // channels for w in widths),
-        1 + _last(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
         state["encoder.conv_out.weight"].shape[0],
     )
     return load_official(tokenizer, state)
@@ -90,10 +88,6 @@ def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) 
 def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> LlamaGenVQ:
     """What `convert.py import llamagen` makes of a tokenizer's file."""
     return tokenizer_from_official(state, options.image_size or 256)
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    return max(int(found[1]) for key in state if (found := re.match(pattern, key)))
 
 
 def tokenizer_from_config(config: Mapping[str, Any], image_size: int | tuple[int, int]) -> LlamaGenVQ:

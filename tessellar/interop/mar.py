@@ -3,7 +3,6 @@
 All sizes but the heads are read from the tensors' shapes.
 """
 
-import re
 from collections.abc import Mapping
 from math import isqrt
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.mar import MAR
@@ -71,11 +71,11 @@ def from_official(
     generator = MAR(
         layout,
         width,
-        _count(ours, r"encoder_blocks\.(\d+)\."),
+        count(ours, r"encoder_blocks\.(\d+)\."),
         num_heads or HEADS[width],
         inner,
         ours["head.input.weight"].shape[0],
-        _count(ours, r"head\.blocks\.(\d+)\."),
+        count(ours, r"head\.blocks\.(\d+)\."),
         classes,
         patch,
         ours["encoder_positions"].shape[1] - length,
@@ -84,10 +84,6 @@ def from_official(
     )
     load_strict(generator, ours, where)
     return generator.eval()
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max(int(found[1]) for key in state if (found := re.match(pattern, key)))
 
 
 def to_official(generator: MAR) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 Sizes are read from the tensors' shapes; heads are 16 in every published one and otherwise an argument.
 """
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.maskgit import MaskGIT, UViT
@@ -77,7 +77,7 @@ def from_official(
     if length != layout.length:
         raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
     pattern = r"backbone\.in_blocks\.(\d+)\." if is_uvit else r"backbone\.layers\.(\d+)\."
-    depth = 1 + max(int(found[1]) for key in ours if (found := re.match(pattern, key)))
+    depth = count(ours, pattern)
     first = "in_blocks" if is_uvit else "layers"
     generator = MaskGIT(
         layout,

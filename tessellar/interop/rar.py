@@ -3,7 +3,6 @@
 All sizes are read from the tensors' shapes.
 """
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.rar import RAR, SPARE_POSITIONS
@@ -45,7 +45,7 @@ def from_official(
     vocab, length = state["lm_head.weight"].shape[0], state["pos_embed"].shape[1] - SPARE_POSITIONS
     if length != layout.length:
         raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
-    depth = 1 + max(int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key)))
+    depth = count(state, r"blocks\.(\d+)\.")
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     heads = width // state["blocks.0.attn.q_norm.weight"].shape[0]
     generator = RAR(layout, width, depth, heads, hidden, rows - vocab - 2)

@@ -3,7 +3,6 @@
 Sizes are read from the tensors' shapes; heads are those of 64 channels and otherwise an argument.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, Rule, table
+from tessellar.interop.maskgit_cnn import half, upsampling
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
 from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok import ResTok
 
 OWN = ("quantizer.step", "quantizer.counts")
-HEAD_DIM = 64
-_RES = {"nin_shortcut.weight": "shortcut.weight", "{layer}.{tensor}": "{layer}.{tensor}"}
 _BLOCK = {
     "attn.qkv.weight": "qkv.weight",
     "attn.q_bias": "q_bias",
@@ -31,27 +30,13 @@ _BLOCK = {
 }
 
 
-def _squeeze(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
-
-
-def _to_conv(weight: Tensor) -> Tensor:
-    return weight[..., None, None]
-
-
 def keys(levels: int) -> KeyTable:
     """The table of a tokenizer whose CNN has that many levels."""
-    pairs: dict[str, str] = {}
-    for theirs, ours, group in (("pixel_encoder", "cnn_encoder", "down"), ("pixel_decoder", "cnn_decoder", "up")):
-        for a, b in _RES.items():
-            pairs[f"{theirs}.{group}.{{i}}.block.{{j}}.{a}"] = f"{ours}.levels.{{i}}.{{j}}.{b}"
-            pairs[f"{theirs}.mid.{{j}}.{a}"] = f"{ours}.mid.{{j}}.{b}"
-        for layer in ("conv_in", "norm_out", "conv_out"):
-            pairs[f"{theirs}.{layer}.{{tensor}}"] = f"{ours}.{layer}.{{tensor}}"
-    for level in range(1, levels):
-        pairs[f"pixel_decoder.up.{level}.upsample_conv.{{tensor}}"] = (
-            f"cnn_decoder.upsample.{level - 1}.conv.{{tensor}}"
-        )
+    pairs = {
+        **half("pixel_encoder", "cnn_encoder", "down"),
+        **half("pixel_decoder", "cnn_decoder", "up"),
+        **upsampling("pixel_decoder", "cnn_decoder", levels),
+    }
     for side in ("encoder", "decoder"):
         pairs |= {f"{side}.blocks.{{i}}.{a}": f"{side}.blocks.{{i}}.{b}" for a, b in _BLOCK.items()}
         pairs |= {
@@ -72,8 +57,8 @@ def keys(levels: int) -> KeyTable:
     }
     own = (
         Rule("encoder.conv_out.{i}.weight", "to_code.{i}.weight", lambda t: t[..., 0], lambda t: t[..., None]),
-        Rule("vf_proj.weight", "encoder_to_vision.weight", _squeeze, _to_conv),
-        Rule("vf_proj_dec.weight", "decoder_to_vision.weight", _squeeze, _to_conv),
+        Rule("vf_proj.weight", "encoder_to_vision.weight", matrix, convolution),
+        Rule("vf_proj_dec.weight", "decoder_to_vision.weight", matrix, convolution),
     )
     return KeyTable((*own, *table(pairs).rules), ("foundation_model.*",))
 
@@ -92,11 +77,10 @@ def from_official(
     """A tokenizer of the sizes that the weights show; `heads` of encoder and decoder are not among them."""
     if "encoder.level_embedding.0" not in state or "pixel_encoder.conv_in.weight" not in state:
         raise UserError(f"{where} holds no ResTok tokenizer: its level embeddings or its CNN are absent")
-    channels, levels = state["pixel_encoder.conv_in.weight"].shape[0], 1 + _last(state, r"pixel_encoder\.down\.(\d+)\.")
-    widths = [state[f"pixel_encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    cnn = cnn_sizes(state, "pixel_encoder.down.{i}.block.{j}", len(state["pixel_encoder.conv_in.weight"]))
     encoder, decoder = state["encoder.ln_pre.weight"].shape[0], state["decoder.ln_pre.weight"].shape[0]
-    num_heads = heads or (encoder // HEAD_DIM, decoder // HEAD_DIM)
-    length = 2 ** _last(state, r"encoder\.latent_token_level_embedding\.(\d+)")
+    num_heads = heads or (heads_of(encoder), heads_of(decoder))
+    length = 2 ** (count(state, r"encoder\.latent_token_level_embedding\.(\d+)") - 1)
     # without the decoder's feature token, projections alone are of no use: they stay out
     has_vision = {"vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token"} <= set(state)
     loose = () if has_vision else ("vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token")
@@ -106,17 +90,17 @@ def from_official(
         image_size,
         length,
         min_tokens,
-        channels,
-        tuple(width // channels for width in widths),
-        1 + _last(state, r"pixel_encoder\.down\.0\.block\.(\d+)\."),
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
         state["pixel_encoder.conv_out.weight"].shape[0],
         encoder,
-        1 + _last(state, r"encoder\.blocks\.(\d+)\."),
+        count(state, r"encoder\.blocks\.(\d+)\."),
         num_heads[0],
         decoder,
-        1 + _last(state, r"decoder\.blocks\.(\d+)\."),
+        count(state, r"decoder\.blocks\.(\d+)\."),
         num_heads[1],
-        1 + _last(state, r"encoder\.level_embedding\.(\d+)"),
+        count(state, r"encoder\.level_embedding\.(\d+)"),
         drop=drop,
         legacy=legacy,
         vision_dim=state["vf_proj.weight"].shape[0] if has_vision else None,
@@ -124,12 +108,8 @@ def from_official(
     )
     own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
     kept = {name: tensor for name, tensor in state.items() if name not in loose}
-    load_strict(made, {**keys(levels).from_official(kept, where), **own}, where)
+    load_strict(made, {**keys(cnn.levels).from_official(kept, where), **own}, where)
     return made.eval()
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    return max(int(found[1]) for key in state if (found := re.match(pattern, key)))
 
 
 def to_official(tokenizer: ResTok) -> dict[str, Tensor]:
@@ -140,4 +120,5 @@ def to_official(tokenizer: ResTok) -> dict[str, Tensor]:
 
 def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> ResTok:
     """What `convert.py import restok` makes of a tokenizer's file."""
-    return from_official(state, options.image_size or 256)
+    heads = (options.num_heads, options.num_heads) if options.num_heads else None
+    return from_official(state, options.image_size or 256, heads)

@@ -4,7 +4,6 @@ Sizes are read from the tensors' shapes; the number of heads is known for the pu
 needed. The official dict prefers "ema" to "model"; `--key ema` takes it.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import Rule, table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import cnn_sizes, convolution, count, matrix
 from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.retok_gpt import ReToKGPT
@@ -31,15 +31,6 @@ def _row(t: Tensor) -> Tensor:
 
 def _with_batch(t: Tensor) -> Tensor:
     return t[:, None]
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """The weight of a 1x1 convolution as that of a linear layer."""
-    return t[:, :, 0, 0]
-
-
-def _convolution(t: Tensor) -> Tensor:
-    return t[:, :, None, None]
 
 
 _CNN = {
@@ -87,9 +78,9 @@ KEYS = table(
         "quant_conv.bias": "to_code.bias",
         "post_quant_conv.bias": "from_code.bias",
     },
-    Rule("s2to1encoder.conv_out.weight", "token_encoder.out.weight", _matrix, _convolution),
-    Rule("quant_conv.weight", "to_code.weight", _matrix, _convolution),
-    Rule("post_quant_conv.weight", "from_code.weight", _matrix, _convolution),
+    Rule("s2to1encoder.conv_out.weight", "token_encoder.out.weight", matrix, convolution),
+    Rule("quant_conv.weight", "to_code.weight", matrix, convolution),
+    Rule("post_quant_conv.weight", "from_code.weight", matrix, convolution),
     Rule("s2to1encoder.positional_embedding", "token_encoder.memory_positions", _row, _with_batch),
     Rule("s2to1encoder.latent_token_positional_embedding", "token_encoder.positions", _row, _with_batch),
     Rule("s2to1encoder.latent_token_positional_embedding_comp", "token_encoder.redundant_positions", _row, _with_batch),
@@ -141,8 +132,7 @@ def tokenizer_from_official(
     missing = [key for key in ("encoder.conv_in.weight", "s1to2decoder.positional_embedding") if key not in state]
     if missing:
         raise UserError(f"these are not the weights of a ReToK tokenizer: {', '.join(missing)} is absent")
-    channels, levels = len(state["encoder.conv_in.weight"]), 1 + _last(state, r"encoder\.conv_blocks\.(\d+)\.")
-    widths = [len(state[f"encoder.conv_blocks.{i}.res.0.conv2.weight"]) for i in range(levels)]
+    cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
     tokens = len(state["s2to1encoder.latent_token_positional_embedding"])
     redundant = len(state["s2to1encoder.latent_token_positional_embedding_comp"])
     side = round(len(state["s1to2decoder.positional_embedding"]) ** 0.5)
@@ -151,12 +141,12 @@ def tokenizer_from_official(
     vocab, dim = state["quantize.embedding.weight"].shape
     options.setdefault("quantizer", VectorQuantizer(vocab, dim, rotation=True))
     tokenizer = ReToK(
-        image_size=side * 2 ** (levels - 1),
+        image_size=side * 2 ** (cnn.levels - 1),
         num_tokens=tokens,
         always=tokens - redundant,
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        num_res_blocks=1 + _last(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        channels=cnn.channels,
+        multipliers=cnn.multipliers,
+        num_res_blocks=cnn.blocks,
         z_channels=len(state["encoder.conv_out.weight"]),
         encoder_size=_size(state, "s2to1encoder", encoder_heads),
         decoder_size=decoder,
@@ -190,7 +180,7 @@ def gpt_from_official(
     generator = ReToKGPT(
         tokenizer_layout,
         width,
-        1 + _last(state, r"layers\.(\d+)\."),
+        count(state, r"layers\.(\d+)\."),
         heads,
         len(state["cls_embedding.embedding_table.weight"]) - 1,
         ffn_multiple_of=multiple_of,
@@ -207,13 +197,8 @@ def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options:
 
 def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerSize:
     width = len(state[f"{side}.ln_post.weight"])
-    depth = 1 + _last(state, rf"{side}\.transformer\.(\d+)\.")
+    depth = count(state, rf"{side}\.transformer\.(\d+)\.")
     known = [size for size in SIZES.values() if size.width == width]
     if heads is None and not known:
         raise UserError(f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads")
     return replace(known[0], depth=depth) if heads is None else QFormerSize(width, depth, heads)
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    """The largest number that the pattern finds in the keys."""
-    return max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)

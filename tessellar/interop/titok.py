@@ -5,16 +5,17 @@ Sizes are read from the tensors' shapes; heads have 64 channels as published unl
 two-stage weights (with a head of scores) mix tokens, the others do not.
 """
 
-import re
 from collections.abc import Mapping
-from math import gcd, isqrt
+from math import isqrt
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, Rule, table
+from tessellar.interop.maskgit_cnn import half, upsampling
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
 from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.losses.blur_discriminator import BlurDiscriminator
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
@@ -22,17 +23,6 @@ from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok import Stage, TiTok, ViTSize
-
-HEAD_DIM = 64
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """The weight of a 1x1 convolution as that of a linear layer."""
-    return t[:, :, 0, 0]
-
-
-def _convolution(t: Tensor) -> Tensor:
-    return t[:, :, None, None]
 
 
 def _patches(t: Tensor) -> Tensor:
@@ -59,25 +49,6 @@ _TRANSFORMER = {
 }
 
 
-def _cnn(theirs: str, ours: str, group: str) -> dict[str, str]:
-    """Pairs of one half of the VQGAN; `group` is the official name of its levels."""
-    return {
-        f"{theirs}.{group}.{{i}}.block.{{j}}.nin_shortcut.{{tensor}}": f"{ours}.levels.{{i}}.{{j}}.shortcut.{{tensor}}",
-        f"{theirs}.{group}.{{i}}.block.{{j}}.{{layer}}.{{tensor}}": f"{ours}.levels.{{i}}.{{j}}.{{layer}}.{{tensor}}",
-        f"{theirs}.mid.{{i}}.nin_shortcut.{{tensor}}": f"{ours}.mid.{{i}}.shortcut.{{tensor}}",
-        f"{theirs}.mid.{{i}}.{{layer}}.{{tensor}}": f"{ours}.mid.{{i}}.{{layer}}.{{tensor}}",
-        **{f"{theirs}.{name}.{{tensor}}": f"{ours}.{name}.{{tensor}}" for name in ("conv_in", "norm_out", "conv_out")},
-    }
-
-
-def _upsampling(theirs: str, ours: str, levels: int) -> dict[str, str]:
-    """The official decoder names these after the level before them, counted from the finest."""
-    return {
-        f"{theirs}.up.{i}.upsample_conv.{{tensor}}": f"{ours}.upsample.{i - 1}.conv.{{tensor}}"
-        for i in range(1, levels)
-    }
-
-
 def keys(levels: int = 0) -> KeyTable:
     """The table of a tokenizer whose pixel decoder has that many levels (0: it has none)."""
     sides = ("encoder", "decoder")
@@ -93,14 +64,14 @@ def keys(levels: int = 0) -> KeyTable:
         "quantize.embedding.weight": "quantizer.codebook.weight",
         "quantize.embed_prob": "quantizer.shares",
         "pixel_quantize.embedding.weight": "pixels.codebook.weight",
-        **_cnn("pixel_decoder", "pixels.decoder", "up"),
-        **_upsampling("pixel_decoder", "pixels.decoder", levels),
+        **half("pixel_decoder", "pixels.decoder", "up"),
+        **upsampling("pixel_decoder", "pixels.decoder", levels),
     }
     return table(
         pairs,
         Rule("encoder.patch_embed.weight", "encoder.patch_in.weight", _patches, _patch_convolution),
-        Rule("encoder.conv_out.weight", "encoder.to_code.weight", _matrix, _convolution),
-        Rule("decoder.ffn.{i}.weight", "decoder.head.{i}.weight", _matrix, _convolution),
+        Rule("encoder.conv_out.weight", "encoder.to_code.weight", matrix, convolution),
+        Rule("decoder.ffn.{i}.weight", "decoder.head.{i}.weight", matrix, convolution),
     )
 
 
@@ -108,9 +79,9 @@ def vqgan_keys(levels: int) -> KeyTable:
     """The table of a MaskGIT-VQGAN of that many levels."""
     return table(
         {
-            **_cnn("encoder", "encoder", "down"),
-            **_cnn("decoder", "decoder", "up"),
-            **_upsampling("decoder", "decoder", levels),
+            **half("encoder", "encoder", "down"),
+            **half("decoder", "decoder", "up"),
+            **upsampling("decoder", "decoder", levels),
             "quantize.embedding.weight": "quantizer.codebook.weight",
         }
     )
@@ -161,7 +132,7 @@ def tokenizer_from_official(
     decoder_width = len(state["decoder.decoder_embed.bias"])
     two_stage = "decoder.ffn.2.weight" in state
     sizes = [
-        ViTSize(wide, 1 + _last(state, rf"{side}\.transformer\.(\d+)\."), heads[n] if heads else _heads(wide))
+        ViTSize(wide, count(state, rf"{side}\.transformer\.(\d+)\."), heads_of(wide, heads[n] if heads else None))
         for n, (side, wide) in enumerate((("encoder", width), ("decoder", decoder_width)))
     ]
     tokens, cells = len(state["latent_tokens"]), len(state["encoder.positional_embedding"]) - 1
@@ -190,12 +161,6 @@ def _check_tokenizer(state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _heads(width: int) -> int:
-    if width % HEAD_DIM:
-        raise UserError(f"the number of heads of width {width} is not known: give --num_heads")
-    return width // HEAD_DIM
-
-
 def _quantizer(state: Mapping[str, Tensor], two_stage: bool, tokens: int) -> Quantizer:
     """As published: two-stage codes are on the unit sphere, single-stage ones are not."""
     if "quantize.embedding.weight" in state:
@@ -207,16 +172,8 @@ def _quantizer(state: Mapping[str, Tensor], two_stage: bool, tokens: int) -> Qua
 
 def _pixels(state: Mapping[str, Tensor]) -> PixelDecoder:
     vocab, dim = state["pixel_quantize.embedding.weight"].shape
-    channels, multipliers, blocks = _cnn_sizes(state, "pixel_decoder.", None)
-    return PixelDecoder(vocab, dim, channels, multipliers, blocks)
-
-
-def _cnn_sizes(state: Mapping[str, Tensor], side: str, channels: int | None) -> tuple[int, tuple[int, ...], int]:
-    """Channels, multipliers and blocks a level of a VQGAN's decoder; channels only show where its encoder is there."""
-    levels = 1 + _last(state, rf"{side}up\.(\d+)\.")
-    widths = [len(state[f"{side}up.{i}.block.0.conv2.weight"]) for i in range(levels)]
-    channels = channels or gcd(*widths)
-    return channels, tuple(width // channels for width in widths), 1 + _last(state, rf"{side}up\.0\.block\.(\d+)\.")
+    cnn = cnn_sizes(state, "pixel_decoder.up.{i}.block.{j}")
+    return PixelDecoder(vocab, dim, cnn.channels, cnn.multipliers, cnn.blocks)
 
 
 def vqgan_from_official(state: Mapping[str, Tensor], image_size: int = 256) -> MaskGITVQGAN:
@@ -227,10 +184,10 @@ def vqgan_from_official(state: Mapping[str, Tensor], image_size: int = 256) -> M
     if missing:
         raise UserError(f"these are not the weights of a MaskGIT-VQGAN: {', '.join(missing)} is absent")
     vocab, dim = state["quantize.embedding.weight"].shape
-    channels, multipliers, blocks = _cnn_sizes(state, "decoder.", len(state["encoder.conv_in.weight"]))
+    cnn = cnn_sizes(state, "decoder.up.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     quantizer = VectorQuantizer(vocab, dim, l2_normalize=False)
-    made = MaskGITVQGAN(quantizer, image_size, channels, multipliers, blocks)
-    ours = vqgan_keys(len(multipliers)).from_official(state, "the MaskGIT-VQGAN")
+    made = MaskGITVQGAN(quantizer, image_size, cnn.channels, cnn.multipliers, cnn.blocks)
+    ours = vqgan_keys(cnn.levels).from_official(state, "the MaskGIT-VQGAN")
     load_strict(made, {**_own(quantizer), **ours}, "the MaskGIT-VQGAN")
     return made.eval()
 
@@ -244,7 +201,7 @@ def vqgan_to_official(vqgan: MaskGITVQGAN) -> dict[str, Tensor]:
 
 def discriminator_from_official(state: Mapping[str, Tensor], pool: int = 16) -> BlurDiscriminator:
     """The discriminator of the second stage, of keys without the prefix of the loss module."""
-    stages = 1 + _last(state, r"blocks\.(\d+)\.")
+    stages = count(state, r"blocks\.(\d+)\.")
     side = state["blocks.0.1.kernel"].shape[-1]
     made = BlurDiscriminator(len(state["block_in.0.bias"]), stages, pool, (1.0,) * side)
     load_strict(made, DISCRIMINATOR_KEYS.from_official(state, "the discriminator"), "the discriminator")
@@ -259,10 +216,3 @@ def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> TiT
 def import_vqgan(state: Mapping[str, Tensor], options: ImportOptions) -> MaskGITVQGAN:
     """What `convert.py import maskgit_vqgan` makes of maskgit-vqgan-imagenet-f16-256.bin."""
     return vqgan_from_official(state, options.image_size or 256)
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    found = [int(match[1]) for key in state if (match := re.match(pattern, key))]
-    if not found:
-        raise UserError(f"the weights have no keys like {pattern!r}")
-    return max(found)

@@ -13,6 +13,7 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, Rule, table
 from tessellar.interop.kl_vae import keys as cnn_table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import cnn_sizes, count, heads_of
 from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.var import VAR
@@ -58,21 +59,20 @@ def vqvae_from_official(
     """Our tokenizer with the sizes that the weights show; the scales are not among them."""
     if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
         raise UserError(f"{where} holds no multi-scale VQVAE: encoder.conv_in or the codebook is absent")
-    channels, levels = state["encoder.conv_in.weight"].shape[0], 1 + _last(state, r"encoder\.down\.(\d+)\.")
-    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     split = _split(state)
-    phis = 1 + _last(split, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    phis = count(split, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
     vocab_size, dim = state["quantize.embedding.weight"].shape
     quantizer = MultiScaleQuantizer(vocab_size, dim, sides, phis, phi_ratio, commitment_weight=commitment_weight)
     made = VARVQVAE(
         quantizer,
-        sides[-1] * 2 ** (levels - 1),
-        channels,
-        tuple(width // channels for width in widths),
-        1 + _last(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        sides[-1] * 2 ** (cnn.levels - 1),
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
     )
     own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
-    load_strict(made, {**vqvae_keys(levels).from_official(split, where), **own}, where)
+    load_strict(made, {**vqvae_keys(cnn.levels).from_official(split, where), **own}, where)
     return made.eval()
 
 
@@ -126,13 +126,13 @@ def from_official(
     length, width = state["pos_1LC"].shape[1:]
     if length != layout.length:
         raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
-    depth = 1 + _last(state, r"blocks\.(\d+)\.")
+    depth = count(state, r"blocks\.(\d+)\.")
     l2_norm = "blocks.0.attn.scale_mul_1H11" in state
     generator = VAR(
         layout,
         width,
         depth,
-        num_heads or (state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else width // 64),
+        num_heads or (state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else heads_of(width)),
         state["class_emb.weight"].shape[0] - 1,
         state["word_embed.weight"].shape[1],
         state["blocks.0.ffn.fc1.weight"].shape[0] / width,
@@ -148,10 +148,6 @@ def from_official(
 def to_official(generator: VAR) -> dict[str, Tensor]:
     """The official state dict, without the buffers; the inverse of `from_official`."""
     return KEYS.to_official(generator.state_dict())
-
-
-def _last(state: Mapping[str, Tensor], pattern: str) -> int:
-    return max(int(found[1]) for key in state if (found := re.match(pattern, key)))
 
 
 def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:

@@ -21,6 +21,17 @@ from tessellar.errors import UserError
 SHOWN = 5
 
 
+class Weights(dict[str, Tensor]):
+    """A state dict that answers a key it lacks with a UserError: it holds other weights than its reader expects."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        super().__init__(tensors)
+        self.where = where
+
+    def __missing__(self, key: str) -> Tensor:
+        raise UserError(f"{self.where} has no {key}: it holds other weights than are read here")
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; raises UserError for a missing or damaged one."""
     require_file(path)

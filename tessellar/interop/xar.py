@@ -10,6 +10,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable, Rule, table
 from tessellar.interop.official import ImportOptions
+from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.entities import Entities
@@ -78,13 +79,13 @@ def from_official(
         layout,
         entity,
         width,
-        _depth(state, "encoder"),
+        count(state, r"encoder_blocks\.(\d+)\."),
         num_heads or width // (4 * len(state["encoder_blocks.0.attn.rope.freqs"])),
         classes - 1,
         condition_dropout=condition_dropout,
         dropout=dropout,
         mlp_ratio=4.0 if hidden == int(width * 8 / 3) else 1.5 * (hidden + 0.5) / width,
-        decoder_depth=_depth(state, "decoder"),
+        decoder_depth=count(state, r"decoder_blocks\.(\d+)\."),
     )
     where = "the xAR checkpoint"
     load_strict(generator, keys(generator.entities).from_official(state, where), where)
@@ -100,7 +101,3 @@ def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options:
     """What `convert.py import xar` makes of a generator's file."""
     generator = from_official(state, tokenizer.layout, options.num_heads, options.variant or CELL)
     return ImageGenerator(tokenizer, generator, ClassConditioner(generator.num_classes))
-
-
-def _depth(state: Mapping[str, Tensor], side: str) -> int:
-    return 1 + max(int(key.split(".")[1]) for key in state if key.startswith(f"{side}_blocks."))

@@ -1,0 +1,68 @@
+"""`convert.py import SYSTEM` of another system's weights, or of its own with a tensor lost: one line, no traceback."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tessellar.errors import UserError
+from tessellar.interop.export import export_tokenizer
+from tessellar.interop.official import SYSTEMS, ImportOptions, import_model
+from tessellar.interop.weights import read_safetensors
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.vit_vq import ViTVQ
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = sorted(GOLDEN.glob("*/*weights*.safetensors"))
+TAKEN = {  # of FILES, besides the system's own
+    "titok": {"one_d_piece", "titok"},  # one format, told apart by the name
+    "one_d_piece": {"one_d_piece", "titok"},
+    "xar": {"mar"},  # one VAE
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export: a tokenizer of 16 codes, 96 in its book."""
+    torch.manual_seed(0)
+    return export_tokenizer(
+        ViTVQ(VectorQuantizer(96, 4), 16, 4, 16, 1, 1, 2).eval(), tmp_path_factory.mktemp("vq") / "export"
+    )
+
+
+def refusal(system: str, file: Path, tokenizer: Path, heads: int | None = None) -> str:
+    """What a user reads; empty where the weights are taken."""
+    try:
+        import_model(system, str(file), str(tokenizer), options=ImportOptions(num_heads=heads))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_weights_of_another_system_are_refused_in_one_line(system: str, tokenizer: Path) -> None:
+    for file in FILES:
+        message = refusal(system, file, tokenizer, 2)
+        own = {system, f"titok_{system}"} | TAKEN.get(system, set())
+        assert len(message.splitlines()) == 1 or file.parent.name in own, file
+
+
+@pytest.mark.parametrize(
+    ("system", "file"),
+    [
+        ("titok", "titok/weights_single"),
+        ("llamagen", "llamagen/weights_vq"),
+        ("llamagen", "llamagen/weights_c2i"),
+        ("rar", "titok_rar/weights"),
+        ("retok", "retok/weights"),
+        ("mar", "mar/vae_weights"),
+    ],
+)
+def test_a_lost_tensor_is_told_in_one_line(system: str, file: str, tokenizer: Path, tmp_path: Path) -> None:
+    state, _ = read_safetensors(GOLDEN / f"{file}.safetensors")
+    save_file(state, tmp_path / "whole.safetensors")
+    assert refusal(system, tmp_path / "whole.safetensors", tokenizer, 2) == ""
+    for key in sorted(state)[::7]:
+        save_file({k: t for k, t in state.items() if k != key}, tmp_path / "lost.safetensors")
+        assert len(refusal(system, tmp_path / "lost.safetensors", tokenizer, 2).splitlines()) == 1, key
