@@ -100,6 +100,7 @@ class Bench:
     extractor: Extractor | None
     reference: Reference | None
     guidance: float
+    temperature: float
     images: int
     timed: int
     seeds: int
@@ -108,7 +109,7 @@ class Bench:
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
-        sampling = Sampling(GuidanceSettings(self.guidance), Choice(), row.algorithm, row.options)
+        sampling = Sampling(GuidanceSettings(self.guidance), Choice(self.temperature), row.algorithm, row.options)
         result: dict[str, Any] = {"name": row.name, "exact": ALGORITHMS[row.algorithm].exact}
         result |= {"sampling": sampling.describe(), "batch_1": _summary(self._one_by_one(sampling)), "seeds": []}
         for number in range(self.seeds if self.images else 0):
@@ -136,6 +137,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "tokens_per_evaluation": report.tokens_per_evaluation,
         "tokens_per_evaluation_where_uncertain": uncertain[0] / max(uncertain[0] - uncertain[1], 1),
         "uncertain_share": uncertain[0] / report.tokens,
+        "nats_per_token": (report.nats or 0) / report.tokens,
         "seconds_per_image": report.seconds / report.images,
         "network_seconds_per_image": report.network_seconds / report.images,
         "acceptance": report.acceptance,
@@ -210,6 +212,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST")
     parser.add_argument("--extractor", help="file of the feature network")
     parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rows", default="", help="regular expression for names of rows; default: all")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--timed", type=int, default=20)
@@ -235,6 +238,7 @@ def main() -> None:
         extractor,
         reference,
         arguments.guidance,
+        arguments.temperature,
         arguments.images,
         arguments.timed,
         arguments.seeds,

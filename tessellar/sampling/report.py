@@ -30,6 +30,7 @@ class Report:
     gained: list[int]  # by entity: entities that those evaluations committed
     seconds: float
     network_seconds: float
+    nats: float | None = None  # entropy of the laws of the tokens, summed, if it was recorded
     uncertain_tokens: int | None = None  # tokens of entropy above 0.5 nat, if entropy was recorded
     uncertain_drafted: int | None = None  # those of them that were accepted drafts
 
@@ -88,6 +89,7 @@ class Recorder:
     passes: int = 0
     seconds: float = 0.0
     network_seconds: float = 0.0
+    nats: float = 0.0
     uncertain_tokens: int = 0
     uncertain_drafted: int = 0
     tried: list[int] = field(default_factory=list)
@@ -144,14 +146,16 @@ class Recorder:
     def certainty(self, p: Tensor, drafted: Tensor, committed: Tensor) -> None:
         """Entropy of committed tokens: laws p [..., V], flags [...] of accepted drafts and of committed tokens."""
         if self.entropy:
-            uncertain = (torch.special.entr(p).sum(-1) > ENTROPY_FLOOR) & committed
+            entropy = torch.special.entr(p).sum(-1)
+            uncertain = (entropy > ENTROPY_FLOOR) & committed
+            self.nats += float(torch.where(committed, entropy, 0).double().sum())
             self.uncertain_tokens += int(uncertain.sum())
             self.uncertain_drafted += int((uncertain & drafted).sum())
 
     def report(self) -> Report:
         facts = {name: getattr(self, name) for name in Report.__dataclass_fields__}
         if not self.entropy:
-            facts["uncertain_tokens"] = facts["uncertain_drafted"] = None
+            facts["nats"] = facts["uncertain_tokens"] = facts["uncertain_drafted"] = None
         return Report(**facts)
 
 

@@ -1,5 +1,6 @@
 """Speculative decoding without statistics: greedy, batches, fake models, refusals, and what the recorder counts."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -197,12 +198,33 @@ def test_the_recorder_sees_plain_decoding_and_uncertain_tokens() -> None:
     ancestral(generator, cond, Choice(), Noise([0, 1]), recorder=recorder)
     assert recorder.evaluations == 10 and recorder.passes == 5 and recorder.committed == [0, 10]
     assert recorder.report().uncertain_tokens and recorder.report().uncertain_drafted == 0
+    nats = recorder.report().nats
+    assert nats is not None and 0 < nats < 10 * math.log(3)
     speculative_jacobi(generator, cond, GREEDY, Noise([0, 1]), recorder=recorder)
     report = recorder.report()
+    assert report.nats == nats  # a greedy choice is certain
     assert report.images == 4 and report.tokens == 20
     assert 0 < report.network_seconds < report.seconds == pytest.approx(recorder.seconds)
     assert report.as_dict()["tokens_per_evaluation"] == pytest.approx(20 / report.evaluations)
     assert "20 tokens" in str(report) and "network evaluations an image" in str(report)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_entropy_is_that_of_the_laws_of_committed_tokens(window: int) -> None:
+    cond = Condition(ids=torch.tensor([0, 1]))
+
+    def nats(spread: float, windows: bool) -> float | None:
+        generator = TableGenerator(sequence_layout(5, Categorical(3)), spread=spread)
+        recorder, noise = Recorder(entropy=True), Noise([0, 1])
+        if windows:
+            speculative_jacobi(generator, cond, Choice(0.7), noise, rules=Rules(window), recorder=recorder)
+        else:
+            ancestral(generator, cond, Choice(0.7), noise, recorder=recorder)
+        return recorder.report().nats
+
+    assert nats(0, True) == pytest.approx(10 * math.log(3))  # all laws are uniform
+    if window == 1:  # the same tokens, so the same laws
+        assert nats(1.5, True) == pytest.approx(nats(1.5, False))
 
 
 class Coupled(Distribution):
