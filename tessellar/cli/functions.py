@@ -4,7 +4,6 @@ A function's signature and docstring are its options and help. Added: dashes in 
 options and a last positional of several words, and a mistake that is answered by one line with the nearest valid name.
 """
 
-import difflib
 import inspect
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli
 
+from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 
 Function = Callable[..., Any]
@@ -127,8 +127,7 @@ def _nearest(message: str, names: Sequence[str]) -> str:
     """A hint where the message complains of a name that resembles a valid one."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|invalid choice: '([\w.]+)'", message)
     wrong = (unknown[1] or unknown[2]) if unknown else ""
-    close = difflib.get_close_matches(wrong, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return nearest(wrong, names, listed=0) if wrong else ""
 
 
 def _option_names(parser: ArgumentParser) -> list[str]:

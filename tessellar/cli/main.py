@@ -3,13 +3,13 @@
 A command's module is imported only when it is called, so that help and mistakes are answered at once.
 """
 
-import difflib
 import importlib
 import logging
 import sys
 from typing import NoReturn
 
 from tessellar.cli.errors import run
+from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 
 COMMANDS = {
@@ -42,8 +42,7 @@ def dispatch(command: str | None, argv: list[str]) -> int | None:
             return 0 if argv else 2
         command, argv = argv[0], argv[1:]
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = nearest(command, COMMANDS, listed=0)
         raise UserError(f"{command!r} is not a command; there are {', '.join(COMMANDS)}{hint}")
     return importlib.import_module(f"tessellar.cli.{command}").main(argv)
 

@@ -3,7 +3,6 @@
 jsonargparse reports trees: each union, class and key adds a level of indentation. The deepest branch holds the cause.
 """
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -13,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 
 NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value")
@@ -125,15 +125,6 @@ def _expected(cause: Cause) -> str:
     wanted = [w for w in wanted if w != "NoneType"]
     names = [w.strip("'") for w in wanted]
     return f"expected {' or '.join(wanted)}, not {value!r}{nearest(str(value), names, 0)}"
-
-
-def nearest(wrong: str, names: Iterable[str], listed: int = 10) -> str:
-    """`; did you mean 'x'?` where a name resembles `wrong`, else a list of the names if it is short."""
-    names = sorted(names)
-    close = difflib.get_close_matches(wrong, names, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(names)}" if 0 < len(names) <= listed else ""
 
 
 def _short(class_path: str | None) -> str:

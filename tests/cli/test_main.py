@@ -22,7 +22,7 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_command_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="'smaple' is not a command; .*did you mean sample"):
+    with pytest.raises(UserError, match="'smaple' is not a command; .*did you mean 'sample'"):
         dispatcher.dispatch(None, ["smaple"])
 
 

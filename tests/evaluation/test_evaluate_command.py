@@ -155,7 +155,7 @@ def test_pixels_need_no_network(models: Path, net: list[str], capsys: pytest.Cap
         (["samples", "SAMPLES", "--metrics", "fid"], "fid"),
         (["model", "MODELS/export"], "say how many samples: --count N"),
         (["stats", "train", *SHAPES], "say where to write: --out"),
-        (["samplse", "x"], "did you mean samples"),
+        (["samplse", "x"], "did you mean 'samples'"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, samples: str, models: Path, net: list[str]) -> None:
