@@ -1,0 +1,79 @@
+"""How much a token's law depends on the few tokens before it: what limits exact speculative decoding of a model.
+
+    python benchmarks/dependence.py MODEL [--guidance 1.25] [--temperature 1] [--images 40] [--bf16]
+
+A draft of token i was drawn while the k tokens before it were drafts too. Here those k tokens of a sample are drawn
+anew, and the law of token i before and after is compared: its overlap, the sum over codes of min(p, p'), is the largest
+probability with which any exact rule can keep a draft of p' as a draw of p (Leviathan et al., arXiv 2211.17192, lemma
+3.3). Means over images and places, and the entropy of the laws beside them, which by itself limits nothing.
+"""
+
+import argparse
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.interop.load import load
+from tessellar.models.condition import Condition
+from tessellar.models.heads.logits import Logits
+from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.choice import Choice
+from tessellar.sampling.decode import ancestral, decode_from
+from tessellar.sampling.guidance import Guidance, GuidanceSettings
+from tessellar.sampling.noise import Noise
+
+REDRAWN = (1, 2, 4, 8)
+
+
+class Probe:
+    """A generator, conditions and sampling settings."""
+
+    def __init__(self, model: ImageGenerator, condition: Condition, guidance: Guidance, choice: Choice) -> None:
+        self.generator, self.condition = model.generator, condition
+        self.guidance, self.choice = guidance, choice
+
+    def law(self, tokens: Tensor, entity: int, redrawn: int, noise: Noise) -> Tensor:
+        """Law [B, ..., V] of an entity, given `tokens` [B, N] of which the `redrawn` entities before it are new."""
+        state = self.generator.start(self.condition, self.guidance)
+        steps = list(decode_from(self.generator, state, self.choice, noise, tokens, entity - redrawn, entity + 1))
+        assert isinstance(steps[-1].distribution, Logits)
+        return self.choice.probs(steps[-1].distribution.logits)
+
+    def overlaps(self, images: int) -> tuple[float, dict[int, float]]:
+        """Entropy in nats, and the overlap by the number of tokens drawn anew."""
+        tokens = ancestral(self.generator, self.condition, self.choice, Noise(range(images)), self.guidance)
+        again = Noise(range(images, 2 * images))
+        entropy, found = [], {k: [] for k in REDRAWN}
+        for entity in range(max(REDRAWN), self.generator.entities.count):
+            law = self.law(tokens, entity, 0, again)
+            entropy.append(float(torch.special.entr(law).sum(-1).mean()))
+            for k in REDRAWN:
+                other = self.law(tokens, entity, k, again)
+                found[k].append(float(torch.minimum(law, other).sum(-1).mean()))
+        return mean(entropy), {k: mean(values) for k, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="export of a class-conditional generator of categorical tokens")
+    parser.add_argument("--guidance", type=float, default=1.25)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--bf16", action="store_true")
+    arguments = parser.parse_args()
+    model = load(arguments.model)
+    if not isinstance(model, ImageGenerator):
+        raise UserError(f"{arguments.model} is a tokenizer; a generator is needed")
+    condition = model.class_condition([i % 10 for i in range(arguments.images)])
+    probe = Probe(model, condition, GuidanceSettings(arguments.guidance).make(), Choice(arguments.temperature))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+        entropy, overlaps = probe.overlaps(arguments.images)
+    print(f"entropy of a token {entropy:.2f} nats")
+    for k, overlap in overlaps.items():
+        print(f"overlap after {k} tokens drawn anew: {overlap:.3f}")
+
+
+if __name__ == "__main__":
+    main()
