@@ -11,15 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
-from tessellar.layers.llama import Positions
 from tessellar.layers.rope import frequencies
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner
 from tessellar.models.entities import Entities, levels
-from tessellar.models.generator import Prefix, State, require_categorical
-from tessellar.models.heads.logits import Logits
+from tessellar.models.generator import require_categorical
 from tessellar.models.llama import LlamaGenerator
-from tessellar.models.llamagen import ClassPrefix
+from tessellar.models.prefixes import ClassPrefix
 from tessellar.tokenizers.layout import Layout
 
 
@@ -79,41 +75,14 @@ class HAR(LlamaGenerator):
         self.output = nn.Linear(width, vocab, bias=False)
         self.token_of, self.special_of = input_sources(layout.length, first)
         angles = torch.arange(2 * layout.length)[:, None] * frequencies(self.head_dim // 2, rope_base)
-        self.register_buffer("rope_cos", angles.cos(), persistent=False)
-        self.register_buffer("rope_sin", angles.sin(), persistent=False)
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
+        self.set_rotations(angles.cos(), angles.sin())
         self.init_weights(zero_init_residual)
-
-    def init_weights(self, zero_init_residual: bool) -> None:
-        """N(0, 0.02); the output starts at 0, residual outputs with `zero_init_residual`."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)
-        if zero_init_residual:
-            for layer in self.layers:
-                nn.init.zeros_(layer.attention.wo.weight)  # type: ignore[union-attr, arg-type]
-                nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.conditioning.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        return self.conditioning.null(condition)
-
-    def prefix(self, condition: Condition) -> Prefix:
-        return self.conditioning(condition)
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         index = index.clamp(max=len(self.token_of) - 1)
         token, special = self.token_of[index].to(tokens.device), self.special_of[index].to(tokens.device)
         ids = tokens.gather(1, token.clamp(min=0).expand(len(tokens), -1))
         return torch.where((token >= 0)[..., None], self.token_embedding(ids), self.special_embedding(special))
-
-    def positions(self, place: Tensor, state: State) -> Positions:
-        place = place.clamp(max=len(self.rope_cos) - 1).to(self.rope_cos.device)
-        return Positions(self.rope_cos[place], self.rope_sin[place])
 
     def block(self, place: Tensor) -> Tensor:
         """Causal among the first tokens, then one number a level."""
@@ -127,14 +96,6 @@ class HAR(LlamaGenerator):
     def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
         index = (self.token_of >= 0).nonzero().flatten()
         return index + 1 - entities.length, self.token_of[index]
-
-    def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        logits = self.output(hidden).float()
-        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
-
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        scores = self.score(tokens, self.drop_condition(condition))
-        return {"cross_entropy": scores.cross_entropy(tokens, weight)}  # type: ignore[attr-defined]
 
 
 # Published variants: width, depth, heads.                        parameters at 128 tokens of 8,192 codes, 1,000 classes

@@ -18,12 +18,11 @@ from tessellar.layers.llama import Positions
 from tessellar.layers.rope import grid_angles
 from tessellar.layers.tags import tag
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner
 from tessellar.models.entities import Entities, token_order
-from tessellar.models.generator import Prefix, State
+from tessellar.models.generator import State
 from tessellar.models.heads.logits import Logits
 from tessellar.models.llama import LlamaGenerator
-from tessellar.models.llamagen import ClassPrefix
+from tessellar.models.prefixes import ClassPrefix
 from tessellar.tokenizers.layout import Categorical, Layout
 
 Lookup = Literal["train_consistent", "official"]
@@ -66,18 +65,12 @@ class HitaAR(LlamaGenerator):
         self.holistic_positions = nn.Parameter(tag(torch.empty(self.holistic, width), "no_decay"))
         self.holistic_output = nn.Linear(width, self.vocabularies[0], bias=False)
         self.patch_output = nn.Linear(width, self.vocabularies[1], bias=False)
-        cos, sin = self._rotations(rope_base)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
+        self.set_rotations(*self._rotations(rope_base))
         self.init_weights()
 
-    def init_weights(self) -> None:
-        """N(0, 0.02), heads 0, so that the first losses are exactly ln V."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+    def init_weights(self, zero_init_residual: bool = False) -> None:
+        """As every Llama generator, and both heads 0, so that the first losses are exactly ln V."""
+        super().init_weights(zero_init_residual)
         nn.init.normal_(self.holistic_positions, std=0.02)
         nn.init.zeros_(self.holistic_output.weight)
         nn.init.zeros_(self.patch_output.weight)
@@ -90,15 +83,6 @@ class HitaAR(LlamaGenerator):
         before = torch.zeros(self.holistic, angles.shape[1])
         zero = torch.zeros(1, angles.shape[1])
         return torch.cat([before + 1, zero, angles.cos()]), torch.cat([before, zero, angles.sin()])
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.conditioning.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        return self.conditioning.null(condition)
-
-    def prefix(self, condition: Condition) -> Prefix:
-        return self.conditioning(condition)
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         return self._look_up(tokens, index, self.holistic)

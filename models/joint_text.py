@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.models.condition import Condition
+from tessellar.models.conditioners import CaptionConditioner, Conditioner
 
 IGNORED = -100
 """The target of what is not predicted, as `torch.nn.functional.cross_entropy` has it."""
@@ -42,6 +43,9 @@ class JointText(nn.Module):
         ids, valid = self.tokens(condition)
         following = torch.where(valid[:, :-1], ids[:, 1:], IGNORED)
         return torch.cat([following, torch.full_like(ids[:, :1], self.eoi)], 1)
+
+    def make_conditioner(self) -> Conditioner:
+        return CaptionConditioner(self.text_vocab, self.length)
 
     def null(self, condition: Condition) -> Condition:
         assert condition.ids is not None

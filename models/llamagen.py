@@ -6,67 +6,16 @@ Different from the official code: the cache is an argument, not module state, an
 sequence turns by its index along the row axis alone).
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.layers.llama import Positions
 from tessellar.layers.rope import grid_angles
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner, FeatureConditioner
 from tessellar.models.entities import Entities, token_order
-from tessellar.models.generator import Prefix, State, require_categorical
-from tessellar.models.heads.logits import Logits
+from tessellar.models.generator import require_categorical
 from tessellar.models.llama import LlamaGenerator
+from tessellar.models.prefixes import CaptionPrefix, ClassPrefix
 from tessellar.tokenizers.layout import Layout
-
-
-class ClassPrefix(nn.Module):
-    """One position: an embedding of the label; the last row stands for no class."""
-
-    length = 1
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.embedding = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, condition: Condition) -> Prefix:
-        assert condition.ids is not None
-        return Prefix(self.embedding(condition.ids)[:, None])
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
-
-
-class CaptionPrefix(nn.Module):
-    """`length` positions: projected caption features, padded on the left; the null caption is a fixed random buffer."""
-
-    def __init__(self, feature_dim: int, length: int, width: int) -> None:
-        super().__init__()
-        self.length = length
-        self.fc1 = nn.Linear(feature_dim, width, bias=False)
-        self.fc2 = nn.Linear(width, width, bias=False)
-        self.register_buffer("uncond", torch.randn(length, feature_dim) / math.sqrt(feature_dim))
-        self.uncond: Tensor
-
-    def project(self, features: Tensor) -> Tensor:
-        """Features [..., F] to embeddings [..., D]."""
-        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
-
-    def forward(self, condition: Condition) -> Prefix:
-        assert condition.features is not None and condition.valid is not None
-        if condition.features.shape[1] != self.length:
-            raise ValueError(f"captions have {condition.features.shape[1]} positions; this model reads {self.length}")
-        return Prefix(self.project(condition.features), condition.valid.bool().cpu())
-
-    def null(self, condition: Condition) -> Condition:
-        """The null caption, with the same padding as the caption that it replaces."""
-        assert condition.features is not None
-        return condition._replace(features=self.uncond.to(condition.features.dtype).expand_as(condition.features))
 
 
 class LlamaGen(LlamaGenerator):
@@ -101,65 +50,19 @@ class LlamaGen(LlamaGenerator):
         vocab = require_categorical(layout, "LlamaGen")
         self.token_embedding = nn.Embedding(vocab, width)
         if num_classes is not None:
-            self.conditioning: ClassPrefix | CaptionPrefix = ClassPrefix(num_classes, width)
+            self.conditioning = ClassPrefix(num_classes, width)
         else:
             assert caption_dim is not None
             self.conditioning = CaptionPrefix(caption_dim, caption_length, width)
         self.output = nn.Linear(width, vocab, bias=False)
-        cos, sin = rope_table(layout, self.conditioning.length, self.head_dim, rope_base)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
+        self.set_rotations(*rope_table(layout, self.conditioning.length, self.head_dim, rope_base))
         self.init_weights(zero_init_residual)
-
-    def init_weights(self, zero_init_residual: bool) -> None:
-        """Initialisation.
-
-        | weight                       | distribution                                                    |
-        |------------------------------|-----------------------------------------------------------------|
-        | every Linear and Embedding   | N(0, 0.02)                                                      |
-        | output                       | 0, so the first loss is exactly ln V                            |
-        | wo, w2                       | 0 with `zero_init_residual` (not in the paper; helps short runs) |
-        | norms                        | 1                                                               |
-        """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)
-        if zero_init_residual:
-            for layer in self.layers:
-                nn.init.zeros_(layer.attention.wo.weight)  # type: ignore[union-attr, arg-type]
-                nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
-
-    def make_conditioner(self) -> Conditioner:
-        if isinstance(self.conditioning, ClassPrefix):
-            return ClassConditioner(self.conditioning.num_classes)
-        return FeatureConditioner()
-
-    def null(self, condition: Condition) -> Condition:
-        return self.conditioning.null(condition)
-
-    def prefix(self, condition: Condition) -> Prefix:
-        return self.conditioning(condition)
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         """Input i is the i-th token generated (its successor is predicted there)."""
         index = entities.order.expand(len(index), -1).gather(1, index.clamp(max=entities.length - 1))
         ids = tokens[:, index[0]] if len(index) == 1 else tokens.gather(1, index.to(tokens.device))
         return self.token_embedding(ids)
-
-    def positions(self, place: Tensor, state: State) -> Positions:
-        place = place.clamp(max=len(self.rope_cos) - 1).to(self.rope_cos.device)
-        return Positions(self.rope_cos[place], self.rope_sin[place])
-
-    def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        logits = self.output(hidden).float()
-        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
-
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        scores = self.score(tokens, self.drop_condition(condition))
-        return {"cross_entropy": scores.cross_entropy(tokens, weight)}  # type: ignore[attr-defined]
 
 
 def rope_table(layout: Layout, prefix_length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

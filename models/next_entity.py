@@ -18,13 +18,13 @@ from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.llama import Pass, Positions
 from tessellar.layers.tags import tag
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner
 from tessellar.models.entities import Entities, parse_entities
-from tessellar.models.generator import Prefix, State
+from tessellar.models.generator import State
 from tessellar.models.heads.distribution import Distribution
 from tessellar.models.heads.logits import Logits
 from tessellar.models.llama import LlamaGenerator
-from tessellar.models.llamagen import ClassPrefix, rope_table
+from tessellar.models.llamagen import rope_table
+from tessellar.models.prefixes import ClassPrefix
 from tessellar.models.work import Work, linear_macs
 from tessellar.sampling.guidance import NO_GUIDANCE
 from tessellar.tokenizers.layout import Layout
@@ -67,36 +67,15 @@ class NextEntity(LlamaGenerator):
         self.conditioning = ClassPrefix(num_classes, width)
         self.token_embedding = nn.Embedding(int(self.vocab.max()), width)
         self.position_embedding = nn.Embedding(layout.length, width)
-        self.query = nn.Parameter(torch.empty(width))
+        self.query = tag(nn.Parameter(torch.empty(width)), "no_decay")
         self.output = nn.Linear(width, int(self.vocab.max()), bias=False)
         cos, sin = rope_table(layout, 0, self.head_dim, rope_base)
-        self.register_buffer("rope_cos", F.pad(cos, (0, 0, 1, 0), value=1.0), persistent=False)  # row 0: the prefix
-        self.register_buffer("rope_sin", F.pad(sin, (0, 0, 1, 0)), persistent=False)
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
+        self.set_rotations(F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0)))  # row 0: the prefix
         self.init_weights(zero_init_residual)
 
-    def init_weights(self, zero_init_residual: bool) -> None:
-        """N(0, 0.02); the output starts at 0 (a first loss of ln V), residual outputs with `zero_init_residual`."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+    def init_weights(self, zero_init_residual: bool = False) -> None:
+        super().init_weights(zero_init_residual)
         nn.init.normal_(self.query, std=0.02)
-        nn.init.zeros_(self.output.weight)
-        tag(self.query, "no_decay")
-        if zero_init_residual:
-            for layer in self.layers:
-                nn.init.zeros_(layer.attention.wo.weight)  # type: ignore[union-attr, arg-type]
-                nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.conditioning.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        return self.conditioning.null(condition)
-
-    def prefix(self, condition: Condition) -> Prefix:
-        return self.conditioning(condition)
 
     def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:
         """The input of an entity is the tokens of the one before; of the first, the last position of the prefix."""
@@ -189,7 +168,7 @@ class NextEntity(LlamaGenerator):
         return self.head(state, self.norm(hidden[:, -length:]), state.fed, count)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        logits = state.merge(self.output(hidden).float(), state.entities.entity_of(first, want))
+        logits = super().head(state, hidden, first, want).logits
         if bool((self.vocab == self.vocab[0]).all()):
             return Logits(logits)
         sizes = self.vocab[state.entities.indices(first, want)].to(logits.device)

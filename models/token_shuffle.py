@@ -20,13 +20,13 @@ from tessellar.layers.kv_cache import NoCache
 from tessellar.layers.llama import Positions
 from tessellar.layers.rope import frequencies
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import CaptionConditioner, ClassConditioner, Conditioner, FeatureConditioner
 from tessellar.models.entities import Entities, cells
 from tessellar.models.generator import Prefix, State, require_categorical
 from tessellar.models.heads.logits import Logits
 from tessellar.models.joint_text import JointText
 from tessellar.models.llama import LlamaGenerator
-from tessellar.models.llamagen import CaptionPrefix, ClassPrefix, rope_table
+from tessellar.models.llamagen import rope_table
+from tessellar.models.prefixes import CaptionPrefix, ClassPrefix
 from tessellar.models.work import Work, linear_macs
 from tessellar.sampling.guidance import NO_GUIDANCE
 from tessellar.tokenizers.layout import Layout, Segment
@@ -153,7 +153,7 @@ class TokenShuffle(LlamaGenerator):
         self.z_loss = z_loss if z_loss is not None else 1e-5 if layout.length >= HIGH_RESOLUTION else 0.0
         vocab = require_categorical(layout, "TokenShuffle")
         if num_classes is not None:
-            self.conditioning: ClassPrefix | CaptionPrefix | JointText = ClassPrefix(num_classes, width)
+            self.conditioning = ClassPrefix(num_classes, width)
         elif caption_dim is not None:
             self.conditioning = CaptionPrefix(caption_dim, caption_length, width)
         else:
@@ -178,48 +178,28 @@ class TokenShuffle(LlamaGenerator):
             fused = Segment((self.entities.count,) if self.layout.grid is None else tuple(sides), segment.kind)
             tables = rope_table(Layout((fused,)), self.conditioning.length, self.head_dim, base)
         self.rotary = rotary
-        self.register_buffer("rope_cos", tables[0], persistent=False)
-        self.register_buffer("rope_sin", tables[1], persistent=False)
+        self.set_rotations(*tables)
         self.register_buffer("rope_frequencies", frequencies(self.head_dim // 2, base), persistent=False)
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
         self.rope_frequencies: Tensor
 
     def init_weights(self, zero_init_residual: bool = False) -> None:
-        """Initialisation.
+        """As every Llama generator, and
 
         | weight                       | distribution                                                      |
         |------------------------------|-------------------------------------------------------------------|
-        | every Linear and Embedding   | N(0, 0.02), biases 0                                              |
+        | biases                       | 0                                                                 |
         | compress, expand             | N(0, 1 / inputs), which keeps the scale of what passes            |
         | fc2 of MLP blocks            | 0, so each starts as the identity (a warm start stays whole)      |
-        | output                       | 0, so the first loss is exactly ln V                              |
-        | wo, w2                       | 0 with `zero_init_residual`                                       |
-        | norms                        | 1                                                                 |
         """
+        super().init_weights(zero_init_residual)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, ResidualMLP):
+                nn.init.zeros_(module.fc2.weight)
         for layer in (self.shuffle.compress, self.unshuffle.expand):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        zeroed: list[nn.Module] = [m.fc2 for m in self.modules() if isinstance(m, ResidualMLP)]
-        if self.output is not None:
-            zeroed.append(self.output)
-        if zero_init_residual:
-            zeroed += [m for layer in self.layers for m in (layer.attention.wo, layer.feed_forward.w2)]  # type: ignore
-        for module in zeroed:
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
-
-    def make_conditioner(self) -> Conditioner:
-        match self.conditioning:
-            case ClassPrefix(num_classes=classes):
-                return ClassConditioner(classes)
-            case JointText(text_vocab=vocab, length=length):
-                return CaptionConditioner(vocab, length)
-        return FeatureConditioner()
 
     @property
     def prefix_length(self) -> int:
@@ -236,12 +216,9 @@ class TokenShuffle(LlamaGenerator):
         around = a_window * self.entities.count + a_code * self.layout.length
         return blocks._replace(around=around + vocabulary * (self.layout.length + texts))
 
-    def null(self, condition: Condition) -> Condition:
-        return self.conditioning.null(condition)
-
     def prefix(self, condition: Condition) -> Prefix:
         if not isinstance(self.conditioning, JointText):
-            return self.conditioning(condition)
+            return super().prefix(condition)
         ids, valid = self.conditioning.tokens(condition)
         return Prefix(self.token_embedding(ids), valid.cpu())
 
@@ -259,8 +236,7 @@ class TokenShuffle(LlamaGenerator):
 
     def positions(self, place: Tensor, state: State) -> Positions:
         if self.rotary == "grid":
-            place = place.clamp(max=len(self.rope_cos) - 1).to(self.rope_cos.device)
-            return Positions(self.rope_cos[place], self.rope_sin[place])
+            return super().positions(place, state)
         valid = state.prefix.valid  # type: ignore[union-attr]
         if valid is not None and not bool(valid.all()):
             place = (place - (~valid).sum(1, keepdim=True)).clamp(min=0)  # counted from the first real token

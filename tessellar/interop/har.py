@@ -15,7 +15,6 @@ from tessellar.interop.recording import Recording
 from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.har import HAR
 from tessellar.models.heads.logits import Logits
 from tessellar.pipeline import ImageGenerator
@@ -72,7 +71,7 @@ def from_official(
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
-    if (generator.output.out_features, generator.special_embedding.num_embeddings) != (vocab, special):
+    if (generator.token_embedding.num_embeddings, generator.special_embedding.num_embeddings) != (vocab, special):
         raise UserError(f"{where} is for {special + 1} tokens of {vocab} codes, but the tokenizer gives {layout}")
     load_strict(generator, KEYS.from_official(state, where), where)
     return generator.eval()
@@ -86,7 +85,7 @@ def to_official(generator: HAR) -> dict[str, Tensor]:
 def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> ImageGenerator:
     """What `convert.py import restok` makes of a generator's file."""
     generator = from_official(state, tokenizer.layout, options.num_heads)
-    return ImageGenerator(tokenizer, generator, ClassConditioner(generator.conditioning.num_classes))
+    return ImageGenerator(tokenizer, generator, generator.make_conditioner())
 
 
 def recorded_generator(recording: Recording) -> HAR:

@@ -20,7 +20,6 @@ from tessellar.interop.recording import Recording
 from tessellar.interop.sizes import count
 from tessellar.interop.weights import load_strict
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.heads.logits import Logits
 from tessellar.models.hita_ar import HitaAR, Lookup
 from tessellar.pipeline import ImageGenerator
@@ -103,7 +102,7 @@ def to_official(generator: HitaAR) -> dict[str, Tensor]:
 def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> ImageGenerator:
     """What `convert.py import hita` makes of a generator's file."""
     generator = from_official(state, tokenizer.layout, options.num_heads)
-    return ImageGenerator(tokenizer, generator, ClassConditioner(generator.conditioning.num_classes))
+    return ImageGenerator(tokenizer, generator, generator.make_conditioner())
 
 
 def _generator(recording: Recording, lookup: Lookup = "official") -> HitaAR:

@@ -119,7 +119,7 @@ def from_official(
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
-    if generator.output.out_features != sizes.vocab:
+    if generator.token_embedding.num_embeddings != sizes.vocab:
         raise UserError(
             f"this generator predicts {sizes.vocab} codes, but the tokenizer gives {layout}: give its own tokenizer"
         )

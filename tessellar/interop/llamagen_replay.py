@@ -16,7 +16,8 @@ from tessellar.interop.recording import Recording
 from tessellar.models.condition import Condition
 from tessellar.models.generator import Generator
 from tessellar.models.heads.logits import Logits
-from tessellar.models.llamagen import CaptionPrefix, LlamaGen
+from tessellar.models.llamagen import LlamaGen
+from tessellar.models.prefixes import CaptionPrefix
 from tessellar.sampling.choice import Choice
 from tessellar.sampling.decode import decode_from
 from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance, Interval
