@@ -203,10 +203,6 @@ class FlexAR(PrefixTransformer):
         logits = self.output(hidden).float()
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        scores = self.score(tokens, self.drop_condition(condition))
-        return {"cross_entropy": scores.cross_entropy(tokens, weight)}  # type: ignore[attr-defined]
-
 
 def positions_1d(length: int, width: int) -> Tensor:
     """The official sin-cos table [N, D]: a 2D formula on a column, so half of it is constant; the start has none."""

@@ -100,10 +100,6 @@ class LlamaGenerator(PrefixTransformer):
         logits = self.output(hidden).float()
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        scores = self.score(tokens, self.drop_condition(condition))
-        return {"cross_entropy": scores.cross_entropy(tokens, weight)}  # type: ignore[attr-defined]
-
     def shared(self, place: Tensor, state: State, slots: Slots) -> Pass:
         assert state.cache is not None
         return Pass(self.positions(place, state), state.cache, slots)

@@ -175,18 +175,6 @@ class NextEntity(LlamaGenerator):
         absent = torch.arange(logits.shape[-1], device=logits.device) >= sizes[..., None]
         return Logits(logits.masked_fill(absent, -torch.inf))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        entities = self.training_order(len(tokens)) if self.training and self.random_order else self.entities
-        scores = self.score(tokens, self.drop_condition(condition), entities)
-        targets = tokens.gather(1, entities.order.expand(len(tokens), -1).to(tokens.device))
-        return {"cross_entropy": scores.cross_entropy(targets, weight)}  # type: ignore[attr-defined]
-
-    def training_order(self, batch: int) -> Entities:
-        """A coin for each sample: a uniform order with probability `random_order`, else the partition's own."""
-        drawn = torch.rand(batch, self.layout.length).argsort(1)
-        chosen = torch.rand(batch, 1) < self.random_order
-        return Entities(torch.where(chosen, drawn, self.entities.order), self.entities.sizes)
-
 
 def _spots(index: Tensor, order: Tensor) -> Tensor:
     """Places on the layout of the tokens at `index` [R or 1, n], which they or their queries have; clamped."""

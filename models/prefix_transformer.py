@@ -39,6 +39,8 @@ class PrefixTransformer(Generator):
     activation_checkpointing: bool = False
     #: Training only: what teacher forcing reads in the place of tokens [B, N, ...]; what is predicted stays as it is.
     reader: Callable[[Tensor, Entities], Tensor] | None = None
+    #: Training only: the share of samples that are read in a uniform order of their own; None: the generator has one.
+    random_order: float | None = None
 
     @abstractmethod
     def shared(self, place: Tensor, state: State, slots: Slots) -> Any:
@@ -134,6 +136,21 @@ class PrefixTransformer(Generator):
         count = state.entities.count
         reads = self.num_reads(state, state.fed, count)
         return self.head(state, self.norm(hidden[:, hidden.shape[1] - reads :]), state.fed, count)
+
+    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Cross-entropy of tokens [B, N] in the order of training."""
+        entities = self.training_order(len(tokens)) if self.training else self.entities
+        scores = self.score(tokens, self.drop_condition(condition), entities)
+        targets = tokens.gather(1, entities.order.expand(len(tokens), -1).to(tokens.device))
+        return {"cross_entropy": scores.cross_entropy(targets, weight)}  # type: ignore[attr-defined]
+
+    def training_order(self, batch: int) -> Entities:
+        """The partition that a training step reads: a uniform order with probability `random_order`, else its own."""
+        if not self.random_order:
+            return self.entities
+        drawn = torch.rand(batch, self.layout.length).argsort(1)
+        chosen = torch.rand(batch, 1) < self.random_order
+        return Entities(torch.where(chosen, drawn, self.entities.order), self.entities.sizes)
 
     def read(self, tokens: Tensor, entities: Entities) -> Tensor:
         """Tokens as teacher forcing reads them: through `reader`, where one is set."""

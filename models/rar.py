@@ -181,19 +181,6 @@ class RAR(PrefixTransformer):
         logits = self.output(modulate(hidden, scale, shift)).float()
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        entities = self.training_order(len(tokens)) if self.training else self.entities
-        scores = self.score(tokens, self.drop_condition(condition), entities)
-        targets = tokens.gather(1, entities.order.expand(len(tokens), -1).to(tokens.device))
-        return {"cross_entropy": scores.cross_entropy(targets, weight)}  # type: ignore[attr-defined]
-
-    def training_order(self, batch: int) -> Entities:
-        """A coin for each sample: a uniform permutation with probability `random_order`, else the layout's order."""
-        length = self.layout.length
-        shuffled = torch.rand(batch, length).argsort(1)
-        chosen = torch.rand(batch, 1) < self.random_order
-        return Entities(torch.where(chosen, shuffled, torch.arange(length)), (1,) * length)
-
 
 # Published variants: width, depth, heads, MLP.     parameters at N = 256, 1,024 codes, 1,000 classes
 def rar_b(layout: Layout, num_classes: int = 1000) -> RAR:

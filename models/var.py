@@ -257,10 +257,6 @@ class VAR(PrefixTransformer):
             logits = self.output(modulate(hidden, scale, shift).to(self.output.weight.dtype)).float()
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        scores = self.score(tokens, self.drop_condition(condition))
-        return {"cross_entropy": scores.cross_entropy(tokens, weight)}  # type: ignore[attr-defined]
-
 
 # Published variants: depth d, width 64 d, d heads.           parameters at 4,096 codes of 32 channels, 1,000 classes
 def var_d16(layout: Layout, num_classes: int = 1000) -> VAR:

@@ -28,6 +28,6 @@ class OrderAnnealing(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         generator = getattr(getattr(pl_module, "model", None), "generator", None)
-        if not hasattr(generator, "random_order"):
+        if getattr(generator, "random_order", None) is None:
             raise UserError("OrderAnnealing needs a generator with random orders, such as RAR")
         generator.random_order = self.share(pl_module.updates)  # type: ignore[union-attr, operator]

@@ -86,7 +86,7 @@ def test_the_context_is_noisy_and_the_targets_are_true(name: str) -> None:
     with reading(generator, lambda tokens, entities: other):
         noisy = loss(tokens)
     torch.manual_seed(1)
-    entities = generator.training_order(2) if hasattr(generator, "training_order") else generator.entities
+    entities = generator.training_order(2)
     scores = generator.score(other, condition, entities)
     targets = tokens.gather(1, entities.order.expand(2, -1))
     assert noisy == pytest.approx(float(scores.cross_entropy(targets).detach()), rel=1e-4)
