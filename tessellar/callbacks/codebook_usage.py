@@ -24,7 +24,8 @@ ADVICE = (
 class CodebookUsage(L.Callback):
     """Logs usage, perplexity and dead codes over windows of `every` batches, summed over processes.
 
-    Below a usage of `warn_below` after `grace` updates it warns once, with what to try.
+    Below a usage of `warn_below` after `grace` updates it warns once, with what to try; 0 never does, for tokenizers that
+    are not trained.
     """
 
     def __init__(self, every: int = 100, warn_below: float = 0.1, grace: int = 500) -> None:
@@ -38,12 +39,13 @@ class CodebookUsage(L.Callback):
             return
         self._train = add_counts(self._train, outputs["tokens"], layout)
         if pl_module.batches % self.every == 0:
-            lowest = self._log(pl_module, "train", self._train, layout)
+            lowest, codebook = min(self._log(pl_module, "train", self._train, layout))
             self._train = []
             if lowest < self.warn_below and pl_module.updates >= self.grace and not self._warned:
                 self._warned = True
+                share, update = 100 * lowest, pl_module.updates
                 log.warning(
-                    "%.1f %% of a codebook are in use at update %d: %s", 100 * lowest, pl_module.updates, ADVICE
+                    "%.1f %% of the codebook of %s are in use at update %d: %s", share, codebook, update, ADVICE
                 )
 
     def on_validation_batch_end(
@@ -57,15 +59,15 @@ class CodebookUsage(L.Callback):
             self._log(pl_module, "val", self._val, pl_module.tokenizer.layout)
             self._val = []
 
-    def _log(self, pl_module: Any, stage: str, counts: list[Tensor], layout: Layout) -> float:
-        """Log all segments; returns the lowest usage."""
-        lowest = 1.0
+    def _log(self, pl_module: Any, stage: str, counts: list[Tensor], layout: Layout) -> list[tuple[float, str]]:
+        """Log all segments; returns the usage and the name of each."""
+        found = []
         for segment, count in zip(layout.segments, counts, strict=True):
             name = f"{stage}/codebook_{segment.name}" if len(counts) > 1 else f"{stage}/codebook"
             facts = usage(distributed.all_reduce_sum(count).split(codebooks(segment)))
             pl_module.log_dict({f"{name}_{fact}": value for fact, value in facts.items()})
-            lowest = min(lowest, facts["usage"])
-        return lowest
+            found.append((facts["usage"], segment.name))
+        return found
 
 
 def codebooks(segment: Segment) -> list[int]:

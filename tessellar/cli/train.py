@@ -84,7 +84,7 @@ class TrainCLI(LightningCLI):
         best_metric, best_mode = self.model.best_by
         callbacks: list[L.Callback] = [
             Throughput(config.log_every),
-            CodebookUsage(config.log_every),
+            CodebookUsage(config.log_every, 0.1 if isinstance(self.model, TokenizerModule) else 0.0),
             Grids(run, config.sampling),
             Interruption(),
             Checkpoints(

@@ -83,4 +83,15 @@ def test_a_collapse_is_warned_of_once_and_not_before_its_time(caplog: pytest.Log
         for _ in range(6):
             batch_end(callback, module, torch.tensor([[7]]))
     assert len(caplog.messages) == 1
-    assert "1.0 %" in caplog.messages[0] and "update 3" in caplog.messages[0] and "restart_every" in caplog.messages[0]
+    assert (
+        "1.0 % of the codebook of tokens" in caplog.messages[0]
+        and "update 3" in caplog.messages[0]
+        and "restart_every" in caplog.messages[0]
+    )
+
+
+def test_a_frozen_tokenizer_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    module, callback = Module(sequence_layout(1, Categorical(100))), CodebookUsage(every=1, warn_below=0, grace=0)
+    with caplog.at_level(logging.WARNING):
+        batch_end(callback, module, torch.tensor([[7]]))
+    assert caplog.messages == [] and module.logged["train/codebook_usage"] == pytest.approx(0.01)
