@@ -24,8 +24,8 @@ ADVICE = (
 class CodebookUsage(L.Callback):
     """Logs usage, perplexity and dead codes over windows of `every` batches, summed over processes.
 
-    Below a usage of `warn_below` after `grace` updates it warns once, with what to try; 0 never does, for tokenizers that
-    are not trained.
+    Below a usage of `warn_below` after `grace` updates it warns once, with what to try (0: never, for a tokenizer that
+    is not trained).
     """
 
     def __init__(self, every: int = 100, warn_below: float = 0.1, grace: int = 500) -> None:
@@ -43,10 +43,8 @@ class CodebookUsage(L.Callback):
             self._train = []
             if lowest < self.warn_below and pl_module.updates >= self.grace and not self._warned:
                 self._warned = True
-                share, update = 100 * lowest, pl_module.updates
-                log.warning(
-                    "%.1f %% of the codebook of %s are in use at update %d: %s", share, codebook, update, ADVICE
-                )
+                where = f"the codebook of {codebook} are in use at update {pl_module.updates}"
+                log.warning("%.1f %% of %s: %s", 100 * lowest, where, ADVICE)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
