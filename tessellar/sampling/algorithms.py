@@ -78,17 +78,21 @@ class Ancestral(Algorithm):
 
 
 @dataclass(frozen=True)
-class SpeculativeJacobi(Algorithm):
-    """SJD (arXiv 2410.01699) and its exact couplings (SCD, 2510.24211): no draft model, exact."""
+class Windows(Algorithm):
+    """What judges windows of drafts, which begin as `init` says, in the loop of SJD; a subclass gives the rules."""
 
     window: int = 16
     init: Init = "random"
-    coupling: CouplingName = "none"
 
     def __post_init__(self) -> None:
-        _check_window(self.window, self.init)
-        if self.coupling not in COUPLINGS:
-            raise UserError(f"coupling {self.coupling!r} does not exist; there are {', '.join(COUPLINGS)}")
+        if not 1 <= self.window <= LARGEST_WINDOW:
+            raise UserError(f"window is {self.window}; it must be in [1, {LARGEST_WINDOW}]")
+        if self.init not in SCHEMES:
+            raise UserError(f"initial drafts {self.init!r} do not exist; there are {', '.join(SCHEMES)}")
+
+    @abstractmethod
+    def rules(self, generator: Generator) -> Rules:
+        """When a draft is accepted, and what becomes of those behind a rejection."""
 
     def __call__(
         self,
@@ -100,50 +104,50 @@ class SpeculativeJacobi(Algorithm):
         recorder: Recorder | None = None,
     ) -> Tensor:
         check_in_order(generator)
-        rules = Rules(self.window, self.init, coupling=COUPLINGS[self.coupling])
+        rules = self.rules(generator)
         return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
 
 
 @dataclass(frozen=True)
-class ReusingJacobi(Algorithm):
+class SpeculativeJacobi(Windows):
+    """SJD (arXiv 2410.01699) and its exact couplings (SCD, 2510.24211): no draft model, exact."""
+
+    coupling: CouplingName = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coupling not in COUPLINGS:
+            raise UserError(f"coupling {self.coupling!r} does not exist; there are {', '.join(COUPLINGS)}")
+
+    def rules(self, generator: Generator) -> Rules:
+        return Rules(self.window, self.init, coupling=COUPLINGS[self.coupling])
+
+
+@dataclass(frozen=True)
+class ReusingJacobi(Windows):
     """SJD++ (arXiv 2512.07503): drafts behind a rejection stay where p / q exceeds `threshold`. Approximate."""
 
-    window: int = 16
-    init: Init = "random"
     threshold: float = 0.5
 
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_window(self.window, self.init)
+        super().__post_init__()
         if self.threshold < 0:
             raise UserError(f"threshold is {self.threshold}; it must be at least 0")
 
-    def __call__(
-        self,
-        generator: Generator,
-        condition: Condition,
-        sampler: Any,
-        noise: Noise,
-        guidance: Guidance,
-        recorder: Recorder | None = None,
-    ) -> Tensor:
-        check_in_order(generator)
-        rules = Rules(self.window, self.init, coupling=Reuse(self.threshold))
-        return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
+    def rules(self, generator: Generator) -> Rules:
+        return Rules(self.window, self.init, coupling=Reuse(self.threshold))
 
 
 @dataclass(frozen=True)
-class GroupedJacobi(Algorithm):
+class GroupedJacobi(SpeculativeJacobi):
     """GSD (arXiv 2508.07747): SJD that accepts by the mass of clusters of similar tokens. Approximate.
 
     The published `d_threshold` 0.5 fits Chameleon's embeddings: for other models give `d_quantile`, the share of pairs
     of codes that pass for near, which replaces it. `d_threshold` None switches the distance filter off.
     """
 
-    window: int = 16
-    init: Init = "random"
-    coupling: CouplingName = "none"
     group_size: int = 14
     p_threshold: float = 0.15
     d_threshold: float | None = 0.5
@@ -153,7 +157,7 @@ class GroupedJacobi(Algorithm):
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        SpeculativeJacobi(self.window, self.init, self.coupling)
+        super().__post_init__()
         if self.group_size < 1 or self.p_threshold <= 0:
             raise UserError(
                 f"group_size is {self.group_size} and p_threshold {self.p_threshold}; both must be positive"
@@ -175,18 +179,8 @@ class GroupedJacobi(Algorithm):
             threshold = threshold if self.d_quantile is None else distance_quantile(table, self.d_quantile)
         return GroupedRatio(self.group_size, self.p_threshold, threshold, table, self.exact_official)
 
-    def __call__(
-        self,
-        generator: Generator,
-        condition: Condition,
-        sampler: Any,
-        noise: Noise,
-        guidance: Guidance,
-        recorder: Recorder | None = None,
-    ) -> Tensor:
-        check_in_order(generator)
-        rules = Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])
-        return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
+    def rules(self, generator: Generator) -> Rules:
+        return Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])
 
 
 @dataclass(frozen=True)
@@ -271,13 +265,6 @@ def check_in_order(generator: Generator) -> None:
     """Raise UserError for a generator that cannot judge several drafts in one evaluation."""
     if isinstance(generator, MaskedGenerator):
         raise UserError(f"{type(generator).__name__} does not predict in order, so drafts gain nothing: use maskgit")
-
-
-def _check_window(window: int, init: str) -> None:
-    if not 1 <= window <= LARGEST_WINDOW:
-        raise UserError(f"window is {window}; it must be in [1, {LARGEST_WINDOW}]")
-    if init not in SCHEMES:
-        raise UserError(f"initial drafts {init!r} do not exist; there are {', '.join(SCHEMES)}")
 
 
 ALGORITHMS: dict[str, type[Algorithm]] = {

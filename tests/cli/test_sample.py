@@ -86,7 +86,7 @@ def test_the_same_set_in_other_batches(model: tuple[str, ImageGenerator], tmp_pa
         (["--algorithm", "magic"], "decoding algorithm 'magic' does not exist"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--batch-size", "0"], "batch size is 0"),
-        (["--sed", "3"], "did you mean seed"),
+        (["--sed", "3"], "did you mean 'seed'"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
