@@ -87,9 +87,22 @@ def import_model(
         raise UserError(f"there is no importer for {system!r}; there are {', '.join(sorted(SYSTEMS))}")
     official, state = SYSTEMS[system], read_official(file, key)
     options = replace(options or ImportOptions(), file=file)
+    try:
+        return _import(official, state, tokenizer, options)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:  # sizes that no model can have
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the tensors of {file} have other shapes than those of a {system} checkpoint ({reason})"
+        ) from error
+
+
+def _import(
+    official: Official, state: Mapping[str, Tensor], tokenizer: str | None, options: ImportOptions
+) -> Tokenizer | ImageGenerator:
     if not official.holds_generator(state):
         return _import_tokenizer(official, state, options)
     if tokenizer is None:
+        file = options.file
         raise UserError(f"{file} is a generator: give its tokenizer (an export or the official file) as --tokenizer")
     assert official.generator is not None
     return _function(official.generator)(state, _tokenizer(official, tokenizer, options), options)
