@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from tessellar.data.fashion_mnist import FashionMNIST
 from tessellar.errors import UserError
@@ -172,19 +173,37 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def family(result: dict[str, Any]) -> str:
+    """The algorithm with its coupling: a colour of the plot."""
+    sampling = result["sampling"]
+    coupling = sampling.get("algorithm_coupling", "none")
+    return sampling["algorithm"] + (f", {coupling} coupling" if coupling != "none" else "")
+
+
+def mark(result: dict[str, Any]) -> str:
+    """What tells the rows of a family apart: window, first drafts, group size and thresholds."""
+    words = result["name"].split()[1:]
+    return " ".join(word for word in words if word not in COUPLINGS)
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Evaluations an image against FD, mean and spread over the seeds, a colour a family."""
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(10, 6))
     axes = figure.subplots()
-    for family in dict.fromkeys(r["name"].split()[0] for r in results):
-        chosen = [r for r in results if r["name"].split()[0] == family and fd_of(r)]
+    measured = [r for r in results if fd_of(r)]
+    for name in dict.fromkeys(map(family, measured)):
+        chosen = [r for r in measured if family(r) == name]
         x = [mean(s["evaluations_per_image"] for s in r["seeds"]) for r in chosen]
         y, spread = [mean(fd_of(r)) for r in chosen], [stdev(fd_of(r)) if len(fd_of(r)) > 1 else 0 for r in chosen]
-        axes.errorbar(x, y, yerr=spread, fmt="o", label=family, capsize=2)
+        axes.errorbar(x, y, yerr=spread, fmt="o", label=name, capsize=2, elinewidth=0.6, markersize=4)
         for a, b, result in zip(x, y, chosen, strict=True):
-            axes.annotate(result["name"].removeprefix(family), (a, b), fontsize=6)
+            axes.annotate(mark(result), (a, b), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
+    axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.set_xlabel("network evaluations an image")
-    axes.set_ylabel(next(name for r in results for s in r["seeds"] for name in s["metrics"] if name.startswith("F")))
+    axes.set_ylabel(next(name for r in measured for s in r["seeds"] for name in s["metrics"] if name.startswith("F")))
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
