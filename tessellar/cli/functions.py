@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli
 
+from tessellar.cli.mistakes import explain
 from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 
@@ -51,7 +52,7 @@ class FunctionParser(ArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_shorten(message) + _nearest(message, _option_names(self))) from ex
+        raise UserError(_plain(message, _option_names(self))) from ex
 
 
 def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
@@ -112,22 +113,15 @@ def _gather(function: Function, hints: Mapping[str, Any], positionals: list[str]
     return [*positionals[:single], json.dumps(positionals[single:])]
 
 
-def _shorten(message: str) -> str:
-    """One line without Python's spelling of types."""
+def _plain(message: str, names: Sequence[str]) -> str:
+    """What a parser says, in one line; `names` are its options and commands."""
+    if message.startswith("Parser key"):
+        return f"--{explain(message, names, (), ())}"
+    if message.startswith("unrecognized arguments: --"):
+        return explain(message, names, (), ())
     text = " ".join(message.split())
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = re.sub(
-        r'Parser key "([\w.]+)": ?(?:Expected an? )?(.*?)\. Got value: (.*)', r"--\1: expected \2, not \3", text
-    )
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return re.sub(r'Parser key "([\w.]+)":', r"--\1:", text)
-
-
-def _nearest(message: str, names: Sequence[str]) -> str:
-    """A hint where the message complains of a name that resembles a valid one."""
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)|invalid choice: '([\w.]+)'", message)
-    wrong = (unknown[1] or unknown[2]) if unknown else ""
-    return nearest(wrong, names, listed=0) if wrong else ""
+    choice = re.search(r"invalid choice: '([\w.]+)'", text)
+    return text + (nearest(choice[1], names, listed=0) if choice else "")
 
 
 def _option_names(parser: ArgumentParser) -> list[str]:

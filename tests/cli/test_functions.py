@@ -1,6 +1,7 @@
 """Commands from functions: shell habits, and one line for every mistake."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -28,7 +29,14 @@ def many(folders: list[str], case: list[str] | None = None, json: bool = False) 
     return folders, case, json
 
 
-COMMANDS = {"single": single, "many": many}
+def choose(
+    which: Literal["one", "two"] = "one", several: list[Literal["one", "two"]] | None = None, count: int | None = None
+) -> tuple:
+    """Choose."""
+    return which, several, count
+
+
+COMMANDS = {"single": single, "many": many, "choose": choose}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +69,15 @@ def test_paths_behind_a_list_option_are_positional(tmp_path) -> None:
     [
         ("single", "model"),
         ("single m --per-clas 3", "did you mean 'per_class'"),
-        ("single m --inner.scal 3", "did you mean 'inner.scale'"),
-        ("single m --per-class x", "--per_class: expected int, not x"),
+        ("single m --inner.scal 3", "no option 'inner.scal'; did you mean 'scale'"),
+        ("single m --per-class x", "--per_class: expected int, not 'x'"),
         ("single m extra", "extra"),
         ("singel m", "did you mean 'single'"),
-        ("", "single,many"),
+        ("", "single,many,choose"),
         ("many", "folders"),
+        ("choose --which on", "--which: expected 'one' or 'two', not 'on'; did you mean 'one'"),
+        ("choose --several one four", "--several: expected 'one' or 'two', not 'four'"),
+        ("choose --count x", "--count: expected int, not 'x'"),
     ],
 )
 def test_mistakes_are_one_line(words: str, message: str) -> None:
