@@ -187,7 +187,7 @@ def mark(result: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Evaluations an image against FD, mean and spread over the seeds, a colour a family."""
+    """Evaluations an image against FD, mean and spread over the seeds, a colour a family; its best rows are named."""
     figure = Figure(figsize=(10, 6))
     axes = figure.subplots()
     measured = [r for r in results if fd_of(r)]
@@ -195,9 +195,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         chosen = [r for r in measured if family(r) == name]
         x = [mean(s["evaluations_per_image"] for s in r["seeds"]) for r in chosen]
         y, spread = [mean(fd_of(r)) for r in chosen], [stdev(fd_of(r)) if len(fd_of(r)) > 1 else 0 for r in chosen]
-        axes.errorbar(x, y, yerr=spread, fmt="o", label=name, capsize=2, elinewidth=0.6, markersize=4)
+        (color,) = {line.get_color() for line in axes.plot(x, y, "o", label=name, markersize=4)}
+        axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.4)
         for a, b, result in zip(x, y, chosen, strict=True):
-            axes.annotate(mark(result), (a, b), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            if not any(c <= a and d < b for c, d in zip(x, y, strict=True)):
+                place = {"xytext": (-3, -8), "textcoords": "offset points"}
+                axes.annotate(mark(result), (a, b), color=color, fontsize=6, **place)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
