@@ -25,6 +25,8 @@ class LlamaGen(LlamaGenerator):
     UserError for a layout that is not categorical or has several vocabularies.
     """
 
+    output: nn.Linear
+
     def __init__(
         self,
         layout: Layout,
