@@ -6,7 +6,7 @@
 # on shapes of another seed than the ones trained on here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # spinning threads lose most of their time where cores are shared
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"  # threads that spin for long lose most of their time on shared cores
 rm -rf runs/demo-tokenizer runs/demo-generator outputs/demo
 
 python train.py --config configs/demo/tokenizer.yaml --name demo-tokenizer
