@@ -4,8 +4,8 @@
 
 A draft of token i was drawn while the k tokens before it were drafts too. Here those k tokens of a sample are drawn
 anew, and the law of token i before and after is compared: its overlap, the sum over codes of min(p, p'), is the largest
-probability with which any exact rule can keep a draft of p' as a draw of p (Leviathan et al., arXiv 2211.17192, lemma
-3.3). Means over images and places, and the entropy of the laws beside them, which by itself limits nothing.
+probability with which any exact rule can keep a draft of p' as a draw of p (arXiv 2211.17192). Means over images and
+places, and the entropy of the laws beside them, which by itself limits nothing.
 """
 
 import argparse
