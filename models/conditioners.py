@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tessellar import distributed
-from tessellar.construct import Configured
+from tessellar.construct import Configured, from_a_file
 from tessellar.errors import UserError
 from tessellar.models.condition import Condition
 from tessellar.text import BPE, FIRST_PAIR, FeatureCache, FrozenEncoder, bpe_of, pad_left, train_bpe
 
 UNTRAINED = -1
+TEXT_CACHE = "runs/.cache/text"
 
 
 class Conditioner(Configured, nn.Module, ABC):
@@ -111,11 +112,15 @@ class CaptionConditioner(TextConditioner):
 class EncoderConditioner(TextConditioner):
     """Features [B, length, F] of a frozen T5 or CLIP (a local folder or hub id), left-padded; kept in `cache`.
 
-    The encoder is no part of checkpoints: it is read again from `source`.
+    The encoder is no part of checkpoints: it is read again from `source`, which is the one thing that an export reaches
+    outside of itself (at the first prompt, as tensors, never as code). `cache` is the user's own: from an export's
+    config the default is taken.
     """
 
-    def __init__(self, source: str, length: int = 120, cache: str | None = "runs/.cache/text") -> None:
+    def __init__(self, source: str, length: int = 120, cache: str | None = TEXT_CACHE) -> None:
         super().__init__()
+        if from_a_file():
+            cache = TEXT_CACHE
         self.length = length
         self.features = FeatureCache(FrozenEncoder(source, length), cache)
         self.register_buffer("place", torch.zeros(0), persistent=False)  # where features go

@@ -6,6 +6,7 @@ is a table of pairs of ids [M, 2] and nothing else: id 0 begins a text, 1 .. 256
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 
+log = logging.getLogger(__name__)
 BOS, BYTES = 0, 256
 FIRST_PAIR = 1 + BYTES
 
@@ -120,9 +122,11 @@ class FrozenEncoder:
     def _load(self, device: torch.device) -> tuple[Any, Any]:
         if self._loaded is None:
             library = require("transformers")
+            log.info("texts are read by %s", self.source)
             try:
-                config = library.AutoConfig.from_pretrained(self.source)
-                tokenizer = library.AutoTokenizer.from_pretrained(self.source)
+                # Without the argument transformers asks the user whether to run code that came with the encoder.
+                config = library.AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+                tokenizer = library.AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
                 kind = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
                 if config.model_type not in kind:
                     raise UserError(f"{self.source} is a {config.model_type}; T5 and CLIP text models can be read")

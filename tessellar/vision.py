@@ -12,22 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import timm
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.construct import Configured, LossOnly, describe
+from tessellar.construct import Configured, LossOnly, describe, refuse_outside
 from tessellar.errors import UserError
 from tessellar.evaluation.extractors import refuse_evaluator
 from tessellar.evaluation.network_facts import KEY, NetworkFacts
 from tessellar.interop.importer import unwrap
 from tessellar.interop.weights import load_strict, read_pickle, read_safetensors, require_file
 from tessellar.layers.precision import at_least_float32
+from tessellar.timm_networks import Options, check_network, create_network
 
 DOWNLOAD = "download"
-Options = dict[str, int | float | bool | str]
 
 
 class VisionFeatures(NamedTuple):
@@ -68,12 +67,15 @@ class VisionModel(Configured, nn.Module):
         label: str | None = None,
     ) -> None:
         super().__init__()
+        if weights is not None:
+            refuse_outside(f"weights of a vision model, {weights}")
         downloads = weights == DOWNLOAD
         file = None if weights is None or downloads or (_on_meta() and name) else read_weights(weights)
         facts = file.facts if file else None
         self.name = _one_name(name, facts, weights)
         self.label = label or (facts.name if facts else self.name)
         self.options = {**(facts.options if facts else {}), **options}
+        check_network(self.name, self.options)
         self.network = _create(self.name, image_size, self.options, downloads)
         given = (image_size, image_size) if image_size else facts and facts.image_size
         self.input_size = given or _input_size(self.network)
@@ -273,11 +275,11 @@ def _one_name(name: str | None, facts: NetworkFacts | None, weights: str | None)
 
 def _create(name: str, image_size: int | None, options: Options, download: bool) -> nn.Module:
     """The network without a classifier; raises UserError where timm cannot make or download it."""
-    sized = {**options, "img_size": image_size} if image_size else options
+    sized: Options = {**options, "img_size": image_size} if image_size else options
     for arguments in (sized, options):  # convolutional networks take no img_size
         try:
             with torch.random.fork_rng(devices=[]):  # a run with a teacher draws the same numbers as one without
-                return timm.create_model(name, pretrained=download, num_classes=0, **arguments)  # type: ignore[arg-type]
+                return create_network(name, arguments, num_classes=0, download=download)
         except TypeError as error:
             reason: Exception = error
         except Exception as error:  # timm and its hub client raise many kinds, also for a network that is not reached

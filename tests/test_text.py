@@ -122,9 +122,9 @@ class Encoder:
 
     def __init__(self) -> None:
         self.read: list[str] = []
-        self.AutoConfig = SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(model_type="t5"))
-        self.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: self.tokenize)
-        self.T5EncoderModel = SimpleNamespace(from_pretrained=lambda _: Lengths())
+        self.AutoConfig = SimpleNamespace(from_pretrained=lambda _, **__: SimpleNamespace(model_type="t5"))
+        self.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _, **__: self.tokenize)
+        self.T5EncoderModel = SimpleNamespace(from_pretrained=lambda _, **__: Lengths())
 
     def tokenize(self, texts: list[str], max_length: int, **_: object) -> "Encoded":
         self.read += texts
@@ -163,7 +163,7 @@ def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_unknown_encoder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Encoder()
-    library.AutoConfig = SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(model_type="bert"))
+    library.AutoConfig = SimpleNamespace(from_pretrained=lambda _, **__: SimpleNamespace(model_type="bert"))
     monkeypatch.setattr("tessellar.text.require", lambda _: library)
     with pytest.raises(UserError, match="a/b is a bert; T5 and CLIP"):
         EncoderConditioner("a/b", 4, None).of_texts(["x"])

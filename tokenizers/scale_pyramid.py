@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from tessellar.construct import refuse_outside
 from tessellar.errors import UserError
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.layout import Layout, Segment
@@ -35,6 +36,7 @@ class ScalePyramid(Tokenizer):
         if isinstance(tokenizer, str):
             from tessellar.interop.load import load_tokenizer
 
+            refuse_outside(f"the tokenizer of a scale pyramid, {tokenizer}")
             tokenizer = load_tokenizer(tokenizer)
             self._config["tokenizer"] = tokenizer.config  # an export holds the tokenizer, not where it was
         grid = tokenizer.layout.grid

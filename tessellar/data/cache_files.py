@@ -48,7 +48,7 @@ class Header:
 
     @cached_property
     def token_layout(self) -> Layout:
-        layout = build(self.layout)
+        layout = build(self.layout, Layout)
         if not isinstance(layout, Layout):
             raise ValueError(f"the layout is a {type(layout).__name__}")
         return layout

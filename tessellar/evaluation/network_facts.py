@@ -16,9 +16,9 @@ KEY = "tessellar.evaluator"
 class NetworkFacts:
     """A timm network and its input.
 
-    `arch` and `options` go to `timm.create_model`; images are brought to `image_size` by `resize` ("none": they must
-    have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came about,
-    `purpose` whether it measures or teaches: never both.
+    `arch` and `options` are a network of `tessellar.timm_networks`; images are brought to `image_size` by `resize`
+    ("none": they must have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came
+    about, `purpose` whether it measures or teaches: never both.
     """
 
     name: str

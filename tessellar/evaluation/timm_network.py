@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import timm
 import torch
 from torch import Tensor
 
@@ -11,12 +10,13 @@ from tessellar.evaluation.extractors import Extractor, Features
 from tessellar.evaluation.network_facts import NetworkFacts
 from tessellar.evaluation.resize import RESIZERS
 from tessellar.interop.weights import load_strict
+from tessellar.timm_networks import create_network
 
 
-def create_network(facts: NetworkFacts) -> torch.nn.Module:
+def network_of(facts: NetworkFacts) -> torch.nn.Module:
     """The timm network with random weights; raises UserError where timm does not know it or its options."""
     try:
-        return timm.create_model(facts.arch, pretrained=False, num_classes=facts.num_classes, **facts.options)  # type: ignore
+        return create_network(facts.arch, facts.options, num_classes=facts.num_classes)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"timm cannot make {facts.arch!r} with options {facts.options}: {error}") from error
 
@@ -30,7 +30,7 @@ class TimmNetwork(Extractor):
         self.name, self.resize, self.sha256 = facts.name, facts.resize, sha256
         self.num_classes = facts.num_classes
         with torch.random.fork_rng(devices=[]):  # a run that measures draws the same numbers as one that does not
-            network = create_network(facts)
+            network = network_of(facts)
         load_strict(network, state, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation.network_facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.evaluation.sources import DatasetImages
-from tessellar.evaluation.timm_network import TimmNetwork, create_network
+from tessellar.evaluation.timm_network import TimmNetwork, network_of
 
 SMALL = 64  # below this side, ResNets keep a higher resolution
 
@@ -41,7 +41,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A timm network; `options` go to `timm.create_model` (ResNets of small images get output_stride 8)."""
+    """A timm network; `options` are timm's (ResNets of small images get output_stride 8)."""
 
     arch: str = "resnet10t"
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ def train_extractor(
     facts = _facts(data, architecture)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        network = create_network(facts).to(device)
+        network = network_of(facts).to(device)
         average = _fit(network, data, recipe)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
     accuracy = _accuracy(TimmNetwork(facts, state, "", str(out)).to(device), data)

@@ -55,12 +55,12 @@ class Source:
 
     def build(self, part: str) -> Any:
         """One part, rebuilt from its config and filled with its tensors; raises UserError where they do not fit."""
+        expected = TYPES.get(part, nn.Module)
         try:
             with _NoInitialisation():
-                module = build(self.description[part])
+                module = build(self.description[part], expected, f"{self.where}: the {part}")
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.where}: the {part} cannot be built from its config ({error})") from error
-        expected = TYPES.get(part, nn.Module)
         if not isinstance(module, expected):
             raise UserError(f"{self.where}: {type(module).__name__} is not a {part}")
         load_strict(module, self.state(part), f"{self.where} ({part})")

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from tessellar.evaluation.extractors import Extractor, load_extractor
 from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.evaluation.timm_network import create_network
+from tessellar.evaluation.timm_network import network_of
 
 TINY = NetworkFacts(
     name="tiny",
@@ -68,7 +68,7 @@ def seed() -> None:
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-describing extractor file with random weights."""
     torch.manual_seed(0)
-    network = create_network(TINY).eval()
+    network = network_of(TINY).eval()
     path = tmp_path_factory.mktemp("extractor") / "tiny.safetensors"
     save_file(network.state_dict(), path, metadata=TINY.to_metadata())
     return path

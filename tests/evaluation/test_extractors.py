@@ -12,7 +12,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.evaluation.extractors import Extractor, full_precision, load_extractor, refuse_evaluator, sha256_of
 from tessellar.evaluation.network_facts import PUBLISHED, NetworkFacts
-from tessellar.evaluation.timm_network import TimmNetwork, create_network
+from tessellar.evaluation.timm_network import TimmNetwork, network_of
 
 Images = Callable[..., Tensor]
 
@@ -98,7 +98,7 @@ def test_published_files_are_known_by_their_hash(
 def test_the_published_networks_can_be_made() -> None:
     for facts in PUBLISHED.values():
         with torch.device("meta"):
-            network = create_network(facts)
+            network = network_of(facts)
         assert network.get_classifier().out_features == facts.num_classes  # type: ignore[operator]
 
 
@@ -115,7 +115,7 @@ def test_weights_that_do_not_fit_are_refused(tiny: TimmNetwork, tmp_path: Path) 
     with pytest.raises(UserError, match="1 unknown: other"):
         load_extractor(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="timm cannot make 'resnet9000'"):
-        create_network(replace(tiny.facts, arch="resnet9000"))
+        network_of(replace(tiny.facts, arch="resnet9000"))
     with pytest.raises(UserError, match="does not exist"):
         load_extractor(tmp_path / "y.safetensors")
 

@@ -150,7 +150,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
                 }
             ),
         ),
-        "ClassConditioner is not a tokenizer",
+        "the tokenizer must be a Tokenizer, not tessellar.models.conditioners.ClassConditioner",
     ),
     "unknown argument": (
         lambda f: edit_config(f, lambda c: c["tokenizer"]["init_args"].update(widht=3)),
