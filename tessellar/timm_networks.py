@@ -1,9 +1,9 @@
 """Networks of timm, by name and options: the only door to `timm.create_model`.
 
-Both may come from a file that others wrote (an export, the metadata of an evaluation network or a teacher), and timm
-takes options that open a file, reach the network or unpickle (`checkpoint_path`, `pretrained_cfg`, `cache_dir`, ...) and
-names that do (`hf-hub:...`, `local-dir:...`). So only options that say what a network looks like pass, and only names of
-timm's own list. A user's own config is held to the same: else a run could end in an export that nothing reads.
+Both may come from a file that others wrote: an export, or the metadata of an evaluation network or a teacher. But timm
+takes options that open a file, reach the network or unpickle (`checkpoint_path`, `pretrained_cfg`, `cache_dir`), and
+names that do (`hf-hub:...`, `local-dir:...`). So only options that say what a network looks like pass, and only names
+of timm's own list. A user's own config is held to the same: else a run could end in an export that nothing reads.
 """
 
 import re
