@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,21 @@ TEXT_CACHE = "runs/.cache/text"
 
 
 class Conditioner(Configured, nn.Module, ABC):
-    """Reads what it needs from a batch; `labels` tells whether it is class labels."""
+    """Reads what it needs from a batch.
+
+    `gives` names what its conditions hold, where other conditioners give the same; a generator reads one kind.
+    `meaning` are the constructor arguments that decide what a condition means to a trained generator, `free` those that
+    never matter to it.
+    """
+
+    gives: ClassVar[str] = ""
+    meaning: ClassVar[tuple[str, ...]] = ()
+    free: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether nothing is left to learn from a run's captions."""
+        return True
 
     @abstractmethod
     def forward(self, batch: dict[str, Any]) -> Condition:
@@ -27,6 +41,9 @@ class Conditioner(Configured, nn.Module, ABC):
 
 class ClassConditioner(Conditioner):
     """Class labels in [0, num_classes)."""
+
+    gives = "class ids"
+    meaning = ("num_classes",)
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -47,6 +64,8 @@ class ClassConditioner(Conditioner):
 
 class FeatureConditioner(Conditioner):
     """Caption features [B, P, D] that the data set gives, left-padded, with `valid` [B, P]."""
+
+    gives = "caption features"
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         if "caption_features" not in batch or "caption_valid" not in batch:
@@ -77,6 +96,9 @@ class CaptionConditioner(TextConditioner):
     begins the text.
     """
 
+    gives = "caption tokens"
+    meaning = ("vocab_size", "lowercase")
+
     def __init__(self, vocab_size: int = 1024, length: int = 64, lowercase: bool = True) -> None:
         super().__init__()
         if vocab_size < FIRST_PAIR or length < 2:
@@ -87,8 +109,12 @@ class CaptionConditioner(TextConditioner):
         self.merges: Tensor
         self.trained: Tensor
 
+    @property
+    def is_prepared(self) -> bool:
+        return bool(self.trained)
+
     def prepare(self, captions: Callable[[], list[str]]) -> None:
-        if bool(self.trained):
+        if self.is_prepared:
             return
         learnt = train_bpe(captions(), len(self.merges), self.lowercase) if distributed.rank() == 0 else None
         merges = distributed.broadcast(learnt)
@@ -116,6 +142,9 @@ class EncoderConditioner(TextConditioner):
     outside of itself (at the first prompt, as tensors, never as code). `cache` is the user's own: from an export's
     config the default is taken.
     """
+
+    gives = "caption features"
+    free = ("cache",)
 
     def __init__(self, source: str, length: int = 120, cache: str | None = TEXT_CACHE) -> None:
         super().__init__()

@@ -93,6 +93,14 @@ def checkpoint_tensors(
     return tensors, "ema" if averages else "raw"
 
 
+def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[str, ...]:
+    """What a Lightning checkpoint holds besides its parts, for example `loss.lecam` and `optimizer states`."""
+    prefixes = tuple(prefix for part, prefix in PREFIXES[description["kind"]].items() if part in description)
+    others = [name for name in content["state_dict"] if not name.startswith(prefixes)]
+    modules = sorted({".".join(name.split(".")[:-1][:2]) or name for name in others})
+    return (*modules, "optimizer states") if content.get("optimizer_states") else tuple(modules)
+
+
 def _averages(content: dict[str, Any]) -> dict[str, Tensor]:
     """What the EMA callback saved, names relative to the module that it averages; empty without one."""
     callbacks = content.get("callbacks")

@@ -6,6 +6,7 @@ classes are built only from this package. A checkpoint gives its averaged (EMA) 
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 from tessellar.construct import build
 from tessellar.errors import UserError
 from tessellar.interop.card import Record, record_from
-from tessellar.interop.checkpoint import HEADER_KEY, PARTS, check_config, checkpoint_tensors
+from tessellar.interop.checkpoint import HEADER_KEY, PARTS, check_config, checkpoint_tensors, left_out_of
+from tessellar.interop.differences import differences
 from tessellar.interop.export import CONFIG, WEIGHTS
 from tessellar.interop.hub import fetch, is_hub_id
-from tessellar.interop.weights import listing, load_strict, read_pickle, read_safetensors, require_file
+from tessellar.interop.weights import SHOWN, listing, load_strict, read_pickle, read_safetensors, require_file
 from tessellar.models.conditioners import Conditioner
 from tessellar.models.generator import Generator
 from tessellar.pipeline import ImageGenerator
@@ -39,6 +41,7 @@ class Source:
     description: dict[str, Any]
     tensors: dict[str, Tensor]
     weights: str  # raw, ema, official; empty where the file does not say
+    left_out: tuple[str, ...] = ()  # what a checkpoint holds besides the model: losses, optimizer states
 
     @property
     def kind(self) -> str:
@@ -106,25 +109,106 @@ def assemble(source: Source) -> Tokenizer | ImageGenerator:
 def init_tokenizer(path: str | Path, tokenizer: Tokenizer, discriminator: nn.Module | None = None) -> None:
     """Start fine-tuning: weights at `path` into a tokenizer and, where the file has one, its discriminator.
 
-    A discriminator that the file lacks stays as it was made, which is logged in one line. Raises UserError where sizes
-    differ.
+    A discriminator that the file lacks stays as it was made. That, settings that differ and whatever else the file
+    holds is logged, in one line each. Raises UserError where sizes differ.
     """
     source = read_source(path)
     load_strict(tokenizer, source.state("tokenizer"), f"{source.where} (tokenizer)")
-    if discriminator is None:
-        return
-    if "discriminator" in source.description:
+    _tell_settings(source, "tokenizer", tokenizer.config)
+    taken = ["tokenizer"]
+    if discriminator is not None and "discriminator" in source.description:
         load_strict(discriminator, source.state("discriminator"), f"{source.where} (discriminator)")
-    else:
+        taken.append("discriminator")
+    elif discriminator is not None:
         log.info("%s has no discriminator: training starts with a fresh one", source.where)
+    _tell_left(source, taken)
 
 
-def init_generator(path: str | Path, generator: Generator) -> None:
-    """Start fine-tuning: weights at `path` into a generator; raises UserError where sizes differ."""
+def init_generator(
+    path: str | Path,
+    generator: Generator,
+    conditioner: Conditioner | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Start fine-tuning: weights at `path` into a generator, and what its conditioner has learnt into `conditioner`.
+
+    `tokenizer` is the one whose tokens the run will see: another one than the source's is warned of, as are settings
+    that differ. Raises UserError where sizes differ, and for a conditioner that means other things by its conditions.
+    """
     source = read_source(path)
     if source.kind != "generator":
         raise UserError(f"{path} is a tokenizer; a generator is needed here")
     load_strict(generator, source.state("generator"), f"{source.where} (generator)")
+    _tell_settings(source, "generator", generator.config, besides=("layout",))
+    taken = ["generator"]
+    if conditioner is not None:
+        _init_conditioner(source, conditioner)
+        taken.append("conditioner")
+    if tokenizer is not None:
+        _compare_tokenizer(source, tokenizer)
+        taken.append("tokenizer")  # the run brings its own
+    _tell_left(source, taken)
+
+
+def _init_conditioner(source: Source, conditioner: Conditioner) -> None:
+    """The state of the source's conditioner into this one; raises UserError where they mean different things."""
+    theirs: Conditioner = source.build("conditioner")
+    there, here = type(theirs).__name__, type(conditioner).__name__
+    if there != here and (theirs.gives != conditioner.gives or not theirs.gives):
+        raise UserError(
+            f"the generator of {source.where} reads {theirs.gives or 'conditions'} ({there}); this run gives it "
+            f"{conditioner.gives or 'conditions'} ({here})"
+        )
+    theirs_arguments, arguments = theirs.config["init_args"], conditioner.config["init_args"]
+    for name in theirs.meaning:
+        if name in arguments and theirs_arguments[name] != arguments[name]:
+            raise UserError(
+                f"the conditioner of {source.where} ({there}) has {name} {theirs_arguments[name]}, this run's has "
+                f"{arguments[name]}: its {theirs.gives} would mean other things to the generator"
+            )
+    _tell_settings(source, "conditioner", conditioner.config, besides=(*theirs.meaning, *theirs.free))
+    if theirs.is_prepared:
+        load_strict(conditioner, source.state("conditioner"), f"{source.where} (conditioner)")
+    else:
+        log.warning("the conditioner of %s has learnt nothing yet: this run's captions are learnt", source.where)
+
+
+def _compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Warn, in one line, where a generator goes on with other tokens than it was trained on."""
+    layout = build(source.description["generator"]["init_args"].get("layout"))
+    if layout is not None and layout != tokenizer.layout:
+        log.warning("%s was trained on %s; this run's tokenizer gives %s", source.where, layout, tokenizer.layout)
+    elif not _equal(source.state("tokenizer"), tokenizer.state_dict()):
+        log.warning(
+            "%s was trained on the tokens of another tokenizer than this run's: a token may mean something else here",
+            source.where,
+        )
+    _tell_settings(source, "tokenizer", tokenizer.config)
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether all tensors are the same once they have the precision of `b`."""
+    if a.keys() != b.keys():
+        return False
+    return all(torch.equal(a[name].to(tensor.dtype), tensor.detach().cpu()) for name, tensor in b.items())
+
+
+def _tell_settings(source: Source, part: str, config: dict[str, Any], besides: tuple[str, ...] = ()) -> None:
+    """One line on arguments in which a source's part differs from this run's, `besides` left aside."""
+    theirs = source.description[part]
+    kept = {name: value for name, value in theirs["init_args"].items() if name not in besides}
+    found = differences({**theirs, "init_args": kept}, config, part)
+    if found:
+        rest = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        log.warning("%s has other settings: %s%s", source.where, "; ".join(found[:SHOWN]), rest)
+
+
+def _tell_left(source: Source, taken: list[str]) -> None:
+    """One line on what a source holds and fine-tuning does not take."""
+    left = [part for part in PARTS if part in source.description and part not in taken]
+    left += source.left_out
+    if left:
+        log.info("%s: %s taken, not its %s", source.where, " and ".join(taken), ", ".join(left))
 
 
 def read_source(path: str | Path, *, raw: bool = False) -> Source:
@@ -182,7 +266,7 @@ def _read_checkpoint(path: Path, raw: bool) -> Source:
     tensors, weights = checkpoint_tensors(content, description, raw, str(path))
     steps = content.get("global_step")
     record = {"weights": weights, "steps": steps} if isinstance(steps, int) else {"weights": weights}
-    return Source(str(path), {**description, "record": record}, tensors, weights)
+    return Source(str(path), {**description, "record": record}, tensors, weights, left_out_of(content, description))
 
 
 def _description(text: Any, path: Path) -> dict[str, Any]:

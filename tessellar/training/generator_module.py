@@ -43,7 +43,8 @@ class GeneratorModule(TrainingModule):
     Its conditioner is the generator's own choice unless one is given.
 
     A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32. `checkpointing` trades
-    compute for memory, `compile_blocks` compiles each block on its own. A generator trained by teacher forcing may read
+    compute for memory, `compile_blocks` compiles each block on its own. `init_from` starts from the generator and the
+    conditioner of an export or checkpoint. A generator trained by teacher forcing may read
     a noisy context (`context_noise`) and also learn code vectors (`recovery`), in training alone; together: reAR.
     """
 
@@ -73,14 +74,15 @@ class GeneratorModule(TrainingModule):
         if context_noise is not None:
             require_teacher_forcing(made, "context_noise")
         if init_from is not None:
-            init_generator(init_from, self.model.generator)
+            init_generator(init_from, made, self.model.conditioner, loaded)
         if checkpointing:
             checkpoint_activations(made)
         if compile_blocks:
             compile_each_block(made)
 
     def setup(self, stage: str) -> None:
-        """A conditioner that learns from captions reads those of the training set; a checkpoint's replaces it later."""
+        """A conditioner that learns from captions reads those of the training set, unless it came with `init_from`; a
+        checkpoint's replaces it later."""
         conditioner, data = self.model.conditioner, getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(conditioner, TextConditioner) and isinstance(data, ImageDataModule):
             conditioner.prepare(lambda: training_captions(data.train_dataset()))
