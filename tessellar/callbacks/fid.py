@@ -109,7 +109,10 @@ class FID(L.Callback):
         data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
         if isinstance(model, ImageGenerator):
             captions = data.val_dataset() if data else None
-            return GeneratedImages(model, self.num_samples, self.sampling, self.seed, captions, self.precision)
+            names = data.class_names if data else ()
+            return GeneratedImages(
+                model, self.num_samples, self.sampling, self.seed, captions, self.precision, class_names=names
+            )
         return Reconstructions(pl_module.tokenizer, self._images(trainer, "val", self.num_samples))
 
     def _make_reference(self, trainer: L.Trainer, pl_module: Any, extractor: Extractor) -> Reference:

@@ -13,6 +13,7 @@ from tessellar.cli.functions import run_functions
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
+from tessellar.evaluation.class_match import match_classes
 from tessellar.evaluation.extractors import Extractor
 from tessellar.evaluation.generation import GeneratedImages, Reconstructions
 from tessellar.evaluation.network_facts import NetworkFacts
@@ -128,9 +129,10 @@ def model(
         metrics = metrics or (measures if protocol == "free" else None)
     else:
         sampling = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion)
-        source = _generated(loaded, count, sampling, seed, precision, data, facts)
+        generated = _generated(loaded, count, sampling, seed, precision, data, facts)
+        source = generated
         against = measurement.reference(reference or "train", data)
-        metrics = metrics or (_free_metrics(loaded, measurement.extractor) if protocol == "free" else None)
+        metrics = metrics or (_free_metrics(generated, measurement.extractor) if protocol == "free" else None)
     measurement.report(source, against, metrics, out, lpips_weights)
 
 
@@ -146,13 +148,21 @@ def _generated(
     if not count:
         raise UserError("say how many samples: --count N, or a --protocol that fixes it")
     captions = data.val_dataset() if data else None
-    return GeneratedImages(model, count, sampling, seed, captions, precision, facts)
+    names = data.class_names if data else ()
+    return GeneratedImages(model, count, sampling, seed, captions, precision, facts, class_names=names)
 
 
-def _free_metrics(model: ImageGenerator, extractor: Extractor) -> list[Metric]:
-    """The distance, and class accuracy where the network knows as many classes as the generator."""
-    same = getattr(model.conditioner, "num_classes", None) == extractor.num_classes
-    return ["fd", "accuracy"] if same else ["fd"]
+def _free_metrics(source: GeneratedImages, extractor: Extractor) -> list[Metric]:
+    """The distance, and class accuracy where the network knows the generator's classes."""
+    classes = getattr(source.model.conditioner, "num_classes", None)
+    bare = not source.class_names or not extractor.class_names
+    if classes is None or (bare and classes != extractor.num_classes):
+        return ["fd"]
+    try:
+        match_classes(source, extractor)
+    except UserError:
+        return ["fd"]
+    return ["fd", "accuracy"]
 
 
 COMMANDS = {

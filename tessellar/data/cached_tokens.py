@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from tessellar.data.batch import TokenBatch
 from tessellar.data.cache_files import CAPTIONS, ENDS, LABELS, TOKENS, Header, open_array, read_header
+from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.randomness import derive, uniforms
@@ -169,6 +170,12 @@ class CachedTokensData(ImageDataModule):
         if self.images is None:
             raise UserError(
                 f"{self.root} holds tokens, not images: name the images too (data.images), or use statistics"
+            )
+        theirs = self.images.class_names
+        if tuple(theirs) != self.class_names:
+            raise UserError(
+                f"{self.root} was encoded with the classes {shown(self.class_names)}; data.images has {shown(theirs)}: "
+                "name the images that were encoded, or encode them again"
             )
         return self.images
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tessellar.data.classes import order_classes
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Crop, Framing
@@ -59,7 +60,7 @@ def classes_of(table: Any, column: str | None, name: str) -> tuple[Tensor, tuple
         return torch.zeros(len(table), dtype=torch.int64), (name,)
     values = list(table.select_columns([column])[:][column])
     if values and all(isinstance(value, str) for value in values):
-        names = tuple(sorted(set(values)))
+        names = order_classes(values, name)
         places = {value: place for place, value in enumerate(names)}
         return torch.tensor([places[value] for value in values]), names
     whole = [isinstance(value, int) and not isinstance(value, bool) for value in values]

@@ -1,4 +1,4 @@
-"""ImageFolder: images in one sub-folder a class (sorted by name), or all in one folder, which then is the only class.
+"""ImageFolder: images in one sub-folder a class (in the order of `classes.py`), or all in one folder, the only class.
 
 Crops, augmentation and corrupt images are `pictures.py`'s.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from tessellar.data.classes import order_classes
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import EXTENSIONS, read_image
@@ -36,7 +37,8 @@ def list_folder(root: str | Path) -> Listing:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; it should hold images, or one sub-folder of images for each class")
     flat = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    classes = order_classes(folders, str(root))
     if flat and classes:
         raise UserError(
             f"{root} holds images ({flat[0]}) and folders ({classes[0]}): move the images into class folders"
@@ -48,7 +50,7 @@ def list_folder(root: str | Path) -> Listing:
         empty = root if not classes else root / classes[[bool(f) for f in files].index(False)]
         raise UserError(f"{empty} holds no image ({', '.join(EXTENSIONS)})")
     labels = tuple(label for label, group in enumerate(files) for _ in group)
-    return Listing(tuple(file for group in files for file in group), labels, tuple(classes))
+    return Listing(tuple(file for group in files for file in group), labels, classes)
 
 
 def _images_below(root: Path, name: str) -> list[str]:

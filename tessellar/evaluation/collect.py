@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from tessellar.distributed import all_reduce_sum, gather_rows, own_share, rank
 from tessellar.errors import UserError
+from tessellar.evaluation.class_match import classes_of
 from tessellar.evaluation.extractors import Extractor, Features
 from tessellar.evaluation.inception_score import InceptionScore, ScoreSums, SplitRule
 from tessellar.evaluation.paired import PairedScores, PairedSums
@@ -31,7 +32,7 @@ class Needs:
     spatial: bool = False
     score: SplitRule | None = None
     keep: int = 0
-    accuracy: bool = False
+    classes: Tensor | None = None  # the network's class of each label, for the accuracy
     paired: bool = False
     lpips: nn.Module | None = None
 
@@ -77,8 +78,9 @@ class Collector:
         if self.needs.keep:
             rows = torch.isin(batch.index, self.keep)
             self.kept.append((features.features.cpu()[rows], batch.index[rows]))
-        if self.needs.accuracy and batch.labels is not None:
-            found = features.logits.argmax(dim=1).cpu() == batch.labels.cpu()
+        if self.needs.classes is not None and batch.labels is not None:
+            wanted = classes_of(batch.labels.cpu(), self.needs.classes)
+            found = features.logits.argmax(dim=1).cpu() == wanted
             self.hits += torch.tensor([int(found.sum()), len(found)])
         if self.paired is not None and batch.originals is not None:
             self.paired.update(batch.images, batch.originals)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tessellar.evaluation.class_match import ClassMatch, match_classes, other_classes
 from tessellar.evaluation.collect import Collected, collect
 from tessellar.evaluation.extractors import Extractor
 from tessellar.evaluation.metrics import VERSIONS, check_metrics, measure, needs_of
@@ -38,7 +39,8 @@ def evaluate_samples(
     if reference is not None:
         reference.check(extractor)
     check_metrics(metrics, extractor, reference, source.has_originals)
-    needs = needs_of(metrics, protocol.is_splits, lpips_weights)
+    match = match_classes(source, extractor) if "accuracy" in metrics else ClassMatch()
+    needs = needs_of(metrics, protocol.is_splits, lpips_weights, classes=match.ids)
     collected = collect(source.batches(batch_size), source.count, extractor, needs, batch_size)
     values = measure(collected, reference, extractor, metrics)
     return make_record(
@@ -46,7 +48,7 @@ def evaluate_samples(
         comparable=_comparable(source, extractor, reference, protocol),
         samples={**source.describe(), "hash": collected.image_hash},
         reference=reference.describe() if reference else None,
-        warnings=[*unsure, *_warnings(collected, source, extractor, reference)],
+        warnings=[*unsure, *match.warnings, *_warnings(collected, source, extractor, reference)],
         seconds=time.perf_counter() - started,
     )
 
@@ -69,7 +71,9 @@ def _comparable(
 def _warnings(
     collected: Collected, source: ImageSource, extractor: Extractor, reference: Reference | None
 ) -> list[str]:
-    found = [*source.warnings, *(reference.warnings if reference else ())]
+    found = [*source.warnings]
+    if reference is not None:
+        found += [*reference.warnings, *other_classes(source, reference.name, reference.class_names)]
     if collected.duplicates:
         found.append(f"{collected.duplicates} of {collected.count} samples are bit-identical to another one")
     if collected.count <= extractor.dim:

@@ -34,6 +34,7 @@ class Extractor(nn.Module, ABC):
     sha256: str
     dim: int
     num_classes: int
+    class_names: tuple[str, ...] = ()  # empty where they are not known
     resize: str
     spatial_dim: int | None = None
 

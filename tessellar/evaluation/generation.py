@@ -4,7 +4,7 @@ Sample i has seed `seed + i` and, class-conditional, label i mod C, whatever the
 the same set. Nothing is written to disk and no float image is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ from tessellar.tokenizers.base import Tokenizer
 
 
 class GeneratedImages(ImageSource):
-    """`count` samples; without classes, sample i follows the caption of item i of `data` (again from 0 at its end)."""
+    """`count` samples; without classes, sample i follows the caption of item i of `data` (again from 0 at its end).
+
+    `class_names` are those of the model's classes, where they are known.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class GeneratedImages(ImageSource):
         data: ImageDataset | None = None,
         precision: str = "float32",
         facts: dict[str, Any] | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         self.model, self.count, self.sampling, self.seed, self.precision = model, count, sampling, seed, precision
         self.name, self.facts = "samples", facts or {}
@@ -42,6 +46,7 @@ class GeneratedImages(ImageSource):
         classes = model.conditioner.num_classes if isinstance(model.conditioner, ClassConditioner) else None
         self.labels = torch.tensor(balanced_labels(count, classes)) if classes else None
         self.label_plan = "balanced" if classes else "data"
+        self.class_names = tuple(class_names) if len(class_names) == classes else ()
         if classes is None and data is None:
             raise UserError("this generator is conditioned on text: give --data, whose captions its samples follow")
 
@@ -82,6 +87,7 @@ class Reconstructions(ImageSource):
     def __init__(self, tokenizer: Tokenizer, originals: ImageSource, facts: dict[str, Any] | None = None) -> None:
         self.tokenizer, self.originals, self.facts = tokenizer, originals, facts or {}
         self.count, self.split, self.label_plan = originals.count, originals.split, originals.label_plan
+        self.class_names = originals.class_names
         self.name = f"reconstructions of {originals.name}"
 
     @property

@@ -25,14 +25,19 @@ VERSIONS = {"fd": 1, "sfd": 1, "is": 1, "kid": 1, "pr": 1, "accuracy": 1, "paire
 """Raised when a metric's value changes for the same images; part of a record's fingerprint."""
 
 
-def needs_of(metrics: Iterable[Metric], is_splits: SplitRule, lpips_weights: str | None = None) -> Needs:
-    """What one pass over the samples must collect."""
+def needs_of(
+    metrics: Iterable[Metric],
+    is_splits: SplitRule,
+    lpips_weights: str | None = None,
+    classes: Tensor | None = None,
+) -> Needs:
+    """What one pass over the samples must collect; `classes` are the network's of each label (`class_match.py`)."""
     chosen = set(metrics)
     return Needs(
         spatial="sfd" in chosen,
         score=is_splits if "is" in chosen else None,
         keep=KEPT_SAMPLES if chosen & {"kid", "pr"} else 0,
-        accuracy="accuracy" in chosen,
+        classes=classes if "accuracy" in chosen else None,
         paired=bool(chosen & {"paired", "lpips"}),
         lpips=load_lpips(lpips_weights) if "lpips" in chosen else None,
     )

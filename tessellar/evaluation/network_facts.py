@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from tessellar.data.fashion_mnist import CLASS_NAMES as FASHION_MNIST
+from tessellar.data.shapes import SHAPES
 from tessellar.errors import UserError
 
 Purpose = Literal["evaluator", "teacher"]
@@ -18,7 +20,8 @@ class NetworkFacts:
 
     `arch` and `options` are a network of `tessellar.timm_networks`; images are brought to `image_size` by `resize`
     ("none": they must have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came
-    about, `purpose` whether it measures or teaches: never both.
+    about, `purpose` whether it measures or teaches: never both. `class_names` are those of its
+    classes, in their order; empty where they are not known.
     """
 
     name: str
@@ -31,6 +34,7 @@ class NetworkFacts:
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     purpose: Purpose = PURPOSE
+    class_names: tuple[str, ...] = ()
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata of a safetensors file, by which it describes itself."""
@@ -61,6 +65,15 @@ PUBLISHED = {
         image_size=(32, 32),
         options={"in_chans": 3, "output_stride": 8},
         training={"data": "Fashion-MNIST, 28 x 28 zero-padded to 32 x 32", "test_accuracy": 0.9115},
+        class_names=FASHION_MNIST,
+    ),
+    "12d5a442ecc2b6f9d61acf61240e226889418c9362f3c3cd19b8a5603d5e5b84": NetworkFacts(
+        name="shapes-test_resnet",
+        arch="test_resnet",
+        num_classes=10,
+        image_size=(24, 24),
+        training={"data": "shapes", "val_accuracy": 0.9995},
+        class_names=tuple(SHAPES),
     ),
 }
-"""Published networks whose files carry no metadata, by the SHA-256 of the file."""
+"""Published networks whose files do not say all of this, by the SHA-256 of the file."""

@@ -50,6 +50,7 @@ class Reference:
     split: str | None = None
     extractor: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     def check(self, extractor: Extractor) -> None:
         """Raise UserError where the statistics were computed with another network or resize."""
@@ -93,6 +94,7 @@ def _from_collected(collected: Collected, source: ImageSource, extractor: Extrac
         split=source.split,
         extractor=extractor.describe(),
         warnings=source.warnings,
+        class_names=source.class_names,
     )
 
 
@@ -122,7 +124,7 @@ def load_reference(
 
 def save_statistics(reference: Reference, path: str | Path) -> None:
     """Write a reference; `load_statistics` is its inverse, and other tools read `mu` and `sigma`."""
-    meta = {key: getattr(reference, key) for key in ("name", "hash", "split", "extractor", "warnings")}
+    meta = {key: getattr(reference, key) for key in ("name", "hash", "split", "extractor", "warnings", "class_names")}
     meta["count"] = reference.moments.count
     arrays = {"mu": reference.moments.mean, "sigma": reference.moments.cov, "features": reference.features}
     if reference.spatial is not None:
@@ -147,6 +149,7 @@ def load_statistics(path: str | Path) -> Reference:
         split=meta.get("split"),
         extractor=meta.get("extractor", {}),
         warnings=tuple(meta.get("warnings", ())),
+        class_names=tuple(meta.get("class_names", ())),
     )
 
 

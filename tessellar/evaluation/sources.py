@@ -43,7 +43,10 @@ class ImageBatch(NamedTuple):
 
 
 class ImageSource(ABC):
-    """`name` and `split` are for records, `label_plan` says how labels were chosen, `warnings` what to be wary of."""
+    """`name` and `split` are for records, `label_plan` says how labels were chosen, `warnings` what to be wary of.
+
+    `class_names[label]` is the name of a label's class; empty where labels are bare numbers.
+    """
 
     name: str
     count: int
@@ -51,6 +54,7 @@ class ImageSource(ABC):
     label_plan: str = "unknown"
     has_originals: bool = False
     warnings: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
@@ -87,6 +91,7 @@ class DatasetImages(ImageSource):
         self.count = limit or len(dataset)
         self.name = name if split is None else f"{name} {split}"
         self.split = split
+        self.class_names = tuple(dataset.class_names)
 
     @property
     def warnings(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -124,7 +129,8 @@ class FolderImages(ImageSource):
         self.root = Path(root)
         self.name = self.root.resolve().name
         self.made = made_by(self.root)
-        self.files, self.labels = _sampled_files(self.root) if self.made else _listed_files(self.root)
+        listed = _sampled_files(self.root) if self.made else _listed_files(self.root)
+        self.files, self.labels, self.class_names = listed
         self.count = len(self.files)
         self.label_plan = label_plan_of(self.labels)
         lossy = [file for file in self.files if Path(file).suffix.lower() in LOSSY]
@@ -159,30 +165,52 @@ class FolderImages(ImageSource):
 
 def made_by(folder: Path) -> dict[str, Any]:
     """How `sample.py` made the images of a folder, as its record says; empty where there is none."""
+    record = _record(folder)
+    return {key: record[key] for key in MADE_KEYS if key in record}
+
+
+def names_of_record(folder: Path) -> tuple[str, ...]:
+    """Names of the model's classes, as the record of `sample.py` says; empty where it does not."""
+    names = _record(folder).get("class_names") or ()
+    return tuple(map(str, names))
+
+
+def _record(folder: Path) -> dict[str, Any]:
     path = folder / "samples.json"
+    if not path.is_file():
+        return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {key: record[key] for key in MADE_KEYS if key in record}
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} cannot be read: it holds no record of sample.py")
+    return record
 
 
-def _sampled_files(root: Path) -> tuple[list[str], Tensor]:
+class ListedFiles(NamedTuple):
+    """Files relative to their folder, their labels, and the names of classes as far as they are known."""
+
+    files: list[str]
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+
+
+def _sampled_files(root: Path) -> ListedFiles:
     """Files `<index>_<class>.png` of `sample.py`, and their classes; its grid is no sample."""
     found = sorted(file.name for file in root.iterdir() if SAMPLE_NAME.fullmatch(file.name))
     if not found:
         raise UserError(f"{root} holds a samples.json but no images <index>_<class>.png; measure its samples.npz")
-    return found, torch.tensor([int(Path(name).stem.split("_")[1]) for name in found])
+    labels = torch.tensor([int(Path(name).stem.split("_")[1]) for name in found])
+    return ListedFiles(found, labels, names_of_record(root))
 
 
-def _listed_files(root: Path) -> tuple[list[str], Tensor | None]:
-    """All images, with labels where there are several classes; folders named by numbers are those classes."""
+def _listed_files(root: Path) -> ListedFiles:
+    """All images, numbered as a data set of the same folder is; one class alone says nothing."""
     listing = list_folder(root)
-    names = listing.class_names
-    if len(names) == 1:
-        return list(listing.files), None
-    ids = [int(n) for n in names] if all(n.isdecimal() for n in names) else list(range(len(names)))
-    return list(listing.files), torch.tensor([ids[label] for label in listing.labels])
+    if len(listing.class_names) == 1:
+        return ListedFiles(list(listing.files), None, ())
+    return ListedFiles(list(listing.files), torch.tensor(listing.labels), listing.class_names)
 
 
 class ArrayImages(ImageSource):
@@ -203,6 +231,7 @@ class ArrayImages(ImageSource):
         if self.labels is not None and len(self.labels) != self.count:
             raise UserError(f"{self.path} holds {self.count} images but {len(self.labels)} labels")
         self.label_plan = label_plan_of(self.labels)
+        self.class_names = () if self.labels is None else names_of_record(self.path.parent)
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         with npz.open_rows(self.path, "arr_0") as rows:

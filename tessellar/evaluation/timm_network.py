@@ -28,7 +28,9 @@ class TimmNetwork(Extractor):
         super().__init__()
         self.facts = facts
         self.name, self.resize, self.sha256 = facts.name, facts.resize, sha256
-        self.num_classes = facts.num_classes
+        self.num_classes, self.class_names = facts.num_classes, facts.class_names
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(f"{where} has {self.num_classes} classes, but {len(self.class_names)} class_names")
         with torch.random.fork_rng(devices=[]):  # a run that measures draws the same numbers as one that does not
             network = network_of(facts)
         load_strict(network, state, where)

@@ -79,7 +79,8 @@ def _facts(data: ImageDataModule, architecture: Architecture) -> NetworkFacts:
     if architecture.arch.startswith("resnet") and max(height, width) <= SMALL:
         options.setdefault("output_stride", 8)
     name = architecture.name or f"{data.name}-{architecture.arch}"
-    return NetworkFacts(name, architecture.arch, data.num_classes, (height, width), options=options)
+    names = tuple(data.class_names)
+    return NetworkFacts(name, architecture.arch, data.num_classes, (height, width), options=options, class_names=names)
 
 
 def _fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module:

@@ -146,7 +146,7 @@ def test_jpeg_samples_are_refused_and_a_jpeg_reference_warned_of(
 
 
 def test_labels_of_folders_arrays_and_sample_py(random_images: Images, write_npz: Write, tmp_path: Path) -> None:
-    """Folders named by numbers are those classes; `sample.py` writes the class into the name and a grid beside."""
+    """Folders are numbered as in training; `sample.py` writes the class into the name and a grid beside."""
     images = random_images(8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         for file in (
@@ -159,7 +159,8 @@ def test_labels_of_folders_arrays_and_sample_py(random_images: Images, write_npz
     (tmp_path / "s" / "samples.json").write_text('{"sampling": {"guidance": 2.0}, "seed": 5, "processes": 8}')
     classes, sampled = FolderImages(tmp_path / "classes"), FolderImages(tmp_path / "s")
     array = ArrayImages(write_npz(images, tmp_path / "a.npz", torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])))
-    assert classes.labels is not None and classes.labels.tolist() == [10] * 4 + [2] * 4
+    assert classes.labels is not None and classes.labels.tolist() == [0] * 4 + [1] * 4
+    assert classes.class_names == ("2", "10") and sampled.class_names == array.class_names == ()
     assert sampled.count == 8 and sampled.labels is not None and sampled.labels.tolist() == [0, 1, 2, 3] * 2
     assert sampled.describe()["sampling"] == {"guidance": 2.0} and sampled.describe()["seed"] == 5
     assert [s.label_plan for s in (classes, sampled, array)] == ["balanced", "balanced", "uneven"]

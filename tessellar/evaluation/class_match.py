@@ -1,0 +1,102 @@
+"""Labels of images and classes of a classifier meet by name; where one side has no names, what is assumed is said."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tessellar.data.classes import are_numbers, shown
+from tessellar.errors import UserError
+from tessellar.evaluation.extractors import Extractor
+from tessellar.evaluation.sources import ImageSource
+
+
+class ClassMatch(NamedTuple):
+    """`ids[label]` is the network's class, int64 [C]; None where nobody asks."""
+
+    ids: Tensor | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def classes_of(labels: Tensor, ids: Tensor) -> Tensor:
+    """The network's classes of int64 `labels` [B]; raises UserError for a label that has none."""
+    wrong = labels[(labels < 0) | (labels >= len(ids))]
+    if len(wrong):
+        raise UserError(f"images have class {int(wrong[0])}; there are the classes 0 to {len(ids) - 1}")
+    return ids[labels]
+
+
+def match_classes(source: ImageSource, extractor: Extractor) -> ClassMatch:
+    """Which of the network's classes each label of `source` is: by name, or by number where one side has no names.
+
+    Raises UserError for a class of `source` that the network does not know.
+    """
+    ours, theirs = source.class_names, extractor.class_names
+    if not ours:
+        return _bare_labels(source, extractor)
+    if ours == theirs:
+        return ClassMatch(torch.arange(len(ours)))
+    if not theirs:
+        return _nameless_network(source, extractor)
+    if len(set(theirs)) < len(theirs):
+        raise UserError(f"{extractor.name} has several classes of one name: those of {source.name} cannot be found")
+    missing = [name for name in ours if name not in theirs]
+    if not missing:
+        return ClassMatch(torch.tensor([theirs.index(name) for name in ours]))
+    any_number = any(are_numbers([name]) for name in theirs)
+    if are_numbers(ours) and not any_number and _in_range(ours, extractor):
+        said = f"the classes of {source.name} are named by numbers, taken as those of {extractor.name} ({_few(theirs)})"
+        return ClassMatch(torch.tensor([int(name) for name in ours]), (said,))
+    raise UserError(
+        f"{shown(missing)} of {source.name} is no class of {extractor.name}, which knows {shown(theirs, 10)}: rename "
+        "the classes, or measure without accuracy"
+    )
+
+
+def _bare_labels(source: ImageSource, extractor: Extractor) -> ClassMatch:
+    ids = torch.arange(extractor.num_classes)
+    names = extractor.class_names
+    if not names or names == tuple(map(str, ids.tolist())):
+        return ClassMatch(ids)
+    said = f"labels of {source.name} are numbers, taken as those of {extractor.name} ({_few(names)})"
+    return ClassMatch(ids, (said,))
+
+
+def _nameless_network(source: ImageSource, extractor: Extractor) -> ClassMatch:
+    ours = source.class_names
+    unknown = f"{extractor.name} does not say the names of its classes"
+    if are_numbers(ours) and _in_range(ours, extractor):
+        said = f"{unknown}: {ours[-1]!r} of {source.name} is taken as its class {ours[-1]}, and so on"
+        if list(ours) != sorted(ours):
+            said += "; one trained on folders in the order of text is to be trained again"
+        return ClassMatch(torch.tensor([int(name) for name in ours]), (said,))
+    if len(ours) != extractor.num_classes:
+        raise UserError(
+            f"{unknown}, of which there are {extractor.num_classes}, and {source.name} has {len(ours)}: train it again "
+            "with evaluate.py extractor, or name them with --network.class_names"
+        )
+    said = f"{unknown}: {ours[0]!r} of {source.name} is taken as its class 0, and so on"
+    return ClassMatch(torch.arange(len(ours)), (said,))
+
+
+def other_classes(source: ImageSource, name: str, class_names: Sequence[str]) -> list[str]:
+    """A warning where two sets of several named classes, `source` and the one called `name`, do not have the same."""
+    ours, theirs = source.class_names, tuple(class_names)
+    if min(len(ours), len(theirs)) < 2 or are_numbers(ours) != are_numbers(theirs):
+        return []
+    only_ours = [one for one in ours if one not in theirs]
+    only_theirs = [one for one in theirs if one not in ours]
+    if not only_ours and not only_theirs:
+        return []
+    alone = [(source.name, only_ours), (name, only_theirs)]
+    told = "; ".join(f"{shown(names)} only in {where}" for where, names in alone if names)
+    return [f"samples and reference differ in their classes: {told}"]
+
+
+def _in_range(names: Sequence[str], extractor: Extractor) -> bool:
+    return all(0 <= int(name) < extractor.num_classes for name in names)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(f"{i} is {name!r}" for i, name in enumerate(names[:3]))
