@@ -148,8 +148,7 @@ class FlexAR(PrefixTransformer):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.start_token, std=0.02)
         nn.init.zeros_(self.output.weight)
-        for table in (self.start_token, self.positions):
-            tag(table, "no_decay")
+        tag(self.positions, "no_decay")
 
     def make_conditioner(self) -> Conditioner:
         return FeatureConditioner() if self.num_classes is None else ClassConditioner(self.num_classes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.layers.rope import frequencies
+from tessellar.layers.tags import tag
 from tessellar.models.entities import Entities, levels
 from tessellar.models.generator import require_categorical
 from tessellar.models.llama import LlamaGenerator
@@ -77,6 +78,8 @@ class HAR(LlamaGenerator):
         angles = torch.arange(2 * layout.length)[:, None] * frequencies(self.head_dim // 2, rope_base)
         self.set_rotations(angles.cos(), angles.sin())
         self.init_weights(zero_init_residual)
+        for table in (self.conditioning.embedding, self.token_embedding, self.special_embedding):
+            tag(table.weight, "no_decay")  # as published
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         index = index.clamp(max=len(self.token_of) - 1)

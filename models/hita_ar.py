@@ -16,7 +16,6 @@ from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import Positions
 from tessellar.layers.rope import grid_angles
-from tessellar.layers.tags import tag
 from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities, token_order
 from tessellar.models.generator import State
@@ -62,7 +61,7 @@ class HitaAR(LlamaGenerator):
         self.conditioning = ClassPrefix(num_classes, width)
         self.holistic_embedding = nn.Embedding(self.vocabularies[0], width)
         self.patch_embedding = nn.Embedding(self.vocabularies[1], width)
-        self.holistic_positions = nn.Parameter(tag(torch.empty(self.holistic, width), "no_decay"))
+        self.holistic_positions = nn.Parameter(torch.empty(self.holistic, width))
         self.holistic_output = nn.Linear(width, self.vocabularies[0], bias=False)
         self.patch_output = nn.Linear(width, self.vocabularies[1], bias=False)
         self.set_rotations(*self._rotations(rope_base))

@@ -106,7 +106,10 @@ class MAR(MaskedGenerator):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Tables, tokens and the class embedding N(0, 0.02), linear layers Xavier; the head is not decayed."""
+        """Tables, tokens and the class embedding N(0, 0.02), linear layers Xavier.
+
+        As published, the head is not decayed, and every other matrix or table is.
+        """
         tables = (
             self.null_embedding,
             self.encoder_positions,
@@ -115,7 +118,7 @@ class MAR(MaskedGenerator):
             self.z_positions,
         )
         for table in (*tables, self.class_embedding.weight):
-            nn.init.normal_(tag(table, "no_decay"), std=0.02)
+            nn.init.normal_(table, std=0.02)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("head."):
                 nn.init.xavier_uniform_(module.weight)

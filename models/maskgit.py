@@ -155,8 +155,13 @@ class MaskGIT(MaskedGenerator):
             if isinstance(module, (BertLayer, UViTBlock)):
                 for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
                     tag(linear.weight, "hidden")
+        # As published, no table of embeddings is decayed.
+        tag(self.backbone.embedding.weight, "no_decay")
         if isinstance(self.backbone, UViT):
             nn.init.trunc_normal_(tag(self.backbone.position, "no_decay"), std=0.02)
+        else:
+            tag(self.backbone.position.weight, "no_decay")
+            tag(self.backbone.token_type.weight, "no_decay")
 
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
         """A random order of its own for each image, in sets of about one size (default: one token each)."""

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.llama import Pass, Positions
-from tessellar.layers.tags import tag
 from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities, parse_entities
 from tessellar.models.generator import State
@@ -67,7 +66,7 @@ class NextEntity(LlamaGenerator):
         self.conditioning = ClassPrefix(num_classes, width)
         self.token_embedding = nn.Embedding(int(self.vocab.max()), width)
         self.position_embedding = nn.Embedding(layout.length, width)
-        self.query = tag(nn.Parameter(torch.empty(width)), "no_decay")
+        self.query = nn.Parameter(torch.empty(width))
         self.output = nn.Linear(width, int(self.vocab.max()), bias=False)
         cos, sin = rope_table(layout, 0, self.head_dim, rope_base)
         self.set_rotations(F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0)))  # row 0: the prefix

@@ -122,8 +122,10 @@ class RAR(PrefixTransformer):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)
-        for table in (self.start_token, self.position, self.target_position, self.step_embedding):
-            tag(table, "no_decay")
+        # As published: the tables and the last modulation are not decayed, the start token is.
+        tables = (self.position, self.target_position, self.step_embedding, self.embedding.weight)
+        for parameter in (*tables, self.last_modulation.linear.weight):
+            tag(parameter, "no_decay")
         for block in self.layers:
             for linear in (block.attention.qkv, block.attention.proj, block.fc1, block.fc2):  # type: ignore[union-attr]
                 tag(linear.weight, "hidden")  # type: ignore[union-attr]

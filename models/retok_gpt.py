@@ -7,7 +7,6 @@ coarse to fine, so a prefix of what is generated can be decoded.
 import torch
 from torch import Tensor, nn
 
-from tessellar.layers.tags import tag
 from tessellar.models.condition import Condition
 from tessellar.models.entities import Entities
 from tessellar.models.generator import Prefix
@@ -46,7 +45,7 @@ class ReToKGPT(LlamaGen):
             zero_init_residual=zero_init_residual,
         )
         self.num_classes = num_classes
-        self.position_embedding = tag(nn.Parameter(torch.empty(layout.length + 1, width)), "no_decay")
+        self.position_embedding = nn.Parameter(torch.empty(layout.length + 1, width))
         nn.init.normal_(self.position_embedding, std=0.02)
         self.rope_cos.fill_(1)  # no place is rotated
         self.rope_sin.fill_(0)

@@ -166,6 +166,7 @@ class VAR(PrefixTransformer):
                 nn.init.zeros_(module.bias)
         for table in (self.start_position, self.position):
             nn.init.trunc_normal_(tag(table, "no_decay"), std=std)
+        tag(self.scale_embedding.weight, "no_decay")  # as published; the class embedding and the input decay
         with torch.no_grad():
             self.output.weight.mul_(0.02)
             self.last_modulation.linear.weight.mul_(0.5)
@@ -174,6 +175,8 @@ class VAR(PrefixTransformer):
 
     def _init_block(self, layer: VARBlock, width: int, depth: int, gate_init: float) -> None:
         attention, mlp = cast(VARAttention, layer.attention), cast(Mlp, layer.mlp)
+        if attention.log_scale is not None:
+            tag(attention.log_scale, "no_decay")
         for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
             tag(linear.weight, "hidden")  # type: ignore[arg-type]
         for linear in (attention.proj, mlp.fc2):

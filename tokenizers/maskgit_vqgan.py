@@ -16,6 +16,7 @@ from tessellar.construct import Configured, LossOnly
 from tessellar.errors import UserError
 from tessellar.layers.cnn import Sizes, Upsample, group_norm
 from tessellar.layers.precision import at_least_float32
+from tessellar.layers.tags import tag
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.layout import grid_layout
 from tessellar.tokenizers.quantizers.base import Quantizer
@@ -153,6 +154,7 @@ class PixelDecoder(Configured, nn.Module):
         super().__init__()
         self.vocab_size, self.stride = vocab_size, 2 ** (len(multipliers) - 1)
         self.codebook = nn.Embedding(vocab_size, dim)
+        tag(self.codebook.weight, "no_decay")
         self.decoder = Decoder(Sizes(channels, tuple(multipliers), num_res_blocks, dim))
 
     def forward(self, logits: Tensor, hard: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tessellar.layers.tags import untag
 from tessellar.tokenizers.base import TokenizerOutput
 from tessellar.tokenizers.layout import Layout, sequence_layout
 from tessellar.tokenizers.losses.alignment import cosine_distance
@@ -61,6 +62,9 @@ class OneDPiece(TiTok):
         self.drop = drop
         shared = (quantizer, image_size, patch_size, num_tokens, encoder_size, decoder_size)
         super().__init__(*shared, pixels, mixes, stage, target, attention)
+        # One-D-Piece's list of what is not decayed lacks "embed", by which TiTok leaves out these two.
+        untag(self.encoder.patch_in.weight, "no_decay")
+        untag(self.decoder.from_code.weight, "no_decay")
 
     def _layout(self, num_tokens: int, quantizer: Quantizer) -> Layout:
         return sequence_layout(num_tokens, quantizer.kind, min_prefix=self.drop.shortest)

@@ -112,6 +112,7 @@ class ResTokEncoder(nn.Module):
             raise ValueError(f"{stages - 1} merges do not divide {grid[1]} columns")
         self.merging = tuple(int(i / stages * depth) - 1 for i in range(1, stages))
         self.project = nn.Conv2d(in_dim, width, 1)
+        tag(self.project.weight, "no_decay")  # as published: an embedding of patches
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.scale_embeddings, self.level_embeddings = level_tables(stages, width), level_tables(len(self.sizes), width)
         self.blocks = nn.ModuleList(ResTokBlock(width, num_heads, attention) for _ in range(depth))
@@ -185,6 +186,8 @@ class ResTokDecoder(nn.Module):
         self.mask_token = tag(nn.Parameter(torch.randn(1, 1, width) * 0.02), "no_decay")
         self.feature_token = tag(nn.Parameter(torch.randn(1, 1, width) * 0.02), "no_decay") if features else None
         self.inputs = nn.ModuleList(nn.Linear(code_dim, width) for _ in self.sizes)
+        for linear in self.inputs:
+            tag(linear.weight, "no_decay")  # as published: embeddings of codes
         self.level_embeddings = level_tables(len(self.sizes), width)
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ResTokBlock(width, num_heads, attention) for _ in range(depth))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tessellar.layers.cnn import Encoder, Sizes
 from tessellar.layers.cnn_adaptive import AdaptiveDecoder
 from tessellar.layers.precision import at_least_float32
+from tessellar.layers.tags import tag, untag
 from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.layout import sequence_layout
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
@@ -104,6 +105,9 @@ class ReToK(Tokenizer):
         init_weights(self)
         self.to_code, self.from_code = nn.Linear(z_channels, quantizer.dim), nn.Linear(quantizer.dim, z_channels)
         self.quantizer = quantizer
+        for parameter in self.parameters():
+            untag(parameter, "no_decay")  # one group in the official optimizer: biases, norms and tables decay too
+            tag(parameter, "decay")
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.passes: Tensor
         if stage == "decoder":

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.qformer import QFormerLayer, QKVAttention
-from tessellar.layers.tags import tag
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def pooled_queries(memory: Tensor, side: int, count: int) -> Tensor:
 
 def table(length: int, width: int) -> nn.Parameter:
     """Learned positions [length, width]."""
-    return tag(nn.Parameter(torch.randn(length, width) * width**-0.5), "no_decay")
+    return nn.Parameter(torch.randn(length, width) * width**-0.5)
 
 
 class TokenEncoder(nn.Module):

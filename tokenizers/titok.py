@@ -40,7 +40,7 @@ SIZES = {"small": ViTSize(512, 8, 8), "base": ViTSize(768, 12, 12), "large": ViT
 
 
 def _learned(*shape: int) -> nn.Parameter:
-    """Normal with standard deviation width^-0.5, never decayed."""
+    """Normal with standard deviation width^-0.5, not decayed."""
     return tag(nn.Parameter(torch.randn(*shape) * shape[-1] ** -0.5), "no_decay")
 
 

@@ -1,8 +1,9 @@
 """Optimizers from settings, with groups made from tags on parameters (tessellar/layers/tags.py).
 
-Matrices decay unless they are tagged `no_decay`; vectors and scalars never do. With `name: muon` the matrices tagged
-`hidden` go to Muon (Keller Jordan, 2024: orthogonalised momentum, step scaled by max(1, rows / columns)^0.5) and AdamW
-takes the rest. No published recipe in this project uses Muon; short runs on a CPU gain from it.
+Matrices decay unless they are tagged `no_decay`; vectors and scalars do not, unless they are tagged `decay`. With
+`name: muon` the matrices tagged `hidden` go to Muon (Keller Jordan, 2024: orthogonalised momentum, step scaled by
+max(1, rows / columns)^0.5) and AdamW takes the rest. No published recipe in this project uses Muon; short runs on a CPU
+gain from it.
 """
 
 from dataclasses import dataclass
@@ -17,13 +18,18 @@ from tessellar.layers.tags import tags
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Peak learning rates and what else an optimizer needs."""
+    """Peak learning rates and what else an optimizer needs.
+
+    `decayed`: weight decay acts on what the model's tags say (`tagged`), or on `all` parameters, as an official
+    optimizer of a single group does.
+    """
 
     name: Literal["adamw", "adam", "muon"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decayed: Literal["tagged", "all"] = "tagged"
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
 
@@ -45,8 +51,9 @@ class OptimizerSettings:
         return made
 
     def _adam(self, parameters: list[nn.Parameter]) -> Optimizer:
-        decayed = [p for p in parameters if p.ndim >= 2 and "no_decay" not in tags(p)]
-        others = [p for p in parameters if not (p.ndim >= 2 and "no_decay" not in tags(p))]
+        every = self.decayed == "all"
+        decayed = [p for p in parameters if every or decays(p)]
+        others = [p for p in parameters if not (every or decays(p))]
         groups = [
             {"params": group, "weight_decay": decay}
             for group, decay in ((decayed, self.weight_decay), (others, 0.0))
@@ -54,6 +61,13 @@ class OptimizerSettings:
         ]
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         return kind(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=parameters[0].is_cuda or None)
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter, by its tags and else by its dimensions."""
+    if "no_decay" in tags(parameter):
+        return False
+    return parameter.ndim >= 2 or "decay" in tags(parameter)
 
 
 def set_factor(optimizers: list[Optimizer], factor: float) -> None:

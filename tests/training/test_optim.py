@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tessellar.layers.tags import tag
+from tessellar.layers.tags import tag, untag
 from tessellar.training.optim import OptimizerSettings, set_factor
 from tessellar.training.schedules import Schedule
 
@@ -85,3 +85,23 @@ def test_muon_learns() -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_vectors_decay_where_they_are_tagged_and_all_in_a_single_group() -> None:
+    module = Small()
+    tag(module.inner.bias, "decay")
+    found = groups(OptimizerSettings(weight_decay=0.1), module)
+    assert found["inner.bias"] == ("AdamW", 0.1) and found["outer.bias"] == ("AdamW", 0.0)
+    every = groups(OptimizerSettings(weight_decay=0.1, decayed="all"), module)
+    assert set(every.values()) == {("AdamW", 0.1)} and len(every) == 5
+
+
+def test_a_part_of_a_model_is_untagged_where_a_system_differs() -> None:
+    module = Small()
+    untag(module.table.weight, "no_decay")
+    assert groups(OptimizerSettings(weight_decay=0.1), module)["table.weight"] == ("AdamW", 0.1)
+
+
+def test_a_tag_that_would_be_lost_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"nn.Parameter, not on a Tensor: write tag\(nn.Parameter"):
+        nn.Parameter(tag(torch.empty(3, 4), "no_decay"))  # type: ignore[type-var]
