@@ -28,6 +28,7 @@ from tessellar.errors import UserError
 from tessellar.layers.tags import tag, tags
 from tessellar.training import random_state
 from tessellar.training.optim import set_factor
+from tessellar.training.optimizer_names import arrange, former_names, names_by_place
 from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import (
     average_gradients,
@@ -83,6 +84,7 @@ class TrainingModule(L.LightningModule, ABC):
         self.epoch, self.epoch_samples = 0, 0
         self._skipped_in_a_row: dict[str, int] = {}
         self._to_restore: dict[str, Any] = {}
+        self._loaded_optimizers: dict[str, Any] | None = None
         self._random_before_validation: list[random_state.State] | None = None
         self.players: list[Player] = []
         self.is_sharded = False
@@ -101,8 +103,8 @@ class TrainingModule(L.LightningModule, ABC):
         for name, parameter in self.named_parameters() if self.is_sharded else ():
             tag(parameter, *self._tags[name])
         self.players = self.make_players()
-        settle([optimizer for player in self.players for optimizer in player.optimizers])
-        return [optimizer for player in self.players for optimizer in player.optimizers]
+        settle(self._all_optimizers)
+        return self._all_optimizers
 
     def shard_over(self, mesh: DeviceMesh) -> None:
         """Shard what is trained over the processes of `mesh` (FSDP2)."""
@@ -121,6 +123,7 @@ class TrainingModule(L.LightningModule, ABC):
         """Draws of dropout differ between processes; the first one draws as a run of one process does."""
         if self.global_rank > 0:
             torch.manual_seed(derive(torch.initial_seed(), self.global_rank))
+        self._arrange_optimizer_states()
 
     @property
     def total_updates(self) -> int:
@@ -245,6 +248,7 @@ class TrainingModule(L.LightningModule, ABC):
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "random": self._random_before_validation or random_state.capture_all(),
             "gradients": self._gradients_under_way(),
+            "parameters": names_by_place(self._all_optimizers, self),
         }
 
     def _gradients_under_way(self) -> dict[str, Tensor]:
@@ -254,12 +258,33 @@ class TrainingModule(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = dict(checkpoint.get(STATE_KEY, {}))
+        if STATE_KEY in checkpoint and "optimizer_states" in checkpoint:
+            self._loaded_optimizers = checkpoint
+        if self.is_sharded:  # then a checkpoint is read after the optimizers are made; else before, and before a fit
+            self._arrange_optimizer_states()
         self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
         self._to_restore = {name: state.pop(name) for name in ("random", "gradients") if name in state}
         for name in COUNTERS:
             setattr(self, name, state.get(name, 0))
         if STATE_KEY in checkpoint and "loops" in checkpoint:
             self._place_loops(checkpoint["loops"]["fit_loop"])
+
+    @property
+    def _all_optimizers(self) -> list[Optimizer]:
+        return [optimizer for player in self.players for optimizer in player.optimizers]
+
+    def _arrange_optimizer_states(self) -> None:
+        """Put the states of a loaded checkpoint in the order of this run's optimizers, before Lightning restores them.
+
+        Those from before names were listed are in the order that the groups had then.
+        """
+        checkpoint, self._loaded_optimizers = self._loaded_optimizers, None
+        if checkpoint is None:
+            return
+        names = checkpoint[STATE_KEY].get("parameters")
+        if names is None:
+            names = former_names(self._all_optimizers, self)
+        checkpoint["optimizer_states"] = arrange(checkpoint["optimizer_states"], names, self._all_optimizers, self)
 
     def _place_loops(self, loop: dict[str, Any]) -> None:
         """Tell Lightning's loops where the run is: over several resumes they lose count of epochs, and at the end of
