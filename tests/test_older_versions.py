@@ -1,0 +1,116 @@
+"""What older versions wrote still works: exports load and give what they gave, checkpoints resume, caches train.
+
+The files of each version stand under `data_of_versions/<version>`, whose `make.py` says what they hold and how that
+version's code wrote them. Values are compared closely, not to the bit: they were made on another machine.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tessellar
+from tessellar.cli.train import fit, parse
+from tessellar.models.condition import Condition
+from tessellar.models.heads.logits import Logits
+from tessellar.pipeline import ImageGenerator
+from tessellar.sampling.settings import Sampling
+from tessellar.tokenizers.base import Tokenizer
+
+VERSIONS = sorted((Path(__file__).parent / "data_of_versions").iterdir())
+EXPORTS = sorted(file.parent for version in VERSIONS for file in version.glob("exports/*/config.yaml"))
+RUNS = sorted(file.parent for version in VERSIONS for file in version.glob("runs/*/last.ckpt"))
+
+
+def name_of(folder: Path) -> str:
+    return f"{folder.parents[1].name}-{folder.name}"
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("folder", EXPORTS, ids=name_of)
+@torch.no_grad()
+def test_an_export_gives_what_it_gave(folder: Path) -> None:
+    model = tessellar.load(folder)
+    expected = load_file(folder / "expected.safetensors")
+    if isinstance(model, Tokenizer):
+        check_tokenizer(model, expected)
+    else:
+        check_generator(model, expected)
+
+
+def check_tokenizer(model: Tokenizer, expected: dict[str, Tensor]) -> None:
+    tokens = model.encode(expected["images"])
+    close(tokens, expected["tokens"])
+    close(model.decode(expected["tokens"]), expected["decoded"])
+
+
+def check_generator(model: ImageGenerator, expected: dict[str, Tensor]) -> None:
+    generator, tokens = model.generator, expected["tokens"]
+    prefix = "condition."
+    given = {name.removeprefix(prefix): t for name, t in expected.items() if name.startswith(prefix)}
+    condition = Condition(**given)
+    torch.manual_seed(0)
+    for term, value in generator.loss(tokens, condition).items():
+        close(value, expected[f"loss.{term}"])
+    if "logits" in expected:
+        distribution = generator.predict(generator.start(condition), tokens, generator.entities.count)
+        assert isinstance(distribution, Logits)
+        close(distribution.logits, expected["logits"])
+    close(model.sample_tokens(condition, Sampling(), [0, 1]), expected["drawn"])
+
+
+def test_its_single_file_is_enough() -> None:
+    for folder in EXPORTS:
+        if folder.name in ("vit_vq", "llamagen"):
+            whole, single = tessellar.load(folder), tessellar.load(folder / "model.safetensors")
+            again = single.state_dict()
+            assert type(single) is type(whole)
+            assert all(torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items())
+
+
+class Seen(L.Callback):
+    """What the optimizers hold when a resumed run begins, by parameter."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = {
+                        key: float(torch.as_tensor(value).double().norm())
+                        for key, value in optimizer.state[parameter].items()
+                    }
+                    self.found[names[id(parameter)]] = {"weight_decay": group["weight_decay"], "state": state}
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=name_of)
+def test_a_checkpoint_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments lie on their parameters; where no parameter changed its decay, the weights go where they went."""
+    for part in ("exports", "cache"):
+        (tmp_path / part).symlink_to(folder.parents[1] / part)
+    monkeypatch.chdir(tmp_path)
+    seen = Seen()
+    options = ["--resume", str(folder / "last.ckpt"), "--name", "resumed", "--trainer.max_steps", "5"]
+    cli = parse(["--config", str(folder / "run.yaml"), *options])
+    cli.trainer.callbacks.append(seen)  # type: ignore[attr-defined]
+    fit(cli)
+    expected = json.loads((folder / "moments.json").read_text())
+    assert seen.found.keys() == expected.keys()
+    for name, theirs in expected.items():
+        assert seen.found[name]["state"] == pytest.approx(theirs["state"], rel=1e-6), name
+    assert cli.model.updates == 5 and (tmp_path / "runs/resumed/export/model.safetensors").is_file()
+    if all(seen.found[name]["weight_decay"] == theirs["weight_decay"] for name, theirs in expected.items()):
+        after, ours = load_file(folder / "after.safetensors"), cli.model.state_dict()
+        for name, tensor in after.items():
+            torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)
