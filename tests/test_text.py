@@ -186,12 +186,13 @@ def test_shuffled_captions_are_a_fixed_permutation() -> None:
     class Tars(WebDatasetTars):
         def __init__(self, shuffled: bool) -> None:
             samples = SimpleNamespace(labels=torch.zeros(50).long().numpy(), __len__=None)
-            samples = type("Samples", (), {"labels": samples.labels, "__len__": lambda _: 50})()
+            facts = {"labels": samples.labels, "captioned": samples.labels == 0, "__len__": lambda _: 50}
+            samples = type("Samples", (), facts)()
             framing = SimpleNamespace(size=8)
             super().__init__(samples, ("x",), framing, shuffle_captions=shuffled)  # type: ignore[arg-type]
 
-        def _own_caption(self, index: int) -> str:
-            return str(index)
+        def own_texts(self, index: int) -> tuple[str, ...]:
+            return (str(index),)
 
     own, told, again = (Tars(s).captions(range(50)) for s in (False, True, True))
     assert own == [str(i) for i in range(50)] and sorted(told) == sorted(own)

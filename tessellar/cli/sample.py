@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from tessellar import distributed
 from tessellar.cli.functions import run_functions
+from tessellar.data.captions import decode_text
 from tessellar.errors import UserError
 from tessellar.interop.load import Source, assemble, read_source
 from tessellar.interop.staging import check_target, staged_folder
@@ -152,9 +153,9 @@ def read_prompts(path: str, model: ImageGenerator) -> list[str]:
     if not isinstance(model.conditioner, TextConditioner):
         raise UserError("--prompts needs a generator that is conditioned on text; this one is not")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read as UTF-8 text ({error})") from error
+        lines = decode_text(Path(path).read_bytes(), f"--prompts {path}").splitlines()
+    except OSError as error:
+        raise UserError(f"--prompts {path} cannot be read ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt; it needs one a line")

@@ -31,6 +31,7 @@ from tessellar.errors import UserError
 from tessellar.interop.card import Record
 from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.interop.load import assemble, read_source
+from tessellar.models.conditioners import TextConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
@@ -225,6 +226,8 @@ def check(cli: TrainCLI) -> None:
     data.check_files()  # raises where files are missing, before the run's folder exists
     if isinstance(model, GeneratorModule):
         wanted = getattr(model.model.conditioner, "num_classes", None)
+        if isinstance(model.model.conditioner, TextConditioner):
+            data.check_captions()
         if wanted is not None and wanted != data.num_classes:
             raise UserError(f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}")
     size = model.tokenizer.image_size

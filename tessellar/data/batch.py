@@ -16,12 +16,16 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """B samples: `image` float32 [B, 3, H, W], `index` int64 [B], `label` int64 [B], `caption` B strings."""
+    """B samples: `image` float32 [B, 3, H, W], `index` int64 [B], `label` int64 [B], `caption` B strings.
+
+    Where the samples are the views of one image, `texts` are all its captions.
+    """
 
     image: Tensor
     index: Tensor
     label: NotRequired[Tensor]
     caption: NotRequired[list[str]]
+    texts: NotRequired[list[str]]
 
 
 class TokenBatch(TypedDict):

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from tessellar.construct import describe
 from tessellar.data.batch import Batch
 from tessellar.data.cache_files import CAPTIONS, ENDS, HEADER, LABELS, TOKENS, Header, Precision
+from tessellar.data.captions import SEPARATOR
 from tessellar.data.dataset import ImageDataset
 from tessellar.data.token_storage import Storage, pack, storage_of
 from tessellar.errors import UserError
@@ -107,7 +108,8 @@ def _write(
         for item in items:
             labels.append(int(item["label"][0]) if "label" in item else 0)
             if "caption" in item:
-                captions.write(item["caption"][0].encode())
+                texts = item.get("texts") or [item["caption"][0]]
+                captions.write(SEPARATOR.join(texts).encode())
                 ends.append(captions.tell())
     return labels, ends
 

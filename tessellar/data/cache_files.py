@@ -3,7 +3,8 @@
     header.json       what made it: tokenizer, layout, views, data, counts
     tokens.npy        [N, views, ...], see token_storage.py
     labels.npy        int64 [N]
-    captions.bin      all captions in UTF-8, one behind the other; captions.npy says where each ends
+    captions.bin      all captions in UTF-8, one image behind the other; captions.npy says where each image's end, and a
+                      zero byte lies between several of one image
 
 The arrays are mapped into memory, never read as a whole, and never hold pickles.
 """

@@ -1,7 +1,8 @@
 """Training from a cache of tokens instead of images: the same views at the same visits, without reading an image.
 
-At each visit one of the cached views is drawn by the very numbers that draw it in the set of images, so with the same
-seed a run sees the same tokens in the same order. Other tokenizers' caches are refused.
+At each visit one of the cached views, and of the captions, is drawn by the very numbers that draw it in the set of
+images, so with the same seed a run sees the same tokens and texts in the same order. Other tokenizers' caches are
+refused.
 """
 
 import mmap
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tessellar.data.batch import TokenBatch
 from tessellar.data.cache_files import CAPTIONS, ENDS, LABELS, TOKENS, Header, open_array, read_header
+from tessellar.data.captions import SEPARATOR, draw_captions, pick
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
@@ -50,6 +52,7 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             )
         self.labels = torch.from_numpy(np.array(labels))
         assert self._ends is None or len(self._ends) == len(self)
+        self.has_captions = self._ends is not None and bool(self._ends[-1] > 0)
         assert len(self._tokens) == len(self)  # opens the file: a damaged one is no surprise for the first epoch
 
     @cached_property
@@ -90,9 +93,14 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             u = uniforms(derive(seed, POSTERIOR), indices, count)
             tokens = sample_posterior(tokens, ndtri(u + 2.0**-54))  # 0 would become minus infinity
         batch: TokenBatch = {"tokens": tokens, "label": self.labels[index], "index": index}
-        if self.header.captions:
+        if self.has_captions:
             batch["caption"] = self._captions_of(index.numpy())
         return batch
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        if not self.has_captions:
+            raise UserError(f"{self.folder} holds no captions")
+        return self._captions_of(np.asarray(indices))
 
     def _check(self, tokens: Tensor) -> None:
         if self.header.storage.kind == "posterior":
@@ -106,7 +114,11 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         assert self._ends is not None
         ends, starts = self._ends[index], np.where(index > 0, self._ends[index - 1], 0)
         places = zip(starts.tolist(), ends.tolist(), strict=True)
-        return [bytes(self._captions[start:end]).decode(errors="replace") for start, end in places]
+        stored = [bytes(self._captions[start:end]).decode(errors="replace") for start, end in places]
+        texts = [tuple(several.split(SEPARATOR)) for several in stored]
+        if not self.augment:
+            return [pick(several, 0.0) for several in texts]
+        return draw_captions(texts, index, self.seed, self.epoch)
 
     def require(self, tokenizer: Tokenizer) -> None:
         """Raise UserError unless the cache was made by this very tokenizer."""
@@ -165,6 +177,9 @@ class CachedTokensData(ImageDataModule):
 
     def val_dataset(self) -> ImageDataset:
         return self._images().val_dataset()
+
+    def text_datasets(self) -> list[IndexedDataset]:
+        return [self._train, self._val]
 
     def _images(self) -> ImageDataModule:
         if self.images is None:

@@ -67,6 +67,21 @@ class ImageDataModule(LightningDataModule, ABC):
         """Raise UserError where files are missing or cannot be understood, before a run begins."""
         _ = self.train_dataset(), self.val_dataset()
 
+    def text_datasets(self) -> Sequence[IndexedDataset]:
+        """The training and validation sets, whose captions a generator of text reads."""
+        return [self.train_dataset(), self.val_dataset()]
+
+    def check_captions(self) -> None:
+        """For a run that reads text: raise UserError where there is none, and say where names of classes stand in."""
+        datasets = self.text_datasets()
+        if not all(dataset.has_captions for dataset in datasets):
+            raise UserError(
+                f"{self.name} has no captions, which this generator reads: tars hold them in .txt or .json members, "
+                "Hugging Face data sets in a column (data.caption), folders in the names of several classes"
+            )
+        if not all(dataset.own_captions for dataset in datasets):
+            log.warning("%s has no captions of its own: the names of its classes are the texts", self.name)
+
     def fingerprint(self) -> str:
         """Hash of the training and validation images, without augmentation."""
         parts = [self.train_dataset(augment=False), self.val_dataset()]

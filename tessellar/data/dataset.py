@@ -26,6 +26,8 @@ class IndexedDataset(Dataset, Generic[B], ABC):
     class_names: tuple[str, ...]
     labels: Tensor  # int64 [N]
     epoch: int = 0
+    has_captions: bool = True  # whether there is any text to samples
+    own_captions: bool = True  # whether some of it is more than names of classes
 
     @abstractmethod
     def batch(self, indices: Sequence[int]) -> B:

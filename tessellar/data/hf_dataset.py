@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tessellar.data.captions import read_captions
 from tessellar.data.classes import order_classes
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
@@ -21,6 +22,8 @@ from tessellar.data.image_file import UnreadableImage, decode_image, read_image
 from tessellar.data.members import MAX_CLASSES
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.errors import UserError
+
+CHUNK = 4096  # rows whose captions are looked at together
 
 
 def load_table(path: str, config: str | None, split: str, revision: str | None) -> Any:
@@ -42,16 +45,19 @@ def load_table(path: str, config: str | None, split: str, revision: str | None) 
 
 
 class Rows(NamedTuple):
-    """The rows of a table, with images as they are stored, and their classes."""
+    """The rows of a table, with images as they are stored, their classes, and which have a caption (bool [N])."""
 
     table: Any
     labels: Tensor
     class_names: tuple[str, ...]
     name: str
+    captioned: Tensor | None = None
 
     def take(self, places: Sequence[int]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.table.select(places), self.labels[list(places)], self.class_names, self.name)
+        rows = list(places)
+        captioned = None if self.captioned is None else self.captioned[rows]
+        return Rows(self.table.select(places), self.labels[rows], self.class_names, self.name, captioned)
 
 
 def classes_of(table: Any, column: str | None, name: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -80,19 +86,36 @@ def _bounded(label: int, name: str) -> int:
     return label
 
 
+def captioned_of(table: Any, column: str, name: str) -> Tensor:
+    """Which rows have a caption, bool [N]; raises UserError where the column holds none, or what is no text."""
+    texts = table.select_columns([column])
+    found: list[bool] = []
+    for start in range(0, len(table), CHUNK):
+        values = texts[start : start + CHUNK][column]
+        places = range(start, start + len(values))
+        found += [bool(read_captions(value, f"{name}[{row}]")) for row, value in zip(places, values, strict=True)]
+    if not any(found):
+        raise UserError(f"column {column!r} of {name} holds no text; it should hold captions")
+    return torch.tensor(found)
+
+
 def read_rows(table: Any, image: str, label: str | None, caption: str | None, name: str) -> Rows:
-    """The rows of a `datasets.Dataset`; raises UserError for a column that is not there, and for what is no class."""
+    """The rows of a `datasets.Dataset`.
+
+    Raises UserError for a column that is not there, for what is no class, and for captions that are no text.
+    """
     import datasets  # type: ignore[import-not-found]
 
     for column in filter(None, (image, label, caption)):
         if column not in table.column_names:
             raise UserError(f"{name} has no column {column!r}; it has {', '.join(table.column_names)}")
     labels, class_names = classes_of(table, label, name)
-    return Rows(table.cast_column(image, datasets.Image(decode=False)), labels, class_names, name)
+    captioned = None if caption is None else captioned_of(table, caption, name)
+    return Rows(table.cast_column(image, datasets.Image(decode=False)), labels, class_names, name, captioned)
 
 
 class HFImages(PictureDataset):
-    """Images in the column `image`; captions in the column `caption`, or else the names of classes."""
+    """Images in the column `image`; captions (a text, or a list of texts) in the column `caption`."""
 
     def __init__(
         self,
@@ -102,11 +125,13 @@ class HFImages(PictureDataset):
         caption: str | None = None,
         seed: int = 0,
         max_corrupt: float = MAX_CORRUPT,
+        vary_captions: bool = False,
     ) -> None:
         self.name, self.table = rows.name, rows.table
         self.image_column, self.caption_column = image, caption
-        self.texts: Any = None if caption is None else rows.table.select_columns([caption])
-        super().__init__(rows.labels, rows.class_names, framing, seed, max_corrupt)
+        self._text_table: Any = None if caption is None else rows.table.select_columns([caption])
+        captioned = None if caption is None else rows.captioned
+        super().__init__(rows.labels, rows.class_names, framing, seed, max_corrupt, captioned, vary_captions)
 
     def where(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -119,9 +144,10 @@ class HFImages(PictureDataset):
             return read_image(content["path"])
         raise UnreadableImage(f"{self.where(index)} holds no image")
 
-    def caption(self, index: int) -> str:
-        text = None if self.texts is None else self.texts[index][self.caption_column]
-        return text if isinstance(text, str) else super().caption(index)
+    def own_texts(self, index: int) -> tuple[str, ...]:
+        if self._text_table is None:
+            return ()
+        return read_captions(self._text_table[index][self.caption_column], self.where(index))
 
     def fingerprint(self) -> str:
         """Built on the package's own, which follows content and history of the table."""
@@ -188,10 +214,11 @@ class HFData(ImageDataModule):
         return self._parts[0].class_names
 
     def train_dataset(self, augment: bool = True) -> HFImages:
-        return self._images(self._parts[0], self.framing if augment else self.framing.still())
+        framing = self.framing if augment else self.framing.still()
+        return self._images(self._parts[0], framing, vary_captions=augment)
 
     def val_dataset(self) -> HFImages:
         return self._images(self._parts[1], self.framing.still())
 
-    def _images(self, rows: Rows, framing: Framing) -> HFImages:
-        return HFImages(rows, framing, self.image, self.caption, self.seed, self.max_corrupt)
+    def _images(self, rows: Rows, framing: Framing, vary_captions: bool = False) -> HFImages:
+        return HFImages(rows, framing, self.image, self.caption, self.seed, self.max_corrupt, vary_captions)

@@ -1,8 +1,8 @@
 """Members of WebDataset tars: which are read, and how. Only images, json, txt and cls are decoded, and npy on request.
 
 A sample is all members with one name up to the first dot of its last part; the rest, in lower case, is the field.
-Nothing is ever unpickled: a member that would need it is refused by name, as is a name that leads out of the tar's
-folder. Members of any other kind are left unread.
+Text is read as `captions.py` says. Nothing is ever unpickled: a member that would need it is refused by name, as is a
+name that leads out of the tar's folder. Members of any other kind are left unread.
 """
 
 import io
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tessellar.data.captions import UnreadableText, decode_text, read_captions
 from tessellar.data.image_file import EXTENSIONS, decode_image
 from tessellar.errors import UserError
 
@@ -51,15 +52,15 @@ def decode(field: str, content: bytes, name: str) -> Any:
     try:
         match field:
             case "json":
-                return json.loads(content.decode())
+                return json.loads(decode_text(content, name))
             case "txt":
-                return content.decode()
+                return decode_text(content, name)
             case "cls":
-                return int(content.decode())
+                return int(decode_text(content, name))
             case "npy":
                 return np.load(io.BytesIO(content), allow_pickle=False)
-    except UnicodeDecodeError as error:
-        raise UnreadableMember(f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except UnreadableText as error:
+        raise UnreadableMember(str(error)) from error
     except (ValueError, OSError, EOFError, RecursionError, MemoryError) as error:
         raise UnreadableMember(f"{name} is not {field}: {error or type(error).__name__}") from error
     raise UserError(f"{name}: field {field!r} is not read; only {', '.join(FIELDS)} are")
@@ -78,16 +79,15 @@ def label_of(fields: dict[str, Any], key: str, name: str) -> int | None:
     return label
 
 
-def caption_of(fields: dict[str, Any], key: str, name: str) -> str | None:
-    """The caption of a sample's decoded `fields`: `txt`, or entry `key` of its JSON; None where it has none."""
-    caption = fields["txt"].strip() if "txt" in fields else _entry(fields, key)
-    if caption is None:
-        return None
-    if not isinstance(caption, str):
-        raise UnreadableMember(f"{name}: the caption is {_short(caption)}; it must be text")
-    if any("\ud800" <= letter <= "\udfff" for letter in caption):  # half a pair, which JSON can spell but UTF-8 cannot
-        raise UnreadableMember(f"{name}: the caption cannot be written as UTF-8")
-    return caption
+def captions_of(fields: dict[str, Any], key: str, name: str) -> tuple[str, ...]:
+    """The captions of a sample's decoded `fields`: `txt`, or a text or list of texts at `key` of its JSON.
+
+    Empty where it has none; raises UnreadableMember where one is no text.
+    """
+    try:
+        return read_captions(fields.get("txt"), name) or read_captions(_entry(fields, key), name)
+    except UnreadableText as error:
+        raise UnreadableMember(str(error)) from error
 
 
 def _entry(fields: dict[str, Any], key: str) -> Any:

@@ -1,7 +1,7 @@
 """PictureDataset: what all readers of image files share: framing, views for caches, and the care of corrupt images.
 
-A reader (folder, tar, Hugging Face) implements `open(index)` and `where(index)`. Random augmentation depends on (seed,
-epoch, index) alone; corrupt images are treated as `damage.py` says.
+A reader (folder, tar, Hugging Face) implements `open(index)` and `where(index)`, and `own_texts(index)` where it has
+captions. Random augmentation depends on (seed, epoch, index) alone; corrupt images are treated as `damage.py` says.
 """
 
 from abc import abstractmethod
@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from tessellar.data.batch import Batch
+from tessellar.data.captions import class_text, draw_captions, pick, tell_missing
 from tessellar.data.damage import Damage
 from tessellar.data.dataset import ImageDataset
 from tessellar.data.framing import DRAWS, Framing
 from tessellar.data.randomness import derive, uniforms
+from tessellar.errors import UserError
 from tessellar.images import from_uint8
 
 MAX_CORRUPT = 0.01
@@ -33,6 +35,9 @@ class PictureDataset(ImageDataset):
     """Images as `framing` says, with `labels` int64 [N] below the number of `class_names`.
 
     A corrupt image gives place to the next readable one; above the share `max_corrupt` of them a UserError is raised.
+    `captioned` bool [N] tells which images have captions of their own; of several, a visit shows one drawn from (seed,
+    epoch, index) with `vary_captions`, else the first. An image without one has the name of its class where that is a
+    text, else an empty one; that some are missing is said once.
     """
 
     def __init__(
@@ -42,12 +47,19 @@ class PictureDataset(ImageDataset):
         framing: Framing,
         seed: int = 0,
         max_corrupt: float = MAX_CORRUPT,
+        captioned: Tensor | None = None,
+        vary_captions: bool = False,
     ) -> None:
         self.labels = labels
         self.class_names = class_names
         self.framing = framing
         self.seed = seed
         self.damage = Damage(len(labels), max_corrupt, self.where)
+        self.vary_captions = vary_captions
+        self.own_captions = captioned is not None and bool(captioned.any())
+        self.has_captions = self.own_captions or any(class_text(class_names, k) for k in labels.unique().tolist())
+        if captioned is not None and self.own_captions:
+            self._tell_missing(captioned)
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
@@ -57,13 +69,36 @@ class PictureDataset(ImageDataset):
     def where(self, index: int) -> str:
         """The image's place, for messages."""
 
+    def own_texts(self, index: int) -> tuple[str, ...]:
+        """Captions that the reader finds to an image; none unless it knows better."""
+        return ()
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """All captions of an image: its own, or the name of its class."""
+        return self.own_texts(index) or class_text(self.class_names, int(self.labels[index]))
+
     def caption(self, index: int) -> str:
-        """Text to an image: the name of its class, unless the reader knows better."""
-        return self.class_names[int(self.labels[index])].replace("_", " ")
+        """The caption that a visit of this epoch shows."""
+        return self._captions([index], [index])[0]
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """Captions of samples, whose images are not read."""
-        return [self.caption(index) for index in indices]
+        """Captions of samples, whose images are not read; raises UserError for a set without any."""
+        if not self.has_captions:
+            raise UserError(f"this data set gives no captions ({self.where(0)} has none, nor any other image)")
+        return self._captions(indices, indices)
+
+    def _captions(self, indices: Sequence[int], sources: Sequence[int]) -> list[str]:
+        texts = [self.texts(source) for source in sources]
+        if not self.vary_captions:
+            return [pick(several, 0.0) for several in texts]
+        return draw_captions(texts, indices, self.seed, self.epoch)
+
+    def _tell_missing(self, captioned: Tensor) -> None:
+        missing = (~captioned).nonzero().flatten().tolist()
+        if missing:
+            named = any(class_text(self.class_names, k) for k in range(len(self.class_names)))
+            instead = "the name of the class is taken" if named else "an empty text is taken"
+            tell_missing(len(missing), len(captioned), self.where(missing[0]), instead)
 
     @property
     def corrupt(self) -> list[int]:  # type: ignore[override]
@@ -82,7 +117,12 @@ class PictureDataset(ImageDataset):
     def views(self, index: int) -> Batch:
         source, image = self.damage.read(index, self.open)
         shown = [self.framing.view(image, k, self.where(source)) for k in range(self.num_views)]
-        return self._batch([index] * len(shown), [source] * len(shown), shown)
+        batch = self._batch([index] * len(shown), [source] * len(shown), shown)
+        if self.has_captions:
+            texts = self.texts(source)
+            batch["caption"] = [pick(texts, 0.0)] * len(shown)
+            batch["texts"] = list(texts)
+        return batch
 
     def batch(self, indices: Sequence[int]) -> Batch:
         draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS).tolist()
@@ -92,9 +132,11 @@ class PictureDataset(ImageDataset):
 
     def _batch(self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]) -> Batch:
         """`sources` are the images really shown: others than `indices` where corrupt ones were skipped."""
-        return {
+        batch: Batch = {
             "image": to_tensor(shown),
             "label": self.labels[list(sources)],
-            "caption": [self.caption(source) for source in sources],
             "index": torch.as_tensor(indices),
         }
+        if self.has_captions:
+            batch["caption"] = self._captions(indices, sources)
+        return batch

@@ -15,16 +15,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
-from tessellar.data.members import FIELDS, IMAGE_FIELDS, UnreadableMember, caption_of, decode, label_of, split_name
+from tessellar.data.members import FIELDS, IMAGE_FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
 from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 BLOCK = 512
 MAX_TEXT = 1 << 24  # bytes of a json, txt or cls member
 Place = tuple[int, int]  # offset and size
@@ -50,6 +50,7 @@ class TarIndex:
     offsets: np.ndarray  # int64 [M]
     sizes: np.ndarray  # int64 [M]
     labels: np.ndarray  # int64 [N], -1 for none
+    captioned: np.ndarray  # uint8 [N], 1 for a sample with a caption
     class_names: dict[int, str]
     left_out: tuple[str, ...] = ()
 
@@ -136,6 +137,7 @@ def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
 def _collect(path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], keys: Keys) -> TarIndex:
     kept: dict[str, dict[str, Place]] = {}
     labels: list[int] = []
+    captioned: list[bool] = []
     class_names: dict[int, str] = {}
     left_out: list[str] = []
     for key, members in samples.items():
@@ -143,12 +145,13 @@ def _collect(path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], k
         try:
             if not any(field in members for field in IMAGE_FIELDS):
                 raise UnreadableMember(f"{where} has no image")
-            label, name = _text(file, members, keys, where)
+            label, name, has_caption = _text(file, members, keys, where)
         except UnreadableMember as error:
             left_out.append(str(error))
             continue
         kept[key] = members
         labels.append(label)
+        captioned.append(has_caption)
         if name is not None and class_names.setdefault(label, name) != name:
             raise UserError(f"{where}: class {label} is {name!r} here and {class_names[label]!r} before")
     rows = [(FIELDS.index(field), *place) for members in kept.values() for field, place in members.items()]
@@ -161,13 +164,20 @@ def _collect(path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], k
         offsets=table[:, 1].copy(),
         sizes=table[:, 2].copy(),
         labels=np.array(labels, dtype=np.int64),
+        captioned=np.array(captioned, dtype=np.uint8),
         class_names=class_names,
         left_out=tuple(left_out),
     )
 
 
-def _text(file: BinaryIO, members: dict[str, Place], keys: Keys, where: str) -> tuple[int, str | None]:
-    """Class (-1 for none) and its name; raises UnreadableMember also for a caption that cannot be read."""
+class _Text(NamedTuple):
+    label: int  # -1 for none
+    class_name: str | None
+    has_caption: bool
+
+
+def _text(file: BinaryIO, members: dict[str, Place], keys: Keys, where: str) -> _Text:
+    """What the text of a sample says; raises UnreadableMember also for a caption that cannot be read."""
     decoded: dict[str, Any] = {}
     for field in ("json", "cls", "txt"):
         if field in members:
@@ -176,11 +186,13 @@ def _text(file: BinaryIO, members: dict[str, Place], keys: Keys, where: str) -> 
                 raise UnreadableMember(f"{where}.{field} has {size} bytes, too many for text")
             file.seek(offset)
             decoded[field] = decode(field, file.read(size), f"{where}.{field}")
-    caption_of(decoded, keys.caption, where)
+    has_caption = bool(captions_of(decoded, keys.caption, where))
     label = label_of(decoded, keys.label, where)
     entries = decoded.get("json")
     name = entries.get(keys.class_name) if isinstance(entries, dict) else None
-    return (-1, None) if label is None else (label, name if isinstance(name, str) else None)
+    if label is None:
+        return _Text(-1, None, has_caption)
+    return _Text(label, name if isinstance(name, str) else None, has_caption)
 
 
 def _keep(index: TarIndex, kept: Path, facts: dict[str, Any]) -> None:
@@ -197,7 +209,7 @@ def _keep(index: TarIndex, kept: Path, facts: dict[str, Any]) -> None:
         log.info("the index of %s is not kept (%s)", index.path, error)
 
 
-_ARRAYS = {"names": "S", "starts": "i", "fields": "u", "offsets": "i", "sizes": "i", "labels": "i"}
+_ARRAYS = {"names": "S", "starts": "i", "fields": "u", "offsets": "i", "sizes": "i", "labels": "i", "captioned": "u"}
 
 
 def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
@@ -221,7 +233,7 @@ def _makes_sense(index: TarIndex, size: int) -> bool:
     return (
         all(array.ndim == 1 and array.dtype.kind == _ARRAYS[name] for name, array in arrays.items())
         and len(index.starts) == n + 1
-        and len(index.labels) == n
+        and len(index.labels) == len(index.captioned) == n
         and len(index.offsets) == len(index.sizes) == m
         and index.starts[0] == 0
         and index.starts[-1] == m

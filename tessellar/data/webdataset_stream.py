@@ -17,12 +17,13 @@ from webdataset.filters import shuffle
 from webdataset.tariterators import tar_file_expander, url_opener
 
 from tessellar.data.batch import Sample, collate
+from tessellar.data.captions import class_text, pick, tell_missing
 from tessellar.data.damage import SAMPLE, too_many, warn_of_first
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.framing import DRAWS, Crop, Framing
 from tessellar.data.image_file import UnreadableImage
-from tessellar.data.members import IMAGE_FIELDS, UnreadableMember, caption_of, decode, label_of, split_name
+from tessellar.data.members import IMAGE_FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
 from tessellar.data.pictures import MAX_CORRUPT, to_tensor
 from tessellar.data.randomness import derive
 from tessellar.data.shards import expand_braces
@@ -31,6 +32,7 @@ from tessellar.errors import UserError
 
 SCHEMES = ("", "file", "http", "https", "hf", "gs", "ais", "sftp", "ftps", "scp")  # without pipe, which runs a shell
 Raw = dict[str, bytes]
+PEEKED = 100  # samples looked at before a run that reads text
 
 
 def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
@@ -92,6 +94,9 @@ class WebDatasetStream(IterableDataset[Sample]):
         self.keys, self.max_corrupt = keys, max_corrupt
         self.epoch = self.start = 0
         self.corrupt = self.met = 0
+        self.captioned = self.uncaptioned = 0
+        self.first_uncaptioned = ""
+        self.gaps_told = False
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -106,7 +111,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         """Every `places`-th sample of all shards, from `place` on."""
         samples = (sample for url in self.urls for sample in stream_samples(url))
         for index, (name, fields) in enumerate(samples):
-            if index % places == place and (sample := self._decode(name, fields, index, [0.0] * DRAWS)):
+            if index % places == place and (sample := self._decode(name, fields, index, [0.0] * (DRAWS + 1))):
                 yield sample
 
     def _endless(self, place: int, places: int) -> Iterator[Sample]:
@@ -118,7 +123,7 @@ class WebDatasetStream(IterableDataset[Sample]):
 
         mixed: Any = shuffle(self.buffer, initial=self.buffer, rng=rng)(samples()) if self.buffer else samples()
         for number, (name, fields) in enumerate(mixed):
-            draws = [rng.random() for _ in range(DRAWS)]
+            draws = [rng.random() for _ in range(DRAWS + 1)]  # the last one chooses a caption
             if sample := self._decode(name, fields, number * places + place, draws):
                 yield sample
 
@@ -147,14 +152,36 @@ class WebDatasetStream(IterableDataset[Sample]):
         label = label_of(decoded, self.keys.label, name) or 0
         if label >= len(self.class_names):
             raise UserError(f"{name} has class {label}; it must be below {len(self.class_names)} (num_classes)")
-        caption = caption_of(decoded, self.keys.caption, name)
-        shown = self.framing.draw(decoded[image_field], draws, name)
+        own = captions_of(decoded, self.keys.caption, name)
+        self._count_caption(bool(own), name)
+        texts = own or class_text(self.class_names, label)
+        shown = self.framing.draw(decoded[image_field], draws[:DRAWS], name)
         return {
             "image": to_tensor([shown])[0],
             "index": index,
             "label": label,
-            "caption": self.class_names[label] if caption is None else caption,
+            "caption": pick(texts, draws[DRAWS]),
         }
+
+    def _count_caption(self, there: bool, name: str) -> None:
+        """Say once that captions are missing, as soon as some samples have one and some do not."""
+        self.captioned += there
+        self.uncaptioned += not there
+        if not there and not self.first_uncaptioned:
+            self.first_uncaptioned = name
+        if self.captioned and self.uncaptioned and not self.gaps_told:
+            self.gaps_told = True
+            met = self.captioned + self.uncaptioned
+            tell_missing(self.uncaptioned, met, self.first_uncaptioned, "an empty text is taken, as for others to come")
+
+
+def _has_caption(name: str, fields: Raw, keys: Keys) -> bool:
+    """False also where its text cannot be read."""
+    try:
+        text = {field: decode(field, fields[field], name) for field in ("json", "txt") if field in fields}
+        return bool(captions_of(text, keys.caption, name))
+    except UnreadableMember:
+        return False
 
 
 class _EpochLoader(DataLoader):
@@ -213,6 +240,17 @@ class WebDatasetStreamData(ImageDataModule):
 
     def check_files(self) -> None:
         _ = expand_braces(self.shards), expand_braces(self.val_shards)
+
+    def check_captions(self) -> None:
+        """Looks at the first samples of the first training and the first validation shard."""
+        for spec in (self.shards, self.val_shards):
+            url = expand_braces(spec)[0]
+            peeked = list(islice(stream_samples(url), PEEKED))
+            if not any(_has_caption(name, fields, self.keys) for name, fields in peeked):
+                raise UserError(
+                    f"none of the first {len(peeked)} samples of {url} has a caption, which this generator reads: a "
+                    f".txt member, or {self.keys.caption!r} in its .json (data.caption)"
+                )
 
     def fingerprint(self) -> str:
         parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]

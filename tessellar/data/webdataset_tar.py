@@ -19,7 +19,7 @@ from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import UnreadableImage, decode_image
-from tessellar.data.members import caption_of, decode
+from tessellar.data.members import captions_of, decode
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.randomness import derive
 from tessellar.data.shards import find_shards
@@ -58,6 +58,11 @@ class TarSamples:
     def labels(self) -> np.ndarray:
         """Classes, int64 [N], -1 for none."""
         return np.concatenate([shard.labels for shard in self.shards])[self.rows]
+
+    @property
+    def captioned(self) -> np.ndarray:
+        """Whether samples have a caption, bool [N]."""
+        return np.concatenate([shard.captioned for shard in self.shards])[self.rows].astype(bool)
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -111,7 +116,7 @@ def name_classes(samples: TarSamples, name: str, num_classes: int | None) -> tup
 
 
 class WebDatasetTars(PictureDataset):
-    """The given samples, framed as Framing says; a sample without caption has the name of its class.
+    """The given samples, framed as Framing says.
 
     Raises UserError for a class that has no name in `class_names`.
     """
@@ -124,6 +129,7 @@ class WebDatasetTars(PictureDataset):
         seed: int = 0,
         max_corrupt: float = MAX_CORRUPT,
         shuffle_captions: bool = False,
+        vary_captions: bool = False,
     ) -> None:
         self.samples = samples
         chosen = torch.Generator().manual_seed(derive(seed))
@@ -132,7 +138,8 @@ class WebDatasetTars(PictureDataset):
         if int(labels.max()) >= len(class_names):
             worst = int(labels.argmax())
             raise UserError(f"{samples.name(worst)} has class {labels[worst]}; there are {len(class_names)} classes")
-        super().__init__(labels, class_names, framing, seed, max_corrupt)
+        captioned = torch.from_numpy(samples.captioned)[self.told]
+        super().__init__(labels, class_names, framing, seed, max_corrupt, captioned, vary_captions)
 
     def where(self, index: int) -> str:
         shard, sample = self.samples.find(index)
@@ -153,16 +160,15 @@ class WebDatasetTars(PictureDataset):
         where = shard.where(sample)
         return {field: decode(field, shard.read(sample, field), f"{where}.{field}") for field in shard.members(sample)}
 
-    def caption(self, index: int) -> str:
-        return self._own_caption(int(self.told[index]))
+    def texts(self, index: int) -> tuple[str, ...]:
+        return super().texts(int(self.told[index]))
 
-    def _own_caption(self, index: int) -> str:
+    def own_texts(self, index: int) -> tuple[str, ...]:
         shard, sample = self.samples.find(index)
         where = shard.where(sample)
         there = shard.members(sample)
         read = {f: decode(f, shard.read(sample, f), f"{where}.{f}") for f in ("txt", "json") if f in there}
-        caption = caption_of(read, self.samples.keys.caption, where)
-        return super().caption(index) if caption is None else caption
+        return captions_of(read, self.samples.keys.caption, where)
 
     def fingerprint(self) -> str:
         rows = [self.samples.find(place) for place in range(len(self))]
@@ -175,9 +181,10 @@ class WebDatasetData(ImageDataModule):
     """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a list of such.
 
     Without `val_shards`, the share `val_share` of the samples is held out for validation. `label`, `class_name` and
-    `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. `crop`, `flip` and
-    `ten_ratios` apply to training (see Framing). `name` is that of the folder unless given. `shuffle_captions` gives
-    training images each other's captions, in an order that `seed` fixes: the control that shows what text does.
+    `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. Of a list of captions,
+    training draws one at each visit. `crop`, `flip` and `ten_ratios` apply to training (see Framing). `name` is that of
+    the folder unless given. `shuffle_captions` gives training images each other's captions, in an order that `seed`
+    fixes: the control that shows what text does.
     """
 
     def __init__(
@@ -224,10 +231,13 @@ class WebDatasetData(ImageDataModule):
 
     def train_dataset(self, augment: bool = True) -> WebDatasetTars:
         framing = self.framing if augment else self.framing.still()
-        return self._tars(self._samples[0], framing, self.shuffle_captions)
+        return self._tars(self._samples[0], framing, self.shuffle_captions, vary_captions=augment)
 
     def val_dataset(self) -> WebDatasetTars:
         return self._tars(self._samples[1], self.framing.still())
 
-    def _tars(self, samples: TarSamples, framing: Framing, shuffled: bool = False) -> WebDatasetTars:
-        return WebDatasetTars(samples, self.class_names, framing, self.seed, self.max_corrupt, shuffled)
+    def _tars(
+        self, samples: TarSamples, framing: Framing, shuffled: bool = False, vary_captions: bool = False
+    ) -> WebDatasetTars:
+        options = (self.seed, self.max_corrupt, shuffled, vary_captions)
+        return WebDatasetTars(samples, self.class_names, framing, *options)

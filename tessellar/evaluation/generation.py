@@ -49,6 +49,8 @@ class GeneratedImages(ImageSource):
         self.class_names = tuple(class_names) if len(class_names) == classes else ()
         if classes is None and data is None:
             raise UserError("this generator is conditioned on text: give --data, whose captions its samples follow")
+        if classes is None and data is not None and not data.has_captions:
+            raise UserError("this generator is conditioned on text, and the data set given has no captions")
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         if self.labels is None:

@@ -85,7 +85,7 @@ class GeneratorModule(TrainingModule):
         checkpoint's replaces it later."""
         conditioner, data = self.model.conditioner, getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(conditioner, TextConditioner) and isinstance(data, ImageDataModule):
-            conditioner.prepare(lambda: training_captions(data.train_dataset()))
+            conditioner.prepare(lambda: training_captions(data.text_datasets()[0]))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,6 +1,7 @@
 """The reader is tested on the package `datasets` where it is installed, else on a stand-in with the calls it makes."""
 
 import importlib.util
+import logging
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -161,6 +162,47 @@ def test_classes_of_both_splits_must_agree(save, make_png):
     path = save(train=rows(make_png, 0, 2, label=["a", "b"]), test=rows(make_png, 0, 2, label=["a", "c"]))
     with pytest.raises(UserError, match="different classes"):
         HFData(path, 12, val_split="test").train_dataset()
+
+
+def test_of_several_captions_each_visit_draws_one(save, make_png):
+    several = ["a cat", "one cat", "the cat"]
+    path = save(train=rows(make_png, 0, 8, text=[several] * 8))
+    data = HFData(path, 12, label=None, caption="text", val_share=0.25)
+
+    def seen(dataset: HFImages) -> set[str]:
+        texts = set()
+        for epoch in range(20):
+            dataset.set_epoch(epoch)
+            texts.add(dataset.caption(0))
+        return texts
+
+    assert seen(data.train_dataset()) == set(several) and seen(data.val_dataset()) == {"a cat"}
+
+
+def test_a_missing_caption_is_the_name_of_its_class_where_that_is_a_text(
+    save, make_png, caplog: pytest.LogCaptureFixture
+):
+    path = save(train=rows(make_png, 0, 4, kind=["dog", "red_fox"] * 2, text=["one", None, "three", None]))
+    data = HFData(path, 12, label="kind", caption="text", val_share=0.25)
+    with caplog.at_level(logging.WARNING):
+        assert set(data.train_dataset().captions(range(3))) <= {"one", "three", "red fox"}
+    assert "have no caption" in caplog.text and "the name of the class is taken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "texts, why",
+    [
+        ([5, 6], r"train\[0\]: the caption is 5"),
+        ([{"raw": "a"}] * 2, r"train\[0\]: the caption is {'raw': 'a'}"),
+        ([b"a", b"b"], r"train\[0\]: the caption is b'a'"),
+        ([None, None], "column 'text' of pictures train holds no text"),
+        (["", " "], "column 'text' of pictures train holds no text"),
+    ],
+)
+def test_a_named_column_that_holds_no_text_is_refused(save, make_png, texts: list, why: str):
+    data = HFData(save(train=rows(make_png, 0, 2, text=texts)), 12, label=None, caption="text", val_share=0.5)
+    with pytest.raises(UserError, match=why):
+        data.check_files()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessellar.data.image_file import UnreadableImage
-from tessellar.data.members import FIELDS, UnreadableMember, caption_of, decode, label_of, split_name
+from tessellar.data.members import FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
 from tessellar.errors import UserError
 
 
@@ -26,7 +26,14 @@ def test_names_are_split_at_the_first_dot_of_their_last_part(name: str, expected
 
 
 @pytest.mark.parametrize(
-    "field, content, value", [("cls", b" 7\n", 7), ("txt", "é".encode(), "é"), ("json", b"[1]", [1])]
+    "field, content, value",
+    [
+        ("cls", b" 7\n", 7),
+        ("cls", b"\xef\xbb\xbf7", 7),
+        ("txt", "é".encode(), "é"),
+        ("json", b"[1]", [1]),
+        ("json", "[1]".encode("utf-8-sig"), [1]),
+    ],
 )
 def test_text_is_decoded(field: str, content: bytes, value):
     assert decode(field, content, "x") == value
@@ -67,9 +74,9 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
 def test_any_json_gives_a_class_and_a_caption_or_is_named(entries):
     fields = {"json": json.loads(json.dumps(entries))}
     try:
-        label, caption = label_of(fields, "class", "x"), caption_of(fields, "caption", "x")
+        label, captions = label_of(fields, "class", "x"), captions_of(fields, "caption", "x")
     except UnreadableMember as error:
         assert str(error).startswith("x: ")
         return
     assert label is None or label >= 0
-    assert caption is None or caption.encode().decode() == caption
+    assert all(caption and caption.encode().decode() == caption for caption in captions)
