@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.weights import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
 BOS, BYTES = 0, 256
@@ -165,7 +165,7 @@ class FeatureCache:
     def _read(self, text: str) -> Tensor | None:
         if self.folder is None or not self.path(text).is_file():
             return None
-        return load_file(self.path(text))["features"]
+        return read_safetensors(self.path(text))[0]["features"]
 
     def _write(self, text: str, features: Tensor) -> None:
         """Whole or not at all: several processes may write the same text."""
@@ -174,7 +174,7 @@ class FeatureCache:
         target = self.path(text)
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_suffix(f".{os.getpid()}")
-        save_file({"features": features.contiguous()}, staged)
+        write_safetensors({"features": features.contiguous()}, staged)
         staged.replace(target)
 
 

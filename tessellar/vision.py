@@ -22,11 +22,20 @@ from tessellar.errors import UserError
 from tessellar.evaluation.extractors import refuse_evaluator
 from tessellar.evaluation.network_facts import KEY, NetworkFacts
 from tessellar.interop.importer import unwrap
-from tessellar.interop.weights import load_strict, read_pickle, read_safetensors, require_file
+from tessellar.interop.weights import (
+    load_strict,
+    read_metadata,
+    read_pickle,
+    read_safetensors,
+    require_file,
+    say_unchecked,
+)
 from tessellar.layers.precision import at_least_float32
 from tessellar.timm_networks import Options, check_network, create_network
 
 DOWNLOAD = "download"
+ENTRIES = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
+"""Entries of training checkpoints by timm and by self-distillation (DINO): averaged weights, which are used, first."""
 
 
 class VisionFeatures(NamedTuple):
@@ -237,8 +246,9 @@ def read_weights(path: str) -> WeightsFile:
     require_file(file)
     refuse_evaluator(file)
     if file.suffix != ".safetensors":
-        return WeightsFile(unwrap(read_pickle(file), path))
+        return WeightsFile(unwrap(read_pickle(file), path, order=ENTRIES, evaluated=False))
     state, metadata = read_safetensors(file)
+    say_unchecked(file, metadata)
     return WeightsFile(state, NetworkFacts.from_metadata(metadata, file) if KEY in metadata else None)
 
 
@@ -256,7 +266,7 @@ def stand_ins(config: Any) -> list[str]:
 def _stand_in(path: Path) -> list[str]:
     if path.suffix != ".safetensors" or not path.is_file():
         return []
-    metadata = read_safetensors(path)[1]
+    metadata = read_metadata(path)
     return [NetworkFacts.from_metadata(metadata, path).name] if KEY in metadata else []
 
 

@@ -48,7 +48,7 @@ def import_official(
         image_size: side of the images (default 256, or what the tokenizer's export says)
         num_heads: attention heads of a generator of unpublished size
         variant: published variant, where the weights do not show it, such as titok_b64
-        key: entry of the checkpoint to take, such as ema (default: the first of model, module, state_dict, ema)
+        key: entry of the checkpoint to take, such as ema (default: the one that the system's paper evaluates)
         license: license of the weights, for the card
         overwrite: replace an older export
     """

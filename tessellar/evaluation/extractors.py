@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.evaluation.network_facts import PUBLISHED, PURPOSE, NetworkFacts
-from tessellar.interop.weights import read_safetensors, require_file
+from tessellar.interop.weights import read_metadata, read_safetensors, require_file, say_unchecked
 
 
 class Features(NamedTuple):
@@ -113,6 +113,8 @@ def load_extractor(
     facts = network or PUBLISHED.get(digest) or NetworkFacts.from_metadata(metadata, path)
     if "teacher" in (facts.purpose, metadata.get("purpose")):
         raise UserError(f"{path} is a network for teaching; a model that it taught may not be measured with it")
+    if digest not in PUBLISHED:  # else the file's own hash is its checksum
+        say_unchecked(path, metadata)
     return TimmNetwork(facts, state, digest, str(path))
 
 
@@ -130,5 +132,5 @@ def refuse_evaluator(path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return
-    if read_safetensors(path)[1].get("purpose") == PURPOSE or sha256_of(path) in PUBLISHED:
+    if read_metadata(path).get("purpose") == PURPOSE or sha256_of(path) in PUBLISHED:
         raise UserError(f"{path} is a network for evaluation; a loss, a teacher or a filter of samples may not use it")

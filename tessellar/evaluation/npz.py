@@ -1,7 +1,11 @@
-"""npz files: one array as a stream of rows in constant memory, small arrays at once, and atomic writing. No pickle."""
+"""npz files: one array as a stream of rows in constant memory, small arrays at once, and atomic writing. No pickle.
+
+They are zip archives: the CRC of an array is compared when its last byte is read.
+"""
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +16,7 @@ import numpy as np
 from tessellar.errors import UserError
 from tessellar.interop.weights import require_file
 
-_UNREADABLE = (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError)
 
 
 class Rows(NamedTuple):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -21,6 +20,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation.network_facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.evaluation.timm_network import TimmNetwork, network_of
+from tessellar.interop.weights import write_safetensors
 
 SMALL = 64  # below this side, ResNets keep a higher resolution
 
@@ -69,7 +69,7 @@ def train_extractor(
     training = {"data": data.name, "data_fingerprint": data.fingerprint(), "val_accuracy": accuracy}
     facts = replace(facts, training={**training, **recipe.__dict__}, purpose=purpose)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, out, metadata=facts.to_metadata())
+    write_safetensors(state, Path(out), facts.to_metadata())
     return facts
 
 

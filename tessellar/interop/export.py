@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessellar.interop.card import Record, card
 from tessellar.interop.checkpoint import HEADER_KEY, describe_model
 from tessellar.interop.staging import staged_folder
+from tessellar.interop.weights import write_safetensors
 from tessellar.models.conditioners import ClassConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
@@ -68,7 +68,7 @@ def _export(
     with staged_folder(folder, WEIGHTS, overwrite) as stage:
         (stage / CONFIG).write_text(yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8")
         (stage / CARD).write_text(card(kind, folder.name, record, _facts(modules)), encoding="utf-8")
-        save_file(tensors, stage / WEIGHTS, metadata={"format": "pt", HEADER_KEY: json.dumps(description)})
+        write_safetensors(tensors, stage / WEIGHTS, {HEADER_KEY: json.dumps(description)})
     return folder
 
 

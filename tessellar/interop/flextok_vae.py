@@ -15,7 +15,7 @@ from tessellar.interop.importer import KeyTable, Rule, read_official, table
 from tessellar.interop.kl_vae import OWN
 from tessellar.interop.load import load_tokenizer
 from tessellar.interop.sizes import cnn_sizes, matrix
-from tessellar.interop.weights import load_strict, read_safetensors
+from tessellar.interop.weights import load_strict, read_metadata
 from tessellar.tokenizers.flextok_vae import flextok_vae
 from tessellar.tokenizers.kl_vae import KLVAE
 
@@ -97,5 +97,5 @@ def load_vae(vae: KLVAE, file: str, scale: float | None = None) -> KLVAE:
 
 def _is_official(path: Path) -> bool:
     if path.suffix == ".safetensors" and path.is_file():
-        return HEADER_KEY not in read_safetensors(path)[1]
+        return HEADER_KEY not in read_metadata(path)
     return path.suffix in (".bin", ".pt", ".pth")

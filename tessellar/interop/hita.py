@@ -18,6 +18,7 @@ from tessellar.tokenizers.hita import Hita
 from tessellar.tokenizers.hita_vision import HitaVision
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
+TOKENIZER_ENTRIES = ("ema", "model")  # the official scripts load the average
 BACKBONE = "encode_transformer.backbone."
 _ENCODER, _DECODER = "encode_transformer", "decode_transformer"
 _GLU = {"ffnet.w12.{tensor}": "mlp.fc1.{tensor}", "ffnet.w3.{tensor}": "mlp.fc2.{tensor}"}

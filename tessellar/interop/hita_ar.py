@@ -30,6 +30,7 @@ from tessellar.sampling.noise import Noise
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Categorical, Layout, Segment
 
+GENERATOR_ENTRIES = ("ema", "model")  # the official scripts load the average
 KEYS = table(
     {
         "cls_embedding.embedding_table.weight": "conditioning.embedding.weight",

@@ -5,8 +5,9 @@ path component. A rule may carry a pair of inverse tensor functions. Nothing is 
 and listed, and so is (by `load_strict`) a key of ours that no rule filled.
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.weights import Weights, listing, read_pickle, read_safetensors
+from tessellar.interop.weights import Weights, listing, read_pickle, read_safetensors, say_unchecked
 
-WRAPPERS = ("model", "module", "state_dict", "ema")
-"""Entries of official training checkpoints that may hold the weights, in order of preference."""
+log = logging.getLogger(__name__)
+
+DEEPEST = 3  # levels at which sets of weights are looked for
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -88,39 +90,101 @@ def _regex(part: str) -> str:
     return f"(?P<{name}>{r'[0-9]+' if len(name) == 1 else r'[^.]+'})"
 
 
-def read_official(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+def read_official(path: str | Path, key: str | None = None, order: Sequence[str] = ()) -> dict[str, Tensor]:
     """Weights of an official file (safetensors or torch pickle), unwrapped and without DDP or compile prefixes.
 
-    `key` names the entry to take (`ema`, for example); by default the first of WRAPPERS that is there.
+    `key` names the entry to take (`ema`, for example); else `order` decides, as in `unwrap`.
     """
+    return Weights(unwrap(read_content(path), str(path), key, order), str(path))
+
+
+def read_content(path: str | Path) -> Any:
+    """What an official file holds, as it is."""
     path = Path(path)
-    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    return Weights(unwrap(content, str(path), key), str(path))
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+    state, metadata = read_safetensors(path)
+    say_unchecked(path, metadata)
+    return state
 
 
-def unwrap(content: Any, where: str, key: str | None = None) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's content; raises UserError where there is none."""
-    if key is not None and (not isinstance(content, Mapping) or key not in content):
-        there = sorted(map(str, content)) if isinstance(content, Mapping) else []
-        raise UserError(f"{where} has no entry {key!r}; {listing('there', there)}")
+def unwrap(
+    content: Any, where: str, key: str | None = None, order: Sequence[str] = (), evaluated: bool = True
+) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint's content: itself, its entry `key`, or its first entry in `order`.
+
+    The first name in `order` is what the paper evaluates (unless `evaluated` is false: then it is a preference), the
+    others are what else may be taken. Of a file with one entry that is taken, whatever its name. Says in one line which
+    entry was taken where there are several, or where the evaluated one is missing. Raises UserError where there is no
+    state dict, no entry `key`, or several of which `order` names none.
+    """
     if key is not None:
-        return unwrap(content[key], f"{where}[{key}]")
-    while isinstance(content, Mapping) and not _is_state_dict(content):
-        inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
-    if not isinstance(content, Mapping) or not _is_state_dict(content):
-        raise UserError(f"{where} holds no weights: neither a state dict nor one under {', '.join(WRAPPERS)}")
-    return _without_prefix(dict(content))
+        return unwrap(_entry(content, key, where), f"{where}[{key}]")
+    if isinstance(content, Mapping) and _is_state_dict(content):
+        return without_prefix(dict(content))
+    found = state_dicts(content)
+    taken = preferred(found, order)
+    if not found:
+        raise UserError(f"{where} holds no weights: neither a state dict nor one in an entry")
+    if taken is None:
+        raise UserError(f"{where} holds several sets of weights ({', '.join(found)}); choose one with --key")
+    others = [name for name in found if name != taken]
+    which = f"{taken!r} is taken" + (f", not {', '.join(others)} (--key takes another)" if others else "")
+    if evaluated and order and not _is_under(taken, order[0]):
+        log.info("%s has no %r, which the paper evaluates; %s", where, order[0], which)
+    elif others:
+        log.info("%s: %s", where, which)
+    return without_prefix(dict(found[taken]))
+
+
+def state_dicts(content: Any, depth: int = DEEPEST) -> dict[str, Mapping[str, Tensor]]:
+    """All state dicts in a checkpoint's content by the path of their entry, `a.b`; optimizers have none by name."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    if not isinstance(content, Mapping) or depth == 0:
+        return found
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Mapping):
+            continue
+        if _is_state_dict(value):
+            found[name] = value
+        else:
+            found |= {f"{name}.{inner}": state for inner, state in state_dicts(value, depth - 1).items()}
+    return found
+
+
+def preferred(found: Mapping[str, Any], order: Sequence[str]) -> str | None:
+    """The first of `order` among the entries, or the only entry; None where nothing decides."""
+    for wanted in order:
+        for name in found:
+            if _is_under(name, wanted):
+                return name
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _is_under(name: str, entry: str) -> bool:
+    return name == entry or name.startswith(f"{entry}.")
+
+
+def _entry(content: Any, key: str, where: str) -> Any:
+    """The entry `key`, or the one at that path (`a.b`)."""
+    inner, rest = content, [key]
+    if not isinstance(content, Mapping) or key not in content:
+        rest = key.split(".")
+    for name in rest:
+        if not isinstance(inner, Mapping) or name not in inner:
+            there = sorted(map(str, content)) if isinstance(content, Mapping) else []
+            raise UserError(f"{where} has no entry {key!r}; {listing('there', there)}")
+        inner = inner[name]
+    return inner
 
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:
     return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of what DDP and compilation wrapped."""
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
-            return _without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+            return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
     return state

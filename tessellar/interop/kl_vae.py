@@ -17,6 +17,7 @@ from tessellar.interop.weights import load_strict
 from tessellar.tokenizers.kl_vae import KL16_SCALE, KLVAE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
+TOKENIZER_ENTRIES = ("model",)  # `kl16.ckpt` has no other
 _BLOCK = {"nin_shortcut.{tensor}": "shortcut.{tensor}", "{layer}.{tensor}": "{layer}.{tensor}"}
 _ATTENTION = {"proj_out.{tensor}": "proj.{tensor}", "{layer}.{tensor}": "{layer}.{tensor}"}
 OWN = ("quantizer.scale", "quantizer.moments", "quantizer.passes")

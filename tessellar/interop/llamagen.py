@@ -22,6 +22,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 
+GENERATOR_ENTRIES = ("model", "module", "state_dict")  # the order of the official sampling script; no average
 KEYS = table(
     {
         "cls_embedding.embedding_table.weight": "conditioning.embedding.weight",

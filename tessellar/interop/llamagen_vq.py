@@ -15,6 +15,7 @@ from tessellar.tokenizers.llamagen_vq import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
+TOKENIZER_ENTRIES = ("ema", "model", "state_dict")  # the order of the official reconstruction script
 _SIDE = {
     "{side}.conv_in.{tensor}": "{side}.conv_in.{tensor}",
     "{side}.conv_blocks.{i}.res.{j}.nin_shortcut.{tensor}": "{side}.levels.{i}.res.{j}.shortcut.{tensor}",

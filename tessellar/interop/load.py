@@ -23,7 +23,15 @@ from tessellar.interop.checkpoint import HEADER_KEY, PARTS, check_config, checkp
 from tessellar.interop.differences import differences
 from tessellar.interop.export import CONFIG, WEIGHTS
 from tessellar.interop.hub import fetch, is_hub_id
-from tessellar.interop.weights import SHOWN, listing, load_strict, read_pickle, read_safetensors, require_file
+from tessellar.interop.weights import (
+    SHOWN,
+    listing,
+    load_strict,
+    read_pickle,
+    read_safetensors,
+    require_file,
+    say_unchecked,
+)
 from tessellar.models.conditioners import Conditioner
 from tessellar.models.generator import Generator
 from tessellar.pipeline import ImageGenerator
@@ -242,7 +250,8 @@ def _read_folder(folder: Path) -> Source:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / CONFIG} is not YAML ({' '.join(str(error).split())[:120]})") from error
-    tensors, _ = read_safetensors(folder / WEIGHTS)
+    tensors, metadata = read_safetensors(folder / WEIGHTS)
+    say_unchecked(folder / WEIGHTS, metadata)
     return _source(folder, check_config(config, str(folder / CONFIG)), tensors)
 
 
@@ -250,6 +259,7 @@ def _read_single(path: Path) -> Source:
     tensors, metadata = read_safetensors(path)
     if HEADER_KEY not in metadata:
         raise UserError(f"{path} was not exported by tessellar; an official file is read by `convert.py import`")
+    say_unchecked(path, metadata)
     return _source(path, _description(metadata[HEADER_KEY], path), tensors)
 
 

@@ -19,6 +19,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Continuous, Layout
 
+GENERATOR_ENTRIES = ("model_ema", "model")  # `checkpoint-last.pth`: the official evaluation loads the average
 HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads of the published variants
 _NET = "diffloss.net"
 KEYS = table(

@@ -15,9 +15,9 @@ from torch import Tensor
 from tessellar.construct import build
 from tessellar.errors import UserError
 from tessellar.interop.checkpoint import HEADER_KEY
-from tessellar.interop.importer import read_official
+from tessellar.interop.importer import preferred, read_content, read_official, state_dicts, unwrap, without_prefix
 from tessellar.interop.load import load_tokenizer
-from tessellar.interop.weights import load_strict, read_safetensors
+from tessellar.interop.weights import Weights, load_strict, read_metadata
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 
@@ -40,7 +40,8 @@ class Official:
     """Importers of one system, as `module:function` below `tessellar.interop`.
 
     `tokenizer`: (state, ImportOptions) -> Tokenizer; `generator`: (state, Tokenizer, ImportOptions) -> ImageGenerator;
-    `is_generator`: (state) -> bool, needed where both are given.
+    `is_generator`: (state) -> bool, needed where both are given. Beside each importer stands which entry of a training
+    checkpoint it takes, TOKENIZER_ENTRIES or GENERATOR_ENTRIES: first the one that the paper evaluates.
     """
 
     tokenizer: str | None = None
@@ -52,6 +53,34 @@ class Official:
         if self.is_generator is None:
             return self.tokenizer is None
         return _function(self.is_generator)(state)
+
+    @property
+    def tokenizer_entries(self) -> tuple[str, ...]:
+        return _entries(self.tokenizer, "TOKENIZER_ENTRIES")
+
+    @property
+    def generator_entries(self) -> tuple[str, ...]:
+        return _entries(self.generator, "GENERATOR_ENTRIES")
+
+    def read(self, file: str, key: str | None) -> tuple[Mapping[str, Tensor], bool]:
+        """The state dict in a file, and whether it is the generator's."""
+        content = read_content(file)
+        if key is not None:
+            state = Weights(unwrap(content, file, key), file)
+            return state, self.holds_generator(state)
+        found = state_dicts(content) or {"": content}
+        name = preferred(found, (*self.generator_entries, *self.tokenizer_entries)) or next(iter(found))
+        is_generator = self.holds_generator(without_prefix(dict(found[name])) if found[name] else {})
+        order = self.generator_entries if is_generator else self.tokenizer_entries
+        return Weights(unwrap(content, file, order=order), file), is_generator
+
+
+def _entries(importer: str | None, name: str) -> tuple[str, ...]:
+    """What stands beside an importer; files that are published flat, without entries, have nothing there."""
+    if importer is None:
+        return ()
+    module = importlib.import_module(f"tessellar.interop.{importer.split(':')[0]}")
+    return getattr(module, name, ())
 
 
 SYSTEMS: dict[str, Official] = {
@@ -85,10 +114,11 @@ def import_model(
     """
     if system not in SYSTEMS:
         raise UserError(f"there is no importer for {system!r}; there are {', '.join(sorted(SYSTEMS))}")
-    official, state = SYSTEMS[system], read_official(file, key)
+    official = SYSTEMS[system]
+    state, is_generator = official.read(file, key)
     options = replace(options or ImportOptions(), file=file)
     try:
-        return _import(official, state, tokenizer, options)
+        return _import(official, state, is_generator, tokenizer, options)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:  # sizes that no model can have
         reason = " ".join(str(error).split())
         raise UserError(
@@ -97,9 +127,9 @@ def import_model(
 
 
 def _import(
-    official: Official, state: Mapping[str, Tensor], tokenizer: str | None, options: ImportOptions
+    official: Official, state: Mapping[str, Tensor], is_generator: bool, tokenizer: str | None, options: ImportOptions
 ) -> Tokenizer | ImageGenerator:
-    if not official.holds_generator(state):
+    if not is_generator:
         return _import_tokenizer(official, state, options)
     if tokenizer is None:
         file = options.file
@@ -122,7 +152,8 @@ def _import_tokenizer(official: Official, state: Mapping[str, Tensor], options: 
 def _tokenizer(official: Official, path: str, options: ImportOptions) -> Tokenizer:
     """From an export, or an official file; at `image_size` where one is given."""
     if _is_official_file(Path(path)):
-        return _import_tokenizer(official, read_official(path), replace(options, file=path))
+        state = read_official(path, order=official.tokenizer_entries)
+        return _import_tokenizer(official, state, replace(options, file=path))
     tokenizer, size = load_tokenizer(path), options.image_size
     if size is None or tokenizer.image_size == (size, size):
         return tokenizer
@@ -132,7 +163,7 @@ def _tokenizer(official: Official, path: str, options: ImportOptions) -> Tokeniz
 def _is_official_file(path: Path) -> bool:
     """Whether `path` is a weight file that none of our commands wrote."""
     if path.suffix == ".safetensors" and path.is_file():
-        return HEADER_KEY not in read_safetensors(path)[1]
+        return HEADER_KEY not in read_metadata(path)
     return path.suffix in (".pt", ".pth", ".bin")
 
 

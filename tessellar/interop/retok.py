@@ -1,7 +1,7 @@
 """ReToK's checkpoints (arXiv 2601.01535): tokenizer and GPT, official keys to ours and back.
 
 Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else `num_heads` is
-needed. The official dict prefers "ema" to "model"; `--key ema` takes it.
+needed.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,10 @@ from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok import ReToK
 from tessellar.tokenizers.retok_qformer import SIZES, QFormerSize
+
+# The order of the official scripts: the average of the tokenizer, the raw weights of the generator.
+TOKENIZER_ENTRIES = ("ema", "model", "state_dict")
+GENERATOR_ENTRIES = ("model", "module", "state_dict")
 
 
 def _row(t: Tensor) -> Tensor:

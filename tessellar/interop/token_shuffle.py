@@ -23,6 +23,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 
+GENERATOR_ENTRIES = ("model", "module", "state_dict")  # files of LlamaGen; none of its own is published
 KEYS = table(
     {
         "tok_embeddings.weight": "token_embedding.weight",

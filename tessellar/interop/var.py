@@ -23,6 +23,9 @@ from tessellar.tokenizers.layout import Layout
 from tessellar.tokenizers.quantizers.multi_scale import MultiScaleQuantizer
 from tessellar.tokenizers.var_vqvae import SCALES_256, VARVQVAE
 
+# Of `ar-ckpt-*.pth`; the published files are flat. No weights are averaged.
+TOKENIZER_ENTRIES = ("trainer.vae_local",)
+GENERATOR_ENTRIES = ("trainer.var_wo_ddp",)
 OWN = ("quantizer.step", "quantizer.counts")
 QKV = re.compile(r"(.*\.attn(?:_1|\.\d+))\.qkv\.(weight|bias)")
 

@@ -19,6 +19,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
 from tessellar.tokenizers.layout import Layout
 
+GENERATOR_ENTRIES = ("model_ema", "model")  # of training runs; the published files are flat
 _BLOCK = {
     "attn.qkv.{tensor}": "attention.wqkv.{tensor}",
     "attn.proj.{tensor}": "attention.wo.{tensor}",

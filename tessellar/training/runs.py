@@ -8,7 +8,6 @@ import platform
 import secrets
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tessellar.callbacks.checkpoints import LAST, PREVIOUS
 from tessellar.errors import UserError
+from tessellar.interop.weights import intact
 from tessellar.training.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -131,15 +131,6 @@ class Run:
             "precision": trainer.precision,
             "devices": trainer.num_devices,
         }
-
-
-def intact(path: Path) -> bool:
-    """Whether a checkpoint is complete and every part of it has its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
-        return False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Checkpoints hold full tensors and load in any number of processes.
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from tessellar.errors import UserError
+from tessellar.interop.weights import require_intact
 from tessellar.training.speed import blocks
 
 
@@ -69,6 +71,7 @@ class Sharded(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        require_intact(Path(checkpoint_path))  # torch.load compares no checksums
         return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

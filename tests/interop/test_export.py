@@ -94,7 +94,7 @@ def test_an_export_that_fails_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("tessellar.interop.export.save_file", fail)
+    monkeypatch.setattr("tessellar.interop.export.write_safetensors", fail)
     with pytest.raises(OSError, match="disk full"):
         export_tokenizer(tokenizer(), tmp_path / "vq")
     assert list(tmp_path.iterdir()) == []

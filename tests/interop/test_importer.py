@@ -51,14 +51,29 @@ def test_unwrap_finds_the_weights(wrapper: str) -> None:
     assert unwrap(content, "file").keys() == {"a", "b"}
 
 
-def test_unwrap_takes_the_entry_that_is_asked_for() -> None:
-    content = {"model": state("a"), "ema": {"a": torch.full((2, 3), 9.0)}}
-    assert unwrap(content, "file")["a"][0, 0] == 0
+def test_unwrap_takes_the_entry_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tessellar")
+    content = {"model": state("a"), "ema": {"a": torch.full((2, 3), 9.0)}, "optimizer": {"state": {0: state("m")}}}
+    assert unwrap(content, "file", order=("model", "ema"))["a"][0, 0] == 0
+    assert caplog.messages == ["file: 'model' is taken, not ema (--key takes another)"]
     assert unwrap(content, "file", "ema")["a"][0, 0] == 9
+    assert unwrap({"trainer": content}, "file", "trainer.ema")["a"][0, 0] == 9
     with pytest.raises(UserError, match="has no entry 'emma'"):
         unwrap(content, "file", "emma")
+    with pytest.raises(UserError, match="several sets of weights .model, ema.; choose one with --key"):
+        unwrap(content, "file")
     with pytest.raises(UserError, match="holds no weights"):
         unwrap({"steps": 3}, "file")
+
+
+def test_unwrap_says_where_the_evaluated_entry_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tessellar")
+    unwrap({"model": state("a")}, "file", order=("model_ema", "model"))
+    assert caplog.messages == ["file has no 'model_ema', which the paper evaluates; 'model' is taken"]
+    caplog.clear()
+    unwrap({"model_ema": state("a")}, "file", order=("model_ema", "model"))
+    unwrap(state("a"), "file", order=("model_ema", "model"))
+    assert caplog.messages == []
 
 
 def test_training_checkpoint_with_namespace_is_read(tmp_path: Path) -> None:
