@@ -31,13 +31,13 @@ from tessellar.errors import UserError
 from tessellar.interop.card import Record
 from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.interop.load import assemble, read_source
-from tessellar.models.conditioners import TextConditioner
+from tessellar.models.conditioners import ClassConditioner, TextConditioner
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.facts import facts_of
 from tessellar.training.generator_module import GeneratorModule
-from tessellar.training.runs import CHECKPOINTS, Run, commit, restoring
+from tessellar.training.runs import CHECKPOINTS, Run, check_data, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
 from tessellar.vision import stand_ins
 
@@ -140,7 +140,7 @@ def fit(cli: TrainCLI) -> None:
     if trainer.is_global_zero:
         run.create()
         cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
-        run.write("run.json", run.facts(trainer))
+        run.write("run.json", run_facts(cli))
         print(facts_of(cli.model))
     try:
         with restoring(run.checkpoint):
@@ -157,7 +157,7 @@ def validate(cli: TrainCLI) -> None:
     run, trainer = cli.run_folder, cli.trainer
     if run.checkpoint is None:
         raise UserError("validate needs --resume auto (this run's last checkpoint) or --resume FILE")
-    check(cli)
+    check(cli, training=False)
     trainer.logger = None
     kept = [c for c in trainer.callbacks if not isinstance(c, (Grids, EMA))]  # type: ignore[attr-defined]
     trainer.callbacks = [EMA(), *kept]  # type: ignore[attr-defined]
@@ -216,14 +216,25 @@ def with_teachers(name: str, teachers: list[str]) -> str:
     return name if not teachers or name.endswith(suffix) else name + suffix
 
 
-def check(cli: TrainCLI) -> None:
-    """Raise UserError for what would stop the run later: trainer options we do not take, data that does not fit."""
+def run_facts(cli: TrainCLI) -> dict[str, Any]:
+    """What run.json says from the start: the machine, the code and the data."""
+    return {**cli.run_folder.facts(cli.trainer), "data": cli.datamodule.facts().as_dict()}
+
+
+def check(cli: TrainCLI, training: bool = True) -> None:
+    """Raise UserError for what would stop the run later: trainer options we do not take, data that does not fit.
+
+    Data of other classes than the checkpoint's may be measured, where no label is read, but not trained on.
+    """
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     if trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1:
         raise UserError("set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches")
     if str(cli.config.trainer.precision) in ("16", "16-mixed"):  # type: ignore[union-attr]
         raise UserError("trainer.precision 16-mixed is not supported: use bf16-mixed or 32-true")
     data.check_files()  # raises where files are missing, before the run's folder exists
+    if cli.run_folder.checkpoint is not None and trainer.is_global_zero:
+        reads_labels = isinstance(model, GeneratorModule) and isinstance(model.model.conditioner, ClassConditioner)
+        check_data(cli.run_folder.checkpoint, data, names_matter=training or reads_labels)
     if isinstance(model, GeneratorModule):
         wanted = getattr(model.model.conditioner, "num_classes", None)
         if isinstance(model.model.conditioner, TextConditioner):
@@ -245,7 +256,7 @@ def _finish(cli: TrainCLI) -> None:
     module, run, trainer = cli.model, cli.run_folder, cli.trainer
     ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-    run.write("run.json", {**run.facts(trainer), "updates": module.updates, **speed.costs()})
+    run.write("run.json", {**run_facts(cli), "updates": module.updates, **speed.costs()})
     record = Record(
         title=run.name,
         weights="raw" if ema is None else "ema",

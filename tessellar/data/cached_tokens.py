@@ -5,6 +5,7 @@ images, so with the same seed a run sees the same tokens and texts in the same o
 refused.
 """
 
+import hashlib
 import mmap
 import os
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.randomness import derive, uniforms
 from tessellar.data.token_storage import sample_posterior, unpack
 from tessellar.errors import UserError
+from tessellar.interop.data_facts import other_class
 from tessellar.interop.fingerprint import model_fingerprint
 from tessellar.tokenizers.base import Tokenizer
 
@@ -133,6 +135,12 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         header = self.header
         return digest(set="tokens", tokenizer=header.tokenizer, data=header.data_fingerprint, views=header.views)
 
+    def content(self) -> str:
+        """With the labels as they are, and the lengths of the captions."""
+        ends = b"" if self._ends is None else np.asarray(self._ends).tobytes()
+        told = hashlib.sha256(self.labels.numpy().tobytes() + ends).hexdigest()
+        return digest(tokens=self.fingerprint(), told=told)
+
 
 class CachedTokensData(ImageDataModule):
     """The cache that `convert.py cache` wrote into `root`: its parts `train` and `val`.
@@ -195,10 +203,17 @@ class CachedTokensData(ImageDataModule):
         return self.images
 
     def check_files(self) -> None:
-        _ = self._train, self._val
+        difference = other_class(self._train.class_names, self._val.class_names)
+        if difference is not None:
+            raise UserError(
+                f"{self._train.folder} and {self._val.folder} have different classes: {difference}; encode both again"
+            )
 
     def fingerprint(self) -> str:
         return digest(parts=[self._train.fingerprint(), self._val.fingerprint()])
+
+    def contents(self) -> tuple[str, str]:
+        return self._train.content(), self._val.content()
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self._checked(self._train), train=True)

@@ -24,6 +24,7 @@ from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.sampler import ResumableSampler
 from tessellar.data.shapes import SHAPES, Shapes
 from tessellar.errors import UserError
+from tessellar.interop.data_facts import DataFacts
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self._loaded: list[IndexedDataset] = []
+        self._facts: DataFacts | None = None
 
     @abstractmethod
     def train_dataset(self, augment: bool = True) -> ImageDataset:
@@ -86,6 +88,17 @@ class ImageDataModule(LightningDataModule, ABC):
         """Hash of the training and validation images, without augmentation."""
         parts = [self.train_dataset(augment=False), self.val_dataset()]
         return digest(parts=[part.fingerprint() for part in parts])
+
+    def contents(self) -> tuple[str, str]:
+        """Hashes of the training and of the validation samples, without augmentation."""
+        return self.train_dataset(augment=False).content(), self.val_dataset().content()
+
+    def facts(self) -> DataFacts:
+        """What a run with this data is trained on, for its checkpoints; looked at once, files are not opened."""
+        if self._facts is None:
+            train, val = self.contents()
+            self._facts = DataFacts(self.name, tuple(self.class_names), self.image_size, train, val)
+        return self._facts
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset(), train=True)

@@ -37,6 +37,10 @@ class IndexedDataset(Dataset, Generic[B], ABC):
     def fingerprint(self) -> str:
         """Hash of what the samples are; equal for equal content, whatever the folder."""
 
+    def content(self) -> str:
+        """`fingerprint` and, in sets with captions of their own, these: what a resumed run has to find again."""
+        return self.fingerprint()
+
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Texts to samples; raises UserError for a set without any."""
         texts: list[str] = []

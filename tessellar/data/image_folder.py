@@ -67,6 +67,14 @@ def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]
     return listing.take(train), listing.take(val)
 
 
+def _size(file: str) -> int:
+    """Bytes of a file, -1 where it is gone: that is for the reader to count as corrupt."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
+
+
 class ImageFolder(PictureDataset):
     """Images of `root`, framed as Framing says. `listing` restricts the set to some of the files."""
 
@@ -94,6 +102,6 @@ class ImageFolder(PictureDataset):
         return read_image(self.root / self.files[index])
 
     def fingerprint(self) -> str:
-        files = [(file, (self.root / file).stat().st_size) for file in self.files]
+        files = [(file, _size(os.path.join(self.root, file))) for file in self.files]
         labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
         return digest(set="image-folder", files=files, labels=labels, size=size, views=views)

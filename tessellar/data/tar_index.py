@@ -75,6 +75,10 @@ class TarIndex:
             file.seek(offset)
             return file.read(size)
 
+    def text_sizes(self) -> np.ndarray:
+        """Bytes of each member that is text, int64, in the order of the tar."""
+        return self.sizes[np.isin(self.fields, [FIELDS.index("txt"), FIELDS.index("json")])]
+
     def image_field(self, sample: int) -> str:
         return next(field for field in IMAGE_FIELDS if field in self.members(sample))
 

@@ -256,6 +256,12 @@ class WebDatasetStreamData(ImageDataModule):
         parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]
         return digest(set="webdataset-stream", shards=parts, size=self.image_size)
 
+    def contents(self) -> tuple[str, str]:
+        """Hashes of the names of the shards: what they hold is not known before it is read."""
+        size, parts = self.image_size, [expand_braces(spec) for spec in (self.shards, self.val_shards)]
+        train, val = (digest(set="webdataset-stream", shards=part, size=size) for part in parts)
+        return train, val
+
     def train_dataloader(self) -> DataLoader:
         world_size = self.trainer.world_size if self.trainer else 1
         steps = self.epoch_length // (self.batch_size * world_size)

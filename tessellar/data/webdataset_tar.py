@@ -4,6 +4,7 @@ A sample has an image and, as it may be, a class (`cls`, or an entry of `json`) 
 `json`). `tar_index.py` says how its place is known, `members.py` what is decoded.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -176,6 +177,12 @@ class WebDatasetTars(PictureDataset):
         labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
         return digest(set="webdataset", images=images, labels=labels, size=size, views=views)
 
+    def content(self) -> str:
+        """With the sizes of all texts of the tars, and whose text each image is told."""
+        texts = [text for shard in self.samples.shards for text in shard.text_sizes().tolist()]
+        told = hashlib.sha256(self.told.numpy().tobytes()).hexdigest()
+        return digest(images=self.fingerprint(), texts=texts, told=told)
+
 
 class WebDatasetData(ImageDataModule):
     """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a list of such.
@@ -227,7 +234,12 @@ class WebDatasetData(ImageDataModule):
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        return name_classes(self._samples[0], self.name, self.given_classes)
+        train, val = self._samples
+        given = train.class_names
+        for label, name in val.class_names.items():
+            if given.get(label, name) != name:
+                raise UserError(f"{self.val_shards}: class {label} is {name!r} here, {given[label]!r} in {self.shards}")
+        return name_classes(train, self.name, self.given_classes)
 
     def train_dataset(self, augment: bool = True) -> WebDatasetTars:
         framing = self.framing if augment else self.framing.still()

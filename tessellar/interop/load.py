@@ -20,6 +20,7 @@ from tessellar.construct import build
 from tessellar.errors import UserError
 from tessellar.interop.card import Record, record_from
 from tessellar.interop.checkpoint import HEADER_KEY, PARTS, check_config, checkpoint_tensors, left_out_of
+from tessellar.interop.data_facts import DataFacts, facts_in
 from tessellar.interop.differences import differences
 from tessellar.interop.export import CONFIG, WEIGHTS
 from tessellar.interop.hub import fetch, is_hub_id
@@ -36,6 +37,7 @@ from tessellar.models.conditioners import Conditioner
 from tessellar.models.generator import Generator
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.base import Tokenizer
+from tessellar.tokenizers.layout import Layout
 
 log = logging.getLogger(__name__)
 TYPES: dict[str, type] = {"tokenizer": Tokenizer, "generator": Generator, "conditioner": Conditioner}
@@ -50,6 +52,7 @@ class Source:
     tensors: dict[str, Tensor]
     weights: str  # raw, ema, official; empty where the file does not say
     left_out: tuple[str, ...] = ()  # what a checkpoint holds besides the model: losses, optimizer states
+    data: DataFacts | None = None  # what a checkpoint says it was trained on
 
     @property
     def kind(self) -> str:
@@ -63,6 +66,13 @@ class Source:
         """State dict of one part."""
         prefix = f"{part}."
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+
+    def arguments(self, part: str) -> dict[str, Any]:
+        """Constructor arguments of one part, as the file gives them; raises UserError where it gives none."""
+        config = self.description[part]
+        if not isinstance(config, dict) or not isinstance(config.get("init_args"), dict):
+            raise UserError(f"{self.where}: the config of the {part} has no init_args")
+        return config["init_args"]
 
     def build(self, part: str) -> Any:
         """One part, rebuilt from its config and filled with its tensors; raises UserError where they do not fit."""
@@ -137,11 +147,12 @@ def init_generator(
     generator: Generator,
     conditioner: Conditioner | None = None,
     tokenizer: Tokenizer | None = None,
-) -> None:
+) -> DataFacts | None:
     """Start fine-tuning: weights at `path` into a generator, and what its conditioner has learnt into `conditioner`.
 
     `tokenizer` is the one whose tokens the run will see: another one than the source's is warned of, as are settings
-    that differ. Raises UserError where sizes differ, and for a conditioner that means other things by its conditions.
+    that differ. Returns what the source was trained on, where it tells. Raises UserError where sizes differ, and for a
+    conditioner that means other things by its conditions.
     """
     source = read_source(path)
     if source.kind != "generator":
@@ -156,6 +167,7 @@ def init_generator(
         _compare_tokenizer(source, tokenizer)
         taken.append("tokenizer")  # the run brings its own
     _tell_left(source, taken)
+    return source.data
 
 
 def _init_conditioner(source: Source, conditioner: Conditioner) -> None:
@@ -183,7 +195,8 @@ def _init_conditioner(source: Source, conditioner: Conditioner) -> None:
 
 def _compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     """Warn, in one line, where a generator goes on with other tokens than it was trained on."""
-    layout = build(source.description["generator"]["init_args"].get("layout"))
+    described = source.arguments("generator").get("layout")
+    layout = build(described, Layout, f"{source.where}: the layout") if isinstance(described, dict) else None
     if layout is not None and layout != tokenizer.layout:
         log.warning("%s was trained on %s; this run's tokenizer gives %s", source.where, layout, tokenizer.layout)
     elif not _equal(source.state("tokenizer"), tokenizer.state_dict()):
@@ -203,9 +216,8 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _tell_settings(source: Source, part: str, config: dict[str, Any], besides: tuple[str, ...] = ()) -> None:
     """One line on arguments in which a source's part differs from this run's, `besides` left aside."""
-    theirs = source.description[part]
-    kept = {name: value for name, value in theirs["init_args"].items() if name not in besides}
-    found = differences({**theirs, "init_args": kept}, config, part)
+    kept = {name: value for name, value in source.arguments(part).items() if name not in besides}
+    found = differences({**source.description[part], "init_args": kept}, config, part)
     if found:
         rest = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         log.warning("%s has other settings: %s%s", source.where, "; ".join(found[:SHOWN]), rest)
@@ -276,7 +288,8 @@ def _read_checkpoint(path: Path, raw: bool) -> Source:
     tensors, weights = checkpoint_tensors(content, description, raw, str(path))
     steps = content.get("global_step")
     record = {"weights": weights, "steps": steps} if isinstance(steps, int) else {"weights": weights}
-    return Source(str(path), {**description, "record": record}, tensors, weights, left_out_of(content, description))
+    left_out, data = left_out_of(content, description), facts_in(content, str(path))
+    return Source(str(path), {**description, "record": record}, tensors, weights, left_out, data)
 
 
 def _description(text: Any, path: Path) -> dict[str, Any]:

@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tessellar import distributed
+from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.randomness import derive
 from tessellar.errors import UserError
+from tessellar.interop.data_facts import DATA_KEY, DataFacts
 from tessellar.layers.tags import tag, tags
 from tessellar.training import random_state
 from tessellar.training.optim import set_factor
@@ -88,6 +90,7 @@ class TrainingModule(L.LightningModule, ABC):
         self._random_before_validation: list[random_state.State] | None = None
         self.players: list[Player] = []
         self.is_sharded = False
+        self.data_facts: DataFacts | None = None
         self._tags: dict[str, set[str]] = {}
 
     @property
@@ -120,7 +123,13 @@ class TrainingModule(L.LightningModule, ABC):
             self.is_sharded = True
 
     def on_fit_start(self) -> None:
-        """Draws of dropout differ between processes; the first one draws as a run of one process does."""
+        """Draws of dropout differ between processes; the first one draws as a run of one process does.
+
+        It also looks at the data, since it is the one that writes checkpoints.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if self.global_rank == 0 and isinstance(data, ImageDataModule):
+            self.data_facts = data.facts()
         if self.global_rank > 0:
             torch.manual_seed(derive(torch.initial_seed(), self.global_rank))
         self._arrange_optimizer_states()
@@ -250,6 +259,8 @@ class TrainingModule(L.LightningModule, ABC):
             "gradients": self._gradients_under_way(),
             "parameters": names_by_place(self._all_optimizers, self),
         }
+        if self.data_facts is not None:
+            checkpoint[DATA_KEY] = self.data_facts.as_dict()
 
     def _gradients_under_way(self) -> dict[str, Tensor]:
         if self.batches % self.accumulate == 0:

@@ -1,5 +1,6 @@
 """Generator training: any generator on the tokens of a frozen tokenizer."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -11,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
 from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
+from tessellar.interop.data_facts import DataFacts, other_class
 from tessellar.interop.load import init_generator, load_tokenizer
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import Conditioner, TextConditioner
+from tessellar.models.conditioners import ClassConditioner, Conditioner, TextConditioner
 from tessellar.models.entities import Entities
 from tessellar.models.generator import Generator
 from tessellar.models.prefix_transformer import PrefixTransformer
@@ -28,6 +30,7 @@ from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block
 
+log = logging.getLogger(__name__)
 MOST_CAPTIONS = 20_000
 
 
@@ -73,8 +76,10 @@ class GeneratorModule(TrainingModule):
         self.recovery = None if recovery is None else EmbeddingRecovery(recovery, made, loaded)
         if context_noise is not None:
             require_teacher_forcing(made, "context_noise")
+        self.init_from = init_from
+        self.source_data: DataFacts | None = None
         if init_from is not None:
-            init_generator(init_from, made, self.model.conditioner, loaded)
+            self.source_data = init_generator(init_from, made, self.model.conditioner, loaded)
         if checkpointing:
             checkpoint_activations(made)
         if compile_blocks:
@@ -84,8 +89,14 @@ class GeneratorModule(TrainingModule):
         """A conditioner that learns from captions reads those of the training set, unless it came with `init_from`; a
         checkpoint's replaces it later."""
         conditioner, data = self.model.conditioner, getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and isinstance(conditioner, TextConditioner) and isinstance(data, ImageDataModule):
+        if stage != "fit" or not isinstance(data, ImageDataModule):
+            return
+        if isinstance(conditioner, TextConditioner):
             conditioner.prepare(lambda: training_captions(data.text_datasets()[0]))
+        if isinstance(conditioner, ClassConditioner) and self.source_data is not None:
+            difference = other_class(self.source_data.class_names, tuple(data.class_names))
+            if difference is not None and self.global_rank == 0:
+                log.warning("%s was trained on other classes: %s", self.init_from, difference)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -17,11 +17,14 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from tessellar.callbacks.checkpoints import LAST, PREVIOUS
+from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
+from tessellar.interop.data_facts import facts_in, other_class, other_content
 from tessellar.interop.weights import intact
 from tessellar.training.metrics_file import MetricsFile
 
@@ -145,6 +148,33 @@ def restoring(checkpoint: Path | None) -> Iterator[None]:
         if checkpoint is None or "loading state_dict" not in first:
             raise
         raise UserError(f"{checkpoint} is of another model: {' '.join(rest.split())[:160]}") from error
+
+
+def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = True) -> None:
+    """Compare the data with what the run of `checkpoint` was trained on.
+
+    Raises UserError where a class has another id or name, which without `names_matter` is only warned of, as is other
+    content and a checkpoint that does not tell.
+    """
+    with restoring(checkpoint):
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
+    then = facts_in(content, str(checkpoint))
+    if then is None:
+        log.warning("%s does not say what it was trained on: classes and data are not compared", checkpoint)
+        return
+    difference = other_class(then.class_names, tuple(data.class_names))
+    if difference is not None and names_matter:
+        raise UserError(
+            f"{checkpoint} was trained on other classes: {difference}; continue it with the data of {then.name} as it "
+            "was, or start anew from it with --model.init_from"
+        )
+    changed = other_content(then, data.facts())
+    if difference is not None:
+        log.warning("%s was trained on other classes: %s", checkpoint, difference)
+    elif changed is not None:
+        log.warning(
+            "%s: the %s is not what it was trained on (%s): other files or rows", checkpoint, changed, then.name
+        )
 
 
 def commit() -> str:
