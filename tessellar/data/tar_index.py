@@ -75,6 +75,14 @@ class TarIndex:
             file.seek(offset)
             return file.read(size)
 
+    def image_sizes(self) -> np.ndarray:
+        """Bytes of the image of each sample, int64 [N]."""
+        owners = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        rows = np.flatnonzero(self.fields < len(IMAGE_FIELDS))  # FIELDS begins with IMAGE_FIELDS
+        ranked = rows[np.lexsort((self.fields[rows], owners[rows]))]  # a sample's image is of its first field
+        _, first = np.unique(owners[ranked], return_index=True)
+        return self.sizes[ranked[first]]
+
     def text_sizes(self) -> np.ndarray:
         """Bytes of each member that is text, int64, in the order of the tar."""
         return self.sizes[np.isin(self.fields, [FIELDS.index("txt"), FIELDS.index("json")])]

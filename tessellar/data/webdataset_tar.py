@@ -172,8 +172,10 @@ class WebDatasetTars(PictureDataset):
         return captions_of(read, self.samples.keys.caption, where)
 
     def fingerprint(self) -> str:
-        rows = [self.samples.find(place) for place in range(len(self))]
-        images = [(s.name(i), s.members(i)[s.image_field(i)][1]) for s, i in rows]
+        shards, rows = self.samples.shards, self.samples.rows
+        names = [shard.name(sample) for shard in shards for sample in range(len(shard))]
+        sizes = np.concatenate([shard.image_sizes() for shard in shards])[rows].tolist()
+        images = list(zip((names[row] for row in rows.tolist()), sizes, strict=True))
         labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
         return digest(set="webdataset", images=images, labels=labels, size=size, views=views)
 
