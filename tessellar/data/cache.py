@@ -7,7 +7,7 @@ complete. Every view (crops, mirror images) of an image is encoded; it is read a
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,18 @@ from tqdm.auto import tqdm
 
 from tessellar.construct import describe
 from tessellar.data.batch import Batch
-from tessellar.data.cache_files import CAPTIONS, ENDS, HEADER, LABELS, TOKENS, Header, Precision
+from tessellar.data.cache_files import (
+    CAPTIONS,
+    CHECKSUMS,
+    ENDS,
+    HEADER,
+    LABELS,
+    TOKENS,
+    Header,
+    Precision,
+    crc_of,
+    crc_of_rows,
+)
 from tessellar.data.captions import SEPARATOR
 from tessellar.data.dataset import ImageDataset
 from tessellar.data.token_storage import Storage, pack, storage_of
@@ -69,11 +80,14 @@ def encode_dataset(
     with staged_folder(Path(folder), HEADER, overwrite) as stage:
         with open(stage / TOKENS, "wb") as tokens, open(stage / CAPTIONS, "wb") as captions:
             _start(tokens, (len(dataset), dataset.num_views, *storage.shape), storage.dtype)
-            labels, ends = _write(tokenizer, loader, storage, precision, tokens, captions)
+            labels, ends, sums = _write(tokenizer, loader, storage, precision, tokens, captions)
         np.save(stage / LABELS, np.array(labels, dtype=np.int64))
+        np.save(stage / CHECKSUMS, np.concatenate(sums).reshape(len(dataset), dataset.num_views))
         if ends:
             np.save(stage / ENDS, np.array(ends, dtype=np.int64))
         header = _header(tokenizer, dataset, name, storage, precision, bool(ends))
+        small = [name for name in (LABELS, CHECKSUMS, CAPTIONS, ENDS) if (stage / name).is_file()]
+        header = replace(header, checksums={name: crc_of(stage / name) for name in small})
         (stage / HEADER).write_text(json.dumps(asdict(header) | {"storage": storage._asdict()}, indent=1))
     return header
 
@@ -98,20 +112,23 @@ def _write(
     precision: Precision,
     tokens: BinaryIO,
     captions: BinaryIO,
-) -> tuple[list[int], list[int]]:
-    """Append tokens and captions; returns labels, and where captions end."""
+) -> tuple[list[int], list[int], list[np.ndarray]]:
+    """Append tokens and captions; returns labels, where captions end, and the checksums of the rows of tokens."""
     labels: list[int] = []
     ends: list[int] = []
+    sums: list[np.ndarray] = []
     for items in _progress(loader):
         images = torch.cat([item["image"] for item in items])
-        tokens.write(pack(encode(tokenizer, images, precision), storage).tobytes())
+        packed = pack(encode(tokenizer, images, precision), storage)
+        tokens.write(packed.tobytes())
+        sums.append(crc_of_rows(packed))
         for item in items:
             labels.append(int(item["label"][0]) if "label" in item else 0)
             if "caption" in item:
                 texts = item.get("texts") or [item["caption"][0]]
                 captions.write(SEPARATOR.join(texts).encode())
                 ends.append(captions.tell())
-    return labels, ends
+    return labels, ends, sums
 
 
 def _progress(loader: DataLoader) -> Iterator[list[Batch]]:

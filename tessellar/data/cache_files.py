@@ -10,6 +10,7 @@ The arrays are mapped into memory, never read as a whole, and never hold pickles
 """
 
 import json
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +24,18 @@ from tessellar.errors import UserError
 from tessellar.tokenizers.layout import Layout
 
 HEADER, TOKENS, LABELS, CAPTIONS, ENDS = "header.json", "tokens.npy", "labels.npy", "captions.bin", "captions.npy"
+CHECKSUMS = "checksums.npy"
 FORMAT, VERSION = "tessellar token cache", 1
 Precision = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a cache says of itself. `tokenizer` is its fingerprint, `corrupt` counts images that others stand for."""
+    """What a cache says of itself.
+
+    `tokenizer` is its fingerprint, `corrupt` counts images that others stand for, `checksums` holds the CRC-32 of the
+    small files (None in caches of older versions).
+    """
 
     data: str
     data_fingerprint: str
@@ -44,6 +50,7 @@ class Header:
     views: int
     captions: bool
     corrupt: int = 0
+    checksums: dict[str, int] | None = None
     format: str = FORMAT
     version: int = VERSION
 
@@ -83,7 +90,23 @@ def _header(facts: dict[str, Any]) -> Header:
     height, width = facts["image_size"]
     facts["image_size"] = (int(height), int(width))
     facts["count"], facts["views"] = int(facts["count"]), int(facts["views"])
+    if facts.get("checksums") is not None:
+        facts["checksums"] = {str(name): int(value) for name, value in facts["checksums"].items()}
     return Header(**facts)
+
+
+def crc_of(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def crc_of_rows(rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of each of B rows, uint32 [B]."""
+    return np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], dtype=np.uint32)
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

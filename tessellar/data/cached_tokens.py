@@ -6,6 +6,7 @@ refused.
 """
 
 import hashlib
+import logging
 import mmap
 import os
 from collections.abc import Sequence
@@ -20,7 +21,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tessellar.data.batch import TokenBatch
-from tessellar.data.cache_files import CAPTIONS, ENDS, LABELS, TOKENS, Header, open_array, read_header
+from tessellar.data.cache_files import (
+    CAPTIONS,
+    CHECKSUMS,
+    ENDS,
+    LABELS,
+    TOKENS,
+    Header,
+    crc_of,
+    crc_of_rows,
+    open_array,
+    read_header,
+)
 from tessellar.data.captions import SEPARATOR, draw_captions, pick
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
@@ -32,6 +44,7 @@ from tessellar.interop.data_facts import other_class
 from tessellar.interop.fingerprint import model_fingerprint
 from tessellar.tokenizers.base import Tokenizer
 
+log = logging.getLogger(__name__)
 POSTERIOR = 0x7E  # sets the noise of a posterior apart from the choice of a view
 
 
@@ -56,11 +69,28 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         assert self._ends is None or len(self._ends) == len(self)
         self.has_captions = self._ends is not None and bool(self._ends[-1] > 0)
         assert len(self._tokens) == len(self)  # opens the file: a damaged one is no surprise for the first epoch
+        self._check_files()
 
     @cached_property
     def _tokens(self) -> np.ndarray:
         storage = self.header.storage
         return open_array(self.folder / TOKENS, (self.header.count, self.header.views, *storage.shape), storage.dtype)
+
+    @cached_property
+    def _sums(self) -> np.ndarray | None:
+        """Checksums of the rows of tokens; None in a cache of an older version."""
+        if self.header.checksums is None:
+            return None
+        return open_array(self.folder / CHECKSUMS, (self.header.count, self.header.views), "uint32")
+
+    def _check_files(self) -> None:
+        """Raise UserError where a file beside the tokens does not have its checksum."""
+        if self._sums is None:
+            log.info("%s carries no checksums, so damage to it would not be noticed", self.folder)
+        for name, expected in (self.header.checksums or {}).items():
+            path = self.folder / Path(name).name
+            if not path.is_file() or crc_of(path) != expected:
+                raise UserError(f"{path} is damaged: it does not have its checksum; make the cache anew")
 
     @cached_property
     def _ends(self) -> np.ndarray | None:
@@ -81,15 +111,20 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_ends", "_captions")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_tokens", "_sums", "_ends", "_captions")
+        }
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         index = torch.as_tensor(indices)
         seed = derive(self.seed, self.epoch)
         draws = uniforms(seed, indices, 1)[:, 0] if self.augment else np.zeros(len(index))
-        rows = self._tokens[index.numpy(), (draws * self.header.views).astype(np.int64)]
+        places = index.numpy(), (draws * self.header.views).astype(np.int64)
+        rows = self._tokens[places]
         tokens = unpack(rows, self.header.storage, self.header.token_layout)
         self._check(tokens)
+        if self._sums is not None and (crc_of_rows(rows) != self._sums[places]).any():
+            raise UserError(f"{self.folder / TOKENS} is damaged: a row lacks its checksum; make the cache anew")
         if self.header.storage.kind == "posterior":
             count = tokens[0].numel() // 2
             u = uniforms(derive(seed, POSTERIOR), indices, count)

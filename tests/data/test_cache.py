@@ -252,6 +252,27 @@ def test_tokens_outside_the_vocabulary_are_noticed(tmp_path: Path):
         damaged.batch([3, 4])
 
 
+@pytest.mark.parametrize("name", ["tokens.npy", "labels.npy", "checksums.npy"])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, name: str):
+    folder = write(Shapes(16, 10), tmp_path / "cache").folder
+    content = bytearray((folder / name).read_bytes())
+    content[-2 if name == "tokens.npy" else -8] ^= 1  # still a token of the vocabulary, and a class
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        CachedTokens(folder).batch(range(10))
+
+
+def test_a_cache_without_checksums_is_read_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    cache = write(Shapes(16, 10), tmp_path / "cache")
+    header = cache.folder / "header.json"
+    header.write_text(json.dumps({k: v for k, v in json.loads(header.read_text()).items() if k != "checksums"}))
+    (cache.folder / "checksums.npy").unlink()
+    caplog.set_level("INFO", "tessellar")
+    older = CachedTokens(cache.folder)
+    assert caplog.messages == [f"{cache.folder} carries no checksums, so damage to it would not be noticed"]
+    assert torch.equal(older.batch(range(10))["tokens"], cache.batch(range(10))["tokens"])
+
+
 def test_a_cache_travels_to_workers_without_its_tokens(tmp_path: Path):
     cache = write(Shapes(16, 800), tmp_path / "cache")
     cache.batch([0])
