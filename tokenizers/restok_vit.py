@@ -187,7 +187,7 @@ class ResTokDecoder(nn.Module):
         self.feature_token = tag(nn.Parameter(torch.randn(1, 1, width) * 0.02), "no_decay") if features else None
         self.inputs = nn.ModuleList(nn.Linear(code_dim, width) for _ in self.sizes)
         for linear in self.inputs:
-            tag(linear.weight, "no_decay")  # as published: embeddings of codes
+            tag(linear.weight, "no_decay")  # type: ignore[arg-type]  # as published: embeddings of codes
         self.level_embeddings = level_tables(len(self.sizes), width)
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ResTokBlock(width, num_heads, attention) for _ in range(depth))

@@ -15,7 +15,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
 from tessellar.evaluation.extractors import Extractor, load_extractor
 from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.evaluation.protocols import Metric, Protocol
+from tessellar.evaluation.protocols import HELD_OUT, Metric, Protocol
 from tessellar.evaluation.record import Record, summary, write_record
 from tessellar.evaluation.references import Reference, load_reference, reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageSource
@@ -82,8 +82,10 @@ def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) 
         raise UserError(
             f"{name!r} is a split of a data set; name that too, for example --data tessellar.data.ShapesData"
         )
-    dataset = data.train_dataset(augment=False) if name == "train" else data.val_dataset()
-    return DatasetImages(dataset, data.name, name, limit, data.num_workers)
+    if name == "train":
+        return DatasetImages(data.train_dataset(augment=False), data.name, name, limit, data.num_workers)
+    split = HELD_OUT if data.holds_out else name
+    return DatasetImages(data.val_dataset(), data.name, split, limit, data.num_workers)
 
 
 def data_of_run(path: str) -> ImageDataModule | None:

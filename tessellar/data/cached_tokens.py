@@ -215,6 +215,10 @@ class CachedTokensData(ImageDataModule):
     def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
         return self._train.class_names
 
+    @property
+    def holds_out(self) -> bool:
+        return self.images is not None and self.images.holds_out
+
     def train_dataset(self, augment: bool = True) -> ImageDataset:
         return self._images().train_dataset(augment)
 

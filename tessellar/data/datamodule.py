@@ -65,9 +65,20 @@ class ImageDataModule(LightningDataModule, ABC):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation images are a share of the training set, which training then lacks."""
+        return False
+
     def check_files(self) -> None:
-        """Raise UserError where files are missing or cannot be understood, before a run begins."""
-        _ = self.train_dataset(), self.val_dataset()
+        """Raise UserError where files are missing or cannot be understood, before a run begins.
+
+        Says in one line how many images are held out, if any are.
+        """
+        train, val = self.train_dataset(), self.val_dataset()
+        if self.holds_out:
+            total = len(train) + len(val)
+            log.info("%s: %d of %d images are held out for validation, never trained on", self.name, len(val), total)
 
     def text_datasets(self) -> Sequence[IndexedDataset]:
         """The training and validation sets, whose captions a generator of text reads."""
@@ -224,7 +235,8 @@ class FashionMNISTData(ImageDataModule):
 class ImageFolderData(ImageDataModule):
     """Your own images: one sub-folder a class, or one flat folder.
 
-    Without `val_root`, the share `val_share` of the files is held out for validation. `crop`, `flip` and `ten_ratios`
+    Without `val_root`, the share `val_share` of the files is held out for validation: they are never trained on, which
+    no published recipe does. `crop`, `flip` and `ten_ratios`
     apply to training (see ImageFolder); validation and reference statistics take the ADM centre crop. `name` is the
     folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
     """
@@ -254,6 +266,10 @@ class ImageFolderData(ImageDataModule):
         self.flip = flip
         self.ten_ratios = ten_ratios
         self.name = name or Path(root).resolve().name
+
+    @property
+    def holds_out(self) -> bool:
+        return self.val_root is None
 
     @cached_property
     def _listings(self) -> tuple[Listing, Listing]:

@@ -160,7 +160,8 @@ class HFData(ImageDataModule):
     """A Hugging Face data set: `path` is its name on the hub, or a folder; needs the package `datasets`.
 
     `image`, `label` and `caption` name columns; without `label` there is one class. Without `val_split`, the share
-    `val_share` of the rows is held out. `crop`, `flip` and `ten_ratios` apply to training (see Framing).
+    `val_share` of the rows is held out, and never trained on. `crop`, `flip` and `ten_ratios` apply to training (see
+    Framing).
     """
 
     def __init__(
@@ -192,6 +193,10 @@ class HFData(ImageDataModule):
         self.framing = Framing(size, crop, flip, tuple(ten_ratios))
         self.name = name or Path(path).name
         self.max_corrupt = max_corrupt
+
+    @property
+    def holds_out(self) -> bool:
+        return self.val_split is None
 
     @cached_property
     def _parts(self) -> tuple[Rows, Rows]:

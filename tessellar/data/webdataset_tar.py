@@ -189,11 +189,11 @@ class WebDatasetTars(PictureDataset):
 class WebDatasetData(ImageDataModule):
     """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a list of such.
 
-    Without `val_shards`, the share `val_share` of the samples is held out for validation. `label`, `class_name` and
-    `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. Of a list of captions,
-    training draws one at each visit. `crop`, `flip` and `ten_ratios` apply to training (see Framing). `name` is that of
-    the folder unless given. `shuffle_captions` gives training images each other's captions, in an order that `seed`
-    fixes: the control that shows what text does.
+    Without `val_shards`, the share `val_share` of the samples is held out for validation, never trained on. `label`,
+    `class_name` and `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. Of a list
+    of captions, training draws one at each visit. `crop`, `flip` and `ten_ratios` apply to training (see Framing).
+    `name` is that of the folder unless given. `shuffle_captions` gives training images each other's captions, in an
+    order that `seed` fixes: the control that shows what text does.
     """
 
     def __init__(
@@ -226,6 +226,10 @@ class WebDatasetData(ImageDataModule):
         self.framing = Framing(size, crop, flip, tuple(ten_ratios))
         self.max_corrupt = max_corrupt
         self.name = name or Path(shards if isinstance(shards, str) else shards[0]).absolute().parent.name
+
+    @property
+    def holds_out(self) -> bool:
+        return self.val_shards is None
 
     @cached_property
     def _samples(self) -> tuple[TarSamples, TarSamples]:

@@ -35,7 +35,9 @@ def evaluate_samples(
     started = time.perf_counter()
     metrics = tuple(protocol.metrics if metrics is None else metrics)
     split = reference.split if reference else None
-    unsure = protocol.check(source.count, source.label_plan, extractor.name, extractor.resize, split)
+    unsure = protocol.check(
+        source.count, source.label_plan, extractor.name, extractor.resize, split, measured=source.split
+    )
     if reference is not None:
         reference.check(extractor)
     check_metrics(metrics, extractor, reference, source.has_originals)

@@ -20,6 +20,8 @@ from tessellar.errors import UserError
 from tessellar.evaluation.inception_score import SplitRule
 
 Metric = Literal["fd", "sfd", "is", "kid", "pr", "accuracy", "paired", "lpips"]
+HELD_OUT = "held-out"
+"""The split of validation images that are a share of the training set."""
 LabelPlan = Literal["balanced", "data", "any"]
 
 
@@ -40,8 +42,18 @@ class Protocol:
         """Plain data for records; which metrics are computed does not change their values."""
         return {key: value for key, value in asdict(self).items() if key != "metrics"}
 
-    def check(self, samples: int, labels: str, network: str, resize: str, split: str | None) -> list[str]:
-        """Raise UserError where a known fact disagrees; returns warnings about facts that a file does not tell."""
+    def check(
+        self, samples: int, labels: str, network: str, resize: str, split: str | None, measured: str | None = None
+    ) -> list[str]:
+        """Raise UserError where a known fact disagrees; returns warnings about facts that a file does not tell.
+
+        `split` is the reference's, `measured` that of the images themselves, where they are of a data set.
+        """
+        if self.reference == "val" and HELD_OUT in (split, measured):
+            raise UserError(
+                f"protocol {self.name} needs the validation images of the data set; these are held out of its training "
+                "images: name the validation set (val_root, val_split or val_shards), or take --protocol free"
+            )
         self._require("samples", self.samples, samples)
         self._require("network", self.network, network)
         self._require("resize", self.resize, resize)

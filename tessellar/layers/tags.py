@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-P = TypeVar("P", bound=nn.Parameter)
+T = TypeVar("T", bound=Tensor)
 
 
-def tag(parameter: P, *names: str) -> P:
+def tag(parameter: T, *names: str) -> T:
     """Add tags to a parameter and return it.
 
     Raises TypeError for any other tensor: `nn.Parameter(tensor)` is a new one, so the tags would be lost in silence.
@@ -21,7 +21,7 @@ def tag(parameter: P, *names: str) -> P:
     return parameter
 
 
-def untag(parameter: P, *names: str) -> P:
+def untag(parameter: T, *names: str) -> T:
     """Take tags off a parameter and return it; for a system that treats a shared part in another way."""
     _require_parameter(parameter)
     parameter.tags = tags(parameter) - set(names)  # type: ignore[attr-defined]

@@ -104,4 +104,4 @@ def test_a_part_of_a_model_is_untagged_where_a_system_differs() -> None:
 
 def test_a_tag_that_would_be_lost_is_refused() -> None:
     with pytest.raises(TypeError, match=r"nn.Parameter, not on a Tensor: write tag\(nn.Parameter"):
-        nn.Parameter(tag(torch.empty(3, 4), "no_decay"))  # type: ignore[type-var]
+        nn.Parameter(tag(torch.empty(3, 4), "no_decay"))
