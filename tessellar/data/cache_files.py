@@ -106,7 +106,7 @@ def crc_of(path: Path) -> int:
 
 def crc_of_rows(rows: np.ndarray) -> np.ndarray:
     """CRC-32 of each of B rows, uint32 [B]."""
-    return np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], dtype=np.uint32)
+    return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
