@@ -7,6 +7,7 @@ block's own forward up to rounding (tests/sampling/test_prepare.py).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -33,12 +34,12 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
-        packable = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        packable = weight.device.type == "cpu" and _can_pack(dtype)
         if layout == "auto":
             layout = "packed" if packable and dtype == torch.bfloat16 else "plain"
         if layout == "packed" and not packable:
             raise ValueError(
-                f"weights on {weight.device} cannot be packed; layout 'plain' or 'transposed' works anywhere"
+                f"{dtype} weights on this {weight.device} cannot be packed; layout 'plain' or 'transposed' works anywhere"
             )
         self.weight, self.is_packed = weight.detach().to(dtype), layout == "packed"
         if layout == "packed":
@@ -50,6 +51,18 @@ class Product:
         if not self.is_packed:
             return F.linear(x, self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+@cache
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this processor's oneDNN packs weights of `dtype`: bfloat16 needs instructions that older ones lack."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), PACKED_FOR_ROWS)
+    except RuntimeError:
+        return False
+    return True
 
 
 class FusedBlock:
