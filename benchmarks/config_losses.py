@@ -101,7 +101,7 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
     by_name = {}
     for name, tensor in state.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         by_name[name] = digest.hexdigest()
     named = hashlib.sha256(json.dumps(by_name, sort_keys=True).encode())
     values = hashlib.sha256(json.dumps(sorted(by_name.values())).encode())
