@@ -39,7 +39,8 @@ class Product:
             layout = "packed" if packable and dtype == torch.bfloat16 else "plain"
         if layout == "packed" and not packable:
             raise ValueError(
-                f"{dtype} weights on this {weight.device} cannot be packed; layout 'plain' or 'transposed' works anywhere"
+                f"{dtype} weights on this {weight.device} cannot be packed; "
+                "layout 'plain' or 'transposed' works anywhere"
             )
         self.weight, self.is_packed = weight.detach().to(dtype), layout == "packed"
         if layout == "packed":
