@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.data.webdataset_tar import WebDatasetData
+from tessellar.data.tars.webdataset_tar import WebDatasetData
 from tessellar.errors import UserError
-from tessellar.interop.load import load_generator
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import TextConditioner
-from tessellar.models.prefix_transformer import PrefixTransformer
-from tessellar.pipeline import ImageGenerator
+from tessellar.models.parts.prefix_transformer import PrefixTransformer
+from tessellar.pipeline import ImageGenerator, load_generator
+from tessellar.protocol.condition import Condition
+from tessellar.text.conditioners import TextConditioner
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli.train import TrainCLI, parse
-from tessellar.interop.export import export_tokenizer
 from tessellar.training.runs import commit
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"

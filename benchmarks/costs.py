@@ -68,7 +68,7 @@ def build(path: Path, folder: Path) -> TrainCLI:
     if "generator" in arguments:
         generator = arguments["generator"]
         name = generator if isinstance(generator, str) else generator["class_path"]
-        stand_in = "kl_vae.kl16" if name.split(".")[-2] in CONTINUOUS else "llamagen_vq.vq_16"
+        stand_in = "kl_vae.kl16" if name.split(".")[-2] in CONTINUOUS else "llamagen.vq_16"
         if isinstance(arguments.get("tokenizer"), str):
             stand_in = _tokenizer_of(arguments["tokenizer"], path) or f"tessellar.tokenizers.{stand_in}"
             options.append(f"--model.init_args.tokenizer={yaml.safe_dump(_class(stand_in), default_flow_style=True)}")

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessellar.data.cache import encode, encode_dataset
-from tessellar.data.cached_tokens import CachedTokens
-from tessellar.data.image_folder import ImageFolder
-from tessellar.data.shapes import Shapes
+from tessellar.data.sets.image_folder import ImageFolder
+from tessellar.data.sets.shapes import Shapes
+from tessellar.data.token_cache.cached_tokens import CachedTokens
+from tessellar.data.token_cache.writing import encode, encode_dataset
 from tessellar.images import to_uint8
 from tessellar.sampling.output import save_png
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from tessellar.layers.kv_cache import KVCache, Slots
-from tessellar.models.condition import Condition
 from tessellar.models.llamagen import LlamaGen, llamagen_b
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import Constant, Guidance
+from tessellar.protocol.layout import Categorical, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio
-from tessellar.sampling.choice import Choice
 from tessellar.sampling.decode import decode_from
-from tessellar.sampling.guidance import Constant, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.speculative import DEFAULT_RULES, speculative_jacobi
-from tessellar.tokenizers.layout import Categorical, grid_layout
 
 CODES, CHOICE, GUIDANCE = 16384, Choice(top_k=2000), Guidance(Constant(2.0))
 

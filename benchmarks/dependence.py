@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.load import load
-from tessellar.models.condition import Condition
-from tessellar.models.heads.logits import Logits
-from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.choice import Choice
+from tessellar.pipeline import ImageGenerator, load
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.guidance import Guidance, GuidanceSettings
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral, decode_from
-from tessellar.sampling.guidance import Guidance, GuidanceSettings
-from tessellar.sampling.noise import Noise
 
 REDRAWN = (1, 2, 4, 8)
 

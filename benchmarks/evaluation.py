@@ -25,10 +25,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from tessellar.evaluation.collect import Needs, collect
-from tessellar.evaluation.extractors import Extractor, load_extractor
-from tessellar.evaluation.frechet import frechet_distance
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.sources import ImageBatch
-from tessellar.evaluation.statistics import FeatureStatistics, Moments
+from tessellar.measures.frechet import frechet_distance
+from tessellar.measures.statistics import FeatureStatistics, Moments
 
 DIM, BATCH = 2048, 16
 CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -13,17 +13,16 @@ import argparse
 import torch
 from torch import Tensor
 
-from tessellar.interop.load import load
-from tessellar.models.condition import Condition
-from tessellar.models.toy import TableGenerator
-from tessellar.pipeline import ImageGenerator
+from tessellar.parity.table_generator import TableGenerator
+from tessellar.pipeline import ImageGenerator, load
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
+from tessellar.protocol.layout import Categorical, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import Acceptance, GroupedRatio, plain_ratio
-from tessellar.sampling.choice import Choice
 from tessellar.sampling.decode import ancestral
-from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.speculative import Rules, speculative_jacobi
-from tessellar.tokenizers.layout import Categorical, sequence_layout
 
 
 def one_step(p: Tensor, q: Tensor, rule: Acceptance) -> tuple[float, float]:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from tessellar.data import WebDatasetData
-from tessellar.data.fashion_mnist import FashionMNIST
+from tessellar.data.sets.fashion_mnist import FashionMNIST
 from tessellar.errors import UserError
-from tessellar.interop.load import load
+from tessellar.pipeline import load
 from tessellar.tokenizers.hita import Hita
 
 

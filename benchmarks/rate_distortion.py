@@ -22,9 +22,9 @@ from torch import Tensor
 from tessellar.data import WebDatasetData
 from tessellar.errors import UserError
 from tessellar.images import from_uint8, to_uint8
-from tessellar.interop.load import load
-from tessellar.tokenizers.base import Tokenizer
-from tessellar.tokenizers.prefix_length import candidates, prefix_bytes
+from tessellar.pipeline import load
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tokenizers.parts.prefix_length import candidates, prefix_bytes
 
 QUALITIES = (1, 5, 10, 20, 30, 50, 70, 90)
 Point = tuple[float, float]  # mean bytes an image, mean PSNR in dB

@@ -19,17 +19,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tessellar.data.fashion_mnist import FashionMNIST
+from tessellar.data.sets.fashion_mnist import FashionMNIST
 from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor, load_extractor
 from tessellar.evaluation.generation import Reconstructions
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.references import Reference, reference_from
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.images import from_uint8
-from tessellar.interop.load import load
-from tessellar.tokenizers.base import Tokenizer
-from tessellar.tokenizers.layout import Categorical, Continuous, Factorized
+from tessellar.pipeline import load
+from tessellar.protocol.layout import Categorical, Continuous, Factorized
+from tessellar.protocol.tokenizer import Tokenizer
 
 BATCH = 250
 

@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tessellar.errors import UserError
-from tessellar.interop.load import load
-from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.pipeline import ImageGenerator, load
+from tessellar.processes.flow import Flow
+from tessellar.protocol.guidance import GuidanceSettings
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from tessellar.models.condition import Condition
 from tessellar.models.token_shuffle import TokenShuffle
-from tessellar.sampling.choice import Choice
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import NO_GUIDANCE, GuidanceSettings
+from tessellar.protocol.layout import Categorical, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral
-from tessellar.sampling.guidance import NO_GUIDANCE, GuidanceSettings
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.prepare import prepared
-from tessellar.tokenizers.layout import Categorical, grid_layout
 
 SIZES = {"b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1280, 36, 20)}
 CLASSES = 1000

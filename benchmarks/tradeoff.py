@@ -21,20 +21,20 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from tessellar.data.fashion_mnist import FashionMNIST
+from tessellar.data.sets.fashion_mnist import FashionMNIST
 from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor, load_extractor
 from tessellar.evaluation.generation import GeneratedImages
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.references import Reference, reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageBatch
 from tessellar.images import to_uint8
-from tessellar.interop.load import load
-from tessellar.models.conditioners import ClassConditioner
-from tessellar.pipeline import ImageGenerator
+from tessellar.pipeline import ImageGenerator, load
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.guidance import GuidanceSettings
 from tessellar.sampling.algorithms import ALGORITHMS
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder, Report
 from tessellar.sampling.settings import Sampling

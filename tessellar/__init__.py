@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tessellar.pipeline import ImageGenerator
-    from tessellar.tokenizers.base import Tokenizer
+    from tessellar.protocol.tokenizer import Tokenizer
 
 
 def load(path: "str | Path", *, raw: bool = False) -> "Tokenizer | ImageGenerator":
@@ -22,7 +22,7 @@ def load(path: "str | Path", *, raw: bool = False) -> "Tokenizer | ImageGenerato
     Checkpoints give their averaged (EMA) weights unless `raw`. On the CPU, in eval mode. Raises
     `tessellar.errors.UserError` where nothing that fits can be loaded.
     """
-    from tessellar.interop.load import load as load_model
+    from tessellar.pipeline import load as load_model
 
     return load_model(path, raw=raw)
 

@@ -1,18 +1,23 @@
-"""ImageGenerator: a frozen tokenizer, a generator and its conditioner, which together turn conditions into images."""
+"""ImageGenerator: a frozen tokenizer, a generator and its conditioner, which together turn conditions into images.
+
+`load` gives one, or a Tokenizer, from an export, one safetensors file, a training checkpoint or a hub id.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tessellar.checkpoints.reading import Source, read_source
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner
-from tessellar.models.generator import Generator
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.base import Tokenizer
 
 
 class ImageGenerator(nn.Module):
@@ -67,3 +72,28 @@ class ImageGenerator(nn.Module):
         if not isinstance(self.conditioner, ClassConditioner):
             raise UserError("this generator is conditioned on text, not on class ids: give --prompts FILE")
         return self.conditioner.of_labels(torch.as_tensor(labels, dtype=torch.int64))
+
+
+def load(path: str | Path, *, raw: bool = False) -> Tokenizer | ImageGenerator:
+    """The model at `path`: an export's folder or safetensors file, a `.ckpt`, or a hub id `owner/name[@revision]`.
+
+    Checkpoints give the averaged weights where there are any, or with `raw` those of the last step. On the CPU, in
+    eval mode. Raises UserError, in one line, for whatever cannot be loaded.
+    """
+    return assemble(read_source(path, raw=raw))
+
+
+def load_generator(path: str | Path, *, raw: bool = False) -> ImageGenerator:
+    """As `load`, but only a generator will do."""
+    model = load(path, raw=raw)
+    if not isinstance(model, ImageGenerator):
+        raise UserError(f"{path} is a tokenizer; a generator is needed here")
+    return model
+
+
+def assemble(source: Source) -> Tokenizer | ImageGenerator:
+    """The model of a source."""
+    source.check()
+    if source.kind == "tokenizer":
+        return source.tokenizer()
+    return ImageGenerator(*(source.build(part) for part in ("tokenizer", "generator", "conditioner"))).eval()

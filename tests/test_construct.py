@@ -12,19 +12,19 @@ import yaml
 from safetensors.torch import save_file
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli import evaluate
-from tessellar.construct import build
 from tessellar.errors import UserError
-from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.interop.export import export_tokenizer
-from tessellar.models.conditioners import TEXT_CACHE, EncoderConditioner
-from tessellar.timm_networks import OPTIONS
+from tessellar.networks.facts import NetworkFacts
+from tessellar.networks.timm_networks import OPTIONS
+from tessellar.networks.vision import VisionModel
+from tessellar.protocol.configured import build
+from tessellar.text.conditioners import TEXT_CACHE, EncoderConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
 from tessellar.tokenizers.vit_vq import ViTVQ
-from tessellar.vision import VisionModel
 
-VIT_VQ, VISION = "tessellar.tokenizers.vit_vq.ViTVQ", "tessellar.vision.VisionModel"
+VIT_VQ, VISION = "tessellar.tokenizers.vit_vq.ViTVQ", "tessellar.networks.vision.VisionModel"
 
 
 def config(path: str, **arguments: Any) -> dict[str, Any]:
@@ -141,6 +141,6 @@ def test_a_config_builds_only_what_its_place_takes() -> None:
         build(vq, ViTVQ)
     grouped = config("tessellar.tokenizers.quantizers.product_vq.ProductQuantizer", groups=[vq, vq])
     assert len(build(grouped).groups) == 2
-    grouped["init_args"]["groups"][1] = config("tessellar.tokenizers.layout.Bits", n=3)
-    with pytest.raises(UserError, match="groups of .* must be a Quantizer, not tessellar.tokenizers.layout.Bits"):
+    grouped["init_args"]["groups"][1] = config("tessellar.protocol.layout.Bits", n=3)
+    with pytest.raises(UserError, match="groups of .* must be a Quantizer, not tessellar.protocol.layout.Bits"):
         build(grouped)

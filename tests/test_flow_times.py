@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tessellar.flow import Times, mode_times
+from tessellar.processes.flow import Times, mode_times
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.5])

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import tessellar
 from tessellar.cli.train import fit, parse
-from tessellar.models.condition import Condition
-from tessellar.models.heads.logits import Logits
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.base import Tokenizer
 
 VERSIONS = sorted((Path(__file__).parent / "data_of_versions").iterdir())
 EXPORTS = sorted(file.parent for version in VERSIONS for file in version.glob("exports/*/config.yaml"))

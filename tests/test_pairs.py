@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.models.condition import Condition
-from tessellar.pairs import CLASSES, GENERATORS, TOKENIZERS, page, reason_against
 from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.diffusion import AncestralDiffusion
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.processes.diffusion import AncestralDiffusion
+from tessellar.processes.flow import Flow
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.base import Tokenizer
-from tessellar.tokenizers.layout import Layout
+from tests.tiny.pairs import CLASSES, GENERATORS, TOKENIZERS, page, reason_against
 
 ROOT = Path(__file__).parents[1]
 # one tokenizer of every kind of layout: grid, sequence, prefixes, levels, two vocabularies, scales, latents

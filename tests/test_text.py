@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tessellar.checkpoints.export import export_generator
 from tessellar.cli.sample import main, read_prompts
-from tessellar.data.webdataset_tar import WebDatasetTars
+from tessellar.data.tars.webdataset_tar import WebDatasetTars
 from tessellar.errors import UserError
-from tessellar.interop.export import export_generator
-from tessellar.interop.load import load_generator
-from tessellar.models.conditioners import CaptionConditioner, ClassConditioner, EncoderConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.token_shuffle import TokenShuffle
-from tessellar.pipeline import ImageGenerator
+from tessellar.pipeline import ImageGenerator, load_generator
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.sampling.settings import Sampling
-from tessellar.text import BOS, FIRST_PAIR, bpe_of, pad_left, require, train_bpe
+from tessellar.text.bpe import BOS, FIRST_PAIR, bpe_of, pad_left, require, train_bpe
+from tessellar.text.conditioners import CaptionConditioner, EncoderConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
@@ -146,7 +146,7 @@ class Lengths(nn.Module):
 
 def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = Encoder()
-    monkeypatch.setattr("tessellar.text.require", lambda _: library)
+    monkeypatch.setattr("tessellar.text.encoders.require", lambda _: library)
     conditioner = EncoderConditioner("some/t5", 4, str(tmp_path / "cache"))
     first = conditioner.of_texts(["a red circle", "table", "table"])
     assert first.features is not None and first.valid is not None
@@ -164,7 +164,7 @@ def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_unknown_encoder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Encoder()
     library.AutoConfig = SimpleNamespace(from_pretrained=lambda _, **__: SimpleNamespace(model_type="bert"))
-    monkeypatch.setattr("tessellar.text.require", lambda _: library)
+    monkeypatch.setattr("tessellar.text.encoders.require", lambda _: library)
     with pytest.raises(UserError, match="a/b is a bert; T5 and CLIP"):
         EncoderConditioner("a/b", 4, None).of_texts(["x"])
 

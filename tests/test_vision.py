@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tessellar
-from tessellar.construct import build
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.errors import UserError
-from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.weights import read_safetensors
-from tessellar.tokenizers import vit_vq
+from tessellar.networks.facts import NetworkFacts
+from tessellar.networks.vision import Preprocessing, Teacher, VisionModel, stand_ins, teacher
+from tessellar.protocol.configured import build
+from tessellar.tensor_files import read_safetensors
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
-from tessellar.vision import Preprocessing, Teacher, VisionModel, stand_ins, teacher
+from tessellar.tokenizers.vit_vq import tokenizer as vit_vq
 
 VIT: Any = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

@@ -13,8 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from tessellar.errors import UserError
-
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+from tessellar.training.runs import BEST, LAST, PREVIOUS
 
 
 class Checkpoints(Checkpoint):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tessellar import distributed
-from tessellar.tokenizers.layout import Bits, Categorical, Factorized, Layout, Segment
+from tessellar.protocol.layout import Bits, Categorical, Factorized, Layout, Segment
 
 log = logging.getLogger(__name__)
 ADVICE = (

@@ -16,14 +16,15 @@ from tessellar.callbacks.ema import EMA
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor, load_extractor
 from tessellar.evaluation.generation import GeneratedImages, Reconstructions
 from tessellar.evaluation.metrics import check_metrics
-from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.protocols import Metric
 from tessellar.evaluation.record import Record, write_record
 from tessellar.evaluation.references import Reference, load_reference, reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageSource
+from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
 from tessellar.training.sharding import gathered

@@ -15,11 +15,11 @@ from torch import Tensor
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import log_image
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.evaluation.extractors import load_extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.pictures import Embed, metric_curves, nearest, neighbour_grid, pixels
 from tessellar.evaluation.sources import DatasetImages
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.sampling.output import save_png
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling

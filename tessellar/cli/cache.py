@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
+from tessellar.checkpoints.reading import read_source
+from tessellar.checkpoints.staging import check_target
 from tessellar.cli.sample import pick_device
-from tessellar.data.cache import encode_dataset
-from tessellar.data.cache_files import HEADER
 from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.token_cache.files import HEADER
+from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
-from tessellar.interop.load import assemble, read_source
-from tessellar.interop.staging import check_target
-from tessellar.tokenizers.base import Tokenizer
+from tessellar.pipeline import assemble
+from tessellar.protocol.tokenizer import Tokenizer
 
 PARTS = ("train", "val")
 

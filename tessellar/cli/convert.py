@@ -11,19 +11,20 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from tessellar.checkpoints.card import Record
+from tessellar.checkpoints.export import WEIGHTS, export_generator, export_tokenizer
+from tessellar.checkpoints.reading import read_source
+from tessellar.checkpoints.staging import check_target
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.cache import cache
 from tessellar.cli.functions import run_functions
+from tessellar.cli.importing import import_model
 from tessellar.cli.scale import scale
 from tessellar.errors import UserError
-from tessellar.interop.card import Record
-from tessellar.interop.export import WEIGHTS, export_generator, export_tokenizer
-from tessellar.interop.load import assemble, read_source
-from tessellar.interop.official import ImportOptions, import_model
-from tessellar.interop.staging import check_target
-from tessellar.interop.verify import Report, UnknownSystem, verify
-from tessellar.interop.weights import fingerprint
-from tessellar.pipeline import ImageGenerator
-from tessellar.tokenizers.base import Tokenizer
+from tessellar.interop.importer import ImportOptions
+from tessellar.parity.verify import Report, UnknownSystem, verify
+from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.protocol.tokenizer import Tokenizer
 
 
 def import_official(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from tessellar import distributed
+from tessellar.checkpoints.reading import read_source
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.evaluation_run import CACHE, Measurement, data_of_run, split_of
 from tessellar.cli.evaluation_tools import compare, extractor, neighbours, stats
 from tessellar.cli.functions import run_functions
@@ -14,20 +16,18 @@ from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
 from tessellar.evaluation.class_match import match_classes
-from tessellar.evaluation.extractors import Extractor
 from tessellar.evaluation.generation import GeneratedImages, Reconstructions
-from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.protocols import Metric
 from tessellar.evaluation.sources import ImageSource, open_images
-from tessellar.interop.load import assemble, read_source
-from tessellar.interop.weights import fingerprint
-from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.diffusion import AncestralDiffusion
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.networks.facts import NetworkFacts
+from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.processes.diffusion import AncestralDiffusion
+from tessellar.processes.flow import Flow
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.base import Tokenizer
 
 
 def samples(

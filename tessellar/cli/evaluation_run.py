@@ -13,12 +13,13 @@ from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor, load_extractor
-from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.protocols import HELD_OUT, Metric, Protocol
 from tessellar.evaluation.record import Record, summary, write_record
 from tessellar.evaluation.references import Reference, load_reference, reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageSource
+from tessellar.networks.facts import NetworkFacts
 
 CACHE = "runs/.cache"
 SPLITS = ("train", "val")

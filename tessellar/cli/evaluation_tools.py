@@ -6,21 +6,20 @@ from tessellar import distributed
 from tessellar.cli.evaluation_run import SPLITS, Measurement, split_of, warn
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.data.image_folder import ImageFolder
+from tessellar.data.sets.image_folder import ImageFolder
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
-from tessellar.evaluation.extractors import load_extractor
 from tessellar.evaluation.generation import Reconstructions
-from tessellar.evaluation.network_facts import PURPOSE, NetworkFacts, Purpose
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.train_extractor import Architecture, Recipe, train_extractor
 from tessellar.evaluation.pictures import nearest as nearest_images
 from tessellar.evaluation.pictures import neighbour_grid, pick_images, pixels
 from tessellar.evaluation.record import compare as comparison
 from tessellar.evaluation.record import differences, read_record
 from tessellar.evaluation.references import reference_from, save_statistics
 from tessellar.evaluation.sources import DatasetImages, ImageSource, open_images
-from tessellar.evaluation.train_extractor import Architecture, Recipe, train_extractor
-from tessellar.interop.load import load
-from tessellar.pipeline import ImageGenerator
+from tessellar.networks.facts import PURPOSE, NetworkFacts, Purpose
+from tessellar.pipeline import ImageGenerator, load
 from tessellar.sampling.output import save_png
 
 

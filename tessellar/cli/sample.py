@@ -11,22 +11,23 @@ import torch
 from tqdm.auto import tqdm
 
 from tessellar import distributed
+from tessellar.checkpoints.reading import Source, read_source
+from tessellar.checkpoints.staging import check_target, staged_folder
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import run_functions
 from tessellar.data.captions import decode_text
 from tessellar.errors import UserError
-from tessellar.interop.load import Source, assemble, read_source
-from tessellar.interop.staging import check_target, staged_folder
-from tessellar.interop.weights import fingerprint
-from tessellar.models.conditioners import ClassConditioner, TextConditioner
-from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.diffusion import AncestralDiffusion
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.processes.diffusion import AncestralDiffusion
+from tessellar.processes.flow import Flow
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.guidance import GuidanceSettings
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.run import balanced_labels, sample_images, sample_texts
 from tessellar.sampling.settings import Sampling
+from tessellar.text.conditioners import TextConditioner
 
 RECORD = "samples.json"
 DEFAULT_COUNT = 100

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tessellar.checkpoints.export import WEIGHTS, export_tokenizer
+from tessellar.checkpoints.reading import load_tokenizer, read_source
+from tessellar.checkpoints.staging import check_target
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
-from tessellar.interop.export import WEIGHTS, export_tokenizer
-from tessellar.interop.load import load_tokenizer, read_source
-from tessellar.interop.staging import check_target
 from tessellar.tokenizers.quantizers.gaussian import measure_scale
 
 

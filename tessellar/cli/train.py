@@ -19,27 +19,28 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from tessellar.callbacks.checkpoints import LAST, Checkpoints
+from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.interruption import Interrupted, Interruption
 from tessellar.callbacks.throughput import Throughput
+from tessellar.checkpoints.card import Record
+from tessellar.checkpoints.export import export_generator, export_tokenizer
+from tessellar.checkpoints.reading import read_source
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
-from tessellar.interop.card import Record
-from tessellar.interop.export import export_generator, export_tokenizer
-from tessellar.interop.load import assemble, read_source
-from tessellar.models.conditioners import ClassConditioner, TextConditioner
-from tessellar.pipeline import ImageGenerator
+from tessellar.networks.vision import stand_ins
+from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.sampling.settings import Sampling
+from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.facts import facts_of
 from tessellar.training.generator_module import GeneratorModule
-from tessellar.training.runs import CHECKPOINTS, Run, check_data, commit, restoring
+from tessellar.training.runs import CHECKPOINTS, LAST, Run, check_data, commit, restoring
 from tessellar.training.tokenizer_module import TokenizerModule
-from tessellar.vision import stand_ins
 
 TAKING_TURNS = "ddp_find_unused_parameters_true"
 QUIET = (

@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tessellar.data.batch import Batch, Sample, TokenBatch, collate
-    from tessellar.data.cached_tokens import CachedTokens, CachedTokensData
-    from tessellar.data.datamodule import FashionMNISTData, ImageDataModule, ImageFolderData, ShapesData
-    from tessellar.data.fashion_mnist import FashionMNIST
-    from tessellar.data.hf_dataset import HFData, HFImages
-    from tessellar.data.image_folder import ImageFolder
+    from tessellar.data.datamodule import ImageDataModule
     from tessellar.data.sampler import ResumableSampler
-    from tessellar.data.shapes import Shapes
-    from tessellar.data.webdataset_stream import WebDatasetStream, WebDatasetStreamData
-    from tessellar.data.webdataset_tar import WebDatasetData, WebDatasetTars
+    from tessellar.data.sets.fashion_mnist import FashionMNIST, FashionMNISTData
+    from tessellar.data.sets.hf_dataset import HFData, HFImages
+    from tessellar.data.sets.image_folder import ImageFolder, ImageFolderData
+    from tessellar.data.sets.shapes import Shapes, ShapesData
+    from tessellar.data.tars.webdataset_stream import WebDatasetStream, WebDatasetStreamData
+    from tessellar.data.tars.webdataset_tar import WebDatasetData, WebDatasetTars
+    from tessellar.data.token_cache.cached_tokens import CachedTokens, CachedTokensData
 
 _HOMES = {
     "Batch": "batch",
-    "CachedTokens": "cached_tokens",
-    "CachedTokensData": "cached_tokens",
-    "FashionMNIST": "fashion_mnist",
-    "FashionMNISTData": "datamodule",
-    "HFData": "hf_dataset",
-    "HFImages": "hf_dataset",
+    "CachedTokens": "token_cache.cached_tokens",
+    "CachedTokensData": "token_cache.cached_tokens",
+    "FashionMNIST": "sets.fashion_mnist",
+    "FashionMNISTData": "sets.fashion_mnist",
+    "HFData": "sets.hf_dataset",
+    "HFImages": "sets.hf_dataset",
     "ImageDataModule": "datamodule",
-    "ImageFolder": "image_folder",
-    "ImageFolderData": "datamodule",
+    "ImageFolder": "sets.image_folder",
+    "ImageFolderData": "sets.image_folder",
     "ResumableSampler": "sampler",
     "Sample": "batch",
-    "Shapes": "shapes",
-    "ShapesData": "datamodule",
+    "Shapes": "sets.shapes",
+    "ShapesData": "sets.shapes",
     "TokenBatch": "batch",
-    "WebDatasetData": "webdataset_tar",
-    "WebDatasetStream": "webdataset_stream",
-    "WebDatasetStreamData": "webdataset_stream",
-    "WebDatasetTars": "webdataset_tar",
+    "WebDatasetData": "tars.webdataset_tar",
+    "WebDatasetStream": "tars.webdataset_stream",
+    "WebDatasetStreamData": "tars.webdataset_stream",
+    "WebDatasetTars": "tars.webdataset_tar",
     "collate": "batch",
 }
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tessellar.data.classes import are_numbers
-from tessellar.data.randomness import derive, uniforms
 from tessellar.errors import UserError
+from tessellar.randomness import derive, uniforms
 
 log = logging.getLogger(__name__)
 CAPTION = 0xCA  # sets the choice of a caption apart from that of a crop

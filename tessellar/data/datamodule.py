@@ -7,24 +7,17 @@ in validation, and no draw from the global random numbers, so that the rest of a
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from tessellar.checkpoints.data_facts import DataFacts
 from tessellar.data.batch import collate
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
-from tessellar.data.fashion_mnist import CLASS_NAMES, FashionMNIST
-from tessellar.data.framing import Crop
-from tessellar.data.image_folder import ImageFolder, Listing, list_folder, split_listing
-from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
+from tessellar.data.pictures import PictureDataset
 from tessellar.data.sampler import ResumableSampler
-from tessellar.data.shapes import SHAPES, Shapes
 from tessellar.errors import UserError
-from tessellar.interop.data_facts import DataFacts
 
 log = logging.getLogger(__name__)
 
@@ -170,132 +163,3 @@ class ImageDataModule(LightningDataModule, ABC):
 def _some(names: Sequence[str], shown: int = 5) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
-
-
-class ShapesData(ImageDataModule):
-    """Procedural coloured shapes; needs no files."""
-
-    name = "shapes"
-    class_names = tuple(SHAPES)
-
-    def __init__(
-        self,
-        size: int = 32,
-        length: int = 20_000,
-        val_length: int = 2_000,
-        seed: int = 0,
-        batch_size: int = 64,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.image_size = (size, size)
-        self.length = length
-        self.val_length = val_length
-
-    def train_dataset(self, augment: bool = True) -> Shapes:
-        return Shapes(self.image_size[0], self.length, self.seed, "train")
-
-    def val_dataset(self) -> Shapes:
-        return Shapes(self.image_size[0], self.val_length, self.seed, "val")
-
-
-class FashionMNISTData(ImageDataModule):
-    """Fashion-MNIST, 32 x 32; `root` holds its four IDX files. The test images are also the validation images."""
-
-    name = "fashion-mnist"
-    class_names = CLASS_NAMES
-    image_size = (32, 32)
-
-    def __init__(
-        self, root: str, batch_size: int = 64, num_workers: int = 0, flip: bool = False, seed: int = 0
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.root = root
-        self.flip = flip
-
-    @cached_property
-    def _plain(self) -> FashionMNIST:
-        return FashionMNIST(self.root, "train")
-
-    @cached_property
-    def _flipped(self) -> FashionMNIST:
-        return FashionMNIST(self.root, "train", flip=True, seed=self.seed)
-
-    @cached_property
-    def _test(self) -> FashionMNIST:
-        return FashionMNIST(self.root, "test")
-
-    def train_dataset(self, augment: bool = True) -> FashionMNIST:
-        return self._flipped if augment and self.flip else self._plain
-
-    def val_dataset(self) -> FashionMNIST:
-        return self._test
-
-
-class ImageFolderData(ImageDataModule):
-    """Your own images: one sub-folder a class, or one flat folder.
-
-    Without `val_root`, the share `val_share` of the files is held out for validation: they are never trained on, which
-    no published recipe does. `crop`, `flip` and `ten_ratios`
-    apply to training (see ImageFolder); validation and reference statistics take the ADM centre crop. `name` is the
-    folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        size: int,
-        val_root: str | None = None,
-        val_share: float = 0.05,
-        crop: Crop = "adm",
-        flip: bool = True,
-        ten_ratios: Sequence[float] = (1.1,),
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        name: str | None = None,
-        max_corrupt: float = MAX_CORRUPT,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.root = root
-        self.max_corrupt = max_corrupt
-        self.val_root = val_root
-        self.val_share = val_share
-        self.image_size = (size, size)
-        self.crop: Crop = crop
-        self.flip = flip
-        self.ten_ratios = ten_ratios
-        self.name = name or Path(root).resolve().name
-
-    @property
-    def holds_out(self) -> bool:
-        return self.val_root is None
-
-    @cached_property
-    def _listings(self) -> tuple[Listing, Listing]:
-        if self.val_root is None:
-            return split_listing(list_folder(self.root), self.val_share)
-        train, val = list_folder(self.root), list_folder(self.val_root)
-        if train.class_names != val.class_names and max(len(train.class_names), len(val.class_names)) > 1:
-            missing = sorted(set(train.class_names) ^ set(val.class_names))
-            raise UserError(f"{self.root} and {self.val_root} hold different classes, for example {missing[0]!r}")
-        return train, val
-
-    @property
-    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self._listings[0].class_names
-
-    def train_dataset(self, augment: bool = True) -> ImageFolder:
-        crop, flip = (self.crop, self.flip) if augment else (self._still, False)
-        return self._folder(self.root, self._listings[0], crop, flip)
-
-    def val_dataset(self) -> ImageFolder:
-        return self._folder(self.val_root or self.root, self._listings[1], self._still, False)
-
-    def _folder(self, root: str, listing: Listing, crop: Crop, flip: bool) -> ImageFolder:
-        ratios, size = self.ten_ratios, self.image_size[0]
-        return ImageFolder(root, size, crop, flip, ratios, self.seed, listing, self.max_corrupt)
-
-    @property
-    def _still(self) -> Literal["adm", "none"]:
-        return "none" if self.crop == "none" else "adm"

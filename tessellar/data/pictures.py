@@ -18,9 +18,9 @@ from tessellar.data.captions import class_text, draw_captions, pick, tell_missin
 from tessellar.data.damage import Damage
 from tessellar.data.dataset import ImageDataset
 from tessellar.data.framing import DRAWS, Framing
-from tessellar.data.randomness import derive, uniforms
 from tessellar.errors import UserError
 from tessellar.images import from_uint8
+from tessellar.randomness import derive, uniforms
 
 MAX_CORRUPT = 0.01
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DistributedSampler
 
-from tessellar.data.randomness import derive
+from tessellar.randomness import derive
 
 
 class ResumableSampler(DistributedSampler):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessellar.data.classes import are_numbers, shown
 from tessellar.errors import UserError
-from tessellar.evaluation.extractors import Extractor
+from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.sources import ImageSource
 
 

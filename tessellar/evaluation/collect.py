@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from tessellar.distributed import all_reduce_sum, gather_rows, own_share, rank
 from tessellar.errors import UserError
 from tessellar.evaluation.class_match import classes_of
-from tessellar.evaluation.extractors import Extractor, Features
-from tessellar.evaluation.inception_score import InceptionScore, ScoreSums, SplitRule
-from tessellar.evaluation.paired import PairedScores, PairedSums
-from tessellar.evaluation.pixels import image_hashes, set_hash
+from tessellar.evaluation.networks.extractors import Extractor, Features
 from tessellar.evaluation.sources import ImageBatch
-from tessellar.evaluation.statistics import FeatureStatistics, Moments
 from tessellar.evaluation.subset import subset
+from tessellar.measures.inception_score import InceptionScore, ScoreSums, SplitRule
+from tessellar.measures.paired import PairedScores, PairedSums
+from tessellar.measures.pixels import image_hashes, set_hash
+from tessellar.measures.statistics import FeatureStatistics, Moments
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from tessellar.evaluation.class_match import ClassMatch, match_classes, other_classes
 from tessellar.evaluation.collect import Collected, collect
-from tessellar.evaluation.extractors import Extractor
 from tessellar.evaluation.metrics import VERSIONS, check_metrics, measure, needs_of
+from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.protocols import PROTOCOLS, Metric, Protocol
 from tessellar.evaluation.record import Record, make_record
 from tessellar.evaluation.references import Reference

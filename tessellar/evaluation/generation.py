@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.distributed import own_share
 from tessellar.errors import UserError
 from tessellar.evaluation.sources import ImageBatch, ImageSource
 from tessellar.images import from_uint8, to_uint8
-from tessellar.interop.weights import fingerprint
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.base import Tokenizer
 
 
 class GeneratedImages(ImageSource):

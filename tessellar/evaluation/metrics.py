@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.evaluation.collect import Collected, Needs
-from tessellar.evaluation.extractors import Extractor
-from tessellar.evaluation.frechet import frechet_distance
-from tessellar.evaluation.inception_score import SplitRule
-from tessellar.evaluation.kid import kernel_distance
-from tessellar.evaluation.lpips import load_lpips
-from tessellar.evaluation.precision_recall import precision_recall
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.lpips import load_lpips
 from tessellar.evaluation.protocols import Metric
 from tessellar.evaluation.references import Reference
+from tessellar.measures.frechet import frechet_distance
+from tessellar.measures.inception_score import SplitRule
+from tessellar.measures.kid import kernel_distance
+from tessellar.measures.precision_recall import precision_recall
 
 FULL_COUNT = 50_000
 KEPT_SAMPLES = 50_000  # features kept for KID, precision and recall

@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from tessellar.errors import UserError
-from tessellar.interop.weights import require_file
+from tessellar.tensor_files import require_file
 
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tessellar.errors import UserError
-from tessellar.evaluation.inception_score import SplitRule
+from tessellar.measures.inception_score import SplitRule
 
 Metric = Literal["fd", "sfd", "is", "kid", "pr", "accuracy", "paired", "lpips"]
 HELD_OUT = "held-out"

@@ -20,10 +20,10 @@ from tessellar.distributed import broadcast, rank
 from tessellar.errors import UserError
 from tessellar.evaluation import npz
 from tessellar.evaluation.collect import Collected, Needs, collect
-from tessellar.evaluation.extractors import Extractor
-from tessellar.evaluation.pixels import array_hash
+from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.sources import ArrayImages, ImageSource, open_images
-from tessellar.evaluation.statistics import Moments
+from tessellar.measures.pixels import array_hash
+from tessellar.measures.statistics import Moments
 
 KEPT_FEATURES = 10_000
 """Images of a reference whose features are kept for KID, precision and recall; the ADM reference batch has as many."""

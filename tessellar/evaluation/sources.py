@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tessellar.data.batch import collate
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.image_file import read_image
-from tessellar.data.image_folder import list_folder
+from tessellar.data.sets.image_folder import list_folder
 from tessellar.distributed import own_share, rank, world_size
 from tessellar.errors import UserError
 from tessellar.evaluation import npz

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.weights import Weights, listing, read_pickle, read_safetensors, say_unchecked
+from tessellar.tensor_files import Weights, listing, read_pickle, read_safetensors, say_unchecked
 
 log = logging.getLogger(__name__)
+
 
 DEEPEST = 3  # levels at which sets of weights are looked for
 
@@ -188,3 +189,16 @@ def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(key.startswith(prefix) for key in state):
             return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
     return state
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the weights do not say: side of the images, attention heads, and the name of a published variant.
+
+    `file` is where the weights were read; a config may lie beside them.
+    """
+
+    image_size: int | None = None
+    num_heads: int | None = None
+    variant: str | None = None
+    file: str | None = None

@@ -11,19 +11,20 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from tessellar.checkpoints.reading import read_source
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.generator import Generator
-from tessellar.models.masked import MaskedGenerator
+from tessellar.models.parts.masked import MaskedGenerator
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.guidance import Guidance, GuidanceSettings
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio, distance_quantile
-from tessellar.sampling.choice import Choice
 from tessellar.sampling.confidence import decode_by_confidence
 from tessellar.sampling.couplings import COUPLINGS, Reuse
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
-from tessellar.sampling.guidance import Guidance, GuidanceSettings
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
@@ -252,13 +253,12 @@ class MaskGIT(Algorithm):
 
 @lru_cache(maxsize=2)
 def _load_generator(path: str) -> Generator:
-    from tessellar.interop.load import load  # it imports this module through the pipeline
-    from tessellar.pipeline import ImageGenerator
-
-    model = load(path)
-    if not isinstance(model, ImageGenerator):
+    source = read_source(path)
+    if source.kind != "generator":
         raise UserError(f"{path} is a tokenizer; a draft model is a generator")
-    return model.generator.eval()
+    generator = source.build("generator")
+    generator.bind(source.build("tokenizer"))
+    return generator.eval()
 
 
 def check_in_order(generator: Generator) -> None:

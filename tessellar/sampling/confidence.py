@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.entities import Entities
-from tessellar.models.heads.logits import Logits
-from tessellar.models.masked import MaskedGenerator
-from tessellar.sampling.guidance import Guidance
-from tessellar.sampling.noise import Noise
+from tessellar.models.parts.masked import MaskedGenerator
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.guidance import Guidance
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.report import Recorder, forward, running
 
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tessellar.protocol.choice import race
 from tessellar.sampling.acceptance import Acceptance, mass
-from tessellar.sampling.choice import race
 
 
 class Judged(NamedTuple):

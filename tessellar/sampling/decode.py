@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tessellar.models.condition import Condition
-from tessellar.models.generator import Generator, State
-from tessellar.models.heads.distribution import Distribution
-from tessellar.models.heads.implicit import Implicit
-from tessellar.models.heads.logits import Logits
-from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
-from tessellar.sampling.noise import Noise
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Distribution, Implicit, Logits
+from tessellar.protocol.generator import Generator, State
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.report import Recorder, forward, running
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.generator import Generator, State
+from tessellar.protocol.choice import Choice, race
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.generator import Generator, State
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import plain_ratio
-from tessellar.sampling.choice import Choice, race
 from tessellar.sampling.couplings import Verdict, fresh, verify
-from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder, forward, running
 from tessellar.sampling.speculative import probabilities, require_windows
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tessellar.models.entities import Entities
-from tessellar.sampling.choice import race
-from tessellar.tokenizers.layout import Layout
+from tessellar.protocol.choice import race
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.layout import Layout
 
 SCHEMES = ("random", "uniform", "repeat-left", "repeat-up", "argmax-left", "sample-left")
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.layers.attention import attention
 from tessellar.layers.llama import LlamaBlock, Pass
-from tessellar.models.generator import Generator
+from tessellar.protocol.generator import Generator
 
 PACKED_FOR_ROWS = 32  # the layout that oneDNN chooses for 32 rows is also the fastest one for 2 to 256
 

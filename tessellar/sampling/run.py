@@ -6,19 +6,36 @@ runs of N images share no stream where their seeds lie at least N apart.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import TextConditioner
-from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import Conditioner
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
+from tessellar.text.conditioners import TextConditioner
 
 PRECISIONS = ("float32", "bf16")
+
+
+class ImageModel(Protocol):
+    """What samples images; `tessellar.pipeline.ImageGenerator` is one."""
+
+    conditioner: Conditioner
+
+    def class_condition(self, labels: Sequence[int]) -> Condition: ...
+
+    def sample_tokens(
+        self, condition: Condition, sampling: Sampling, seeds: Sequence[int], recorder: Recorder | None = None
+    ) -> Tensor: ...
+
+    def decode(self, tokens: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def balanced_labels(count: int, classes: int | Sequence[int]) -> list[int]:
@@ -30,7 +47,7 @@ def balanced_labels(count: int, classes: int | Sequence[int]) -> list[int]:
 
 
 def sample_images(
-    model: ImageGenerator,
+    model: ImageModel,
     labels: Sequence[int],
     sampling: Sampling,
     seed: int = 0,
@@ -49,7 +66,7 @@ def sample_images(
 
 
 def sample_conditions(
-    model: ImageGenerator,
+    model: ImageModel,
     condition: Condition,
     sampling: Sampling,
     seed: int = 0,
@@ -66,7 +83,7 @@ def sample_conditions(
 
 
 def sample_texts(
-    model: ImageGenerator,
+    model: ImageModel,
     texts: Sequence[str],
     sampling: Sampling,
     seed: int = 0,
@@ -96,7 +113,7 @@ def sample_texts(
 
 
 def _checked(
-    model: ImageGenerator,
+    model: ImageModel,
     condition_of: Callable[[list[int]], Condition],
     sampling: Sampling,
     seed: int,
@@ -114,7 +131,7 @@ def _checked(
 
 
 def _batches(
-    model: ImageGenerator,
+    model: ImageModel,
     condition_of: Callable[[list[int]], Condition],
     sampling: Sampling,
     seed: int,
@@ -131,7 +148,7 @@ def _batches(
         yield chosen, to_uint8(model.decode(tokens)).cpu()
 
 
-def _autocast(model: ImageGenerator, precision: str) -> AbstractContextManager:
+def _autocast(model: ImageModel, precision: str) -> AbstractContextManager:
     """For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do."""
     if precision == "float32":
         return nullcontext()

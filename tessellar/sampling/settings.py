@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tessellar.models.condition import Condition
-from tessellar.models.generator import Generator
+from tessellar.processes.diffusion import AncestralDiffusion
+from tessellar.processes.flow import Flow
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.algorithms import Algorithm, make_algorithm
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.diffusion import AncestralDiffusion
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import GuidanceSettings
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder
 
 

@@ -20,16 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.generator import Generator, State
-from tessellar.models.heads.distribution import Distribution
-from tessellar.models.heads.logits import Logits
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Distribution, Logits
+from tessellar.protocol.generator import Generator, State
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import Acceptance, plain_ratio
-from tessellar.sampling.choice import Choice
 from tessellar.sampling.couplings import Coupling, Verdict, fresh, gumbel, verify
 from tessellar.sampling.drafts import Neighbourhood, fill, look_up, sources
-from tessellar.sampling.guidance import NO_GUIDANCE, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder, forward, running
 
 

@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tessellar import distributed
+from tessellar.checkpoints.data_facts import DATA_KEY, DataFacts
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.data.randomness import derive
 from tessellar.errors import UserError
-from tessellar.interop.data_facts import DATA_KEY, DataFacts
 from tessellar.layers.tags import tag, tags
+from tessellar.randomness import derive
 from tessellar.training import random_state
 from tessellar.training.optim import set_factor
 from tessellar.training.optimizer_names import arrange, former_names, names_by_place

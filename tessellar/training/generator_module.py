@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tessellar.checkpoints.data_facts import DataFacts, other_class
+from tessellar.checkpoints.description import HEADER_KEY, checkpoint_header
+from tessellar.checkpoints.reading import init_generator, load_tokenizer
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
-from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
-from tessellar.interop.data_facts import DataFacts, other_class
-from tessellar.interop.load import init_generator, load_tokenizer
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner, TextConditioner
-from tessellar.models.entities import Entities
-from tessellar.models.generator import Generator
-from tessellar.models.prefix_transformer import PrefixTransformer
+from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
-from tessellar.tokenizers.base import Tokenizer
-from tessellar.tokenizers.layout import Layout
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import Player, TrainingModule, trainable
-from tessellar.training.context_noise import ContextNoise, reading, require_teacher_forcing
+from tessellar.training.methods.context_noise import ContextNoise, reading, require_teacher_forcing
+from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block

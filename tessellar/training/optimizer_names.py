@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from tessellar import distributed
 from tessellar.errors import UserError
-from tessellar.interop.weights import listing
 from tessellar.layers.tags import tags
+from tessellar.tensor_files import listing
 
 log = logging.getLogger(__name__)
 OPTIONS = ("peak_lr", "betas", "eps", "weight_decay", "momentum")

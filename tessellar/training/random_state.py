@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tessellar import distributed
-from tessellar.data.randomness import derive
+from tessellar.randomness import derive
 
 State = dict[str, Any]
 

@@ -1,4 +1,10 @@
-"""A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is written elsewhere."""
+"""A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is written elsewhere.
+
+Checkpoints of a run: `last.ckpt`, the one before it, and `best.ckpt` by a validation metric.
+
+Each is written beside its place and then moved into it, so that a kill or a full disk during the write leaves the
+previous one usable. Lightning's own callback writes in place, and warns about manual optimisation at every run.
+"""
 
 import fcntl
 import json
@@ -21,15 +27,18 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from tessellar.callbacks.checkpoints import LAST, PREVIOUS
+from tessellar.checkpoints.data_facts import facts_in, other_class, other_content
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
-from tessellar.interop.data_facts import facts_in, other_class, other_content
-from tessellar.interop.weights import intact
+from tessellar.tensor_files import intact
 from tessellar.training.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
+
+
 CHECKPOINTS, WANDB_ID, LOCK = "checkpoints", "wandb_id", "lock"
+
+
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
 
 
@@ -190,3 +199,6 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return described.stdout.strip() or "unknown"
+
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"

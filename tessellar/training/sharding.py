@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from tessellar.errors import UserError
-from tessellar.interop.weights import require_intact
+from tessellar.tensor_files import require_intact
 from tessellar.training.speed import blocks
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessellar.interop.checkpoint import HEADER_KEY, checkpoint_header
-from tessellar.interop.load import init_tokenizer
-from tessellar.tokenizers.base import Tokenizer
+from tessellar.checkpoints.description import HEADER_KEY, checkpoint_header
+from tessellar.checkpoints.reading import init_tokenizer
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings

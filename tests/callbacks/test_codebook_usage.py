@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tessellar.callbacks.codebook_usage import CodebookUsage, add_counts, codebooks, usage
-from tessellar.tokenizers.layout import Bits, Categorical, Continuous, Factorized, Layout, Segment, sequence_layout
+from tessellar.protocol.layout import Bits, Categorical, Continuous, Factorized, Layout, Segment, sequence_layout
 
 
 class Module:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tessellar.callbacks.grids import Grids
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.sampling.settings import Sampling
 
 

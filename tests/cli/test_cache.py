@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.cli.convert import main
 from tessellar.data import CachedTokensData, ImageFolderData
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.load import load_tokenizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

@@ -9,15 +9,16 @@ import torch
 import yaml
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.convert import main
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.llamagen import to_official
-from tessellar.interop.weights import fingerprint, read_safetensors
-from tessellar.models.conditioners import FeatureConditioner
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.llamagen.official import to_official
 from tessellar.pipeline import ImageGenerator
-from tessellar.tokenizers.llamagen_vq import LlamaGenVQ
+from tessellar.tensor_files import read_safetensors
+from tessellar.text.conditioners import FeatureConditioner
+from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli.convert import main
 from tessellar.cli.errors import run
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.weights import read_safetensors
+from tessellar.tensor_files import read_safetensors
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

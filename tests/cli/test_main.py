@@ -46,7 +46,7 @@ def test_commands_print_what_the_package_logs(capsys: pytest.CaptureFixture[str]
     try:
         dispatcher.show_log()
         dispatcher.show_log()
-        logging.getLogger("tessellar.interop.load").info("one line")
+        logging.getLogger("tessellar.checkpoints.reading").info("one line")
     finally:
         log.setLevel(level)
         log.handlers[:] = handlers

@@ -11,9 +11,9 @@ import torch
 import yaml
 from PIL import Image
 
+from tessellar.checkpoints.data_facts import DATA_KEY, facts_in
 from tessellar.cli import train
 from tessellar.cli.errors import run
-from tessellar.interop.data_facts import DATA_KEY, facts_in
 
 CLASSES = ("circle", "square", "triangle")
 TOKENIZER = {

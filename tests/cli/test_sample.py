@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tessellar.checkpoints.export import export_generator, export_tokenizer
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.sample import main
 from tessellar.errors import UserError
-from tessellar.interop.export import export_generator, export_tokenizer
-from tessellar.interop.weights import fingerprint
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.checkpoints.reading import load_tokenizer, read_source
 from tessellar.cli.convert import main
 from tessellar.data import ImageFolderData
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.load import load_tokenizer, read_source
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.vit_vq import ViTVQ
 

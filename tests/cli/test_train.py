@@ -18,7 +18,7 @@ import tessellar
 from tessellar.callbacks.throughput import Throughput
 from tessellar.cli import train
 from tessellar.cli.errors import run
-from tessellar.evaluation.network_facts import NetworkFacts
+from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.retok import ReToK
 from tessellar.tokenizers.vit_vq import ViTVQ
@@ -147,7 +147,7 @@ CLASSES = [
     (TOKENIZER, MODEL, "tessellar.models.llamagen.LlamaGen", "LlamaGen is not a Tokenizer; a Tokenizer"),
     (GENERATOR, "model.tokenizer", "tessellar.models.llamagen.LlamaGen", "LlamaGen is not a Tokenizer; a Tokenizer"),
     (GENERATOR, "model.generator", "tessellar.tokenizers.vit_vq.ViTVQ", "model.generator: ViTVQ is not a Generator"),
-    (GENERATOR, "model.generator", "tessellar.models.llamagen.LamaGen", "did you mean 'LlamaGen'?"),
+    (GENERATOR, "model.generator", "tessellar.models.llamagen.model.LamaGen", "did you mean 'LlamaGen'?"),
     (TOKENIZER, "data", "tessellar.data.ShapeData", "did you mean 'ShapesData'?"),
 ]  # fmt: skip
 
@@ -325,7 +325,10 @@ def test_a_stand_in_teaches_and_is_not_needed_afterwards(call) -> None:
             "quantizer": TOKENIZER["model"]["init_args"]["tokenizer"]["init_args"]["quantizer"],
             **{"image_size": 16, "num_tokens": 8, "always": 2, "channels": 32, "multipliers": [1, 1], "z_channels": 8},
             **{"encoder_size": small, "decoder_size": small, "semantic_dim": 16, "semantic_layer": 1},
-            "teacher": {"class_path": "tessellar.vision.teacher", "init_args": {"weights": "teacher.safetensors"}},
+            "teacher": {
+                "class_path": "tessellar.networks.vision.teacher",
+                "init_args": {"weights": "teacher.safetensors"},
+            },
         },
     }
     config = tokenizer(MODEL, retok)

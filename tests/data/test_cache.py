@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tessellar.data import CachedTokens, CachedTokensData, FashionMNIST, ImageFolder, ImageFolderData, Shapes
-from tessellar.data.cache import encode, encode_dataset
-from tessellar.data.cache_files import read_header
 from tessellar.data.dataset import ImageDataset
+from tessellar.data.token_cache.files import read_header
+from tessellar.data.token_cache.writing import encode, encode_dataset
 from tessellar.errors import UserError
-from tessellar.tokenizers.base import Tokenizer, TokenizerOutput
-from tessellar.tokenizers.layout import Bits, Categorical, Continuous, Factorized, Kind, grid_layout
+from tessellar.protocol.layout import Bits, Categorical, Continuous, Factorized, Kind, grid_layout
+from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
 
 
 class Pixels(Tokenizer):
@@ -228,7 +228,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str):
         {"storage": {"kind": "ids", "dtype": "uint8", "shape": [4]}},
         {"storage": {"kind": "ids", "dtype": "O", "shape": [4]}},
         {"layout": {"class_path": "os.system", "init_args": {"command": "true"}}},
-        {"layout": {"class_path": "tessellar.tokenizers.layout.Bits", "init_args": {"n": 3}}},
+        {"layout": {"class_path": "tessellar.protocol.layout.Bits", "init_args": {"n": 3}}},
         {"unknown": 1},
         {"image_size": 16},
     ],
@@ -317,7 +317,7 @@ def test_images_of_another_size_are_refused_before_anything_is_written(tmp_path:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("tessellar.tokenizers.layout.Layout"),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("tessellar.protocol.layout.Layout"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["class_path", "init_args"]), inner),
     max_leaves=6,
 )

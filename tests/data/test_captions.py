@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli.sample import read_prompts
 from tessellar.cli.train import main as train
 from tessellar.data import ImageFolderData, WebDatasetData, WebDatasetStreamData
-from tessellar.data.cache import encode_dataset
-from tessellar.data.cached_tokens import CachedTokens, CachedTokensData
 from tessellar.data.captions import UnreadableText, decode_text, read_captions
 from tessellar.data.dataset import IndexedDataset
+from tessellar.data.token_cache.cached_tokens import CachedTokens, CachedTokensData
+from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
 from tessellar.evaluation.generation import GeneratedImages
-from tessellar.interop.export import export_tokenizer
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling

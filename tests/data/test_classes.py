@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tessellar.data.classes import order_classes
-from tessellar.data.hf_dataset import classes_of
-from tessellar.data.image_folder import ImageFolder
+from tessellar.data.sets.hf_dataset import classes_of
+from tessellar.data.sets.image_folder import ImageFolder
 from tessellar.evaluation.sources import FolderImages
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tessellar.checkpoints.data_facts import DataFacts, other_class, other_content
 from tessellar.data import (
     CachedTokensData,
     FashionMNISTData,
@@ -16,9 +17,8 @@ from tessellar.data import (
     WebDatasetData,
     WebDatasetStreamData,
 )
-from tessellar.data.cache import encode_dataset
+from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
-from tessellar.interop.data_facts import DataFacts, other_class, other_content
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
@@ -111,8 +111,8 @@ def test_streams_are_known_by_their_shards() -> None:
 
 def test_hugging_face_sets(make_png, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a stand-in for a table, so that the package is not needed."""
-    from tessellar.data import hf_dataset
-    from tessellar.data.hf_dataset import Rows
+    from tessellar.data.sets import hf_dataset
+    from tessellar.data.sets.hf_dataset import Rows
 
     content = {"train": ("a", ("cat", "dog")), "val": ("b", ("cat", "dog"))}
 

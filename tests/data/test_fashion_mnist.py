@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessellar.data.fashion_mnist import FashionMNIST
-from tessellar.data.idx import find_idx, read_idx
+from tessellar.data.sets.fashion_mnist import FashionMNIST
+from tessellar.data.sets.idx import find_idx, read_idx
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tessellar.data.framing import Framing
-from tessellar.data.hf_dataset import HFData, HFImages
+from tessellar.data.sets.hf_dataset import HFData, HFImages
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 

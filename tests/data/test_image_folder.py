@@ -7,7 +7,7 @@ from PIL import Image
 
 from tessellar.data.crops import center_crop, ten_crop
 from tessellar.data.image_file import read_image
-from tessellar.data.image_folder import ImageFolder, list_folder, split_listing
+from tessellar.data.sets.image_folder import ImageFolder, list_folder, split_listing
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessellar.data.image_file import UnreadableImage
-from tessellar.data.members import FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
+from tessellar.data.tars.members import FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
 from tessellar.errors import UserError
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tessellar.cli.evaluation_run import split_of
 from tessellar.data import HFData, ImageFolderData, WebDatasetData
-from tessellar.data.cached_tokens import CachedTokensData
+from tessellar.data.token_cache.cached_tokens import CachedTokensData
 from tessellar.errors import UserError
 from tessellar.evaluation.protocols import HELD_OUT, PROTOCOLS
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessellar.data.randomness import derive, uniforms
+from tessellar.randomness import derive, uniforms
 
 
 @given(st.integers(-(2**70), 2**70), st.lists(st.integers(0, 2**40), min_size=1, max_size=20))

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from tessellar.data.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scenes, Shapes, captions, draw_scenes, render
+from tessellar.data.sets.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scenes,
+    Shapes,
+    captions,
+    draw_scenes,
+    render,
+)
 from tessellar.images import to_uint8
 
 

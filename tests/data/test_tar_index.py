@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tessellar.data.tar_index import Keys, build_index, load_index
+from tessellar.data.tars.index import Keys, build_index, load_index
 from tessellar.errors import UserError
 
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessellar.data.token_storage import pack, sample_posterior, storage_of, unpack
-from tessellar.tokenizers.layout import Bits, Categorical, Continuous, Factorized, Layout, Segment, grid_layout
+from tessellar.data.token_cache.storage import pack, sample_posterior, storage_of, unpack
+from tessellar.protocol.layout import Bits, Categorical, Continuous, Factorized, Layout, Segment, grid_layout
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from lightning import Trainer
 
 from tessellar.data import CachedTokensData, ImageDataModule, ImageFolderData
-from tessellar.data.cache import encode_dataset
+from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer

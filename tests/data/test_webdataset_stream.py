@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tessellar.data.framing import Framing
-from tessellar.data.webdataset_stream import WebDatasetStream, WebDatasetStreamData, stream_samples
+from tessellar.data.tars.webdataset_stream import WebDatasetStream, WebDatasetStreamData, stream_samples
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 

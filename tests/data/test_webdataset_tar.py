@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tessellar.data.framing import Framing
-from tessellar.data.webdataset_tar import WebDatasetData, WebDatasetTars, name_classes, read_shards
+from tessellar.data.tars.webdataset_tar import WebDatasetData, WebDatasetTars, name_classes, read_shards
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 
@@ -45,7 +45,7 @@ def test_arrays_are_read_without_pickles(tmp_path: Path, make_tar, make_png):
 
 
 def test_flips_and_crops_are_those_of_folders(tmp_path: Path, make_tar, image_root: Path):
-    from tessellar.data.image_folder import ImageFolder
+    from tessellar.data.sets.image_folder import ImageFolder
 
     folder = ImageFolder(image_root, 16, "random", True, seed=3)
     members = {f"{i}.png": (image_root / file).read_bytes() for i, file in enumerate(folder.files)}

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tessellar.evaluation.extractors import Extractor, load_extractor
-from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.evaluation.timm_network import network_of
+from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.timm_network import network_of
+from tessellar.networks.facts import NetworkFacts
 
 TINY = NetworkFacts(
     name="tiny",

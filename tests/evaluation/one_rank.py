@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tessellar import distributed
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import load_extractor
+from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.references import reference_from
 from tessellar.evaluation.sources import ArrayImages
 

@@ -10,16 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tessellar.checkpoints.export import export_generator
 from tessellar.cli.evaluate import main
 from tessellar.cli.sample import sample
-from tessellar.data.image_folder import ImageFolder
+from tessellar.data.sets.image_folder import ImageFolder
 from tessellar.errors import UserError
-from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.interop.export import export_generator
-from tessellar.interop.weights import read_safetensors
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.llamagen import LlamaGen
+from tessellar.networks.facts import KEY, NetworkFacts
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.tensor_files import CHECKSUM, read_safetensors
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
@@ -80,10 +80,10 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def nameless(net: Path, out: Path) -> Path:
     """The file as it was written before classes had names."""
     _, metadata = read_safetensors(net)
-    facts = {key: json.loads(value) for key, value in metadata.items() if key.startswith("tessellar")}
-    (key,) = facts
-    del facts[key]["class_names"]
-    save_file(load_file(net), out, metadata={**metadata, key: json.dumps(facts[key])})
+    facts = json.loads(metadata[KEY])
+    del facts["class_names"]
+    others = {key: value for key, value in metadata.items() if key not in (KEY, CHECKSUM)}
+    save_file(load_file(net), out, metadata={**others, KEY: json.dumps(facts)})
     return out
 
 

@@ -15,7 +15,7 @@ from tessellar.data.dataset import ImageDataset
 from tessellar.errors import UserError
 from tessellar.evaluation.collect import Needs, collect, rebatch
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor, Features
+from tessellar.evaluation.networks.extractors import Extractor, Features
 from tessellar.evaluation.protocols import PROTOCOLS, protocol, small
 from tessellar.evaluation.record import differences
 from tessellar.evaluation.references import Reference, reference_from

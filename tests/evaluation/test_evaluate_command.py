@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tessellar.checkpoints.export import export_generator, export_tokenizer
+from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.cli.evaluate import main
 from tessellar.data import ShapesData
 from tessellar.errors import UserError
 from tessellar.evaluation.generation import reconstruct
 from tessellar.images import from_uint8, to_uint8
-from tessellar.interop.export import export_generator, export_tokenizer
-from tessellar.interop.load import load_tokenizer
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

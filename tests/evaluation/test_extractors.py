@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.evaluation.extractors import Extractor, full_precision, load_extractor, refuse_evaluator, sha256_of
-from tessellar.evaluation.network_facts import PUBLISHED, NetworkFacts
-from tessellar.evaluation.timm_network import TimmNetwork, network_of
+from tessellar.evaluation.networks.extractors import Extractor, full_precision
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.timm_network import TimmNetwork, network_of
+from tessellar.networks.facts import PUBLISHED, NetworkFacts, refuse_evaluator, sha256_of
 
 Images = Callable[..., Tensor]
 

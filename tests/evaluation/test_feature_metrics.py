@@ -7,10 +7,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tessellar.errors import UserError
-from tessellar.evaluation import precision_recall as blocks
-from tessellar.evaluation.inception_score import ScoreSums, split_of
-from tessellar.evaluation.kid import kernel_distance
-from tessellar.evaluation.precision_recall import precision_recall
+from tessellar.measures import precision_recall as blocks
+from tessellar.measures.inception_score import ScoreSums, split_of
+from tessellar.measures.kid import kernel_distance
+from tessellar.measures.precision_recall import precision_recall
 
 SAMPLES = 0.8 * torch.randn(130, 16, generator=torch.Generator().manual_seed(1)) + 0.2
 REFERENCE = torch.randn(111, 16, generator=torch.Generator().manual_seed(2))

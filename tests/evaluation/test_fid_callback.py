@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.fid import FID
 from tessellar.callbacks.pictures import Pictures
-from tessellar.data.datamodule import ShapesData
+from tessellar.data.sets.shapes import ShapesData
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.metrics_file import MetricsFile

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.evaluation.frechet import frechet_distance
-from tessellar.evaluation.statistics import FeatureStatistics, Moments
+from tessellar.measures.frechet import frechet_distance
+from tessellar.measures.statistics import FeatureStatistics, Moments
 
 
 def moments_of(features: Tensor) -> Moments:

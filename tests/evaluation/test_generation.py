@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tessellar.data.datamodule import ShapesData
-from tessellar.data.shapes import Shapes
+from tessellar.data.sets.shapes import Shapes, ShapesData
 from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor
 from tessellar.evaluation.generation import GeneratedImages, Reconstructions
+from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.references import reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageBatch
 from tessellar.images import to_uint8
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner, Conditioner
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner, Conditioner
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ

@@ -16,13 +16,13 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tessellar.errors import UserError
-from tessellar.evaluation import inception as module
 from tessellar.evaluation.collect import Collected, Needs, collect
-from tessellar.evaluation.extractors import load_extractor
-from tessellar.evaluation.inception import Inception
 from tessellar.evaluation.metrics import check_metrics, distance_name, measure, named
+from tessellar.evaluation.networks import inception as module
+from tessellar.evaluation.networks.inception import Inception
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.resize import clean_bicubic
 from tessellar.evaluation.references import Reference
-from tessellar.evaluation.resize import clean_bicubic
 from tessellar.evaluation.sources import ImageBatch
 
 COUNT = 6  # of images a side; one costs a tenth of a second

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision.models import alexnet
 
 from tessellar.errors import UserError
-from tessellar.evaluation.lpips import load_lpips
-from tessellar.evaluation.paired import PairedSums, psnr, ssim
+from tessellar.evaluation.networks.lpips import load_lpips
+from tessellar.measures.paired import PairedSums, psnr, ssim
 
 Images = Callable[..., Tensor]
 

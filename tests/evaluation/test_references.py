@@ -12,7 +12,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.evaluation import references
 from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.extractors import Extractor
+from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.references import load_reference, load_statistics, reference_from, save_statistics
 from tessellar.evaluation.sources import ArrayImages, FolderImages
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessellar.errors import UserError
-from tessellar.evaluation.statistics import BLOCK, FeatureStatistics, Moments
+from tessellar.measures.statistics import BLOCK, FeatureStatistics, Moments
 
 
 def collected(features: torch.Tensor, sizes: list[int]) -> FeatureStatistics:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessellar.data.datamodule import ImageFolderData
+from tessellar.data.sets.image_folder import ImageFolderData
 from tessellar.errors import UserError
-from tessellar.evaluation.extractors import load_extractor, refuse_evaluator
-from tessellar.evaluation.timm_network import TimmNetwork
-from tessellar.evaluation.train_extractor import Architecture, Recipe, augment, train_extractor
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.timm_network import TimmNetwork
+from tessellar.evaluation.networks.train_extractor import Architecture, Recipe, augment, train_extractor
+from tessellar.networks.facts import refuse_evaluator
 
 
 def test_it_learns_and_its_file_is_all_one_needs(stripes: ImageFolderData, tmp_path: Path) -> None:

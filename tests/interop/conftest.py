@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tessellar.models.conditioners import ClassConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

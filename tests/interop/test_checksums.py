@@ -10,16 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tessellar
+from tessellar.checkpoints.export import export_generator
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli import convert, evaluate, sample
 from tessellar.errors import UserError
 from tessellar.evaluation import npz
-from tessellar.evaluation.extractors import load_extractor
-from tessellar.evaluation.network_facts import NetworkFacts
-from tessellar.evaluation.timm_network import network_of
-from tessellar.interop.export import export_generator
-from tessellar.interop.weights import fingerprint, intact, read_safetensors, write_safetensors
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.timm_network import network_of
+from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
-from tessellar.text import FeatureCache
+from tessellar.tensor_files import intact, read_safetensors, write_safetensors
+from tessellar.text.encoders import FeatureCache
 from tessellar.tokenizers.losses.perceptual import VGGFeatures
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.vit_vq import ViTVQ
@@ -77,7 +78,7 @@ def test_weights_of_losses_are_checked(tmp_path: Path) -> None:
 
 
 def test_old_torch_files_load_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from tessellar.interop.weights import read_pickle
+    from tessellar.tensor_files import read_pickle
 
     caplog.set_level("INFO", "tessellar")
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tessellar
+from tessellar.checkpoints.card import Record
+from tessellar.checkpoints.description import HEADER_KEY
+from tessellar.checkpoints.export import export_generator, export_tokenizer, flatten
+from tessellar.checkpoints.reading import load_tokenizer
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.errors import UserError
-from tessellar.interop.card import Record
-from tessellar.interop.checkpoint import HEADER_KEY
-from tessellar.interop.export import export_generator, export_tokenizer, flatten
-from tessellar.interop.load import load_tokenizer
-from tessellar.interop.weights import fingerprint, read_safetensors
 from tessellar.pipeline import ImageGenerator
 from tessellar.sampling.settings import Sampling
+from tessellar.tensor_files import read_safetensors
 from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
@@ -94,7 +95,7 @@ def test_an_export_that_fails_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("tessellar.interop.export.write_safetensors", fail)
+    monkeypatch.setattr("tessellar.checkpoints.export.write_safetensors", fail)
     with pytest.raises(OSError, match="disk full"):
         export_tokenizer(tokenizer(), tmp_path / "vq")
     assert list(tmp_path.iterdir()) == []

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.cli.importing import SYSTEMS, import_model
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.official import SYSTEMS, ImportOptions, import_model
-from tessellar.interop.weights import read_safetensors
+from tessellar.interop.importer import ImportOptions
+from tessellar.tensor_files import read_safetensors
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tessellar.interop.verify import verify
+from tessellar.parity.verify import verify
 
 RECORDED = Path(__file__).parents[1] / "golden" / "gsd"
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tessellar.checkpoints.weights import fingerprint, load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import Rule, read_official, table, unwrap
-from tessellar.interop.weights import fingerprint, load_strict, read_pickle, read_safetensors
+from tessellar.tensor_files import read_pickle, read_safetensors
 
 TABLE = table(
     {"blocks.{i}.attn.{tensor}": "layers.{i}.attention.{tensor}", "head.weight": "output.weight"},

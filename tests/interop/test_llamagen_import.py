@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop import llamagen_vq
-from tessellar.interop.llamagen import from_official, to_official
-from tessellar.interop.weights import read_safetensors
-from tessellar.models import llamagen
 from tessellar.models.llamagen import LlamaGen
-from tessellar.tokenizers import llamagen_vq as tokenizers
-from tessellar.tokenizers.layout import Categorical, Layout, grid_layout
+from tessellar.models.llamagen import model as llamagen
+from tessellar.models.llamagen.official import from_official, to_official
+from tessellar.protocol.layout import Categorical, Layout, grid_layout
+from tessellar.tensor_files import read_safetensors
+from tessellar.tokenizers.llamagen import official as llamagen_vq
+from tessellar.tokenizers.llamagen import tokenizer as tokenizers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
 GRID = grid_layout(16, 16, Categorical(16384))

@@ -14,14 +14,14 @@ from torch import nn
 
 import tessellar
 from tessellar.callbacks.ema import EMA
+from tessellar.checkpoints import reading as loading
+from tessellar.checkpoints.card import Record
+from tessellar.checkpoints.description import HEADER_KEY
+from tessellar.checkpoints.export import export_generator, export_tokenizer
+from tessellar.checkpoints.reading import init_generator, init_tokenizer, load_tokenizer, read_source
+from tessellar.checkpoints.weights import fingerprint
 from tessellar.errors import UserError
-from tessellar.interop import load as loading
-from tessellar.interop.card import Record
-from tessellar.interop.checkpoint import HEADER_KEY
-from tessellar.interop.export import export_generator, export_tokenizer
-from tessellar.interop.load import init_generator, init_tokenizer, load_generator, load_tokenizer, read_source
-from tessellar.interop.weights import fingerprint
-from tessellar.pipeline import ImageGenerator
+from tessellar.pipeline import ImageGenerator, load_generator
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.vit_vq import ViTVQ
@@ -137,7 +137,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "class path 'subprocess.Popen' is not from this package",
     ),
     "function instead of a class": (
-        lambda f: edit_config(f, lambda c: c["tokenizer"].update(class_path="tessellar.construct.build")),
+        lambda f: edit_config(f, lambda c: c["tokenizer"].update(class_path="tessellar.protocol.configured.build")),
         "is not something that a config may build",
     ),
     "another kind of class": (
@@ -145,12 +145,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
             f,
             lambda c: c.update(
                 tokenizer={
-                    "class_path": "tessellar.models.conditioners.ClassConditioner",
+                    "class_path": "tessellar.protocol.conditioner.ClassConditioner",
                     "init_args": {"num_classes": 3},
                 }
             ),
         ),
-        "the tokenizer must be a Tokenizer, not tessellar.models.conditioners.ClassConditioner",
+        "the tokenizer must be a Tokenizer, not tessellar.protocol.conditioner.ClassConditioner",
     ),
     "unknown argument": (
         lambda f: edit_config(f, lambda c: c["tokenizer"]["init_args"].update(widht=3)),

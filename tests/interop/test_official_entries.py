@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli.convert import main
+from tessellar.cli.importing import SYSTEMS
 from tessellar.errors import UserError
-from tessellar.interop import xar
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.official import SYSTEMS
-from tessellar.interop.recording import read_recording
-from tessellar.interop.weights import read_safetensors
+from tessellar.models.xar import official as xar
+from tessellar.networks.vision import VisionModel
+from tessellar.parity.recording import read_recording
 from tessellar.pipeline import ImageGenerator
+from tessellar.tensor_files import read_safetensors
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.vit_vq import ViTVQ
-from tessellar.vision import VisionModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tessellar.interop.replays import REPLAYS
-from tessellar.interop.verify import verify
+from tessellar.parity.replays import REPLAYS
+from tessellar.parity.verify import verify
 
 FOLDERS = sorted((Path(__file__).parents[1] / "golden").iterdir())
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tessellar.cli.convert import main
 from tessellar.errors import UserError
-from tessellar.interop.recording import Entry, numbers
-from tessellar.interop.verify import Report, compare, verify
+from tessellar.parity.recording import Entry, numbers
+from tessellar.parity.verify import Report, compare, verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
 FAST = ["c2i", "sample"]

@@ -16,14 +16,14 @@ import pytest
 import yaml
 from torch import Tensor, nn
 
-from tessellar.interop.recording import WeightFiles, read_recording
-from tessellar.interop.replays import REPLAYS
 from tessellar.models.next_entity import NextEntity
-from tessellar.tokenizers.layout import Categorical, grid_layout
+from tessellar.networks.vision import Teacher, VisionModel
+from tessellar.parity.recording import WeightFiles, read_recording
+from tessellar.parity.replays import REPLAYS
+from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.tokenizers.losses.dino_discriminator import DinoDiscriminator
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.training.optim import OptimizerSettings
-from tessellar.vision import Teacher, VisionModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs" / "imagenet256"

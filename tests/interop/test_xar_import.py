@@ -7,17 +7,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tessellar.cli.importing import import_model
 from tessellar.errors import UserError
-from tessellar.interop.kl_vae import to_official as vae_keys
-from tessellar.interop.official import ImportOptions, import_model
-from tessellar.interop.recording import read_recording
-from tessellar.interop.xar import from_official, to_official
+from tessellar.interop.importer import ImportOptions
 from tessellar.models.xar import XAR
+from tessellar.models.xar.official import from_official, to_official
+from tessellar.parity.recording import read_recording
 from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.flow import Flow
+from tessellar.processes.flow import Flow
+from tessellar.protocol.layout import Continuous, grid_layout
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.kl_vae import KL16_SCALE, KLVAE
-from tessellar.tokenizers.layout import Continuous, grid_layout
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.kl_vae.official import to_official as vae_keys
+from tessellar.tokenizers.kl_vae.tokenizer import KL16_SCALE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "xar"

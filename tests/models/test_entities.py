@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessellar.models.entities import Entities, ordered
+from tessellar.protocol.entities import Entities, ordered
 
 
 @st.composite

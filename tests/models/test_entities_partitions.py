@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessellar.errors import UserError
-from tessellar.models.entities import (
+from tessellar.protocol.entities import (
     Entities,
     cells,
     image_entity,
@@ -22,7 +22,7 @@ from tessellar.models.entities import (
     take,
     token_order,
 )
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 
 SIDES = range(1, 7)
 GRIDS = list(product(SIDES, SIDES))

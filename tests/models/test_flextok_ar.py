@@ -7,19 +7,13 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.flextok_ar import MODEL, generator_from_official, is_generator, to_official
-from tessellar.models.condition import Condition
-from tessellar.models.flextok_ar import (
-    FlexAR,
-    flexar_1b_t2i,
-    flexar_3b_t2i,
-    flexar_113m_t2i,
-    flexar_382m_t2i,
-    positions_1d,
-)
-from tessellar.models.heads.logits import Logits
-from tessellar.sampling.guidance import Constant, Guidance
-from tessellar.tokenizers.layout import Categorical, sequence_layout
+from tessellar.models.flextok import FlexAR, flexar_1b_t2i, flexar_3b_t2i, flexar_113m_t2i, flexar_382m_t2i
+from tessellar.models.flextok.model import positions_1d
+from tessellar.models.flextok.official import MODEL, generator_from_official, is_generator, to_official
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.guidance import Constant, Guidance
+from tessellar.protocol.layout import Categorical, sequence_layout
 
 LINE = sequence_layout(8, Categorical(19), min_prefix=1)
 

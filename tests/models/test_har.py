@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.interop.har import from_official, to_official
-from tessellar.models.condition import Condition
-from tessellar.models.har import HAR, har_b, har_l, har_xl, har_xxl, input_sources, level_sizes
-from tessellar.models.heads.logits import Logits
+from tessellar.models.har import HAR, har_b, har_l, har_xl, har_xxl
+from tessellar.models.har.model import input_sources, level_sizes
+from tessellar.models.har.official import from_official, to_official
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.layout import Categorical, Continuous, sequence_layout
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.layout import Categorical, Continuous, sequence_layout
 
 LINE = sequence_layout(16, Categorical(11))
 LABELS = Condition(ids=torch.tensor([0, 3]))

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.hita_ar import from_official, to_official
-from tessellar.models.condition import Condition
-from tessellar.models.heads.logits import Logits
-from tessellar.models.hita_ar import HitaAR, hita_ar_2b, hita_ar_b, hita_ar_l, hita_ar_xl, hita_ar_xxl
-from tessellar.sampling.choice import Choice
+from tessellar.models.hita import HitaAR, hita_ar_2b, hita_ar_b, hita_ar_l, hita_ar_xl, hita_ar_xxl
+from tessellar.models.hita.official import from_official, to_official
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
-from tessellar.sampling.noise import Noise
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout
 
 LABELS = Condition(ids=torch.tensor([0, 3]))
 

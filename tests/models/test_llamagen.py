@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition, cat
-from tessellar.models.generator import Generator
-from tessellar.models.heads.logits import Logits
 from tessellar.models.llamagen import LlamaGen
-from tessellar.sampling.choice import Choice
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition, cat
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Interval
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral, decode_from
-from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance, Interval
-from tessellar.sampling.noise import Noise
-from tessellar.tokenizers.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 
 GREEDY = Choice(temperature=0)
 GRID = grid_layout(3, 4, Categorical(23))

@@ -6,16 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.diffusion import cosine_betas, full_process, kept_steps, respaced, strided_steps
 from tessellar.errors import UserError
-from tessellar.interop.mar import from_official, to_official
-from tessellar.models.condition import Condition
-from tessellar.models.mar import MAR, mar_b, mar_h, mar_l, planned_sizes
-from tessellar.sampling.diffusion import AncestralDiffusion
-from tessellar.sampling.guidance import Guidance, GuidanceSettings, Revealed
-from tessellar.sampling.noise import Noise
+from tessellar.models.mar import MAR, mar_b, mar_h, mar_l
+from tessellar.models.mar.model import planned_sizes
+from tessellar.models.mar.official import from_official, to_official
+from tessellar.processes.diffusion import (
+    AncestralDiffusion,
+    cosine_betas,
+    full_process,
+    kept_steps,
+    respaced,
+    strided_steps,
+)
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import Guidance, GuidanceSettings, Revealed
+from tessellar.protocol.layout import Categorical, Continuous, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.layout import Categorical, Continuous, grid_layout
 
 GRID = grid_layout(4, 4, Continuous(3))
 LABELS = Condition(ids=torch.tensor([0, 3]))

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.maskgit import from_official, to_official
-from tessellar.models.condition import Condition
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.maskgit import MaskGIT, maskgit_uvit, maskgit_vit
-from tessellar.sampling.choice import Choice
+from tessellar.models.maskgit.official import from_official, to_official
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
+from tessellar.protocol.layout import Categorical, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.confidence import decode_by_confidence, planned_sizes
-from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.layout import Categorical, sequence_layout
 
 LINE = sequence_layout(12, Categorical(9))
 LABELS = Condition(ids=torch.tensor([0, 3, 1]))

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.entities import Entities, local_order, parse_entities
-from tessellar.models.local_order import local_sizes
 from tessellar.models.next_entity import NextEntity
-from tessellar.sampling.choice import Choice
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.entities import Entities, local_order, parse_entities
+from tessellar.protocol.guidance import Constant, Guidance
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.local_order import local_sizes
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
-from tessellar.sampling.guidance import Constant, Guidance
-from tessellar.sampling.noise import Noise
-from tessellar.tokenizers.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 
 GRID = grid_layout(4, 4, Categorical(23))
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.models.condition import Condition
-from tessellar.models.entities import Entities
-from tessellar.models.flextok_ar import FlexAR
-from tessellar.models.generator import Generator, State
+from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
-from tessellar.models.heads.logits import Logits
-from tessellar.models.hita_ar import HitaAR
+from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
-from tessellar.models.retok_gpt import ReToKGPT
-from tessellar.sampling.guidance import NO_GUIDANCE, Guidance, Linear
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
+from tessellar.models.retok import ReToKGPT
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.generator import Generator, State
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 
 CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))

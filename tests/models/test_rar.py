@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.callbacks.order_annealing import OrderAnnealing
 from tessellar.errors import UserError
-from tessellar.interop.rar import from_official, to_official
-from tessellar.models.condition import Condition
-from tessellar.models.entities import Entities
-from tessellar.models.heads.logits import Logits
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.rar import RAR, rar_b, rar_l, rar_xl, rar_xxl
-from tessellar.tokenizers.layout import Categorical, Continuous, grid_layout
+from tessellar.models.rar.official import from_official, to_official
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.layout import Categorical, Continuous, grid_layout
+from tessellar.training.methods.order_annealing import OrderAnnealing
 
 GRID = grid_layout(2, 3, Categorical(11))
 LABELS = Condition(ids=torch.tensor([0, 3]))

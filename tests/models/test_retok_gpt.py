@@ -8,16 +8,16 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable
-from tessellar.interop.retok import GPT_KEYS, gpt_from_official
-from tessellar.models.condition import Condition
-from tessellar.models.entities import token_order
-from tessellar.models.heads.logits import Logits
-from tessellar.models.retok_gpt import ReToKGPT, retok_gpt_b, retok_gpt_l, retok_gpt_xl, retok_gpt_xxl
-from tessellar.sampling.choice import Choice
+from tessellar.models.retok import ReToKGPT, retok_gpt_b, retok_gpt_l, retok_gpt_xl, retok_gpt_xxl
+from tessellar.models.retok.official import GPT_KEYS, gpt_from_official
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.entities import token_order
+from tessellar.protocol.guidance import Constant, Guidance, GuidanceSettings, LateStep
+from tessellar.protocol.layout import Categorical, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
-from tessellar.sampling.guidance import Constant, Guidance, GuidanceSettings, LateStep
-from tessellar.sampling.noise import Noise
-from tessellar.tokenizers.layout import Categorical, sequence_layout
 
 
 def make(length: int = 8, seed: int = 0) -> ReToKGPT:

@@ -5,17 +5,18 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.token_shuffle import from_official, start_from_text, to_official, warm_start
-from tessellar.models.condition import Condition, cat
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.token_shuffle import TokenShuffle, token_shuffle_2b7, token_shuffle_b, token_shuffle_l
-from tessellar.sampling.choice import Choice
+from tessellar.models.token_shuffle.official import from_official, to_official
+from tessellar.models.token_shuffle.warm_start import start_from_text, warm_start
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition, cat
+from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral
-from tessellar.sampling.guidance import GuidanceSettings
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.speculative import Rules, speculative_jacobi
-from tessellar.tokenizers.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 
 GREEDY = Choice(temperature=0)
 GRID = grid_layout(4, 6, Categorical(23))

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.var import from_official, to_official
-from tessellar.models.condition import Condition
-from tessellar.models.conditioners import ClassConditioner
-from tessellar.models.heads.logits import Logits
 from tessellar.models.var import VAR, var_d16, var_d20, var_d24, var_d30, var_d36_s
+from tessellar.models.var.official import from_official, to_official
 from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.guidance import Guidance, Linear
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.guidance import Guidance, Linear
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout
-from tessellar.tokenizers.quantizers.multi_scale import MultiScaleQuantizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
-from tessellar.tokenizers.var_vqvae import SCALES_256, SCALES_512, VARVQVAE
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+from tessellar.tokenizers.var.tokenizer import SCALES_256, SCALES_512
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 LABELS = Condition(ids=torch.tensor([0, 3, 1]))

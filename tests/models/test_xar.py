@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar import flow
 from tessellar.errors import UserError
 from tessellar.layers import kv_cache
-from tessellar.models import xar
-from tessellar.models.condition import Condition, cat
-from tessellar.models.entities import Entities, random_order
 from tessellar.models.xar import XAR, xar_b, xar_h, xar_l
+from tessellar.models.xar import model as xar
+from tessellar.processes import flow
+from tessellar.processes.flow import Flow
+from tessellar.protocol.condition import Condition, cat
+from tessellar.protocol.entities import Entities, random_order
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral, decode_from
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance, Linear
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 
 GRID = grid_layout(4, 4, Continuous(3))
 PYRAMID = Layout(tuple(Segment((side, side), Continuous(3)) for side in (1, 2, 4)))

@@ -7,8 +7,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from tessellar.models.toy import TableGenerator
-from tessellar.sampling.noise import Noise
+from tessellar.parity.table_generator import TableGenerator
+from tessellar.protocol.noise import Noise
 
 FALSE_ALARM = 1e-6
 """Probability that a correct sampler fails one chi-square test; seeds are fixed, so it either always does or never."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessellar.protocol.choice import race
 from tessellar.sampling.acceptance import GroupedRatio, distance_quantile, neighbours, plain_ratio
-from tessellar.sampling.choice import race
 from tessellar.sampling.couplings import COUPLINGS, Reuse, fresh, verify
 
 

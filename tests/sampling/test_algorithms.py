@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
 from tessellar.models.llamagen import LlamaGen
-from tessellar.models.toy import TableGenerator
+from tessellar.parity.table_generator import TableGenerator
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.layout import Categorical, grid_layout, sequence_layout
 from tessellar.sampling import algorithms
 from tessellar.sampling.algorithms import ALGORITHMS, DraftModel, GroupedJacobi, make_algorithm
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.guidance import GuidanceSettings
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
-from tessellar.tokenizers.layout import Categorical, grid_layout, sequence_layout
 
 TABLE = TableGenerator(sequence_layout(6, Categorical(3)))
 CONDITION = Condition(ids=torch.tensor([0, 1, 2, 0]))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.sampling.apg import APG, project
+from tessellar.processes.apg import APG, project
 
 
 @pytest.fixture

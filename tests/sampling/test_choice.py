@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.noise import Noise
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.noise import Noise
 
 LOGITS = torch.tensor([[2.0, 1.0, 1.0, 0.0, -1.0]])
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.models.entities import ordered, token_order
+from tessellar.protocol.entities import ordered, token_order
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 from tessellar.sampling.drafts import SCHEMES, Neighbourhood, fill, sources
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 
 GRID = grid_layout(3, 4, Categorical(5))
 MIXED = Layout((Segment((3,), Categorical(9)), Segment((2, 2), Categorical(5))))

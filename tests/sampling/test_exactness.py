@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.models.condition import Condition
-from tessellar.models.entities import ordered
-from tessellar.models.toy import TableGenerator
+from tessellar.parity.table_generator import TableGenerator
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.entities import ordered
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio
-from tessellar.sampling.choice import Choice
 from tessellar.sampling.couplings import COUPLINGS, Judged, Reuse, maximal
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
-from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance, Linear
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.speculative import Rules, speculative_jacobi
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 
 SAMPLES = 100_000
 LAYOUT = sequence_layout(5, Categorical(3))

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.flow import interpolate, logit_normal, target
-from tessellar.models.heads.implicit import Implicit
-from tessellar.sampling.flow import Flow, sde_times
-from tessellar.sampling.noise import Noise
+from tessellar.processes.flow import Flow, interpolate, logit_normal, sde_times, target
+from tessellar.protocol.distribution import Implicit
+from tessellar.protocol.noise import Noise
 
 SHAPE = (100, 100)
 

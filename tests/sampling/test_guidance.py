@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.models.entities import ordered
-from tessellar.sampling.guidance import Constant, Guidance, GuidanceSettings
+from tessellar.protocol.entities import ordered
+from tessellar.protocol.guidance import Constant, Guidance, GuidanceSettings
 
 FIVE = ordered(range(5), [1] * 5)
 

@@ -6,16 +6,16 @@ from torch import Tensor
 
 from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import LlamaBlock, Pass, Positions
-from tessellar.models.condition import Condition
 from tessellar.models.llamagen import LlamaGen
-from tessellar.sampling.choice import Choice
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import Constant, Guidance
+from tessellar.protocol.layout import Categorical, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.couplings import maximal
 from tessellar.sampling.decode import ancestral
-from tessellar.sampling.guidance import Constant, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.prepare import FusedBlock, WeightLayout, prepared
 from tessellar.sampling.speculative import Rules, speculative_jacobi
-from tessellar.tokenizers.layout import Categorical, grid_layout
 
 GRID, GUIDED = grid_layout(3, 4, Categorical(23)), Guidance(Constant(2.0))
 

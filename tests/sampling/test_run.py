@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
-from tessellar.models.conditioners import ClassConditioner, FeatureConditioner
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
-from tessellar.sampling.choice import Choice
-from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.guidance import GuidanceSettings
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling
+from tessellar.text.conditioners import FeatureConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

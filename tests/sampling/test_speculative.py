@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
-from tessellar.models.entities import Entities, token_order
-from tessellar.models.generator import Generator, State
-from tessellar.models.heads.distribution import Distribution
-from tessellar.models.heads.logits import Logits
 from tessellar.models.llamagen import LlamaGen
-from tessellar.models.toy import TableGenerator
+from tessellar.parity.table_generator import TableGenerator
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Distribution, Logits
+from tessellar.protocol.entities import Entities, token_order
+from tessellar.protocol.generator import Generator, State
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
+from tessellar.protocol.layout import Categorical, grid_layout, sequence_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio
-from tessellar.sampling.choice import Choice
 from tessellar.sampling.couplings import COUPLINGS, Reuse, maximal
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
-from tessellar.sampling.guidance import NO_GUIDANCE, Constant, Guidance
-from tessellar.sampling.noise import Noise
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.speculative import Rules, speculative_jacobi
-from tessellar.tokenizers.layout import Categorical, grid_layout, sequence_layout
 
 GREEDY, GUIDED = Choice(temperature=0), Guidance(Constant(2.0))
 GRID = grid_layout(3, 4, Categorical(23))

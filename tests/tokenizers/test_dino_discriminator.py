@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
+from tessellar.networks.vision import Teacher, VisionModel
 from tessellar.tokenizers.losses.diff_augment import DiffAugment, colour, cut_out, translate
 from tessellar.tokenizers.losses.dino_discriminator import DinoDiscriminator, LocalBatchNorm
-from tessellar.vision import Teacher, VisionModel
 
 
 def small(**options) -> DinoDiscriminator:

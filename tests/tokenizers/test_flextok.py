@@ -10,21 +10,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.cli.importing import import_model
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.flextok import from_official, read_config, to_official
-from tessellar.interop.flextok_vae import to_official as vae_to_official
-from tessellar.interop.official import import_model
-from tessellar.sampling.apg import APG
-from tessellar.sampling.noise import Noise
-from tessellar.tokenizers.flextok import FlexTok, flextok_d12_d12, flextok_d18_d18, flextok_d18_d28
-from tessellar.tokenizers.flextok_transformer import TransformerSize, positions_2d, prefix_mask
-from tessellar.tokenizers.flextok_vae import flextok_vae
-from tessellar.tokenizers.flow_decoding import FlowDecoding, FlowTraining
+from tessellar.networks.vision import Teacher, VisionModel
+from tessellar.processes.apg import APG
+from tessellar.protocol.layout import Categorical, sequence_layout
+from tessellar.protocol.noise import Noise
+from tessellar.tokenizers.flextok import (
+    FlexTok,
+    FlowDecoding,
+    FlowTraining,
+    TransformerSize,
+    flextok_d12_d12,
+    flextok_d18_d18,
+    flextok_d18_d28,
+)
+from tessellar.tokenizers.flextok.official import from_official, read_config, to_official
+from tessellar.tokenizers.flextok.official_vae import to_official as vae_to_official
+from tessellar.tokenizers.flextok.transformer import positions_2d, prefix_mask
+from tessellar.tokenizers.flextok.vae import flextok_vae
 from tessellar.tokenizers.kl_vae import KLVAE
-from tessellar.tokenizers.layout import Categorical, sequence_layout
 from tessellar.tokenizers.quantizers.fsq import FSQ
-from tessellar.vision import Teacher, VisionModel
 
 N, SIDE, LEVELS = 8, 8, (8, 5, 5)
 GOLDEN = Path(__file__).parents[1] / "golden" / "flextok"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tessellar.construct import build
-from tessellar.tokenizers.base import Tokenizer
-from tessellar.tokenizers.layout import Categorical, grid_layout
-from tessellar.tokenizers.llamagen_vq import LlamaGenVQ, vq_8, vq_16
+from tessellar.protocol.configured import build
+from tessellar.protocol.layout import Categorical, grid_layout
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tokenizers.llamagen import LlamaGenVQ, vq_8, vq_16
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ

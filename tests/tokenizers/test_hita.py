@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.hita import from_official, to_official
-from tessellar.tokenizers.hita import Hita, hita_u, hita_v
-from tessellar.tokenizers.hita_vision import HitaVision, blurred
+from tessellar.tokenizers.hita import Hita, HitaVision, hita_u, hita_v
+from tessellar.tokenizers.hita.official import from_official, to_official
+from tessellar.tokenizers.hita.vision import blurred
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 HOLISTIC, SHIFT, PATCHES = 6, 2, 16

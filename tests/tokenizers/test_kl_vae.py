@@ -8,17 +8,18 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from tessellar.construct import build
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.kl_vae import from_official, to_official
-from tessellar.interop.load import load_tokenizer
-from tessellar.tokenizers.base import Tokenizer
+from tessellar.protocol.configured import build
+from tessellar.protocol.layout import Continuous, grid_layout
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.kl_vae import KLVAE, kl16
-from tessellar.tokenizers.layout import Continuous, grid_layout
+from tessellar.tokenizers.kl_vae.official import from_official, to_official
 from tessellar.tokenizers.quantizers.gaussian import MEMORY, GaussianBottleneck, measure_scale
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
-from tessellar.tokenizers.scale_pyramid import ScalePyramid, default_sides, pyramid
+from tessellar.tokenizers.scale_pyramid import ScalePyramid
+from tessellar.tokenizers.scale_pyramid.tokenizer import default_sides, pyramid
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

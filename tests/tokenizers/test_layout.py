@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tessellar.tokenizers.layout import (
+from tessellar.protocol.layout import (
     Bits,
     Categorical,
     Continuous,

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tessellar.interop.llamagen_vq import discriminator_from_official, tokenizer_from_config, tokenizer_from_official
-from tessellar.interop.llamagen_vq import to_official as official_keys
-from tessellar.interop.llamagen_vq_replay import CASES, vq
-from tessellar.interop.recording import Recording, read_recording
+from tessellar.parity.recording import Recording, read_recording
+from tessellar.tokenizers.llamagen.official import (
+    discriminator_from_official,
+    tokenizer_from_config,
+    tokenizer_from_official,
+)
+from tessellar.tokenizers.llamagen.official import to_official as official_keys
+from tessellar.tokenizers.llamagen.parity import CASES, vq
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
 

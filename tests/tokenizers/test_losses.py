@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tessellar.errors import UserError
-from tessellar.tokenizers.base import TokenizerOutput
+from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.losses.adversarial import (
     adaptive_weight,
     discriminator_adversarial,

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.official import ImportOptions
-from tessellar.interop.one_d_piece import import_tokenizer
-from tessellar.interop.titok import to_official
-from tessellar.tokenizers import one_d_piece as presets
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, sequence_layout
+from tessellar.interop.importer import ImportOptions
+from tessellar.protocol.layout import Categorical, Layout, Segment, sequence_layout
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, ProxyCodes
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
-from tessellar.tokenizers.prefix_length import (
+from tessellar.tokenizers.one_d_piece import tokenizer as presets
+from tessellar.tokenizers.one_d_piece.official import import_tokenizer
+from tessellar.tokenizers.parts.prefix_length import (
     candidates,
     length_for_bytes,
     length_for_quality,
@@ -26,6 +25,7 @@ from tessellar.tokenizers.prefix_length import (
 )
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok import ViTSize
+from tessellar.tokenizers.titok.official import to_official
 
 N = 8
 

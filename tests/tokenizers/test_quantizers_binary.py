@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tessellar.tokenizers.layout import Bits, Categorical, Factorized
+from tessellar.protocol.layout import Bits, Categorical, Factorized
 from tessellar.tokenizers.quantizers.bits import BitCode
 from tessellar.tokenizers.quantizers.bsq import BSQ
 from tessellar.tokenizers.quantizers.entropy import GUARDED_LOG, all_signs, entropies

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.interop import quantizers as official
-from tessellar.interop.quantizers import load_official, to_official
-from tessellar.tokenizers.layout import Factorized
+from tessellar.protocol.layout import Factorized
+from tessellar.tokenizers.quantizers import official
 from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer
 from tessellar.tokenizers.quantizers.lfq import LFQ
+from tessellar.tokenizers.quantizers.official import load_official, to_official
 from tessellar.tokenizers.quantizers.product_vq import ProductQuantizer
 from tessellar.tokenizers.quantizers.projected import Projected
 from tessellar.tokenizers.quantizers.residual_vq import ResidualQuantizer

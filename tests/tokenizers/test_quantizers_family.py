@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tessellar.callbacks.codebook_usage import add_counts, codebooks, usage
-from tessellar.construct import build
-from tessellar.tokenizers.layout import Segment, grid_layout
+from tessellar.protocol.configured import build
+from tessellar.protocol.layout import Segment, grid_layout
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.quantizers.base import Quantizer

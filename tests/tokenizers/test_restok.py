@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.interop.restok import from_official, to_official
+from tessellar.networks.vision import Teacher, VisionModel
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
-from tessellar.tokenizers.restok import ResTok, keep_probabilities, restok_l_128
-from tessellar.tokenizers.restok_vit import level_grid, level_sizes, residual_pyramid
-from tessellar.vision import Teacher, VisionModel
+from tessellar.tokenizers.restok import ResTok, restok_l_128
+from tessellar.tokenizers.restok.official import from_official, to_official
+from tessellar.tokenizers.restok.tokenizer import keep_probabilities
+from tessellar.tokenizers.restok.transformers import level_grid, level_sizes, residual_pyramid
 
 
 def model(**options: Any) -> ResTok:

@@ -9,18 +9,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.cli.importing import import_model
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.importer import read_official
-from tessellar.interop.official import ImportOptions, import_model
-from tessellar.interop.retok import import_tokenizer, to_official, tokenizer_from_official
+from tessellar.interop.importer import ImportOptions, read_official
 from tessellar.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpace
 from tessellar.layers.qformer import QFormerLayer
-from tessellar.tokenizers.layout import Categorical, sequence_layout
+from tessellar.networks.vision import Teacher, VisionModel
+from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
-from tessellar.tokenizers.retok import Inferred, ReToK, retok_s_b, retok_s_s
-from tessellar.tokenizers.retok_qformer import QFormerSize, TokenEncoder, block_grid, pooled_queries
-from tessellar.vision import Teacher, VisionModel
+from tessellar.tokenizers.retok import Inferred, QFormerSize, ReToK, retok_s_b, retok_s_s
+from tessellar.tokenizers.retok.official import import_tokenizer, to_official, tokenizer_from_official
+from tessellar.tokenizers.retok.qformer import TokenEncoder, block_grid, pooled_queries
 
 N, K, TOTAL = 16, 4, 28
 VIT: Any = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -9,18 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tessellar
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.cli.importing import import_model
 from tessellar.errors import UserError
-from tessellar.interop.export import export_tokenizer
-from tessellar.interop.official import ImportOptions, import_model
-from tessellar.interop.titok import (
-    import_tokenizer,
-    to_official,
-    tokenizer_from_official,
-    vqgan_from_official,
-    vqgan_to_official,
-)
-from tessellar.tokenizers import titok as presets
-from tessellar.tokenizers.layout import Categorical, Continuous, sequence_layout
+from tessellar.interop.importer import ImportOptions
+from tessellar.protocol.layout import Categorical, Continuous, sequence_layout
 from tessellar.tokenizers.losses import logit_distance
 from tessellar.tokenizers.losses.blur_discriminator import BlurDiscriminator
 from tessellar.tokenizers.losses.lecam import LeCam
@@ -28,10 +21,13 @@ from tessellar.tokenizers.losses.logit_distance import LogitDistance, WeightedDi
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, ProxyCodes, maskgit_vqgan, proxy_codes
+from tessellar.tokenizers.maskgit_vqgan.official import vqgan_from_official, vqgan_to_official
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok import TiTok, ViTSize
+from tessellar.tokenizers.titok import tokenizer as presets
+from tessellar.tokenizers.titok.official import import_tokenizer, to_official, tokenizer_from_official
 
 N, SMALL = 6, ViTSize(32, 2, 4)
 

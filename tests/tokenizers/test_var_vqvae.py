@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.var import vqvae_from_official, vqvae_to_official
-from tessellar.tokenizers.quantizers.multi_scale import MultiScaleQuantizer, phi_of_scale
-from tessellar.tokenizers.var_vqvae import VARVQVAE, var_vqvae
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer, var_vqvae
+from tessellar.tokenizers.var.official import vqvae_from_official, vqvae_to_official
+from tessellar.tokenizers.var.quantizer import phi_of_scale
 
 SIDES = (1, 2, 3, 4)
 

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from tessellar.data.datamodule import ShapesData
+from tessellar.data.sets.shapes import ShapesData
 from tessellar.models.llamagen import LlamaGen
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss

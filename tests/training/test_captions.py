@@ -11,12 +11,12 @@ import torch
 from benchmarks.caption_control import measure, others
 from tessellar.callbacks.fid import FID
 from tessellar.callbacks.grids import Grids
-from tessellar.data.datamodule import ShapesData
+from tessellar.data.sets.shapes import ShapesData
 from tessellar.evaluation.generation import GeneratedImages
-from tessellar.interop.load import load_generator
-from tessellar.models.conditioners import CaptionConditioner, TextConditioner
 from tessellar.models.token_shuffle import TokenShuffle, token_shuffle_2b7
+from tessellar.pipeline import load_generator
 from tessellar.sampling.settings import Sampling
+from tessellar.text.conditioners import CaptionConditioner, TextConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.facts import facts_of

@@ -13,9 +13,9 @@ CONFIGS = sorted(ROOT.glob("*/*.yaml"))
 READS = {  # module of a generator -> preset whose tokens it reads; the others read LlamaGen's
     "xar": "kl_vae.kl16",
     "mar": "kl_vae.kl16",
-    "var": "var_vqvae.var_vqvae",
+    "var": "var.var_vqvae",
     "har": "restok.restok_l_128",
-    "hita_ar": "hita.hita_v",
+    "hita": "hita.hita_v",
 }
 PARAMETERS = {
     "t2i/token_shuffle_2048": 2_789_634_816,
@@ -60,7 +60,7 @@ def _tokenizer(config: dict) -> str:
     """One whose tokens are of the kind that the generator of a YAML reads."""
     generator = config["model"]["init_args"]["generator"]
     path = generator if isinstance(generator, str) else generator["class_path"]
-    return f"tessellar.tokenizers.{READS.get(path.split('.')[-2], 'llamagen_vq.vq_16')}"
+    return f"tessellar.tokenizers.{READS.get(path.split('.')[-2], 'llamagen.vq_16')}"
 
 
 def _without_vgg(path: Path, config: dict, folder: Path) -> str:

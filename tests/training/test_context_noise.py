@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
-from tessellar.models.condition import Condition
 from tessellar.models.har import HAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
-from tessellar.tokenizers.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
-from tessellar.training.context_noise import ContextNoise, reading
 from tessellar.training.generator_module import GeneratorModule
-from tessellar.training.recovery import EmbeddingRecovery, Recovery, Trace
+from tessellar.training.methods.context_noise import ContextNoise, reading
+from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 
 GRID = grid_layout(4, 4, Categorical(16))
 GENERATORS = {

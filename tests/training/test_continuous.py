@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessellar.interop.export import export_generator
-from tessellar.interop.load import load_generator
+from tessellar.checkpoints.export import export_generator
 from tessellar.models.xar import XAR
-from tessellar.sampling.flow import Flow
-from tessellar.sampling.guidance import GuidanceSettings
+from tessellar.pipeline import load_generator
+from tessellar.processes.flow import Flow
+from tessellar.protocol.guidance import GuidanceSettings
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.scale_pyramid import ScalePyramid

@@ -7,16 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from tessellar.checkpoints.export import export_generator, export_tokenizer
 from tessellar.errors import UserError
-from tessellar.interop.export import export_generator, export_tokenizer
-from tessellar.models.conditioners import (
-    CaptionConditioner,
-    ClassConditioner,
-    Conditioner,
-    EncoderConditioner,
-    FeatureConditioner,
-)
 from tessellar.models.token_shuffle import TokenShuffle
+from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.text.conditioners import CaptionConditioner, EncoderConditioner, FeatureConditioner
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.lecam import LeCam
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss

@@ -16,9 +16,9 @@ from tessellar.models.har import HAR
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.rar import RAR
-from tessellar.models.retok_gpt import ReToKGPT
+from tessellar.models.retok import ReToKGPT
 from tessellar.models.var import VAR
-from tessellar.tokenizers.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 from tessellar.training.base import STATE_KEY, TrainingModule
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.optim import OptimizerSettings

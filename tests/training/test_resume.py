@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tessellar.callbacks.ema import EMA
-from tessellar.data.datamodule import ShapesData
+from tessellar.data.sets.shapes import ShapesData
 from tessellar.errors import UserError
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.training import random_state

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-import tessellar.models.prefix_transformer as transformer
+import tessellar.models.parts.prefix_transformer as transformer
 from tessellar.errors import UserError
 from tessellar.training.speed import blocks, checkpoint_activations, compile_each_block
 

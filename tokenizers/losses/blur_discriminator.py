@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.construct import Configured
+from tessellar.protocol.configured import Configured
 
 
 class Blur(nn.Module):

@@ -7,7 +7,7 @@ batch or not at all; strengths and places are of each image.
 import torch
 from torch import Tensor, nn
 
-from tessellar.construct import Configured
+from tessellar.protocol.configured import Configured
 
 TRANSLATION = 0.125  # of the sides, at most
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tessellar.construct import Configured
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
+from tessellar.networks.vision import Teacher
+from tessellar.protocol.configured import Configured
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
-from tessellar.vision import Teacher
 
 
 class LocalBatchNorm(nn.Module):

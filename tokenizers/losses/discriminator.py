@@ -5,8 +5,8 @@ Different from their code: in several processes its batch norms see the batch of
 
 from torch import Tensor, nn
 
-from tessellar.construct import Configured
 from tessellar.layers.batch_norm import BatchNorm2d
+from tessellar.protocol.configured import Configured
 
 
 class PatchGAN(Configured, nn.Module):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.weights import load_strict, read_pickle, read_safetensors
 from tessellar.layers.precision import at_least_float32
+from tessellar.tensor_files import read_pickle, read_safetensors
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

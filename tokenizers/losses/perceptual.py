@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.weights import load_strict, read_pickle, read_safetensors
 from tessellar.layers.precision import at_least_float32
+from tessellar.tensor_files import read_pickle, read_safetensors
 
 CHANNELS = (64, 128, 256, 512, 512)
 LAYERS = (2, 2, 3, 3, 3)  # convolutions before each read-out

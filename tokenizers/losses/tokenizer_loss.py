@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
-from tessellar.tokenizers.base import TokenizerOutput
+from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.losses.adversarial import (
     DiscriminatorKind,
     Kind,

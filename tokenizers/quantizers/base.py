@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tessellar.construct import Configured
-from tessellar.tokenizers.layout import Kind
+from tessellar.protocol.configured import Configured
+from tessellar.protocol.layout import Kind
 
 
 class QuantizerOutput(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessellar.tokenizers.layout import Bits, Categorical, Factorized, Kind
+from tessellar.protocol.layout import Bits, Categorical, Factorized, Kind
 
 FORMS = ("index", "bits")
 MOST = 62  # bits of an id, which is an int64

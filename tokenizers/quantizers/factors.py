@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tessellar.tokenizers.layout import Categorical, Factorized, Kind
+from tessellar.protocol.layout import Categorical, Factorized, Kind
 
 
 def vocabs_of(kind: Kind) -> tuple[int, ...]:

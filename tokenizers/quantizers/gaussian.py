@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
-from tessellar.tokenizers.base import Tokenizer
-from tessellar.tokenizers.layout import Continuous
+from tessellar.protocol.layout import Continuous
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 
 MEMORY = 200  # training passes that the measured scale averages over

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
-from tessellar.tokenizers.layout import Bits, Segment
+from tessellar.protocol.layout import Bits, Segment
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
-from tessellar.tokenizers.layout import Categorical
+from tessellar.protocol.layout import Categorical
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.entropy import entropy_loss
 from tessellar.tokenizers.quantizers.rotation import rotate_to

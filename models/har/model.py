@@ -1,0 +1,122 @@
+"""HAR: hierarchical autoregression, ResTok's generator: a few tokens one by one, then a whole level a step.
+
+arXiv 2601.03955. N and A (tokens drawn one at a time) are powers of two; levels A, 2A, .., N/2 follow. A level reads
+the tokens of the level before it once, then special tokens up to its own length; its positions see each other and
+everything before. One-dimensional rotation by sequence index, the class at 0.
+"""
+
+from math import log2
+
+import torch
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.layers.rope import frequencies
+from tessellar.layers.tags import tag
+from tessellar.models.parts.llama import LlamaGenerator
+from tessellar.models.parts.prefixes import ClassPrefix
+from tessellar.protocol.entities import Entities, levels
+from tessellar.protocol.generator import require_categorical
+from tessellar.protocol.layout import Layout
+
+
+def level_sizes(length: int, first: int) -> tuple[int, ...]:
+    """`first` tokens alone, then levels that double: (1,) * A + (A, 2A, .., N / 2).
+
+    Raises UserError unless both are powers of two, with 2 A at most N.
+    """
+    if first < 1 or length < 2 * first or length & (length - 1) or first & (first - 1):
+        raise UserError(f"HAR needs a power of two of tokens, and of first ones, at most half: not {length}, {first}")
+    return (1,) * first + tuple(first * 2**i for i in range(int(log2(length // first))))
+
+
+def input_sources(length: int, first: int) -> tuple[Tensor, Tensor]:
+    """What places 1 .. N - 1 of the sequence read: a token's number, or -1 and a special token's number."""
+    token, special = torch.full((length,), -1), torch.zeros(length, dtype=torch.int64)
+    for place in range(1, length):
+        start = 1 << (place.bit_length() - 1)
+        inside = place - start
+        if place <= first:
+            token[place] = place - 1
+        elif place < 2 * first:
+            special[place] = place - first - 1
+        elif inside < start // 2:
+            token[place] = start // 2 + inside
+        else:
+            special[place] = inside - 1
+    return token[1:], special[1:]
+
+
+class HAR(LlamaGenerator):
+    """Class-conditional next-level generator over a categorical layout of N tokens, `first` of them one by one."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        width: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        first: int = 4,
+        condition_dropout: float = 0.1,
+        dropout: float = 0.1,
+        ffn_multiple_of: int = 256,
+        norm_eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        zero_init_residual: bool = False,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__(width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, 0.0, attention)
+        self.layout, self.condition_dropout, self.first = layout, condition_dropout, first
+        self.entities = levels(layout, level_sizes(layout.length, first))
+        vocab = require_categorical(layout, "HAR")
+        self.conditioning = ClassPrefix(num_classes, width)
+        self.token_embedding = nn.Embedding(vocab, width)
+        self.special_embedding = nn.Embedding(layout.length - 1, width)  # as published; N / 2 - 1 of them are read
+        self.output = nn.Linear(width, vocab, bias=False)
+        self.token_of, self.special_of = input_sources(layout.length, first)
+        angles = torch.arange(2 * layout.length)[:, None] * frequencies(self.head_dim // 2, rope_base)
+        self.set_rotations(angles.cos(), angles.sin())
+        self.init_weights(zero_init_residual)
+        for table in (self.conditioning.embedding, self.token_embedding, self.special_embedding):
+            tag(table.weight, "no_decay")  # as published
+
+    def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
+        index = index.clamp(max=len(self.token_of) - 1)
+        token, special = self.token_of[index].to(tokens.device), self.special_of[index].to(tokens.device)
+        ids = tokens.gather(1, token.clamp(min=0).expand(len(tokens), -1))
+        return torch.where((token >= 0)[..., None], self.token_embedding(ids), self.special_embedding(special))
+
+    def block(self, place: Tensor) -> Tensor:
+        """Causal among the first tokens, then one number a level."""
+        exponent = torch.bucketize(place, 2 ** torch.arange(40), right=True) - 1  # floor(log2), exact
+        return torch.where(place < self.first, place, self.first + exponent)
+
+    def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:
+        """As many inputs as outputs; the class is the input of the first token."""
+        return entities.ends
+
+    def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
+        index = (self.token_of >= 0).nonzero().flatten()
+        return index + 1 - entities.length, self.token_of[index]
+
+
+# Published variants: width, depth, heads.                        parameters at 128 tokens of 8,192 codes, 1,000 classes
+def har_b(layout: Layout, num_classes: int = 1000) -> HAR:
+    """98,403,072 parameters."""
+    return HAR(layout, 768, 12, 12, num_classes)
+
+
+def har_l(layout: Layout, num_classes: int = 1000) -> HAR:
+    """326,263,808 parameters."""
+    return HAR(layout, 1024, 24, 16, num_classes)
+
+
+def har_xl(layout: Layout, num_classes: int = 1000) -> HAR:
+    """753,890,560 parameters."""
+    return HAR(layout, 1280, 36, 20, num_classes)
+
+
+def har_xxl(layout: Layout, num_classes: int = 1000) -> HAR:
+    """1,386,001,920 parameters."""
+    return HAR(layout, 1536, 48, 24, num_classes)

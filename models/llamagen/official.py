@@ -1,0 +1,167 @@
+"""LlamaGen's class- and text-conditional GPT checkpoints (arXiv 2406.06525), official keys to ours and back.
+
+Sizes are read from the tensors' shapes; what shapes do not tell (number of heads, RoPE base, norm epsilon) is known for
+the published variants and otherwise an argument. The grid is the tokenizer's: the weights do not depend on it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.sizes import count
+from tessellar.layers.llama import swiglu_hidden
+from tessellar.models.llamagen.model import LlamaGen
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer
+
+GENERATOR_ENTRIES = ("model", "module", "state_dict")  # the order of the official sampling script; no average
+KEYS = table(
+    {
+        "cls_embedding.embedding_table.weight": "conditioning.embedding.weight",
+        "cls_embedding.cap_proj.{layer}.weight": "conditioning.{layer}.weight",
+        "cls_embedding.uncond_embedding": "conditioning.uncond",
+        "tok_embeddings.weight": "token_embedding.weight",
+        "layers.{i}.attention.{tensor}.weight": "layers.{i}.attention.{tensor}.weight",
+        "layers.{i}.feed_forward.{tensor}.weight": "layers.{i}.feed_forward.{tensor}.weight",
+        "layers.{i}.{norm}.weight": "layers.{i}.{norm}.weight",
+        "norm.weight": "norm.weight",
+        "output.weight": "output.weight",
+    },
+    drop=("freqs_cis", "*.kv_cache.*"),
+)
+
+# (width, depth) -> heads of every variant that the official code defines: B, L, XL, XXL, XXXL, 1B, 3B, 7B
+HEADS = {
+    (768, 12): 12,
+    (1024, 24): 16,
+    (1280, 36): 20,
+    (1536, 48): 24,
+    (2560, 48): 40,
+    (2048, 22): 32,
+    (3200, 24): 32,
+    (4096, 32): 32,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of an official GPT state dict tell."""
+
+    width: int
+    depth: int
+    vocab: int
+    hidden: int
+    num_classes: int | None
+    caption_dim: int | None
+    caption_length: int
+
+
+def is_official(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict looks like one of the official GPT."""
+    return "tok_embeddings.weight" in state and any(key.startswith("cls_embedding.") for key in state)
+
+
+def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
+    """Sizes of an official state dict; raises UserError where it lacks the tensors that tell them."""
+    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    missing = [key for key in needed if key not in state]
+    classes = state.get("cls_embedding.embedding_table.weight")
+    captions = state.get("cls_embedding.uncond_embedding")
+    if missing or (classes is None) == (captions is None):
+        wanted = missing or ["cls_embedding.embedding_table.weight or cls_embedding.uncond_embedding"]
+        raise UserError(f"this is not a LlamaGen generator: {', '.join(wanted)} is missing")
+    vocab, width = state["tok_embeddings.weight"].shape
+    return Sizes(
+        width=width,
+        depth=count(state, r"layers\.(\d+)\."),
+        vocab=vocab,
+        hidden=state["layers.0.feed_forward.w1.weight"].shape[0],
+        num_classes=None if classes is None else len(classes) - 1,
+        caption_dim=None if captions is None else captions.shape[1],
+        caption_length=120 if captions is None else captions.shape[0],
+    )
+
+
+def from_official(
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    num_heads: int | None = None,
+    norm_eps: float = 1e-5,
+    rope_base: float = 10000.0,
+    multiple_of: int = 256,
+    condition_dropout: float = 0.1,
+    dropout: float = 0.1,
+) -> LlamaGen:
+    """Our generator with the weights of an official state dict, over the tokens of `layout`.
+
+    Raises UserError for unknown or missing keys, for a layout of another vocabulary, and where the number of heads is
+    neither given nor known.
+    """
+    sizes = sizes_of(state)
+    generator = LlamaGen(
+        layout,
+        sizes.width,
+        sizes.depth,
+        num_heads or _heads(state, sizes),
+        sizes.num_classes,
+        sizes.caption_dim,
+        sizes.caption_length,
+        condition_dropout,
+        dropout,
+        ffn_multiple_of=_multiple(sizes, multiple_of),
+        norm_eps=norm_eps,
+        rope_base=rope_base,
+    )
+    if generator.token_embedding.num_embeddings != sizes.vocab:
+        raise UserError(
+            f"this generator predicts {sizes.vocab} codes, but the tokenizer gives {layout}: give its own tokenizer"
+        )
+    load_strict(generator, KEYS.from_official(state, "the LlamaGen checkpoint"), "the LlamaGen checkpoint")
+    return generator.eval()
+
+
+def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
+    """What `convert.py import llamagen` makes of a generator's file."""
+    return from_official(state, tokenizer.layout, options.num_heads)
+
+
+def to_official(generator: LlamaGen) -> dict[str, Tensor]:
+    """The official state dict of our generator; the inverse of `from_official`."""
+    return KEYS.to_official(generator.state_dict())
+
+
+def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout) -> LlamaGen:
+    """Our generator from official weights and official option names (`ModelArgs`), every dropout as the config says."""
+    heads = config["n_head"]
+    if config.get("n_kv_head") not in (None, heads):
+        raise UserError(f"n_kv_head {config['n_kv_head']} is not supported: no published model groups its queries")
+    return from_official(
+        state,
+        layout,
+        heads,
+        config.get("norm_eps", 1e-5),
+        config.get("rope_base", 10000),
+        config.get("multiple_of", 256),
+        config.get("class_dropout_prob", 0.1),
+        config.get("dropouts", 0.1),
+    )
+
+
+def _heads(state: Mapping[str, Tensor], sizes: Sizes) -> int:
+    """From the saved rotation table, or the published variant of that width and depth."""
+    if "freqs_cis" in state:
+        return sizes.width // (2 * state["freqs_cis"].shape[1])
+    if (sizes.width, sizes.depth) not in HEADS:
+        raise UserError(f"no published LlamaGen has width {sizes.width} and depth {sizes.depth}: give --num_heads")
+    return HEADS[sizes.width, sizes.depth]
+
+
+def _multiple(sizes: Sizes, multiple_of: int) -> int:
+    """`multiple_of` where it gives the FFN's hidden size, else that size itself (another multiplier was used)."""
+    return multiple_of if swiglu_hidden(sizes.width, multiple_of) == sizes.hidden else sizes.hidden

@@ -1,0 +1,96 @@
+"""MAR's generator checkpoints (arXiv 2406.11838), official keys to ours and back. (The VAE: kl_vae.py.)
+
+All sizes but the heads are read from the tensors' shapes.
+"""
+
+from collections.abc import Mapping
+from math import isqrt
+
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.sizes import count
+from tessellar.models.mar.model import MAR
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Continuous, Layout
+from tessellar.protocol.tokenizer import Tokenizer
+
+GENERATOR_ENTRIES = ("model_ema", "model")  # `checkpoint-last.pth`: the official evaluation loads the average
+HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads of the published variants
+_NET = "diffloss.net"
+KEYS = table(
+    {
+        "class_emb.weight": "class_embedding.weight",
+        "fake_latent": "null_embedding",
+        "mask_token": "mask_token",
+        "z_proj.{tensor}": "input.{tensor}",
+        "z_proj_ln.{tensor}": "input_norm.{tensor}",
+        "encoder_pos_embed_learned": "encoder_positions",
+        "decoder_pos_embed_learned": "decoder_positions",
+        "diffusion_pos_embed_learned": "z_positions",
+        "decoder_embed.{tensor}": "decoder_input.{tensor}",
+        "encoder_norm.{tensor}": "encoder_norm.{tensor}",
+        "decoder_norm.{tensor}": "decoder_norm.{tensor}",
+        "{side}_blocks.{i}.{part}.{layer}.{tensor}": "{side}_blocks.{i}.{part}.{layer}.{tensor}",
+        "{side}_blocks.{i}.{norm}.{tensor}": "{side}_blocks.{i}.{norm}.{tensor}",
+        f"{_NET}.time_embed.mlp.0.{{tensor}}": "head.time.fc1.{tensor}",
+        f"{_NET}.time_embed.mlp.2.{{tensor}}": "head.time.fc2.{tensor}",
+        f"{_NET}.cond_embed.{{tensor}}": "head.condition.{tensor}",
+        f"{_NET}.input_proj.{{tensor}}": "head.input.{tensor}",
+        f"{_NET}.res_blocks.{{i}}.in_ln.{{tensor}}": "head.blocks.{i}.norm.{tensor}",
+        f"{_NET}.res_blocks.{{i}}.mlp.0.{{tensor}}": "head.blocks.{i}.fc1.{tensor}",
+        f"{_NET}.res_blocks.{{i}}.mlp.2.{{tensor}}": "head.blocks.{i}.fc2.{tensor}",
+        f"{_NET}.res_blocks.{{i}}.adaLN_modulation.1.{{tensor}}": "head.blocks.{i}.modulation.linear.{tensor}",
+        f"{_NET}.final_layer.linear.{{tensor}}": "head.output.{tensor}",
+        f"{_NET}.final_layer.adaLN_modulation.1.{{tensor}}": "head.modulation.linear.{tensor}",
+    },
+)
+
+
+def is_generator(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of MAR's transformer rather than of its VAE."""
+    return "class_emb.weight" in state
+
+
+def from_official(
+    state: Mapping[str, Tensor], layout: Layout, num_heads: int | None = None, where: str = "the MAR checkpoint"
+) -> MAR:
+    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    ours = KEYS.from_official(state, where)
+    classes, width = ours["class_embedding.weight"].shape
+    length, inner = ours["z_positions"].shape[1:]
+    channels, kind = ours["input.weight"].shape[1], layout.segments[0].kind
+    patch = isqrt(channels // kind.dim) if isinstance(kind, Continuous) else 0
+    if not isinstance(kind, Continuous) or kind.dim * patch**2 != channels or length * patch**2 != layout.length:
+        raise UserError(f"{where} is for {length} tokens of {channels} channels, but the tokenizer gives {layout}")
+    if num_heads is None and width not in HEADS:
+        raise UserError(f"no published MAR has width {width}: give --num_heads")
+    generator = MAR(
+        layout,
+        width,
+        count(ours, r"encoder_blocks\.(\d+)\."),
+        num_heads or HEADS[width],
+        inner,
+        ours["head.input.weight"].shape[0],
+        count(ours, r"head\.blocks\.(\d+)\."),
+        classes,
+        patch,
+        ours["encoder_positions"].shape[1] - length,
+        mlp_ratio=ours["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        steps=min(64, length),
+    )
+    load_strict(generator, ours, where)
+    return generator.eval()
+
+
+def to_official(generator: MAR) -> dict[str, Tensor]:
+    """The official state dict of our generator; the inverse of `from_official`."""
+    return KEYS.to_official(generator.state_dict())
+
+
+def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
+    """What `convert.py import mar` makes of a generator's file."""
+    generator = from_official(state, tokenizer.layout, options.num_heads)
+    return generator

@@ -1,0 +1,105 @@
+"""Llama generators: a stack of Llama blocks behind a prefix (LlamaGen's backbone, arXiv 2406.06525)."""
+
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.layers.kv_cache import Slots
+from tessellar.layers.llama import LlamaBlock, Pass, Positions, swiglu_hidden
+from tessellar.models.parts.joint_text import JointText
+from tessellar.models.parts.prefix_transformer import PrefixTransformer
+from tessellar.models.parts.prefixes import CaptionPrefix, ClassPrefix
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.generator import Prefix, State
+
+
+class LlamaGenerator(PrefixTransformer):
+    """One sequence, one prefix, one vocabulary: a subclass sets `conditioning` (`models/prefixes.py`) and `output`.
+
+    It gives the rotation of each place to `set_rotations`, then calls `init_weights`, and says what `embed` reads. What
+    differs (two vocabularies, biases, queries) is overridden. The hidden width of the SwiGLU is `ffn_hidden`, or
+    LlamaGen's rule; `num_kv_heads` groups queries.
+    """
+
+    conditioning: ClassPrefix | CaptionPrefix | JointText
+    output: nn.Linear | None
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        ffn_multiple_of: int = 256,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        attention: str = "auto",
+        ffn_hidden: int | None = None,
+        num_kv_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if width % num_heads or num_heads % (num_kv_heads or num_heads):
+            raise UserError(f"width {width}, {num_heads} heads and {num_kv_heads} key heads must divide one another")
+        self.output = None
+        self.width, self.num_heads, self.head_dim = width, num_heads, width // num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        hidden = ffn_hidden or swiglu_hidden(width, ffn_multiple_of)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        residual_dropout = 0.0 if drop_path > 0 else dropout
+        self.layers = nn.ModuleList(
+            LlamaBlock(width, num_heads, hidden, norm_eps, residual_dropout, rate, attention, num_kv_heads)
+            for rate in rates
+        )
+        self.norm = nn.RMSNorm(width, eps=norm_eps)
+        self.embedding_dropout = nn.Dropout(dropout)
+
+    def set_rotations(self, cos: Tensor, sin: Tensor) -> None:
+        """cos, sin [places, head_dim / 2] of the sequence, prefix first; no part of a checkpoint."""
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def init_weights(self, zero_init_residual: bool = False) -> None:
+        """Initialisation.
+
+        | weight                       | distribution                                                    |
+        |------------------------------|-----------------------------------------------------------------|
+        | every Linear and Embedding   | N(0, 0.02)                                                      |
+        | output                       | 0, so the first loss is exactly ln V                            |
+        | wo, w2                       | 0 with `zero_init_residual` (not in the paper; helps short runs) |
+        | norms                        | 1                                                               |
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.output is not None:
+            nn.init.zeros_(self.output.weight)
+        if zero_init_residual:
+            for layer in self.layers:
+                nn.init.zeros_(layer.attention.wo.weight)  # type: ignore[union-attr, arg-type]
+                nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
+
+    def make_conditioner(self) -> Conditioner:
+        return self.conditioning.make_conditioner()
+
+    def null(self, condition: Condition) -> Condition:
+        return self.conditioning.null(condition)
+
+    def prefix(self, condition: Condition) -> Prefix:
+        return self.conditioning(condition)
+
+    def positions(self, place: Tensor, state: State) -> Positions:
+        """Rotations (and biases) at places [R or 1, n]; places past the end are clamped here."""
+        place = place.clamp(max=len(self.rope_cos) - 1).to(self.rope_cos.device)
+        return Positions(self.rope_cos[place], self.rope_sin[place])
+
+    def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
+        assert self.output is not None
+        logits = self.output(hidden).float()
+        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
+
+    def shared(self, place: Tensor, state: State, slots: Slots) -> Pass:
+        assert state.cache is not None
+        return Pass(self.positions(place, state), state.cache, slots)

@@ -1,0 +1,213 @@
+"""Prefix transformers: `start`, `predict` and `score` of every generator that is one sequence behind a prefix.
+
+A subclass has its blocks (`layers`) and last norm, and says what the prefix is, what is read at each sequence index,
+who sees whom, what a pass tells its blocks and how hidden states become a distribution. Sequence: prefix places
+0 .. P-1, then input index i at place P + i. The input of entity 0 is the last prefix position, so `start` prefills all
+but that one and every entity of a token generator takes exactly one position.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tessellar.errors import UserError
+from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, Slots
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Distribution
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.generator import Generator, Prefix, State
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.work import Work, causal_attention_macs, linear_macs
+
+
+class PrefixTransformer(Generator):
+    """A stack of blocks driven through the generator protocol.
+
+    Subclasses set `layers` (called with hidden states, their number and what `shared` gives), `norm`,
+    `embedding_dropout`, `num_heads` and `head_dim`.
+    """
+
+    layers: nn.ModuleList
+    norm: nn.Module
+    embedding_dropout: nn.Module
+    num_heads: int
+    head_dim: int
+    activation_checkpointing: bool = False
+    #: Training only: what teacher forcing reads in the place of tokens [B, N, ...]; what is predicted stays as it is.
+    reader: Callable[[Tensor, Entities], Tensor] | None = None
+    #: Training only: the share of samples that are read in a uniform order of their own; None: the generator has one.
+    random_order: float | None = None
+
+    @abstractmethod
+    def shared(self, place: Tensor, state: State, slots: Slots) -> Any:
+        """What all blocks of one pass share, at places [R or 1, n]; it holds `state.cache` and `slots`."""
+
+    @abstractmethod
+    def prefix(self, condition: Condition) -> Prefix:
+        """Prefix of R rows."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
+        """[R, n, D] input embeddings at indices behind the prefix [R or 1, n], from token buffers [R, N, ...]."""
+
+    @abstractmethod
+    def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Distribution:
+        """Distribution of `want` entities from `first` [B], of normed hidden states [R, reads, D]; merges guidance."""
+
+    def block(self, place: Tensor) -> Tensor:
+        """Visibility number of places; default: causal."""
+        return place
+
+    def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:
+        """[count + 1] sequence length after the inputs of the first n entities; default: one position an entity."""
+        return torch.arange(entities.count + 1) + prefix_length - 1
+
+    def num_reads(self, state: State, first: Tensor, want: int) -> int:
+        """How many of the last hidden states `head` reads; default: one a token."""
+        return state.entities.span(first, want)[1]
+
+    def work(self) -> Work:
+        """Blocks at every position of the sequence with its longest prefix, other linear layers once a token."""
+        with torch.device("cpu"):  # also where the model is built on the meta device
+            positions = int(self.input_ends(self.prefix_length, self.entities)[-1])
+        attention = causal_attention_macs(len(self.layers), self.num_heads * self.head_dim, positions)
+        blocks = linear_macs(self.layers)
+        around = (linear_macs(self) - blocks) * self.layout.length
+        return Work(positions, blocks * positions + attention, around)
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions of the longest prefix."""
+        return int(getattr(getattr(self, "conditioning", None), "length", 1))
+
+    def start(
+        self,
+        condition: Condition,
+        guidance: Guidance = NO_GUIDANCE,
+        entities: Entities | None = None,
+        window: int = 1,
+    ) -> State:
+        state = self._state(condition, guidance, entities or self.entities)
+        assert state.input_ends is not None and state.prefix is not None
+        spare = window * int(state.input_ends[-1] - state.input_ends[-2])
+        state.cache = self._new_cache(len(state.prefix.embeddings), int(state.input_ends[-1]) + spare)
+        prefilled = int(state.input_ends[0])
+        if prefilled:
+            self._run(state, torch.arange(prefilled)[None], None)
+        return state
+
+    def _state(self, condition: Condition, guidance: Guidance, entities: Entities) -> State:
+        rows = self.stack_branches(condition, guidance)
+        prefix = self.prefix(rows)
+        return State(
+            condition=rows,
+            guidance=guidance,
+            entities=entities,
+            fed=torch.zeros(condition.batch, dtype=torch.int64),
+            prefix=prefix,
+            input_ends=self.input_ends(prefix.length, entities),
+        )
+
+    def _new_cache(self, rows: int, capacity: int) -> KVCache:
+        weight = next(self.layers.parameters())
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        heads = getattr(self, "num_kv_heads", self.num_heads)
+        return KVCache(len(self.layers), rows, heads, capacity, self.head_dim, dtype, weight.device)
+
+    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Distribution:
+        want = count if want is None else want
+        hidden = self._run(state, state.places(count), tokens)
+        state.fed = state.fed + count
+        first = state.fed - want
+        reads = self.num_reads(state, first, want)
+        return self.head(state, self.norm(hidden[:, hidden.shape[1] - reads :]), first, want)
+
+    def score(self, tokens: Tensor, condition: Condition, entities: Entities | None = None) -> Distribution:
+        """Teacher-forced distribution of all entities of tokens [B, N, ...] in one differentiable pass."""
+        state = self._state(condition, NO_GUIDANCE, entities or self.entities)
+        assert state.input_ends is not None
+        state.cache = NoCache(tokens.device)
+        hidden = self._run(state, torch.arange(int(state.input_ends[-1]))[None], self.read(tokens, state.entities))
+        count = state.entities.count
+        reads = self.num_reads(state, state.fed, count)
+        return self.head(state, self.norm(hidden[:, hidden.shape[1] - reads :]), state.fed, count)
+
+    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Cross-entropy of tokens [B, N] in the order of training."""
+        entities = self.training_order(len(tokens)) if self.training else self.entities
+        scores = self.score(tokens, self.drop_condition(condition), entities)
+        targets = tokens.gather(1, entities.order.expand(len(tokens), -1).to(tokens.device))
+        return {"cross_entropy": scores.cross_entropy(targets, weight)}  # type: ignore[attr-defined]
+
+    def training_order(self, batch: int) -> Entities:
+        """The partition that a training step reads: a uniform order with probability `random_order`, else its own."""
+        if not self.random_order:
+            return self.entities
+        drawn = torch.rand(batch, self.layout.length).argsort(1)
+        chosen = torch.rand(batch, 1) < self.random_order
+        return Entities(torch.where(chosen, drawn, self.entities.order), self.entities.sizes)
+
+    def read(self, tokens: Tensor, entities: Entities) -> Tensor:
+        """Tokens as teacher forcing reads them: through `reader`, where one is set."""
+        return tokens if self.reader is None else self.reader(tokens, entities)
+
+    def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
+        """Rows of a teacher-forced pass that read one token (counted from the end, below 0) and its generation rank.
+
+        Raises UserError for a generator with other inputs, unless it says which of them are tokens.
+        """
+        if set(entities.sizes) != {1}:
+            raise UserError(f"{type(self).__name__} does not read one token a position")
+        ranks = torch.arange(entities.length - 1)
+        return ranks - len(ranks), ranks
+
+    def _run(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:
+        """Hidden states [R, n, D] of the inputs at `place` [R or 1, n]; their keys are committed to the cache."""
+        assert state.cache is not None and state.prefix is not None
+        x = self.embedding_dropout(self._inputs(state, place, tokens))
+        shared = self.shared(place, state, state.cache.reserve(self._blocks(state, place)))
+        for number, layer in enumerate(self.layers):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, number, shared, use_reentrant=False)
+            else:
+                x = layer(x, number, shared)
+        state.cache.commit()
+        return x
+
+    def _inputs(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:
+        """Prefix embeddings at places below P, token inputs from there on; a batch may hold both."""
+        prefix = state.prefix.embeddings  # type: ignore[union-attr]
+        length = prefix.shape[1]
+        if len(place) == 1:
+            before = int((place < length).sum())
+            parts = [prefix[:, place[0, :before]]] if before else []
+            if before < place.shape[1]:
+                assert tokens is not None
+                parts.append(self._embed(state, tokens, place[:, before:] - length))
+            return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        assert tokens is not None
+        behind = self._embed(state, tokens, (place - length).clamp(min=0))
+        rows = torch.arange(len(place))[:, None]
+        is_prefix = (place < length).to(prefix.device)
+        return torch.where(is_prefix[..., None], prefix[rows, place.clamp(max=length - 1)], behind)
+
+    def _embed(self, state: State, tokens: Tensor, index: Tensor) -> Tensor:
+        entities = state.entities
+        if entities.order.ndim == 2:
+            entities = entities.select(torch.arange(state.batch).repeat(state.guidance.branches))
+        return self.embed(state.rows(tokens), index, entities)
+
+    def _blocks(self, state: State, place: Tensor) -> Tensor:
+        block = self.block(place)
+        valid = state.prefix.valid  # type: ignore[union-attr]
+        if valid is None or bool(valid.all()):
+            return block
+        place = place.expand(len(valid), -1)
+        inside = place.clamp(max=valid.shape[1] - 1)
+        padded = (place < valid.shape[1]) & ~valid.gather(1, inside)
+        return torch.where(padded, NEVER, block)

@@ -1,0 +1,205 @@
+"""RAR: next-token prediction over randomly permuted orders that anneal to raster order (arXiv 2411.00776).
+
+Every input carries the position of its own token and, added to it, the position of the token that it predicts (the
+target-aware embedding), so one network models all orders. Blocks are modulated by the class and the sequence index
+(AdaLN-Zero). `callbacks/order_annealing.py` sets the share of samples with a random order during training; decoding
+runs in raster order. Different from the official code: any categorical layout, and the cache is an argument.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tessellar.layers.adaln import Modulation, modulate
+from tessellar.layers.attention import attention as attend
+from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.tags import tag
+from tessellar.models.parts.prefix_transformer import PrefixTransformer
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.distribution import Logits
+from tessellar.protocol.entities import Entities, token_order
+from tessellar.protocol.generator import Prefix, State, require_categorical
+from tessellar.protocol.guidance import Guidance
+from tessellar.protocol.layout import Layout
+
+PREFIX = 2  # a learned start token and the class
+SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows that the official tables have beyond N
+
+
+class RARPass(NamedTuple):
+    """What all blocks of one pass share: the condition [R, n, D] of each position, and the cache."""
+
+    condition: Tensor
+    cache: KVCache | NoCache
+    slots: Slots
+
+
+class RARAttention(nn.Module):
+    """Multi-head attention with biases; queries and keys are normalised per head."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float, implementation: str) -> None:
+        super().__init__()
+        self.num_heads, self.dropout, self.implementation = num_heads, dropout, implementation
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
+
+    def forward(self, x: Tensor, layer: int, shared: RARPass) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        k, v = shared.cache.write(layer, shared.slots, self.k_norm(k), v)
+        slots, dropout = shared.slots, self.dropout if self.training else 0.0
+        q = self.q_norm(q).to(k.dtype)
+        out = attend(q, k, v, slots.mask, slots.is_causal, self.implementation, dropout=dropout)
+        return F.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)")), dropout)
+
+
+class RARBlock(nn.Module):
+    """x += gate Attention(mod(norm1 x)); x += gate MLP(mod(norm2 x)): shift, scale, gate of each branch in turn."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float, implementation: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attention = RARAttention(width, num_heads, dropout, implementation)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.modulation = Modulation(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, layer: int, shared: RARPass) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared.condition)
+        x = x + gate1 * self.attention(modulate(self.norm1(x), scale1, shift1), layer, shared)
+        hidden = self.dropout(F.gelu(self.fc1(modulate(self.norm2(x), scale2, shift2))))
+        return x + gate2 * self.dropout(self.fc2(hidden))
+
+
+class RAR(PrefixTransformer):
+    """Class-conditional generator of one categorical vocabulary.
+
+    `random_order` is the share of training samples with an order of their own, uniform over permutations; the others
+    follow the layout's order. Raises UserError for a layout that is not categorical or has several vocabularies.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        width: int = 768,
+        depth: int = 24,
+        num_heads: int = 16,
+        hidden: int = 3072,
+        num_classes: int = 1000,
+        condition_dropout: float = 0.1,
+        dropout: float = 0.1,
+        random_order: float = 1.0,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
+        self.num_classes, self.random_order = num_classes, random_order
+        self.vocab = require_categorical(layout, "RAR")
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        # rows: tokens, a mask token that is never used, classes, no class
+        self.embedding = nn.Embedding(self.vocab + 1 + num_classes + 1, width)
+        self.start_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.empty(1, layout.length + SPARE_POSITIONS, width))
+        self.target_position = nn.Parameter(torch.empty(1, layout.length + SPARE_POSITIONS, width))
+        self.step_embedding = nn.Parameter(torch.empty(1, layout.length + SPARE_STEPS, width))
+        self.embedding_dropout = nn.Identity()
+        self.layers = nn.ModuleList(RARBlock(width, num_heads, hidden, dropout, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.last_modulation = Modulation(width, count=2)
+        self.output = nn.Linear(width, self.vocab)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Truncated N(0, 0.02); every modulation starts at zero, so each block starts as the identity."""
+        for name, parameter in self.named_parameters():
+            if "modulation" in name or name == "start_token" or "norm" in name:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        # As published: the tables and the last modulation are not decayed, the start token is.
+        tables = (self.position, self.target_position, self.step_embedding, self.embedding.weight)
+        for parameter in (*tables, self.last_modulation.linear.weight):
+            tag(parameter, "no_decay")
+        for block in self.layers:
+            for linear in (block.attention.qkv, block.attention.proj, block.fc1, block.fc2):  # type: ignore[union-attr]
+                tag(linear.weight, "hidden")  # type: ignore[union-attr]
+
+    def make_conditioner(self) -> Conditioner:
+        return ClassConditioner(self.num_classes)
+
+    def null(self, condition: Condition) -> Condition:
+        assert condition.ids is not None
+        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
+
+    def class_embedding(self, condition: Condition) -> Tensor:
+        """[R, 1, D]; it is both a token of the prefix and the condition of every block."""
+        assert condition.ids is not None
+        return self.embedding(condition.ids + self.vocab + 1)[:, None]
+
+    def prefix(self, condition: Condition) -> Prefix:
+        label = self.class_embedding(condition)
+        return Prefix(torch.cat([self.start_token.expand(len(label), -1, -1), label], 1) + self.position[:, :PREFIX])
+
+    def _state(self, condition: Condition, guidance: Guidance, entities: Entities) -> State:
+        """The class position also says where the first token goes."""
+        state = super()._state(condition, guidance, entities)
+        assert state.prefix is not None
+        first = state.rows(entities.order.expand(state.batch, -1)[:, :1])
+        prefix = state.prefix.embeddings
+        target = F.pad(self.target_position[0, PREFIX + first.to(prefix.device)], (0, 0, PREFIX - 1, 0))
+        state.prefix = Prefix(prefix + target)
+        return state
+
+    def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
+        """The i-th token, where it stands, and where the next one goes (nowhere behind the last one)."""
+        order, last = entities.order.view(-1, entities.length), entities.length - 1
+        rows = max(len(order), len(index))
+        order, index = order.expand(rows, -1), index.expand(rows, -1)
+        place = order.gather(1, index.clamp(max=last)).to(tokens.device)
+        target = order.gather(1, (index + 1).clamp(max=last)).to(tokens.device)
+        has_target = (index < last).to(tokens.device)[..., None]
+        ids = tokens.gather(1, place.expand(len(tokens), -1))
+        aware = torch.where(has_target, self.target_position[0, PREFIX + target], 0.0)
+        return self.embedding(ids) + self.position[0, PREFIX + place] + aware
+
+    def conditions(self, place: Tensor, condition: Condition) -> Tensor:
+        """c = class embedding + step embedding at sequence places [R or 1, n]: [R, n, D]."""
+        place = place.clamp(max=self.step_embedding.shape[1] - 1).to(self.step_embedding.device)
+        return self.class_embedding(condition) + self.step_embedding[0, place]
+
+    def shared(self, place: Tensor, state: State, slots: Slots) -> RARPass:
+        assert state.cache is not None
+        return RARPass(self.conditions(place, state.condition), state.cache, slots)
+
+    def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
+        place = first[:, None] + torch.arange(want) + PREFIX - 1
+        scale, shift = self.last_modulation(self.conditions(state.rows(place), state.condition))
+        logits = self.output(modulate(hidden, scale, shift)).float()
+        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
+
+
+# Published variants: width, depth, heads, MLP.     parameters at N = 256, 1,024 codes, 1,000 classes
+def rar_b(layout: Layout, num_classes: int = 1000) -> RAR:
+    """260,923,648 parameters."""
+    return RAR(layout, 768, 24, 16, 3072, num_classes)
+
+
+def rar_l(layout: Layout, num_classes: int = 1000) -> RAR:
+    """461,668,352 parameters."""
+    return RAR(layout, 1024, 24, 16, 4096, num_classes)
+
+
+def rar_xl(layout: Layout, num_classes: int = 1000) -> RAR:
+    """955,425,024 parameters."""
+    return RAR(layout, 1280, 32, 16, 5120, num_classes)
+
+
+def rar_xxl(layout: Layout, num_classes: int = 1000) -> RAR:
+    """1,498,520,704 parameters."""
+    return RAR(layout, 1408, 40, 16, 6144, num_classes)

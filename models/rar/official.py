@@ -1,0 +1,64 @@
+"""RAR's checkpoints (arXiv 2411.00776, `rar_{b,l,xl,xxl}.bin`), official keys to ours and back.
+
+All sizes are read from the tensors' shapes.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.sizes import count
+from tessellar.models.rar.model import RAR, SPARE_POSITIONS
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer
+
+KEYS = table(
+    {
+        "cls_token": "start_token",
+        "embeddings.weight": "embedding.weight",
+        "pos_embed": "position",
+        "target_aware_pos_embed": "target_position",
+        "timesteps_embeddings": "step_embedding",
+        "blocks.{i}.attn.{layer}.{tensor}": "layers.{i}.attention.{layer}.{tensor}",
+        "blocks.{i}.mlp.{layer}.{tensor}": "layers.{i}.{layer}.{tensor}",
+        "blocks.{i}.adaLN_modulation.1.{tensor}": "layers.{i}.modulation.linear.{tensor}",
+        "blocks.{i}.{norm}.{tensor}": "layers.{i}.{norm}.{tensor}",
+        "adaln_before_head.adaLN_modulation.1.{tensor}": "last_modulation.linear.{tensor}",
+        "lm_head.{tensor}": "output.{tensor}",
+    },
+)
+
+
+def from_official(
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    where: str = "the RAR checkpoint",
+) -> RAR:
+    """A generator of the sizes that the weights show; raises UserError where the layout has another length."""
+    rows, width = state["embeddings.weight"].shape
+    vocab, length = state["lm_head.weight"].shape[0], state["pos_embed"].shape[1] - SPARE_POSITIONS
+    if length != layout.length:
+        raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
+    depth = count(state, r"blocks\.(\d+)\.")
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    heads = width // state["blocks.0.attn.q_norm.weight"].shape[0]
+    generator = RAR(layout, width, depth, heads, hidden, rows - vocab - 2)
+    if generator.vocab != vocab:
+        raise UserError(f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer")
+    load_strict(generator, KEYS.from_official(state, where), where)
+    return generator.eval()
+
+
+def to_official(generator: RAR) -> dict[str, Tensor]:
+    """The official state dict of our generator; the inverse of `from_official`."""
+    return KEYS.to_official(generator.state_dict())
+
+
+def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
+    """What `convert.py import rar` makes of a file."""
+    generator = from_official(state, tokenizer.layout)
+    return generator

@@ -1,0 +1,1 @@
+"""Checkpoints: our own files, written and read: descriptions, weights, exports, fingerprints, the hub."""

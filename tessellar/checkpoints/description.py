@@ -1,0 +1,108 @@
+"""The header that our training modules write into Lightning checkpoints, so that a `.ckpt` describes its own model.
+
+`checkpoint["tessellar"]` is a JSON string: the format number, the kind, and the config of each part. With it a
+checkpoint is loaded with `weights_only=True`, without the YAML of the run that wrote it.
+"""
+
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.configured import Configured
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.tokenizer import Tokenizer
+
+HEADER_KEY = "tessellar"
+FORMAT = 1
+PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
+# Where our training modules keep the parts in their state dicts, and which module the EMA callback averages.
+PREFIXES = {
+    "tokenizer": {"tokenizer": "tokenizer.", "discriminator": "loss.discriminator."},
+    "generator": {part: f"model.{part}." for part in ("tokenizer", "generator", "conditioner")},
+}
+AVERAGED = {"tokenizer": "tokenizer.", "generator": "model.generator."}
+REQUIRED = {"tokenizer": ("tokenizer",), "generator": ("tokenizer", "generator", "conditioner")}
+
+
+def describe_model(
+    tokenizer: Tokenizer,
+    generator: Generator | None = None,
+    conditioner: Conditioner | None = None,
+    discriminator: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Format, kind and part configs, plain data; what exports and checkpoint headers hold.
+
+    The kind is `generator` where a generator is given (its conditioner is needed then), else `tokenizer`. A
+    discriminator that is not Configured cannot be rebuilt, so it is left out.
+    """
+    assert (generator is None) == (conditioner is None), "a generator and its conditioner come together"
+    kind = "tokenizer" if generator is None else "generator"
+    modules = dict(zip(PARTS, (tokenizer, generator, conditioner, discriminator), strict=True))
+    described: dict[str, Any] = {"format": FORMAT, "kind": kind}
+    for part, module in modules.items():
+        if isinstance(module, Configured):
+            described[part] = module.config
+    return described
+
+
+def checkpoint_header(
+    tokenizer: Tokenizer,
+    generator: Generator | None = None,
+    conditioner: Conditioner | None = None,
+    discriminator: nn.Module | None = None,
+) -> str:
+    """The header as the JSON string that `on_save_checkpoint` puts under `checkpoint[HEADER_KEY]`."""
+    return json.dumps(describe_model(tokenizer, generator, conditioner, discriminator))
+
+
+def check_config(config: Any, where: str) -> dict[str, Any]:
+    """The description of a model as read from a file; raises UserError where it is not one, or of a newer format."""
+    if not isinstance(config, dict) or "format" not in config or str(config.get("kind")) not in REQUIRED:
+        raise UserError(f"{where} does not describe a tessellar model (no format, or unknown kind)")
+    if config["format"] != FORMAT:
+        raise UserError(
+            f"{where} has format {config['format']!r}; this version reads format {FORMAT}: install a newer tessellar"
+        )
+    missing = [part for part in REQUIRED[config["kind"]] if part not in config]
+    if missing:
+        raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
+    return config
+
+
+def checkpoint_tensors(
+    content: dict[str, Any], description: dict[str, Any], raw: bool, where: str
+) -> tuple[dict[str, Tensor], str]:
+    """Tensors of a Lightning checkpoint under their part's prefix, and which weights they are: `ema` or `raw`.
+
+    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for. What belongs to no
+    part (losses, metrics) is left out.
+    """
+    state, kind = content.get("state_dict"), description["kind"]
+    if not isinstance(state, dict):
+        raise UserError(f"{where} has no state_dict")
+    averages = {} if raw else _averages(content)
+    merged = {**state, **{AVERAGED[kind] + name: tensor for name, tensor in averages.items()}}
+    tensors = {}
+    for part, prefix in PREFIXES[kind].items():
+        if part in description:
+            of_part = {name.removeprefix(prefix): t for name, t in merged.items() if name.startswith(prefix)}
+            tensors |= {f"{part}.{name}": tensor for name, tensor in of_part.items()}
+    return tensors, "ema" if averages else "raw"
+
+
+def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[str, ...]:
+    """What a Lightning checkpoint holds besides its parts, for example `loss.lecam` and `optimizer states`."""
+    prefixes = tuple(prefix for part, prefix in PREFIXES[description["kind"]].items() if part in description)
+    others = [name for name in content["state_dict"] if not name.startswith(prefixes)]
+    modules = sorted({".".join(name.split(".")[:-1][:2]) or name for name in others})
+    return (*modules, "optimizer states") if content.get("optimizer_states") else tuple(modules)
+
+
+def _averages(content: dict[str, Any]) -> dict[str, Tensor]:
+    """What the EMA callback saved, names relative to the module that it averages; empty without one."""
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    return next((state["average"] for state in states if isinstance(state, dict) and "average" in state), {})

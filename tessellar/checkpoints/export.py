@@ -1,0 +1,110 @@
+"""Exports: a folder that holds a model and says what it is, for sharing, sampling and evaluating. No pickle anywhere.
+
+`config.yaml` describes the parts; `model.safetensors` holds their tensors under `tokenizer.`, `generator.`,
+`conditioner.` and `discriminator.`, and the same description in its metadata, so that this one file is enough;
+`README.md` is the model card.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from tessellar.checkpoints.card import Record, card
+from tessellar.checkpoints.description import HEADER_KEY, describe_model
+from tessellar.checkpoints.staging import staged_folder
+from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tensor_files import write_safetensors
+
+CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
+
+
+class GeneratorParts(Protocol):
+    """What an export of a generator holds; `tessellar.pipeline.ImageGenerator` is one."""
+
+    tokenizer: Tokenizer
+    generator: Generator
+    conditioner: Conditioner
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    discriminator: nn.Module | None = None,
+    record: Record | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a tokenizer, with the discriminator that it was trained against where one is given (for fine-tuning).
+
+    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
+    """
+    parts = {"tokenizer": tokenizer, "discriminator": discriminator}
+    return _export(describe_model(**parts), parts, folder, "tokenizer", record, overwrite)  # type: ignore[arg-type]
+
+
+def export_generator(
+    model: GeneratorParts, folder: str | Path, *, record: Record | None = None, overwrite: bool = False
+) -> Path:
+    """Write a generator together with its tokenizer and conditioner, complete in itself.
+
+    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
+    """
+    parts = {"tokenizer": model.tokenizer, "generator": model.generator, "conditioner": model.conditioner}
+    kind = "generator" if isinstance(model.conditioner, ClassConditioner) else "text generator"
+    return _export(describe_model(**parts), parts, folder, kind, record, overwrite)
+
+
+def _export(
+    description: dict[str, Any],
+    parts: Mapping[str, nn.Module | None],
+    folder: str | Path,
+    kind: str,
+    record: Record | None,
+    overwrite: bool,
+) -> Path:
+    folder, record = Path(folder), record or Record()
+    modules = {part: module for part, module in parts.items() if module is not None and part in description}
+    description = {**description, "record": record.as_dict()}
+    tensors = flatten(modules)
+    with staged_folder(folder, WEIGHTS, overwrite) as stage:
+        (stage / CONFIG).write_text(yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (stage / CARD).write_text(card(kind, folder.name, record, _facts(modules)), encoding="utf-8")
+        write_safetensors(tensors, stage / WEIGHTS, {HEADER_KEY: json.dumps(description)})
+    return folder
+
+
+def flatten(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """State dicts in one, names prefixed by their part; contiguous on the CPU, each tensor with memory of its own."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for part, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            tensor = tensor.detach().cpu().contiguous()
+            storage = tensor.untyped_storage()
+            shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
+            tensors[f"{part}.{name}"] = tensor.clone() if shared else tensor
+            seen.add(storage.data_ptr())
+    return tensors
+
+
+def _facts(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    facts = {}
+    for part, module in modules.items():
+        count = sum(p.numel() for p in module.parameters())
+        facts[part] = f"`{type(module).__name__}`, {count:,} parameters"
+        if isinstance(module, Tokenizer):
+            facts["layout"] = str(module.layout)
+            facts["image size"] = " x ".join(map(str, module.image_size))
+    facts["dtype"] = ", ".join(sorted({str(p.dtype).removeprefix(f"{torch.__name__}.") for p in _parameters(modules)}))
+    return facts
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules.values() for p in module.parameters()]

@@ -1,0 +1,183 @@
+"""ImageFolder: images in one sub-folder a class (in the order of `classes.py`), or all in one folder, the only class.
+
+Crops, augmentation and corrupt images are `pictures.py`'s.
+
+The data sets as LightningDataModules, to be named in a run's YAML: `class_path: tessellar.data.ShapesData`.
+
+The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in training, every sample once
+in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from PIL import Image
+
+from tessellar.data.classes import order_classes
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.dataset import digest, hold_out
+from tessellar.data.framing import Crop, Framing
+from tessellar.data.image_file import EXTENSIONS, read_image
+from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
+from tessellar.errors import UserError
+
+
+class Listing(NamedTuple):
+    """The images of a folder: paths relative to it, in a fixed order, with their labels."""
+
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    def take(self, rows: Sequence[int]) -> "Listing":
+        """The listing of some of its rows."""
+        return Listing(tuple(self.files[i] for i in rows), tuple(self.labels[i] for i in rows), self.class_names)
+
+
+def list_folder(root: str | Path) -> Listing:
+    """The images below `root`; raises UserError if there are none, or some beside and some inside sub-folders."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; it should hold images, or one sub-folder of images for each class")
+    flat = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
+    folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    classes = order_classes(folders, str(root))
+    if flat and classes:
+        raise UserError(
+            f"{root} holds images ({flat[0]}) and folders ({classes[0]}): move the images into class folders"
+        )
+    if flat:
+        return Listing(tuple(flat), (0,) * len(flat), (root.resolve().name,))
+    files = [_images_below(root, name) for name in classes]
+    if not classes or not all(files):
+        empty = root if not classes else root / classes[[bool(f) for f in files].index(False)]
+        raise UserError(f"{empty} holds no image ({', '.join(EXTENSIONS)})")
+    labels = tuple(label for label, group in enumerate(files) for _ in group)
+    return Listing(tuple(file for group in files for file in group), labels, classes)
+
+
+def _images_below(root: Path, name: str) -> list[str]:
+    found = []
+    for folder, _, files in os.walk(root / name, followlinks=True):
+        below = Path(folder).relative_to(root)
+        found += [(below / file).as_posix() for file in files if file.lower().endswith(EXTENSIONS)]
+    return sorted(found)
+
+
+def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]:
+    """Training and validation part, the latter the share `val_share` of the files (see `hold_out`)."""
+    train, val = hold_out(listing.files, val_share)
+    return listing.take(train), listing.take(val)
+
+
+def _size(file: str) -> int:
+    """Bytes of a file, -1 where it is gone: that is for the reader to count as corrupt."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1
+
+
+class ImageFolder(PictureDataset):
+    """Images of `root`, framed as Framing says. `listing` restricts the set to some of the files."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int,
+        crop: Crop = "adm",
+        flip: bool = False,
+        ten_ratios: Sequence[float] = (1.1,),
+        seed: int = 0,
+        listing: Listing | None = None,
+        max_corrupt: float = MAX_CORRUPT,
+    ) -> None:
+        framing = Framing(size, crop, flip, tuple(ten_ratios))
+        listing = list_folder(root) if listing is None else listing
+        self.root = Path(root)
+        self.files = listing.files
+        super().__init__(torch.tensor(listing.labels), listing.class_names, framing, seed, max_corrupt)
+
+    def where(self, index: int) -> str:
+        return str(self.root / self.files[index])
+
+    def open(self, index: int) -> Image.Image:
+        return read_image(self.root / self.files[index])
+
+    def fingerprint(self) -> str:
+        files = [(file, _size(os.path.join(self.root, file))) for file in self.files]
+        labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
+        return digest(set="image-folder", files=files, labels=labels, size=size, views=views)
+
+
+class ImageFolderData(ImageDataModule):
+    """Your own images: one sub-folder a class, or one flat folder.
+
+    Without `val_root`, the share `val_share` of the files is held out for validation: they are never trained on, which
+    no published recipe does. `crop`, `flip` and `ten_ratios`
+    apply to training (see ImageFolder); validation and reference statistics take the ADM centre crop. `name` is the
+    folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        val_root: str | None = None,
+        val_share: float = 0.05,
+        crop: Crop = "adm",
+        flip: bool = True,
+        ten_ratios: Sequence[float] = (1.1,),
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        name: str | None = None,
+        max_corrupt: float = MAX_CORRUPT,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.root = root
+        self.max_corrupt = max_corrupt
+        self.val_root = val_root
+        self.val_share = val_share
+        self.image_size = (size, size)
+        self.crop: Crop = crop
+        self.flip = flip
+        self.ten_ratios = ten_ratios
+        self.name = name or Path(root).resolve().name
+
+    @property
+    def holds_out(self) -> bool:
+        return self.val_root is None
+
+    @cached_property
+    def _listings(self) -> tuple[Listing, Listing]:
+        if self.val_root is None:
+            return split_listing(list_folder(self.root), self.val_share)
+        train, val = list_folder(self.root), list_folder(self.val_root)
+        if train.class_names != val.class_names and max(len(train.class_names), len(val.class_names)) > 1:
+            missing = sorted(set(train.class_names) ^ set(val.class_names))
+            raise UserError(f"{self.root} and {self.val_root} hold different classes, for example {missing[0]!r}")
+        return train, val
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self._listings[0].class_names
+
+    def train_dataset(self, augment: bool = True) -> ImageFolder:
+        crop, flip = (self.crop, self.flip) if augment else (self._still, False)
+        return self._folder(self.root, self._listings[0], crop, flip)
+
+    def val_dataset(self) -> ImageFolder:
+        return self._folder(self.val_root or self.root, self._listings[1], self._still, False)
+
+    def _folder(self, root: str, listing: Listing, crop: Crop, flip: bool) -> ImageFolder:
+        ratios, size = self.ten_ratios, self.image_size[0]
+        return ImageFolder(root, size, crop, flip, ratios, self.seed, listing, self.max_corrupt)
+
+    @property
+    def _still(self) -> Literal["adm", "none"]:
+        return "none" if self.crop == "none" else "adm"

@@ -1,0 +1,1 @@
+"""WebDataset tars, by index or as streams."""

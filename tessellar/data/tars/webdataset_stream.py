@@ -1,0 +1,300 @@
+"""Remote WebDataset shards (http, https, hf, gs, ...), read as streams with the `webdataset` library.
+
+Nothing is exact here, by the nature of a stream: shards are drawn with repetition, samples mixed within a buffer, and
+an epoch is a declared number of samples, so an epoch may show a sample twice or not at all, and a resumed run goes on
+with freshly drawn shards. Validation shards are read once through, each sample once. Copy the shards to disk and use
+WebDatasetData for exact epochs and resume. Decoding is that of `members.py`; addresses that run commands are refused.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+from urllib.parse import urlparse
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.filters import shuffle
+from webdataset.tariterators import tar_file_expander, url_opener
+
+from tessellar.data.batch import Sample, collate
+from tessellar.data.captions import class_text, pick, tell_missing
+from tessellar.data.damage import SAMPLE, too_many, warn_of_first
+from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.framing import DRAWS, Crop, Framing
+from tessellar.data.image_file import UnreadableImage
+from tessellar.data.pictures import MAX_CORRUPT, to_tensor
+from tessellar.data.tars.index import Keys
+from tessellar.data.tars.members import IMAGE_FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
+from tessellar.data.tars.shards import expand_braces
+from tessellar.errors import UserError
+from tessellar.randomness import derive
+
+SCHEMES = ("", "file", "http", "https", "hf", "gs", "ais", "sftp", "ftps", "scp")  # without pipe, which runs a shell
+Raw = dict[str, bytes]
+PEEKED = 100  # samples looked at before a run that reads text
+
+
+def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of one tar's files, in order; raises UserError for a stream that breaks off."""
+    if urlparse(url).scheme not in SCHEMES:
+        raise UserError(f"{url} is not opened: it must be a path or begin with {', '.join(filter(None, SCHEMES))}")
+    try:
+        for member in tar_file_expander(url_opener(iter([{"url": url}])), eof_value=None):
+            yield member["fname"], member["data"]
+    except Exception as error:  # the library passes on whatever its openers and Python's tar reader raise
+        raise UserError(f"{url} cannot be read: {error.args[0] if error.args else type(error).__name__}") from error
+
+
+def stream_samples(url: str) -> Iterator[tuple[str, Raw]]:
+    """Name and fields of each sample of one tar: runs of members with the same name up to the first dot."""
+    current, fields = "", {}
+    for name, content in stream_members(url):
+        try:
+            parts = split_name(name)
+        except UserError as error:
+            raise UserError(f"{url}: {error}") from error
+        if parts is None:
+            continue
+        key, field = parts
+        if key != current:
+            if fields:
+                yield f"{url}:{current}", fields
+            current, fields = key, {}
+        fields[field] = content
+    if fields:
+        yield f"{url}:{current}", fields
+
+
+class WebDatasetStream(IterableDataset[Sample]):
+    """`length` samples of endlessly drawn shards for this rank, or with `length` None every sample of them once.
+
+    `class_names` bound the classes: one outside is a mistake (UserError); a sample without one has class 0. Corrupt
+    samples are skipped, counted in each worker. A pass depends on (seed, epoch, start, rank, number of workers), where
+    `start` is the step that a run was resumed at.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        class_names: tuple[str, ...],
+        framing: Framing,
+        length: int | None = None,
+        buffer: int = 1000,
+        batch_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        keys: Keys = Keys(),  # noqa: B008
+        max_corrupt: float = MAX_CORRUPT,
+    ) -> None:
+        self.urls, self.class_names, self.framing = tuple(urls), class_names, framing
+        self.length, self.buffer, self.batch_size = length, buffer, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.keys, self.max_corrupt = keys, max_corrupt
+        self.epoch = self.start = 0
+        self.corrupt = self.met = 0
+        self.captioned = self.uncaptioned = 0
+        self.first_uncaptioned = ""
+        self.gaps_told = False
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        place, places = self.rank * workers + number, self.world_size * workers
+        if self.length is None:
+            return self._once(place, places)
+        batches = len(range(number, self.length // self.batch_size, workers))
+        return islice(self._endless(place, places), batches * self.batch_size)
+
+    def _once(self, place: int, places: int) -> Iterator[Sample]:
+        """Every `places`-th sample of all shards, from `place` on."""
+        samples = (sample for url in self.urls for sample in stream_samples(url))
+        for index, (name, fields) in enumerate(samples):
+            if index % places == place and (sample := self._decode(name, fields, index, [0.0] * (DRAWS + 1))):
+                yield sample
+
+    def _endless(self, place: int, places: int) -> Iterator[Sample]:
+        rng = random.Random(derive(self.seed, self.epoch, self.start, place, places))
+
+        def samples() -> Iterator[tuple[str, Raw]]:
+            while True:
+                yield from stream_samples(rng.choice(self.urls))
+
+        mixed: Any = shuffle(self.buffer, initial=self.buffer, rng=rng)(samples()) if self.buffer else samples()
+        for number, (name, fields) in enumerate(mixed):
+            draws = [rng.random() for _ in range(DRAWS + 1)]  # the last one chooses a caption
+            if sample := self._decode(name, fields, number * places + place, draws):
+                yield sample
+
+    def _decode(self, name: str, fields: Raw, index: int, draws: list[float]) -> Sample | None:
+        """A sample, or None for a corrupt one."""
+        self.met += 1
+        try:
+            return self._sample(name, fields, index, draws)
+        except (UnreadableImage, UnreadableMember) as error:
+            self.corrupt += 1
+            if too_many(self.corrupt, max(self.met, SAMPLE), self.max_corrupt):
+                raise UserError(
+                    f"{self.corrupt} of {self.met} samples read so far are corrupt, more than max_corrupt "
+                    f"{self.max_corrupt} allows; the last: {error}"
+                ) from error
+            if self.corrupt == 1:
+                warn_of_first(error, self.max_corrupt)
+            return None
+
+    def _sample(self, name: str, fields: Raw, index: int, draws: list[float]) -> Sample:
+        image_field = next((field for field in IMAGE_FIELDS if field in fields), None)
+        if image_field is None:
+            raise UnreadableMember(f"{name} has no image")
+        wanted = [field for field in (image_field, "json", "txt", "cls") if field in fields]
+        decoded = {field: decode(field, fields[field], f"{name}.{field}") for field in wanted}
+        label = label_of(decoded, self.keys.label, name) or 0
+        if label >= len(self.class_names):
+            raise UserError(f"{name} has class {label}; it must be below {len(self.class_names)} (num_classes)")
+        own = captions_of(decoded, self.keys.caption, name)
+        self._count_caption(bool(own), name)
+        texts = own or class_text(self.class_names, label)
+        shown = self.framing.draw(decoded[image_field], draws[:DRAWS], name)
+        return {
+            "image": to_tensor([shown])[0],
+            "index": index,
+            "label": label,
+            "caption": pick(texts, draws[DRAWS]),
+        }
+
+    def _count_caption(self, there: bool, name: str) -> None:
+        """Say once that captions are missing, as soon as some samples have one and some do not."""
+        self.captioned += there
+        self.uncaptioned += not there
+        if not there and not self.first_uncaptioned:
+            self.first_uncaptioned = name
+        if self.captioned and self.uncaptioned and not self.gaps_told:
+            self.gaps_told = True
+            met = self.captioned + self.uncaptioned
+            tell_missing(self.uncaptioned, met, self.first_uncaptioned, "an empty text is taken, as for others to come")
+
+
+def _has_caption(name: str, fields: Raw, keys: Keys) -> bool:
+    """False also where its text cannot be read."""
+    try:
+        text = {field: decode(field, fields[field], name) for field in ("json", "txt") if field in fields}
+        return bool(captions_of(text, keys.caption, name))
+    except UnreadableMember:
+        return False
+
+
+class _EpochLoader(DataLoader):
+    """Another epoch at each pass: Lightning tells samplers of epochs, and a stream has none."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        assert isinstance(self.dataset, WebDatasetStream)
+        self.dataset.epoch += 1
+        return iterator
+
+
+class WebDatasetStreamData(ImageDataModule):
+    """Remote shards; `shards` and `val_shards` may hold braces, as in `.../train-{0000..0127}.tar`. Nothing is exact.
+
+    `epoch_length` samples over all ranks make an epoch. There is no image by index, so measure against a folder or a
+    statistics file.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        val_shards: str | list[str],
+        size: int,
+        epoch_length: int,
+        num_classes: int = 1,
+        buffer: int = 1000,
+        label: str = "class",
+        caption: str = "caption",
+        crop: Crop = "adm",
+        flip: bool = True,
+        ten_ratios: Sequence[float] = (1.1,),
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        name: str = "webdataset",
+        max_corrupt: float = MAX_CORRUPT,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        if num_classes < 1 or epoch_length < 1 or buffer < 0:
+            raise ValueError(f"num_classes {num_classes} and epoch_length {epoch_length} must be positive, buffer >= 0")
+        self.shards, self.val_shards = shards, val_shards
+        self.image_size = (size, size)
+        self.epoch_length, self.buffer = epoch_length, buffer
+        self.class_names = tuple(map(str, range(num_classes)))
+        self.keys = Keys(label=label, caption=caption)
+        self.framing = Framing(size, crop, flip, tuple(ten_ratios))
+        self.name = name
+        self.max_corrupt = max_corrupt
+
+    def train_dataset(self, augment: bool = True) -> ImageDataset:
+        raise UserError(f"{self.name} is a stream, without images by index: measure against a folder or statistics")
+
+    def val_dataset(self) -> ImageDataset:
+        return self.train_dataset()
+
+    def check_files(self) -> None:
+        _ = expand_braces(self.shards), expand_braces(self.val_shards)
+
+    def check_captions(self) -> None:
+        """Looks at the first samples of the first training and the first validation shard."""
+        for spec in (self.shards, self.val_shards):
+            url = expand_braces(spec)[0]
+            peeked = list(islice(stream_samples(url), PEEKED))
+            if not any(_has_caption(name, fields, self.keys) for name, fields in peeked):
+                raise UserError(
+                    f"none of the first {len(peeked)} samples of {url} has a caption, which this generator reads: a "
+                    f".txt member, or {self.keys.caption!r} in its .json (data.caption)"
+                )
+
+    def fingerprint(self) -> str:
+        parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]
+        return digest(set="webdataset-stream", shards=parts, size=self.image_size)
+
+    def contents(self) -> tuple[str, str]:
+        """Hashes of the names of the shards: what they hold is not known before it is read."""
+        size, parts = self.image_size, [expand_braces(spec) for spec in (self.shards, self.val_shards)]
+        train, val = (digest(set="webdataset-stream", shards=part, size=size) for part in parts)
+        return train, val
+
+    def train_dataloader(self) -> DataLoader:
+        world_size = self.trainer.world_size if self.trainer else 1
+        steps = self.epoch_length // (self.batch_size * world_size)
+        if steps < 1:
+            raise UserError(
+                f"{self.name}: an epoch of {self.epoch_length} is too short for a batch of {self.batch_size} on each "
+                f"of {world_size} processes: raise data.epoch_length"
+            )
+        return self._stream(self.shards, self.framing, steps * self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._stream(self.val_shards, self.framing.still(), None)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def _stream(self, spec: str | list[str], framing: Framing, length: int | None) -> DataLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        dataset = WebDatasetStream(
+            expand_braces(spec),
+            self.class_names,
+            framing,
+            length,
+            self.buffer,
+            self.batch_size,
+            rank,
+            world_size,
+            self.seed,
+            self.keys,
+            self.max_corrupt,
+        )
+        if self.trainer:
+            dataset.epoch, dataset.start = self.trainer.current_epoch, self.trainer.global_step
+        return _EpochLoader(
+            dataset, self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=length is not None
+        )

@@ -1,0 +1,1 @@
+"""Token caches: written once, trained from many times."""

@@ -1,0 +1,1 @@
+"""Feature networks (extractors): what distances are measured with."""

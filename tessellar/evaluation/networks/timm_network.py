@@ -1,0 +1,64 @@
+"""Any timm classifier with given weights as a feature network: distances are written FD(name)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.evaluation.networks.extractors import Extractor, Features
+from tessellar.evaluation.networks.resize import RESIZERS
+from tessellar.networks.facts import NetworkFacts
+from tessellar.networks.timm_networks import create_network
+
+
+def network_of(facts: NetworkFacts) -> torch.nn.Module:
+    """The timm network with random weights; raises UserError where timm does not know it or its options."""
+    try:
+        return create_network(facts.arch, facts.options, num_classes=facts.num_classes)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"timm cannot make {facts.arch!r} with options {facts.options}: {error}") from error
+
+
+class TimmNetwork(Extractor):
+    """Features are the pooled vector in front of the classifier."""
+
+    def __init__(self, facts: NetworkFacts, state: Mapping[str, Tensor], sha256: str, where: str) -> None:
+        super().__init__()
+        self.facts = facts
+        self.name, self.resize, self.sha256 = facts.name, facts.resize, sha256
+        self.num_classes, self.class_names = facts.num_classes, facts.class_names
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(f"{where} has {self.num_classes} classes, but {len(self.class_names)} class_names")
+        with torch.random.fork_rng(devices=[]):  # a run that measures draws the same numbers as one that does not
+            network = network_of(facts)
+        load_strict(network, state, where)
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
+        for key, values in (("mean", facts.mean), ("std", facts.std)):
+            self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def extract(self, images: Tensor) -> Features:
+        x = self._to_size(images) / 255
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        maps = self.network.forward_features(x)  # type: ignore[operator]
+        pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+        return Features(pooled, self.network.get_classifier()(pooled))  # type: ignore[operator]
+
+    def _to_size(self, images: Tensor) -> Tensor:
+        """float32 images of the network's size; raises UserError if they differ and no resize is declared."""
+        if images.shape[-2:] == self.facts.image_size:
+            return images.float()
+        if self.facts.resize == "none":
+            raise UserError(
+                f"images are {tuple(images.shape[-2:])}, {self.name} reads {self.facts.image_size}: measure images of "
+                "that size, or use a network that declares a resize"
+            )
+        return RESIZERS[self.facts.resize](images, self.facts.image_size)
+
+    def describe(self) -> dict[str, object]:
+        facts = {"arch": self.facts.arch, "options": self.facts.options, "image_size": list(self.facts.image_size)}
+        return {**super().describe(), **facts, "mean": list(self.facts.mean), "std": list(self.facts.std)}

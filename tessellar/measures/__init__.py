@@ -1,0 +1,1 @@
+"""Measures: pure functions of tensors that say how good images are."""

@@ -1,0 +1,1 @@
+"""Networks: vision foundation models, and what a network is (facts, hashes, never the evaluator's)."""

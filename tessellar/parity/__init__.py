@@ -1,0 +1,1 @@
+"""Parity: the machinery of recorded official outputs (`convert.py verify`)."""

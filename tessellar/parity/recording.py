@@ -1,0 +1,174 @@
+"""A folder of recorded official outputs: config, weights, inputs and what was measured, all access tracked.
+
+`meta.json` says what every tensor of `io.safetensors` is (role, case, tolerance, meaning) and which weight file holds
+which part. What a replay never reads, and what nothing compares, is known afterwards.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.tensor_files import read_safetensors
+
+NUMBER = re.compile(r"([a-z_]\w*)\s*[= ]\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recorded tensor as `meta.json` describes it."""
+
+    role: str
+    case: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+    atol: float
+    rtol: float
+
+
+class TrackedTensors(Mapping[str, Tensor]):
+    """Tensors by name that remember which of them were read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        self._tensors, self._what = dict(tensors), what
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise UserError(f"{self._what} {name!r} is not in the recording")
+        self.used.add(name)
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class WeightFiles(Mapping[str, dict[str, Tensor]]):
+    """State dicts by part (`vq`, `c2i`, ...), read at first use; files that `storage` names are cast to float32."""
+
+    def __init__(self, folder: Path, files: Mapping[str, str], storage: Mapping[str, str]) -> None:
+        self.folder, self.files, self.storage = folder, dict(files), storage
+        self._read: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def used(self) -> set[str]:
+        return set(self._read)
+
+    def __getitem__(self, part: str) -> dict[str, Tensor]:
+        if part not in self.files:
+            raise UserError(f"{self.folder} records no weights of part {part!r}; it has {', '.join(self.files)}")
+        if part not in self._read:
+            state, _ = read_safetensors(self.folder / self.files[part])
+            if self.files[part] in self.storage:
+                state = {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
+            self._read[part] = state
+        return self._read[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass
+class Recording:
+    """One folder. `cases` are those to replay; `inputs` and `weights` are tracked."""
+
+    folder: Path
+    system: str
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+    tensors: dict[str, Tensor]
+    weights: WeightFiles
+    cases: set[str] = field(default_factory=set)
+
+    @cached_property
+    def inputs(self) -> TrackedTensors:
+        given = {name: self.tensors[name] for name in self.names("input") if name in self.tensors}
+        return TrackedTensors(given, "input")
+
+    def names(self, role: str, cases: set[str] | None = None) -> list[str]:
+        """Names of a role's tensors, of all cases or of some."""
+        return [n for n, e in self.entries.items() if e.role == role and (cases is None or e.case in cases)]
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What each tensor is, in words; some settings stand only there."""
+        return {name: entry.meaning for name, entry in self.entries.items()}
+
+    def settings(self, name: str) -> dict[str, float]:
+        """Numbers that the meaning of a tensor states, as `cfg_scale=2.0` or `temperature 0.9`."""
+        return numbers(self.entries[name].meaning)
+
+
+def numbers(text: str) -> dict[str, float]:
+    """`name=number` and `name number` pairs of a text; the first of each name counts."""
+    found: dict[str, float] = {}
+    for name, value in NUMBER.findall(text):
+        found.setdefault(name, float(value))
+    return found
+
+
+def read_recording(folder: str | Path) -> Recording:
+    """The recording in `folder`, all cases selected; raises UserError where the folder is not one."""
+    folder = Path(folder)
+    meta = _read_meta(folder / "meta.json")
+    tensors, _ = read_safetensors(folder / "io.safetensors")
+    entries = {name: _entry(name, facts) for name, facts in meta["tensors"].items()}
+    return Recording(
+        folder=folder,
+        system=meta["system"],
+        config=meta["config"],
+        entries=entries,
+        tensors=tensors,
+        weights=WeightFiles(folder, meta.get("files", {}), meta.get("storage", {})),
+        cases={entry.case for entry in entries.values()},
+    )
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path.parent} is not a folder of recorded outputs: it has no readable meta.json") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    missing = [key for key in ("system", "config", "tensors") if not isinstance(meta, dict) or key not in meta]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return meta
+
+
+def _entry(name: str, facts: Mapping[str, Any]) -> Entry:
+    try:
+        return Entry(
+            role=facts["role"],
+            case=facts["case"],
+            shape=tuple(facts["shape"]),
+            dtype=facts["dtype"],
+            meaning=facts.get("meaning", ""),
+            atol=float(facts.get("atol", 0.0)),
+            rtol=float(facts.get("rtol", 0.0)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"meta.json: tensor {name!r} is not described as it should be ({error!r})") from error
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """`float32` for torch.float32."""
+    return str(tensor.dtype).removeprefix(f"{torch.__name__}.")

@@ -1,0 +1,145 @@
+"""Which recorded systems can be replayed, and by what.
+
+A replay computes the outputs of some cases of a recording with our modules: `(recording) -> {name: tensor}`, reading
+the official config, the weights through an importer, and every input. A new system adds its lines here and a module.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tessellar.parity.recording import Recording
+
+ReplayFunction = Callable[[Recording], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The cases that one function replays; `function` is `module:name` below `tessellar`."""
+
+    function: str
+    cases: tuple[str, ...]
+
+    def load(self) -> ReplayFunction:
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(f"tessellar.{module}"), name)
+
+
+REPLAYS: dict[str, tuple[Replay, ...]] = {
+    "llamagen": (
+        Replay("tokenizers.llamagen.parity:vq", ("vq", "vq_no_l2", "vq_train", "disc", "loss_plain", "loss_adaptive")),
+        Replay("models.llamagen.parity:c2i", ("c2i",)),
+        Replay("models.llamagen.parity:c2i_gen", ("c2i_gen",)),
+        Replay("models.llamagen.parity:sample", ("sample",)),
+        Replay("models.llamagen.parity:t2i", ("t2i",)),
+    ),
+    "gsd": (
+        Replay("sampling.parity:plain", ("shared", "sjd")),
+        Replay("sampling.parity:grouped", ("shared", "gsd")),
+        Replay("sampling.parity:initial", ("init",)),
+    ),
+    "retok": (
+        Replay("tokenizers.retok.parity:encode", ("tok_shared", "tok_encode")),
+        Replay("tokenizers.retok.parity:decode", ("tok_shared", "tok_decode")),
+        Replay("tokenizers.retok.parity:train", ("tok_shared", "tok_train")),
+        Replay("tokenizers.retok.parity:rotation", ("tok_rot",)),
+        Replay("tokenizers.retok.parity:gpt", ("gen_shared", "gen_train")),
+        Replay("tokenizers.retok.parity:gpt_decoding", ("gen_shared", "gen_step", "gen_constant", "gen_nocfg")),
+    ),
+    "mar": (
+        Replay("tokenizers.kl_vae.parity:replay", ("vae_main",)),
+        Replay(
+            "models.mar.parity:mar", ("gen_schedule", "gen_shared", "gen_diffloss", "gen_diffloss_sample", "gen_train")
+        ),
+        Replay("models.mar.parity:mar", ("gen_sample_cfg", "gen_sample_nocfg")),
+    ),
+    "titok": (
+        Replay("tokenizers.titok.parity:vqgan", ("tok_shared", "tok_vqgan")),
+        Replay("tokenizers.titok.parity:two_stage", ("tok_shared", "tok_vq2")),
+        Replay("tokenizers.titok.parity:discriminator", ("tok_shared", "tok_disc")),
+        Replay("tokenizers.titok.parity:single_stage", ("tok_shared", "tok_single")),
+        Replay("tokenizers.titok.parity:kl", ("tok_shared", "tok_kl")),
+        Replay("tokenizers.titok.parity:clustering", ("tok_cvq",)),
+    ),
+    "one_d_piece": (
+        Replay("tokenizers.one_d_piece.parity:evaluate", ("shared", "encode", "decode")),
+        Replay("tokenizers.one_d_piece.parity:train", ("shared", "train")),
+    ),
+    "titok_rar": (
+        Replay(
+            "models.rar.parity:rar",
+            ("gen_shared", "gen_perm", "gen_raster", "gen_prefix", "gen_sample_pow", "gen_sample_const"),
+        ),
+    ),
+    "titok_maskgit": tuple(
+        Replay(
+            f"models.maskgit.parity:{part}",
+            ("gen_shared", *(f"gen_{part}_{run}" for run in ("train", "constant", "linear", "power_cosine"))),
+        )
+        for part in ("vit", "uvit")
+    ),
+    "flextok": (
+        Replay("tokenizers.flextok.parity:vae", ("shared", "vae")),
+        Replay("tokenizers.flextok.parity:encode", ("shared", "enc")),
+        Replay("tokenizers.flextok.parity:fsq", ("shared", "fsq")),
+        Replay("tokenizers.flextok.parity:time", ("shared", "time")),
+        Replay("tokenizers.flextok.parity:velocity", ("shared", "vel")),
+        Replay("tokenizers.flextok.parity:mask", ("shared", "dec")),
+        Replay("tokenizers.flextok.parity:train", ("shared", "train")),
+        Replay("tokenizers.flextok.parity:apg", ("apg",)),
+        Replay("tokenizers.flextok.parity:decode", ("shared", "decode")),
+    ),
+    "flextok_ar": (Replay("models.flextok.parity:c2i", ("c2i",)), Replay("models.flextok.parity:t2i", ("t2i",))),
+    "xar": (
+        Replay("models.xar.parity:train", ("shared", "train")),
+        Replay("models.xar.parity:sample", ("shared", "sample")),
+        Replay("models.xar.parity:order", ("shared", "order")),
+    ),
+    "hita": (
+        Replay("tokenizers.hita.parity:tokenizer", ("tok_shared", "tok_prep", "tok_main", "tok_loss")),
+        Replay(
+            "models.hita.parity:replay",
+            ("gen_shared", "gen_train", "gen_incremental", "gen_inpaint", "gen_greedy_nocfg", "gen_greedy_cfg")
+            + ("gen_greedy_cfg_interval", "gen_greedy_cfg_train_consistent"),
+        ),
+    ),
+    "token_shuffle": (
+        Replay(
+            "models.token_shuffle.parity:token_shuffle",
+            ("shared", "shuffle", "sample0", "sample1", "cfg", "greedy_constant", "greedy_half_linear"),
+        ),
+    ),
+    "var": (Replay("models.var.parity:var", ("shared", "vae", "vq_train", "train", "greedy", "filter")),),
+    "restok": (
+        Replay(
+            "tokenizers.restok.parity:restok",
+            ("tok_shared", "tok_main", "tok_train", "tok_loss", "gen_shared", "gen_train", "gen_filter")
+            + tuple(f"gen_greedy_{run}" for run in ("nocfg", "const", "step", "linear")),
+        ),
+    ),
+    "quantizers": (
+        Replay("tokenizers.quantizers.parity:lfq", ("lfq_lucid", "lfq_lucid_multi", "lfq_lucid_image", "lfq_magvit")),
+        Replay("tokenizers.quantizers.parity:lfq", ("lfq_magvit_factorized", "gq_wetok", "gfq_eval")),
+        Replay("tokenizers.quantizers.parity:lfq", ("entropy_magvit_t0.01", "entropy_magvit_t1.0")),
+        Replay(
+            "tokenizers.quantizers.parity:bsq",
+            ("bsq_lucid", "bsq_official_group", "bsq_official_analytical", "ms_bsq_infinity"),
+        ),
+        Replay("tokenizers.quantizers.parity:fsq", ("fsq", "fsq_sym", "fsq_proj")),
+        Replay(
+            "tokenizers.quantizers.parity:vq",
+            ("vq_taming_legacy1", "vq_taming_legacy0", "vq_llamagen_l2", "ibq", "rotate_to"),
+        ),
+        Replay("tokenizers.quantizers.parity:ema", ("vq_ema", "vq_ema_cos", "vq_ema_norot", "dead_code_mask")),
+        Replay(
+            "tokenizers.quantizers.parity:simvq",
+            ("simvq_official_legacy1", "simvq_official_legacy0", "simvq_lucid_rot1", "simvq_lucid_rot0"),
+        ),
+        Replay(
+            "tokenizers.quantizers.parity:residual",
+            ("residual_vq", "grouped_residual_vq", "residual_fsq", "residual_lfq", "product_unitok"),
+        ),
+    ),
+}

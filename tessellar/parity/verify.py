@@ -1,0 +1,150 @@
+"""Replay a folder of recorded official outputs with our modules and compare every one of them within its tolerance.
+
+|ours - theirs| <= atol + rtol |theirs|; both zero means exactly equal. A replay must read every recorded input and
+weight file and produce every output: what is left over is listed and counts as a failure.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.parity.recording import Entry, Recording, dtype_name, read_recording
+from tessellar.parity.replays import REPLAYS
+
+
+class UnknownSystem(UserError):
+    """The recording is of a system that nothing here can replay."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output: its largest error in terms of the tolerance at that place, and what is wrong beyond numbers."""
+
+    name: str
+    case: str
+    error: float
+    tolerance: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What came of one folder; `leftovers` are lines about anything unread, uncompared or unrecorded."""
+
+    folder: str
+    system: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.leftovers and all(c.passed for c in self.comparisons)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for machines."""
+        outputs = [asdict(c) for c in self.comparisons]
+        return {
+            "folder": self.folder,
+            "system": self.system,
+            "passed": self.passed,
+            "outputs": outputs,
+            "leftovers": self.leftovers,
+        }
+
+
+def verify(folder: str | Path, cases: Iterable[str] | None = None) -> Report:
+    """Replay and compare a folder, or some of its cases.
+
+    Raises UnknownSystem for a system without a replay, UserError for an unknown case or what is not a recording.
+    """
+    recording = read_recording(folder)
+    if recording.system not in REPLAYS:
+        raise UnknownSystem(f"{folder}: system {recording.system!r} is not known; there are {', '.join(REPLAYS)}")
+    selected = list(cases or ())
+    _select(recording, selected)
+    report = Report(str(folder), recording.system)
+    outputs = _replay(recording, report)
+    report.comparisons = [
+        compare(name, recording.entries[name], outputs.get(name), recording.tensors.get(name))
+        for name in recording.names("output", recording.cases)
+    ]
+    report.leftovers += _leftovers(recording, outputs, complete=not selected)
+    return report
+
+
+def _select(recording: Recording, cases: list[str]) -> None:
+    unknown = [case for case in cases if case not in recording.cases]
+    if unknown:
+        there = ", ".join(sorted(recording.cases))
+        raise UserError(f"{recording.folder} has no case {', '.join(unknown)}; there are {there}")
+    recording.cases = set(cases) or recording.cases
+
+
+def _replay(recording: Recording, report: Report) -> dict[str, Tensor]:
+    """Outputs of all replays that have a selected case; a replay that fails is a leftover, and the others still run."""
+    outputs: dict[str, Tensor] = {}
+    replays = [r for r in REPLAYS[recording.system] if recording.cases & set(r.cases)]
+    for replay in replays:
+        try:
+            outputs.update(replay.load()(recording))
+        except (
+            Exception
+        ) as error:  # any failure of a replay is a finding about the recording, to be reported with the rest
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            report.leftovers.append(f"replay of {', '.join(replay.cases)} failed: {kind}{error}")
+    return outputs
+
+
+def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> Comparison:
+    """One output of ours against the recorded one; reports the value that is worst in terms of its tolerance."""
+    problem = _problem(entry, ours, theirs)
+    if problem:
+        return Comparison(name, entry.case, float("inf"), entry.atol, False, problem)
+    assert ours is not None and theirs is not None
+    ours64, theirs64 = ours.detach().to(torch.float64), theirs.to(torch.float64)
+    error = torch.where(ours64 == theirs64, 0.0, (ours64 - theirs64).abs()).flatten().nan_to_num(nan=torch.inf)
+    tolerance = (entry.atol + entry.rtol * theirs64.abs()).flatten().nan_to_num(nan=0.0, posinf=0.0)
+    if error.numel() == 0:
+        return Comparison(name, entry.case, 0.0, entry.atol, True)
+    outside = int((error > tolerance).sum())
+    worst = int(torch.where(error == 0, 0.0, error / tolerance).argmax())
+    note = f"{outside} of {error.numel()} values outside" if outside else ""
+    return Comparison(name, entry.case, float(error[worst]), float(tolerance[worst]), not outside, note)
+
+
+def _problem(entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> str:
+    if theirs is None:
+        return "not in io.safetensors"
+    if tuple(theirs.shape) != entry.shape or dtype_name(theirs) != entry.dtype:
+        recorded = f"{dtype_name(theirs)} {tuple(theirs.shape)}"
+        return f"io.safetensors holds {recorded}, meta.json says {entry.dtype} {entry.shape}"
+    if ours is None:
+        return "no replay computes it"
+    if ours.shape != theirs.shape:
+        return f"ours has shape {tuple(ours.shape)}, theirs {tuple(theirs.shape)}"
+    return ""
+
+
+def _leftovers(recording: Recording, outputs: dict[str, Tensor], complete: bool) -> list[str]:
+    """Lines about inputs and weight files that were not read, and tensors that only one side has."""
+    inputs = set(recording.names("input", recording.cases))
+    recorded = set(recording.names("output"))
+    undescribed = set(recording.tensors) - set(recording.entries)
+    odd = {n for n, e in recording.entries.items() if e.role not in ("input", "output", "info")}
+    absent = {n for n, e in recording.entries.items() if e.role != "output"} - set(recording.tensors)
+    unread = set(recording.weights) - recording.weights.used if complete else set()
+    groups = {
+        "input not used": inputs - recording.inputs.used - absent,
+        "input missing from io.safetensors": absent,
+        "tensor of unknown role": odd,
+        "computed, but not recorded": set(outputs) - recorded,
+        "in io.safetensors, but not in meta.json": undescribed,
+        "weights not used": unread,
+    }
+    return [f"{what}: {name}" for what, names in groups.items() for name in sorted(names)]

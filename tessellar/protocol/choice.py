@@ -1,0 +1,67 @@
+"""Choice: from logits to processed probabilities to a token. Temperature, top-k, top-p and min-p are defined here once.
+
+Order of processing (LlamaGen, arXiv 2406.06525, `generate.py`): temperature, then top-k keeping every logit >= the k-th
+largest (ties stay), then top-p keeping the smallest set of largest probabilities whose mass exceeds p, then min-p.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tessellar.errors import UserError
+from tessellar.protocol.noise import Noise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
+            raise UserError(
+                f"{self}: temperature and top_k must be at least 0, top_p in (0, 1], min_p in [0, 1)",
+            )
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Processed probabilities [..., V], float32, of `logits` [..., V]. Greedy gives a one-hot at the argmax."""
+        logits = logits.float()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], -torch.inf)
+        if self.top_p < 1:
+            logits = top_p_filter(logits, self.top_p)
+        probs = logits.softmax(-1)
+        if self.min_p > 0:
+            probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
+        return probs
+
+    def draw(self, logits: Tensor, noise: Noise) -> Tensor:
+        """Token ids [B, ...] of logits [B, ..., V]; one Exp(1) value a vocabulary entry is drawn from `noise`."""
+        return race(self.probs(logits), noise.exponential(*logits.shape[1:]))
+
+    def describe(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+
+
+def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
+    """Logits with everything outside the nucleus at -inf (arXiv 1904.09751); at least one entry stays."""
+    ordered, index = logits.sort(dim=-1, descending=True)
+    mass_before = F.pad(ordered.softmax(-1).cumsum(-1)[..., :-1], (1, 0))
+    outside = mass_before > top_p
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
+
+
+def race(probs: Tensor, exponential: Tensor) -> Tensor:
+    """Sample the categorical `probs` [..., V]: argmax of probs / Exp(1), the exponential race."""
+    return (probs / exponential).argmax(-1)

@@ -1,0 +1,198 @@
+"""Configured: objects that remember how they were constructed, so that exports and checkpoints can rebuild them.
+
+`obj.config` is plain data (`class_path`, `init_args`) and `build` turns it back into an object. Class paths are
+accepted only from this package, so a hostile config cannot name an arbitrary callable.
+
+There are two sources of configs. A user's own YAML is trusted: its classes are made by the command line, and may name
+files and downloads. What `build` reads comes from a file that others may have written (an export, a checkpoint, a
+cache): it may name neither, which `refuse_outside` enforces.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from tessellar.errors import UserError
+from tessellar.protocol.moved import MOVED
+
+PACKAGE = "tessellar."
+
+
+class Configured:
+    """Mixin that records the arguments of the outermost constructor as `config`."""
+
+    _config: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`{"class_path": ..., "init_args": {...}}`, JSON-able; `build(config)` makes an equal object."""
+        made_as = self.__dict__.get("_class", type(self))  # sharding gives a module another class
+        return {"class_path": class_path(made_as), "init_args": self.__dict__.get("_config", {})}
+
+
+class LossOnly:
+    """Mixin of what only a training loss reads (a teacher); configs hold None in its place: exports do without it."""
+
+
+def _recording(init: Any) -> Any:
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_config" not in self.__dict__:
+            bound = inspect.signature(init).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            arguments = dict(list(bound.arguments.items())[1:])
+            self.__dict__["_config"] = {name: describe(value) for name, value in arguments.items()}
+            self.__dict__["_class"] = type(self)
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
+def class_path(cls: type) -> str:
+    """Public path of a class or function, as YAML names it: of the outermost package that has it under its name.
+
+    `tessellar.models.xar.XAR`, not `tessellar.models.xar.model.XAR`: files may move, names stay.
+    """
+    module = cls.__module__
+    while (parent := module.rpartition(".")[0]) and _exports(parent, cls):
+        module = parent
+    return f"{module}.{cls.__qualname__}"
+
+
+def _exports(module: str, cls: type) -> bool:
+    return vars(sys.modules[module]).get(cls.__qualname__) is cls if module in sys.modules else False
+
+
+def describe(value: Any) -> Any:
+    """Plain data for a constructor argument; raises TypeError for what cannot be written down."""
+    if isinstance(value, LossOnly):
+        return None
+    if isinstance(value, Configured):
+        return value.config
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            "class_path": class_path(type(value)),
+            "init_args": {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init},
+        }
+    if isinstance(value, (tuple, list)):
+        return [describe(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a constructor argument of type {type(value).__name__} cannot be written into a config")
+
+
+def build(config: Any, expected: Any = object, where: str = "this config") -> Any:
+    """The object that `config` describes (nested); sequences become tuples.
+
+    `expected` is the annotation that the object has to fit, `where` names it in messages. Nothing is made before its
+    place is known to take it: first the names of the arguments are compared with the signature, and each nested class
+    with its parameter's annotation. Raises UserError for a class path outside this package, an unknown class, a class
+    or arguments that are not taken, and for what would open a file or a connection (`refuse_outside`).
+    """
+    with _from_a_file():
+        return _build(config, expected, where)
+
+
+def _build(config: Any, expected: Any, where: str) -> Any:
+    if isinstance(config, list):
+        return tuple(_build(item, _item(expected, Sequence), where) for item in config)
+    if not isinstance(config, dict):
+        return config
+    if set(config) != {"class_path", "init_args"}:
+        return {key: _build(item, _item(expected, Mapping), where) for key, item in config.items()}
+    path = config["class_path"]
+    target = resolve(path)
+    classes = _classes(expected)
+    if not any(issubclass(target, cls) for cls in classes):
+        needed = " or ".join(cls.__name__ for cls in classes) or "plain value"
+        raise UserError(f"{where} must be a {needed}, not {path}")
+    given = config["init_args"]
+    if not isinstance(given, dict):
+        raise UserError(f"config of {path}: init_args is a {type(given).__name__}, not a mapping")
+    try:
+        inspect.signature(target).bind(**given)
+    except TypeError as error:
+        raise UserError(f"config of {path}: {error}") from error
+    hints = get_type_hints(target.__init__)
+    arguments = {key: _build(item, hints.get(key), f"{key} of {path}") for key, item in given.items()}
+    return target(**arguments)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Members of a union; an annotation that is none is its only member."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _classes(annotation: Any) -> list[type]:
+    """Classes that an object of this annotation may have; none for Any, or without an annotation."""
+    return [member for member in _alternatives(annotation) if isinstance(member, type)]
+
+
+def _item(annotation: Any, kind: type) -> Any:
+    """Annotation of what the sequences (or mappings, their values) of an annotation hold; None where it has none.
+
+    `object` holds objects, so that a list at the top may hold anything.
+    """
+    if annotation is object:
+        return object
+    for member in _alternatives(annotation):
+        origin = get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, kind):
+            held = [item for item in get_args(member) if item is not Ellipsis]
+            return held[-1] if kind is Mapping else Union[tuple(held)]  # noqa: UP007
+    return None
+
+
+_reading_a_file: ContextVar[bool] = ContextVar("_reading_a_file", default=False)
+
+
+@contextmanager
+def _from_a_file() -> Iterator[None]:
+    token = _reading_a_file.set(True)
+    try:
+        yield
+    finally:
+        _reading_a_file.reset(token)
+
+
+def from_a_file() -> bool:
+    """Whether `build` is making an object from the config of a file, not the command line from the user's own YAML."""
+    return _reading_a_file.get()
+
+
+def refuse_outside(what: str) -> None:
+    """Raise UserError where `build` is making an object: exports are complete in themselves and open nothing.
+
+    A constructor calls this before it opens a file or a connection that one of its arguments names.
+    """
+    if from_a_file():
+        raise UserError(f"this config, read from a file, names {what}; only a run's own YAML may do that")
+
+
+def resolve(path: str) -> Any:
+    """The class behind a class path of this package; anything else is refused before it is imported."""
+    path = MOVED.get(str(path), path)
+    module, _, name = str(path).rpartition(".")
+    if not str(path).startswith(PACKAGE) or not all(part.isidentifier() for part in str(path).split(".")):
+        raise UserError(f"class path {path!r} is not from this package; only tessellar.* can be loaded")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"class path {path!r} does not exist in this version ({error})") from error
+    if not isinstance(target, type) or not (issubclass(target, Configured) or is_dataclass(target)):
+        raise UserError(f"class path {path!r} is not something that a config may build")
+    return target

@@ -1,0 +1,192 @@
+"""The generator protocol: what a decoding algorithm may ask of a generator, and the state that it drives.
+
+`start` makes a State (prefix prefilled, guidance branches stacked), `predict` feeds the inputs of the next entities and
+returns the distribution of the same entities, `State.rollback` takes entities back. The input of an entity is a pure
+function of the tokens before it, the entities and the condition: no decoded value lives in the state, so drafts,
+roll-back, forks and resuming need no code in any generator.
+
+Shapes: B images, R = B x branches rows (all conditional rows, then all null rows), T tokens of a span, n positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.layers.kv_cache import KVCache, NoCache
+from tessellar.protocol.condition import Condition, cat
+from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.configured import Configured
+from tessellar.protocol.distribution import Distribution
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.noise import Noise
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.protocol.work import Work, linear_macs
+
+
+class Prefix(NamedTuple):
+    """Condition as a generator reads it: embeddings [R, P, D], `valid` [R, P] on the CPU (False = padding) or None."""
+
+    embeddings: Tensor
+    valid: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.embeddings.shape[1]
+
+
+@dataclass
+class State:
+    """One batch being decoded; made by `Generator.start`, driven by a decoding algorithm."""
+
+    condition: Condition  # R rows
+    guidance: Guidance
+    entities: Entities
+    fed: Tensor  # [B] entities whose input is in the cache = entities predicted so far; on the CPU
+    prefix: Prefix | None = None
+    cache: KVCache | NoCache | None = None
+    input_ends: Tensor | None = None  # [count + 1] cache length after the inputs of the first n entities; on the CPU
+
+    @property
+    def batch(self) -> int:
+        """Number of images B."""
+        return len(self.fed)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, ...] of images to [R, ...] of rows; batch-independent data [1, ...] stays as it is."""
+        return x if len(x) != self.batch or self.guidance.branches == 1 else torch.cat([x] * self.guidance.branches)
+
+    def merge(self, x: Tensor, entity: Tensor) -> Tensor:
+        """Guidance: predictions [R, T, ...] of entities [B, T] to [B, T, ...]."""
+        return self.guidance.merge(x, entity, self.entities)
+
+    def _input_end(self, entity: Tensor) -> Tensor:
+        assert self.input_ends is not None
+        count, step = self.entities.count, int(self.input_ends[-1] - self.input_ends[-2])
+        return self.input_ends[entity.clamp(max=count)] + (entity - count).clamp(min=0) * step
+
+    def places(self, count: int) -> Tensor:
+        """[R, n] sequence places of the next inputs ([1, n] where all images agree), extrapolated past the end.
+
+        Raises ValueError where images stand at entities with inputs of unequal length.
+        """
+        first = self.fed[:1] if bool((self.fed == self.fed[0]).all()) else self.fed
+        starts, stops = self._input_end(first), self._input_end(first + count)
+        lengths = (stops - starts).unique()
+        if len(lengths) > 1:
+            raise ValueError(f"images stand at entities {first.tolist()} of unequal inputs; they must be in step")
+        places = starts[:, None] + torch.arange(int(lengths))
+        return places if len(places) == 1 else self.rows(places)
+
+    def rollback(self, fed: Tensor) -> None:
+        """Forget all but the first `fed` [B] entities of each image."""
+        self.fed = fed.cpu().clone()
+        if isinstance(self.cache, KVCache):
+            self.cache.truncate(self.rows(self._input_end(self.fed)) if self.batch > 1 else self._rows_of_one())
+
+    def _rows_of_one(self) -> Tensor:
+        return self._input_end(self.fed).expand(self.guidance.branches)
+
+    def select(self, index: Tensor) -> "State":
+        """The state of images `index` [b], all their rows copied: fork, reorder, drop."""
+        index = index.cpu()
+        rows = torch.cat([index + branch * self.batch for branch in range(self.guidance.branches)])
+        prefix = self.prefix and Prefix(
+            self.prefix.embeddings[rows], None if self.prefix.valid is None else self.prefix.valid[rows]
+        )
+        cache = self.cache.select(rows) if isinstance(self.cache, KVCache) else self.cache
+        return replace(
+            self,
+            condition=self.condition.select(rows),
+            entities=self.entities.select(index),
+            fed=self.fed[index],
+            prefix=prefix,
+            cache=cache,
+        )
+
+
+class Generator(Configured, nn.Module, ABC):
+    """Tokens from a condition, entity by entity.
+
+    `layout` and `entities` (the default partition) are set by the constructor; `condition_dropout` is the probability
+    with which training replaces a sample's condition by the null condition. `sampler` names the field of `Sampling`
+    that draws from its distributions: `choice` for logits, `flow` for velocities.
+    """
+
+    sampler: ClassVar[str] = "choice"
+    layout: Layout
+    entities: Entities
+    condition_dropout: float = 0.0
+
+    @abstractmethod
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of every row."""
+
+    @abstractmethod
+    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Named training losses of tokens [B, N, ...]; their sum is minimised. `weight` [B] weighs samples."""
+
+    @abstractmethod
+    def start(
+        self,
+        condition: Condition,
+        guidance: Guidance = NO_GUIDANCE,
+        entities: Entities | None = None,
+        window: int = 1,
+    ) -> State:
+        """A state with nothing predicted; `window` entities past the end fit into its cache."""
+
+    @abstractmethod
+    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Distribution:
+        """Feed the inputs of `count` entities, read from the token buffer [B, N, ...] (committed or drafted alike).
+
+        Advances `state.fed` and returns the guided distribution of the last `want` (default: all) of those entities.
+        """
+
+    def plan(self, noise: Noise, steps: int | None = None) -> Entities:
+        """The partition to decode in; generators of random order draw one for each image, in `steps` entities.
+
+        Raises UserError for a number of steps that is not this generator's to choose.
+        """
+        if steps is not None:
+            raise UserError(f"{type(self).__name__} has an order of its own: leave steps out")
+        return self.entities
+
+    def bind(self, tokenizer: Tokenizer) -> None:
+        """Told once whose tokens these are; for generators that read more of the tokenizer than its layout (VAR)."""
+
+    def work(self) -> Work:
+        """Positions and MACs of one image, an estimate: every linear layer once a token, without attention."""
+        return Work(self.layout.length, linear_macs(self) * self.layout.length, 0)
+
+    @abstractmethod
+    def make_conditioner(self) -> Conditioner:
+        """What turns a batch of data into this generator's condition."""
+
+    def drop_condition(self, condition: Condition) -> Condition:
+        """In training, rows become null with probability `condition_dropout` (arXiv 2207.12598)."""
+        if not self.training or self.condition_dropout == 0:
+            return condition
+        device = next(t.device for t in condition if t is not None)
+        keep = torch.rand(condition.batch, device=device) >= self.condition_dropout
+        return condition.where(keep, self.null(condition))
+
+    def stack_branches(self, condition: Condition, guidance: Guidance) -> Condition:
+        """Rows of all guidance branches: the condition, then its null."""
+        return condition if guidance.branches == 1 else cat([condition, self.null(condition)])
+
+
+def require_categorical(layout: Layout, generator: str) -> int:
+    """The one vocabulary size of a categorical layout; raises UserError, naming the generator, for any other layout."""
+    if not layout.is_categorical:
+        raise UserError(f"{generator} predicts categorical tokens; this tokenizer gives {layout}")
+    sizes: Sequence[int] = layout.vocab().unique().tolist()
+    if len(sizes) > 1:
+        raise UserError(f"{generator} reads one vocabulary; this tokenizer has {sizes} in {layout}")
+    return sizes[0]

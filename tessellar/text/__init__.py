@@ -1,0 +1,1 @@
+"""Text: captions as token ids or features. Hugging Face's packages come with the extra `text`."""

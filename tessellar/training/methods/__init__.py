@@ -1,0 +1,1 @@
+"""Training methods that go with several generators."""

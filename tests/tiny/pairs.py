@@ -1,0 +1,151 @@
+"""Which tokenizer goes with which generator: built from tiny models of every kind, so that it follows from layouts.
+
+    python -m tests.tiny.pairs > docs/pairs.md
+
+A pair is legal if the generator can be built for the tokenizer's layout (and bound to the tokenizer); otherwise the
+one line that construction raises is the reason. tests/test_pairs.py asks all of them, and trains, samples and decodes
+one pair of each kind.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from tessellar.errors import UserError
+from tessellar.models.flextok import FlexAR
+from tessellar.models.har import HAR
+from tessellar.models.hita import HitaAR
+from tessellar.models.llamagen import LlamaGen
+from tessellar.models.mar import MAR
+from tessellar.models.maskgit import MaskGIT
+from tessellar.models.next_entity import NextEntity
+from tessellar.models.rar import RAR
+from tessellar.models.retok import ReToKGPT
+from tessellar.models.token_shuffle import TokenShuffle
+from tessellar.models.var import VAR
+from tessellar.models.xar import XAR
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tokenizers.flextok import FlexTok, TransformerSize
+from tessellar.tokenizers.hita import Hita
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.llamagen import LlamaGenVQ
+from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
+from tessellar.tokenizers.quantizers.fsq import FSQ
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.restok import ResTok
+from tessellar.tokenizers.scale_pyramid import ScalePyramid
+from tessellar.tokenizers.titok import TiTok, ViTSize
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+from tessellar.tokenizers.vit_vq import ViTVQ
+
+CLASSES = 3
+TINY = ViTSize(16, 1, 2)
+
+
+def _vq(vocab: int = 16) -> VectorQuantizer:
+    return VectorQuantizer(vocab, 4)
+
+
+def _kl() -> KLVAE:
+    return KLVAE(GaussianBottleneck(4), 16, 32, (1, 1, 1), 1)
+
+
+def _restok() -> ResTok:
+    encoder: dict[str, Any] = {"encoder_width": 16, "encoder_depth": 2, "encoder_heads": 2, "stages": 2}
+    decoder: dict[str, Any] = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return ResTok(_vq(), 16, 16, 4, 32, (1, 1, 1), 1, 32, **encoder, **decoder)
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "LlamaGen VQ": lambda: LlamaGenVQ(_vq(), 16, 32, (1, 1, 1), 1, 32),
+    "ViT-VQ": lambda: ViTVQ(_vq(), 16, 4, 16, 1, 1, 2),
+    "ViT + FSQ": lambda: ViTVQ(FSQ((3, 3, 2)), 16, 4, 16, 1, 1, 2),
+    "MaskGIT-VQGAN": lambda: MaskGITVQGAN(VectorQuantizer(16, 32), 16, 32, (1, 1, 1), 1),
+    "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
+    "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
+    "FlexTok": lambda: FlexTok(FSQ((3, 3, 2)), 16, 8, None, 4, TransformerSize(64, 1), TransformerSize(64, 2)),
+    "ResTok": _restok,
+    "Hita": lambda: Hita(_vq(), _vq(), None, 16, 32, (1, 1, 1), 1, 16, 1, 2, 24, 4, 1, 0.0, 16),
+    "VAR's VQVAE": lambda: VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1),
+    "KL VAE": _kl,
+    "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
+    "scale pyramid of a KL VAE": lambda: ScalePyramid(_kl(), (1, 2, 4)),
+}
+GENERATORS: dict[str, Callable[[Layout], Generator]] = {
+    "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "ReToK's GPT": lambda layout: ReToKGPT(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "FlexTok's AR": lambda layout: FlexAR(layout, 16, 1, 2, CLASSES),
+    "Token-Shuffle": lambda layout: TokenShuffle(layout, 16, 1, 2, 2, num_classes=CLASSES, ffn_multiple_of=8),
+    "RAR": lambda layout: RAR(layout, 16, 1, 2, 24, CLASSES),
+    "MaskGIT": lambda layout: MaskGIT(layout, "vit", 16, 1, 2, 24, CLASSES),
+    "HAR": lambda layout: HAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Hita's AR": lambda layout: HitaAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, cell": lambda layout: NextEntity(layout, "cell:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, subsample": lambda layout: NextEntity(layout, "subsample:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, local": lambda layout: NextEntity(layout, "local:4", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, level": lambda layout: NextEntity(layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
+    "xAR, cell": lambda layout: _xar(layout, "cell:2"),
+    "xAR, token": lambda layout: _xar(layout, "token"),
+    "xAR, subsample": lambda layout: _xar(layout, "subsample:2"),
+    "xAR, scale": lambda layout: _xar(layout, "scale"),
+    "xAR, image": lambda layout: _xar(layout, "image"),
+    "MAR": lambda layout: MAR(layout, 16, 1, 2, None, 16, 1, CLASSES, buffer=2, repeats=1, steps=4),
+}
+
+
+def _xar(layout: Layout, entity: str) -> XAR:
+    return XAR(layout, entity, 16, 1, 2, num_classes=CLASSES)
+
+
+@cache
+def _on_meta(name: str) -> Tokenizer:
+    with torch.device("meta"):
+        return TOKENIZERS[name]()
+
+
+def reason_against(tokenizer: str, generator: str) -> str | None:
+    """Why the pair does not go together, or None where it does."""
+    made = _on_meta(tokenizer)
+    try:
+        with torch.device("meta"):
+            GENERATORS[generator](made.layout).bind(made)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def page() -> str:
+    """The page of all pairs, in markdown."""
+    lines = [
+        "# Which tokenizer with which generator",
+        "",
+        "Written by `python -m tests.tiny.pairs`; a test keeps it true. It follows from the layouts: a generator that",
+        "cannot be built for a tokenizer's layout says why in one line.",
+        "",
+        "| tokenizer | layout (of a tiny one) | " + " | ".join(GENERATORS) + " |",
+        "|---" * (len(GENERATORS) + 2) + "|",
+    ]
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for name in TOKENIZERS:
+        cells = []
+        for generator in GENERATORS:
+            reason = reason_against(name, generator)
+            cells.append("-" if reason else "yes")
+            if reason:
+                reasons.setdefault(generator, {}).setdefault(reason.partition("; ")[0], []).append(name)
+        lines.append(f"| {name} | {_on_meta(name).layout} | " + " | ".join(cells) + " |")
+    lines += ["", "## Why not", ""]
+    for generator, found in reasons.items():
+        lines += [f"- **{generator}**", *(f"  - {why}: {', '.join(names)}" for why, names in found.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

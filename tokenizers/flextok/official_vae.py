@@ -1,0 +1,111 @@
+"""diffusers' AutoencoderKL, FlexTok's frozen VAE: official keys to those of `KLVAE` and back.
+
+Sizes are read from the tensors' shapes; the number of groups of the norms and the scale of the latents stand only in
+the official config.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from tessellar.checkpoints.description import HEADER_KEY
+from tessellar.checkpoints.reading import load_tokenizer
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import KeyTable, Rule, read_official, table
+from tessellar.interop.sizes import cnn_sizes, matrix
+from tessellar.tensor_files import read_metadata
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.kl_vae.official import OWN
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+
+
+def _convolution(t: Tensor) -> Tensor:
+    """The weight of a linear layer (or of a 1x1 convolution, as older files have it) as that of a convolution."""
+    return t[:, :, None, None] if t.ndim == 2 else t
+
+
+def _keys() -> KeyTable:
+    pairs = {f"{layer}.{{tensor}}": f"{layer}.{{tensor}}" for layer in ("quant_conv", "post_quant_conv")}
+    for side, group, resample in (
+        ("encoder", "down_blocks", "downsamplers"),
+        ("decoder", "up_blocks", "upsamplers"),
+    ):
+        level, block = f"{side}.levels.{{i}}", f"{side}.{group}.{{i}}"
+        pairs |= {f"{side}.{layer}.{{tensor}}": f"{side}.{layer}.{{tensor}}" for layer in ("conv_in", "conv_out")}
+        pairs[f"{side}.conv_norm_out.{{tensor}}"] = f"{side}.norm_out.{{tensor}}"
+        pairs[f"{block}.{resample}.0.conv.{{tensor}}"] = f"{level}.resample.conv.{{tensor}}"
+        places = {f"{block}.resnets.{{j}}": f"{level}.res.{{j}}"}
+        places |= {f"{side}.mid_block.resnets.{n}": f"{side}.mid.{2 * n}" for n in (0, 1)}
+        for theirs, ours in places.items():
+            pairs[f"{theirs}.conv_shortcut.{{tensor}}"] = f"{ours}.shortcut.{{tensor}}"
+            pairs[f"{theirs}.{{layer}}.{{tensor}}"] = f"{ours}.{{layer}}.{{tensor}}"
+        pairs[f"{side}.mid_block.attentions.0.group_norm.{{tensor}}"] = f"{side}.mid.1.norm.{{tensor}}"
+    return table(pairs, *_attention())
+
+
+def _attention() -> list[Rule]:
+    """The attention in the middle, with today's names first, then those of older files."""
+    names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj"}
+    names |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj"}
+    rules = []
+    for theirs, ours in names.items():
+        key, own = f"{{side}}.mid_block.attentions.0.{theirs}", f"{{side}}.mid.1.{ours}"
+        rules.append(Rule(f"{key}.weight", f"{own}.weight", _convolution, matrix))
+        rules.append(Rule(f"{key}.bias", f"{own}.bias"))
+    return rules
+
+
+KEYS = _keys()
+
+
+def load_official(vae: KLVAE, state: Mapping[str, Tensor], where: str = "the VAE") -> KLVAE:
+    """Official weights into a VAE of the same sizes, strictly; the scale stays."""
+    own = {name: vae.state_dict()[name] for name in OWN}
+    load_strict(vae, {**KEYS.from_official(state, where), **own}, where)
+    return vae.eval()
+
+
+def to_official(vae: KLVAE) -> dict[str, Tensor]:
+    """The official state dict; the inverse of `load_official`."""
+    return KEYS.to_official({name: tensor for name, tensor in vae.state_dict().items() if name not in OWN})
+
+
+def vae_from_official(state: Mapping[str, Tensor], image_size: int, scale: float, groups: int = 32) -> KLVAE:
+    """Our VAE with the sizes that the weights show, filled with them."""
+    missing = [key for key in ("encoder.conv_in.weight", "post_quant_conv.weight") if key not in state]
+    if missing:
+        raise UserError(f"these are not the weights of diffusers' AutoencoderKL: {', '.join(missing)} is absent")
+    cnn = cnn_sizes(state, "encoder.down_blocks.{i}.resnets.{j}", len(state["encoder.conv_in.weight"]))
+    channels = len(state["post_quant_conv.weight"])
+    made = KLVAE(
+        GaussianBottleneck(channels, scale=scale),
+        image_size,
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
+        encoder_attention=(),
+        decoder_attention=(),
+        groups=groups,
+    )
+    return load_official(made, state)
+
+
+def load_vae(vae: KLVAE, file: str, scale: float | None = None) -> KLVAE:
+    """Weights of diffusers' file, or of an export of ours, into `vae`; `scale` counts before the export's."""
+    if _is_official(Path(file)):
+        return load_official(vae, read_official(file), file)
+    found = load_tokenizer(file)
+    if not isinstance(found, KLVAE):
+        raise UserError(f"{file} is a {type(found).__name__}; FlexTok's VAE is a KLVAE")
+    load_strict(vae, found.state_dict(), file)
+    if scale is not None:
+        vae.quantizer.scale.fill_(scale)
+    return vae.eval()
+
+
+def _is_official(path: Path) -> bool:
+    if path.suffix == ".safetensors" and path.is_file():
+        return HEADER_KEY not in read_metadata(path)
+    return path.suffix in (".bin", ".pt", ".pth")

@@ -1,0 +1,89 @@
+"""MAR's KL VAE (kl16.ckpt, also xAR's and TokenBridge's): official keys to ours and back, and the recorded outputs."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, KeyTable, table
+from tessellar.interop.sizes import cnn_sizes
+from tessellar.tokenizers.kl_vae.tokenizer import KL16_SCALE, KLVAE
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+
+TOKENIZER_ENTRIES = ("model",)  # `kl16.ckpt` has no other
+
+
+_BLOCK = {"nin_shortcut.{tensor}": "shortcut.{tensor}", "{layer}.{tensor}": "{layer}.{tensor}"}
+
+
+_ATTENTION = {"proj_out.{tensor}": "proj.{tensor}", "{layer}.{tensor}": "{layer}.{tensor}"}
+
+
+OWN = ("quantizer.scale", "quantizer.moments", "quantizer.passes")
+
+
+def keys(levels: int) -> KeyTable:
+    """The table of a VAE of that many levels: the official decoder numbers them from the finest, ours runs them."""
+    pairs: dict[str, str] = {}
+    for side, group in (("encoder", "down"), ("decoder", "up")):
+        for theirs, ours in _level_pairs(side, group, levels):
+            pairs[theirs] = ours
+        for place, name in enumerate(("block_1", "attn_1", "block_2")):
+            parts = _ATTENTION if name == "attn_1" else _BLOCK
+            pairs |= {f"{side}.mid.{name}.{a}": f"{side}.mid.{place}.{b}" for a, b in parts.items()}
+        for layer in ("conv_in", "norm_out", "conv_out"):
+            pairs[f"{side}.{layer}.{{tensor}}"] = f"{side}.{layer}.{{tensor}}"
+    for layer in ("quant_conv", "post_quant_conv"):
+        pairs[f"{layer}.{{tensor}}"] = f"{layer}.{{tensor}}"
+    return table(pairs)
+
+
+def _level_pairs(side: str, group: str, levels: int) -> list[tuple[str, str]]:
+    resample = "downsample" if group == "down" else "upsample"
+    found = []
+    for level in range(levels):
+        own = f"{side}.levels.{level if group == 'down' else levels - 1 - level}"
+        found += [(f"{side}.{group}.{level}.block.{{i}}.{a}", f"{own}.res.{{i}}.{b}") for a, b in _BLOCK.items()]
+        found += [(f"{side}.{group}.{level}.attn.{{i}}.{a}", f"{own}.attn.{{i}}.{b}") for a, b in _ATTENTION.items()]
+        found.append((f"{side}.{group}.{level}.{resample}.conv.{{tensor}}", f"{own}.resample.conv.{{tensor}}"))
+    return found
+
+
+def from_official(
+    state: Mapping[str, Tensor], image_size: int | tuple[int, int] = 256, scale: float = KL16_SCALE
+) -> KLVAE:
+    """Our VAE with the sizes that the weights show, filled with them; `scale` as published, for no file says it."""
+    if "encoder.conv_in.weight" not in state or "quant_conv.weight" not in state:
+        raise UserError("these are not the weights of a KL VAE: encoder.conv_in or quant_conv is absent")
+    cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
+    dim = state["post_quant_conv.weight"].shape[0]
+    made = KLVAE(
+        GaussianBottleneck(dim, scale=scale),
+        image_size,
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
+        encoder_attention=tuple(sorted(_found(state, r"encoder\.down\.(\d+)\.attn\."))),
+        decoder_attention=tuple(sorted(_found(state, r"decoder\.up\.(\d+)\.attn\."))),
+    )
+    own = {name: made.state_dict()[name] for name in OWN}
+    load_strict(made, {**keys(cnn.levels).from_official(state, "the KL VAE"), **own}, "the KL VAE")
+    return made.eval()
+
+
+def to_official(vae: KLVAE) -> dict[str, Tensor]:
+    """The official state dict; the inverse of `from_official`."""
+    state = {name: tensor for name, tensor in vae.state_dict().items() if name not in OWN}
+    return keys(len(vae.encoder.levels)).to_official(state)
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> KLVAE:
+    """What `convert.py import mar` (and `xar`) makes of kl16.ckpt."""
+    return from_official(state, options.image_size or 256)
+
+
+def _found(state: Mapping[str, Any], pattern: str) -> set[int]:
+    return {int(found[1]) for key in state if (found := re.match(pattern, key))}

@@ -1,0 +1,117 @@
+"""LlamaGen's VQ tokenizer and PatchGAN: official keys to ours and back (the replay is llamagen_vq_replay.py)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.sizes import cnn_sizes
+from tessellar.tokenizers.llamagen.tokenizer import LlamaGenVQ
+from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+
+TOKENIZER_ENTRIES = ("ema", "model", "state_dict")  # the order of the official reconstruction script
+_SIDE = {
+    "{side}.conv_in.{tensor}": "{side}.conv_in.{tensor}",
+    "{side}.conv_blocks.{i}.res.{j}.nin_shortcut.{tensor}": "{side}.levels.{i}.res.{j}.shortcut.{tensor}",
+    "{side}.conv_blocks.{i}.res.{j}.{layer}.{tensor}": "{side}.levels.{i}.res.{j}.{layer}.{tensor}",
+    "{side}.conv_blocks.{i}.attn.{j}.proj_out.{tensor}": "{side}.levels.{i}.attn.{j}.proj.{tensor}",
+    "{side}.conv_blocks.{i}.attn.{j}.{layer}.{tensor}": "{side}.levels.{i}.attn.{j}.{layer}.{tensor}",
+    "{side}.conv_blocks.{i}.downsample.conv.{tensor}": "{side}.levels.{i}.resample.conv.{tensor}",
+    "{side}.conv_blocks.{i}.upsample.conv.{tensor}": "{side}.levels.{i}.resample.conv.{tensor}",
+    "{side}.mid.{i}.proj_out.{tensor}": "{side}.mid.{i}.proj.{tensor}",
+    "{side}.mid.{i}.{layer}.{tensor}": "{side}.mid.{i}.{layer}.{tensor}",
+    "{side}.norm_out.{tensor}": "{side}.norm_out.{tensor}",
+    "{side}.conv_out.{tensor}": "{side}.conv_out.{tensor}",
+}
+
+
+def cnn_keys(side: str, own: str | None = None) -> dict[str, str]:
+    """The table of `encoder` or `decoder` (our name: `own`); the way back must tell `downsample` from `upsample`."""
+    other = "upsample" if side == "encoder" else "downsample"
+    return {
+        theirs.replace("{side}", side): ours.replace("{side}", own or side)
+        for theirs, ours in _SIDE.items()
+        if other not in theirs
+    }
+
+
+KEYS = table(
+    {
+        **cnn_keys("encoder"),
+        **cnn_keys("decoder"),
+        "quant_conv.{tensor}": "quant_conv.{tensor}",
+        "post_quant_conv.{tensor}": "post_quant_conv.{tensor}",
+        "quantize.embedding.weight": "quantizer.codebook.weight",
+    },
+    drop=("quantize.codebook_used",),
+)
+OWN_COUNTERS = ("quantizer.step", "quantizer.counts")
+
+
+def load_official(tokenizer: LlamaGenVQ, state: Mapping[str, Tensor], where: str = "the checkpoint") -> LlamaGenVQ:
+    """Official weights into a tokenizer of the same sizes, strictly; our own counters start at zero."""
+    own = tokenizer.state_dict()
+    counters = {name: torch.zeros_like(own[name]) for name in OWN_COUNTERS if name in own}
+    load_strict(tokenizer, {**KEYS.from_official(state, where), **counters}, where)
+    return tokenizer.eval()
+
+
+def to_official(tokenizer: LlamaGenVQ) -> dict[str, Tensor]:
+    """Official state dict of a tokenizer (without their queue of recent codes)."""
+    return KEYS.to_official({k: v for k, v in tokenizer.state_dict().items() if k not in OWN_COUNTERS})
+
+
+def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) -> LlamaGenVQ:
+    """A tokenizer with the sizes that the weights show, filled with them."""
+    if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
+        raise UserError(
+            "these are not the weights of a LlamaGen VQ tokenizer: encoder.conv_in or the codebook is absent"
+        )
+    cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
+    vocab, dim = state["quantize.embedding.weight"].shape
+    tokenizer = LlamaGenVQ(
+        VectorQuantizer(vocab, dim),
+        image_size,
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
+        state["encoder.conv_out.weight"].shape[0],
+    )
+    return load_official(tokenizer, state)
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> LlamaGenVQ:
+    """What `convert.py import llamagen` makes of a tokenizer's file."""
+    return tokenizer_from_official(state, options.image_size or 256)
+
+
+def tokenizer_from_config(config: Mapping[str, Any], image_size: int | tuple[int, int]) -> LlamaGenVQ:
+    """An untrained tokenizer of the official options."""
+    quantizer = VectorQuantizer(
+        config["codebook_size"],
+        config["codebook_embed_dim"],
+        config.get("codebook_l2_norm", True),
+        commitment_weight=config.get("commit_loss_beta", 0.25),
+        entropy_weight=config.get("entropy_loss_ratio", 0.0),
+    )
+    return LlamaGenVQ(
+        quantizer,
+        image_size,
+        config.get("ch", 128),
+        tuple(config["ch_mult"]),
+        config.get("num_res_blocks", 2),
+        config["z_channels"],
+        config.get("dropout_p", 0.0),
+    )
+
+
+def discriminator_from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PatchGAN:
+    """The official PatchGAN; its keys are ours."""
+    made = PatchGAN(config.get("ndf", 64), config.get("n_layers", 3), config.get("input_nc", 3))
+    load_strict(made, state, "the discriminator")
+    return made

@@ -1,0 +1,123 @@
+"""ResTok's checkpoints (arXiv 2601.03955), official keys to ours and back. (The generator: har.py.)
+
+Sizes are read from the tensors' shapes; heads are those of 64 channels and otherwise an argument.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.maskgit_cnn import half, upsampling
+from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.restok.tokenizer import ResTok
+
+OWN = ("quantizer.step", "quantizer.counts")
+_BLOCK = {
+    "attn.qkv.weight": "qkv.weight",
+    "attn.q_bias": "q_bias",
+    "attn.v_bias": "v_bias",
+    "attn.{layer}.{tensor}": "{layer}.{tensor}",
+    "mlp.{layer}.{tensor}": "{layer}.{tensor}",
+    "gamma_1": "gamma_1",
+    "gamma_2": "gamma_2",
+    "{norm}.{tensor}": "{norm}.{tensor}",
+}
+
+
+def keys(levels: int) -> KeyTable:
+    """The table of a tokenizer whose CNN has that many levels."""
+    pairs = {
+        **half("pixel_encoder", "cnn_encoder", "down"),
+        **half("pixel_decoder", "cnn_decoder", "up"),
+        **upsampling("pixel_decoder", "cnn_decoder", levels),
+    }
+    for side in ("encoder", "decoder"):
+        pairs |= {f"{side}.blocks.{{i}}.{a}": f"{side}.blocks.{{i}}.{b}" for a, b in _BLOCK.items()}
+        pairs |= {
+            f"{side}.ln_pre.{{tensor}}": f"{side}.norm_in.{{tensor}}",
+            f"{side}.ln_post.{{tensor}}": f"{side}.norm_out.{{tensor}}",
+            f"{side}.latent_token_level_embedding.{{i}}": f"{side}.level_embeddings.{{i}}",
+        }
+    pairs |= {
+        "encoder.patch_embed.{tensor}": "encoder.project.{tensor}",
+        "encoder.level_embedding.{i}": "encoder.scale_embeddings.{i}",
+        "encoder.conv_out.{i}.bias": "to_code.{i}.bias",
+        "decoder.latent_mask_token": "decoder.mask_code",
+        "decoder.mask_token": "decoder.mask_token",
+        "decoder.feat_mask_token": "decoder.feature_token",
+        "decoder.decoder_embed.{i}.{tensor}": "decoder.inputs.{i}.{tensor}",
+        "decoder.ffn.{tensor}": "decoder.output.{tensor}",
+        "quantize.embedding.weight": "quantizer.codebook.weight",
+    }
+    own = (
+        Rule("encoder.conv_out.{i}.weight", "to_code.{i}.weight", lambda t: t[..., 0], lambda t: t[..., None]),
+        Rule("vf_proj.weight", "encoder_to_vision.weight", matrix, convolution),
+        Rule("vf_proj_dec.weight", "decoder_to_vision.weight", matrix, convolution),
+    )
+    return KeyTable((*own, *table(pairs).rules), ("foundation_model.*",))
+
+
+def from_official(
+    state: Mapping[str, Tensor],
+    image_size: int = 256,
+    heads: tuple[int, int] | None = None,
+    min_tokens: int = 4,
+    drop: float = 0.2,
+    legacy: bool = True,
+    vision_margin: float = 0.25,
+    quantizer_options: Mapping[str, Any] | None = None,
+    where: str = "the ResTok checkpoint",
+) -> ResTok:
+    """A tokenizer of the sizes that the weights show; `heads` of encoder and decoder are not among them."""
+    if "encoder.level_embedding.0" not in state or "pixel_encoder.conv_in.weight" not in state:
+        raise UserError(f"{where} holds no ResTok tokenizer: its level embeddings or its CNN are absent")
+    cnn = cnn_sizes(state, "pixel_encoder.down.{i}.block.{j}", len(state["pixel_encoder.conv_in.weight"]))
+    encoder, decoder = state["encoder.ln_pre.weight"].shape[0], state["decoder.ln_pre.weight"].shape[0]
+    num_heads = heads or (heads_of(encoder), heads_of(decoder))
+    length = 2 ** (count(state, r"encoder\.latent_token_level_embedding\.(\d+)") - 1)
+    # without the decoder's feature token, projections alone are of no use: they stay out
+    has_vision = {"vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token"} <= set(state)
+    loose = () if has_vision else ("vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token")
+    vocab_size, dim = state["quantize.embedding.weight"].shape
+    made = ResTok(
+        VectorQuantizer(vocab_size, dim, **(quantizer_options or {})),
+        image_size,
+        length,
+        min_tokens,
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
+        state["pixel_encoder.conv_out.weight"].shape[0],
+        encoder,
+        count(state, r"encoder\.blocks\.(\d+)\."),
+        num_heads[0],
+        decoder,
+        count(state, r"decoder\.blocks\.(\d+)\."),
+        num_heads[1],
+        count(state, r"encoder\.level_embedding\.(\d+)"),
+        drop=drop,
+        legacy=legacy,
+        vision_dim=state["vf_proj.weight"].shape[0] if has_vision else None,
+        vision_margin=vision_margin,
+    )
+    own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
+    kept = {name: tensor for name, tensor in state.items() if name not in loose}
+    load_strict(made, {**keys(cnn.levels).from_official(kept, where), **own}, where)
+    return made.eval()
+
+
+def to_official(tokenizer: ResTok) -> dict[str, Tensor]:
+    """The official state dict; the inverse of `from_official`."""
+    state = {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in OWN}
+    return keys(len(tokenizer.cnn_encoder.levels)).to_official(state)
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> ResTok:
+    """What `convert.py import restok` makes of a tokenizer's file."""
+    heads = (options.num_heads, options.num_heads) if options.num_heads else None
+    return from_official(state, options.image_size or 256, heads)

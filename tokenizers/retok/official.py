@@ -1,0 +1,162 @@
+"""ReToK's checkpoints (arXiv 2601.01535): tokenizer and GPT, official keys to ours and back.
+
+Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else `num_heads` is
+needed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, Rule, table
+from tessellar.interop.sizes import cnn_sizes, convolution, count, matrix
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.retok.qformer import SIZES, QFormerSize
+from tessellar.tokenizers.retok.tokenizer import ReToK
+
+# The order of the official scripts: the average of the tokenizer, the raw weights of the generator.
+TOKENIZER_ENTRIES = ("ema", "model", "state_dict")
+
+
+def _row(t: Tensor) -> Tensor:
+    return t[:, 0]
+
+
+def _with_batch(t: Tensor) -> Tensor:
+    return t[:, None]
+
+
+_CNN = {
+    "{side}.conv_in.{tensor}": "{side}.conv_in.{tensor}",
+    "{side}.conv_blocks.{i}.res.{j}.nin_shortcut.{tensor}": "{side}.levels.{i}.res.{j}.shortcut.{tensor}",
+    "{side}.conv_blocks.{i}.res.{j}.{layer}.{tensor}": "{side}.levels.{i}.res.{j}.{layer}.{tensor}",
+    "{side}.mid.{i}.{layer}.{tensor}": "{side}.mid.{i}.{layer}.{tensor}",
+    "{side}.norm_out.{tensor}": "{side}.norm_out.{tensor}",
+    "{side}.conv_out.{tensor}": "{side}.conv_out.{tensor}",
+}
+
+
+_LAYERS = {
+    "{side}.transformer.{i}.self_attn.in_proj_{tensor}": "{ours}.layers.{i}.self_attention.qkv.{tensor}",
+    "{side}.transformer.{i}.self_attn.out_proj.{tensor}": "{ours}.layers.{i}.self_attention.proj.{tensor}",
+    "{side}.transformer.{i}.multihead_attn.in_proj_{tensor}": "{ours}.layers.{i}.cross_attention.qkv.{tensor}",
+    "{side}.transformer.{i}.multihead_attn.out_proj.{tensor}": "{ours}.layers.{i}.cross_attention.proj.{tensor}",
+    "{side}.transformer.{i}.linear1.{tensor}": "{ours}.layers.{i}.fc1.{tensor}",
+    "{side}.transformer.{i}.linear2.{tensor}": "{ours}.layers.{i}.fc2.{tensor}",
+    "{side}.transformer.{i}.{norm}.{tensor}": "{ours}.layers.{i}.{norm}.{tensor}",
+    "{side}.ln_pre.{tensor}": "{ours}.norm_in.{tensor}",
+    "{side}.ln_post.{tensor}": "{ours}.norm_out.{tensor}",
+}
+
+
+def _named(pairs: Mapping[str, str], side: str, ours: str) -> dict[str, str]:
+    """The table of one side."""
+    return {a.replace("{side}", side): b.replace("{side}", side).replace("{ours}", ours) for a, b in pairs.items()}
+
+
+KEYS = table(
+    {
+        **_named(_CNN, "encoder", ""),
+        **_named(_CNN, "decoder", ""),
+        "encoder.conv_blocks.{i}.downsample.conv.{tensor}": "encoder.levels.{i}.resample.conv.{tensor}",
+        "decoder.conv_blocks.{i}.upsample.conv1.{tensor}": "decoder.levels.{i}.upsample.conv.{tensor}",
+        "decoder.adaptive.{i}.{layer}.{tensor}": "decoder.levels.{i}.adaptive.{layer}.{tensor}",
+        **_named(_LAYERS, "s2to1encoder", "token_encoder"),
+        **_named(_LAYERS, "s1to2decoder", "token_decoder"),
+        "s2to1encoder.encoder_embed.{tensor}": "token_encoder.embed.{tensor}",
+        "s2to1encoder.global_proj.{tensor}": "token_encoder.project.{tensor}",
+        "s2to1encoder.conv_out.bias": "token_encoder.out.bias",
+        "s1to2decoder.decoder_embed.{tensor}": "token_decoder.embed.{tensor}",
+        "s1to2decoder.conv_out.{tensor}": "token_decoder.conv_out.{tensor}",
+        "s1to2decoder.distill_mlp.{i}.{tensor}": "token_decoder.semantic.{i}.{tensor}",
+        "quantize.embedding.weight": "quantizer.codebook.weight",
+        "quant_conv.bias": "to_code.bias",
+        "post_quant_conv.bias": "from_code.bias",
+    },
+    Rule("s2to1encoder.conv_out.weight", "token_encoder.out.weight", matrix, convolution),
+    Rule("quant_conv.weight", "to_code.weight", matrix, convolution),
+    Rule("post_quant_conv.weight", "from_code.weight", matrix, convolution),
+    Rule("s2to1encoder.positional_embedding", "token_encoder.memory_positions", _row, _with_batch),
+    Rule("s2to1encoder.latent_token_positional_embedding", "token_encoder.positions", _row, _with_batch),
+    Rule("s2to1encoder.latent_token_positional_embedding_comp", "token_encoder.redundant_positions", _row, _with_batch),
+    Rule("s1to2decoder.positional_embedding", "token_decoder.positions", _row, _with_batch),
+    Rule("s1to2decoder.latent_token_positional_embedding", "token_decoder.memory_positions", _row, _with_batch),
+    Rule("s1to2decoder.latent_token_positional_embedding_comp", "token_decoder.redundant_positions", _row, _with_batch),
+    drop=("quantize.codebook_used",),
+)
+
+
+OWN_COUNTERS = ("passes", "quantizer.step", "quantizer.counts")
+
+
+def load_official(tokenizer: ReToK, state: Mapping[str, Tensor], where: str = "the checkpoint") -> ReToK:
+    """Official weights into a tokenizer of the same sizes, strictly; our own counters start at zero."""
+    own = tokenizer.state_dict()
+    counters = {name: torch.zeros_like(own[name]) for name in OWN_COUNTERS if name in own}
+    load_strict(tokenizer, {**KEYS.from_official(state, where), **counters}, where)
+    return tokenizer.eval()
+
+
+def to_official(tokenizer: ReToK) -> dict[str, Tensor]:
+    """Official state dict of a tokenizer (without their usage counter)."""
+    return KEYS.to_official({k: v for k, v in tokenizer.state_dict().items() if k not in OWN_COUNTERS})
+
+
+def tokenizer_from_official(
+    state: Mapping[str, Tensor],
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+    semantic_layer: int | None = None,
+    **options: Any,
+) -> ReToK:
+    """A tokenizer with the sizes that the weights show, filled with them; `options` are more arguments of ReToK."""
+    missing = [key for key in ("encoder.conv_in.weight", "s1to2decoder.positional_embedding") if key not in state]
+    if missing:
+        raise UserError(f"these are not the weights of a ReToK tokenizer: {', '.join(missing)} is absent")
+    cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
+    tokens = len(state["s2to1encoder.latent_token_positional_embedding"])
+    redundant = len(state["s2to1encoder.latent_token_positional_embedding_comp"])
+    side = round(len(state["s1to2decoder.positional_embedding"]) ** 0.5)
+    semantic = state.get("s1to2decoder.distill_mlp.4.bias")
+    decoder = _size(state, "s1to2decoder", decoder_heads)
+    vocab, dim = state["quantize.embedding.weight"].shape
+    options.setdefault("quantizer", VectorQuantizer(vocab, dim, rotation=True))
+    tokenizer = ReToK(
+        image_size=side * 2 ** (cnn.levels - 1),
+        num_tokens=tokens,
+        always=tokens - redundant,
+        channels=cnn.channels,
+        multipliers=cnn.multipliers,
+        num_res_blocks=cnn.blocks,
+        z_channels=len(state["encoder.conv_out.weight"]),
+        encoder_size=_size(state, "s2to1encoder", encoder_heads),
+        decoder_size=decoder,
+        semantic_dim=None if semantic is None else len(semantic),
+        semantic_layer=semantic_layer or min(3, decoder.depth),
+        **options,
+    )
+    return load_official(tokenizer, state)
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> ReToK:
+    """What `convert.py import retok` makes of a tokenizer's file."""
+    return tokenizer_from_official(state, options.num_heads, options.num_heads)
+
+
+def is_generator(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is the GPT's."""
+    return "tok_embeddings.weight" in state
+
+
+def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerSize:
+    width = len(state[f"{side}.ln_post.weight"])
+    depth = count(state, rf"{side}\.transformer\.(\d+)\.")
+    known = [size for size in SIZES.values() if size.width == width]
+    if heads is None and not known:
+        raise UserError(f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads")
+    return replace(known[0], depth=depth) if heads is None else QFormerSize(width, depth, heads)

@@ -1,0 +1,177 @@
+"""TiTok's checkpoints (arXiv 2406.07550, 2501.07730), which One-D-Piece's share (arXiv 2501.10064): keys to and fro.
+
+Tokenizers of all kinds (two-stage, single-stage, KL), the MaskGIT-VQGAN whose codes they predict, the discriminator.
+Sizes are read from the tensors' shapes; heads have 64 channels as published unless `num_heads` says otherwise. Old
+two-stage weights (with a head of scores) mix tokens, the others do not.
+"""
+
+from collections.abc import Mapping
+from math import isqrt
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.maskgit_cnn import half, upsampling
+from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
+from tessellar.tokenizers.losses.blur_discriminator import BlurDiscriminator
+from tessellar.tokenizers.maskgit_vqgan import PixelDecoder
+from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.titok.tokenizer import Stage, TiTok, ViTSize
+
+
+def _patches(t: Tensor) -> Tensor:
+    """The weight of a convolution over whole patches as that of a linear layer."""
+    return rearrange(t, "d c p q -> d (c p q)")
+
+
+def _patch_convolution(t: Tensor) -> Tensor:
+    return rearrange(t, "d (c p q) -> d c p q", c=3, p=isqrt(t.shape[1] // 3))
+
+
+_TRANSFORMER = {
+    "{side}.class_embedding": "{side}.class_token",
+    "{side}.positional_embedding": "{side}.positions",
+    "{side}.latent_token_positional_embedding": "{side}.token_positions",
+    "{side}.ln_pre.{tensor}": "{side}.norm_in.{tensor}",
+    "{side}.ln_post.{tensor}": "{side}.norm_out.{tensor}",
+    "{side}.transformer.{i}.ln_1.{tensor}": "{side}.blocks.{i}.attention_norm.{tensor}",
+    "{side}.transformer.{i}.ln_2.{tensor}": "{side}.blocks.{i}.mlp_norm.{tensor}",
+    "{side}.transformer.{i}.attn.in_proj_{tensor}": "{side}.blocks.{i}.qkv.{tensor}",
+    "{side}.transformer.{i}.attn.out_proj.{tensor}": "{side}.blocks.{i}.proj.{tensor}",
+    "{side}.transformer.{i}.mlp.c_fc.{tensor}": "{side}.blocks.{i}.fc1.{tensor}",
+    "{side}.transformer.{i}.mlp.c_proj.{tensor}": "{side}.blocks.{i}.fc2.{tensor}",
+}
+
+
+def keys(levels: int = 0) -> KeyTable:
+    """The table of a tokenizer whose pixel decoder has that many levels (0: it has none)."""
+    sides = ("encoder", "decoder")
+    pairs = {a.replace("{side}", s): b.replace("{side}", s) for s in sides for a, b in _TRANSFORMER.items()}
+    pairs |= {
+        "latent_tokens": "encoder.tokens",
+        "encoder.patch_embed.bias": "encoder.patch_in.bias",
+        "encoder.conv_out.bias": "encoder.to_code.bias",
+        "decoder.mask_token": "decoder.mask_token",
+        "decoder.decoder_embed.{tensor}": "decoder.from_code.{tensor}",
+        "decoder.ffn.{i}.bias": "decoder.head.{i}.bias",
+        "decoder.conv_out.{tensor}": "smooth.{tensor}",
+        "quantize.embedding.weight": "quantizer.codebook.weight",
+        "quantize.embed_prob": "quantizer.shares",
+        "pixel_quantize.embedding.weight": "pixels.codebook.weight",
+        **half("pixel_decoder", "pixels.decoder", "up"),
+        **upsampling("pixel_decoder", "pixels.decoder", levels),
+    }
+    return table(
+        pairs,
+        Rule("encoder.patch_embed.weight", "encoder.patch_in.weight", _patches, _patch_convolution),
+        Rule("encoder.conv_out.weight", "encoder.to_code.weight", matrix, convolution),
+        Rule("decoder.ffn.{i}.weight", "decoder.head.{i}.weight", matrix, convolution),
+    )
+
+
+DISCRIMINATOR_KEYS = table(
+    {
+        "block_in.{i}.{tensor}": "first.{i}.{tensor}",
+        "blocks.{i}.{j}.{tensor}": "stages.{i}.{j}.{tensor}",
+        "to_logits.{i}.{tensor}": "to_logits.{i}.{tensor}",
+    }
+)
+
+
+def _own(quantizer: nn.Module) -> dict[str, Tensor]:
+    """Counters that no official file has."""
+    return {f"quantizer.{name}": t for name, t in quantizer.named_buffers() if name != "shares"}
+
+
+def load_official(tokenizer: TiTok, state: Mapping[str, Tensor], where: str = "the checkpoint") -> TiTok:
+    """Official weights into a tokenizer of the same sizes, strictly; our own counters stay as they were made."""
+    levels = len(tokenizer.pixels.decoder.levels) if tokenizer.pixels else 0
+    load_strict(tokenizer, {**_own(tokenizer.quantizer), **keys(levels).from_official(state, where)}, where)
+    return tokenizer.eval()
+
+
+def to_official(tokenizer: TiTok) -> dict[str, Tensor]:
+    """Official state dict of a tokenizer."""
+    levels, own = len(tokenizer.pixels.decoder.levels) if tokenizer.pixels else 0, _own(tokenizer.quantizer)
+    return keys(levels).to_official({k: v for k, v in tokenizer.state_dict().items() if k not in own})
+
+
+def tokenizer_from_official(
+    state: Mapping[str, Tensor],
+    heads: tuple[int, int] | None = None,
+    quantizer: Quantizer | None = None,
+    mixes: bool | None = None,
+    stage: Stage = "decoder",
+    kind: type[TiTok] = TiTok,
+) -> TiTok:
+    """A tokenizer of class `kind` with the sizes that the weights show, filled with them.
+
+    `heads` are the encoder's and the decoder's; `quantizer` replaces the one that the shapes tell; `mixes` None: as
+    published. Raises UserError for weights of something else, and for a first stage without its VQGAN.
+    """
+    _check_tokenizer(state)
+    width, _, patch_size, _ = state["encoder.patch_embed.weight"].shape
+    decoder_width = len(state["decoder.decoder_embed.bias"])
+    two_stage = "decoder.ffn.2.weight" in state
+    sizes = [
+        ViTSize(wide, count(state, rf"{side}\.transformer\.(\d+)\."), heads_of(wide, heads[n] if heads else None))
+        for n, (side, wide) in enumerate((("encoder", width), ("decoder", decoder_width)))
+    ]
+    tokens, cells = len(state["latent_tokens"]), len(state["encoder.positional_embedding"]) - 1
+    made = kind(
+        quantizer or _quantizer(state, two_stage, tokens),
+        isqrt(cells) * patch_size,
+        patch_size,
+        tokens,
+        sizes[0],
+        sizes[1],
+        _pixels(state) if two_stage else None,
+        two_stage if mixes is None else mixes,
+        stage if two_stage else "all",
+    )
+    return load_official(made, state)
+
+
+def _check_tokenizer(state: Mapping[str, Tensor]) -> None:
+    missing = [key for key in ("latent_tokens", "encoder.patch_embed.weight") if key not in state]
+    if missing:
+        raise UserError(f"these are not the weights of a TiTok tokenizer: {', '.join(missing)} is absent")
+    if "decoder.ffn.2.weight" in state and "pixel_quantize.embedding.weight" not in state:
+        raise UserError(
+            "these are the weights of the first stage, which cannot draw images: add the MaskGIT-VQGAN's decoder.* and "
+            "quantize.* to them as pixel_decoder.* and pixel_quantize.*"
+        )
+
+
+def _quantizer(state: Mapping[str, Tensor], two_stage: bool, tokens: int) -> Quantizer:
+    """As published: two-stage codes are on the unit sphere, single-stage ones are not."""
+    if "quantize.embedding.weight" in state:
+        vocab, dim = state["quantize.embedding.weight"].shape
+        return VectorQuantizer(vocab, dim, l2_normalize=two_stage)
+    dim = state["decoder.decoder_embed.weight"].shape[1]
+    return GaussianBottleneck(dim, kl_weight=1e-6 * dim * tokens, scale=1.0)
+
+
+def _pixels(state: Mapping[str, Tensor]) -> PixelDecoder:
+    vocab, dim = state["pixel_quantize.embedding.weight"].shape
+    cnn = cnn_sizes(state, "pixel_decoder.up.{i}.block.{j}")
+    return PixelDecoder(vocab, dim, cnn.channels, cnn.multipliers, cnn.blocks)
+
+
+def discriminator_from_official(state: Mapping[str, Tensor], pool: int = 16) -> BlurDiscriminator:
+    """The discriminator of the second stage, of keys without the prefix of the loss module."""
+    stages = count(state, r"blocks\.(\d+)\.")
+    side = state["blocks.0.1.kernel"].shape[-1]
+    made = BlurDiscriminator(len(state["block_in.0.bias"]), stages, pool, (1.0,) * side)
+    load_strict(made, DISCRIMINATOR_KEYS.from_official(state, "the discriminator"), "the discriminator")
+    return made.eval()
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> TiTok:
+    """What `convert.py import titok` makes of a tokenizer's file."""
+    return tokenizer_from_official(state, (options.num_heads, options.num_heads) if options.num_heads else None)

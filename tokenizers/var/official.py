@@ -1,0 +1,103 @@
+"""VAR's checkpoints (arXiv 2404.02905): the multi-scale VQVAE and the transformer, official keys to ours and back.
+
+Their CNN is LDM's with fused attention, which is split into three here; sizes are read from the tensors' shapes.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tessellar.checkpoints.weights import load_strict
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions, KeyTable, Rule
+from tessellar.interop.sizes import cnn_sizes, count
+from tessellar.tokenizers.kl_vae.official import keys as cnn_table
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+from tessellar.tokenizers.var.tokenizer import SCALES_256
+
+# Of `ar-ckpt-*.pth`; the published files are flat. No weights are averaged.
+TOKENIZER_ENTRIES = ("trainer.vae_local",)
+
+
+OWN = ("quantizer.step", "quantizer.counts")
+
+
+QKV = re.compile(r"(.*\.attn(?:_1|\.\d+))\.qkv\.(weight|bias)")
+
+
+def vqvae_keys(levels: int) -> KeyTable:
+    """The table of a VQVAE of that many levels, behind `_split`."""
+    own = (
+        Rule("quantize.embedding.weight", "quantizer.codebook.weight"),
+        Rule("quantize.quant_resi.qresi_ls.{i}.{tensor}", "quantizer.phis.{i}.{tensor}"),
+    )
+    return KeyTable((*own, *cnn_table(levels).rules), ("quantize.ema_vocab_hit_SV",))
+
+
+def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fused projections apart, and the names of phis that are not in a list made as if they were."""
+    result: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if found := QKV.fullmatch(key):
+            for name, part in zip("qkv", tensor.chunk(3), strict=True):
+                result[f"{found[1]}.{name}.{found[2]}"] = part
+        else:
+            key = key.replace("quant_resi.qresi.", "quant_resi.qresi_ls.0.")
+            result[re.sub(r"quant_resi\.(\d+)\.", r"quant_resi.qresi_ls.\1.", key)] = tensor
+    return result
+
+
+def vqvae_from_official(
+    state: Mapping[str, Tensor],
+    sides: tuple[int, ...] = SCALES_256,
+    phi_ratio: float = 0.5,
+    commitment_weight: float = 0.25,
+    where: str = "the VAR tokenizer",
+) -> VARVQVAE:
+    """Our tokenizer with the sizes that the weights show; the scales are not among them."""
+    if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
+        raise UserError(f"{where} holds no multi-scale VQVAE: encoder.conv_in or the codebook is absent")
+    cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
+    split = _split(state)
+    phis = count(split, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    vocab_size, dim = state["quantize.embedding.weight"].shape
+    quantizer = MultiScaleQuantizer(vocab_size, dim, sides, phis, phi_ratio, commitment_weight=commitment_weight)
+    made = VARVQVAE(
+        quantizer,
+        sides[-1] * 2 ** (cnn.levels - 1),
+        cnn.channels,
+        cnn.multipliers,
+        cnn.blocks,
+    )
+    own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
+    load_strict(made, {**vqvae_keys(cnn.levels).from_official(split, where), **own}, where)
+    return made.eval()
+
+
+def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
+    """The official state dict (four shared phis), without their usage statistics."""
+    state = {name: tensor for name, tensor in vqvae.state_dict().items() if name not in OWN}
+    split = vqvae_keys(len(vqvae.encoder.levels)).to_official(state)
+    fused = {}
+    for key, tensor in split.items():
+        if found := re.fullmatch(r"(.*\.attn(?:_1|\.\d+))\.([qkv])\.(weight|bias)", key):
+            if found[2] == "q":
+                parts = [split[f"{found[1]}.{name}.{found[3]}"] for name in "qkv"]
+                fused[f"{found[1]}.qkv.{found[3]}"] = torch.cat(parts)
+        else:
+            fused[key] = tensor
+    return fused
+
+
+def is_generator(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of the transformer rather than of the VQVAE."""
+    return "pos_1LC" in state
+
+
+def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:
+    """What `convert.py import var` makes of a tokenizer's file."""
+    from tessellar.tokenizers.var.tokenizer import SCALES_512
+
+    return vqvae_from_official(state, SCALES_512 if options.image_size == 512 else SCALES_256)

@@ -1,0 +1,91 @@
+"""VAR's tokenizer: a VQGAN whose latent is a sum of token maps from 1 x 1 to the full grid (arXiv 2404.02905).
+
+Tokens are a pyramid of scales with one codebook; a prefix of scales decodes to a coarse preview. Different from the
+official repository, which never released its training: it trains here with the house's tokenizer module.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.layers.cnn import Decoder, Encoder, Sizes
+from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.tokenizers.var.quantizer import MultiScaleQuantizer
+
+
+class VARVQVAE(Tokenizer):
+    """Square images whose grid of latents is the finest scale of `quantizer`.
+
+    Raises UserError where image size, stride and scales disagree.
+    """
+
+    def __init__(
+        self,
+        quantizer: MultiScaleQuantizer,
+        image_size: int = 256,
+        channels: int = 160,
+        multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        stride = 2 ** (len(multipliers) - 1)
+        if quantizer.sides[-1] * stride != image_size:
+            raise UserError(
+                f"image_size {image_size} at stride {stride} has no grid of {quantizer.sides[-1]}, the finest scale"
+            )
+        self.image_size, self.latent_dim = (image_size, image_size), quantizer.dim
+        first = quantizer.segments[0].length
+        self.layout = Layout(quantizer.segments, min_prefix=first)
+        sizes = Sizes(channels, tuple(multipliers), num_res_blocks, quantizer.dim, dropout)
+        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
+        self.quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 3, padding=1)
+        self.quantizer = quantizer
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 3, padding=1)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.conv_out.weight
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Vectors before quantization [B, h w, C]."""
+        self.check_images(images)
+        return rearrange(self.quant_conv(self.encoder(images)), "b c h w -> b (h w) c")
+
+    def render(self, vectors: Tensor) -> Tensor:
+        """Images of summed maps [B, h w, C]."""
+        maps = rearrange(
+            vectors.to(self.post_quant_conv.weight.dtype), "b (h w) c -> b c h w", h=self.quantizer.sides[-1]
+        )
+        return at_least_float32(self.decoder(self.post_quant_conv(maps.contiguous())))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantizer.encode(self.latents(images))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images of all scales, or of the first ones; a scale that is not complete is not looked at."""
+        self.layout.check(tokens)
+        return self.render(self.quantizer.decode(tokens))
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        quantized = self.quantizer(self.latents(images))
+        return TokenizerOutput(self.render(quantized.quantized), quantized.tokens, quantized.losses)
+
+    @torch.no_grad()
+    def next_inputs(self, tokens: Tensor, count: int) -> Tensor:
+        """Inputs [B, n, C] of scales 1 .. count - 1 from the tokens [B, N] of the coarser ones, as VAR reads them."""
+        return self.quantizer.next_inputs(tokens, count)
+
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def var_vqvae(image_size: int = 256) -> VARVQVAE:
+    """108,948,355 parameters; 680 tokens of 4,096 codes at 256 pixels, 2,240 at 512. Raises UserError for others."""
+    if image_size not in (256, 512):
+        raise UserError(f"VAR's tokenizer is published for 256 and 512 pixels, not {image_size}")
+    return VARVQVAE(MultiScaleQuantizer(4096, 32, SCALES_256 if image_size == 256 else SCALES_512), image_size)

@@ -1,0 +1,110 @@
+"""ViT-VQ: patch transformers around a vector quantizer (ViT-VQGAN, arXiv 2110.04627), the CPU-friendly tokenizer.
+
+Different from the paper: residual outputs start at zero, positions are learned, the decoder ends in a linear map to
+pixels and a 3x3 convolution that starts as the identity and mends patch borders. With a Gaussian bottleneck in place of
+the vector quantizer it is a KL autoencoder.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tessellar.layers.precision import at_least_float32
+from tessellar.layers.tags import tag
+from tessellar.layers.vit import ViTBlock
+from tessellar.protocol.layout import grid_layout
+from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+
+
+class PatchTransformer(nn.Module):
+    """Learned positions, then blocks, then a norm: [B, N, D] to [B, N, D]."""
+
+    def __init__(self, length: int, width: int, depth: int, num_heads: int, attention: str) -> None:
+        super().__init__()
+        self.positions = tag(nn.Parameter(torch.empty(1, length, width)), "no_decay")
+        self.blocks = nn.ModuleList(ViTBlock(width, num_heads, attention=attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class ViTVQ(Tokenizer):
+    """Square images of `image_size` as a grid of image_size / patch_size codes a side.
+
+    Raises ValueError where the patch does not divide the image.
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        image_size: int = 32,
+        patch_size: int = 4,
+        width: int = 128,
+        encoder_depth: int = 3,
+        decoder_depth: int = 3,
+        num_heads: int = 4,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
+        self.image_size, self.patch_size, self.side = (image_size, image_size), patch_size, image_size // patch_size
+        self.layout = grid_layout(self.side, self.side, quantizer.kind)
+        length, pixels = self.side**2, 3 * patch_size**2
+        self.patch_in = nn.Linear(pixels, width)
+        self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention)
+        self.to_code = nn.Linear(width, quantizer.in_dim)
+        self.quantizer = quantizer
+        self.from_code = nn.Linear(quantizer.dim, width)
+        self.decoder = PatchTransformer(length, width, decoder_depth, num_heads, attention)
+        self.patch_out = nn.Linear(width, pixels)
+        self.smooth = nn.Conv2d(3, 3, 3, padding=1)
+        nn.init.dirac_(self.smooth.weight)
+        nn.init.zeros_(self.smooth.bias)  # type: ignore[arg-type]
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.patch_out.weight
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Vectors before quantization [B, N, C]."""
+        self.check_images(images)
+        p = self.patch_size
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        return self.to_code(self.encoder(self.patch_in(patches)))
+
+    def render(self, vectors: Tensor) -> Tensor:
+        """Images of code vectors [B, N, C]."""
+        vectors = vectors.to(self.from_code.weight.dtype)
+        pixels = self.patch_out(self.decoder(self.from_code(vectors)))
+        p = self.patch_size
+        images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
+        return self.smooth(images)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.quantizer.encode(self.latents(images))
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.quantizer.draw(self.latents(images), generator)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, N, C] of continuous tokens, which a cache keeps."""
+        if not isinstance(self.quantizer, GaussianBottleneck):
+            raise TypeError(f"{type(self.quantizer).__name__} has no posterior")
+        return self.quantizer.law(self.latents(images))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        self.layout.check(tokens)
+        return at_least_float32(self.render(self.quantizer.decode(tokens)))
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        quantized = self.quantizer(self.latents(images))
+        reconstruction = at_least_float32(self.render(quantized.quantized))
+        return TokenizerOutput(reconstruction, quantized.tokens, quantized.losses)
