@@ -24,10 +24,11 @@ soak: $(STAMP)  ## kill a run 20 times at random steps, compare its end with an 
 	rm -rf outputs/soak
 	OMP_NUM_THREADS=1 $(PY) benchmarks/soak.py --kills 20 --folder outputs/soak
 
-lint: $(STAMP)  ## ruff and pyright over the real folders
+lint: $(STAMP)  ## ruff, pyright and the order of imports
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+	$(PY) tools/import_order.py
 
 format: $(STAMP)  ## rewrite files as `make lint` wants them
 	$(PY) -m ruff check --fix .

@@ -1,7 +1,9 @@
 """The model card of an export: front matter that hubs read, and a page made from the run's own record."""
 
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +13,26 @@ TAGS = {
     "generator": ("unconditional-image-generation", ("image-generation", "class-conditional", "autoregressive")),
     "text generator": ("text-to-image", ("image-generation", "autoregressive")),
 }
+
+
+def commit() -> str:
+    """Commit of the checkout that this file belongs to, 12 digits, `-dirty` where files changed; else `unknown`.
+
+    An installed package that lies inside of another project's checkout is not mistaken for it.
+    """
+    here = Path(__file__).resolve()
+    if not _git(here.parent, "ls-files", "--error-unmatch", here.name):
+        return "unknown"
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints; empty where it fails or is not there."""
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 @dataclass(frozen=True)

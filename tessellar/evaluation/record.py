@@ -7,11 +7,11 @@ the seeds, which are what one wants to compare.
 
 import json
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tessellar.checkpoints.card import commit
 from tessellar.data.dataset import digest
 from tessellar.errors import UserError
 
@@ -38,23 +38,6 @@ def make_record(
         "seconds": round(seconds, 3),
         "code": {"commit": commit(), "versions": versions()},
     }
-
-
-def commit() -> str | None:
-    """Commit of the checkout that this file belongs to, "+changes" if it was edited; None outside a checkout."""
-    here = Path(__file__).resolve()
-    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
-    head = _git(here.parent, "rev-parse", "HEAD") if tracked else None
-    edited = head and _git(here.parent, "status", "--porcelain", "--untracked-files=no", ":/")
-    return f"{head}+changes" if edited else head
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import secrets
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from tessellar.checkpoints.card import commit
 from tessellar.checkpoints.data_facts import facts_in, other_class, other_content
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
@@ -36,7 +36,12 @@ from tessellar.training.metrics_file import MetricsFile
 log = logging.getLogger(__name__)
 
 
-CHECKPOINTS, WANDB_ID, LOCK = "checkpoints", "wandb_id", "lock"
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+BEST = "best.ckpt"
+WANDB_ID = "wandb_id"
+LOCK = "lock"
 
 
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
@@ -184,21 +189,3 @@ def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = Tru
         log.warning(
             "%s: the %s is not what it was trained on (%s): other files or rows", checkpoint, changed, then.name
         )
-
-
-def commit() -> str:
-    """The checkout's commit, marked `-dirty` where files changed; `unknown` outside git."""
-    try:
-        root = Path(__file__).resolve().parents[2]
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return described.stdout.strip() or "unknown"
-
-
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"

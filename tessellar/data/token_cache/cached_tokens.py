@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -127,8 +126,9 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             raise UserError(f"{self.folder / TOKENS} is damaged: a row lacks its checksum; make the cache anew")
         if self.header.storage.kind == "posterior":
             count = tokens[0].numel() // 2
-            u = uniforms(derive(seed, POSTERIOR), indices, count)
-            tokens = sample_posterior(tokens, ndtri(u + 2.0**-54))  # 0 would become minus infinity
+            u = torch.from_numpy(uniforms(derive(seed, POSTERIOR), indices, count))
+            noise = torch.special.ndtri(u + 2.0**-54)  # 0 would become minus infinity
+            tokens = sample_posterior(tokens, noise)
         batch: TokenBatch = {"tokens": tokens, "label": self.labels[index], "index": index}
         if self.has_captions:
             batch["caption"] = self._captions_of(index.numpy())

@@ -85,7 +85,7 @@ def unpack(array: np.ndarray, storage: Storage, layout: Layout) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).float()
 
 
-def sample_posterior(halves: Tensor, noise: np.ndarray) -> Tensor:
+def sample_posterior(halves: Tensor, noise: Tensor) -> Tensor:
     """mean + std * noise of [B, N, 2C], with standard normal `noise` [B, N * C]."""
     mean, std = halves.chunk(2, dim=-1)
-    return mean + std * rearrange(torch.from_numpy(noise).float(), "b (n c) -> b n c", c=mean.shape[-1])
+    return mean + std * rearrange(noise.float(), "b (n c) -> b n c", c=mean.shape[-1])
