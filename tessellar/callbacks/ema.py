@@ -2,8 +2,8 @@
 
 Lightning's averages the whole module, frozen tokenizer and discriminator included, and loses the raw weights at the
 end of `fit`. This one averages what `pl_module.ema_target` names, in float32, with the warm-up
-min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation, swaps it in for validation, test and prediction, and
-saves it under its own key.
+min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation (or without, as some papers do), swaps it in for
+validation, test and prediction, and saves it under its own key.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,17 @@ from tessellar.training.sharding import like, whole
 
 
 class EMA(L.Callback):
-    """Average after every update. Weights that are not finite are never averaged in."""
+    """Average after every update. Weights that are not finite are never averaged in.
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    Without `warmup` the decay is the same from the first update on: a run that is short against 1 / (1 - decay) updates
+    then keeps much of its first weights.
+    """
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay is {decay}; it must be in [0, 1)")
         self.decay = decay
+        self.warmup = warmup
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
@@ -60,7 +65,9 @@ class EMA(L.Callback):
         if not _finite([current[n] for n in floating]):
             return
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
         for sharded in (False, True):
             names = [n for n in floating if isinstance(current[n], DTensor) is sharded]
             if names:

@@ -6,11 +6,20 @@ from typing import Literal
 
 from PIL import Image, ImageOps
 
-from tessellar.data.crops import CROPS_PER_RATIO, center_crop, random_crop, ten_crop
+from tessellar.data.crops import (
+    CROPS_PER_RATIO,
+    Resize,
+    center_crop,
+    center_square,
+    random_crop,
+    random_square,
+    ten_crop,
+)
 from tessellar.errors import UserError
 
-Crop = Literal["adm", "random", "ten", "none"]
-CROPS = ("adm", "random", "ten", "none")
+Crop = Literal["adm", "random", "ten", "center", "none"]
+CROPS = ("adm", "random", "ten", "center", "none")
+RESIZED_CROPS = ("random", "center")  # those that a fixed resize may precede
 DRAWS = 4  # random numbers a visit
 
 
@@ -19,13 +28,17 @@ class Framing:
     """To `size` x `size` pixels.
 
     `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at each visit, mirror
-    images included) or "none" (images have the right size). `flip` mirrors with probability 0.5.
+    images included), "center" or "none" (images have the right size). `flip` mirrors with probability 0.5.
+
+    `resize` is torchvision's resize to a fixed shorter side, before crops "random" (any position: TiTok, VAR) or
+    "center"; without it "random" is LlamaGen's, whose scale is random too.
     """
 
     size: int
     crop: Crop = "adm"
     flip: bool = False
     ten_ratios: tuple[float, ...] = (1.1,)
+    resize: Resize | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS or self.size < 1:
@@ -34,6 +47,10 @@ class Framing:
             raise ValueError(
                 f"ten-crop needs ratios of at least 1, not {self.ten_ratios}, and holds mirror images: flip off"
             )
+        if self.resize is not None and self.crop not in RESIZED_CROPS:
+            raise UserError(f"resize goes with crop 'random' or 'center'; crop {self.crop!r} resizes by its own rule")
+        if self.resize is None and self.crop == "center":
+            raise UserError("crop 'center' needs a resize, such as {ratio: 1.0, filter: bicubic}; 'adm' needs none")
 
     def still(self) -> "Framing":
         """The one view that serves for validation and as a reference."""
@@ -54,6 +71,8 @@ class Framing:
             return ten_crop(image, self.size, k % CROPS_PER_RATIO, self.ten_ratios[k // CROPS_PER_RATIO])
         if self.crop == "adm":
             image = center_crop(image, self.size)
+        elif self.resize is not None:
+            image = center_square(self.resize(image, self.size), self.size)
         elif image.size != (self.size, self.size):
             raise UserError(f"{where} is {image.width}x{image.height}; crop 'none' needs {self.size}x{self.size}")
         return ImageOps.mirror(image) if k else image
@@ -62,9 +81,15 @@ class Framing:
         """The view that DRAWS numbers in [0, 1) choose."""
         if self.crop != "random":
             return self.view(image, int(draws[0] * self.num_views), where)
-        image = random_crop(image, self.size, (draws[1], draws[2], draws[3]))
+        if self.resize is None:
+            image = random_crop(image, self.size, (draws[1], draws[2], draws[3]))
+        else:
+            image = random_square(self.resize(image, self.size), self.size, draws[2], draws[3])
         return ImageOps.mirror(image) if self.flip and draws[0] >= 0.5 else image
 
     def describe(self) -> list[object]:
         """What distinguishes the views, for fingerprints."""
-        return [self.crop, self.flip, list(self.ten_ratios) if self.crop == "ten" else None]
+        facts: list[object] = [self.crop, self.flip, list(self.ten_ratios) if self.crop == "ten" else None]
+        if self.resize is not None:
+            facts.append([self.resize.ratio, self.resize.filter])
+        return facts

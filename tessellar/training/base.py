@@ -29,7 +29,7 @@ from tessellar.errors import UserError
 from tessellar.layers.tags import tag, tags
 from tessellar.randomness import derive
 from tessellar.training import random_state
-from tessellar.training.optim import set_factor
+from tessellar.training.optim import set_factor, set_weight_decay
 from tessellar.training.optimizer_names import arrange, former_names, names_by_place
 from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import (
@@ -166,11 +166,17 @@ class TrainingModule(L.LightningModule, ABC):
         if bool(torch.isfinite(norm)):
             self._skipped_in_a_row[player.name] = 0
             set_factor(player.optimizers, factor)
+            if player.schedule.final_weight_decay is not None:
+                self._schedule_weight_decay(player)
             self._step(player)
         else:
             self._skip(player.name)
         for optimizer in player.optimizers:
             optimizer.zero_grad()
+
+    def _schedule_weight_decay(self, player: Player) -> None:
+        step, total = self.updates, self.total_updates
+        set_weight_decay(player.optimizers, lambda initial: player.schedule.weight_decay(initial, step, total))
 
     def _step(self, player: Player) -> None:
         for number, optimizer in enumerate(player.optimizers):

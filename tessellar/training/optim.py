@@ -6,6 +6,7 @@ max(1, rows / columns)^0.5) and AdamW takes the rest. No published recipe in thi
 gain from it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,3 +75,13 @@ def set_factor(optimizers: list[Optimizer], factor: float) -> None:
     """Set every group's learning rate to its peak times `factor`."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak_lr"] * factor
+
+
+def set_weight_decay(optimizers: list[Optimizer], value: Callable[[float], float]) -> None:
+    """Set every group's weight decay to `value` of what the group began with.
+
+    That beginning is kept in the group, and so in checkpoints.
+    """
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        initial = group.setdefault("initial_weight_decay", group["weight_decay"])
+        group["weight_decay"] = value(initial)

@@ -113,6 +113,8 @@ def _options(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
     each: list[dict[str, Any]] = []
     for group in groups:
         options = {option: group[option] for option in OPTIONS if option in group}
+        if "initial_weight_decay" in group:  # a schedule has changed the value since
+            options["weight_decay"] = group["initial_weight_decay"]
         each += [options] * len(group["params"])
     return dict(zip(names, each, strict=True))
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from a step to a factor of the peak rate."""
+"""Schedules of the learning rate and of weight decay: pure functions of a step and the length of the run."""
 
 import math
 from dataclasses import dataclass
@@ -9,22 +9,46 @@ from typing import Literal
 class Schedule:
     """Linear warm-up over `warmup` steps, then constant, and from `decay_start` (a share of the run) on a decay.
 
-    `final` is the factor at the end: constant keeps 1, linear and cosine fall to it.
+    `final` is the factor at the end: constant keeps 1, the others fall to it: linear, cosine, or sqrt, which is
+    1 - sqrt(progress) (warm-up, stable, decay: arXiv 2405.18392). The warm-up begins at 1 / `warmup`, so that no update
+    is lost, unless `warmup_from` says at which factor the first update is. `final_weight_decay` is what the optimizer's
+    weight decay changes to along half a cosine over the whole run (VAR); null keeps it.
     """
 
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
     warmup: int = 0
     decay_start: float = 0.0
     final: float = 0.0
+    warmup_from: float | None = None
+    final_weight_decay: float | None = None
 
     def factor(self, step: int, total: int) -> float:
         """Factor of the peak learning rate at update `step` (0-based) of `total`."""
-        return min(1.0, (step + 1) / self.warmup if self.warmup else 1.0) * self._decay(step, total)
+        return self._warmup(step) * self._decay(step, total)
+
+    def weight_decay(self, initial: float, step: int, total: int) -> float:
+        """Weight decay at update `step` (0-based) of `total`, of a group that begins with `initial`; 0 stays 0."""
+        if self.final_weight_decay is None or initial == 0:
+            return initial
+        progress = min(1.0, step / max(1, total - 1))
+        left = (1 + math.cos(math.pi * progress)) / 2
+        return self.final_weight_decay + (initial - self.final_weight_decay) * left
+
+    def _warmup(self, step: int) -> float:
+        if step >= self.warmup:
+            return 1.0
+        if self.warmup_from is None:
+            return (step + 1) / self.warmup
+        return self.warmup_from + (1 - self.warmup_from) * step / self.warmup
 
     def _decay(self, step: int, total: int) -> float:
         start = max(self.decay_start * total, self.warmup if self.decay_start == 0 else 0)
         if self.decay == "constant" or step <= start:
             return 1.0
         progress = min(1.0, (step - start) / max(1.0, total - start))
-        shape = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.final + (1 - self.final) * shape
+        shapes = {
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "sqrt": 1 - math.sqrt(progress),
+        }
+        return self.final + (1 - self.final) * shapes[self.decay]

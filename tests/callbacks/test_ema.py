@@ -37,6 +37,14 @@ def test_average_with_warm_up() -> None:
     assert ema.average["weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_average_without_warm_up() -> None:
+    ema, pl_module = EMA(0.9, warmup=False), module(1.0)
+    ema.on_fit_start(None, pl_module)  # type: ignore[arg-type]
+    for _ in range(3):
+        update(ema, pl_module, 2.0)
+    assert ema.average["weight"].item() == pytest.approx(2 - 0.9**3, rel=1e-6)
+
+
 def test_batches_between_updates_do_not_count() -> None:
     ema, pl_module = started(0.5)
     update(ema, pl_module, 1.0)

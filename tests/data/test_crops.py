@@ -4,9 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from tessellar.data.crops import center_crop, random_crop, resize_shorter, ten_crop
+from tessellar.data.crops import Filter, Resize, center_crop, center_square, random_crop, resize_shorter, ten_crop
+from tessellar.data.framing import Framing
+from tessellar.errors import UserError
 
 sides, sizes = st.integers(1, 150), st.integers(1, 40)
 draws = st.floats(0, 1, exclude_max=True)
@@ -89,3 +92,50 @@ def test_ten_crops_are_torchvisions():
 def test_an_eleventh_crop_is_refused():
     with pytest.raises(ValueError, match="view is 10"):
         ten_crop(noise(40, 40), 32, 10)
+
+
+@pytest.mark.parametrize(("ratio", "name"), [(1.0, "bicubic"), (1.125, "lanczos"), (1.0, "bilinear")])
+@given(st.integers(8, 150), st.integers(8, 150), st.integers(1, 40))
+def test_a_fixed_resize_is_torchvisions(ratio: float, name: Filter, width: int, height: int, size: int):
+    image = noise(width, height)
+    expected = F.resize(image, round(ratio * size), InterpolationMode[name.upper()])  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(Resize(ratio, name)(image, size)), np.asarray(expected))
+
+
+@given(sides, sides, sizes)
+def test_the_centre_of_a_resized_image_is_torchvisions(width: int, height: int, size: int):
+    image = Resize()(gradient(width, height), size)
+    assert np.array_equal(np.asarray(center_square(image, size)), np.asarray(F.center_crop(image, [size, size])))
+
+
+def test_a_crop_of_a_resized_image_has_one_scale_and_every_place():
+    """VAR's: the shorter side is 1.125 times the size at every visit, the position uniform."""
+    image = gradient(90, 72)
+    framing = Framing(64, "random", resize=Resize(1.125, "lanczos"))  # a shorter side of 72: the image itself
+    corners = [(0.0, 0.0), (0.999, 0.0), (0.0, 0.999), (0.5, 0.5)]
+    for scale in (0.0, 0.5, 0.999):
+        seen = [np.asarray(framing.draw(image, (0.9, scale, x, y), "here"))[0, 0, :2].tolist() for x, y in corners]
+        assert seen == [[0, 0], [26, 0], [0, 8], [13, 4]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": "ten", "resize": Resize()}, "resize goes with crop 'random' or 'center'"),
+        ({"crop": "adm", "resize": Resize()}, "resize goes with crop 'random' or 'center'"),
+        ({"crop": "center"}, "crop 'center' needs a resize"),
+    ],
+)
+def test_a_resize_goes_with_the_crops_that_have_no_rule_of_their_own(options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        Framing(16, **options)
+
+
+def test_a_resize_that_no_crop_fits_in_is_refused():
+    with pytest.raises(UserError, match="ratio is at least 1"):
+        Resize(0.9)
+
+
+def test_fingerprints_tell_resizes_apart_and_keep_those_from_before():
+    assert Framing(16, "random", True).describe() == ["random", True, None]
+    assert Framing(16, "random", True, resize=Resize()).describe() == ["random", True, None, [1.0, "bicubic"]]

@@ -1,12 +1,28 @@
 """Optimizer groups follow tags; schedules pass through their landmarks."""
 
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from tessellar.layers.tags import tag, untag
+from tessellar.training.base import TrainingModule
 from tessellar.training.optim import OptimizerSettings, set_factor
 from tessellar.training.schedules import Schedule
+
+
+class StopAfter(L.Callback):
+    """Ends a run of more updates after `count` of them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        trainer.should_stop = module.updates >= self.count  # type: ignore[operator]
 
 
 class Small(nn.Module):
@@ -66,10 +82,44 @@ def test_factor_scales_every_peak() -> None:
         (Schedule("linear", decay_start=0.4), {0: 1, 40: 1, 70: 0.5, 100: 0}),
         (Schedule("linear", warmup=20), {9: 0.5, 20: 1, 60: 0.5, 100: 0}),
         (Schedule("cosine", final=0.1), {0: 1, 50: 0.55, 100: 0.1, 200: 0.1}),
+        (Schedule("sqrt", decay_start=0.8), {0: 1, 80: 1, 85: 0.5, 90: 1 - 0.5**0.5, 100: 0}),
+        (Schedule(warmup=10, warmup_from=0.0), {0: 0, 5: 0.5, 9: 0.9, 10: 1, 50: 1}),
+        (Schedule("linear", warmup=10, decay_start=0.5, warmup_from=0.2), {0: 0.2, 5: 0.6, 10: 1, 75: 0.5}),
     ],
 )
 def test_schedules(schedule: Schedule, expected: dict[int, float]) -> None:
     assert {step: schedule.factor(step, 100) for step in expected} == pytest.approx(expected)
+
+
+def test_weight_decay_may_change_along_half_a_cosine() -> None:
+    schedule = Schedule(final_weight_decay=0.08)
+    values = {step: schedule.weight_decay(0.05, step, 101) for step in (0, 25, 50, 100, 200)}
+    assert values == pytest.approx({0: 0.05, 25: 0.065 - 0.015 * 0.5**0.5, 50: 0.065, 100: 0.08, 200: 0.08})
+    assert schedule.weight_decay(0.0, 50, 101) == 0 and Schedule().weight_decay(0.05, 50, 101) == 0.05
+
+
+def test_a_run_follows_its_weight_decay_and_so_does_its_resume(fit, make, tmp_path: Path, caplog) -> None:
+    options = {
+        "optimizer": OptimizerSettings(lr=1e-3, weight_decay=0.1),
+        "schedule": Schedule(final_weight_decay=0.3),
+    }
+
+    def decays(module: TrainingModule) -> list[float]:
+        return [group["weight_decay"] for group in module.players[0].optimizers[0].param_groups]
+
+    whole, first = make.generator_module(**options), make.generator_module(**options)
+    fit(whole, 5)
+    assert decays(whole) == pytest.approx([0.3, 0.0])
+    trainer, _ = fit(first, 5, callbacks=[StopAfter(3)])
+    assert decays(first) == pytest.approx([0.2, 0.0])
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second = make.generator_module(**options)
+    with caplog.at_level(logging.WARNING):
+        fit(second, 5, ckpt_path=tmp_path / "half.ckpt")
+    assert decays(second) == pytest.approx([0.3, 0.0])
+    assert "weight_decay is now" not in caplog.text
+    for (name, a), b in zip(whole.model.generator.named_parameters(), second.model.generator.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_muon_learns() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tessellar.data.captions import read_captions
 from tessellar.data.classes import order_classes
+from tessellar.data.crops import Resize
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Crop, Framing
@@ -160,8 +161,8 @@ class HFData(ImageDataModule):
     """A Hugging Face data set: `path` is its name on the hub, or a folder; needs the package `datasets`.
 
     `image`, `label` and `caption` name columns; without `label` there is one class. Without `val_split`, the share
-    `val_share` of the rows is held out, and never trained on. `crop`, `flip` and `ten_ratios` apply to training (see
-    Framing).
+    `val_share` of the rows is held out, and never trained on. `crop`, `flip`, `ten_ratios` and `resize` apply
+    to training (see Framing).
     """
 
     def __init__(
@@ -184,13 +185,14 @@ class HFData(ImageDataModule):
         seed: int = 0,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.path, self.config, self.revision = path, config, revision
         self.split, self.val_split, self.val_share = split, val_split, val_share
         self.image_size = (size, size)
         self.image, self.label, self.caption = image, label, caption
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios))
+        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
         self.name = name or Path(path).name
         self.max_corrupt = max_corrupt
 

@@ -12,12 +12,13 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from tessellar.data.classes import order_classes
+from tessellar.data.crops import Resize
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Crop, Framing
@@ -95,8 +96,9 @@ class ImageFolder(PictureDataset):
         seed: int = 0,
         listing: Listing | None = None,
         max_corrupt: float = MAX_CORRUPT,
+        resize: Resize | None = None,
     ) -> None:
-        framing = Framing(size, crop, flip, tuple(ten_ratios))
+        framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
         listing = list_folder(root) if listing is None else listing
         self.root = Path(root)
         self.files = listing.files
@@ -118,8 +120,8 @@ class ImageFolderData(ImageDataModule):
     """Your own images: one sub-folder a class, or one flat folder.
 
     Without `val_root`, the share `val_share` of the files is held out for validation: they are never trained on, which
-    no published recipe does. `crop`, `flip` and `ten_ratios`
-    apply to training (see ImageFolder); validation and reference statistics take the ADM centre crop. `name` is the
+    no published recipe does. `crop`, `flip`, `ten_ratios` and `resize`
+    apply to training (see Framing); validation and reference statistics take the ADM centre crop. `name` is the
     folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
     """
 
@@ -137,6 +139,7 @@ class ImageFolderData(ImageDataModule):
         seed: int = 0,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.root = root
@@ -147,6 +150,7 @@ class ImageFolderData(ImageDataModule):
         self.crop: Crop = crop
         self.flip = flip
         self.ten_ratios = ten_ratios
+        self.resize = resize
         self.name = name or Path(root).resolve().name
 
     @property
@@ -168,16 +172,17 @@ class ImageFolderData(ImageDataModule):
         return self._listings[0].class_names
 
     def train_dataset(self, augment: bool = True) -> ImageFolder:
-        crop, flip = (self.crop, self.flip) if augment else (self._still, False)
-        return self._folder(self.root, self._listings[0], crop, flip)
+        listing = self._listings[0]
+        if not augment:
+            return self._still_folder(self.root, listing)
+        framing = (self.image_size[0], self.crop, self.flip, self.ten_ratios, self.seed)
+        return ImageFolder(self.root, *framing, listing, self.max_corrupt, self.resize)
 
     def val_dataset(self) -> ImageFolder:
-        return self._folder(self.val_root or self.root, self._listings[1], self._still, False)
+        return self._still_folder(self.val_root or self.root, self._listings[1])
 
-    def _folder(self, root: str, listing: Listing, crop: Crop, flip: bool) -> ImageFolder:
-        ratios, size = self.ten_ratios, self.image_size[0]
-        return ImageFolder(root, size, crop, flip, ratios, self.seed, listing, self.max_corrupt)
-
-    @property
-    def _still(self) -> Literal["adm", "none"]:
-        return "none" if self.crop == "none" else "adm"
+    def _still_folder(self, root: str, listing: Listing) -> ImageFolder:
+        """One view an image: the ADM centre crop, or the image itself where it has the right size."""
+        size = self.image_size[0]
+        crop: Crop = "none" if self.crop == "none" else "adm"
+        return ImageFolder(root, size, crop, seed=self.seed, listing=listing, max_corrupt=self.max_corrupt)

@@ -18,6 +18,7 @@ from webdataset.tariterators import tar_file_expander, url_opener
 
 from tessellar.data.batch import Sample, collate
 from tessellar.data.captions import class_text, pick, tell_missing
+from tessellar.data.crops import Resize
 from tessellar.data.damage import SAMPLE, too_many, warn_of_first
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import ImageDataset, digest
@@ -219,6 +220,7 @@ class WebDatasetStreamData(ImageDataModule):
         seed: int = 0,
         name: str = "webdataset",
         max_corrupt: float = MAX_CORRUPT,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         if num_classes < 1 or epoch_length < 1 or buffer < 0:
@@ -228,7 +230,7 @@ class WebDatasetStreamData(ImageDataModule):
         self.epoch_length, self.buffer = epoch_length, buffer
         self.class_names = tuple(map(str, range(num_classes)))
         self.keys = Keys(label=label, caption=caption)
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios))
+        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
         self.name = name
         self.max_corrupt = max_corrupt
 

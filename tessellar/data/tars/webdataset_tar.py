@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tessellar.data.crops import Resize
 from tessellar.data.damage import too_many
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
@@ -191,9 +192,9 @@ class WebDatasetData(ImageDataModule):
 
     Without `val_shards`, the share `val_share` of the samples is held out for validation, never trained on. `label`,
     `class_name` and `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. Of a list
-    of captions, training draws one at each visit. `crop`, `flip` and `ten_ratios` apply to training (see Framing).
-    `name` is that of the folder unless given. `shuffle_captions` gives training images each other's captions, in an
-    order that `seed` fixes: the control that shows what text does.
+    of captions, training draws one at each visit. `crop`, `flip`, `ten_ratios` and `resize` apply to training
+    (see Framing). `name` is that of the folder unless given. `shuffle_captions` gives training images each other's
+    captions, in an order that `seed` fixes: the control that shows what text does.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class WebDatasetData(ImageDataModule):
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
         shuffle_captions: bool = False,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.shuffle_captions = shuffle_captions
@@ -223,7 +225,7 @@ class WebDatasetData(ImageDataModule):
         self.image_size = (size, size)
         self.given_classes = num_classes
         self.keys = Keys(label, class_name, caption)
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios))
+        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
         self.max_corrupt = max_corrupt
         self.name = name or Path(shards if isinstance(shards, str) else shards[0]).absolute().parent.name
 
