@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tessellar.models.hita.model import HitaAR, Lookup
 from tessellar.models.hita.official import from_official
-from tessellar.models.llamagen.parity import greedy, guidance_of
+from tessellar.models.llamagen.parity import guidance_of
 from tessellar.parity.recording import Recording
+from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits

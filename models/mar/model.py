@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.tags import tag
 from tessellar.models.mar.head import DiffusionMLP
-from tessellar.models.parts.masked import MaskedGenerator
 from tessellar.processes.diffusion import TRAINING_STEPS, full_process
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioner import ClassConditioner, Conditioner
@@ -25,6 +24,7 @@ from tessellar.protocol.distribution import Implicit
 from tessellar.protocol.entities import Entities, cells, take
 from tessellar.protocol.generator import State
 from tessellar.protocol.layout import Continuous, Layout
+from tessellar.protocol.masked import MaskedGenerator
 from tessellar.protocol.noise import Noise
 
 

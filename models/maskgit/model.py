@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.tags import tag
-from tessellar.models.parts.masked import MaskedGenerator
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioner import ClassConditioner, Conditioner
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, take, token_order
 from tessellar.protocol.generator import State, require_categorical
 from tessellar.protocol.layout import Layout
+from tessellar.protocol.masked import MaskedGenerator
 from tessellar.protocol.noise import Noise
 
 

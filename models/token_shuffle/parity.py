@@ -5,10 +5,10 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.models.llamagen.parity import greedy as decode_greedily
 from tessellar.models.token_shuffle.model import TokenShuffle, cross_entropy
 from tessellar.models.token_shuffle.official import from_config
 from tessellar.parity.recording import Recording
+from tessellar.parity.stand_ins import greedy as decode_greedily
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import take
 from tessellar.protocol.guidance import Guidance, GuidanceSettings

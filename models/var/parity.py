@@ -7,10 +7,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.models.llamagen.parity import greedy
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
 from tessellar.parity.recording import Recording
+from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits

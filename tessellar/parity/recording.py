@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Entry:
     meaning: str
     atol: float
     rtol: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TrackedTensors(Mapping[str, Tensor]):
@@ -96,6 +98,7 @@ class Recording:
     tensors: dict[str, Tensor]
     weights: WeightFiles
     cases: set[str] = field(default_factory=set)
+    case_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> TrackedTensors:
@@ -111,9 +114,14 @@ class Recording:
         """What each tensor is, in words; some settings stand only there."""
         return {name: entry.meaning for name, entry in self.entries.items()}
 
-    def settings(self, name: str) -> dict[str, float]:
-        """Numbers that the meaning of a tensor states, as `cfg_scale=2.0` or `temperature 0.9`."""
-        return numbers(self.entries[name].meaning)
+    def outputs(self, pattern: str) -> list[str]:
+        """Names of the selected cases' outputs that match a pattern, such as `c2i/greedy_*/tokens`."""
+        return [name for name in self.names("output", self.cases) if fnmatchcase(name, pattern)]
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """What the replay of a tensor needs beyond `config`: its case's settings, overridden by its own."""
+        entry = self.entries[name]
+        return {**self.case_settings.get(entry.case, {}), **entry.settings}
 
 
 def numbers(text: str) -> dict[str, float]:
@@ -138,6 +146,7 @@ def read_recording(folder: str | Path) -> Recording:
         tensors=tensors,
         weights=WeightFiles(folder, meta.get("files", {}), meta.get("storage", {})),
         cases={entry.case for entry in entries.values()},
+        case_settings={case: facts.get("settings", {}) for case, facts in meta.get("cases", {}).items()},
     )
 
 
@@ -164,6 +173,7 @@ def _entry(name: str, facts: Mapping[str, Any]) -> Entry:
             meaning=facts.get("meaning", ""),
             atol=float(facts.get("atol", 0.0)),
             rtol=float(facts.get("rtol", 0.0)),
+            settings=dict(facts.get("settings", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"meta.json: tensor {name!r} is not described as it should be ({error!r})") from error

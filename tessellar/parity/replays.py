@@ -1,18 +1,11 @@
-"""Which recorded systems can be replayed, and by what.
-
-A replay computes the outputs of some cases of a recording with our modules: `(recording) -> {name: tensor}`, reading
-the official config, the weights through an importer, and every input. A new system adds its lines here and a module.
-"""
+"""Replays that are not yet registered by the functions themselves (`tessellar.parity.registration`)."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from tessellar.parity.recording import Recording
-
-ReplayFunction = Callable[[Recording], dict[str, Tensor]]
+from tessellar.parity.registration import Replay as Registered
+from tessellar.parity.registration import ReplayFunction, replays_of, systems
 
 
 @dataclass(frozen=True)
@@ -27,26 +20,33 @@ class Replay:
         return getattr(importlib.import_module(f"tessellar.{module}"), name)
 
 
+def all_replays_of(system: str, packages: Sequence[str] = ()) -> list[Registered]:
+    """Registered replays, and those that only stand here."""
+    return [
+        *replays_of(system, packages),
+        *(Registered(replay.load(), replay.cases) for replay in REPLAYS.get(system, ())),
+    ]
+
+
+def all_systems(packages: Sequence[str] = ()) -> list[str]:
+    """Systems of registered replays, and of those that only stand here."""
+    return sorted({*systems(packages), *REPLAYS})
+
+
 REPLAYS: dict[str, tuple[Replay, ...]] = {
     "llamagen": (
         Replay("tokenizers.llamagen.parity:vq", ("vq", "vq_no_l2", "vq_train", "disc", "loss_plain", "loss_adaptive")),
-        Replay("models.llamagen.parity:c2i", ("c2i",)),
-        Replay("models.llamagen.parity:c2i_gen", ("c2i_gen",)),
-        Replay("models.llamagen.parity:sample", ("sample",)),
-        Replay("models.llamagen.parity:t2i", ("t2i",)),
     ),
     "gsd": (
-        Replay("sampling.parity:plain", ("shared", "sjd")),
-        Replay("sampling.parity:grouped", ("shared", "gsd")),
-        Replay("sampling.parity:initial", ("init",)),
+        Replay("parity.decoding.gsd:plain", ("shared", "sjd")),
+        Replay("parity.decoding.gsd:grouped", ("shared", "gsd")),
+        Replay("parity.decoding.gsd:initial", ("init",)),
     ),
     "retok": (
         Replay("tokenizers.retok.parity:encode", ("tok_shared", "tok_encode")),
         Replay("tokenizers.retok.parity:decode", ("tok_shared", "tok_decode")),
         Replay("tokenizers.retok.parity:train", ("tok_shared", "tok_train")),
         Replay("tokenizers.retok.parity:rotation", ("tok_rot",)),
-        Replay("tokenizers.retok.parity:gpt", ("gen_shared", "gen_train")),
-        Replay("tokenizers.retok.parity:gpt_decoding", ("gen_shared", "gen_step", "gen_constant", "gen_nocfg")),
     ),
     "mar": (
         Replay("tokenizers.kl_vae.parity:replay", ("vae_main",)),
@@ -112,13 +112,7 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         ),
     ),
     "var": (Replay("models.var.parity:var", ("shared", "vae", "vq_train", "train", "greedy", "filter")),),
-    "restok": (
-        Replay(
-            "tokenizers.restok.parity:restok",
-            ("tok_shared", "tok_main", "tok_train", "tok_loss", "gen_shared", "gen_train", "gen_filter")
-            + tuple(f"gen_greedy_{run}" for run in ("nocfg", "const", "step", "linear")),
-        ),
-    ),
+    "restok": (Replay("tokenizers.restok.parity:restok", ("tok_shared", "tok_main", "tok_train", "tok_loss")),),
     "quantizers": (
         Replay("tokenizers.quantizers.parity:lfq", ("lfq_lucid", "lfq_lucid_multi", "lfq_lucid_image", "lfq_magvit")),
         Replay("tokenizers.quantizers.parity:lfq", ("lfq_magvit_factorized", "gq_wetok", "gfq_eval")),

@@ -4,7 +4,7 @@
 weight file and produce every output: what is left over is listed and counts as a failure.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.parity.recording import Entry, Recording, dtype_name, read_recording
-from tessellar.parity.replays import REPLAYS
+from tessellar.parity.registration import Replay
+from tessellar.parity.replays import all_replays_of, all_systems
 
 
 class UnknownSystem(UserError):
@@ -58,18 +59,20 @@ class Report:
         }
 
 
-def verify(folder: str | Path, cases: Iterable[str] | None = None) -> Report:
-    """Replay and compare a folder, or some of its cases.
+def verify(folder: str | Path, cases: Iterable[str] | None = None, packages: Sequence[str] = ()) -> Report:
+    """Replay and compare a folder, or some of its cases; `packages` are others' that hold replays.
 
     Raises UnknownSystem for a system without a replay, UserError for an unknown case or what is not a recording.
     """
     recording = read_recording(folder)
-    if recording.system not in REPLAYS:
-        raise UnknownSystem(f"{folder}: system {recording.system!r} is not known; there are {', '.join(REPLAYS)}")
+    known = all_replays_of(recording.system, packages)
+    if not known:
+        there = ", ".join(all_systems(packages))
+        raise UnknownSystem(f"{folder}: system {recording.system!r} is not known; there are {there}")
     selected = list(cases or ())
     _select(recording, selected)
     report = Report(str(folder), recording.system)
-    outputs = _replay(recording, report)
+    outputs = _replay(recording, known, report)
     report.comparisons = [
         compare(name, recording.entries[name], outputs.get(name), recording.tensors.get(name))
         for name in recording.names("output", recording.cases)
@@ -86,16 +89,16 @@ def _select(recording: Recording, cases: list[str]) -> None:
     recording.cases = set(cases) or recording.cases
 
 
-def _replay(recording: Recording, report: Report) -> dict[str, Tensor]:
+def _replay(recording: Recording, known: Sequence[Replay], report: Report) -> dict[str, Tensor]:
     """Outputs of all replays that have a selected case; a replay that fails is a leftover, and the others still run."""
     outputs: dict[str, Tensor] = {}
-    replays = [r for r in REPLAYS[recording.system] if recording.cases & set(r.cases)]
-    for replay in replays:
+    for replay in known:
+        if not replay.covers_any(recording.cases):
+            continue
         try:
-            outputs.update(replay.load()(recording))
-        except (
-            Exception
-        ) as error:  # any failure of a replay is a finding about the recording, to be reported with the rest
+            outputs.update(replay.function(recording))
+        # whatever goes wrong in a replay is a finding about the recording, to be reported with the rest
+        except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             report.leftovers.append(f"replay of {', '.join(replay.cases)} failed: {kind}{error}")
     return outputs

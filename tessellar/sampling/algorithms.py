@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tessellar.checkpoints.reading import read_source
 from tessellar.errors import UserError
-from tessellar.models.parts.masked import MaskedGenerator
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import Guidance, GuidanceSettings
+from tessellar.protocol.masked import MaskedGenerator
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio, distance_quantile
 from tessellar.sampling.confidence import decode_by_confidence

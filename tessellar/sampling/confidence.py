@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.models.parts.masked import MaskedGenerator
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.guidance import Guidance
+from tessellar.protocol.masked import MaskedGenerator
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.report import Recorder, forward, running
 

@@ -1,4 +1,4 @@
-"""Replay of ResTok's tokenizer and of HAR (recordings of system `restok`). Recorded images are in [0, 1]."""
+"""Replay of ResTok's tokenizer (cases `tok_*` of recordings of system `restok`). Recorded images are in [0, 1]."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tessellar.models.har import parity as har
 from tessellar.parity.recording import Recording, numbers
 from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.losses.adversarial import discriminator_adversarial
@@ -24,16 +23,11 @@ def restok(recording: Recording) -> dict[str, Tensor]:
     for case, replay in CASES.items():
         if case in recording.cases:
             outputs |= replay(recording)
-    if recording.cases & {name for name in recording.cases if name.startswith("gen_greedy")}:
-        outputs |= har.greedy_runs(recording)
-        if "gen_greedy_step" in recording.cases:
-            with torch.no_grad():
-                images = _tokenizer(recording).decode(outputs["har_greedy_step"])
-            outputs["har_greedy_step_image"] = (images + 1) / 2
     return outputs
 
 
-def _tokenizer(recording: Recording) -> ResTok:
+def recorded_tokenizer(recording: Recording) -> ResTok:
+    """Our tokenizer with the recorded weights."""
     config = recording.config
     model = config["vq_model"]
     return from_official(
@@ -52,13 +46,14 @@ def _tokenizer(recording: Recording) -> ResTok:
     )
 
 
-def _images(recording: Recording) -> Tensor:
+def recorded_images(recording: Recording) -> Tensor:
+    """The recorded images in [-1, 1]."""
     return 2 * recording.inputs["image"] - 1
 
 
 @torch.no_grad()
 def _main(recording: Recording) -> dict[str, Tensor]:
-    made, images = _tokenizer(recording), _images(recording)
+    made, images = recorded_tokenizer(recording), recorded_images(recording)
     encoder, features = made.encoder, made.features(images)
     kept: dict[int, Tensor] = {}
     for number, block in enumerate(encoder.blocks):
@@ -108,7 +103,7 @@ def keep_output(block: nn.Module, number: int, kept: dict[int, Tensor]) -> None:
 
 @torch.no_grad()
 def _train(recording: Recording) -> dict[str, Tensor]:
-    made, images, keep = _tokenizer(recording), _images(recording), recording.inputs["nested_keep"]
+    made, images, keep = recorded_tokenizer(recording), recorded_images(recording), recording.inputs["nested_keep"]
     codes = made.quantizer(made.latents(made.encoder(made.features(images)))).quantized
     assert made.decoder_to_vision is not None
     cells = made.decoder_to_vision(made.decoder.features(codes, keep))
@@ -132,7 +127,7 @@ class Given(nn.Module):
 
 @torch.no_grad()
 def _losses(recording: Recording) -> dict[str, Tensor]:
-    made, images, given = _tokenizer(recording), _images(recording), recording.inputs
+    made, images, given = recorded_tokenizer(recording), recorded_images(recording), recording.inputs
     config = recording.config["losses"]
     keep = given["nested_keep"] if "tok_train" in recording.cases else None
     encoded = made.encoder(made.features(images))
@@ -174,16 +169,8 @@ def _losses(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-def _scores(recording: Recording) -> dict[str, Tensor]:
-    with torch.no_grad():
-        tokens = _tokenizer(recording).encode(_images(recording))
-    return har.scores(recording, tokens)
-
-
 CASES: dict[str, Any] = {
     "tok_main": _main,
     "tok_train": _train,
     "tok_loss": _losses,
-    "gen_train": _scores,
-    "gen_filter": har.filters,
 }

@@ -1,0 +1,64 @@
+"""Replays of the generator of ReToK (cases `gen_*` of recordings of system `retok`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.models.retok import ReToKGPT
+from tessellar.models.retok.official import gpt_from_official
+from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import greedy, logits_of
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, LateStep
+from tessellar.protocol.layout import Categorical, sequence_layout
+
+OFF = 1.0001  # their scale where guidance is meant to be off
+
+
+def _generator(recording: Recording) -> ReToKGPT:
+    config = recording.config["gpt"]
+    layout = sequence_layout(config["block_size"], Categorical(config["vocab_size"]))
+    return gpt_from_official(recording.weights["generator"], layout, config["n_head"], config["multiple_of"])
+
+
+@replays("retok", "gen_shared", "gen_train")
+@torch.no_grad()
+def scores(recording: Recording) -> dict[str, Tensor]:
+    """Teacher-forced logits with the class and with the null class, and the loss."""
+    generator = _generator(recording)
+    tokens = recording.inputs["gpt/tokens"]
+    condition = Condition(ids=recording.inputs["gpt/class_ids"])
+    return {
+        "gpt/logits": logits_of(generator.score(tokens, condition)),
+        "gpt/loss": generator.loss(tokens, condition)["cross_entropy"],
+        "gpt/logits_uncond": logits_of(generator.score(tokens, generator.null(condition))),
+    }
+
+
+@replays("retok", "gen_*")
+def decoding(recording: Recording) -> dict[str, Tensor]:
+    """Greedy tokens and guided probabilities of every selected run."""
+    generator = _generator(recording)
+    condition = Condition(ids=recording.inputs["gpt/class_ids"])
+    outputs = {}
+    for name in recording.outputs("gpt/gen_*/ids"):
+        decoded = greedy(generator, condition, _guidance(recording.settings(name)))
+        outputs[name] = decoded.tokens
+        outputs[name.replace("/ids", "/probs")] = decoded.logits.softmax(-1)
+    return outputs
+
+
+def _guidance(settings: Mapping[str, Any]) -> Guidance:
+    scale = settings.get("cfg_scale", 1.0)
+    schedule = settings.get("cfg_schedule", "constant")
+    if scale <= 1:
+        return NO_GUIDANCE
+    if schedule == "constant":
+        return Guidance(Constant(scale))
+    if schedule == "step":
+        return Guidance(LateStep(scale, start=settings.get("window_start", 0.18), between=OFF))
+    raise UserError(f"the guidance schedule {schedule!r} of this recording is not known")

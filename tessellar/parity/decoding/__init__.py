@@ -1,0 +1,1 @@
+"""Replays of recorded decoding algorithms, one file a recording."""

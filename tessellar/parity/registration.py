@@ -1,0 +1,91 @@
+"""Which recorded systems can be replayed, and by what: functions say it themselves, nothing lists them.
+
+    @replays("mar", "gen_shared", "gen_train")
+    def training(recording: Recording) -> dict[str, Tensor]: ...
+
+A replay computes the outputs of some cases of a recording with our modules: it reads the official config, the weights
+through an importer, and the inputs. It lies in `parity.py` of its paper's package; the packages are looked through at
+the first question. Replays of decoding algorithms, which belong to no paper here, lie in `tessellar/parity/decoding/`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.parity.recording import Recording
+
+ReplayFunction = Callable[[Recording], dict[str, Tensor]]
+
+PAPERS = ("tessellar.models", "tessellar.tokenizers")
+DECODING = "tessellar.parity.decoding"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The cases that one function replays; `gen_*` stands for every case that begins so."""
+
+    function: ReplayFunction
+    cases: tuple[str, ...]
+
+    def covers(self, case: str) -> bool:
+        return any(fnmatchcase(case, pattern) for pattern in self.cases)
+
+    def covers_any(self, cases: Iterable[str]) -> bool:
+        return any(self.covers(case) for case in cases)
+
+
+REGISTERED: dict[str, list[Replay]] = {}
+"""What `replays` has seen so far, by system."""
+
+
+def replays(system: str, *cases: str) -> Callable[[ReplayFunction], ReplayFunction]:
+    """Registers the function below it as the replay of `cases` of recordings of `system`."""
+
+    def register(function: ReplayFunction) -> ReplayFunction:
+        REGISTERED.setdefault(system, []).append(Replay(function, cases))
+        return function
+
+    return register
+
+
+def replays_of(system: str, packages: Sequence[str] = ()) -> list[Replay]:
+    """Replays of a system, of our papers and of the named packages of others; none where it is unknown.
+
+    Only those modules are imported whose text names the system.
+    """
+    for module, path in _modules(packages):
+        if f'"{system}"' in path.read_text(encoding="utf-8"):
+            importlib.import_module(module)
+    return REGISTERED.get(system, [])
+
+
+def systems(packages: Sequence[str] = ()) -> list[str]:
+    """Names of all systems that can be replayed."""
+    for module, _ in _modules(packages):
+        importlib.import_module(module)
+    return sorted(REGISTERED)
+
+
+def _modules(packages: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Names and files of the modules in which replays lie: `parity.py` of a package or of a package inside it."""
+    for root in (*PAPERS, *packages):
+        for folder in _folders(root):
+            if (folder / "parity.py").is_file():
+                yield f"{root}.parity", folder / "parity.py"
+            for path in sorted(folder.glob("*/parity.py")):
+                yield f"{root}.{path.parent.name}.parity", path
+    for folder in _folders(DECODING):
+        for path in sorted(folder.glob("*.py")):
+            yield f"{DECODING}.{path.stem}", path
+
+
+def _folders(package: str) -> list[Path]:
+    try:
+        return [Path(folder) for folder in importlib.import_module(package).__path__]
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{package!r} is no package that can be imported here ({error})") from error

@@ -1,0 +1,137 @@
+"""What replays of several systems need in place of chance, of networks that were not recorded, and of a training step.
+
+Shapes: B images, N tokens, T tokens of an entity, V vocabulary.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.protocol.choice import Choice
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Distribution, Logits
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.noise import Noise
+from tessellar.sampling.decode import decode_from
+
+GREEDY = Choice(temperature=0)
+
+
+class RecordedNoise(Noise):
+    """Recorded draws [B, *shape], handed out one after the other, of whatever law they are."""
+
+    def __init__(self, draws: Iterable[Tensor]) -> None:
+        super().__init__([])
+        self.draws = iter(draws)
+
+    def _next(self, *shape: int) -> Tensor:
+        drawn = next(self.draws, None)
+        if drawn is None:
+            raise UserError(f"noise of shape {shape} is asked for, but all that was recorded is used")
+        if drawn.shape[1:] != shape:
+            raise UserError(f"noise of shape {shape} is asked for, recorded is {tuple(drawn.shape[1:])}")
+        return drawn
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._next(*shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._next(*shape)
+
+    def exponential(self, *shape: int) -> Tensor:
+        return self._next(*shape)
+
+
+class Fixed(nn.Module):
+    """A network whose recorded output stands for it, whatever it is given (a perceptual distance)."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *given: Any) -> Tensor:
+        return self.output
+
+
+class FixedDiscriminator(nn.Module):
+    """Recorded logits: `real` of these very images, `fake` of all others."""
+
+    def __init__(self, images: Tensor, real: Tensor, fake: Tensor) -> None:
+        super().__init__()
+        self.images = images
+        self.real = real
+        self.fake = fake
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.real if images is self.images else self.fake
+
+
+class Calls:
+    """First argument and result of every call of a module, from now on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        self.inputs.append(given[0])
+        self.outputs.append(result)
+
+
+class Decoded(NamedTuple):
+    """Tokens [B, N], and the guided logits [B, n V] of every decoded entity."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+def logits_of(distribution: Distribution) -> Tensor:
+    """Logits [B, T, V] of a prediction that has them."""
+    assert isinstance(distribution, Logits), f"{type(distribution).__name__} has no logits"
+    return distribution.logits
+
+
+@torch.no_grad()
+def greedy(
+    generator: Generator,
+    condition: Condition,
+    guidance: Guidance = NO_GUIDANCE,
+    tokens: Tensor | None = None,
+    first: int = 0,
+    last: int | None = None,
+) -> Decoded:
+    """Most likely tokens of entities `first` .. `last` (exclusive; all), behind those given in `tokens` [B, N]."""
+    state = generator.start(condition, guidance)
+    if tokens is None:
+        tokens = generator.layout.blank(condition.batch)
+    noise = Noise(range(condition.batch))
+    logits = []
+    for step in decode_from(generator, state, GREEDY, noise, tokens, first, last):
+        tokens = step.tokens
+        logits.append(logits_of(step.distribution))
+    return Decoded(tokens, torch.cat(logits, dim=1))
+
+
+def choice_of(settings: Mapping[str, Any]) -> Choice:
+    """Temperature and filters of recorded settings; what they do not name, or name as 0, is off."""
+    return Choice(
+        temperature=settings.get("temperature", 1.0),
+        top_k=settings.get("top_k") or 0,
+        top_p=settings.get("top_p") or 1.0,
+    )
+
+
+def gradient_norm(loss: Tensor, module: nn.Module) -> Tensor:
+    """2-norm of the gradient of `loss` with respect to all parameters of a module that it depends on."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
+    return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+
+def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
