@@ -84,6 +84,12 @@ class _Sum(torch.autograd.Function):
         return all_reduce_sum(gradient)
 
 
+def all_finite(x: Tensor) -> Tensor:
+    """Whether `x` is finite on every rank: one boolean on its device, which not every use has to wait for."""
+    own = torch.isfinite(x).all()
+    return all_reduce_sum((~own).long()) == 0
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Rows [n_r, ...] of all ranks in the order of ranks, [sum n_r, ...]; numbers may differ, also be 0."""
     if not is_distributed():

@@ -1,17 +1,23 @@
 """Checkpoints of a run: `last.ckpt`, the one before it, and `best.ckpt` by a validation metric.
 
 Each is written beside its place and then moved into it, so that a kill or a full disk during the write leaves the
-previous one usable. Lightning's own callback writes in place, and warns about manual optimisation at every run.
+previous one usable. Lightning's own callback writes in place, and warns about manual optimisation at every run. None
+holds a weight that is not finite: nothing could be continued from it.
 """
 
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from tessellar import distributed
 from tessellar.errors import UserError
 from tessellar.training.runs import BEST, LAST, PREVIOUS
 
@@ -47,9 +53,18 @@ class Checkpoints(Checkpoint):
         if value is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         new = float(value)
-        if self.best is None or (new < self.best if self.mode == "min" else new > self.best):
+        if self.is_better(new):
             self.best = new
+            require_finite(trainer, self._whole(BEST))
             self._write(trainer, BEST)
+
+    def is_better(self, new: float) -> bool:
+        """Whether a value is the best so far. NaN never is, and any number is better than it."""
+        if math.isnan(new):
+            return False
+        if self.best is None or math.isnan(self.best):
+            return True
+        return new < self.best if self.mode == "min" else new > self.best
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
@@ -57,6 +72,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write `last.ckpt` now, unless it is of this very update; raises UserError where it cannot be written."""
         if pl_module.updates != self._saved:
+            require_finite(trainer, self._whole(LAST, PREVIOUS))
             self._write(trainer, LAST, keep=PREVIOUS)
             self._saved = pl_module.updates
 
@@ -74,14 +90,31 @@ class Checkpoints(Checkpoint):
                 flush(self.folder)
         except (OSError, RuntimeError) as error:
             remove(staged)
-            whole = next((path for path in (target, older) if path.exists()), "none")
+            whole = self._whole(target.name, older.name)
             raise UserError(f"{target} could not be written: {error}. Last whole checkpoint: {whole}") from error
+
+    def _whole(self, *names: str) -> Path | str:
+        """The first of these checkpoints that is there, to be named to the user."""
+        return next((self.folder / name for name in names if (self.folder / name).exists()), "none")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def require_finite(trainer: L.Trainer, whole: Path | str) -> None:
+    """Raise UserError, on all processes, where a weight of any is NaN or infinite; `whole` is what is left."""
+    first = next((name for name, tensor in trainer.lightning_module.state_dict().items() if not _finite(tensor)), None)
+    found = [name for name in distributed.all_gather(first) if name is not None]
+    if found:
+        raise UserError(f"{found[0]} is not finite any more, so nothing is saved. Last whole checkpoint: {whole}")
+
+
+def _finite(tensor: Tensor) -> bool:
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return not own.is_floating_point() or bool(torch.isfinite(own).all())
 
 
 def flush(path: Path) -> None:

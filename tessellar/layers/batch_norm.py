@@ -1,11 +1,13 @@
 """Batch norm over the batch of all processes, on any device.
 
 torch's SyncBatchNorm refuses CPUs, and it must be asked for. Statistics of one process's share would make a run depend
-on how many processes it has, so this layer always takes those of the global batch; alone it is nn.BatchNorm2d.
+on how many processes it has, so this layer always takes those of the global batch; alone it is nn.BatchNorm2d. Running
+statistics are left as they are by a batch that is not finite.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
@@ -15,10 +17,21 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Maps [B, C, H, W]; same parameters, buffers and names as torch's. Every process calls it equally often."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and distributed.is_distributed()):
+        if not self.training:
             return super().forward(input)
+        if not distributed.is_distributed():
+            return self._alone(input)
         with torch.autocast(input.device.type, enabled=False):
             return self._global(at_least_float32(input)).to(input.dtype)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """As torch's, which writes into the running statistics that it is given: copies of them."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return super().forward(x)
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, self._share(), self.eps)
+        self._keep(mean, variance)
+        return y
 
     def _global(self, x: Tensor) -> Tensor:
         count = x.new_full((1,), x.numel() // x.shape[1])
@@ -38,7 +51,24 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Running statistics, with the unbiased variance as torch has them."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked += 1
-        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), share)
-        self.running_var.lerp_(variance.to(self.running_var), share)
+        share = self._share()
+        self._keep(
+            self.running_mean.lerp(mean.to(self.running_mean), share),
+            self.running_var.lerp(variance.to(self.running_var), share),
+        )
+
+    def _share(self) -> float:
+        """The share of this batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None
+        return 1 / (float(self.num_batches_tracked) + 1)
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+        """Take over new running statistics, unless they are not finite."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        finite = torch.isfinite(torch.stack([mean, variance])).all()
+        self.num_batches_tracked += finite
+        self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
+        self.running_var.copy_(torch.where(finite, variance, self.running_var))

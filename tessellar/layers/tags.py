@@ -1,7 +1,7 @@
 """Tags on parameters: modules say what a parameter is, optimizers make their groups from that and never match names.
 
 Known tags: `hidden` (matrix inside a block, what Muon updates), `no_decay` (never weight-decayed although a matrix),
-`decay` (weight-decayed although a vector or scalar).
+`decay` (weight-decayed although a vector or scalar), `written` (forward passes of training write into it).
 """
 
 from typing import TypeVar

@@ -53,9 +53,10 @@ class NonFiniteGradients(RuntimeError):
 
 
 class Player(NamedTuple):
-    """Who trains together: parameters, their optimizers and schedule (a generator side, a discriminator)."""
+    """Who trains together: modules, what of them is trained, optimizers and schedule (a generator, a discriminator)."""
 
     name: str
+    modules: list[nn.Module]
     parameters: list[nn.Parameter]
     optimizers: list[Optimizer]
     schedule: Schedule
@@ -66,8 +67,9 @@ class TrainingModule(L.LightningModule, ABC):
 
     `batches` and `updates` count what the run has seen, `epoch` and `epoch_samples` (over all processes) where it is in
     the data; `skipped` are the updates of one player that were left out because its loss or gradient was not finite,
-    and `max_skipped` of them in a row stop the run. A subclass returns its loss under `loss` and its tokens under
-    `tokens` from `training_step`.
+    and `max_skipped` of them in a row stop the run. A skipped update is counted, and leaves weights, optimizers and
+    what forward passes write (codes, statistics) as they were. A subclass returns its loss under `loss` and its tokens
+    under `tokens` from `training_step`.
     """
 
     #: The validation metric that the best checkpoint is chosen by, and whether the `min` or `max` of it is best.
@@ -85,6 +87,7 @@ class TrainingModule(L.LightningModule, ABC):
         self.batches, self.updates, self.skipped = 0, 0, 0
         self.epoch, self.epoch_samples = 0, 0
         self._skipped_in_a_row: dict[str, int] = {}
+        self._written_before: dict[str, list[Tensor]] = {}  # of each player, at the start of the update under way
         self._to_restore: dict[str, Any] = {}
         self._loaded_optimizers: dict[str, Any] | None = None
         self._random_before_validation: list[random_state.State] | None = None
@@ -170,7 +173,7 @@ class TrainingModule(L.LightningModule, ABC):
                 self._schedule_weight_decay(player)
             self._step(player)
         else:
-            self._skip(player.name)
+            self._skip(player)
         for optimizer in player.optimizers:
             optimizer.zero_grad()
 
@@ -187,8 +190,17 @@ class TrainingModule(L.LightningModule, ABC):
         first = self.optimizers()
         return first[0] if isinstance(first, list) else first  # type: ignore[return-value]
 
-    def _skip(self, name: str) -> None:
+    def _skip(self, player: Player) -> None:
+        """Leave the update out: codes and statistics are put back; Lightning counts it all the same."""
+        name = player.name
         self.skipped += 1
+        with torch.no_grad():
+            for tensor, before in zip(written(player), self._written_before.get(name, []), strict=False):
+                tensor.copy_(before)
+        if player is self.players[0]:
+            counting = self._lightning_optimizer()
+            counting._on_before_step()
+            counting._on_after_step()
         in_a_row = self._skipped_in_a_row[name] = self._skipped_in_a_row.get(name, 0) + 1
         log.warning(
             "update %d: gradient of the %s is not finite, skipped (%d so far)", self.updates, name, self.skipped
@@ -256,6 +268,8 @@ class TrainingModule(L.LightningModule, ABC):
                 parameter.grad = like(gradients[name].to(parameter.dtype), parameter)
         if "random" in self._to_restore:
             random_state.restore_own(self._to_restore.pop("random"))
+        if self.batches % self.accumulate == 0:
+            self._written_before = {p.name: [t.detach().clone() for t in written(p)] for p in self.players}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE_KEY] = {
@@ -263,6 +277,7 @@ class TrainingModule(L.LightningModule, ABC):
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "random": self._random_before_validation or random_state.capture_all(),
             "gradients": self._gradients_under_way(),
+            "written_before": self._written_before if self.batches % self.accumulate else {},
             "parameters": names_by_place(self._all_optimizers, self),
         }
         if self.data_facts is not None:
@@ -281,6 +296,8 @@ class TrainingModule(L.LightningModule, ABC):
             self._arrange_optimizer_states()
         self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
         self._to_restore = {name: state.pop(name) for name in ("random", "gradients") if name in state}
+        before = state.get("written_before", {})
+        self._written_before = {name: [t.to(self.device) for t in tensors] for name, tensors in before.items()}
         for name in COUNTERS:
             setattr(self, name, state.get(name, 0))
         if STATE_KEY in checkpoint and "loops" in checkpoint:
@@ -315,6 +332,16 @@ class TrainingModule(L.LightningModule, ABC):
             batches["total"].update(dict.fromkeys(batches["total"], self.batches))
             batches["current"].update(dict.fromkeys(batches["current"], 0))
             batches["is_last_batch"] = False
+
+
+def written(player: Player) -> list[Tensor]:
+    """What forward passes of a player's modules may write: buffers that a checkpoint holds, parameters tagged so."""
+    found: list[Tensor] = []
+    for part in (part for module in player.modules for part in module.modules()):
+        kept = part._buffers.keys() - part._non_persistent_buffers_set
+        found += [buffer for name, buffer in part._buffers.items() if name in kept and buffer is not None]
+        found += [p for p in part._parameters.values() if p is not None and "written" in tags(p)]
+    return found
 
 
 def trainable(*modules: nn.Module | None) -> list[nn.Parameter]:

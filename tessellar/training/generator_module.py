@@ -110,7 +110,8 @@ class GeneratorModule(TrainingModule):
     def make_players(self) -> list[Player]:
         parts = (self.model.generator, self.model.conditioner, self.recovery)
         modules = [part for part in parts if part is not None]
-        return [Player("generator", trainable(*modules), self.optimizer_settings.make(*modules), self.schedule)]
+        optimizers = self.optimizer_settings.make(*modules)
+        return [Player("generator", modules, trainable(*modules), optimizers, self.schedule)]
 
     def shard_over(self, mesh: DeviceMesh) -> None:
         shard(self.model.generator, mesh, methods=("loss",))

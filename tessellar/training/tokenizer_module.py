@@ -55,12 +55,12 @@ class TokenizerModule(TrainingModule):
         return self.loss.discriminator
 
     def make_players(self) -> list[Player]:
-        players = [
-            Player("tokenizer", trainable(self.tokenizer), self.optimizer_settings.make(self.tokenizer), self.schedule)
-        ]
+        optimizers = self.optimizer_settings.make(self.tokenizer)
+        players = [Player("tokenizer", [self.tokenizer], trainable(self.tokenizer), optimizers, self.schedule)]
         if self.discriminator is not None:
             optimizers = self.discriminator_settings.make(self.discriminator)
-            players.append(Player("discriminator", trainable(self.discriminator), optimizers, self.schedule))
+            modules = [part for part in (self.discriminator, self.loss.lecam) if part is not None]
+            players.append(Player("discriminator", modules, trainable(*modules), optimizers, self.schedule))
         return players
 
     def shard_over(self, mesh: DeviceMesh) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.errors import UserError
@@ -17,6 +18,7 @@ class Trainer(SimpleNamespace):
         super().__init__(
             is_global_zero=True, sanity_checking=False, callback_metrics={}, state=state, full=False, module=module
         )
+        self.lightning_module = torch.nn.Linear(1, 1)
 
     def save_checkpoint(self, path: Path) -> None:
         path.write_text("" if self.full else str(self.module.updates))

@@ -90,7 +90,9 @@ class Faulty:
 def save_thrice(folder: Path, disk: Faulty) -> None:
     callback, module = checkpoints(folder), SimpleNamespace(updates=0)
     callback.folder.mkdir(parents=True)
-    trainer: Any = SimpleNamespace(save_checkpoint=disk.save_checkpoint, is_global_zero=True)
+    trainer: Any = SimpleNamespace(
+        save_checkpoint=disk.save_checkpoint, is_global_zero=True, lightning_module=torch.nn.Linear(1, 1)
+    )
     for _ in range(3):
         module.updates += 1
         callback.save(trainer, module)

@@ -26,5 +26,6 @@ class LeCam(nn.Module):
         real, fake = at_least_float32(real).mean(), at_least_float32(fake).mean()
         loss = F.relu(real - self.means[1]).square() + F.relu(self.means[0] - fake).square()
         now = distributed.mean_over_ranks(torch.stack([real, fake]).detach())
-        self.means = self.means * self.decay + now.to(self.means.dtype) * (1 - self.decay)
+        means = self.means * self.decay + now.to(self.means.dtype) * (1 - self.decay)
+        self.means = torch.where(torch.isfinite(now).all(), means, self.means)  # a NaN would stay for ever
         return self.weight * loss

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
+from tessellar.layers.tags import tag
 from tessellar.tokenizers.quantizers.base import QuantizerOutput
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
@@ -30,6 +31,7 @@ class ClusteringVQ(VectorQuantizer):
     ) -> None:
         super().__init__(vocab_size, dim, l2_normalize, codebook_weight, commitment_weight, rotation=rotation)
         self.decay = decay
+        tag(self.codebook.weight, "written")
         self.register_buffer("shares", torch.zeros(vocab_size))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
@@ -42,12 +44,16 @@ class ClusteringVQ(VectorQuantizer):
     def _drift(self, z: Tensor, tokens: Tensor) -> None:
         used = tokens.flatten().bincount(minlength=len(self.shares)).to(self.shares.dtype)
         used = distributed.all_reduce_sum(used)
-        self.shares.lerp_(used / used.sum(), 1 - self.decay)
-        speed = torch.exp(-self.shares * len(self.shares) * 10 / 0.01 - 1e-3)[:, None]
-        self.codebook.weight.lerp_(self._nearest(z).to(self.codebook.weight.dtype), speed)
-
-    def _nearest(self, z: Tensor) -> Tensor:
-        """The latent of the global batch nearest to each code [V, C], as it came (not normalised)."""
         latents = distributed.gather_rows(at_least_float32(z).flatten(0, -2))
-        with torch.autocast(z.device.type, enabled=False):
+        finite = torch.isfinite(latents).all()
+        shares = self.shares.lerp(used / used.sum(), 1 - self.decay)
+        speed = torch.exp(-shares * len(shares) * 10 / 0.01 - 1e-3)[:, None]
+        codes = self.codebook.weight.lerp(self._nearest(latents).to(self.codebook.weight.dtype), speed)
+        # A pass that is not finite changes nothing: its NaN would be the nearest latent of every code.
+        self.shares.copy_(torch.where(finite, shares, self.shares))
+        self.codebook.weight.copy_(torch.where(finite, codes, self.codebook.weight))
+
+    def _nearest(self, latents: Tensor) -> Tensor:
+        """The latent, of those of the global batch [M, C], nearest to each code [V, C], as it came (not normalised)."""
+        with torch.autocast(latents.device.type, enabled=False):
             return latents[self.distances(self._normalize(latents)).argmin(0)]

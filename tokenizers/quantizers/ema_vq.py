@@ -3,6 +3,7 @@
 After each training pass code = sum / count, both averaged with `decay` and the count smoothed; numerics are those of
 vector-quantize-pytorch, except that gradients pass straight through unless `rotation` is set. Codes whose count falls
 below `threshold` become random latents of the global batch. No gradient reaches the codes, and no optimizer owns them.
+A pass whose latents are not finite changes nothing: one NaN would stay in a running mean for ever.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar import distributed
+from tessellar.layers.tags import tag
 from tessellar.tokenizers.quantizers.base import QuantizerOutput
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
@@ -41,7 +43,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         entropy = (entropy_weight, entropy_temperature)
         super().__init__(vocab_size, dim, l2_normalize, 0.0, commitment_weight, *entropy, init_step, rotation=rotation)
         self.decay, self.threshold = decay, threshold
-        self.codebook.weight.requires_grad_(False)
+        tag(self.codebook.weight.requires_grad_(False), "written")
         self.register_buffer("sizes", torch.ones(vocab_size))
         self.register_buffer("sums", self.codebook.weight.detach().clone())
         self.sizes: Tensor
@@ -60,10 +62,12 @@ class EMAVectorQuantizer(VectorQuantizer):
         rows, chosen = z.flatten(0, -2).to(self.sums.dtype), tokens.flatten()
         used = chosen.bincount(minlength=len(self.sizes)).to(self.sizes.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, rows)
-        self.sizes.lerp_(distributed.all_reduce_sum(used), 1 - self.decay)
-        self.sums.lerp_(distributed.all_reduce_sum(sums), 1 - self.decay)
-        self.codebook.weight.copy_(self._means())
-        expired = self.expired()
+        used, sums = distributed.all_reduce_sum(used), distributed.all_reduce_sum(sums)
+        finite = torch.isfinite(sums).all()  # every latent of every rank is in one of the sums
+        self.sizes.copy_(torch.where(finite, self.sizes.lerp(used, 1 - self.decay), self.sizes))
+        self.sums.copy_(torch.where(finite, self.sums.lerp(sums, 1 - self.decay), self.sums))
+        self.codebook.weight.copy_(torch.where(finite, self._means(), self.codebook.weight))
+        expired = self.expired() & finite
         if self.threshold > 0 and bool(expired.any()):
             self._replace(expired, z)
 

@@ -97,10 +97,12 @@ class GaussianBottleneck(Quantizer):
     def _measure(self, latents: Tensor) -> None:
         if not self.measures:
             return
-        self.passes += 1
         now = torch.stack([latents.mean(), latents.square().mean()]).to(self.moments.dtype)
-        self.moments.lerp_(now, (1 / self.passes.float()).clamp(min=1 / MEMORY))
-        self.scale.copy_(scale_of(self.moments))
+        finite = torch.isfinite(now).all()  # else this pass changes nothing: a NaN would stay in a running mean
+        moments = self.moments.lerp(now, (1 / (self.passes + 1).float()).clamp(min=1 / MEMORY))
+        self.passes += finite
+        self.moments.copy_(torch.where(finite, moments, self.moments))
+        self.scale.copy_(torch.where(finite, scale_of(moments), self.scale))
 
 
 def scale_of(moments: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class VectorQuantizer(Quantizer):
         self.rotation = rotation
         self.codebook = nn.Embedding(vocab_size, dim)
         tag(self.codebook.weight, "no_decay")
+        if init_step is not None or restart_every is not None:
+            tag(self.codebook.weight, "written")
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(vocab_size))
         self.step: Tensor
@@ -89,11 +91,13 @@ class VectorQuantizer(Quantizer):
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             z = self._normalize(z)
-            if self.training:
-                self._maintain(z.detach())
+            finite = distributed.all_finite(z.detach()) if self.training else None
+            if finite is not None:
+                self._maintain(z.detach(), finite)
             tokens = self.encode(z)
-            if self.training and self.restart_every is not None:
-                self.counts += distributed.all_reduce_sum(tokens.flatten().bincount(minlength=len(self.counts)))
+            if finite is not None and self.restart_every is not None:
+                used = tokens.flatten().bincount(minlength=len(self.counts))
+                self.counts += distributed.all_reduce_sum(used) * finite
             quantized = self.decode(tokens)
             losses = {
                 "codebook": self.codebook_weight * F.mse_loss(quantized, z.detach()),
@@ -105,11 +109,16 @@ class VectorQuantizer(Quantizer):
             return QuantizerOutput(passed, tokens, losses)
 
     @torch.no_grad()
-    def _maintain(self, z: Tensor) -> None:
-        """Initialise the codes from data, restart unused ones; counted in training passes, kept in buffers."""
-        self.step += 1
+    def _maintain(self, z: Tensor, finite: Tensor) -> None:
+        """Initialise the codes from data, restart unused ones; counted in training passes, kept in buffers.
+
+        A pass whose latents are not `finite` (on all ranks) changes nothing and is not counted.
+        """
+        self.step += finite
         if self.init_step is None and self.restart_every is None:
             return  # reading the step would make a GPU wait
+        if not bool(finite):
+            return
         step = int(self.step)
         if step == self.init_step:
             self._replace(torch.ones_like(self.counts, dtype=torch.bool), z)
