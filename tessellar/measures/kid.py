@@ -1,7 +1,8 @@
 """Kernel Inception Distance (arXiv 1801.01401): unbiased squared MMD with the kernel (x.y / D + 1)^3, over subsets.
 
 Mean and deviation over 100 random subsets of 1,000 images a side. The subsets come from numpy's RandomState(2020),
-drawn in the same order as torch-fidelity draws them, so that both give the same number on the same features.
+drawn in the same order as torch-fidelity draws them, so that both give the same number on the same features. Its own
+function is not called: it computes in numpy on the CPU, in the features' float32, and refuses sets below `subset_size`.
 """
 
 from typing import NamedTuple

@@ -2,7 +2,8 @@
 
 Precision: share of samples inside the ball of a reference image that reaches to its k-th neighbour; recall: the
 reverse. A model that memorises few images shows here: precision near 1, recall low. Distances are taken in blocks of
-rows, in float64, of features centred on the reference, so no block size changes the result.
+rows, in float64, of features centred on the reference, so no block size changes the result. torch-fidelity's function
+is not called: its float32 `cdist` takes another path for large sets, and its answer moves with the size of the batch.
 """
 
 from collections.abc import Iterator
