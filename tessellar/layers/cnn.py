@@ -117,6 +117,14 @@ class Sizes(NamedTuple):
     def widths(self) -> list[int]:
         return [self.channels * m for m in self.multipliers]
 
+    def decoding(self, multipliers: tuple[int, ...] | None) -> "Sizes":
+        """The decoder's, with other multipliers (None: the same); raises ValueError for another number of levels."""
+        if multipliers is None:
+            return self
+        if len(multipliers) != len(self.multipliers):
+            raise ValueError(f"decoder_multipliers {tuple(multipliers)} must be {len(self.multipliers)} levels")
+        return self._replace(multipliers=tuple(multipliers))
+
 
 class Encoder(nn.Module):
     """Images [B, 3, H, W] to features [B, z_channels, H / f, W / f], f = 2^(levels - 1).

@@ -18,7 +18,7 @@ from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
-from tessellar.tokenizers.var.tokenizer import SCALES_256, SCALES_512
+from tessellar.tokenizers.var.tokenizer import scales
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 LABELS = Condition(ids=torch.tensor([0, 3, 1]))
@@ -132,11 +132,11 @@ def test_official_keys_there_and_back() -> None:
 @pytest.mark.parametrize(
     ("preset", "sides", "count"),
     [
-        (var_d16, SCALES_256, 310_283_520),
-        (var_d20, SCALES_256, 600_917_136),
-        (var_d24, SCALES_256, 1_033_399_360),
-        (var_d30, SCALES_256, 2_010_020_356),
-        (var_d36_s, SCALES_512, 2_353_893_904),
+        (var_d16, scales(256), 310_283_520),
+        (var_d20, scales(256), 600_917_136),
+        (var_d24, scales(256), 1_033_399_360),
+        (var_d30, scales(256), 2_010_020_356),
+        (var_d36_s, scales(512), 2_353_893_904),
     ],
 )
 def test_published_sizes(preset: Any, sides: tuple[int, ...], count: int) -> None:

@@ -162,7 +162,7 @@ def test_the_stages_share_their_weights_and_exports_have_no_target(images: Tenso
     [
         ({"image_size": 18}, "patch_size 4 does not divide image_size 18"),
         ({"num_tokens": 0}, "num_tokens is 0"),
-        ({"pixels": PixelDecoder(20, 8, 32, (1, 1), 1)}, "enlarges 2 times; patch_size is 4"),
+        ({"pixels": PixelDecoder(20, 8, 32, (1, 1), 1)}, "enlarges 2 times; decoder_patch_size is 4"),
         ({"stage": "proxy"}, "stage is 'proxy'"),
     ],
 )

@@ -117,7 +117,7 @@ def test_sizes() -> None:
     assert sum(p.numel() for p in made.parameters()) == 108_948_355 and made.layout.length == 680
     with torch.device("meta"):
         assert var_vqvae(512).layout.length == 2240
-    with pytest.raises(UserError, match="published for 256 and 512 pixels, not 300"):
+    with pytest.raises(UserError, match="published for 256, 512, 1024 pixels, not 300"):
         var_vqvae(300)
     with pytest.raises(UserError, match="image_size 12 at stride 2 has no grid of 4"):
         VARVQVAE(quantizer(), 12, 32, (1, 1))

@@ -21,6 +21,7 @@ from torch import Tensor
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.options import require
 from tessellar.processes.flow import Times
 from tessellar.tokenizers.flextok.flow_decoding import FlowTraining
 from tessellar.tokenizers.flextok.official_vae import KEYS as VAE_KEYS
@@ -32,6 +33,17 @@ from tessellar.tokenizers.quantizers.fsq import FSQ
 Config = Mapping[str, Any]
 PARTS = ("vae", "encoder", "decoder", "regularizer")
 VAE = "vae.vae."
+# Options with one value here, by the class of a module; the mask is causal in the encoder alone.
+SUPPORTED: dict[str, dict[str, Any]] = {
+    "PatchEmbedder": {"flatten_patches": False},
+    "PositionalEmbeddingAdder": {"posemb_scaling": "absolute"},
+    "Registers1D": {"ordering_mode": "nested"},
+    "FlexTransformer": {"qk_norm": True, "gated_mlp": True, "mlp_ratio": 4.0},
+    "LinearHead": {"use_mup_readout": False},
+    "ToPatchesLinearHead": {"use_mup_readout": False},
+    "FSQ": {"drop_quant_p": 0.0, "corrupt_tokens_p": 0.0},
+}
+MASKS = {"encoder": "causal_last", "decoder": "full"}
 DEFAULT_MAX_TIMESTEP = 1000.0  # of the official class; the released configs give their own
 # theirs: gate1 gate2 shift1 scale1 shift2 scale2; ours: gate1 gate2 scale1 scale2 shift1 shift2
 TO_OURS, TO_THEIRS = [0, 1, 3, 5, 2, 4], [0, 1, 4, 2, 5, 3]
@@ -103,6 +115,7 @@ def from_official(state: Mapping[str, Tensor], config: Config, image_size: int |
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise UserError(f"this is not the config of a FlexTok tokenizer: {', '.join(missing)} is absent")
+    _check_options(config)
     ours = keys(config).from_official({k: t for k, t in state.items() if not k.startswith(VAE)}, "the FlexTok file")
     absent = [key for key in ("encoder.embed.table", "decoder.register_positions") if key not in ours]
     if absent:
@@ -123,6 +136,21 @@ def to_official(tokenizer: FlexTok, config: Config) -> dict[str, Tensor]:
     return keys(config).to_official(mine) | {f"{VAE}{k}": t for k, t in VAE_KEYS.to_official(vae).items()}
 
 
+def _check_options(config: Config) -> None:
+    """Raises UserError for options that would make another model of the same weights."""
+    require(config["regularizer"], "the FlexTok config's regularizer", SUPPORTED["FSQ"])
+    for side, mask in MASKS.items():
+        modules = Modules(config, side)
+        for name, entry in modules.entries.items():
+            supported = SUPPORTED.get(_class(modules, name), {})
+            require(entry, f"the FlexTok config's {name}", supported)
+        packer, entry = modules.find("BlockWiseSequencePacker")
+        require(entry, f"the FlexTok config's {packer.rpartition('.')[2]}", {"mask_mode": mask})
+    trunk, entry = Modules(config, "decoder").find("FlexTransformer")
+    expansion = {"adaLN_expansion": entry.get("adaLN_expansion", 1)}  # their default is 1
+    require(expansion, f"the FlexTok config's {trunk.rpartition('.')[2]}", {"adaLN_expansion": 2})
+
+
 def _made(ours: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], config: Config, size: int | None) -> FlexTok:
     encoder, decoder = Modules(config, "encoder"), Modules(config, "decoder")
     patch, table_side = _patch(encoder), ours["encoder.embed.table"].shape[-1]
@@ -134,8 +162,6 @@ def _made(ours: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], config: C
     sides = {"encoder": encoder, "decoder": decoder}
     sizes = {name: _size(ours, name, modules.find("FlexTransformer")[1]) for name, modules in sides.items()}
     trunk, time = decoder.find("FlexTransformer")[1], decoder.find("TimestepEmbedder")[1]
-    if trunk.get("adaLN_expansion", 1) != 2:
-        raise UserError(f"adaLN_expansion is {trunk.get('adaLN_expansion', 1)}; only 2 is published and supported")
     return FlexTok(
         FSQ(tuple(config["regularizer"]["levels"])),
         side,

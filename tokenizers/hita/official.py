@@ -14,7 +14,7 @@ from tessellar.interop.importer import ImportOptions, table
 from tessellar.interop.sizes import cnn_sizes, count
 from tessellar.tokenizers.hita.tokenizer import Hita
 from tessellar.tokenizers.hita.vision import HitaVision
-from tessellar.tokenizers.llamagen.official import cnn_keys
+from tessellar.tokenizers.llamagen.official import cnn_keys, decoder_multipliers
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 TOKENIZER_ENTRIES = ("ema", "model")  # the official scripts load the average
@@ -99,6 +99,7 @@ def from_official(
         shift,
         vision_dim=ours["encoder.project.0.weight"].shape[1],
         vision_loss=1.0 if "decoder.mask_token" in ours else 0.0,
+        decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn.channels),
     )
     kept = {name: t for name, t in made.state_dict().items() if name in OWN or name.startswith("vision.")}
     load_strict(made, {**ours, **kept}, where)

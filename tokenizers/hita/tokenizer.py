@@ -150,6 +150,7 @@ class Hita(Tokenizer):
         dropout: float = 0.1,
         vision_dim: int = 1024,
         vision_loss: float = 0.0,
+        decoder_multipliers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         stride = 2 ** (len(multipliers) - 1)
@@ -167,7 +168,7 @@ class Hita(Tokenizer):
         )
         vision_dim = vision.dim if vision else vision_dim
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, width)
-        self.cnn_encoder, self.cnn_decoder = Encoder(sizes), Decoder(sizes)
+        self.cnn_encoder, self.cnn_decoder = Encoder(sizes), Decoder(sizes.decoding(decoder_multipliers))
         hidden = packed_hidden(mlp_dim)
         self.encoder = HolisticEncoder(side**2, holistic, width, vision_dim, depth, num_heads, hidden, dropout)
         self.decoder = FusionDecoder(

@@ -60,6 +60,8 @@ def from_official(
         raise UserError("these are not the weights of a KL VAE: encoder.conv_in or quant_conv is absent")
     cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     dim = state["post_quant_conv.weight"].shape[0]
+    if len(state["quant_conv.weight"]) != 2 * dim:
+        raise UserError("these are the weights of an autoencoder with use_variational=False; only True is supported")
     made = KLVAE(
         GaussianBottleneck(dim, scale=scale),
         image_size,

@@ -9,6 +9,7 @@ from torch import Tensor
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.options import check_options
 from tessellar.interop.sizes import cnn_sizes
 from tessellar.tokenizers.llamagen.tokenizer import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
@@ -81,6 +82,7 @@ def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) 
         cnn.multipliers,
         cnn.blocks,
         state["encoder.conv_out.weight"].shape[0],
+        decoder_multipliers=decoder_multipliers(state, "decoder.conv_blocks.{i}.res.{j}", cnn.channels),
     )
     return load_official(tokenizer, state)
 
@@ -90,8 +92,23 @@ def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> Lla
     return tokenizer_from_official(state, options.image_size or 256)
 
 
+def decoder_multipliers(state: Mapping[str, Tensor], block: str, channels: int) -> tuple[int, ...]:
+    """Multipliers of a decoder that numbers its levels from the coarsest, the finest first."""
+    return cnn_sizes(state, block, channels).multipliers[::-1]
+
+
+READ = (
+    "codebook_size codebook_embed_dim codebook_l2_norm commit_loss_beta entropy_loss_ratio ch ch_mult encoder_ch_mult "
+    "decoder_ch_mult num_res_blocks z_channels dropout_p codebook_show_usage"
+).split()
+SUPPORTED = {"norm": "GroupNorm(32, eps=1e-6)", "norm_type": "group", "in_channels": 3, "out_channels": 3}
+SUPPORTED |= {"resamp_with_conv": True}
+
+
 def tokenizer_from_config(config: Mapping[str, Any], image_size: int | tuple[int, int]) -> LlamaGenVQ:
-    """An untrained tokenizer of the official options."""
+    """An untrained tokenizer of the official options; raises UserError for those that are not supported."""
+    check_options(config, "the LlamaGen VQ tokenizer", READ, SUPPORTED)
+    multipliers = config.get("ch_mult", (1, 1, 2, 2, 4))
     quantizer = VectorQuantizer(
         config["codebook_size"],
         config["codebook_embed_dim"],
@@ -103,10 +120,11 @@ def tokenizer_from_config(config: Mapping[str, Any], image_size: int | tuple[int
         quantizer,
         image_size,
         config.get("ch", 128),
-        tuple(config["ch_mult"]),
+        tuple(config.get("encoder_ch_mult", multipliers)),
         config.get("num_res_blocks", 2),
         config["z_channels"],
         config.get("dropout_p", 0.0),
+        tuple(config.get("decoder_ch_mult", multipliers)),
     )
 
 

@@ -19,7 +19,7 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 class LlamaGenVQ(Tokenizer):
     """VQGAN over images of `image_size` (one side, or height and width); convolutional, so any multiple of the stride.
 
-    Raises ValueError where the stride does not divide the image size.
+    `decoder_multipliers` None: those of the encoder. Raises ValueError where the stride does not divide the image size.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class LlamaGenVQ(Tokenizer):
         num_res_blocks: int = 2,
         z_channels: int = 256,
         dropout: float = 0.0,
+        decoder_multipliers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.stride = 2 ** (len(multipliers) - 1)
@@ -40,7 +41,7 @@ class LlamaGenVQ(Tokenizer):
         self.image_size = (height, width)
         self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
-        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
+        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes.decoding(decoder_multipliers))
         self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)

@@ -55,6 +55,7 @@ class OneDPiece(TiTok):
         target: ProxyCodes | None = None,
         attention: str = "auto",
         drop: TailDrop = TailDrop(),  # noqa: B008
+        decoder_patch_size: int | None = None,
     ) -> None:
         if not 1 <= drop.shortest <= num_tokens:
             raise ValueError(f"the shortest prefix is {drop.shortest}; it must be in [1, {num_tokens}]")
@@ -62,7 +63,7 @@ class OneDPiece(TiTok):
             raise ValueError("alignment compares a prefix with all tokens: it needs cross_length")
         self.drop = drop
         shared = (quantizer, image_size, patch_size, num_tokens, encoder_size, decoder_size)
-        super().__init__(*shared, pixels, mixes, stage, target, attention)
+        super().__init__(*shared, pixels, mixes, stage, target, attention, decoder_patch_size)
         # One-D-Piece's list of what is not decayed lacks "embed", by which TiTok leaves out these two.
         untag(self.encoder.patch_in.weight, "no_decay")
         untag(self.decoder.from_code.weight, "no_decay")

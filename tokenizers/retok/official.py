@@ -15,6 +15,7 @@ from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, Rule, table
 from tessellar.interop.sizes import cnn_sizes, convolution, count, matrix
+from tessellar.tokenizers.llamagen.official import decoder_multipliers
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok.qformer import SIZES, QFormerSize
 from tessellar.tokenizers.retok.tokenizer import ReToK
@@ -138,6 +139,7 @@ def tokenizer_from_official(
         decoder_size=decoder,
         semantic_dim=None if semantic is None else len(semantic),
         semantic_layer=semantic_layer or min(3, decoder.depth),
+        decoder_multipliers=decoder_multipliers(state, "decoder.conv_blocks.{i}.res.{j}", cnn.channels),
         **options,
     )
     return load_official(tokenizer, state)

@@ -82,6 +82,7 @@ class ReToK(Tokenizer):
         inferred: Inferred = Inferred(),  # noqa: B008
         stage: Literal["all", "decoder"] = "all",
         attention: str = "auto",
+        decoder_multipliers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         stride = 2 ** (len(multipliers) - 1)
@@ -101,7 +102,7 @@ class ReToK(Tokenizer):
         self.token_decoder = TokenDecoder(
             side, num_tokens, redundant, z_channels, decoder_size, semantic_dim, semantic_layer, attention
         )
-        self.decoder = AdaptiveDecoder(sizes)
+        self.decoder = AdaptiveDecoder(sizes.decoding(decoder_multipliers))
         init_weights(self)
         self.to_code, self.from_code = nn.Linear(z_channels, quantizer.dim), nn.Linear(quantizer.dim, z_channels)
         self.quantizer = quantizer

@@ -122,10 +122,11 @@ def tokenizer_from_official(
         ViTSize(wide, count(state, rf"{side}\.transformer\.(\d+)\."), heads_of(wide, heads[n] if heads else None))
         for n, (side, wide) in enumerate((("encoder", width), ("decoder", decoder_width)))
     ]
-    tokens, cells = len(state["latent_tokens"]), len(state["encoder.positional_embedding"]) - 1
+    tokens = len(state["latent_tokens"])
+    image_size = _side(state, "encoder") * patch_size
     made = kind(
         quantizer or _quantizer(state, two_stage, tokens),
-        isqrt(cells) * patch_size,
+        image_size,
         patch_size,
         tokens,
         sizes[0],
@@ -133,8 +134,14 @@ def tokenizer_from_official(
         _pixels(state) if two_stage else None,
         two_stage if mixes is None else mixes,
         stage if two_stage else "all",
+        decoder_patch_size=image_size // _side(state, "decoder"),
     )
     return load_official(made, state)
+
+
+def _side(state: Mapping[str, Tensor], half: str) -> int:
+    """Cells along a side of the map that the encoder reads, or that the decoder draws."""
+    return isqrt(len(state[f"{half}.positional_embedding"]) - 1)
 
 
 def _check_tokenizer(state: Mapping[str, Tensor]) -> None:

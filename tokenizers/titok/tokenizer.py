@@ -140,7 +140,8 @@ class TiTok(Tokenizer):
 
     With `pixels` a two-stage model, whose decoder scores that network's codes; `target` is the VQGAN that `stage`
     "proxy" learns from (its decoder is copied into `pixels`). `stage` "decoder" trains the decoders alone. `mixes` as
-    TokenEncoder says. Raises ValueError for sizes that do not fit each other.
+    TokenEncoder says. `decoder_patch_size` None: that of the encoder. Raises ValueError for sizes that do not fit each
+    other.
     """
 
     def __init__(
@@ -156,16 +157,20 @@ class TiTok(Tokenizer):
         stage: Stage = "all",
         target: ProxyCodes | None = None,
         attention: str = "auto",
+        decoder_patch_size: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(image_size, patch_size, num_tokens, pixels, stage)
-        self.image_size, self.side, self.patch_size = (image_size, image_size), image_size // patch_size, patch_size
+        drawn = patch_size if decoder_patch_size is None else decoder_patch_size
+        _check_sizes(image_size, patch_size, drawn, num_tokens, pixels, stage)
+        self.image_size = (image_size, image_size)
+        self.patch_size, self.decoder_patch_size = patch_size, drawn
+        self.side = image_size // drawn  # of the map that the decoder draws
         self.num_tokens, self.stage, self.target = num_tokens, stage, target
         self.layout = self._layout(num_tokens, quantizer)
-        shared = (self.side, patch_size, num_tokens)
-        self.encoder = TokenEncoder(*shared, encoder_size, quantizer.in_dim, mixes, attention)
+        read = image_size // patch_size
+        self.encoder = TokenEncoder(read, patch_size, num_tokens, encoder_size, quantizer.in_dim, mixes, attention)
         proxies = pixels.vocab_size if pixels else 0
-        self.decoder = TokenDecoder(*shared, decoder_size, quantizer.dim, proxies, attention)
+        self.decoder = TokenDecoder(self.side, drawn, num_tokens, decoder_size, quantizer.dim, proxies, attention)
         init_weights(self)
         self.quantizer, self.pixels = quantizer, pixels
         self.smooth = None if pixels else _identity()
@@ -216,7 +221,7 @@ class TiTok(Tokenizer):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "proxy"):
                 return self.pixels(self._map(decoded), hard=self.stage == "proxy")
         assert self.smooth is not None
-        p = self.patch_size
+        p = self.decoder_patch_size
         images = rearrange(self._map(decoded), "b h w (p q c) -> b c (h p) (w q)", p=p, q=p)
         return 2 * at_least_float32(self.smooth(images.contiguous())) - 1
 
@@ -278,13 +283,18 @@ def _identity() -> nn.Conv2d:
     return layer
 
 
-def _check_sizes(image_size: int, patch_size: int, num_tokens: int, pixels: PixelDecoder | None, stage: str) -> None:
-    if image_size % patch_size:
-        raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
+def _check_sizes(
+    image_size: int, patch_size: int, decoder_patch_size: int, num_tokens: int, pixels: PixelDecoder | None, stage: str
+) -> None:
+    for name, size in (("patch_size", patch_size), ("decoder_patch_size", decoder_patch_size)):
+        if image_size % size:
+            raise ValueError(f"{name} {size} does not divide image_size {image_size}")
     if num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; it must be at least 1")
-    if pixels is not None and pixels.stride != patch_size:
-        raise ValueError(f"the pixel decoder enlarges {pixels.stride} times; patch_size is {patch_size}")
+    if pixels is not None and pixels.stride != decoder_patch_size:
+        raise ValueError(
+            f"the pixel decoder enlarges {pixels.stride} times; decoder_patch_size is {decoder_patch_size}"
+        )
     if stage not in ("all", "proxy", "decoder") or (stage == "proxy" and pixels is None):
         raise ValueError(f'stage is {stage!r}; it must be "all", "decoder" or, with a pixel decoder, "proxy"')
 

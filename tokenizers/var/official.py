@@ -12,10 +12,10 @@ from torch import Tensor
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, KeyTable, Rule
-from tessellar.interop.sizes import cnn_sizes, count
+from tessellar.interop.sizes import cnn_sizes
 from tessellar.tokenizers.kl_vae.official import keys as cnn_table
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
-from tessellar.tokenizers.var.tokenizer import SCALES_256
+from tessellar.tokenizers.var.tokenizer import scales
 
 # Of `ar-ckpt-*.pth`; the published files are flat. No weights are averaged.
 TOKENIZER_ENTRIES = ("trainer.vae_local",)
@@ -51,33 +51,61 @@ def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def vqvae_from_official(
     state: Mapping[str, Tensor],
-    sides: tuple[int, ...] = SCALES_256,
+    sides: tuple[int, ...] = scales(256),  # noqa: B008
     phi_ratio: float = 0.5,
     commitment_weight: float = 0.25,
     where: str = "the VAR tokenizer",
+    cosine: bool = False,
 ) -> VARVQVAE:
-    """Our tokenizer with the sizes that the weights show; the scales are not among them."""
+    """Our tokenizer with the sizes that the weights show; the scales are not among them.
+
+    `phi_ratio` is their `quant_resi` (weights without phis have 0), `cosine` their `using_znorm`.
+    """
     if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
         raise UserError(f"{where} holds no multi-scale VQVAE: encoder.conv_in or the codebook is absent")
     cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     split = _split(state)
-    phis = count(split, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    phis = _count_phis(split)
     vocab_size, dim = state["quantize.embedding.weight"].shape
-    quantizer = MultiScaleQuantizer(vocab_size, dim, sides, phis, phi_ratio, commitment_weight=commitment_weight)
+    quantizer = MultiScaleQuantizer(
+        vocab_size,
+        dim,
+        sides,
+        phis=phis,
+        phi_ratio=phi_ratio if phis else 0.0,
+        cosine=cosine,
+        commitment_weight=commitment_weight,
+    )
     made = VARVQVAE(
         quantizer,
         sides[-1] * 2 ** (cnn.levels - 1),
         cnn.channels,
         cnn.multipliers,
         cnn.blocks,
+        kernel=split["quant_conv.weight"].shape[-1],
     )
     own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
     load_strict(made, {**vqvae_keys(cnn.levels).from_official(split, where), **own}, where)
     return made.eval()
 
 
+def _count_phis(split: Mapping[str, Tensor]) -> int:
+    """How many phis there are, behind `_split`."""
+    return len({key.split(".")[3] for key in split if key.startswith("quantize.quant_resi.qresi_ls.")})
+
+
+def _named_phis(state: Mapping[str, Tensor], scales: int) -> dict[str, Tensor]:
+    """Phis with their official names: one for all scales, one each, or a list that they share."""
+    phis = _count_phis(state)
+    if phis == 1:
+        return {key.replace("qresi_ls.0.", "qresi."): tensor for key, tensor in state.items()}
+    if phis == scales:
+        return {key.replace("qresi_ls.", ""): tensor for key, tensor in state.items()}
+    return dict(state)
+
+
 def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
-    """The official state dict (four shared phis), without their usage statistics."""
+    """The official state dict, without their usage statistics."""
     state = {name: tensor for name, tensor in vqvae.state_dict().items() if name not in OWN}
     split = vqvae_keys(len(vqvae.encoder.levels)).to_official(state)
     fused = {}
@@ -88,7 +116,7 @@ def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
                 fused[f"{found[1]}.qkv.{found[3]}"] = torch.cat(parts)
         else:
             fused[key] = tensor
-    return fused
+    return _named_phis(fused, len(vqvae.quantizer.sides))
 
 
 def is_generator(state: Mapping[str, Tensor]) -> bool:
@@ -98,6 +126,4 @@ def is_generator(state: Mapping[str, Tensor]) -> bool:
 
 def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:
     """What `convert.py import var` makes of a tokenizer's file."""
-    from tessellar.tokenizers.var.tokenizer import SCALES_512
-
-    return vqvae_from_official(state, SCALES_512 if options.image_size == 512 else SCALES_256)
+    return vqvae_from_official(state, scales(options.image_size or 256))

@@ -42,8 +42,8 @@ def phi_of_scale(scales: int, count: int) -> list[int]:
 class MultiScaleQuantizer(VectorQuantizer):
     """Scales of `sides`, the last that of the latent grid; `phis` convolutions are shared among them (0: one each).
 
-    `cosine` compares directions instead of distances. The other options are those of VectorQuantizer, whose codes are
-    not normalised here. Raises ValueError for sides that do not grow.
+    With `phi_ratio` 0 there are no convolutions. `cosine` compares directions instead of distances. The other options
+    are those of VectorQuantizer, whose codes are not normalised here. Raises ValueError for sides that do not grow.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class MultiScaleQuantizer(VectorQuantizer):
             raise ValueError(f"scales {tuple(sides)} must grow from at least 1")
         self.sides, self.cosine = tuple(sides), cosine
         self.which = phi_of_scale(len(sides), phis or len(sides))
-        self.phis = nn.ModuleList(Phi(dim, phi_ratio) for _ in range(phis or len(sides)))
+        made = (Phi(dim, phi_ratio) if phi_ratio else nn.Identity() for _ in range(phis or len(sides)))
+        self.phis = nn.ModuleList(made)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -19,7 +19,8 @@ from tessellar.tokenizers.var.quantizer import MultiScaleQuantizer
 class VARVQVAE(Tokenizer):
     """Square images whose grid of latents is the finest scale of `quantizer`.
 
-    Raises UserError where image size, stride and scales disagree.
+    `kernel` is that of the convolutions on both sides of it, an odd number. Raises UserError where image size, stride
+    and scales disagree.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class VARVQVAE(Tokenizer):
         multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
         dropout: float = 0.0,
+        kernel: int = 3,
     ) -> None:
         super().__init__()
         stride = 2 ** (len(multipliers) - 1)
@@ -42,9 +44,9 @@ class VARVQVAE(Tokenizer):
         self.layout = Layout(quantizer.segments, min_prefix=first)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, quantizer.dim, dropout)
         self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
-        self.quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 3, padding=1)
+        self.quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, kernel, padding=kernel // 2)
         self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, kernel, padding=kernel // 2)
 
     @property
     def last_layer(self) -> Tensor:
@@ -80,12 +82,20 @@ class VARVQVAE(Tokenizer):
         return self.quantizer.next_inputs(tokens, count)
 
 
-SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES = {
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+
+
+def scales(image_size: int) -> tuple[int, ...]:
+    """The published scales of images of that side; raises UserError for others."""
+    if image_size not in SCALES:
+        raise UserError(f"VAR's tokenizer is published for {', '.join(map(str, SCALES))} pixels, not {image_size}")
+    return SCALES[image_size]
 
 
 def var_vqvae(image_size: int = 256) -> VARVQVAE:
-    """108,948,355 parameters; 680 tokens of 4,096 codes at 256 pixels, 2,240 at 512. Raises UserError for others."""
-    if image_size not in (256, 512):
-        raise UserError(f"VAR's tokenizer is published for 256 and 512 pixels, not {image_size}")
-    return VARVQVAE(MultiScaleQuantizer(4096, 32, SCALES_256 if image_size == 256 else SCALES_512), image_size)
+    """108,948,355 parameters; 680 tokens of 4,096 codes at 256 pixels, 2,240 at 512, 9,451 at 1,024."""
+    return VARVQVAE(MultiScaleQuantizer(4096, 32, scales(image_size)), image_size)

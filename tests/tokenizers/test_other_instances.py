@@ -1,0 +1,276 @@
+"""Importers read sizes and options from weights: instances unlike the recorded ones go out and come back the same.
+
+Each case makes a tokenizer of other widths, depths, patch sizes, image sizes and options than its recording, shaken so
+that no two tensors are alike, and what its importer makes of it under official keys.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.interop.importer import ImportOptions
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tokenizers.flextok import FlexTok, TransformerSize, official_vae
+from tessellar.tokenizers.flextok import official as flextok
+from tessellar.tokenizers.flextok.vae import flextok_vae
+from tessellar.tokenizers.hita import Hita
+from tessellar.tokenizers.hita import official as hita
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.kl_vae import official as kl_vae
+from tessellar.tokenizers.llamagen import LlamaGenVQ
+from tessellar.tokenizers.llamagen import official as llamagen
+from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
+from tessellar.tokenizers.maskgit_vqgan import official as maskgit_vqgan
+from tessellar.tokenizers.one_d_piece import OneDPiece
+from tessellar.tokenizers.quantizers.fsq import FSQ
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.restok import ResTok
+from tessellar.tokenizers.restok import official as restok
+from tessellar.tokenizers.retok import QFormerSize, ReToK
+from tessellar.tokenizers.retok import official as retok
+from tessellar.tokenizers.titok import TiTok, ViTSize
+from tessellar.tokenizers.titok import official as titok
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+from tessellar.tokenizers.var import official as var
+
+M = TypeVar("M", bound=nn.Module)
+Pair = tuple[Tokenizer, Tokenizer]
+ENCODER, DECODER = ViTSize(48, 3, 6), ViTSize(32, 1, 2)
+
+
+def shaken(module: M) -> M:
+    """Weights that are all different, and large enough that mistakes show."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return module.eval()
+
+
+def pixel_decoder() -> PixelDecoder:
+    return PixelDecoder(20, 8, 32, (1, 2, 1, 1), 2)
+
+
+def titok_pixels() -> Pair:
+    made = shaken(TiTok(VectorQuantizer(24, 5), 24, 4, 7, ENCODER, DECODER, decoder_patch_size=8))
+    quantizer = VectorQuantizer(24, 5)
+    return made, titok.tokenizer_from_official(titok.to_official(made), (6, 2), quantizer)
+
+
+def titok_latents() -> Pair:
+    made = shaken(TiTok(GaussianBottleneck(3, scale=1.0), 32, 16, 5, DECODER, ENCODER, decoder_patch_size=4))
+    return made, titok.tokenizer_from_official(titok.to_official(made), (2, 6))
+
+
+def titok_two_stages() -> Pair:
+    sizes: dict[str, Any] = {"mixes": True, "stage": "decoder", "decoder_patch_size": 8}
+    made = shaken(TiTok(VectorQuantizer(24, 5), 32, 4, 9, ENCODER, DECODER, pixel_decoder(), **sizes))
+    return made, titok.tokenizer_from_official(titok.to_official(made), (6, 2))
+
+
+def one_d_piece() -> Pair:
+    sizes: dict[str, Any] = {"mixes": True, "stage": "decoder", "decoder_patch_size": 8}
+    made = shaken(OneDPiece(VectorQuantizer(24, 5), 32, 16, 12, DECODER, ENCODER, pixel_decoder(), **sizes))
+    return made, titok.tokenizer_from_official(titok.to_official(made), (2, 6), kind=OneDPiece)
+
+
+def maskgit() -> Pair:
+    made = shaken(MaskGITVQGAN(VectorQuantizer(20, 12, l2_normalize=False), 24, 32, (1, 3, 2, 1), 2))
+    return made, maskgit_vqgan.vqgan_from_official(maskgit_vqgan.vqgan_to_official(made), 24)
+
+
+def llamagen_vq() -> Pair:
+    sizes: dict[str, Any] = {"num_res_blocks": 3, "z_channels": 24, "decoder_multipliers": (2, 1, 1)}
+    made = shaken(LlamaGenVQ(VectorQuantizer(30, 6), 24, 32, (1, 1, 3), **sizes))
+    return made, llamagen.tokenizer_from_official(llamagen.to_official(made), 24)
+
+
+def kl() -> Pair:
+    sizes: dict[str, Any] = {"encoder_attention": (0, 2), "decoder_attention": (1,)}
+    made = shaken(KLVAE(GaussianBottleneck(6, scale=0.7), (16, 24), 32, (1, 3, 2), 2, **sizes))
+    return made, kl_vae.from_official(kl_vae.to_official(made), (16, 24), 0.7)
+
+
+def var_vqvae(phis: int, ratio: float, **options: Any) -> Pair:
+    sides = (1, 2, 4, 6)
+    quantizer = MultiScaleQuantizer(40, 8, sides, phis, ratio, **options)
+    made = shaken(VARVQVAE(quantizer, 24, 32, (1, 2, 1), 2, kernel=1 if phis else 5))
+    state = var.vqvae_to_official(made)
+    return made, var.vqvae_from_official(state, sides, phi_ratio=ratio or 0.5, **options)
+
+
+def hita_tokenizer() -> Pair:
+    quantizers = VectorQuantizer(24, 4), VectorQuantizer(20, 6)
+    sizes: dict[str, Any] = {"multipliers": (1, 2, 1), "num_res_blocks": 2, "decoder_multipliers": (2, 1, 1)}
+    sizes |= {"width": 48, "depth": 3, "num_heads": 6, "mlp_dim": 100, "holistic": 10, "shift": 5, "vision_dim": 20}
+    made = shaken(Hita(*quantizers, None, 24, 32, **sizes))
+    return made, hita.from_official(hita.to_official(made), 24, 6, 5)
+
+
+def restok_tokenizer() -> Pair:
+    sizes: dict[str, Any] = {"multipliers": (1, 2), "num_res_blocks": 2, "z_channels": 24, "stages": 3, "legacy": True}
+    sizes |= {"encoder_width": 32, "encoder_depth": 6, "encoder_heads": 4}
+    sizes |= {"decoder_width": 48, "decoder_depth": 1, "decoder_heads": 2, "vision_dim": 10}
+    made = shaken(ResTok(VectorQuantizer(24, 4), 16, 32, 8, 32, **sizes))
+    return made, restok.from_official(restok.to_official(made), 16, (4, 2), min_tokens=8)
+
+
+def retok_tokenizer() -> Pair:
+    sizes: dict[str, Any] = {"multipliers": (1, 2, 1), "num_res_blocks": 2, "z_channels": 24, "semantic_dim": 9}
+    sizes |= {"encoder_size": QFormerSize(40, 3, 5), "decoder_size": QFormerSize(32, 1, 2), "semantic_layer": 1}
+    sizes["decoder_multipliers"] = (2, 1, 1)
+    made = shaken(ReToK(VectorQuantizer(24, 4, rotation=True), 32, 16, 4, 32, **sizes))
+    return made, retok.tokenizer_from_official(retok.to_official(made), 5, 2)
+
+
+FLEXTOK_SIZES = (TransformerSize(48, 2, 24), TransformerSize(32, 3, 8))
+
+
+def flextok_config(**trunk: Any) -> dict[str, Any]:
+    """The official config of the tokenizer that `flextok_tokenizer` makes; `trunk`: more of its decoder's options."""
+    encoder = {
+        "patches": {"_target_": "x.PatchEmbedder", "patch_sizes": [3, 3]},
+        "table": {"_target_": "x.PositionalEmbeddingAdder", "posemb_type": "sincos"},
+        "registers": {"_target_": "x.Registers1D"},
+        "packer": {"_target_": "x.BlockWiseSequencePacker", "mask_mode": "causal_last"},
+        "trunk": {"_target_": "x.FlexTransformer", "head_dim": 24},
+        "head": {"_target_": "x.LinearHead"},
+    }
+    decoder = {
+        "linear": {"_target_": "x.LinearLayer"},
+        "learned": {"_target_": "x.PositionalEmbeddingAdder", "posemb_type": "learnable_sum"},
+        "dropout": {"_target_": "x.MaskedNestedDropout", "size_sampling_mode": "uniform"},
+        "null": {"_target_": "x.LearnedNullCond"},
+        "patches": {"_target_": "x.PatchEmbedder", "patch_sizes": [3, 3]},
+        "table": {"_target_": "x.PositionalEmbeddingAdder", "posemb_type": "sincos"},
+        "packer": {"_target_": "x.BlockWiseSequencePacker", "mask_mode": "full"},
+        "time": {"_target_": "x.TimestepEmbedder", "max_timestep": 10.0},
+        "trunk": {"_target_": "x.FlexTransformer", "head_dim": 8, "adaLN_expansion": 2, **trunk},
+        "out": {"_target_": "x.ToPatchesLinearHead"},
+    }
+    return {
+        "vae": {"scaling_factor": 0.3},
+        "encoder": {"module_dict": encoder},
+        "decoder": {"module_dict": decoder},
+        "regularizer": {"levels": [4, 3, 5]},
+        "vae_base_config_override": {"norm_num_groups": 2},
+    }
+
+
+def flextok_tokenizer() -> Pair:
+    vae = flextok_vae(5, 48, 0.3, widths=(8, 16, 8), num_res_blocks=2, groups=2)
+    sizes: dict[str, Any] = {"patch_size": 3, "max_timestep": 10.0, "table": 5}
+    sizes |= {"encoder_size": FLEXTOK_SIZES[0], "decoder_size": FLEXTOK_SIZES[1]}
+    made = shaken(FlexTok(FSQ((4, 3, 5)), 48, 6, vae, **sizes))
+    config = flextok_config()
+    return made, flextok.from_official(flextok.to_official(made, config), config, 48)
+
+
+def flextok_autoencoder() -> Pair:
+    made = shaken(flextok_vae(3, 32, 0.9, widths=(12, 24, 12), num_res_blocks=1, groups=3))
+    return made, official_vae.vae_from_official(official_vae.to_official(made), 32, 0.9, groups=3)
+
+
+CASES: dict[str, Callable[[], Pair]] = {
+    "TiTok that gives pixels": titok_pixels,
+    "TiTok with latents": titok_latents,
+    "TiTok of two stages": titok_two_stages,
+    "One-D-Piece": one_d_piece,
+    "MaskGIT-VQGAN": maskgit,
+    "LlamaGen VQ": llamagen_vq,
+    "KL VAE": kl,
+    "VAR, one phi": lambda: var_vqvae(1, 0.3),
+    "VAR, a phi a scale, cosine": lambda: var_vqvae(0, 0.5, cosine=True),
+    "VAR, two phis": lambda: var_vqvae(2, 0.8),
+    "VAR, no phi": lambda: var_vqvae(3, 0.0),
+    "Hita": hita_tokenizer,
+    "ResTok": restok_tokenizer,
+    "ReToK": retok_tokenizer,
+    "FlexTok": flextok_tokenizer,
+    "FlexTok's VAE": flextok_autoencoder,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_another_instance_comes_back_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    made, again = CASES[name]()
+    assert again.image_size == made.image_size and again.layout == made.layout
+    images = torch.rand(2, 3, *made.image_size) * 2 - 1
+    tokens = _tokens(made, images)
+    assert torch.equal(_tokens(again, images), tokens)
+    assert len(tokens.unique()) > 1, "the tokens would not show a difference"
+    assert torch.equal(again.decode(tokens), made.decode(tokens))
+    assert torch.equal(again.last_layer, made.last_layer)
+
+
+def _tokens(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """Its tokens of the images; Hita's checkpoints lack the vision model, so that its features are made up."""
+    if not isinstance(tokenizer, Hita):
+        return tokenizer.encode(images)
+    vision = torch.randn(2, 9, 20, generator=torch.Generator().manual_seed(1))
+    return tokenizer.forward_with(images, vision).tokens
+
+
+def test_a_decoder_of_other_patches_draws_its_own_grid() -> None:
+    made = TiTok(VectorQuantizer(24, 5), 32, 4, 7, ENCODER, DECODER, decoder_patch_size=16)
+    assert made.side == 2 and made.decode(torch.zeros(1, 7, dtype=torch.int64)).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match="decoder_patch_size 5 does not divide image_size 32"):
+        TiTok(VectorQuantizer(24, 5), 32, 4, 7, ENCODER, DECODER, decoder_patch_size=5)
+
+
+def test_a_decoder_of_another_depth_of_levels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"decoder_multipliers \(1, 2\) must be 3 levels"):
+        LlamaGenVQ(VectorQuantizer(30, 6), 16, 32, (1, 1, 2), decoder_multipliers=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_type": "batch"}, "norm_type is 'batch'; only 'group' is supported"),
+        ({"mystery": 1}, "the official option 'mystery' is not known here"),
+    ],
+)
+def test_llamagen_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    config = {"ch_mult": [1, 1], "z_channels": 8, "codebook_size": 16, "codebook_embed_dim": 4, **options}
+    with pytest.raises(UserError, match=message):
+        llamagen.tokenizer_from_config(config, 16)
+
+
+def test_flextok_options_are_refused_by_name() -> None:
+    made, _ = flextok_tokenizer()
+    assert isinstance(made, FlexTok)
+    state = flextok.to_official(made, flextok_config())
+    for options, message in (
+        ({"qk_norm": False}, "trunk: qk_norm is False"),
+        ({"adaLN_expansion": 1}, "expansion is 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            flextok.from_official(state, flextok_config(**options), 48)
+    other = flextok_config()
+    other["encoder"]["module_dict"]["packer"]["mask_mode"] = "full"
+    with pytest.raises(UserError, match="packer: mask_mode is 'full'; only 'causal_last' is supported"):
+        flextok.from_official(state, other, 48)
+
+
+def test_an_autoencoder_without_a_posterior_is_refused() -> None:
+    made, _ = kl()
+    assert isinstance(made, KLVAE)
+    state = kl_vae.to_official(made)
+    state |= {"quant_conv.weight": state["quant_conv.weight"][:6], "quant_conv.bias": state["quant_conv.bias"][:6]}
+    with pytest.raises(UserError, match="use_variational=False"):
+        kl_vae.from_official(state, (16, 24))
+
+
+def test_var_weights_of_a_size_without_published_scales_are_refused() -> None:
+    made, _ = var_vqvae(1, 0.3)
+    assert isinstance(made, VARVQVAE)
+    with pytest.raises(UserError, match="published for 256, 512, 1024 pixels, not 384"):
+        var.import_tokenizer(var.vqvae_to_official(made), ImportOptions(image_size=384))
