@@ -99,7 +99,7 @@ def from_official(
         shift,
         vision_dim=ours["encoder.project.0.weight"].shape[1],
         vision_loss=1.0 if "decoder.mask_token" in ours else 0.0,
-        decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn.channels),
+        decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn),
     )
     kept = {name: t for name, t in made.state_dict().items() if name in OWN or name.startswith("vision.")}
     load_strict(made, {**ours, **kept}, where)

@@ -10,7 +10,7 @@ from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, table
 from tessellar.interop.options import check_options
-from tessellar.interop.sizes import cnn_sizes
+from tessellar.interop.sizes import CNNSizes, cnn_sizes
 from tessellar.tokenizers.llamagen.tokenizer import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -82,7 +82,7 @@ def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) 
         cnn.multipliers,
         cnn.blocks,
         state["encoder.conv_out.weight"].shape[0],
-        decoder_multipliers=decoder_multipliers(state, "decoder.conv_blocks.{i}.res.{j}", cnn.channels),
+        decoder_multipliers=decoder_multipliers(state, "decoder.conv_blocks.{i}.res.{j}", cnn),
     )
     return load_official(tokenizer, state)
 
@@ -92,9 +92,10 @@ def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> Lla
     return tokenizer_from_official(state, options.image_size or 256)
 
 
-def decoder_multipliers(state: Mapping[str, Tensor], block: str, channels: int) -> tuple[int, ...]:
-    """Multipliers of a decoder that numbers its levels from the coarsest, the finest first."""
-    return cnn_sizes(state, block, channels).multipliers[::-1]
+def decoder_multipliers(state: Mapping[str, Tensor], block: str, encoder: CNNSizes) -> tuple[int, ...] | None:
+    """Multipliers of a decoder that numbers its levels from the coarsest; None where they are the encoder's."""
+    found = cnn_sizes(state, block, encoder.channels).multipliers[::-1]
+    return None if found == encoder.multipliers else found
 
 
 READ = (

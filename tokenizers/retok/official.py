@@ -139,7 +139,7 @@ def tokenizer_from_official(
         decoder_size=decoder,
         semantic_dim=None if semantic is None else len(semantic),
         semantic_layer=semantic_layer or min(3, decoder.depth),
-        decoder_multipliers=decoder_multipliers(state, "decoder.conv_blocks.{i}.res.{j}", cnn.channels),
+        decoder_multipliers=decoder_multipliers(state, "decoder.conv_blocks.{i}.res.{j}", cnn),
         **options,
     )
     return load_official(tokenizer, state)

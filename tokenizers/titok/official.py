@@ -124,6 +124,7 @@ def tokenizer_from_official(
     ]
     tokens = len(state["latent_tokens"])
     image_size = _side(state, "encoder") * patch_size
+    decoder_patch_size = image_size // _side(state, "decoder")
     made = kind(
         quantizer or _quantizer(state, two_stage, tokens),
         image_size,
@@ -134,7 +135,7 @@ def tokenizer_from_official(
         _pixels(state) if two_stage else None,
         two_stage if mixes is None else mixes,
         stage if two_stage else "all",
-        decoder_patch_size=image_size // _side(state, "decoder"),
+        decoder_patch_size=None if decoder_patch_size == patch_size else decoder_patch_size,
     )
     return load_official(made, state)
 
