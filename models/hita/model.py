@@ -18,8 +18,7 @@ from tessellar.layers.llama import Positions
 from tessellar.layers.rope import grid_angles
 from tessellar.models.parts.llama import LlamaGenerator
 from tessellar.models.parts.prefixes import ClassPrefix
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
+from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import State
 from tessellar.protocol.layout import Categorical, Layout
@@ -126,13 +125,12 @@ class HitaAR(LlamaGenerator):
             )
         )
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def losses_of(self, scores: Distribution, targets: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """Two means with equal weight, whatever the lengths of the segments."""
-        scores = self.score(tokens, self.drop_condition(condition))
         assert isinstance(scores, Logits)
         parts = {"holistic": slice(None, self.holistic), "patches": slice(self.holistic, None)}
         return {
-            name: Logits(scores.logits[:, part]).cross_entropy(tokens[:, part], weight) for name, part in parts.items()
+            name: Logits(scores.logits[:, part]).cross_entropy(targets[:, part], weight) for name, part in parts.items()
         }
 
 

@@ -152,7 +152,7 @@ class NextEntity(LlamaGenerator):
         if isinstance(state.cache, KVCache):
             state.cache.truncate(state.cache.lengths - asked.shape[1])
         state.fed = state.fed + count
-        return self.head(state, self.norm(hidden[:, hidden.shape[1] - asked.shape[1] :]), first, want)
+        return self._distribution(state, hidden, asked.shape[1], first, want)
 
     def score(self, tokens: Tensor, condition: Condition, entities: Entities | None = None) -> Distribution:
         """Teacher-forced distribution of all entities in one pass, [prefix, context, queries of all entities]."""
@@ -163,7 +163,7 @@ class NextEntity(LlamaGenerator):
         context = torch.arange(int(state.input_ends[-1]))
         queries = torch.arange(length) + QUERY + state.prefix.length
         hidden = self._run(state, torch.cat([context, queries])[None], self.read(tokens, state.entities))
-        return self.head(state, self.norm(hidden[:, -length:]), state.fed, count)
+        return self._distribution(state, hidden, length, state.fed, count)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         logits = super().head(state, hidden, first, want).logits

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, Slots
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Distribution
-from tessellar.protocol.entities import Entities
-from tessellar.protocol.generator import Generator, Prefix, State
+from tessellar.protocol.distribution import Distribution, Logits
+from tessellar.protocol.entities import Entities, take
+from tessellar.protocol.generator import Evaluation, Generator, Prefix, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.work import Work, causal_attention_macs, linear_macs
 
@@ -124,8 +124,7 @@ class PrefixTransformer(Generator):
         hidden = self._run(state, state.places(count), tokens)
         state.fed = state.fed + count
         first = state.fed - want
-        reads = self.num_reads(state, first, want)
-        return self.head(state, self.norm(hidden[:, hidden.shape[1] - reads :]), first, want)
+        return self._distribution(state, hidden, self.num_reads(state, first, want), first, want)
 
     def score(self, tokens: Tensor, condition: Condition, entities: Entities | None = None) -> Distribution:
         """Teacher-forced distribution of all entities of tokens [B, N, ...] in one differentiable pass."""
@@ -134,15 +133,32 @@ class PrefixTransformer(Generator):
         state.cache = NoCache(tokens.device)
         hidden = self._run(state, torch.arange(int(state.input_ends[-1]))[None], self.read(tokens, state.entities))
         count = state.entities.count
-        reads = self.num_reads(state, state.fed, count)
-        return self.head(state, self.norm(hidden[:, hidden.shape[1] - reads :]), state.fed, count)
+        return self._distribution(state, hidden, self.num_reads(state, state.fed, count), state.fed, count)
+
+    def _distribution(self, state: State, hidden: Tensor, reads: int, first: Tensor, want: int) -> Distribution:
+        """What the head makes of the last `reads` hidden states [R, n, D]; those of the images ride along."""
+        normed = self.norm(hidden[:, hidden.shape[1] - reads :])
+        return self.head(state, normed, first, want).with_hidden(normed[: state.batch])
 
     def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Cross-entropy of tokens [B, N] in the order of training."""
+        """Losses of tokens [B, N, ...] in the order of training."""
         entities = self.training_order(len(tokens)) if self.training else self.entities
         scores = self.score(tokens, self.drop_condition(condition), entities)
-        targets = tokens.gather(1, entities.order.expand(len(tokens), -1).to(tokens.device))
-        return {"cross_entropy": scores.cross_entropy(targets, weight)}  # type: ignore[attr-defined]
+        return self.losses_of(scores, generated(tokens, entities), weight)
+
+    def losses_of(self, scores: Distribution, targets: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Named losses of teacher-forced scores; `targets` [B, N, ...] are the tokens in generation order."""
+        assert isinstance(scores, Logits)
+        return {"cross_entropy": scores.cross_entropy(targets, weight)}
+
+    def nats(self, tokens: Tensor, condition: Condition) -> Tensor | None:
+        return self.score(tokens, condition).nats(generated(tokens, self.entities))
+
+    def evaluate(self, tokens: Tensor, condition: Condition) -> Evaluation:
+        """Losses and nats from one pass; a subclass with a `loss` of its own overrides this too."""
+        scores = self.score(tokens, condition)
+        targets = generated(tokens, self.entities)
+        return Evaluation(self.losses_of(scores, targets), scores.nats(targets))
 
     def training_order(self, batch: int) -> Entities:
         """The partition that a training step reads: a uniform order with probability `random_order`, else its own."""
@@ -211,3 +227,8 @@ class PrefixTransformer(Generator):
         inside = place.clamp(max=valid.shape[1] - 1)
         padded = (place < valid.shape[1]) & ~valid.gather(1, inside)
         return torch.where(padded, NEVER, block)
+
+
+def generated(tokens: Tensor, entities: Entities) -> Tensor:
+    """Tokens [B, N, ...] in the order in which they are generated."""
+    return take(tokens, entities.order.expand(len(tokens), -1))

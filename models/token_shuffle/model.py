@@ -26,7 +26,7 @@ from tessellar.models.parts.prefixes import CaptionPrefix, ClassPrefix
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, cells
-from tessellar.protocol.generator import Prefix, State, require_categorical
+from tessellar.protocol.generator import Evaluation, Prefix, State, require_categorical
 from tessellar.protocol.guidance import NO_GUIDANCE
 from tessellar.protocol.layout import Layout, Segment
 from tessellar.protocol.work import Work, linear_macs
@@ -296,6 +296,10 @@ class TokenShuffle(LlamaGenerator):
         if self.z_loss:
             losses["z"] = self.z_loss * mean(squares, predicted.to(tokens.device))
         return losses
+
+    def evaluate(self, tokens: Tensor, condition: Condition) -> Evaluation:
+        """Two passes: the loss is over the joint vocabulary, nats are of image codes alone, as they are drawn."""
+        return Evaluation(self.loss(tokens, condition), self.nats(tokens, condition))
 
 
 # Published variant; heads, FFN and text vocabulary are the only near combination with 2.7 billion parameters [ours].

@@ -57,6 +57,11 @@ class TableGenerator(Generator):
         state = self.start(self.drop_condition(condition))
         return {"cross_entropy": self.predict(state, tokens, state.entities.count).cross_entropy(tokens, weight)}
 
+    def nats(self, tokens: Tensor, condition: Condition) -> Tensor:
+        state = self.start(condition)
+        scores = self.predict(state, tokens, state.entities.count)
+        return -scores.log_prob(_generated(tokens, state.entities)).sum(1)
+
     def start(
         self,
         condition: Condition,

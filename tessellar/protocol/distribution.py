@@ -1,13 +1,15 @@
 """Distributions: what a generator predicts of an entity, guidance included, and how it is drawn.
 
 `Logits`: tokens that are independent given what came before; speculative decoding and search need this kind.
-`Implicit`: known only through a network that a solver integrates (flow matching, diffusion).
+`FactorLogits`: tokens of several sub-tokens, one after the other (TokenBridge's channels, Open-MAGVIT2's two halves).
+`Bits`: tokens of bits, sets of them one after the other (BAR), or all independent.
+`Implicit`: known only through a network that a solver integrates (flow matching, diffusion): it has no likelihood.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,11 +20,34 @@ from tessellar.protocol.noise import Noise
 
 
 class Distribution(ABC):
-    """Prediction of T tokens of each image, guidance included."""
+    """Prediction of T tokens of each image, guidance included.
+
+    `hidden` [B, T, D] are the hidden states that it was made from, where the generator gives them along: drafters on
+    hidden states read them. D and T are the generator's own (one state may stand for several tokens).
+    """
+
+    hidden: Tensor | None = None
 
     @abstractmethod
     def sample(self, sampler: Any, noise: Noise) -> Tensor:
         """Tokens [B, T], [B, T, F] or [B, T, C]; `sampler` is the kind that the head needs (`Choice` for logits)."""
+
+    def log_prob(self, tokens: Tensor) -> Tensor | None:
+        """Log-probability [B, T] of each token of `tokens` [B, T, ...]; None where there is no likelihood."""
+        return None
+
+    def probs(self) -> Tensor | None:
+        """Probabilities [B, T, V] of one index a token; None for every other kind."""
+        return None
+
+    def nats(self, tokens: Tensor) -> Tensor | None:
+        """-log p [B] of each image's T tokens together; None where there is no likelihood."""
+        log_prob = self.log_prob(tokens)
+        return None if log_prob is None else -log_prob.sum(1)
+
+    def with_hidden(self, hidden: Tensor) -> Self:
+        """The same distribution with the hidden states that it was made from."""
+        return replace(self, hidden=hidden)  # type: ignore[type-var]
 
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +72,7 @@ class Implicit(Distribution):
     shape: tuple[int, int]
     entity: int = 0
     count: int = 1
+    hidden: Tensor | None = None
 
     def sample(self, sampler: Solver, noise: Noise) -> Tensor:
         return sampler.integrate(self.model, self.shape, noise, self.entity, self.count)
@@ -57,9 +83,16 @@ class Logits(Distribution):
     """Categorical logits [B, T, V], float32; a vocabulary smaller than V is padded with -inf."""
 
     logits: Tensor
+    hidden: Tensor | None = None
 
     def sample(self, sampler: Choice, noise: Noise) -> Tensor:
         return sampler.draw(self.logits, noise)
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        return _log_prob(self.logits, tokens)
+
+    def probs(self) -> Tensor:
+        return self.logits.float().softmax(-1)
 
     def cross_entropy(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of `tokens` [B, T]; `weight` [B] weighs (or drops) whole samples."""
@@ -67,3 +100,95 @@ class Logits(Distribution):
         if weight is None:
             return loss.mean()
         return (loss * weight[:, None]).sum() / (weight.sum() * tokens.shape[1]).clamp(min=torch.finfo(loss.dtype).eps)
+
+
+@dataclass(frozen=True)
+class FactorLogits(Distribution):
+    """T tokens of F sub-tokens each, drawn one after the other in `order`, each given those before it.
+
+    `head(known, factor)` gives the logits [B, T, V] of sub-token `factor`, guidance included; in `known` [B, T, F] the
+    sub-tokens before it in `order` hold their values, all others 0.
+    """
+
+    head: Callable[[Tensor, int], Tensor]
+    order: tuple[int, ...]
+    shape: tuple[int, int]  # B, T
+    device: torch.device | str = "cpu"
+    hidden: Tensor | None = None
+
+    def sample(self, sampler: Choice, noise: Noise) -> Tensor:
+        tokens = torch.zeros(*self.shape, len(self.order), dtype=torch.int64, device=self.device)
+        for factor in self.order:
+            drawn = sampler.draw(self.head(tokens, factor), noise)
+            tokens = _with_factor(tokens, factor, drawn)
+        return tokens
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        known = torch.zeros_like(tokens)
+        total = torch.zeros(tokens.shape[:2], device=tokens.device)
+        for factor in self.order:
+            total = total + _log_prob(self.head(known, factor), tokens[..., factor])
+            known = _with_factor(known, factor, tokens[..., factor])
+        return total
+
+
+@dataclass(frozen=True)
+class Bits(Distribution):
+    """T tokens of n bits each: `sets` of bits one after the other, the bits of a set independent given the sets before.
+
+    `head(known, shown)` gives the log-odds [B, T, n] that bits are 1, guidance included; in `known` [B, T, n] the bits
+    of earlier sets, those that are True in `shown` [n], hold their values, all others 0.
+    """
+
+    head: Callable[[Tensor, Tensor], Tensor]
+    sets: tuple[tuple[int, ...], ...]
+    shape: tuple[int, int]  # B, T
+    device: torch.device | str = "cpu"
+    hidden: Tensor | None = None
+
+    @classmethod
+    def independent(cls, log_odds: Tensor) -> "Bits":
+        """All bits at once, from log-odds [B, T, n]."""
+        batch, length, count = log_odds.shape
+        return cls(lambda known, shown: log_odds, (tuple(range(count)),), (batch, length), log_odds.device)
+
+    @property
+    def count(self) -> int:
+        """Bits n of a token."""
+        return sum(map(len, self.sets))
+
+    def sample(self, sampler: Choice, noise: Noise) -> Tensor:
+        tokens = torch.zeros(*self.shape, self.count, dtype=torch.int64, device=self.device)
+        shown = torch.zeros(self.count, dtype=torch.bool, device=self.device)
+        for bits in self.sets:
+            chosen = torch.tensor(bits, device=self.device)
+            drawn = sampler.draw(_two_logits(self.head(tokens, shown)[..., chosen]), noise)
+            tokens = tokens.index_copy(-1, chosen, drawn)
+            shown = shown.index_fill(0, chosen, True)
+        return tokens
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        total = torch.zeros(tokens.shape[:2], device=tokens.device)
+        shown = torch.zeros(self.count, dtype=torch.bool, device=tokens.device)
+        for bits in self.sets:
+            chosen = torch.tensor(bits, device=tokens.device)
+            log_odds = self.head(tokens * shown, shown)[..., chosen]
+            total = total + _log_prob(_two_logits(log_odds), tokens[..., chosen]).sum(-1)
+            shown = shown.index_fill(0, chosen, True)
+        return total
+
+
+def _log_prob(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability [...] of `ids` [...] under logits [..., V], in float32."""
+    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def _two_logits(log_odds: Tensor) -> Tensor:
+    """Log-odds [...] of a bit as the logits [..., 2] of its two values."""
+    return torch.stack([torch.zeros_like(log_odds), log_odds], -1)
+
+
+def _with_factor(tokens: Tensor, factor: int, values: Tensor) -> Tensor:
+    """A copy of tokens [B, T, F] with `values` [B, T] as sub-token `factor`."""
+    index = torch.tensor([factor], device=tokens.device)
+    return tokens.index_copy(-1, index, values[..., None])

@@ -111,6 +111,13 @@ class State:
         )
 
 
+class Evaluation(NamedTuple):
+    """What validation measures of a batch: named losses, and nats [B] of each image where there is a likelihood."""
+
+    losses: dict[str, Tensor]
+    nats: Tensor | None
+
+
 class Generator(Configured, nn.Module, ABC):
     """Tokens from a condition, entity by entity.
 
@@ -131,6 +138,14 @@ class Generator(Configured, nn.Module, ABC):
     @abstractmethod
     def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
         """Named training losses of tokens [B, N, ...]; their sum is minimised. `weight` [B] weighs samples."""
+
+    def nats(self, tokens: Tensor, condition: Condition) -> Tensor | None:
+        """-log p [B] in nats of whole images [B, N, ...] under their condition; None where there is no likelihood."""
+        return None
+
+    def evaluate(self, tokens: Tensor, condition: Condition) -> Evaluation:
+        """Losses and nats of a batch in validation; a generator that has both from one pass overrides this."""
+        return Evaluation(self.loss(tokens, condition), self.nats(tokens, condition))
 
     @abstractmethod
     def start(

@@ -76,6 +76,8 @@ class Layout:
             raise ValueError("a layout needs at least one segment")
         if len({self._trailing(s.kind) for s in self.segments}) > 1:
             raise ValueError("all segments of a layout must hold the same number of values a position")
+        if len({isinstance(s.kind, Continuous) for s in self.segments}) > 1:
+            raise ValueError("segments of real vectors and of ids cannot share one tensor of tokens")
         if self.min_prefix is not None and not 1 <= self.min_prefix <= self.length:
             raise ValueError(f"min_prefix is {self.min_prefix}; it must be in [1, {self.length}] or None")
 
@@ -131,20 +133,46 @@ class Layout:
         return torch.zeros(batch, self.length, *self._trailing(self.segments[0].kind), dtype=dtype, device="cpu")
 
     def check(self, tokens: Tensor) -> None:
-        """Raise ValueError unless `tokens` [B, n <= N, ...] fit: shape, and range of categorical ids."""
+        """Raise ValueError unless `tokens` [B, n <= N, ...] fit: shape, type, and what each segment's kind may hold."""
         trailing = self._trailing(self.segments[0].kind)
         shortest = self.length if self.min_prefix is None else self.min_prefix
         if tokens.shape[2:] != trailing or not shortest <= tokens.shape[1] <= self.length:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; {self} needs [B, {self.length}, *{trailing}]")
-        if self.is_categorical:
-            vocab = self.vocab().to(tokens.device)[: tokens.shape[1]]
-            if bool(((tokens < 0) | (tokens >= vocab)).any()):
-                raise ValueError(f"token ids span [{tokens.min()}, {tokens.max()}], outside the vocabulary of {self}")
+        if self.is_continuous:
+            self._check_vectors(tokens)
+            return
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens are {tokens.dtype}; {self} needs integers")
+        for start, segment in zip(self.starts, self.segments, strict=False):
+            _check_range(tokens[:, start : start + segment.length], segment)
+
+    def _check_vectors(self, tokens: Tensor) -> None:
+        if not tokens.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype}; {self} needs real numbers")
+        if not bool(tokens.isfinite().all()):
+            raise ValueError(f"some of the tokens of {self} are not finite")
 
     def __str__(self) -> str:
         parts = [f"{'x'.join(map(str, s.shape))} {s.name} of {s.kind}" for s in self.segments]
         prefix = "" if self.min_prefix is None else f", decodable from {self.min_prefix}"
         return " + ".join(parts) + prefix
+
+
+def _check_range(tokens: Tensor, segment: Segment) -> None:
+    """Raise ValueError unless the ids [B, n] or [B, n, F] of a segment lie in its vocabularies."""
+    match segment.kind:
+        case Categorical(vocab):
+            sizes = torch.tensor(vocab)
+        case Factorized(vocabs):
+            sizes = torch.tensor(vocabs)
+        case Bits():
+            sizes = torch.tensor(2)
+        case Continuous():
+            return
+    outside = (tokens < 0) | (tokens >= sizes.to(tokens.device))
+    if bool(outside.any()):
+        wrong = int(tokens[outside][0])
+        raise ValueError(f"the {segment.name} hold {wrong}, outside the vocabulary of {segment.kind}")
 
 
 def grid_layout(height: int, width: int, kind: Kind, name: str = "tokens") -> Layout:

@@ -161,10 +161,11 @@ class GeneratorModule(TrainingModule):
         return {"loss": total.detach(), "tokens": tokens}
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
-        tokens, terms = self._losses(batch)
+        tokens = self.tokens_of(batch)
+        terms, nats = self.model.generator.evaluate(tokens, self.model.conditioner(batch))
         named = {"loss": torch.stack(list(terms.values())).sum(), **terms}
-        if "cross_entropy" in terms:
-            named["nats_per_image"] = terms["cross_entropy"] * self.tokenizer.layout.length
+        if nats is not None:
+            named["nats_per_image"] = nats.mean()
         self.log_terms("val", named, len(tokens))
         return {"tokens": tokens}
 

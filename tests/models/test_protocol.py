@@ -14,25 +14,55 @@ from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
+from tessellar.models.token_shuffle import TokenShuffle
+from tessellar.models.var import VAR
+from tessellar.models.xar import XAR
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
+from tessellar.protocol.distribution import Distribution, Implicit, Logits
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
-from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 
 CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))
 
+LATENTS = grid_layout(4, 4, Continuous(3))
 HITA = Layout((Segment((4,), Categorical(23), "holistic"), Segment((2, 3), Categorical(23), "patches")))
 
 
 def next_entity(layout: Layout, x: str) -> NextEntity:
     return NextEntity(layout, x, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8)
+
+
+def xar(x: str) -> XAR:
+    return XAR(LATENTS, x, 32, 1, 4, CLASSES, dropout=0.0)
+
+
+def mar(patch: int, steps: int) -> MAR:
+    """So small that a batch is expected to hold dropped classes, and tokens to read, only if both are frequent."""
+    often = {"condition_dropout": 0.5, "least_masked": 0.1}
+    sizes = {"buffer": 2, "repeats": 1, "steps": steps, "dropout": 0.0}
+    layout = grid_layout(4 * patch, 4 * patch, Continuous(3))
+    return MAR(layout, 32, 1, 4, None, 32, 1, CLASSES, patch, **sizes, **often)  # type: ignore[arg-type]
+
+
+def var() -> VAR:
+    """With the tokenizer that its inputs come from."""
+    tokenizer = VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1).eval()
+    generator = VAR(tokenizer.layout, 32, 2, 4, CLASSES, 4, drop_path=0.0)
+    generator.bind(tokenizer)
+    return generator
+
+
+def token_shuffle(layout: Layout) -> TokenShuffle:
+    return TokenShuffle(layout, 32, 2, 4, 2, num_classes=CLASSES, ffn_multiple_of=8)
 
 
 GENERATORS: dict[str, Callable[[], Generator]] = {
@@ -52,8 +82,18 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "next-random": lambda: next_entity(GRID, "random:0"),
     "rar": lambda: RAR(GRID, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "rar-1d": lambda: RAR(LINE, 32, 2, 4, 64, CLASSES, dropout=0.0),
+    "var": var,
+    "token-shuffle": lambda: token_shuffle(GRID),
+    "token-shuffle-1d": lambda: token_shuffle(sequence_layout(16, Categorical(19))),
+    "xar-cell": lambda: xar("cell:2"),
+    "xar-token": lambda: xar("token"),
+    "xar-subsample": lambda: xar("subsample:2"),
+    "mar": lambda: mar(1, 5),
+    "mar-patches": lambda: mar(2, 3),
 }
 GUIDANCES = {"plain": NO_GUIDANCE, "guided": Guidance(Linear(3.0, start=1.5))}
+
+WITHOUT_LIKELIHOOD = ("maskgit", "xar", "mar")
 
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 
@@ -72,13 +112,25 @@ def labels(batch: int) -> Condition:
 
 def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
+    if layout.is_continuous:
+        return torch.randn(layout.blank(batch).shape, generator=draw)
     return (torch.rand(batch, layout.length, generator=draw) * layout.vocab()).long()
 
 
 def predicted(generator: Generator, state: State, tokens: Tensor, count: int, want: int) -> Tensor:
-    distribution = generator.predict(state, tokens, count, want)
-    assert isinstance(distribution, Logits)
-    return distribution.logits
+    """What is predicted of the last `want` of `count` entities, [B, T, ...]; one at a time where it is no logits."""
+    if generator.layout.is_continuous and want > 1:
+        return torch.cat([predicted(generator, state, tokens, 1, 1) for _ in range(count)], 1)
+    return values(generator.predict(state, tokens, count, want), len(tokens))
+
+
+def values(distribution: Distribution, batch: int) -> Tensor:
+    """Logits, or what the solver is told of one fixed noisy entity in the middle of its way."""
+    if isinstance(distribution, Logits):
+        return distribution.logits
+    assert isinstance(distribution, Implicit)
+    noisy = torch.randn(1, *distribution.shape, generator=torch.Generator().manual_seed(7))
+    return distribution.model(noisy.expand(batch, -1, -1), torch.tensor(0.5))
 
 
 def fresh(generator: Generator, condition: Condition, guidance: Guidance, tokens: Tensor, entity: int) -> Tensor:
@@ -153,7 +205,31 @@ def test_what_is_rolled_back_is_forgotten(name: str) -> None:
 @every_generator
 def test_training_reaches_every_parameter(name: str) -> None:
     generator = make(name).train()
-    losses = generator.loss(tokens_of(generator.layout, 8), Condition(ids=torch.arange(8) % CLASSES))
-    torch.stack(list(losses.values())).sum().backward()
+    for seed in range(3):  # masks and dropped conditions are drawn anew
+        losses = generator.loss(tokens_of(generator.layout, 8, seed), labels(8))
+        torch.stack(list(losses.values())).sum().backward()
     without = [n for n, p in generator.named_parameters() if p.grad is None or not bool(p.grad.any())]
     assert without == []
+
+
+@every_generator
+@torch.no_grad()
+def test_nats_are_those_of_the_entities_one_after_the_other(name: str) -> None:
+    """Of every generator with a likelihood; validation asks for them and the losses together."""
+    generator, tokens = make(name), tokens_of(make(name).layout, 2)
+    found = generator.nats(tokens, labels(2))
+    losses, nats = generator.evaluate(tokens, labels(2))
+    assert losses.keys() == generator.loss(tokens, labels(2)).keys()
+    if name.startswith(WITHOUT_LIKELIHOOD):
+        assert found is None and nats is None
+        return
+    state = generator.start(labels(2))
+    total = torch.zeros(2)
+    for entity in range(generator.entities.count):
+        distribution = generator.predict(state, tokens)
+        part = distribution.nats(generator.entities.get(tokens, torch.full((2,), entity), 1))
+        assert part is not None
+        total += part
+    assert found is not None and nats is not None
+    torch.testing.assert_close(found, total, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(nats, total, atol=1e-3, rtol=1e-4)

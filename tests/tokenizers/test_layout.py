@@ -72,3 +72,36 @@ def test_impossible_layouts(make) -> None:
 def test_only_categorical_layouts_have_a_vocabulary() -> None:
     with pytest.raises(TypeError, match="categorical"):
         grid_layout(2, 2, Bits(4)).vocab()
+
+
+WRONG_TOKENS = {
+    "a factor outside its vocabulary": (Factorized((64,) * 16), torch.full((1, 2, 16), 999), "999, outside"),
+    "a factor outside the vocabulary of its place": (Factorized((9, 3)), torch.full((1, 2, 2), 5), "5, outside"),
+    "a factor below 0": (Factorized((9, 3)), torch.full((1, 2, 2), -1), "-1, outside"),
+    "bits that are none": (Bits(3), torch.full((1, 2, 3), 2), "2, outside"),
+    "an id below 0": (Categorical(4), torch.full((1, 2), -1), "-1, outside"),
+    "ids that are real numbers": (Categorical(4), torch.zeros(1, 2), "needs integers"),
+    "factors that are real numbers": (Factorized((4, 4)), torch.zeros(1, 2, 2), "needs integers"),
+    "bits that are real numbers": (Bits(3), torch.zeros(1, 2, 3), "needs integers"),
+    "vectors of integers": (Continuous(3), torch.zeros(1, 2, 3, dtype=torch.int64), "needs real numbers"),
+    "vectors with a NaN": (Continuous(3), torch.full((1, 2, 3), torch.nan), "not finite"),
+    "vectors with an infinity": (Continuous(3), torch.full((1, 2, 3), -torch.inf), "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TOKENS)
+def test_every_kind_checks_range_and_type(name: str) -> None:
+    kind, tokens, message = WRONG_TOKENS[name]
+    with pytest.raises(ValueError, match=message):
+        sequence_layout(2, kind).check(tokens)
+
+
+def test_kinds_that_fit_are_taken() -> None:
+    sequence_layout(2, Factorized((9, 3))).check(torch.tensor([[[8, 2], [0, 0]]], dtype=torch.int32))
+    sequence_layout(2, Bits(3)).check(torch.ones(1, 2, 3, dtype=torch.uint8))
+    sequence_layout(2, Continuous(3)).check(torch.randn(1, 2, 3, dtype=torch.bfloat16))
+
+
+def test_a_layout_holds_ids_or_vectors_but_not_both() -> None:
+    with pytest.raises(ValueError, match="cannot share"):
+        Layout((Segment((2,), Bits(3)), Segment((2,), Continuous(3))))
