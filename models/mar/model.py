@@ -45,7 +45,8 @@ class MAR(MaskedGenerator):
     """Class-conditional generator over one grid of continuous latents; `patch` x `patch` of them are one token.
 
     `steps` is the number of sets in which tokens are decoded by default, `repeats` how many noise levels each token is
-    trained at in one update. Raises UserError for other layouts.
+    trained at in one update. Width, depth and heads of the decoder, and dropout of attention weights, are those of the
+    encoder and of the projections unless given. Raises UserError for other layouts.
     """
 
     sampler = "diffusion"
@@ -68,6 +69,9 @@ class MAR(MaskedGenerator):
         least_masked: float = 0.7,
         repeats: int = 4,
         steps: int = 64,
+        decoder_depth: int | None = None,
+        decoder_heads: int | None = None,
+        attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
         kind = layout.segments[0].kind
@@ -86,9 +90,13 @@ class MAR(MaskedGenerator):
         self.entities = self.sets(torch.arange(self.length), steps)
         inner = decoder_width or width
         make = partial(
-            Block, mlp_ratio=mlp_ratio, qkv_bias=True, proj_drop=dropout, attn_drop=dropout,
+            Block,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=True,
+            proj_drop=dropout,
+            attn_drop=dropout if attention_dropout is None else attention_dropout,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
         self.class_embedding, self.null_embedding = (
             nn.Embedding(num_classes, width),
             nn.Parameter(torch.empty(1, width)),
@@ -99,7 +107,9 @@ class MAR(MaskedGenerator):
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_input, self.mask_token = nn.Linear(width, inner), nn.Parameter(torch.empty(1, 1, inner))
         self.decoder_positions = nn.Parameter(torch.empty(1, buffer + self.length, inner))
-        self.decoder_blocks = nn.ModuleList(make(inner, num_heads) for _ in range(depth))
+        self.decoder_blocks = nn.ModuleList(
+            make(inner, decoder_heads or num_heads) for _ in range(decoder_depth or depth)
+        )
         self.decoder_norm = nn.LayerNorm(inner, eps=1e-6)
         self.z_positions = nn.Parameter(torch.empty(1, self.length, inner))
         self.head = DiffusionMLP(self.channels, inner, head_width, head_depth)

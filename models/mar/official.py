@@ -55,9 +55,16 @@ def is_generator(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_official(
-    state: Mapping[str, Tensor], layout: Layout, num_heads: int | None = None, where: str = "the MAR checkpoint"
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    num_heads: int | None = None,
+    where: str = "the MAR checkpoint",
+    decoder_heads: int | None = None,
 ) -> MAR:
-    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout.
+
+    The decoder has as many heads as the encoder unless `decoder_heads` says otherwise.
+    """
     ours = KEYS.from_official(state, where)
     classes, width = ours["class_embedding.weight"].shape
     length, inner = ours["z_positions"].shape[1:]
@@ -80,6 +87,8 @@ def from_official(
         ours["encoder_positions"].shape[1] - length,
         mlp_ratio=ours["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
         steps=min(64, length),
+        decoder_depth=count(ours, r"decoder_blocks\.(\d+)\."),
+        decoder_heads=decoder_heads,
     )
     load_strict(generator, ours, where)
     return generator.eval()

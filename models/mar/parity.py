@@ -1,16 +1,18 @@
-"""Replay of MAR's generator, diffusion head and sampler (cases `gen_*` of recordings of system `mar`)."""
+"""Replays of MAR's generator, diffusion head and sampler (cases `gen_*` of recordings of system `mar`)."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from tessellar.errors import UserError
 from tessellar.models.mar.model import MAR
 from tessellar.models.mar.official import from_official
 from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import RecordedNoise, gradient_norm
 from tessellar.processes.diffusion import (
     Diffusion,
     ancestral_diffusion,
@@ -20,72 +22,73 @@ from tessellar.processes.diffusion import (
     strided_steps,
 )
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Implicit, Model
+from tessellar.protocol.distribution import Model
 from tessellar.protocol.entities import Entities
-from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Revealed
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Revealed
 from tessellar.protocol.layout import Continuous, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
-
-
-def mar(recording: Recording) -> dict[str, Tensor]:
-    """Outputs of the selected cases."""
-    outputs: dict[str, Tensor] = {}
-    for case, replay in CASES.items():
-        if case in recording.cases:
-            outputs |= replay(recording)
-    for case in ("cfg", "nocfg"):
-        if f"gen_sample_{case}" in recording.cases:
-            outputs |= _sampled(recording, f"mar_sample_{case}", case == "cfg")
-    return outputs
 
 
 def _generator(recording: Recording) -> MAR:
     config = recording.config["mar"]
     side = config["img_size"] // config["vae_stride"]
     layout = grid_layout(side, side, Continuous(config["vae_embed_dim"]))
-    generator = from_official(recording.weights["generator"], layout, config["encoder_num_heads"])
-    assert config["encoder_num_heads"] == config["decoder_num_heads"], "one number of heads for both halves"
+    generator = from_official(
+        recording.weights["generator"],
+        layout,
+        num_heads=config["encoder_num_heads"],
+        decoder_heads=config["decoder_num_heads"],
+    )
     generator.repeats = config["diffusion_batch_mul"]
     return generator
 
 
-def _schedules(recording: Recording) -> dict[str, Tensor]:
-    outputs = _tables("schedule1000", full_process())
+def _kept(spacing: str) -> list[int]:
+    """Kept steps of the official option `timestep_respacing`: `ddimN`, a number, or nothing for all."""
+    if not spacing:
+        return list(full_process().steps)
+    if spacing.startswith("ddim"):
+        return strided_steps(int(spacing.removeprefix("ddim")))
+    return kept_steps(int(spacing))
+
+
+def _process(spacing: str) -> Diffusion:
+    return respaced(full_process(), _kept(spacing)) if spacing else full_process()
+
+
+@replays("mar", "gen_schedule")
+def schedules(recording: Recording) -> dict[str, Tensor]:
+    """Kept steps and tables of every recorded spacing."""
+    outputs = {}
     for name in recording.names("output", {"gen_schedule"}):
-        run, _, kind = name.partition("/")
-        if kind == "timesteps":
-            steps = _tiny_steps(recording) if run == "schedule_tiny" else kept_steps(int(run.removeprefix("schedule")))
-            outputs[name] = torch.tensor(steps)
-        elif kind == "betas" and run != "schedule1000":
-            outputs |= _tables(run, respaced(full_process(), kept_steps(int(run.removeprefix("schedule")))))
+        settings = recording.settings(name)
+        if (settings["noise_schedule"], settings["diffusion_steps"]) != ("cosine", len(full_process().steps)):
+            raise UserError(f"{name}: MAR's noise schedule is cosine over 1000 steps, not {settings}")
+        process = _process(settings["timestep_respacing"])
+        tables = {
+            "timesteps": torch.tensor(process.steps),
+            "betas": process.betas,
+            "alphas_cumprod": process.survival,
+            "posterior_variance": process.posterior_variance,
+            "posterior_log_variance_clipped": process.posterior_log_variance,
+            "posterior_mean_coef1": process.coefficient_clean,
+            "posterior_mean_coef2": process.coefficient_noisy,
+        }
+        outputs[name] = tables[name.partition("/")[2]]
     return outputs
 
 
-def _tables(run: str, process: Diffusion) -> dict[str, Tensor]:
-    return {
-        f"{run}/betas": process.betas,
-        f"{run}/alphas_cumprod": process.survival,
-        f"{run}/posterior_variance": process.posterior_variance,
-        f"{run}/posterior_log_variance_clipped": process.posterior_log_variance,
-        f"{run}/posterior_mean_coef1": process.coefficient_clean,
-        f"{run}/posterior_mean_coef2": process.coefficient_noisy,
-    }
-
-
-def _tiny_steps(recording: Recording) -> list[int]:
-    """Kept steps of the official option string: `ddimN`, or a number."""
-    text = str(recording.config["mar"]["num_sampling_steps"])
-    return strided_steps(int(text[4:])) if text.startswith("ddim") else kept_steps(int(text))
-
-
+@replays("mar", "gen_shared", "gen_diffloss")
 @torch.no_grad()
-def _head(recording: Recording) -> dict[str, Tensor]:
-    generator, given = _generator(recording), recording.inputs
-    z, clean, t, noise = (given[f"diffloss/{name}"] for name in ("z", "target", "t", "noise"))
+def head(recording: Recording) -> dict[str, Tensor]:
+    """Predictions and losses of the diffusion head."""
+    generator = _generator(recording)
+    z, clean, t, noise = (recording.inputs[f"diffloss/{name}"] for name in ("z", "target", "t", "noise"))
+    mask = recording.inputs["diffloss/mask"]
     eps, v = generator.head(full_process().noisy(clean, t, noise), t, z)
     error, bound = full_process().losses(eps, v, clean, t, noise)
-    rows, mask = generator.row_losses(clean, z, t, noise), given["diffloss/mask"]
+    rows = generator.row_losses(clean, z, t, noise)
     return {
         "diffloss/net_out": torch.cat([eps, v], -1),
         "diffloss/mse": error,
@@ -95,88 +98,79 @@ def _head(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-class RecordedNoise(Noise):
-    """Normal draws as they were recorded, one after the other."""
-
-    def __init__(self, draws: Iterator[Tensor]) -> None:
-        super().__init__([])
-        self.draws = draws
-
-    def normal(self, *shape: int) -> Tensor:
-        return next(self.draws)
-
-
+@replays("mar", "gen_shared", "gen_diffloss_sample")
 @torch.no_grad()
-def _head_samples(recording: Recording) -> dict[str, Tensor]:
-    """Tokens as images of one token each. The guided run carries both branches: one noise prediction, made from the
-    conditional rows, and a variance of their own."""
-    generator, given = _generator(recording), recording.inputs
-    process = respaced(full_process(), _tiny_steps(recording))
-    start = given["diffloss_sample/x_T"][:, None]
-    half, z = len(start), given["diffloss/z"]
-    temperature = recording.settings("diffloss_sample/out")["temperature"]
-    scale = recording.settings("diffloss_sample/out_cfg")["cfg"]
+def head_samples(recording: Recording) -> dict[str, Tensor]:
+    """Tokens as images of one token each.
 
-    def run(model: Model, start: Tensor, steps: Tensor) -> Tensor:
-        draws = RecordedNoise(iter([start, *steps[:, :, None]]))
-        return ancestral_diffusion(model, process, (1, start.shape[-1]), draws, temperature)[:, 0]
+    The guided run carries both branches: one noise prediction, made from the conditional rows, and a variance of their
+    own.
+    """
+    generator = _generator(recording)
+    given = recording.inputs
+    process = _process(str(recording.config["mar"]["num_sampling_steps"]))
+    start = given["diffloss_sample/x_T"][:, None]
+    half = len(start)
+    z = given["diffloss/z"]
+
+    def run(model: Model, start: Tensor, steps: Tensor, temperature: float) -> Tensor:
+        noise = RecordedNoise([start, *steps[:, :, None]])
+        return ancestral_diffusion(model, process, (1, start.shape[-1]), noise, temperature)[:, 0]
 
     def alone(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat(generator.head(x[:, 0], t.expand(half), z[:half]), -1)[:, None]
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         eps, v = generator.head(x[:half, 0].repeat(2, 1), t.expand(2 * half), z)
-        merged = eps[half:] + scale * (eps[:half] - eps[half:])
+        merged = eps[half:] + both["cfg"] * (eps[:half] - eps[half:])
         return torch.cat([merged.repeat(2, 1), v], -1)[:, None]
 
+    one = recording.settings("diffloss_sample/out")
+    both = recording.settings("diffloss_sample/out_cfg")
     return {
-        "diffloss_sample/out": run(alone, start, given["diffloss_sample/noise"]),
-        "diffloss_sample/out_cfg": run(guided, start.repeat(2, 1, 1), given["diffloss_sample/noise_cfg"]),
+        "diffloss_sample/out": run(alone, start, given["diffloss_sample/noise"], one["temperature"]),
+        "diffloss_sample/out_cfg": run(
+            guided, start.repeat(2, 1, 1), given["diffloss_sample/noise_cfg"], both["temperature"]
+        ),
     }
 
 
-def _training(recording: Recording) -> dict[str, Tensor]:
-    generator, given = _generator(recording), recording.inputs
+@replays("mar", "gen_shared", "gen_train")
+def training(recording: Recording) -> dict[str, Tensor]:
+    """Tokens, mask, hidden states with the classes; loss and gradient with some of them dropped."""
+    generator = _generator(recording)
+    given = recording.inputs
     tokens = rearrange(given["mar/latents"], "b c h w -> b (h w) c")
-    masked = _masked(given["mar/orders"], int(given["mar/num_masked"]))
+    hidden = given["mar/orders"][:, : int(given["mar/num_masked"])]
+    masked = torch.zeros(given["mar/orders"].shape, dtype=torch.bool).scatter(1, hidden, True)
     condition = Condition(ids=given["mar/labels"])
-    patches = generator.to_patches(tokens)
-    with torch.no_grad():
-        visible = (~masked).to(torch.int8).argsort(dim=1, stable=True, descending=True)[:, : int((~masked[0]).sum())]
-        outputs = {
-            "mar/tokens": patches,
-            "mar/mask": masked.float(),
-            "mar/encoder_out": generator.encode(patches, visible, condition),
-            "mar/z": generator.vectors(patches, ~masked, condition),
-        }
     dropped = condition.where(given["mar/label_drop"] == 0, generator.null(condition))
+    patches = generator.to_patches(tokens)
+    count = masked.shape[1] - hidden.shape[1]
+    visible = masked.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    with torch.no_grad():
+        encoded = generator.encode(patches, visible, condition)
+        z = generator.vectors(patches, ~masked, condition)
     loss = generator.masked_loss(tokens, masked, dropped, given["mar/t"], given["mar/noise"])
-    loss.backward()
-    gradients = [p.grad for p in generator.parameters() if p.grad is not None]
-    outputs["mar/loss"] = loss.detach()[None]
-    outputs["mar/grad_norm"] = torch.stack([g.norm() for g in gradients]).norm()[None]
-    return outputs
-
-
-def _masked(orders: Tensor, count: int) -> Tensor:
-    """The first `count` entries of each order."""
-    return torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :count], True)
-
-
-CASES: dict[str, Any] = {
-    "gen_schedule": _schedules,
-    "gen_diffloss": _head,
-    "gen_diffloss_sample": _head_samples,
-    "gen_train": _training,
-}
+    return {
+        "mar/tokens": patches,
+        "mar/mask": masked.float(),
+        "mar/encoder_out": encoded,
+        "mar/z": z,
+        "mar/loss": loss.detach()[None],
+        "mar/grad_norm": gradient_norm(loss, generator)[None],
+    }
 
 
 class RecordedDiffusion:
     """The sampler with its recorded noise: rows are sample-major patches, of which the conditional half counts."""
 
-    def __init__(self, recording: Recording, run: str, area: int, temperature: float) -> None:
-        self.recording, self.run, self.area, self.temperature = recording, run, area, temperature
-        self.process = respaced(full_process(), _tiny_steps(recording))
+    def __init__(self, recording: Recording, run: str, area: int) -> None:
+        self.recording = recording
+        self.run = run
+        self.area = area
+        self.temperature = recording.settings(f"{run}/latents")["temperature"]
+        self.process = _process(str(recording.config["mar"]["num_sampling_steps"]))
 
     def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int, count: int) -> Tensor:
         start = self.recording.inputs[f"{self.run}/iter{entity}/x_T"]
@@ -186,25 +180,39 @@ class RecordedDiffusion:
         return ancestral_diffusion(model, self.process, shape, RecordedNoise(draws), self.temperature)
 
 
+@replays("mar", "gen_shared", "gen_sample_*")
 @torch.no_grad()
-def _sampled(recording: Recording, run: str, guided: bool) -> dict[str, Tensor]:
-    generator, settings = _generator(recording), recording.config["sampling"]
-    area, latents = generator.patch**2, recording.entries[f"{run}/latents"]
-    said = re.search(r"cfg ([0-9.]+\d)", latents.meaning)
-    scale = float(said[1]) if said else settings["cfg"]
-    guidance = Guidance(Revealed(scale)) if guided else NO_GUIDANCE
+def sampling(recording: Recording) -> dict[str, Tensor]:
+    """Latents of every run, and the scale of guidance at each of its steps."""
+    generator = _generator(recording)
+    area = generator.patch**2
     condition = Condition(ids=recording.inputs["mar/labels"])
-    entities = generator.sets(recording.inputs["mar/orders"].flip(1), settings["num_iter"])
-    state = generator.start(condition, guidance, entities)
-    tokens = generator.layout.blank(condition.batch)
-    sampler = RecordedDiffusion(recording, run, area, settings["temperature"])
-    for step in decode_from(generator, state, sampler, Noise([]), tokens):
-        assert isinstance(step.distribution, Implicit)
-        tokens = step.tokens
-    planned = Entities(torch.arange(generator.length), tuple(size // area for size in entities.sizes))
-    used = Revealed(scale)(torch.arange(entities.count)[None], planned)[0]
-    height, width = latents.shape[-2:]
-    return {
-        f"{run}/latents": rearrange(tokens, "b (h w) c -> b c h w", h=height, w=width),
-        f"{run}/cfg_per_iter": used if guided else torch.ones(entities.count),
-    }
+    side = generator.layout.segments[0].shape[0]
+    outputs = {}
+    for name in recording.outputs("mar_sample_*/latents"):
+        run = name.removesuffix("/latents")
+        settings = recording.settings(name)
+        guidance = _guidance(settings)
+        entities = generator.sets(recording.inputs["mar/orders"].flip(1), settings["num_iter"])
+        state = generator.start(condition, guidance, entities)
+        tokens = generator.layout.blank(condition.batch)
+        for step in decode_from(generator, state, RecordedDiffusion(recording, run, area), Noise([]), tokens):
+            tokens = step.tokens
+        outputs[name] = rearrange(tokens, "b (h w) c -> b c h w", h=side)
+        scales = torch.ones(entities.count)
+        if guidance.schedule is not None:
+            planned = Entities(torch.arange(generator.length), tuple(size // area for size in entities.sizes))
+            scales = guidance.schedule(torch.arange(entities.count)[None], planned)[0]
+        outputs[f"{run}/cfg_per_iter"] = scales
+    return outputs
+
+
+def _guidance(settings: Mapping[str, Any]) -> Guidance:
+    schedule = settings["cfg_schedule"]
+    if settings["cfg"] == 1.0:
+        return NO_GUIDANCE
+    if schedule == "linear":
+        return Guidance(Revealed(settings["cfg"]))
+    if schedule == "constant":
+        return Guidance(Constant(settings["cfg"]))
+    raise UserError(f"cfg_schedule {schedule!r} is not known; there are linear and constant")

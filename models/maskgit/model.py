@@ -208,6 +208,12 @@ class MaskGIT(MaskedGenerator):
         share = share if weight is None else share * weight[:, None]
         return (losses * share).sum() / share.sum().clamp(min=torch.finfo(losses.dtype).eps)
 
+    @torch.no_grad()
+    def masked_accuracy(self, tokens: Tensor, masked: Tensor, condition: Condition) -> Tensor:
+        """Share of the masked tokens that are the most likely ones: of each sample, then the mean of the samples."""
+        right = (self.logits(tokens, masked, condition).argmax(-1) == tokens) & masked
+        return (right.sum(1) / masked.sum(1).clamp(min=1)).mean()
+
 
 # Published variants                                                    parameters at 4,096 codes, 1,000 classes
 def maskgit_vit(layout: Layout, num_classes: int = 1000) -> MaskGIT:

@@ -1,87 +1,90 @@
-"""Replay of the official MaskGIT generators (recordings of system `titok_maskgit`): logits, loss, decoded tokens.
+"""Replays of the official MaskGIT generators (recordings of system `titok_maskgit`): logits, loss, decoded tokens.
 
-Decoding consumes the recorded uniform noise in the official order: tokens, then confidences, once a step.
+The cases of both backbones are alike: `gen_vit_*` and `gen_uvit_*`. Decoding consumes the recorded uniform noise in the
+official order: tokens, then confidences, once a step.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tessellar.errors import UserError
 from tessellar.models.maskgit.model import MaskGIT
 from tessellar.models.maskgit.official import from_official
 from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import RecordedNoise
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import Constant, Guidance, Linear, PowerCosine
 from tessellar.protocol.layout import Categorical, sequence_layout
-from tessellar.protocol.noise import Noise
 from tessellar.sampling.confidence import decode_by_confidence
 
 
-class RecordedNoise(Noise):
-    """Uniform draws [B, ...] as they were recorded, one after the other."""
-
-    def __init__(self, draws: list[Tensor]) -> None:
-        super().__init__([])
-        self.draws = iter(draws)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return next(self.draws)
-
-
-@torch.no_grad()
-def vit(recording: Recording) -> dict[str, Tensor]:
-    """Outputs of the BERT backbone."""
-    return _outputs(recording, "vit")
-
-
-@torch.no_grad()
-def uvit(recording: Recording) -> dict[str, Tensor]:
-    """Outputs of the U-ViT backbone."""
-    return _outputs(recording, "uvit")
-
-
-def _outputs(recording: Recording, part: str) -> dict[str, Tensor]:
+def _generator(recording: Recording, part: str) -> MaskGIT:
     config = recording.config
     layout = sequence_layout(config["image_seq_len"], Categorical(config["codebook_size"]))
-    generator = from_official(recording.weights[part], layout, config["num_attention_heads"])
-    outputs = _scores(recording, part, generator) if f"gen_{part}_train" in recording.cases else {}
-    for name in recording.names("output", recording.cases):
-        if name.startswith(f"{part}/gen_"):
-            outputs[name] = _decoded(recording, name.removesuffix("/ids"), generator)
+    return from_official(recording.weights[part], layout, config["num_attention_heads"])
+
+
+@replays("titok_maskgit", "gen_shared", "gen_*_train")
+@torch.no_grad()
+def scores(recording: Recording) -> dict[str, Tensor]:
+    """Logits with a class and without, loss and accuracy of masked tokens."""
+    tokens = recording.inputs["tokens"]
+    masked = recording.inputs["mask"] > 0
+    hidden = recording.inputs["masked_tokens"]
+    condition = Condition(ids=recording.inputs["class_ids"])
+    outputs = {}
+    for name in recording.outputs("*/mlm_loss"):
+        part = name.partition("/")[0]
+        settings = recording.settings(name)
+        generator = _generator(recording, part)
+        generator.label_smoothing = settings["label_smoothing"]
+        generator.known_weight = settings["loss_weight_unmasked_token"]
+        assert torch.equal(hidden, torch.where(masked, generator.vocab, tokens)), "other tokens are masked"
+        outputs |= {
+            name: generator.masked_loss(tokens, masked, condition),
+            f"{part}/mlm_acc": generator.masked_accuracy(tokens, masked, condition),
+            f"{part}/logits_cond": generator.logits(hidden, masked, condition),
+            f"{part}/logits_uncond": generator.logits(hidden, masked, generator.null(condition)),
+        }
     return outputs
 
 
-def _scores(recording: Recording, part: str, generator: MaskGIT) -> dict[str, Tensor]:
-    tokens, masked = recording.inputs["tokens"], recording.inputs["mask"] > 0
-    hidden = recording.inputs["masked_tokens"]
-    assert torch.equal(hidden, torch.where(masked, generator.vocab, tokens)), "masked_tokens are not the masked tokens"
-    condition = Condition(ids=recording.inputs["class_ids"])
-    logits = generator.logits(hidden, masked, condition)
-    right = (logits.argmax(-1) == tokens)[masked]
-    return {
-        f"{part}/logits_cond": logits,
-        f"{part}/logits_uncond": generator.logits(hidden, masked, generator.null(condition)),
-        f"{part}/mlm_loss": generator.masked_loss(tokens, masked, condition),
-        f"{part}/mlm_acc": right.float().mean(),
-    }
+@replays("titok_maskgit", "gen_*")
+def decoding(recording: Recording) -> dict[str, Tensor]:
+    """Tokens of every selected run."""
+    outputs = {}
+    for name in recording.outputs("*/gen_*/ids"):
+        run = name.removesuffix("/ids")
+        settings = recording.settings(name)
+        draws = []
+        for of_tokens, of_confidences in zip(
+            recording.inputs[f"{run}/u_tokens"], recording.inputs[f"{run}/u_conf"], strict=True
+        ):
+            draws += [of_tokens, of_confidences]
+        outputs[name] = decode_by_confidence(
+            _generator(recording, run.partition("/")[0]),
+            Condition(ids=recording.inputs["class_ids"]),
+            noise=RecordedNoise(draws),
+            guidance=_guidance(settings),
+            steps=settings["num_sample_steps"],
+            temperature=settings["randomize_temperature"],
+            anneal=settings["softmax_temperature_annealing"],
+        )
+    return outputs
 
 
-def _decoded(recording: Recording, run: str, generator: MaskGIT) -> Tensor:
-    kind = run.partition("/gen_")[2]
-    settings, inputs = recording.config["generation"][kind], recording.inputs
-    draws = zip(inputs[f"{run}/u_tokens"], inputs[f"{run}/u_conf"], strict=True)
-    return decode_by_confidence(
-        generator,
-        Condition(ids=inputs["class_ids"]),
-        RecordedNoise([draw for pair in draws for draw in pair]),
-        _guidance(kind, settings["guidance_scale"], settings["guidance_scale_pow"]),
-        settings["steps"],
-        settings["randomize_temperature"],
-        settings["softmax_temperature_annealing"],
-    )
-
-
-def _guidance(kind: str, scale: float, power: float) -> Guidance:
+def _guidance(settings: Mapping[str, Any]) -> Guidance:
     """Theirs is c + w (c - u) for `constant` and `linear`, so their w is ours less 1."""
+    kind = settings["guidance_decay"]
+    scale = settings["guidance_scale"]
+    if kind == "constant":
+        return Guidance(Constant(scale + 1))
+    if kind == "linear":
+        return Guidance(Linear(scale + 1, start=1.0, reach_end=False))
     if kind == "power-cosine":
-        return Guidance(PowerCosine(scale, power, reach_end=False))
-    return Guidance(Constant(scale + 1) if kind == "constant" else Linear(scale + 1, 1.0, reach_end=False))
+        return Guidance(PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False))
+    raise UserError(f"guidance_decay {kind!r} is not known; there are constant, linear, power-cosine")

@@ -13,7 +13,7 @@ from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy, logits_of
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, LateStep
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, LateLinear, LateStep
 from tessellar.protocol.layout import Categorical, sequence_layout
 
 OFF = 1.0001  # their scale where guidance is meant to be off
@@ -61,4 +61,6 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
         return Guidance(Constant(scale))
     if schedule == "step":
         return Guidance(LateStep(scale, start=settings.get("window_start", 0.18), between=OFF))
+    if schedule in ("linear", "linear_re"):
+        return Guidance(LateLinear(scale, start=OFF, falling=schedule == "linear_re"))
     raise UserError(f"the guidance schedule {schedule!r} of this recording is not known")

@@ -1,5 +1,8 @@
 """Replays of Token-Shuffle's recorded outputs: windows, fused inputs, states, losses, schedules, greedy decoding."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -8,36 +11,33 @@ from tessellar.errors import UserError
 from tessellar.models.token_shuffle.model import TokenShuffle, cross_entropy
 from tessellar.models.token_shuffle.official import from_config
 from tessellar.parity.recording import Recording
-from tessellar.parity.stand_ins import greedy as decode_greedily
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import take
-from tessellar.protocol.guidance import Guidance, GuidanceSettings
+from tessellar.protocol.guidance import Constant, Cosine, Guidance, HalfCosine, HalfLinear, Linear, Schedule
 from tessellar.protocol.layout import Categorical, grid_layout
 
-
-def token_shuffle(recording: Recording) -> dict[str, Tensor]:
-    """All outputs of the selected cases."""
-    generator = _generator(recording)
-    with torch.no_grad():
-        outputs = _schedules(recording, generator)
-        samples = sorted(int(name[4:]) for name in recording.inputs if name.startswith("text"))
-        for sample in samples:
-            outputs |= _sample(recording, generator, sample)
-        outputs |= _shuffle(recording, generator, samples[0])
-        outputs |= _greedy_runs(recording, generator, samples[0])
-    wanted = set(recording.names("output", recording.cases))
-    return {name: tensor for name, tensor in outputs.items() if name in wanted}
+SCHEDULES: dict[str, type] = {
+    "constant": Constant,
+    "linear": Linear,
+    "half-linear": HalfLinear,
+    "cosine": Cosine,
+    "half-cosine": HalfCosine,
+}
 
 
 def _generator(recording: Recording) -> TokenShuffle:
-    config, inputs = recording.config, recording.inputs
+    """All recorded texts begin with the token that alone is the null text."""
+    config = recording.config
     height, width = config["grid"]
     layout = grid_layout(height, width, Categorical(config["image_vocab"]))
-    first = next(name for name in sorted(inputs) if name.startswith("text"))
-    return from_config(recording.weights["model"], config, layout, bos=int(inputs[first][0]))
+    text = next(name for name in sorted(recording.inputs) if name.startswith("text"))
+    bos = int(recording.inputs[text][0])
+    return from_config(recording.weights["model"], config, layout, bos=bos)
 
 
-def _condition(recording: Recording, sample: int) -> Condition:
+def _text(recording: Recording, sample: int) -> Condition:
     ids = recording.inputs[f"text{sample}"][None]
     return Condition(ids=ids, valid=torch.ones_like(ids, dtype=torch.bool))
 
@@ -46,17 +46,29 @@ def _codes(recording: Recording, sample: int) -> Tensor:
     return recording.inputs["codes"][sample : sample + 1]
 
 
-def _shuffle(recording: Recording, generator: TokenShuffle, sample: int) -> dict[str, Tensor]:
+def _schedule(settings: Mapping[str, Any]) -> Schedule:
+    name = settings["schedule"]
+    if name not in SCHEDULES:
+        raise UserError(f"the guidance schedule {name!r} is not known; there are {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](settings["cfg_max"])
+
+
+@replays("token_shuffle", "shared", "shuffle")
+@torch.no_grad()
+def shuffle(recording: Recording) -> dict[str, Tensor]:
     """Windows of all samples, and the fused inputs and un-shuffled features of one."""
-    entities, codes = generator.entities, recording.inputs["codes"]
-    every = torch.zeros(len(codes), dtype=torch.int64)
-    grouped = rearrange(entities.get(codes, every, entities.count), "b (m c) -> b m c", c=generator.codes)
-    embedded = generator.token_embedding(grouped[sample] + generator.offset)
+    generator = _generator(recording)
+    sample = recording.settings("shuffle/fused")["sample"]
+    entities = generator.entities
+    codes = recording.inputs["codes"]
+    first = torch.zeros(len(codes), dtype=torch.int64)
+    windows = rearrange(entities.get(codes, first, entities.count), "b (m c) -> b m c", c=generator.codes)
+    embedded = generator.token_embedding(windows[sample] + generator.offset)
     index = torch.arange(entities.count)[None]
-    hidden = generator.hidden_states(_codes(recording, sample), _condition(recording, sample))
+    hidden = generator.hidden_states(_codes(recording, sample), _text(recording, sample))
     features = generator.unshuffle(hidden[0, -entities.count :])
     return {
-        "windows": grouped,
+        "windows": windows,
         "shuffle/concat": generator.shuffle.concatenate(embedded),
         "shuffle/fused": generator.embed(_codes(recording, sample), index, entities)[0],
         "unshuffle/features": features,
@@ -64,47 +76,48 @@ def _shuffle(recording: Recording, generator: TokenShuffle, sample: int) -> dict
     }
 
 
-def _sample(recording: Recording, generator: TokenShuffle, sample: int) -> dict[str, Tensor]:
-    """States, logits over the joint vocabulary, and the parts of the loss of one sample."""
-    condition, codes = _condition(recording, sample), _codes(recording, sample)
-    made = generator.predictions(codes, condition)
-    assert made.text_logits is not None and made.text_targets is not None
-    losses = generator.loss(codes, condition)
-    return {
-        f"hidden{sample}": generator.hidden_states(codes, condition, more=2)[0],
-        f"image_logits{sample}": rearrange(made.logits[0], "(m c) v -> m c v", c=generator.codes),
-        f"loss/image{sample}": losses["cross_entropy"],
-        f"loss/text{sample}": cross_entropy(made.text_logits, made.text_targets).mean(),
-        f"loss/z{sample}": losses.get("z", torch.zeros(())),
-    }
+@replays("token_shuffle", "shared", "sample*")
+@torch.no_grad()
+def samples(recording: Recording) -> dict[str, Tensor]:
+    """States, logits over the joint vocabulary, and the parts of the loss of every sample."""
+    generator = _generator(recording)
+    outputs = {}
+    for name in recording.outputs("hidden*"):
+        sample = recording.settings(name)["sample"]
+        text = _text(recording, sample)
+        codes = _codes(recording, sample)
+        predicted = generator.predictions(codes, text)
+        assert predicted.text_logits is not None and predicted.text_targets is not None
+        losses = generator.loss(codes, text)
+        outputs |= {
+            name: generator.hidden_states(codes, text, more=2)[0],
+            f"image_logits{sample}": rearrange(predicted.logits[0], "(m c) v -> m c v", c=generator.codes),
+            f"loss/image{sample}": losses["cross_entropy"],
+            f"loss/text{sample}": cross_entropy(predicted.text_logits, predicted.text_targets).mean(),
+            f"loss/z{sample}": losses.get("z", torch.zeros(())),
+        }
+    return outputs
 
 
-def _guidance(recording: Recording, name: str) -> Guidance:
-    """A schedule by the recording's name for it (`half-linear`)."""
-    return GuidanceSettings(recording.config["cfg_max"], name.replace("-", "_")).make()
+@replays("token_shuffle", "shared", "cfg")
+def schedules(recording: Recording) -> dict[str, Tensor]:
+    """Scales of guidance over the windows."""
+    entities = _generator(recording).entities
+    number = torch.arange(entities.count)[None]
+    names = recording.outputs("cfg/*")
+    return {name: _schedule(recording.settings(name))(number, entities)[0] for name in names}
 
 
-def _schedules(recording: Recording, generator: TokenShuffle) -> dict[str, Tensor]:
-    scales = {}
-    for output in recording.names("output"):
-        group, _, name = output.partition("/")
-        if group == "cfg":
-            guidance, entities = _guidance(recording, name), generator.entities
-            if guidance.schedule is None:
-                raise UserError(f"{output}: cfg_max {recording.config['cfg_max']} means no guidance")
-            scales[output] = guidance.schedule(torch.arange(entities.count)[None], entities)[0]
-    return scales
-
-
-def _greedy_runs(recording: Recording, generator: TokenShuffle, sample: int) -> dict[str, Tensor]:
-    """Greedy codes of every recorded schedule, and the guided logits of each step."""
-    outputs: dict[str, Tensor] = {}
-    for name in recording.names("output"):
-        run, _, kind = name.rpartition("/")
-        if run.startswith("greedy/") and kind == "codes":
-            guidance = _guidance(recording, run.removeprefix("greedy/"))
-            tokens, logits = decode_greedily(generator, _condition(recording, sample), guidance)
-            steps = rearrange(logits[0], "(m c) v -> m c v", c=generator.codes)
-            outputs |= {f"{run}/guided_logits{step}": value for step, value in enumerate(steps)}
-            outputs[name] = tokens[0]
+@replays("token_shuffle", "shared", "greedy_*")
+def decoding(recording: Recording) -> dict[str, Tensor]:
+    """Greedy codes of every recorded schedule, and the guided logits of single steps."""
+    generator = _generator(recording)
+    outputs = {}
+    for name in recording.outputs("greedy/*/codes"):
+        settings = recording.settings(name)
+        decoded = greedy(generator, _text(recording, settings["sample"]), Guidance(_schedule(settings)))
+        steps = rearrange(decoded.logits[0], "(m c) v -> m c v", c=generator.codes)
+        outputs[name] = decoded.tokens[0]
+        for logits in recording.outputs(name.replace("/codes", "/guided_logits*")):
+            outputs[logits] = steps[recording.settings(logits)["step"]]
     return outputs

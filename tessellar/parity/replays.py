@@ -48,13 +48,7 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("tokenizers.retok.parity:train", ("tok_shared", "tok_train")),
         Replay("tokenizers.retok.parity:rotation", ("tok_rot",)),
     ),
-    "mar": (
-        Replay("tokenizers.kl_vae.parity:replay", ("vae_main",)),
-        Replay(
-            "models.mar.parity:mar", ("gen_schedule", "gen_shared", "gen_diffloss", "gen_diffloss_sample", "gen_train")
-        ),
-        Replay("models.mar.parity:mar", ("gen_sample_cfg", "gen_sample_nocfg")),
-    ),
+    "mar": (Replay("tokenizers.kl_vae.parity:replay", ("vae_main",)),),
     "titok": (
         Replay("tokenizers.titok.parity:vqgan", ("tok_shared", "tok_vqgan")),
         Replay("tokenizers.titok.parity:two_stage", ("tok_shared", "tok_vq2")),
@@ -67,19 +61,6 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("tokenizers.one_d_piece.parity:evaluate", ("shared", "encode", "decode")),
         Replay("tokenizers.one_d_piece.parity:train", ("shared", "train")),
     ),
-    "titok_rar": (
-        Replay(
-            "models.rar.parity:rar",
-            ("gen_shared", "gen_perm", "gen_raster", "gen_prefix", "gen_sample_pow", "gen_sample_const"),
-        ),
-    ),
-    "titok_maskgit": tuple(
-        Replay(
-            f"models.maskgit.parity:{part}",
-            ("gen_shared", *(f"gen_{part}_{run}" for run in ("train", "constant", "linear", "power_cosine"))),
-        )
-        for part in ("vit", "uvit")
-    ),
     "flextok": (
         Replay("tokenizers.flextok.parity:vae", ("shared", "vae")),
         Replay("tokenizers.flextok.parity:encode", ("shared", "enc")),
@@ -91,27 +72,7 @@ REPLAYS: dict[str, tuple[Replay, ...]] = {
         Replay("tokenizers.flextok.parity:apg", ("apg",)),
         Replay("tokenizers.flextok.parity:decode", ("shared", "decode")),
     ),
-    "flextok_ar": (Replay("models.flextok.parity:c2i", ("c2i",)), Replay("models.flextok.parity:t2i", ("t2i",))),
-    "xar": (
-        Replay("models.xar.parity:train", ("shared", "train")),
-        Replay("models.xar.parity:sample", ("shared", "sample")),
-        Replay("models.xar.parity:order", ("shared", "order")),
-    ),
-    "hita": (
-        Replay("tokenizers.hita.parity:tokenizer", ("tok_shared", "tok_prep", "tok_main", "tok_loss")),
-        Replay(
-            "models.hita.parity:replay",
-            ("gen_shared", "gen_train", "gen_incremental", "gen_inpaint", "gen_greedy_nocfg", "gen_greedy_cfg")
-            + ("gen_greedy_cfg_interval", "gen_greedy_cfg_train_consistent"),
-        ),
-    ),
-    "token_shuffle": (
-        Replay(
-            "models.token_shuffle.parity:token_shuffle",
-            ("shared", "shuffle", "sample0", "sample1", "cfg", "greedy_constant", "greedy_half_linear"),
-        ),
-    ),
-    "var": (Replay("models.var.parity:var", ("shared", "vae", "vq_train", "train", "greedy", "filter")),),
+    "hita": (Replay("tokenizers.hita.parity:tokenizer", ("tok_shared", "tok_prep", "tok_main", "tok_loss")),),
     "restok": (Replay("tokenizers.restok.parity:restok", ("tok_shared", "tok_main", "tok_train", "tok_loss")),),
     "quantizers": (
         Replay("tokenizers.quantizers.parity:lfq", ("lfq_lucid", "lfq_lucid_multi", "lfq_lucid_image", "lfq_magvit")),

@@ -125,6 +125,23 @@ class LateStep:
 
 
 @dataclass(frozen=True)
+class LateLinear:
+    """w at the first entity, behind it `start` + (w - 1) r over progress r = n / (N - 1) (GigaTok, ReToK).
+
+    The official code has 1.0001 for `start`. With `falling` it is 1 - r in place of r.
+    """
+
+    scale: float
+    start: float = 1.0
+    falling: bool = False
+
+    def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
+        progress = _progress(entity, entities)
+        share = 1 - progress if self.falling else progress
+        return torch.where(entity == 0, float(self.scale), self.start + (self.scale - 1) * share)
+
+
+@dataclass(frozen=True)
 class Interval:
     """w for entities in [first, last], 1 elsewhere (arXiv 2404.07724; LlamaGen's cfg_interval m is last = m + 1)."""
 
@@ -157,6 +174,7 @@ SCHEDULES: dict[str, type] = {
     "half_cosine": HalfCosine,
     "step": Step,
     "late_step": LateStep,
+    "late_linear": LateLinear,
     "interval": Interval,
     "revealed": Revealed,
 }

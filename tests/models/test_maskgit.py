@@ -65,6 +65,20 @@ def test_weights_of_known_tokens_and_samples() -> None:
     torch.testing.assert_close(given, expected)
 
 
+def test_accuracy_is_of_each_sample_then_of_all() -> None:
+    """One of one masked tokens is right in the first sample, none of three in the second: a half, not a quarter."""
+    generator = model()
+    condition = Condition(ids=torch.tensor([0, 1]))
+    tokens = tokens_of()[:2].clone()
+    masked = torch.zeros(tokens.shape, dtype=torch.bool)
+    masked[0, :1] = True
+    masked[1, :3] = True
+    likely = generator.logits(tokens, masked, condition).argmax(-1)
+    tokens[0, :1] = likely[0, :1]
+    tokens[1, :3] = (likely[1, :3] + 1) % generator.vocab
+    assert generator.masked_accuracy(tokens, masked, condition) == 0.5
+
+
 @pytest.mark.parametrize(("length", "steps"), [(32, 8), (64, 8), (128, 64), (12, 1), (12, 6), (256, 16)])
 def test_every_step_makes_some_token_known(length: int, steps: int) -> None:
     sizes = planned_sizes(length, steps)

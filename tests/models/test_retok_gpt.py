@@ -14,7 +14,7 @@ from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import token_order
-from tessellar.protocol.guidance import Constant, Guidance, GuidanceSettings, LateStep
+from tessellar.protocol.guidance import Constant, Guidance, GuidanceSettings, LateLinear, LateStep
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
@@ -84,6 +84,15 @@ def test_late_step_schedule() -> None:
     assert scale[0] == 1.5 and scale[4] < 1.01 and scale[5] == 1.5
     made = GuidanceSettings(1.5, "late_step", {"start": 0.5}).make()
     assert made.schedule == LateStep(1.5, 0.5)
+
+
+def test_linear_schedules_guide_the_first_token_in_full() -> None:
+    entities = token_order(sequence_layout(5, Categorical(4)))
+    number = torch.arange(5)[None]
+    rising = LateLinear(3.0, start=1.0001)(number, entities)[0]
+    falling = LateLinear(3.0, start=1.0001, falling=True)(number, entities)[0]
+    torch.testing.assert_close(rising, torch.tensor([3.0, 1.5001, 2.0001, 2.5001, 3.0001]))
+    torch.testing.assert_close(falling, torch.tensor([3.0, 2.5001, 2.0001, 1.5001, 1.0001]))
 
 
 @pytest.mark.parametrize(
