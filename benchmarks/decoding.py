@@ -33,6 +33,7 @@ from tessellar.sampling.acceptance import GroupedRatio
 from tessellar.sampling.decode import decode_from
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder
+from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import DEFAULT_RULES, speculative_jacobi
 
 CODES, CHOICE, GUIDANCE = 16384, Choice(top_k=2000), Guidance(Constant(2.0))
@@ -94,7 +95,7 @@ def decode(generator: LlamaGen, batch: int, tokens: int, copied: bool) -> tuple[
         state.cache = CopiedCache.of(state.cache)
     seconds, buffer, noise = [], generator.layout.blank(batch), Noise(range(batch))
     started = time.perf_counter()
-    for step in decode_from(generator, state, CHOICE, noise, buffer, last=tokens):
+    for step in decode_from(generator, state, Sampling(choice=CHOICE), noise, buffer, last=tokens):
         now = time.perf_counter()
         seconds.append(now - started)
         started, buffer = now, step.tokens

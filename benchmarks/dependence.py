@@ -22,6 +22,7 @@ from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import Guidance, GuidanceSettings
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral, decode_from
+from tessellar.sampling.settings import Sampling
 
 REDRAWN = (1, 2, 4, 8)
 
@@ -36,13 +37,19 @@ class Probe:
     def law(self, tokens: Tensor, entity: int, redrawn: int, noise: Noise) -> Tensor:
         """Law [B, ..., V] of an entity, given `tokens` [B, N] of which the `redrawn` entities before it are new."""
         state = self.generator.start(self.condition, self.guidance)
-        steps = list(decode_from(self.generator, state, self.choice, noise, tokens, entity - redrawn, entity + 1))
+        steps = list(
+            decode_from(
+                self.generator, state, Sampling(choice=self.choice), noise, tokens, entity - redrawn, entity + 1
+            )
+        )
         assert isinstance(steps[-1].distribution, Logits)
         return self.choice.probs(steps[-1].distribution.logits)
 
     def overlaps(self, images: int) -> tuple[float, dict[int, float]]:
         """Entropy in nats, and the overlap by the number of tokens drawn anew."""
-        tokens = ancestral(self.generator, self.condition, self.choice, Noise(range(images)), self.guidance)
+        tokens = ancestral(
+            self.generator, self.condition, Sampling(choice=self.choice), Noise(range(images)), self.guidance
+        )
         again = Noise(range(images, 2 * images))
         entropy, found = [], {k: [] for k in REDRAWN}
         for entity in range(max(REDRAWN), self.generator.entities.count):

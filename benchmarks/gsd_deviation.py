@@ -22,6 +22,7 @@ from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import Acceptance, GroupedRatio, plain_ratio
 from tessellar.sampling.decode import ancestral
+from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
 
@@ -66,8 +67,12 @@ def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000
     counts = torch.zeros(len(law), dtype=torch.int64)
     condition = Condition(ids=torch.zeros(batch, dtype=torch.int64))
     for number in range(rounds):
-        arguments = (generator, condition, Choice(), _SharedNoise(number, batch), NO_GUIDANCE)
-        tokens = ancestral(*arguments) if rule is None else speculative_jacobi(*arguments, Rules(4, acceptance=rule))
+        noise = _SharedNoise(number, batch)
+        if rule is None:
+            tokens = ancestral(generator, condition, Sampling(), noise)
+        else:
+            rules = Rules(4, acceptance=rule)
+            tokens = speculative_jacobi(generator, condition, Choice(), noise, NO_GUIDANCE, rules)
         counts += torch.bincount((tokens * weights).sum(1), minlength=len(law))
     return float((counts / counts.sum() - law).abs().sum() / 2)
 

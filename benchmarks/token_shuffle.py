@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from tessellar.models.token_shuffle import TokenShuffle
-from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import NO_GUIDANCE, GuidanceSettings
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.prepare import prepared
+from tessellar.sampling.settings import Sampling
 
 SIZES = {"b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1280, 36, 20)}
 CLASSES = 1000
@@ -71,7 +71,7 @@ def sampling(generator: TokenShuffle, given: argparse.Namespace) -> Callable[[],
     def image() -> None:
         generator.eval()
         with precision(given), prepared(generator):
-            ancestral(generator, condition, Choice(), Noise([0], given.device), guidance)
+            ancestral(generator, condition, Sampling(), Noise([0], given.device), guidance)
 
     return image
 

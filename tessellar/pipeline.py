@@ -33,11 +33,6 @@ class ImageGenerator(nn.Module):
         self.generator, self.conditioner = generator, conditioner
         generator.bind(tokenizer)
 
-    @property
-    def sampler(self) -> str:
-        """The field of `Sampling` that draws this generator's tokens."""
-        return self.generator.sampler
-
     def train(self, mode: bool = True) -> "ImageGenerator":
         """The tokenizer stays in eval mode."""
         super().train(mode)

@@ -20,7 +20,7 @@ from tessellar.models.mar.head import DiffusionMLP
 from tessellar.processes.diffusion import TRAINING_STEPS, full_process
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioner import ClassConditioner, Conditioner
-from tessellar.protocol.distribution import Implicit
+from tessellar.protocol.distribution import ImplicitDiffusion
 from tessellar.protocol.entities import Entities, cells, take
 from tessellar.protocol.generator import State
 from tessellar.protocol.layout import Continuous, Layout
@@ -48,8 +48,6 @@ class MAR(MaskedGenerator):
     trained at in one update. Width, depth and heads of the decoder, and dropout of attention weights, are those of the
     encoder and of the projections unless given. Raises UserError for other layouts.
     """
-
-    sampler = "diffusion"
 
     def __init__(
         self,
@@ -189,7 +187,7 @@ class MAR(MaskedGenerator):
             x = block(x)
         return self.decoder_norm(x)[:, self.buffer :] + self.z_positions
 
-    def fill(self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor) -> Implicit:
+    def fill(self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor) -> ImplicitDiffusion:
         """Guidance acts on the predicted noise alone; the variance stays the conditional one."""
         area = self.patch**2
         cell_of = torch.empty(self.layout.length, dtype=torch.int64)
@@ -209,7 +207,7 @@ class MAR(MaskedGenerator):
             return torch.cat([*unfolded], -1)
 
         number = int(entity.flatten()[0])
-        return Implicit(model, (places.shape[1], self.channels // area), number, state.entities.count)
+        return ImplicitDiffusion(model, (places.shape[1], self.channels // area), number, state.entities.count)
 
     def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
         """Diffusion loss at the masked patches; one mask ratio a batch, N(1, 0.25) within [least_masked, 1]."""

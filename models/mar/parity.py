@@ -28,6 +28,7 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Reveale
 from tessellar.protocol.layout import Continuous, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
+from tessellar.sampling.settings import Sampling
 
 
 def _generator(recording: Recording) -> MAR:
@@ -196,7 +197,8 @@ def sampling(recording: Recording) -> dict[str, Tensor]:
         entities = generator.sets(recording.inputs["mar/orders"].flip(1), settings["num_iter"])
         state = generator.start(condition, guidance, entities)
         tokens = generator.layout.blank(condition.batch)
-        for step in decode_from(generator, state, RecordedDiffusion(recording, run, area), Noise([]), tokens):
+        draws = Sampling(diffusion=RecordedDiffusion(recording, run, area))
+        for step in decode_from(generator, state, draws, Noise([]), tokens):
             tokens = step.tokens
         outputs[name] = rearrange(tokens, "b (h w) c -> b c h w", h=side)
         scales = torch.ones(entities.count)

@@ -25,7 +25,7 @@ from tessellar.layers.time_embedding import TimeEmbedding
 from tessellar.processes import flow
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioner import ClassConditioner
-from tessellar.protocol.distribution import Implicit
+from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.entities import Entities, parse_entities, take
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
@@ -92,8 +92,6 @@ class XAR(Generator):
     tokens or entities alike, which differs for scales. Raises UserError for a layout that is not continuous or that X
     does not fit.
     """
-
-    sampler = "flow"
 
     def __init__(
         self,
@@ -248,7 +246,7 @@ class XAR(Generator):
             input_ends=torch.cat([torch.zeros(1, dtype=torch.int64), entities.ends[:-1]]),
         )
 
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Implicit:
+    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> ImplicitFlow:
         """Feed the clean entities before entity fed + count - 1 and return that one; it takes no others."""
         if (count if want is None else want) != 1:
             raise UserError("xAR draws one entity at a time; entities cannot be predicted together")
@@ -271,7 +269,7 @@ class XAR(Generator):
         self._run(state.rows(x), _shared(place, state), t, (x.shape[1],), condition, state.cache, slots)
         state.cache.commit()
 
-    def _entity(self, state: State, entity: Tensor) -> Implicit:
+    def _entity(self, state: State, entity: Tensor) -> ImplicitFlow:
         """The law of one entity of each image: noisy calls that see the cache and leave no trace in it."""
         assert state.cache is not None
         place = _shared(state.entities.indices(entity, 1), state)
@@ -284,7 +282,7 @@ class XAR(Generator):
             v = self._run(rows, place, time, (length,), state.condition, cache, slots)
             return state.merge(v.float(), number)
 
-        return Implicit(velocity, (length, self.channels), int(entity.min()), state.entities.count)
+        return ImplicitFlow(velocity, (length, self.channels), int(entity.min()), state.entities.count)
 
     def _run(
         self,

@@ -21,6 +21,7 @@ from tessellar.protocol.entities import cells, subsamples
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
 from tessellar.protocol.layout import Continuous, Layout, grid_layout
 from tessellar.sampling.decode import ancestral
+from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.scale_pyramid.tokenizer import pyramid
 
 SOLVERS = {"euler_maruyama_sampler": "sde", "euler_sampler": "ode"}
@@ -115,8 +116,8 @@ def _latents(recording: Recording, generator: XAR, settings: Mapping[str, Any]) 
         if solver == "sde":
             noise += recording.inputs["sample/sde_noise"][number]
     condition = Condition(ids=recording.inputs["sample/labels"])
-    sampler = Flow(settings["num_steps"], solver)
-    tokens = ancestral(generator, condition, sampler, RecordedNoise(noise), guidance=_guidance(settings))
+    draws = Sampling(flow=Flow(settings["num_steps"], solver))
+    tokens = ancestral(generator, condition, draws, RecordedNoise(noise), guidance=_guidance(settings))
     height = generator.layout.segments[0].shape[0]
     return rearrange(tokens, "b (h w) c -> b c h w", h=height)
 

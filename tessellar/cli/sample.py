@@ -97,7 +97,7 @@ def sample(
             "model": model,
             "weights": source.weights,
             "fingerprint": fingerprint(generator),
-            "sampling": sampling.describe(generator.sampler),
+            "sampling": sampling.describe(),
             "count": len(labels),
             **_what(named, texts),
             "seeds": f"image i has seed {seed} + i",

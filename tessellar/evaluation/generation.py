@@ -77,7 +77,7 @@ class GeneratedImages(ImageSource):
         return digest(weights=fingerprint(self.model), **self.describe())
 
     def describe(self) -> dict[str, Any]:
-        made = {"sampling": self.sampling.describe(self.model.sampler), "seed": self.seed, "precision": self.precision}
+        made = {"sampling": self.sampling.describe(), "seed": self.seed, "precision": self.precision}
         return {**super().describe(), **made, **self.facts}
 
 

@@ -1,15 +1,18 @@
 """Distributions: what a generator predicts of an entity, guidance included, and how it is drawn.
 
+Each kind picks what draws it from the sampling settings (`Draws`), so that no loop and no generator names one.
+
 `Logits`: tokens that are independent given what came before; speculative decoding and search need this kind.
 `FactorLogits`: tokens of several sub-tokens, one after the other (TokenBridge's channels, Open-MAGVIT2's two halves).
 `Bits`: tokens of bits, sets of them one after the other (BAR), or all independent.
-`Implicit`: known only through a network that a solver integrates (flow matching, diffusion): it has no likelihood.
+`Implicit`: known only through a network that a solver integrates: `ImplicitFlow` (a velocity), `ImplicitDiffusion`
+(noise and variance of a diffusion head). It has no likelihood.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +20,30 @@ from torch.nn import functional as F
 
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.noise import Noise
+
+Model = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, T, C], time, a scalar tensor) to what the solver integrates, guidance inside."""
+
+
+class Solver(Protocol):
+    """What draws from an Implicit: a `Flow`, a `DiffusionSampler`, or anything with this method."""
+
+    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int, count: int) -> Tensor:
+        """[B, T, C] of `shape` (T, C), for entity number `entity` of `count`: solvers may spend less on later ones."""
+        ...
+
+
+class Draws(Protocol):
+    """How tokens are drawn, for every kind of head: `tessellar.sampling.settings.Sampling` is one."""
+
+    @property
+    def choice(self) -> Choice: ...
+
+    @property
+    def flow(self) -> Solver: ...
+
+    @property
+    def diffusion(self) -> Solver: ...
 
 
 class Distribution(ABC):
@@ -29,8 +56,8 @@ class Distribution(ABC):
     hidden: Tensor | None = None
 
     @abstractmethod
-    def sample(self, sampler: Any, noise: Noise) -> Tensor:
-        """Tokens [B, T], [B, T, F] or [B, T, C]; `sampler` is the kind that the head needs (`Choice` for logits)."""
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        """Tokens [B, T], [B, T, F] or [B, T, C], drawn as the part of `settings` for this kind says."""
 
     def log_prob(self, tokens: Tensor) -> Tensor | None:
         """Log-probability [B, T] of each token of `tokens` [B, T, ...]; None where there is no likelihood."""
@@ -50,20 +77,6 @@ class Distribution(ABC):
         return replace(self, hidden=hidden)  # type: ignore[type-var]
 
 
-Model = Callable[[Tensor, Tensor], Tensor]
-
-
-"""(x [B, T, C], time, a scalar tensor) to what the solver integrates, guidance inside."""
-
-
-class Solver(Protocol):
-    """What draws from an Implicit: `Flow`, or any sampler with this method."""
-
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int, count: int) -> Tensor:
-        """[B, T, C] of `shape` (T, C), for entity number `entity` of `count`: solvers may spend less on later ones."""
-        ...
-
-
 @dataclass(frozen=True)
 class Implicit(Distribution):
     """One entity of T tokens with C channels; `entity` of `count` says how far decoding is."""
@@ -74,8 +87,29 @@ class Implicit(Distribution):
     count: int = 1
     hidden: Tensor | None = None
 
-    def sample(self, sampler: Solver, noise: Noise) -> Tensor:
-        return sampler.integrate(self.model, self.shape, noise, self.entity, self.count)
+    @abstractmethod
+    def solver(self, settings: Draws) -> Solver:
+        """The part of the settings that draws this kind."""
+
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        solver = self.solver(settings)
+        return solver.integrate(self.model, self.shape, noise, entity=self.entity, count=self.count)
+
+
+@dataclass(frozen=True)
+class ImplicitFlow(Implicit):
+    """The model gives velocities [B, T, C] at times in [0, 1] (flow matching)."""
+
+    def solver(self, settings: Draws) -> Solver:
+        return settings.flow
+
+
+@dataclass(frozen=True)
+class ImplicitDiffusion(Implicit):
+    """The model gives noise and variance share [B, T, 2 C] at original step numbers (a diffusion head)."""
+
+    def solver(self, settings: Draws) -> Solver:
+        return settings.diffusion
 
 
 @dataclass(frozen=True)
@@ -85,8 +119,8 @@ class Logits(Distribution):
     logits: Tensor
     hidden: Tensor | None = None
 
-    def sample(self, sampler: Choice, noise: Noise) -> Tensor:
-        return sampler.draw(self.logits, noise)
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        return settings.choice.draw(self.logits, noise)
 
     def log_prob(self, tokens: Tensor) -> Tensor:
         return _log_prob(self.logits, tokens)
@@ -116,10 +150,10 @@ class FactorLogits(Distribution):
     device: torch.device | str = "cpu"
     hidden: Tensor | None = None
 
-    def sample(self, sampler: Choice, noise: Noise) -> Tensor:
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
         tokens = torch.zeros(*self.shape, len(self.order), dtype=torch.int64, device=self.device)
         for factor in self.order:
-            drawn = sampler.draw(self.head(tokens, factor), noise)
+            drawn = settings.choice.draw(self.head(tokens, factor), noise)
             tokens = _with_factor(tokens, factor, drawn)
         return tokens
 
@@ -157,12 +191,12 @@ class Bits(Distribution):
         """Bits n of a token."""
         return sum(map(len, self.sets))
 
-    def sample(self, sampler: Choice, noise: Noise) -> Tensor:
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
         tokens = torch.zeros(*self.shape, self.count, dtype=torch.int64, device=self.device)
         shown = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         for bits in self.sets:
             chosen = torch.tensor(bits, device=self.device)
-            drawn = sampler.draw(_two_logits(self.head(tokens, shown)[..., chosen]), noise)
+            drawn = settings.choice.draw(_two_logits(self.head(tokens, shown)[..., chosen]), noise)
             tokens = tokens.index_copy(-1, chosen, drawn)
             shown = shown.index_fill(0, chosen, True)
         return tokens

@@ -11,7 +11,7 @@ Shapes: B images, R = B x branches rows (all conditional rows, then all null row
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +122,9 @@ class Generator(Configured, nn.Module, ABC):
     """Tokens from a condition, entity by entity.
 
     `layout` and `entities` (the default partition) are set by the constructor; `condition_dropout` is the probability
-    with which training replaces a sample's condition by the null condition. `sampler` names the field of `Sampling`
-    that draws from its distributions: `choice` for logits, `flow` for velocities.
+    with which training replaces a sample's condition by the null condition.
     """
 
-    sampler: ClassVar[str] = "choice"
     layout: Layout
     entities: Entities
     condition_dropout: float = 0.0

@@ -15,6 +15,7 @@ from tessellar.checkpoints.reading import read_source
 from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Draws
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import Guidance, GuidanceSettings
 from tessellar.protocol.masked import MaskedGenerator
@@ -45,7 +46,7 @@ class Algorithm(ABC):
         self,
         generator: Generator,
         condition: Condition,
-        sampler: Any,
+        settings: Draws,
         noise: Noise,
         guidance: Guidance,
         recorder: Recorder | None = None,
@@ -70,12 +71,12 @@ class Ancestral(Algorithm):
         self,
         generator: Generator,
         condition: Condition,
-        sampler: Any,
+        settings: Draws,
         noise: Noise,
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        return ancestral(generator, condition, sampler, noise, guidance, recorder, self.steps)
+        return ancestral(generator, condition, settings, noise, guidance, recorder, self.steps)
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class Windows(Algorithm):
         self,
         generator: Generator,
         condition: Condition,
-        sampler: Any,
+        settings: Draws,
         noise: Noise,
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
         check_in_order(generator)
         rules = self.rules(generator)
-        return speculative_jacobi(generator, condition, sampler, noise, guidance, rules, recorder)
+        return speculative_jacobi(generator, condition, settings.choice, noise, guidance, rules, recorder)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class DraftModel(Algorithm):
         self,
         generator: Generator,
         condition: Condition,
-        sampler: Any,
+        settings: Draws,
         noise: Noise,
         guidance: Guidance,
         recorder: Recorder | None = None,
@@ -213,7 +214,7 @@ class DraftModel(Algorithm):
         parameter = next(generator.parameters())
         draft = _load_generator(self.model).to(parameter.device, parameter.dtype)
         own = None if self.guidance_scale is None else GuidanceSettings(self.guidance_scale).make()
-        return draft_model(generator, draft, condition, sampler, noise, guidance, own, self.drafts, recorder)
+        return draft_model(generator, draft, condition, settings.choice, noise, guidance, own, self.drafts, recorder)
 
 
 @dataclass(frozen=True)
@@ -238,14 +239,14 @@ class MaskGIT(Algorithm):
         self,
         generator: Generator,
         condition: Condition,
-        sampler: Any,
+        settings: Draws,
         noise: Noise,
         guidance: Guidance,
         recorder: Recorder | None = None,
     ) -> Tensor:
         if not isinstance(generator, MaskedGenerator):
             raise UserError(f"algorithm maskgit needs a masked generator; {type(generator).__name__} predicts in order")
-        if sampler != Choice():
+        if settings.choice != Choice():
             raise UserError("algorithm maskgit has a temperature of its own: set it there, and leave choice as it is")
         arguments = (noise, guidance, self.steps, self.temperature, self.anneal, recorder)
         return decode_by_confidence(generator, condition, *arguments)

@@ -5,13 +5,13 @@ Exact: tokens follow the guided, processed distribution of the generator. One ne
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Distribution, Implicit, Logits
+from tessellar.protocol.distribution import Distribution, Draws, Implicit, Logits
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 def decode_from(
     generator: Generator,
     state: State,
-    sampler: Any,
+    settings: Draws,
     noise: Noise,
     tokens: Tensor,
     first: int = 0,
@@ -46,12 +46,12 @@ def decode_from(
         if recorder is not None:
             recorder.plain(torch.full((state.batch,), n))
             if recorder.entropy and isinstance(distribution, Logits):
-                p = sampler.probs(distribution.logits)
+                p = settings.choice.probs(distribution.logits)
                 committed = torch.ones(p.shape[:-1], dtype=torch.bool, device=p.device)
                 recorder.certainty(p, ~committed, committed)
             if isinstance(distribution, Implicit):
                 distribution = replace(distribution, model=recorder.solved(distribution.model))
-        drawn = distribution.sample(sampler, noise)
+        drawn = distribution.sample(settings, noise)
         tokens = state.entities.put(tokens, torch.full((state.batch,), n), 1, drawn)
         yield Step(n, distribution, tokens)
 
@@ -60,7 +60,7 @@ def decode_from(
 def ancestral(
     generator: Generator,
     condition: Condition,
-    sampler: Any,
+    settings: Draws,
     noise: Noise,
     guidance: Guidance = NO_GUIDANCE,
     recorder: Recorder | None = None,
@@ -70,6 +70,6 @@ def ancestral(
     with running(recorder, condition.batch, generator.layout.length, noise.device):
         state = generator.start(condition, guidance, generator.plan(noise, steps))
         tokens = generator.layout.blank(condition.batch).to(noise.device)
-        for step in decode_from(generator, state, sampler, noise, tokens, recorder=recorder):
+        for step in decode_from(generator, state, settings, noise, tokens, recorder=recorder):
             tokens = step.tokens
     return tokens

@@ -26,7 +26,7 @@ def draft_model(
     target: Generator,
     draft: Generator,
     condition: Condition,
-    sampler: Choice,
+    choice: Choice,
     noise: Noise,
     guidance: Guidance = NO_GUIDANCE,
     draft_guidance: Guidance | None = None,
@@ -43,11 +43,11 @@ def draft_model(
         state = target.start(condition, guidance, window=drafts + 1)
         drafting = draft.start(condition, draft_guidance or guidance, window=drafts + 1)
         for generator, started in ((target, state), (draft, drafting)):
-            require_windows(started, generator, sampler, "speculative decoding with a draft model")
+            require_windows(started, generator, "speculative decoding with a draft model")
         tokens, done = target.layout.blank(condition.batch).to(noise.device), torch.zeros_like(state.fed)
         while bool((done < state.entities.count).any()):
-            tokens, q = _drafted(draft, drafting, tokens, done, sampler, noise, drafts, recorder)
-            verdict = _judged(target, state, tokens, q, sampler, noise, recorder)
+            tokens, q = _drafted(draft, drafting, tokens, done, choice, noise, drafts, recorder)
+            verdict = _judged(target, state, tokens, q, choice, noise, recorder)
             accepted = verdict.accepted.cpu()
             committed = torch.minimum(accepted + 1, state.entities.count - done)
             if recorder is not None:
@@ -68,7 +68,7 @@ def _drafted(
     state: State,
     tokens: Tensor,
     done: Tensor,
-    sampler: Choice,
+    choice: Choice,
     noise: Noise,
     drafts: int,
     recorder: Recorder | None,
@@ -78,7 +78,7 @@ def _drafted(
     for ahead in range(drafts):
         with forward(recorder, tokens.device):
             distribution = draft.predict(state, tokens, count=1)
-        law = probabilities(distribution, sampler, state)[:, 0]
+        law = probabilities(distribution, choice, state)[:, 0]
         laws.append(law)
         drawn = race(law, noise.exponential(*law.shape[1:]))
         tokens = state.entities.put(tokens, done + ahead, 1, drawn)
@@ -86,14 +86,14 @@ def _drafted(
 
 
 def _judged(
-    target: Generator, state: State, tokens: Tensor, q: Tensor, sampler: Choice, noise: Noise, recorder: Recorder | None
+    target: Generator, state: State, tokens: Tensor, q: Tensor, choice: Choice, noise: Noise, recorder: Recorder | None
 ) -> Verdict:
     """The target's verdict on all drafts in one pass; the last slot has no draft and is a fresh sample."""
     slots, size = q.shape[1] + 1, q.shape[2]
     window = rearrange(state.entities.get(tokens, state.fed, slots), "b (w s) -> b w s", s=size)
     with forward(recorder, tokens.device):
         distribution = target.predict(state, tokens, count=slots)
-    p = probabilities(distribution, sampler, state)
+    p = probabilities(distribution, choice, state)
     uniform = F.pad(noise.uniform(slots - 1, size), (0, 0, 0, 1))
     exponential = noise.exponential(*p.shape[1:])
     return verify(p, F.pad(q, (0, 0, 0, 0, 0, 1)), window, uniform, exponential, plain_ratio, fresh)

@@ -21,7 +21,8 @@ from tessellar.sampling.report import Recorder
 class Sampling:
     """Guidance, the draw of a token, and the decoding algorithm with its options.
 
-    A generator names what draws its tokens: `choice` (logits), `flow` (velocities) or `diffusion` (a diffusion head).
+    What a generator predicts picks how it is drawn: by `choice` (logits), `flow` (velocities) or `diffusion` (a
+    diffusion head).
     tessellar/sampling/algorithms.py has the algorithms and their options.
     """
 
@@ -50,14 +51,18 @@ class Sampling:
             raise ValueError(f"{condition.batch} images need as many seeds, not {len(seeds)}")
         device = next(generator.parameters()).device
         noise = Noise(seeds, device)
-        sampler = getattr(self, generator.sampler)
-        return self.make()(generator, condition.to(device), sampler, noise, self.guidance.make(), recorder)
+        return self.make()(generator, condition.to(device), self, noise, self.guidance.make(), recorder)
 
-    def describe(self, sampler: str = "choice") -> dict[str, Any]:
-        """Plain data for records, of a generator whose tokens `sampler` draws."""
+    def describe(self) -> dict[str, Any]:
+        """Plain data for records."""
         return {
             **self.guidance.describe(),
-            **getattr(self, sampler).describe(),
+            **self.choice.describe(),
+            **self.flow.describe(),
+            **self.diffusion.describe(),
             "algorithm": self.algorithm,
             **{f"algorithm_{name}": value for name, value in self.make().describe().items()},
         }
+
+
+GREEDY = Sampling(choice=Choice(temperature=0))

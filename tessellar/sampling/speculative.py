@@ -85,7 +85,7 @@ class Batch:
 def speculative_jacobi(
     generator: Generator,
     condition: Condition,
-    sampler: Choice,
+    choice: Choice,
     noise: Noise,
     guidance: Guidance = NO_GUIDANCE,
     rules: Rules = DEFAULT_RULES,
@@ -97,8 +97,8 @@ def speculative_jacobi(
     """
     with running(recorder, condition.batch, generator.layout.length, noise.device):
         state = generator.start(condition, guidance, window=rules.window)
-        require_windows(state, generator, sampler, "speculative decoding")
-        decoder = _Decoder(generator, sampler, rules, Neighbourhood.of(generator.layout), recorder)
+        require_windows(state, generator, "speculative decoding")
+        decoder = _Decoder(generator, choice, rules, Neighbourhood.of(generator.layout), recorder)
         batch = decoder.begin(state, noise)
         result = batch.tokens.clone()
         while True:
@@ -117,7 +117,7 @@ class _Decoder:
     """What does not change between passes."""
 
     generator: Generator
-    sampler: Choice
+    choice: Choice
     rules: Rules
     hood: Neighbourhood
     recorder: Recorder | None
@@ -145,7 +145,7 @@ class _Decoder:
         state.rollback(first)
         with forward(self.recorder, tokens.device):
             distribution = self.generator.predict(state, tokens, count=width)
-        p = probabilities(distribution, self.sampler, state)
+        p = probabilities(distribution, self.choice, state)
         verdict = self._judge(batch, p)
         accepted = verdict.accepted.cpu()
         committed = torch.minimum((accepted + 1).clamp(max=width), remaining)
@@ -212,19 +212,17 @@ class _Decoder:
         recorder.certainty(p, *flags)
 
 
-def require_windows(state: State, generator: Generator, sampler: Choice, algorithm: str) -> None:
+def require_windows(state: State, generator: Generator, algorithm: str) -> None:
     """Raise UserError, in one line, unless windows of this generator can be judged token by token."""
     name = type(generator).__name__
     if not generator.layout.is_categorical:
         raise UserError(f"{algorithm} needs categorical tokens; {name} predicts {generator.layout}")
-    if not isinstance(sampler, Choice):
-        raise UserError(f"{algorithm} draws with Choice settings, not with {type(sampler).__name__}")
     if not state.entities.uniform:
         raise UserError(f"{algorithm} needs entities of one size; {name} predicts {sorted(set(state.entities.sizes))}")
 
 
-def probabilities(distribution: Distribution, sampler: Choice, state: State) -> Tensor:
+def probabilities(distribution: Distribution, choice: Choice, state: State) -> Tensor:
     """Processed probabilities [B, W, s, V]; raises UserError for a head whose tokens depend on each other."""
     if not isinstance(distribution, Logits):
         raise UserError(f"speculative decoding needs a head of independent logits, not {type(distribution).__name__}")
-    return rearrange(sampler.probs(distribution.logits), "b (w s) v -> b w s v", s=state.entities.sizes[0])
+    return rearrange(choice.probs(distribution.logits), "b (w s) v -> b w s v", s=state.entities.sizes[0])

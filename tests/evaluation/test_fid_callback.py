@@ -27,8 +27,6 @@ from tessellar.training.metrics_file import MetricsFile
 class Brush(ImageGenerator):
     """One weight; images are noise of the seed around it."""
 
-    sampler = "choice"
-
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.conditioner, self.generator = ClassConditioner(10), nn.Linear(1, 1, bias=False)

@@ -26,8 +26,6 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 class Paint(ImageGenerator):
     """Tokens are (class or length of the caption, seed); images show them as grey levels."""
 
-    sampler = "choice"
-
     def __init__(self, conditioner: Conditioner) -> None:
         nn.Module.__init__(self)
         self.conditioner, self.weight = conditioner, nn.Parameter(torch.zeros(1))

@@ -9,12 +9,12 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.models.hita import HitaAR, hita_ar_2b, hita_ar_b, hita_ar_l, hita_ar_xl, hita_ar_xxl
 from tessellar.models.hita.official import from_official, to_official
-from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
+from tessellar.sampling.settings import Sampling
 
 LABELS = Condition(ids=torch.tensor([0, 3]))
 
@@ -73,7 +73,7 @@ def test_forced_tokens_stay() -> None:
     made, ids = model(), tokens()
     state = made.start(LABELS)
     result = ids
-    for step in decode_from(made, state, Choice(), Noise([1, 2]), ids, first=5):
+    for step in decode_from(made, state, Sampling(), Noise([1, 2]), ids, first=5):
         result = step.tokens
     assert torch.equal(result[:, :5], ids[:, :5])
     made.layout.check(result)

@@ -5,7 +5,6 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.models.next_entity import NextEntity
-from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import Entities, local_order, parse_entities
 from tessellar.protocol.guidance import Constant, Guidance
@@ -13,6 +12,7 @@ from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, 
 from tessellar.protocol.local_order import local_sizes
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
+from tessellar.sampling.settings import Sampling
 
 GRID = grid_layout(4, 4, Categorical(23))
 
@@ -93,7 +93,7 @@ def test_images_may_stand_at_different_entities() -> None:
 def test_the_decoding_loop_makes_as_many_evaluations_as_entities() -> None:
     generator = make()
     state = generator.start(labels(3), Guidance(Constant(1.5)))
-    steps = list(decode_from(generator, state, Choice(), Noise([0, 1, 2]), GRID.blank(3)))
+    steps = list(decode_from(generator, state, Sampling(), Noise([0, 1, 2]), GRID.blank(3)))
     assert len(steps) == 4
     GRID.check(steps[-1].tokens)
 

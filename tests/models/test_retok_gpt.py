@@ -10,7 +10,6 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import KeyTable
 from tessellar.models.retok import ReToKGPT, retok_gpt_b, retok_gpt_l, retok_gpt_xl, retok_gpt_xxl
 from tessellar.models.retok.official import GPT_KEYS, gpt_from_official
-from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import token_order
@@ -18,6 +17,7 @@ from tessellar.protocol.guidance import Constant, Guidance, GuidanceSettings, La
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
+from tessellar.sampling.settings import GREEDY
 
 
 def make(length: int = 8, seed: int = 0) -> ReToKGPT:
@@ -37,7 +37,7 @@ def logits(generator: ReToKGPT, tokens: Tensor, ids: Tensor) -> Tensor:
 def greedy(generator: ReToKGPT, guidance: Guidance) -> Tensor:
     tokens = generator.layout.blank(2)
     state = generator.start(Condition(ids=torch.tensor([1, 3])), guidance)
-    for step in decode_from(generator, state, Choice(temperature=0), Noise(range(2)), tokens):
+    for step in decode_from(generator, state, GREEDY, Noise(range(2)), tokens):
         tokens = step.tokens
     return tokens
 

@@ -16,9 +16,9 @@ from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, 
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.prepare import prepared
+from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
-GREEDY = Choice(temperature=0)
 GRID = grid_layout(4, 6, Categorical(23))
 SEQUENCE = sequence_layout(24, Categorical(23))
 GUIDANCE = GuidanceSettings(3.0, "half_linear").make()
@@ -99,7 +99,7 @@ def test_decoding_is_teacher_forcing_and_batches_are_their_images(kind: dict) ->
 def test_speculative_decoding_judges_whole_windows(kind: dict) -> None:
     """A window is kept where all of its codes are: greedy results are those of plain decoding."""
     generator, given = model(kind=kind), condition(kind)
-    fast = speculative_jacobi(generator, given, GREEDY, Noise(range(3)), GUIDANCE, Rules(window=4))
+    fast = speculative_jacobi(generator, given, GREEDY.choice, Noise(range(3)), GUIDANCE, Rules(window=4))
     assert torch.equal(fast, greedy(generator, given))
 
 
@@ -107,7 +107,7 @@ def test_codes_of_a_window_are_drawn_independently() -> None:
     """Pairs of the only window's codes are the product of their own frequencies."""
     generator = model(grid_layout(2, 2, Categorical(3)), CLASSES)
     given = Condition(ids=torch.zeros(4000, dtype=torch.int64))
-    drawn = ancestral(generator, given, Choice(temperature=3.0), Noise(range(4000)))
+    drawn = ancestral(generator, given, Sampling(choice=Choice(temperature=3.0)), Noise(range(4000)))
     table = torch.nn.functional.one_hot(drawn[:, 0] * 3 + drawn[:, 3], 9).double().mean(0).view(3, 3)
     expected = table.sum(1, keepdim=True) * table.sum(0, keepdim=True)
     statistic = 4000 * ((table - expected).square() / expected).sum()

@@ -28,6 +28,7 @@ PYRAMID = Layout(tuple(Segment((side, side), Continuous(3)) for side in (1, 2, 4
 EVERY_X = ["token", "cell:2", "cell:1x2", "subsample:2", "image", "level:1,3,4,8", "random:5", "scale"]
 GUIDANCES = {"plain": NO_GUIDANCE, "ramp": Guidance(Linear(2.5))}
 FEW = Flow(3)
+DRAWS = Sampling(flow=FEW)
 
 
 def model(entity: str = "cell:2", **options: Any) -> XAR:
@@ -48,7 +49,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def sample(generator: XAR, batch: int, guidance: Guidance = NO_GUIDANCE, sampler: Flow = FEW) -> Tensor:
-    return ancestral(generator, labels(batch), sampler, Noise(range(batch)), guidance)
+    return ancestral(generator, labels(batch), Sampling(flow=sampler), Noise(range(batch)), guidance)
 
 
 @torch.no_grad()
@@ -98,10 +99,10 @@ def test_every_image_may_have_its_own_order() -> None:
     generator, orders = model("token"), random_order(GRID, torch.Generator().manual_seed(3), batch=2)
     for b in range(2):
         state = generator.start(labels(2), entities=orders)
-        together = [step.tokens for step in decode_from(generator, state, FEW, Noise([0, 1]), GRID.blank(2))][-1]
+        together = [step.tokens for step in decode_from(generator, state, DRAWS, Noise([0, 1]), GRID.blank(2))][-1]
         alone_order = Entities(orders.order[b], orders.sizes)
         state = generator.start(labels(2).select(torch.tensor([b])), entities=alone_order)
-        alone = [step.tokens for step in decode_from(generator, state, FEW, Noise([b]), GRID.blank(1))][-1]
+        alone = [step.tokens for step in decode_from(generator, state, DRAWS, Noise([b]), GRID.blank(1))][-1]
         torch.testing.assert_close(together[b], alone[0], atol=1e-5, rtol=0)
 
 
@@ -214,7 +215,7 @@ def test_given_entities_are_kept_and_read_at_once(guidance: str) -> None:
         noise.normal(4, 3)
     state = generator.start(labels(2), GUIDANCES[guidance])
     given = generator.entities.put(GRID.blank(2), torch.zeros(2).long(), 2, generator.in_order(whole)[:, :8])
-    rest = [step.tokens for step in decode_from(generator, state, FEW, noise, given, first=2)][-1]
+    rest = [step.tokens for step in decode_from(generator, state, DRAWS, noise, given, first=2)][-1]
     torch.testing.assert_close(rest, whole, atol=1e-5, rtol=0)
 
 
@@ -224,10 +225,10 @@ def test_rolled_back_state_gives_the_same_again() -> None:
     state = generator.start(labels(2), GUIDANCES["ramp"])
     for _ in range(3):
         last = generator.predict(state, tokens)
-    first = last.sample(FEW, Noise([0, 1]))
+    first = last.sample(DRAWS, Noise([0, 1]))
     generator.predict(state, tokens)
     state.rollback(torch.tensor([2, 2]))
-    again = generator.predict(state, tokens).sample(FEW, Noise([0, 1]))
+    again = generator.predict(state, tokens).sample(DRAWS, Noise([0, 1]))
     torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
 
 
@@ -252,7 +253,7 @@ def test_memory_of_sampling_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> No
         return cache
 
     monkeypatch.setattr(xar, "KVCache", counted)
-    generator, sampling = model(), Sampling(flow=FEW)
+    generator, sampling = model(), DRAWS
     for first in range(4):
         sampling.tokens(generator, labels(2), [first, first + 1])
     assert len(made) == 4 and len({size for _, size in made}) == 1
@@ -270,7 +271,7 @@ def test_calls_of_the_solver_are_counted_as_time_in_the_network(monkeypatch: pyt
     monkeypatch.setattr(generator, "_run", slow)
     monkeypatch.setattr("tessellar.sampling.report._now", lambda _: clock[0])
     recorder = Recorder()
-    ancestral(generator, labels(3), FEW, Noise(range(3)), recorder=recorder)
+    ancestral(generator, labels(3), DRAWS, Noise(range(3)), recorder=recorder)
     report = recorder.report()
     assert report.evaluations == 3 * 4 and report.solver_evaluations == 3 * 4 * 3
     assert report.seconds == report.network_seconds == 4 * 3 + 3  # the last entity is not fed

@@ -22,6 +22,7 @@ from tessellar.sampling.couplings import COUPLINGS, Judged, Reuse, maximal
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
+from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
 SAMPLES = 100_000
@@ -110,7 +111,12 @@ def test_entities_of_several_tokens(coupling: str, exact) -> None:
 
 
 def test_ancestral_sampling(exact) -> None:
-    assert exact(ancestral, TableGenerator(LAYOUT), (0, 1, 2), *PROCESSING[0])
+    def plain(
+        generator: TableGenerator, condition: Condition, choice: Choice, noise: Noise, guidance: Guidance
+    ) -> Tensor:
+        return ancestral(generator, condition, Sampling(choice=choice), noise, guidance)
+
+    assert exact(plain, TableGenerator(LAYOUT), (0, 1, 2), *PROCESSING[0])
 
 
 @pytest.mark.parametrize("window", [1, 2, 9])

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.processes.flow import Flow, interpolate, logit_normal, sde_times, target
-from tessellar.protocol.distribution import Implicit
+from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.noise import Noise
+from tessellar.sampling.settings import Sampling
 
 SHAPE = (100, 100)
 
@@ -28,7 +29,7 @@ def normal_velocity(x: Tensor, t: Tensor) -> Tensor:
 )
 def test_variance_of_a_normal_law(flow: Flow, variance: float) -> None:
     """xAR's spec: from variance 1, with the error of finitely many steps; 2e5 draws have a deviation of 0.003."""
-    drawn = Implicit(normal_velocity, SHAPE).sample(flow, Noise(range(20)))
+    drawn = ImplicitFlow(normal_velocity, SHAPE).sample(Sampling(flow=flow), Noise(range(20)))
     assert drawn.shape == (20, *SHAPE) and drawn.dtype == torch.float32
     assert abs(float(drawn.var()) - variance) < 0.012 and abs(float(drawn.mean())) < 0.01
 
@@ -62,7 +63,8 @@ def test_annealed_steps_are_disas() -> None:
     assert [flow.steps_of(n, 4) for n in range(4)] == [50, 38, 26, 15] and flow.steps_of(0, 1) == 50
     calls: list[float] = []
     for n in range(4):
-        Implicit(lambda x, t: calls.append(float(t)) or x, (1, 1), n, 4).sample(Flow(9, last_steps=3), Noise([0]))
+        drawn = ImplicitFlow(lambda x, t: calls.append(float(t)) or x, (1, 1), n, 4)
+        drawn.sample(Sampling(flow=Flow(9, last_steps=3)), Noise([0]))
     assert len(calls) == 9 + 7 + 5 + 3
     assert flow.describe() == {"flow_steps": 50, "flow_solver": "sde", "flow_last_steps": 15}
 

@@ -15,6 +15,7 @@ from tessellar.protocol.noise import Noise
 from tessellar.sampling.couplings import maximal
 from tessellar.sampling.decode import ancestral
 from tessellar.sampling.prepare import FusedBlock, WeightLayout, prepared
+from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
 GRID, GUIDED = grid_layout(3, 4, Categorical(23)), Guidance(Constant(2.0))
@@ -72,8 +73,11 @@ def test_tokens_are_the_same(rules: Rules | None) -> None:
     generator, found = captioned(), []
     for ready in (False, True):
         with prepared(generator) if ready else torch.no_grad():
-            arguments = (generator, captions(3), Choice(0.7), Noise([1, 2, 3]), GUIDED)
-            found.append(ancestral(*arguments) if rules is None else speculative_jacobi(*arguments, rules))
+            given, choice, noise = captions(3), Choice(0.7), Noise([1, 2, 3])
+            if rules is None:
+                found.append(ancestral(generator, given, Sampling(choice=choice), noise, GUIDED))
+            else:
+                found.append(speculative_jacobi(generator, given, choice, noise, GUIDED, rules))
     assert torch.equal(*found)
 
 

@@ -11,13 +11,13 @@ from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.protocol.guidance import GuidanceSettings
 from tessellar.sampling.run import balanced_labels, sample_images
-from tessellar.sampling.settings import Sampling
+from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.text.conditioners import FeatureConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 SAMPLINGS = {
-    "greedy": Sampling(choice=Choice(temperature=0)),
+    "greedy": GREEDY,
     "sampled": Sampling(choice=Choice(top_k=9, top_p=0.95)),
     "guided": Sampling(GuidanceSettings(2.0, "power_cosine", {"power": 2.0})),
 }

@@ -24,9 +24,10 @@ from tessellar.sampling.decode import ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
 from tessellar.sampling.report import Recorder
+from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
-GREEDY, GUIDED = Choice(temperature=0), Guidance(Constant(2.0))
+GUIDED = Guidance(Constant(2.0))
 GRID = grid_layout(3, 4, Categorical(23))
 
 
@@ -84,19 +85,19 @@ RULES = [
 def test_greedy_gives_the_tokens_of_plain_greedy_decoding(rules: Rules, guidance: Guidance) -> None:
     generator, cond = llamagen(True), condition(True, 3)
     plain = ancestral(generator, cond, GREEDY, Noise([0, 1, 2]), guidance)
-    assert torch.equal(speculative_jacobi(generator, cond, GREEDY, Noise([0, 1, 2]), guidance, rules), plain)
+    assert torch.equal(speculative_jacobi(generator, cond, GREEDY.choice, Noise([0, 1, 2]), guidance, rules), plain)
 
 
 @pytest.mark.parametrize("guidance", [NO_GUIDANCE, GUIDED])
 def test_greedy_with_a_draft_model(guidance: Guidance) -> None:
     target, draft, cond = llamagen(), llamagen(seed=1, depth=1), condition(False, 3)
     plain = ancestral(target, cond, GREEDY, Noise([0, 1, 2]), guidance)
-    assert torch.equal(draft_model(target, draft, cond, GREEDY, Noise([3, 4, 5]), guidance), plain)
+    assert torch.equal(draft_model(target, draft, cond, GREEDY.choice, Noise([3, 4, 5]), guidance), plain)
 
 
 def test_a_window_of_one_is_plain_decoding_with_the_same_noise() -> None:
     generator, cond, choice = llamagen(), condition(False, 2), Choice(top_k=9)
-    plain = ancestral(generator, cond, choice, Noise([4, 5]), GUIDED)
+    plain = ancestral(generator, cond, Sampling(choice=choice), Noise([4, 5]), GUIDED)
     assert torch.equal(speculative_jacobi(generator, cond, choice, Noise([4, 5]), GUIDED, Rules(1)), plain)
 
 
@@ -194,12 +195,12 @@ def test_never_more_evaluations_than_tokens_and_every_token_once() -> None:
 def test_the_recorder_sees_plain_decoding_and_uncertain_tokens() -> None:
     generator, recorder = TableGenerator(sequence_layout(5, Categorical(3))), Recorder(entropy=True)
     cond = Condition(ids=torch.tensor([0, 1]))
-    ancestral(generator, cond, Choice(), Noise([0, 1]), recorder=recorder)
+    ancestral(generator, cond, Sampling(), Noise([0, 1]), recorder=recorder)
     assert recorder.evaluations == 10 and recorder.passes == 5 and recorder.committed == [0, 10]
     assert recorder.report().uncertain_tokens and recorder.report().uncertain_drafted == 0
     nats = recorder.report().nats
     assert nats is not None and 0 < nats < 10 * math.log(3)
-    speculative_jacobi(generator, cond, GREEDY, Noise([0, 1]), recorder=recorder)
+    speculative_jacobi(generator, cond, GREEDY.choice, Noise([0, 1]), recorder=recorder)
     report = recorder.report()
     assert report.nats == nats  # a greedy choice is certain
     assert report.images == 4 and report.tokens == 20
@@ -218,7 +219,7 @@ def test_entropy_is_that_of_the_laws_of_committed_tokens(window: int) -> None:
         if windows:
             speculative_jacobi(generator, cond, Choice(0.7), noise, rules=Rules(window), recorder=recorder)
         else:
-            ancestral(generator, cond, Choice(0.7), noise, recorder=recorder)
+            ancestral(generator, cond, Sampling(choice=Choice(0.7)), noise, recorder=recorder)
         return recorder.report().nats
 
     assert nats(0, True) == pytest.approx(10 * math.log(3))  # all laws are uniform
