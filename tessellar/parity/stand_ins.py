@@ -17,8 +17,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
-
-GREEDY = Choice(temperature=0)
+from tessellar.sampling.settings import GREEDY
 
 
 class RecordedNoise(Noise):
