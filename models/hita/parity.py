@@ -9,20 +9,10 @@ from tessellar.models.hita.model import HitaAR, Lookup
 from tessellar.models.hita.official import from_official
 from tessellar.models.llamagen.parity import guidance_of
 from tessellar.parity.recording import Recording
-<<<<<<< HEAD
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Calls, greedy, logits_of
-=======
-from tessellar.parity.stand_ins import greedy
->>>>>>> e021b7f (Greedy replays draw through the sampling settings too)
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.layout import Categorical, Layout, Segment
-<<<<<<< HEAD
-=======
-from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import decode_from
-from tessellar.sampling.settings import GREEDY
->>>>>>> e021b7f (Greedy replays draw through the sampling settings too)
 from tessellar.tokenizers.hita.parity import recorded_tokenizer
 
 
@@ -100,7 +90,6 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
     return outputs
 
 
-<<<<<<< HEAD
 @replays("hita", "gen_inpaint")
 def inpainting(recording: Recording) -> dict[str, Tensor]:
     """Greedy tokens behind given ones."""
@@ -109,52 +98,3 @@ def inpainting(recording: Recording) -> dict[str, Tensor]:
     given = settings["num_forced_slots"] + settings["num_forced_patches"]
     decoded = greedy(generator, _condition(recording), guidance_of(settings), _tokens(recording), first=given)
     return {"ar_inpaint_greedy": decoded.tokens}
-=======
-def _guidance(recording: Recording, name: str) -> Guidance:
-    """Scale and interval stand in the meanings, the scale of one output in that of the output it refers to."""
-    said = recording.meanings[name].lower()
-    base = "ar_greedy_cfg" if "nocfg" not in name else name
-    found = re.search(r"cfg(?: scale)? (\d+(?:\.\d+)?)", said) or re.search(
-        r"cfg scale (\d+(?:\.\d+)?)", recording.meanings[base].lower()
-    )
-    interval = re.search(r"cfg_interval (\d+)", said)
-    if "nocfg" in name or found is None:
-        return guidance_of({})
-    return guidance_of({"cfg_scale": float(found[1]), **({"cfg_interval": float(interval[1])} if interval else {})})
-
-
-def _given(recording: Recording, condition: Condition, tokens: Tensor) -> dict[str, Tensor]:
-    generator, outputs = _generator(recording), {}
-    if "gen_train" in recording.cases:
-        losses = generator.loss(tokens, condition)
-        hidden = _hidden(generator, tokens, condition)
-        outputs["ar_train_logits"] = torch.cat([generator.holistic_output(hidden), generator.patch_output(hidden)], -1)
-        outputs |= {"ar_loss_slots": losses["holistic"], "ar_loss_patches": losses["patches"]}
-    if "gen_incremental" in recording.cases:
-        steps = [_predict(generator, condition, tokens, n) for n in range(generator.entities.count)]
-        outputs["ar_incremental_logits"] = torch.cat(steps, 1)
-    if "gen_inpaint" in recording.cases:
-        found = re.search(r"first (\d+) patch tokens", recording.meanings["ar_inpaint_greedy"])
-        assert found is not None, "the meaning says how many patch tokens are forced"
-        state = generator.start(condition, _guidance(recording, "ar_inpaint_greedy"))
-        first = generator.holistic + int(found[1])
-        for step in decode_from(generator, state, GREEDY, Noise(range(condition.batch)), tokens, first):
-            tokens = step.tokens
-        outputs["ar_inpaint_greedy"] = tokens
-    return outputs
-
-
-def _predict(generator: HitaAR, condition: Condition, tokens: Tensor, entity: int) -> Tensor:
-    predicted = generator.predict(generator.start(condition), tokens, entity + 1, 1)
-    assert isinstance(predicted, Logits)
-    return predicted.logits
-
-
-def _hidden(generator: HitaAR, tokens: Tensor, condition: Condition) -> Tensor:
-    """Normed hidden states [B, S + N, D] of the training pass, which both heads read at every place."""
-    kept: list[Tensor] = []
-    handle = generator.norm.register_forward_hook(lambda _, __, output: kept.append(torch.as_tensor(output)))
-    generator.score(tokens, condition)
-    handle.remove()
-    return kept[0]
->>>>>>> e021b7f (Greedy replays draw through the sampling settings too)
