@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.distribution import Bits, Distribution, FactorLogits, Implicit, Logits
+from tessellar.protocol.distribution import Bits, Distribution, FactorLogits, ImplicitFlow, Logits
 from tessellar.protocol.noise import Noise
+from tessellar.sampling.settings import GREEDY, Sampling
 
 VOCABS = (3, 2, 4)
 FALSE_ALARM = 1e-5
@@ -83,7 +84,7 @@ def test_probabilities_sum_to_one(kind: str) -> None:
 def test_draws_follow_the_law(kind: str) -> None:
     """Chi-square over all outcomes, of 12,000 tokens."""
     make, vocabs = KINDS[kind]
-    drawn = make(BATCH, LENGTH).sample(Choice(), Noise(range(BATCH)))
+    drawn = make(BATCH, LENGTH).sample(Sampling(), Noise(range(BATCH)))
     place = torch.tensor([1])
     for size in reversed(vocabs[1:]):
         place = torch.cat([place[:1] * size, place])
@@ -108,9 +109,9 @@ def test_nats_are_those_of_all_tokens_of_an_image(kind: str) -> None:
 @every_kind
 def test_greedy_takes_the_likeliest_step_by_step(kind: str) -> None:
     make, _ = KINDS[kind]
-    greedy = make(2, 3).sample(Choice(temperature=0), Noise([0, 1]))
+    greedy = make(2, 3).sample(GREEDY, Noise([0, 1]))
     assert bool((greedy == greedy[:1, :1]).all())
-    cold = make(2, 3).sample(Choice(temperature=1e-4), Noise([2, 3]))
+    cold = make(2, 3).sample(Sampling(choice=Choice(temperature=1e-4)), Noise([2, 3]))
     assert torch.equal(greedy, cold)
 
 
@@ -136,7 +137,7 @@ def test_logits_answer_log_prob_and_probs() -> None:
 
 
 def test_what_a_solver_integrates_has_no_likelihood() -> None:
-    implicit = Implicit(lambda x, t: x, (3, 4))
+    implicit = ImplicitFlow(lambda x, t: x, (3, 4))
     tokens = torch.zeros(1, 3, 4)
     assert implicit.log_prob(tokens) is None and implicit.nats(tokens) is None and implicit.probs() is None
 
