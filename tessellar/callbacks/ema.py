@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tessellar.checkpoints.weights import with_current_names
 from tessellar.training.sharding import like, whole
 
 
@@ -52,6 +53,7 @@ class EMA(L.Callback):
     def _place(self, pl_module: L.LightningModule) -> None:
         """Averages where the weights are, and sharded as they are."""
         current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
+        self.average = with_current_names(pl_module.ema_target, self.average)  # type: ignore[arg-type]
         saved = {n: self.average[n].float() if t.is_floating_point() else self.average[n] for n, t in current.items()}
         self.average = {n: like(saved[n], t) for n, t in current.items()}
 

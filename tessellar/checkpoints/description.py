@@ -13,6 +13,7 @@ from tessellar.errors import UserError
 from tessellar.protocol.conditioner import Conditioner
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.generator import Generator
+from tessellar.protocol.moved import renewed
 from tessellar.protocol.tokenizer import Tokenizer
 
 HEADER_KEY = "tessellar"
@@ -69,7 +70,7 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     missing = [part for part in REQUIRED[config["kind"]] if part not in config]
     if missing:
         raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
-    return config
+    return {name: renewed(value) if name in PARTS else value for name, value in config.items()}
 
 
 def checkpoint_tensors(

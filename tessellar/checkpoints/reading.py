@@ -22,7 +22,7 @@ from tessellar.checkpoints.description import HEADER_KEY, PARTS, check_config, c
 from tessellar.checkpoints.differences import differences
 from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.checkpoints.hub import fetch, is_hub_id
-from tessellar.checkpoints.weights import load_strict
+from tessellar.checkpoints.weights import load_strict, with_current_names
 from tessellar.errors import UserError
 from tessellar.protocol.conditioner import Conditioner
 from tessellar.protocol.configured import build
@@ -177,7 +177,7 @@ def _compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     layout = build(described, Layout, f"{source.where}: the layout") if isinstance(described, dict) else None
     if layout is not None and layout != tokenizer.layout:
         log.warning("%s was trained on %s; this run's tokenizer gives %s", source.where, layout, tokenizer.layout)
-    elif not _equal(source.state("tokenizer"), tokenizer.state_dict()):
+    elif not _equal(with_current_names(tokenizer, source.state("tokenizer")), tokenizer.state_dict()):
         log.warning(
             "%s was trained on the tokens of another tokenizer than this run's: a token may mean something else here",
             source.where,

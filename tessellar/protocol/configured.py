@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from tessellar.errors import UserError
-from tessellar.protocol.moved import MOVED
+from tessellar.protocol.moved import current_arguments, current_path
 
 PACKAGE = "tessellar."
 
@@ -28,6 +28,8 @@ PACKAGE = "tessellar."
 class Configured:
     """Mixin that records the arguments of the outermost constructor as `config`."""
 
+    #: Raised by hand where the same tensors and arguments come to encode otherwise: older caches are then refused.
+    encoding_version: ClassVar[int] = 1
     _config: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -123,6 +125,7 @@ def _build(config: Any, expected: Any, where: str) -> Any:
     given = config["init_args"]
     if not isinstance(given, dict):
         raise UserError(f"config of {path}: init_args is a {type(given).__name__}, not a mapping")
+    given = current_arguments(class_path(target), given)
     try:
         inspect.signature(target).bind(**given)
     except TypeError as error:
@@ -185,7 +188,7 @@ def refuse_outside(what: str) -> None:
 
 def resolve(path: str) -> Any:
     """The class behind a class path of this package; anything else is refused before it is imported."""
-    path = MOVED.get(str(path), path)
+    path = current_path(str(path))
     module, _, name = str(path).rpartition(".")
     if not str(path).startswith(PACKAGE) or not all(part.isidentifier() for part in str(path).split(".")):
         raise UserError(f"class path {path!r} is not from this package; only tessellar.* can be loaded")

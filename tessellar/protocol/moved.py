@@ -1,7 +1,12 @@
-"""Names that moved: class paths in exports, checkpoints and caches of older versions, and where the class is now.
+"""Names that moved: classes, constructor arguments and tensors in files of older versions, and what they are now.
 
-A path is written once and never taken out: files live longer than trees.
+Exports, checkpoints and headers of caches hold such names. One is written here once and never taken out: files live
+longer than trees.
 """
+
+from typing import Any
+
+from tessellar.errors import UserError
 
 MOVED: dict[str, str] = {
     "tessellar.callbacks.order_annealing.OrderAnnealing": "tessellar.training.methods.order_annealing.OrderAnnealing",
@@ -60,3 +65,54 @@ MOVED: dict[str, str] = {
     "tessellar.vision.Teacher": "tessellar.networks.vision.Teacher",
     "tessellar.vision.VisionModel": "tessellar.networks.vision.VisionModel",
 }
+"""Former class path: the public path of today."""
+
+ARGUMENTS: dict[str, dict[str, str | None]] = {}
+"""Public class path of today: former constructor argument: its name of today, None where it means nothing any more."""
+
+TENSORS: dict[str, dict[str, str]] = {}
+"""Public class path of today: former name of a tensor or a sub-module, within that class: its name of today."""
+
+
+def current_path(path: str) -> str:
+    """The class path of today, of one from any version."""
+    while path in MOVED:
+        path = MOVED[path]
+    return path
+
+
+def first_path(path: str) -> str:
+    """The first class path that a class of today had: it never changes."""
+    former = {new: old for old, new in reversed(MOVED.items())}
+    while path in former:
+        path = former[path]
+    return path
+
+
+def current_arguments(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments by their names of today, of a class by its path of today.
+
+    Raises UserError for an argument that is there under two of its names.
+    """
+    renamed = ARGUMENTS.get(path, {})
+    arguments: dict[str, Any] = {}
+    for name, value in given.items():
+        new = renamed.get(name, name)
+        if new is None:
+            continue
+        if new in arguments:
+            raise UserError(f"config of {path}: {new} is given twice, also by a former name")
+        arguments[new] = value
+    return arguments
+
+
+def renewed(config: Any) -> Any:
+    """A config (plain data, nested) with the class paths and argument names of today."""
+    if isinstance(config, list):
+        return [renewed(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if set(config) != {"class_path", "init_args"} or not isinstance(config["init_args"], dict):
+        return {key: renewed(item) for key, item in config.items()}
+    path = current_path(str(config["class_path"]))
+    return {"class_path": path, "init_args": renewed(current_arguments(path, config["init_args"]))}

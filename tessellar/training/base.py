@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from tessellar import distributed
 from tessellar.checkpoints.data_facts import DATA_KEY, DataFacts
+from tessellar.checkpoints.weights import current_names, with_current_names
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.layers.tags import tag, tags
@@ -289,6 +290,7 @@ class TrainingModule(L.LightningModule, ABC):
         return {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = with_current_names(self, checkpoint["state_dict"])
         state = dict(checkpoint.get(STATE_KEY, {}))
         if STATE_KEY in checkpoint and "optimizer_states" in checkpoint:
             self._loaded_optimizers = checkpoint
@@ -296,6 +298,8 @@ class TrainingModule(L.LightningModule, ABC):
             self._arrange_optimizer_states()
         self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
         self._to_restore = {name: state.pop(name) for name in ("random", "gradients") if name in state}
+        if "gradients" in self._to_restore:
+            self._to_restore["gradients"] = with_current_names(self, self._to_restore["gradients"])
         before = state.get("written_before", {})
         self._written_before = {name: [t.to(self.device) for t in tensors] for name, tensors in before.items()}
         for name in COUNTERS:
@@ -318,6 +322,7 @@ class TrainingModule(L.LightningModule, ABC):
         names = checkpoint[STATE_KEY].get("parameters")
         if names is None:
             names = former_names(self._all_optimizers, self)
+        names = [current_names(self, of_one) for of_one in names]
         checkpoint["optimizer_states"] = arrange(checkpoint["optimizer_states"], names, self._all_optimizers, self)
 
     def _place_loops(self, loop: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tessellar.checkpoints.data_facts import other_class
-from tessellar.checkpoints.fingerprint import model_fingerprint
+from tessellar.checkpoints.fingerprint import is_made_by, model_fingerprint
 from tessellar.data.batch import TokenBatch
 from tessellar.data.captions import SEPARATOR, draw_captions, pick
 from tessellar.data.classes import shown
@@ -159,12 +159,12 @@ class CachedTokens(IndexedDataset[TokenBatch]):
 
     def require(self, tokenizer: Tokenizer) -> None:
         """Raise UserError unless the cache was made by this very tokenizer."""
-        theirs, ours = self.header.tokenizer, model_fingerprint(tokenizer)
-        if theirs != ours:
-            raise UserError(
-                f"{self.folder} was encoded by another tokenizer (fingerprint {theirs}, the model's has {ours}): "
-                "encode it again with convert.py cache"
-            )
+        if is_made_by(self.header.tokenizer, self.header.tokenizer_config, tokenizer):
+            return
+        raise UserError(
+            f"{self.folder} was encoded by another tokenizer (fingerprint {self.header.tokenizer}, the model's has "
+            f"{model_fingerprint(tokenizer)}): encode it again with convert.py cache"
+        )
 
     def fingerprint(self) -> str:
         header = self.header
