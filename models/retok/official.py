@@ -12,7 +12,7 @@ from torch import Tensor
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, table
-from tessellar.interop.sizes import count
+from tessellar.interop.sizes import count, ffn_multiple
 from tessellar.models.retok import ReToKGPT
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.tokenizer import Tokenizer
@@ -40,7 +40,11 @@ GPT_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24}
 
 
 def gpt_from_official(
-    state: Mapping[str, Tensor], tokenizer_layout: Any, num_heads: int | None = None, multiple_of: int = 256
+    state: Mapping[str, Tensor],
+    tokenizer_layout: Any,
+    num_heads: int | None = None,
+    multiple_of: int = 256,
+    norm_eps: float = 1e-5,
 ) -> ReToKGPT:
     """The generator of an official state dict over the tokens of a layout; raises UserError where they do not fit."""
     if "positional_embedding" not in state or "tok_embeddings.weight" not in state:
@@ -55,10 +59,16 @@ def gpt_from_official(
         count(state, r"layers\.(\d+)\."),
         heads,
         len(state["cls_embedding.embedding_table.weight"]) - 1,
-        ffn_multiple_of=multiple_of,
+        ffn_multiple_of=ffn_multiple(width, len(state["layers.0.feed_forward.w1.weight"]), multiple_of),
+        norm_eps=norm_eps,
     )
     load_strict(generator, GPT_KEYS.from_official(state, "the ReToK generator"), "the ReToK generator")
     return generator.eval()
+
+
+def gpt_to_official(generator: ReToKGPT) -> dict[str, Tensor]:
+    """The official state dict; the inverse of `gpt_from_official`."""
+    return GPT_KEYS.to_official(generator.state_dict())
 
 
 def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:

@@ -8,6 +8,7 @@ from math import gcd
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.layers.llama import swiglu_hidden
 
 HEAD_DIM = 64
 """Channels of a head in the published models whose weights do not tell."""
@@ -27,6 +28,19 @@ def heads_of(width: int, given: int | None = None) -> int:
     if given is None and width % HEAD_DIM:
         raise UserError(f"the number of heads of width {width} is not known: give --num_heads")
     return given or width // HEAD_DIM
+
+
+def ffn_multiple(width: int, hidden: int, multiple_of: int = 256) -> int:
+    """The `ffn_multiple_of` of LlamaGen's layers that gives `hidden` channels: `multiple_of`, or `hidden` itself.
+
+    Raises UserError for fewer channels than 8 / 3 of the width, which the official `ffn_dim_multiplier` can ask for.
+    """
+    for candidate in (multiple_of, hidden):
+        if swiglu_hidden(width, candidate) == hidden:
+            return candidate
+    raise UserError(
+        f"feed-forward layers of {hidden} channels at width {width}: an ffn_dim_multiplier below 1 is not supported"
+    )
 
 
 @dataclass(frozen=True)
