@@ -23,7 +23,9 @@ VIT_KEYS = table(
         "model.embeddings.position_embeddings.weight": "backbone.position.weight",
         "model.embeddings.token_type_embeddings.weight": "backbone.token_type.weight",
         "model.embeddings.LayerNorm.{tensor}": "backbone.norm.{tensor}",
-        f"{_LAYER}.attention.self.{{which}}.{{tensor}}": "backbone.layers.{i}.{which}.{tensor}",
+        f"{_LAYER}.attention.self.query.{{tensor}}": "backbone.layers.{i}.query.{tensor}",
+        f"{_LAYER}.attention.self.key.{{tensor}}": "backbone.layers.{i}.key.{tensor}",
+        f"{_LAYER}.attention.self.value.{{tensor}}": "backbone.layers.{i}.value.{tensor}",
         f"{_LAYER}.attention.output.dense.{{tensor}}": "backbone.layers.{i}.proj.{tensor}",
         f"{_LAYER}.attention.output.LayerNorm.{{tensor}}": "backbone.layers.{i}.attention_norm.{tensor}",
         f"{_LAYER}.intermediate.dense.{{tensor}}": "backbone.layers.{i}.fc1.{tensor}",
@@ -33,11 +35,14 @@ VIT_KEYS = table(
     },
     drop=("model.embeddings.position_ids",),
 )
-_BLOCKS = {
-    "{where}.attn.{layer}.{tensor}": "backbone.{where}.{layer}.{tensor}",
-    "{where}.mlp.{layer}.{tensor}": "backbone.{where}.{layer}.{tensor}",
+_BLOCKS = {  # spelled out, so that the way back is one too: ours has attention, MLP and norms side by side
+    "{where}.attn.qkv.{tensor}": "backbone.{where}.qkv.{tensor}",
+    "{where}.attn.proj.{tensor}": "backbone.{where}.proj.{tensor}",
+    "{where}.mlp.fc1.{tensor}": "backbone.{where}.fc1.{tensor}",
+    "{where}.mlp.fc2.{tensor}": "backbone.{where}.fc2.{tensor}",
     "{where}.skip_linear.{tensor}": "backbone.{where}.skip.{tensor}",
-    "{where}.{norm}.{tensor}": "backbone.{where}.{norm}.{tensor}",
+    "{where}.norm1.{tensor}": "backbone.{where}.norm1.{tensor}",
+    "{where}.norm2.{tensor}": "backbone.{where}.norm2.{tensor}",
 }
 UVIT_KEYS = table(
     {

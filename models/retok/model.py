@@ -46,7 +46,7 @@ class ReToKGPT(LlamaGen):
         )
         self.num_classes = num_classes
         self.position_embedding = nn.Parameter(torch.empty(layout.length + 1, width))
-        nn.init.normal_(self.position_embedding, std=0.02)
+        nn.init.normal_(self.position_embedding, std=width**-0.5)
         self.rope_cos.fill_(1)  # no place is rotated
         self.rope_sin.fill_(0)
 

@@ -281,16 +281,17 @@ class TokenShuffle(LlamaGenerator):
         return Predictions(*image, self.logits(text), joint.targets(condition))
 
     def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean over codes; text counts as much a token as the image does, times `text_loss_weight`."""
+        """Means over codes and over text tokens; in the gradient a text token counts `text_loss_weight` of a code."""
         made = self.predictions(tokens, self.drop_condition(condition))
         mean = partial(weighted_mean, weight=weight)
         losses = {"cross_entropy": mean(cross_entropy(made.logits, made.targets), tokens.shape[1])}
         squares, predicted = made.logits.logsumexp(-1).square(), tokens.shape[1] * torch.ones(len(tokens))
         if made.text_logits is not None and made.text_targets is not None:
-            losses["text"] = self.text_loss_weight * mean(
-                cross_entropy(made.text_logits, made.text_targets), tokens.shape[1]
-            )
             real = made.text_targets >= 0
+            nats = cross_entropy(made.text_logits, made.text_targets)
+            share = self.text_loss_weight * mean(nats, tokens.shape[1])
+            # The value is the mean over text tokens, the gradient that of equal weight a token.
+            losses["text"] = mean(nats, real.sum(1)).detach() + share - share.detach()
             predicted = predicted.to(real.device) + real.sum(1)
             squares = torch.cat([squares, made.text_logits.logsumexp(-1).square() * real], dim=1)
         if self.z_loss:

@@ -187,6 +187,7 @@ class VAR(PrefixTransformer):
         else:
             tag(layer.modulation.offset, "no_decay")  # type: ignore[arg-type]
             layer.modulation.offset[:, :, :2].mul_(gate_init)  # type: ignore[index]
+            layer.modulation.offset[:, :, 2:].mul_(0.5)  # type: ignore[index]
 
     def bind(self, tokenizer: Tokenizer) -> None:
         if not hasattr(tokenizer, "next_inputs"):

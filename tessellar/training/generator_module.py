@@ -25,6 +25,7 @@ from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.methods.context_noise import ContextNoise, reading, require_teacher_forcing
+from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.schedules import Schedule
@@ -98,6 +99,18 @@ class GeneratorModule(TrainingModule):
             difference = other_class(self.source_data.class_names, tuple(data.class_names))
             if difference is not None and self.global_rank == 0:
                 log.warning("%s was trained on other classes: %s", self.init_from, difference)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        share = getattr(self.model.generator, "random_order", None) or 0.0
+        anneals = any(isinstance(callback, OrderAnnealing) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if share > 0 and not anneals and self.global_rank == 0:
+            log.warning(
+                "%s trains on random orders in %.0f %% of its samples to the end, and is sampled in one fixed order: "
+                "RAR's recipe anneals them, by the callback tessellar.training.methods.order_annealing.OrderAnnealing",
+                type(self.model.generator).__name__,
+                100 * share,
+            )
 
     @property
     def tokenizer(self) -> Tokenizer:

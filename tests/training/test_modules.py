@@ -1,14 +1,19 @@
 """Both training modules: what is counted, clipped, accumulated, frozen, repeated and refused."""
 
+import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from tessellar.callbacks.ema import EMA
+from tessellar.models.rar import RAR
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.training.base import COUNTERS, STATE_KEY
+from tessellar.training.generator_module import GeneratorModule
+from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.optim import OptimizerSettings
 
 
@@ -164,3 +169,12 @@ def test_counters_and_optimizers_survive_a_checkpoint(fit, make, tmp_path: Path)
     assert second.updates == 10 and len(losses) == 2
     momenta = [s for o in trainer.optimizers for s in o.state_dict()["state"].values()]
     assert momenta and all(int(s["step"]) == 10 for s in momenta if "step" in s)
+
+
+@pytest.mark.parametrize("anneals", [False, True])
+def test_random_orders_that_nothing_anneals_are_said_at_the_start(make, fit, caplog, anneals: bool) -> None:
+    generator = partial(RAR, width=16, depth=1, num_heads=2, hidden=16)
+    module = GeneratorModule(make.tokenizer_module().tokenizer, generator)
+    with caplog.at_level(logging.WARNING):
+        fit(module, 1, callbacks=[OrderAnnealing(0, 1)] if anneals else [])
+    assert ("RAR trains on random orders in 100 % of its samples to the end" in caplog.text) is not anneals

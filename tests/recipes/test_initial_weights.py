@@ -1,0 +1,147 @@
+"""Initial weights have the mean and the deviation of the official ones, kind by kind, at the published width.
+
+A recording has one run of the official initialisation: by official name, with indices as `*`. Ours is written under the
+official names by the importers' way back, then compared.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tessellar.models.har import HAR
+from tessellar.models.har.official import to_official as har_to_official
+from tessellar.models.hita import HitaAR
+from tessellar.models.hita.official import to_official as hita_to_official
+from tessellar.models.llamagen import LlamaGen
+from tessellar.models.llamagen.official import to_official as llamagen_to_official
+from tessellar.models.mar import MAR
+from tessellar.models.mar.official import to_official as mar_to_official
+from tessellar.models.maskgit import MaskGIT
+from tessellar.models.maskgit.official import to_official as maskgit_to_official
+from tessellar.models.rar import RAR
+from tessellar.models.rar.official import to_official as rar_to_official
+from tessellar.models.retok import ReToKGPT
+from tessellar.models.retok.official import GPT_KEYS
+from tessellar.models.var import VAR
+from tessellar.models.var.official import to_official as var_to_official
+from tessellar.models.xar import XAR
+from tessellar.models.xar.official import to_official as xar_to_official
+from tessellar.parity.recipes import read_recorded
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tests.recipes.frame import GOLDEN
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+FEW = 100_000  # values; below, the recorded deviation is itself noisy by 1 / sqrt(2 n)
+
+Made = tuple[nn.Module, Callable[[Any], Mapping[str, Tensor]]]
+
+
+def scales(sides: tuple[int, ...]) -> Layout:
+    return Layout(tuple(Segment((side, side), Categorical(4096), f"scale{side}") for side in sides))
+
+
+def var(width: int, sides: tuple[int, ...], **options: Any) -> Made:
+    return VAR(scales(sides), width, 2, width // 64, **options), var_to_official
+
+
+def llama(system: str) -> Made:
+    match system:
+        case "llamagen":
+            return LlamaGen(grid_layout(16, 16, Categorical(16384)), 768, 2, 12), llamagen_to_official
+        case "restok":
+            return HAR(sequence_layout(128, Categorical(8192)), 1024, 2, 16), har_to_official
+        case "hita":
+            holistic = Segment((128,), Categorical(16384), "holistic")
+            layout = Layout((holistic, Segment((21, 21), Categorical(16384), "patches")))
+            return HitaAR(layout, 768, 2, 12), hita_to_official
+        case _:
+            generator = ReToKGPT(sequence_layout(256, Categorical(16384)), 768, 2, 12)
+            return generator, lambda made: GPT_KEYS.to_official(made.state_dict())
+
+
+def make(system: str, part: str) -> Made:
+    """Our generator with the sizes of the recorded run, and its way to official names."""
+    latents = grid_layout(16, 16, Continuous(16))
+    match system, part:
+        case "titok_rar", _:
+            return RAR(grid_layout(16, 16, Categorical(1024)), 768, 2), rar_to_official
+        case "titok_maskgit", "generator_vit":
+            return MaskGIT(sequence_layout(64, Categorical(4096)), "vit", 768, 2), maskgit_to_official
+        case "titok_maskgit", _:
+            layout = sequence_layout(128, Categorical(4096))
+            return MaskGIT(layout, "uvit", 1024, 2, 16, 4096), maskgit_to_official
+        case "mar", _:
+            return MAR(latents, 768, 2, 12, head_width=1024, head_depth=2), mar_to_official
+        case "xar", _:
+            return XAR(latents, "cell:8x8", 768, 2, 12), xar_to_official
+        case "var", "generator_d16" | "generator_d20":
+            return var(1024 if part.endswith("16") else 1280, SCALES_256)
+        case "var", "generator_d24":
+            return var(1536, SCALES_256, gate_init=1e-4)
+        case "var", "generator_d30":
+            return var(1920, SCALES_256, gate_init=1e-5)
+        case "var", _:
+            return var(2304, SCALES_512, gate_init=5e-6, shared_modulation=True)
+        case _:
+            return llama(system)
+
+
+# Official kinds that our weights have under another shape, or not at all.
+SLICED = re.compile(r"(.*?)(\[.*\])$")
+PARTS = [
+    (system, part)
+    for system in ("llamagen", "titok_rar", "titok_maskgit", "mar", "xar", "var", "restok", "hita", "retok")
+    for part in read_recorded(GOLDEN, system)["parts"]
+    if part.startswith("generator")
+]
+
+
+def kinds(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Tensors by official name with indices as `*`."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        found.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(tensor)
+    return found
+
+
+def chosen(tensors: list[Tensor], what: str, width: int) -> Tensor:
+    """The values of a kind; `what` is the recorded slice of it: gates (the first two of six) or the rest."""
+    match what:
+        case "[:2C]":
+            tensors = [tensor[: 2 * width] for tensor in tensors]
+        case "[2C:]":
+            tensors = [tensor[2 * width :] for tensor in tensors]
+        case "[:,:,:2]":
+            tensors = [tensor[:, :, :2] for tensor in tensors]
+        case "[:,:,2:]":
+            tensors = [tensor[:, :, 2:] for tensor in tensors]
+    return torch.cat([tensor.flatten().float() for tensor in tensors])
+
+
+@pytest.mark.parametrize(("system", "part"), PARTS)
+def test_initial_weights_are_the_official_ones(system: str, part: str) -> None:
+    recorded = read_recorded(GOLDEN, system)["parts"][part]["init"]
+    torch.manual_seed(0)
+    generator, to_official = make(system, part)
+    ours = kinds(to_official(generator))
+    wrong, compared = [], set()
+    for kind, facts in recorded["params"].items():
+        match = SLICED.match(kind)
+        name, what = (match[1], match[2]) if match else (kind, "")
+        compared.add(name)
+        values = chosen(ours[name], what, recorded["config"].get("embed_dim", 0))
+        mean, std = float(values.mean()), float(values.std(correction=0))
+        share = 0.03 if len(values) >= FEW else 0.03 + 6 / math.sqrt(2 * len(values))
+        noise = 6 * facts["std"] / math.sqrt(len(values)) + 1e-6 * abs(facts["mean"])
+        if abs(std - facts["std"]) > share * facts["std"] + 1e-6 * abs(facts["mean"]) or abs(
+            mean - facts["mean"]
+        ) > 2 * noise + 1e-3 * abs(mean):
+            wrong.append(f"{kind}: {mean:.3g} +- {std:.4g}, official {facts['mean']:.3g} +- {facts['std']:.4g}")
+    assert wrong == []
+    assert sorted(set(ours) - compared) == [], "kinds that the recording does not know"
