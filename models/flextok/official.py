@@ -9,18 +9,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.sizes import count, heads_of
 from tessellar.models.flextok.model import FlexAR
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
 MODEL = "models.ar_image_model."
 _BLOCK = f"{MODEL}trunk.blocks.{{i}}"
-OWN = ("empty", "empty_valid")
 DROP = ("models.image_tokenizer.*", "models.text_encoder.t5_embedder.*")
 
 
@@ -50,19 +47,12 @@ def _keys(text: bool) -> KeyTable:
 KEYS = {text: _keys(text) for text in (False, True)}
 
 
-def is_generator(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is FlexAR's."""
-    return f"{MODEL}head.linear.weight" in state
-
-
 def generator_from_official(
     state: Mapping[str, Tensor], layout: Layout, num_heads: int | None = None, text_length: int = 1
 ) -> FlexAR:
     """The generator of an official state dict over the tokens of a layout; raises UserError where they do not fit."""
-    table_key = f"{MODEL}preprocessor.positional_embedding"
-    if not is_generator(state) or table_key not in state:
-        raise UserError(f"this is not a FlexAR generator: {MODEL}head or its positional_embedding is absent")
-    length, width = state[table_key].shape
+    OFFICIAL.check(state)
+    length, width = state[f"{MODEL}preprocessor.positional_embedding"].shape
     if length != layout.length:
         raise UserError(f"the generator reads {length} tokens; the tokenizer gives {layout}")
     classes, fc1 = (
@@ -80,19 +70,27 @@ def generator_from_official(
         text_length,
         any(".q_norm." in key for key in state),
     )
-    own = {name: t for name, t in generator.state_dict().items() if name in OWN}
-    where = "the FlexAR generator"
-    load_strict(generator, {**KEYS[fc1 is not None].from_official(state, where), **own}, where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state)
 
 
 def to_official(generator: FlexAR) -> dict[str, Tensor]:
     """The official state dict (without tokenizer and text encoder); the inverse of `generator_from_official`."""
-    state = {name: tensor for name, tensor in generator.state_dict().items() if name not in OWN}
-    return KEYS[generator.text is not None].to_official(state)
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import flextok` makes of a generator's file."""
-    generator = generator_from_official(state, tokenizer.layout, options.num_heads)
-    return generator
+def _keys_of(generator: FlexAR) -> KeyTable:
+    return KEYS[generator.text is not None]
+
+
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> FlexAR:
+    return generator_from_official(state, layout, options.num_heads)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a FlexAR generator",
+    marks=(f"{MODEL}head.linear.weight", f"{MODEL}preprocessor.positional_embedding"),
+    entries=FLAT,
+    keys=_keys_of,
+    own=("empty", "empty_valid"),
+    build=_build,
+)

@@ -1,18 +1,16 @@
-"""HAR's checkpoints (arXiv 2601.03955), official keys to ours and back, and the recorded outputs of the generator."""
+"""HAR's checkpoints (arXiv 2601.03955), official keys to ours and back: the generator published with ResTok."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import count
 from tessellar.models.har.model import HAR
 from tessellar.models.llamagen.official import HEADS
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
 KEYS = table(
     {
@@ -29,11 +27,6 @@ KEYS = table(
 )
 
 
-def is_generator(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights of HAR rather than of ResTok."""
-    return "spe_tok_embeddings.special_embeddings.weight" in state
-
-
 def from_official(
     state: Mapping[str, Tensor],
     layout: Layout,
@@ -44,6 +37,7 @@ def from_official(
     where: str = "the HAR checkpoint",
 ) -> HAR:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    OFFICIAL.check(state)
     vocab, width = state["output.weight"].shape
     special = state["spe_tok_embeddings.special_embeddings.weight"].shape[0]
     depth = count(state, r"layers\.(\d+)\.")
@@ -63,16 +57,23 @@ def from_official(
     )
     if (generator.token_embedding.num_embeddings, generator.special_embedding.num_embeddings) != (vocab, special):
         raise UserError(f"{where} is for {special + 1} tokens of {vocab} codes, but the tokenizer gives {layout}")
-    load_strict(generator, KEYS.from_official(state, where), where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state, where)
 
 
 def to_official(generator: HAR) -> dict[str, Tensor]:
     """The official state dict; the inverse of `from_official`."""
-    return KEYS.to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import restok` makes of a generator's file."""
-    generator = from_official(state, tokenizer.layout, options.num_heads)
-    return generator
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> HAR:
+    return from_official(state, layout, options.num_heads)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a HAR generator",
+    marks=("spe_tok_embeddings.special_embeddings.weight",),
+    entries=FLAT,
+    keys=KEYS,
+    build=_build,
+    paper="restok",
+)

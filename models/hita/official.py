@@ -1,4 +1,4 @@
-"""Hita's generator checkpoints (arXiv 2507.02358), official keys to ours and back, and their recorded outputs.
+"""Hita's generator checkpoints (arXiv 2507.02358), official keys to ours and back.
 
 One official matrix holds both heads, ours are two. Imported weights sample with the official look-up by default.
 """
@@ -8,18 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import count
 from tessellar.models.hita.model import HitaAR, Lookup
 from tessellar.models.llamagen.official import HEADS
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
-
-GENERATOR_ENTRIES = ("ema", "model")  # the official scripts load the average
-
 
 KEYS = table(
     {
@@ -53,9 +48,8 @@ def from_official(
     where: str = "the Hita checkpoint",
 ) -> HitaAR:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
-    split = {name: tensor for name, tensor in state.items() if name != "output.weight"}
+    OFFICIAL.check(state)
     first = state["slot_embeddings.weight"].shape[0]
-    split |= {"output.holistic": state["output.weight"][:first], "output.patches": state["output.weight"][first:]}
     width = state["norm.weight"].shape[0]
     depth = count(state, r"layers\.(\d+)\.")
     if num_heads is None and (width, depth) not in WIDE_HEADS:
@@ -76,8 +70,7 @@ def from_official(
     sizes = (first, state["tok_embeddings.weight"].shape[0])
     if generator.vocabularies != sizes or generator.holistic != state["slot_pos.weight"].shape[0]:
         raise UserError(f"{where} predicts {sizes} codes, but the tokenizer gives {layout}: give its own tokenizer")
-    load_strict(generator, KEYS.from_official(split, where), where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state, where)
 
 
 def _multiple(width: int, hidden: int) -> int:
@@ -87,12 +80,33 @@ def _multiple(width: int, hidden: int) -> int:
 
 def to_official(generator: HitaAR) -> dict[str, Tensor]:
     """The official state dict; the inverse of `from_official`."""
-    state = KEYS.to_official(generator.state_dict())
-    heads = state.pop("output.holistic"), state.pop("output.patches")
-    return {**state, "output.weight": torch.cat(heads)}
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import hita` makes of a generator's file."""
-    generator = from_official(state, tokenizer.layout, options.num_heads)
-    return generator
+def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The heads apart: rows of the holistic codes come first."""
+    rest = {name: tensor for name, tensor in state.items() if name != "output.weight"}
+    first = len(state["slot_embeddings.weight"])
+    heads = state["output.weight"]
+    return {**rest, "output.holistic": heads[:first], "output.patches": heads[first:]}
+
+
+def _join(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rest = dict(state)
+    heads = [rest.pop("output.holistic"), rest.pop("output.patches")]
+    return {**rest, "output.weight": torch.cat(heads)}
+
+
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> HitaAR:
+    return from_official(state, layout, options.num_heads)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a Hita generator",
+    marks=("slot_pos.weight", "slot_embeddings.weight"),
+    entries=("ema", "model"),  # the official scripts load the average
+    keys=KEYS,
+    split=_split,
+    join=_join,
+    build=_build,
+)

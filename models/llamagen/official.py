@@ -10,17 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import count
 from tessellar.layers.llama import swiglu_hidden
 from tessellar.models.llamagen.model import LlamaGen
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
-GENERATOR_ENTRIES = ("model", "module", "state_dict")  # the order of the official sampling script; no average
 KEYS = table(
     {
         "cls_embedding.embedding_table.weight": "conditioning.embedding.weight",
@@ -62,20 +59,15 @@ class Sizes:
     caption_length: int
 
 
-def is_official(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict looks like one of the official GPT."""
-    return "tok_embeddings.weight" in state and any(key.startswith("cls_embedding.") for key in state)
-
-
 def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
     """Sizes of an official state dict; raises UserError where it lacks the tensors that tell them."""
-    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
-    missing = [key for key in needed if key not in state]
+    OFFICIAL.check(state)
     classes = state.get("cls_embedding.embedding_table.weight")
     captions = state.get("cls_embedding.uncond_embedding")
-    if missing or (classes is None) == (captions is None):
-        wanted = missing or ["cls_embedding.embedding_table.weight or cls_embedding.uncond_embedding"]
-        raise UserError(f"this is not a LlamaGen generator: {', '.join(wanted)} is missing")
+    if (classes is None) == (captions is None):
+        raise UserError(
+            "a LlamaGen generator has either cls_embedding.embedding_table.weight or cls_embedding.uncond_embedding"
+        )
     vocab, width = state["tok_embeddings.weight"].shape
     return Sizes(
         width=width,
@@ -122,18 +114,12 @@ def from_official(
         raise UserError(
             f"this generator predicts {sizes.vocab} codes, but the tokenizer gives {layout}: give its own tokenizer"
         )
-    load_strict(generator, KEYS.from_official(state, "the LlamaGen checkpoint"), "the LlamaGen checkpoint")
-    return generator.eval()
-
-
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import llamagen` makes of a generator's file."""
-    return from_official(state, tokenizer.layout, options.num_heads)
+    return OFFICIAL.fill(generator, state)
 
 
 def to_official(generator: LlamaGen) -> dict[str, Tensor]:
     """The official state dict of our generator; the inverse of `from_official`."""
-    return KEYS.to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
 def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout) -> LlamaGen:
@@ -165,3 +151,16 @@ def _heads(state: Mapping[str, Tensor], sizes: Sizes) -> int:
 def _multiple(sizes: Sizes, multiple_of: int) -> int:
     """`multiple_of` where it gives the FFN's hidden size, else that size itself (another multiplier was used)."""
     return multiple_of if swiglu_hidden(sizes.width, multiple_of) == sizes.hidden else sizes.hidden
+
+
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> LlamaGen:
+    return from_official(state, layout, options.num_heads)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a LlamaGen generator",
+    marks=("tok_embeddings.weight", "cls_embedding.*", "layers.0.feed_forward.w1.weight"),
+    entries=("model", "module", "state_dict"),  # the order of the official sampling script; no average
+    keys=KEYS,
+    build=_build,
+)

@@ -1,4 +1,4 @@
-"""MAR's generator checkpoints (arXiv 2406.11838), official keys to ours and back. (The VAE: kl_vae.py.)
+"""MAR's generator checkpoints (arXiv 2406.11838), official keys to ours and back. (The VAE: tokenizers/kl_vae.)
 
 All sizes but the heads are read from the tensors' shapes.
 """
@@ -8,16 +8,13 @@ from math import isqrt
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import count
 from tessellar.models.mar.model import MAR
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Continuous, Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
-GENERATOR_ENTRIES = ("model_ema", "model")  # `checkpoint-last.pth`: the official evaluation loads the average
 HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads of the published variants
 _NET = "diffloss.net"
 KEYS = table(
@@ -47,11 +44,6 @@ KEYS = table(
         f"{_NET}.final_layer.adaLN_modulation.1.{{tensor}}": "head.modulation.linear.{tensor}",
     },
 )
-
-
-def is_generator(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights of MAR's transformer rather than of its VAE."""
-    return "class_emb.weight" in state
 
 
 def from_official(
@@ -90,16 +82,23 @@ def from_official(
         decoder_depth=count(ours, r"decoder_blocks\.(\d+)\."),
         decoder_heads=decoder_heads,
     )
-    load_strict(generator, ours, where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state, where)
 
 
 def to_official(generator: MAR) -> dict[str, Tensor]:
     """The official state dict of our generator; the inverse of `from_official`."""
-    return KEYS.to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import mar` makes of a generator's file."""
-    generator = from_official(state, tokenizer.layout, options.num_heads)
-    return generator
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> MAR:
+    return from_official(state, layout, options.num_heads)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a MAR generator",
+    marks=("class_emb.weight", "fake_latent", "diffloss.net.input_proj.weight"),
+    entries=("model_ema", "model"),  # `checkpoint-last.pth`: the official evaluation loads the average
+    keys=KEYS,
+    build=_build,
+    tokenizer="kl_vae",
+)

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, table
+from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
+from tessellar.interop.keys import KeyTable, table
 from tessellar.interop.sizes import count
 from tessellar.models.maskgit.model import MaskGIT, UViT
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
 _LAYER = "model.encoder.layer.{i}"
 VIT_KEYS = table(
@@ -93,16 +91,26 @@ def from_official(
     )
     if generator.vocab != vocab:
         raise UserError(f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer")
-    load_strict(generator, ours, where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state, where)
 
 
 def to_official(generator: MaskGIT) -> dict[str, Tensor]:
     """The official state dict of our generator; the inverse of `from_official`."""
-    return _keys(isinstance(generator.backbone, UViT)).to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import maskgit` makes of a file."""
-    generator = from_official(state, tokenizer.layout, options.num_heads or PUBLISHED_HEADS)
-    return generator
+def _keys_of(generator: MaskGIT) -> KeyTable:
+    return _keys(isinstance(generator.backbone, UViT))
+
+
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> MaskGIT:
+    return from_official(state, layout, options.num_heads or PUBLISHED_HEADS)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a MaskGIT generator",
+    marks=("*lm_head.weight",),  # of both backbones
+    entries=FLAT,
+    keys=_keys_of,
+    build=_build,
+)

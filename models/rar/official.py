@@ -7,14 +7,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import count
 from tessellar.models.rar.model import RAR, SPARE_POSITIONS
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
 KEYS = table(
     {
@@ -42,6 +40,7 @@ def from_official(
     where: str = "the RAR checkpoint",
 ) -> RAR:
     """A generator of the sizes that the weights show; raises UserError where the layout has another length."""
+    OFFICIAL.check(state)
     rows, width = state["embeddings.weight"].shape
     vocab, length = state["lm_head.weight"].shape[0], state["pos_embed"].shape[1] - SPARE_POSITIONS
     if length != layout.length:
@@ -52,16 +51,22 @@ def from_official(
     generator = RAR(layout, width, depth, heads, hidden, rows - vocab - 2)
     if generator.vocab != vocab:
         raise UserError(f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer")
-    load_strict(generator, KEYS.from_official(state, where), where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state, where)
 
 
 def to_official(generator: RAR) -> dict[str, Tensor]:
     """The official state dict of our generator; the inverse of `from_official`."""
-    return KEYS.to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import rar` makes of a file."""
-    generator = from_official(state, tokenizer.layout)
-    return generator
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> RAR:
+    return from_official(state, layout)  # the heads show in the weights
+
+
+OFFICIAL = GeneratorImporter(
+    what="a RAR generator",
+    marks=("timesteps_embeddings", "target_aware_pos_embed"),
+    entries=FLAT,
+    keys=KEYS,
+    build=_build,
+)

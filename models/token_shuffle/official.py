@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.models.token_shuffle.model import TokenShuffle
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
-
-GENERATOR_ENTRIES = ("model", "module", "state_dict")  # files of LlamaGen; none of its own is published
-
 
 KEYS = table(
     {
@@ -59,17 +54,15 @@ class Sizes:
 
 def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
     """Sizes of a state dict; raises UserError where it lacks the tensors that tell them."""
-    needed = ("tok_embeddings.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight")
-    missing = [key for key in needed if key not in state]
-    if missing:
-        raise UserError(f"this is not a Token-Shuffle generator: {', '.join(missing)} is missing")
-    (vocab, width), compress = state[needed[0]].shape, state.get("shuffle.compress.weight")
+    OFFICIAL.check(state)
+    vocab, width = state["tok_embeddings.weight"].shape
+    compress = state.get("shuffle.compress.weight")
     hidden = state.get("shuffle.blocks.0.fc1.bias")
     return Sizes(
         width=width,
         depth=_count(state, "layers."),
-        kv_width=len(state[needed[1]]),
-        ffn_hidden=len(state[needed[2]]),
+        kv_width=len(state["layers.0.attention.wk.weight"]),
+        ffn_hidden=len(state["layers.0.feed_forward.w1.weight"]),
         vocab=vocab,
         window=None if compress is None else isqrt(width // len(compress)),
         blocks=_count(state, "shuffle.blocks."),
@@ -117,18 +110,12 @@ def from_official(
         ffn_hidden=sizes.ffn_hidden,
         norm_eps=norm_eps,
     )
-    load_strict(generator, KEYS.from_official(_fused(state), "the checkpoint"), "the Token-Shuffle checkpoint")
-    return generator.eval()
+    return OFFICIAL.fill(generator, state)
 
 
 def to_official(generator: TokenShuffle) -> dict[str, Tensor]:
     """The state dict under the method's names; the inverse of `from_official`, for generators with joint text."""
-    state, width = KEYS.to_official(generator.state_dict()), generator.width
-    kv_width = generator.num_kv_heads * generator.head_dim
-    for key in [key for key in state if key.endswith("attention.wqkv.weight")]:
-        parts = state.pop(key).split((width, kv_width, kv_width))
-        state |= {key.replace("wqkv", name): part for name, part in zip(QKV, parts, strict=True)}
-    return state
+    return OFFICIAL.to_official(generator)
 
 
 def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout, bos: int = 0) -> TokenShuffle:
@@ -151,12 +138,10 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
     return made
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import token_shuffle` makes of a generator's file."""
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> TokenShuffle:
     if options.num_heads is None:
         raise UserError("the weights do not tell the number of heads of a Token-Shuffle generator: give --num_heads")
-    generator = from_official(state, tokenizer.layout, options.num_heads)
-    return generator
+    return from_official(state, layout, options.num_heads)
 
 
 def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,3 +154,26 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise UserError(f"the Token-Shuffle checkpoint lacks {', '.join(missing)}")
         fused[key.replace("wq", "wqkv")] = torch.cat([state[part] for part in parts])
     return fused
+
+
+def _parted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with wq, wk and wv in place of wqkv: as many rows of q as columns, of k and v half of the others."""
+    parted = dict(state)
+    for key in [key for key in state if key.endswith("attention.wqkv.weight")]:
+        fused = parted.pop(key)
+        width = fused.shape[1]
+        kv_width = (len(fused) - width) // 2
+        parts = fused.split((width, kv_width, kv_width))
+        parted |= {key.replace("wqkv", name): part for name, part in zip(QKV, parts, strict=True)}
+    return parted
+
+
+OFFICIAL = GeneratorImporter(
+    what="a Token-Shuffle generator",
+    marks=("tok_embeddings.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"),
+    entries=("model", "module", "state_dict"),  # as LlamaGen's files; none of its own is published
+    keys=KEYS,
+    split=_fused,
+    join=_parted,
+    build=_build,
+)

@@ -1,23 +1,18 @@
-"""VAR's checkpoints (arXiv 2404.02905): the multi-scale VQVAE and the transformer, official keys to ours and back.
+"""The checkpoints of VAR's transformer (arXiv 2404.02905), official keys to ours and back. (The VQVAE: tokenizers/var.)
 
-Their CNN is LDM's with fused attention, which is split into three here; sizes are read from the tensors' shapes.
+Sizes are read from the tensors' shapes.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import count, heads_of
 from tessellar.models.var.model import VAR
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
-
-GENERATOR_ENTRIES = ("trainer.var_wo_ddp",)
-
 
 KEYS = table(
     {
@@ -46,6 +41,7 @@ def from_official(
     state: Mapping[str, Tensor], layout: Layout, num_heads: int | None = None, where: str = "the VAR checkpoint"
 ) -> VAR:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    OFFICIAL.check(state)
     length, width = state["pos_1LC"].shape[1:]
     if length != layout.length:
         raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
@@ -64,16 +60,22 @@ def from_official(
     )
     if generator.output.out_features != state["head.weight"].shape[0]:
         raise UserError(f"{where} predicts {state['head.weight'].shape[0]} codes, but the tokenizer gives {layout}")
-    load_strict(generator, KEYS.from_official(state, where), where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state, where)
 
 
 def to_official(generator: VAR) -> dict[str, Tensor]:
     """The official state dict, without the buffers; the inverse of `from_official`."""
-    return KEYS.to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import var` makes of a generator's file."""
-    generator = from_official(state, tokenizer.layout, options.num_heads)
-    return generator
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> VAR:
+    return from_official(state, layout, options.num_heads)
+
+
+OFFICIAL = GeneratorImporter(
+    what="a VAR generator",
+    marks=("pos_1LC", "lvl_embed.weight"),
+    entries=("trainer.var_wo_ddp",),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
+    keys=KEYS,
+    build=_build,
+)

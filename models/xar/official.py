@@ -1,4 +1,4 @@
-"""xAR (OliverRensu/xAR): official keys to ours and back. Its tokenizer is MAR's KL-16 VAE (kl_vae.py).
+"""xAR (OliverRensu/xAR): official keys to ours and back. Its tokenizer is MAR's KL-16 VAE (tokenizers/kl_vae).
 
 Official rows of both position tables are in the order of generation (cells); ours follow the layout's places.
 """
@@ -7,17 +7,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
-from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.sizes import count
 from tessellar.models.xar.model import XAR
 from tessellar.protocol.entities import Entities
-from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
-GENERATOR_ENTRIES = ("model_ema", "model")  # of training runs; the published files are flat
 _BLOCK = {
     "attn.qkv.{tensor}": "attention.wqkv.{tensor}",
     "attn.proj.{tensor}": "attention.wo.{tensor}",
@@ -53,11 +49,6 @@ def keys(entities: Entities) -> KeyTable:
     return table(pairs, *tables, drop=("mask", "*.attn.rope.*"))
 
 
-def is_official(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict looks like xAR's rather than its VAE's."""
-    return "z_proj.weight" in state and "decoder_pos_embed_learned" in state
-
-
 def from_official(
     state: Mapping[str, Tensor],
     layout: Layout,
@@ -70,8 +61,7 @@ def from_official(
 
     Raises UserError for unknown or missing keys and for a layout of other latents.
     """
-    if not is_official(state):
-        raise UserError("these are not the weights of xAR: z_proj or decoder_pos_embed_learned is absent")
+    OFFICIAL.check(state)
     classes, width = state["class_emb.weight"].shape
     hidden = state["encoder_blocks.0.mlp.fc2.weight"].shape[1]
     generator = XAR(
@@ -86,17 +76,27 @@ def from_official(
         mlp_ratio=4.0 if hidden == int(width * 8 / 3) else 1.5 * (hidden + 0.5) / width,
         decoder_depth=count(state, r"decoder_blocks\.(\d+)\."),
     )
-    where = "the xAR checkpoint"
-    load_strict(generator, keys(generator.entities).from_official(state, where), where)
-    return generator.eval()
+    return OFFICIAL.fill(generator, state)
 
 
 def to_official(generator: XAR) -> dict[str, Tensor]:
     """The official state dict, without its buffers; the inverse of `from_official`."""
-    return keys(generator.entities).to_official(generator.state_dict())
+    return OFFICIAL.to_official(generator)
 
 
-def import_generator(state: Mapping[str, Tensor], tokenizer: Tokenizer, options: ImportOptions) -> Generator:
-    """What `convert.py import xar` makes of a generator's file."""
-    generator = from_official(state, tokenizer.layout, options.num_heads, options.variant or CELL)
-    return generator
+def _keys_of(generator: XAR) -> KeyTable:
+    return keys(generator.entities)
+
+
+def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> XAR:
+    return from_official(state, layout, options.num_heads, options.variant or CELL)
+
+
+OFFICIAL = GeneratorImporter(
+    what="an xAR generator",
+    marks=("z_proj.weight", "decoder_pos_embed_learned", "time_embed.mlp.0.weight"),
+    entries=("model_ema", "model"),  # of training runs; the published files are flat
+    keys=_keys_of,
+    build=_build,
+    tokenizer="kl_vae",
+)

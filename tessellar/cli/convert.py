@@ -16,10 +16,8 @@ from tessellar.checkpoints.export import WEIGHTS, export_generator, export_token
 from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.staging import check_target
 from tessellar.checkpoints.weights import fingerprint
-from tessellar.cli.cache import cache
-from tessellar.cli.functions import run_functions
+from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.importing import import_model
-from tessellar.cli.scale import scale
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions
 from tessellar.parity.verify import Report, UnknownSystem, verify
@@ -193,8 +191,8 @@ COMMANDS = {
     "verify": verify_recordings,
     "export": export,
     "info": info,
-    "cache": cache,
-    "scale": scale,
+    "cache": Elsewhere("tessellar.cli.cache", "cache"),
+    "scale": Elsewhere("tessellar.cli.scale", "scale"),
 }
 
 

@@ -4,11 +4,13 @@ A function's signature and docstring are its options and help. Added: dashes in 
 options and a last positional of several words, and a mistake that is answered by one line with the nearest valid name.
 """
 
+import importlib
 import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -21,28 +23,43 @@ from tessellar.errors import UserError
 Function = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A function whose module is imported when its command is called, or for the help of all."""
+
+    module: str
+    name: str
+
+    def load(self) -> Function:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
 def run_functions(
-    components: Function | Mapping[str, Function], argv: Sequence[str] | None = None, command: str = ""
+    components: Function | Mapping[str, Function | Elsewhere], argv: Sequence[str] | None = None, command: str = ""
 ) -> Any:
     """Parse `argv` (default: the command line), call the function or the subcommand it names, return its result.
 
     `command` is the name behind `tessellar` in help. Raises UserError, in one line, for arguments that do not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    head: list[str] = []
-    if callable(components):
-        function: Function | None = components
-    else:
-        names = [i for i, word in enumerate(argv) if not word.startswith("-")][:1]
-        head, argv = (argv[: names[0] + 1], argv[names[0] + 1 :]) if names else (argv, [])
-        function = components.get(head[-1]) if names else None
-        components = dict(components)
-    if function is not None:
-        argv = shell_habits(function, argv)
     script = Path(sys.argv[0]).name
     prog = f"{script} {command}" if script == "tessellar" else script
-    commands: Any = components
-    return auto_cli(commands, args=head + argv, as_positional=True, parser_class=FunctionParser, prog=prog)
+    settings: Any = {"as_positional": True, "parser_class": FunctionParser, "prog": prog}
+    if callable(components):
+        return auto_cli(components, args=shell_habits(components, argv), **settings)
+    places = [i for i, word in enumerate(argv) if not word.startswith("-")]
+    name = argv[places[0]] if places else None
+    if name is None or name not in components:
+        everything: dict[str, Any] = {each: _loaded(function) for each, function in components.items()}
+        return auto_cli(everything, args=argv, **settings)
+    rest = places[0] + 1
+    function = _loaded(components[name])
+    chosen: dict[str, Any] = {name: function}
+    return auto_cli(chosen, args=argv[:rest] + shell_habits(function, argv[rest:]), **settings)
+
+
+def _loaded(function: Function | Elsewhere) -> Function:
+    return function.load() if isinstance(function, Elsewhere) else function
 
 
 class FunctionParser(ArgumentParser):

@@ -1,196 +1,114 @@
-"""Which official systems can be imported, and how a file becomes one of our models.
+"""How an official file becomes one of our models: its paper's importers are found by their folders."""
 
-A new system adds one line to SYSTEMS: a function that makes the tokenizer of a state dict, one that makes the generator
-of a state dict and its tokenizer, and, where a file may hold either, one that tells them apart.
-"""
-
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
-from tessellar.checkpoints.description import HEADER_KEY
 from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import (
-    ImportOptions,
-    preferred,
-    read_content,
-    read_official,
-    state_dicts,
-    unwrap,
-    without_prefix,
-)
+from tessellar.interop.files import is_official_file, read_content, unwrap
+from tessellar.interop.importer import GeneratorImporter, Importer, ImportOptions, TokenizerImporter
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.configured import build
+from tessellar.protocol.packages import rooms
 from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.tensor_files import Weights, read_metadata
 
 
-@dataclass(frozen=True)
-class Official:
-    """Importers of one system, as `module:function` below `tessellar`.
+@dataclass
+class Paper:
+    """What `convert.py import NAME` reads: files of tokenizers, files of generators."""
 
-    `tokenizer`: (state, ImportOptions) -> Tokenizer; `generator`: (state, Tokenizer, ImportOptions) -> Generator;
-    `is_generator`: (state) -> bool, needed where both are given. Beside each importer stands which entry of a training
-    checkpoint it takes, TOKENIZER_ENTRIES or GENERATOR_ENTRIES: first the one that the paper evaluates.
-    """
+    name: str
+    tokenizers: list[TokenizerImporter] = field(default_factory=list)
+    generators: list[GeneratorImporter] = field(default_factory=list)
 
-    tokenizer: str | None = None
-    generator: str | None = None
-    is_generator: str | None = None
-
-    def holds_generator(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether `state` is the generator's rather than the tokenizer's."""
-        if self.is_generator is None:
-            return self.tokenizer is None
-        return _function(self.is_generator)(state)
-
-    @property
-    def tokenizer_entries(self) -> tuple[str, ...]:
-        return _entries(self.tokenizer, "TOKENIZER_ENTRIES")
-
-    @property
-    def generator_entries(self) -> tuple[str, ...]:
-        return _entries(self.generator, "GENERATOR_ENTRIES")
-
-    def read(self, file: str, key: str | None) -> tuple[Mapping[str, Tensor], bool]:
-        """The state dict in a file, and whether it is the generator's."""
-        content = read_content(file)
-        if key is not None:
-            state = Weights(unwrap(content, file, key), file)
-            return state, self.holds_generator(state)
-        found = state_dicts(content) or {"": content}
-        name = preferred(found, (*self.generator_entries, *self.tokenizer_entries)) or next(iter(found))
-        is_generator = self.holds_generator(without_prefix(dict(found[name])) if found[name] else {})
-        order = self.generator_entries if is_generator else self.tokenizer_entries
-        return Weights(unwrap(content, file, order=order), file), is_generator
+    def of_file(self, content: Any, where: str, key: str | None) -> TokenizerImporter | GeneratorImporter:
+        """The importer whose marks a file shows; raises UserError where none does."""
+        importers = [*self.generators, *self.tokenizers]
+        for importer in importers:
+            if importer.is_in(content, where, key):
+                return importer
+        entries = [entry for importer in importers for entry in importer.entries]
+        unwrap(content, where, key, entries, evaluated=False)  # raises where there are no weights, or too many
+        wanted = [f"not the weights of {importer.what} (they have {importer.marks[0]})" for importer in importers]
+        raise UserError(f"{where} holds nothing of {self.name}: {', '.join(wanted)}")
 
 
-def _entries(importer: str | None, name: str) -> tuple[str, ...]:
-    """What stands beside an importer; files that are published flat, without entries, have nothing there."""
-    if importer is None:
-        return ()
-    module = importlib.import_module(f"tessellar.{importer.split(':')[0]}")
-    return getattr(module, name, ())
+def papers() -> dict[str, Paper]:
+    """Every paper with an importer, by its name."""
+    found: dict[str, Paper] = {}
+    for room in rooms("official"):
+        for importer in _declared(room.module()):
+            name = importer.paper or room.paper
+            paper = found.setdefault(name, Paper(name))
+            if isinstance(importer, TokenizerImporter):
+                paper.tokenizers.append(importer)
+            elif isinstance(importer, GeneratorImporter):
+                paper.generators.append(importer)
+    for paper in found.values():
+        others = [generator.tokenizer for generator in paper.generators if generator.tokenizer]
+        for other in others:
+            paper.tokenizers += found[other].tokenizers
+    return dict(sorted(found.items()))
 
 
-SYSTEMS: dict[str, Official] = {
-    "titok": Official("tokenizers.titok.official:import_tokenizer"),
-    "one_d_piece": Official("tokenizers.one_d_piece.official:import_tokenizer"),
-    "maskgit_vqgan": Official("tokenizers.maskgit_vqgan.official:import_vqgan"),
-    "llamagen": Official(
-        "tokenizers.llamagen.official:import_tokenizer",
-        "models.llamagen.official:import_generator",
-        is_generator="models.llamagen.official:is_official",
-    ),
-    "hita": Official(
-        "tokenizers.hita.official:import_tokenizer",
-        "models.hita.official:import_generator",
-        is_generator="tokenizers.hita.official:is_generator",
-    ),
-    "maskgit": Official(generator="models.maskgit.official:import_generator"),
-    "rar": Official(generator="models.rar.official:import_generator"),
-    "retok": Official(
-        "tokenizers.retok.official:import_tokenizer",
-        "models.retok.official:import_generator",
-        is_generator="tokenizers.retok.official:is_generator",
-    ),
-    "mar": Official(
-        "tokenizers.kl_vae.official:import_tokenizer",
-        "models.mar.official:import_generator",
-        is_generator="models.mar.official:is_generator",
-    ),
-    "restok": Official(
-        "tokenizers.restok.official:import_tokenizer",
-        "models.har.official:import_generator",
-        is_generator="models.har.official:is_generator",
-    ),
-    "var": Official(
-        "tokenizers.var.official:import_tokenizer",
-        "models.var.official:import_generator",
-        is_generator="tokenizers.var.official:is_generator",
-    ),
-    "token_shuffle": Official(generator="models.token_shuffle.official:import_generator"),
-    "flextok": Official(
-        "tokenizers.flextok.official:import_tokenizer",
-        "models.flextok.official:import_generator",
-        is_generator="models.flextok.official:is_generator",
-    ),
-    "xar": Official(
-        "tokenizers.kl_vae.official:import_tokenizer",
-        "models.xar.official:import_generator",
-        is_generator="models.xar.official:is_official",
-    ),
-}
+def _declared(module: Any) -> tuple[Importer, ...]:
+    """`OFFICIAL` of a module: one importer or several; none where the folder is no paper's (quantizers)."""
+    official = getattr(module, "OFFICIAL", ())
+    return official if isinstance(official, tuple) else (official,)
 
 
 def import_model(
-    system: str, file: str, tokenizer: str | None = None, key: str | None = None, options: ImportOptions | None = None
+    name: str, file: str, tokenizer: str | None = None, key: str | None = None, options: ImportOptions | None = None
 ) -> Tokenizer | ImageGenerator:
-    """The tokenizer, or the generator with its tokenizer, of an official file.
+    """The tokenizer, or the generator with its tokenizer, of an official file of a paper.
 
-    Raises UserError where the system is unknown, the file does not fit, or a generator is given without its tokenizer.
+    Raises UserError where the paper is unknown, the file does not fit, or a generator is given without its tokenizer.
     """
-    if system not in SYSTEMS:
-        raise UserError(f"there is no importer for {system!r}; there are {', '.join(sorted(SYSTEMS))}")
-    official = SYSTEMS[system]
-    state, is_generator = official.read(file, key)
+    known = papers()
+    if name not in known:
+        raise UserError(f"there is no importer for {name!r}; there are {', '.join(known)}")
+    paper = known[name]
+    content = read_content(file)
+    importer = paper.of_file(content, file, key)
+    state = importer.read(content, file, key)
     options = replace(options or ImportOptions(), file=file)
     try:
-        return _import(official, state, is_generator, tokenizer, options)
+        if isinstance(importer, TokenizerImporter):
+            return importer.build(state, options)
+        return _generator(paper, importer, state, tokenizer, options)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:  # sizes that no model can have
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the tensors of {file} have other shapes than those of a {system} checkpoint ({reason})"
+            f"the tensors of {file} have other shapes than those of a {name} checkpoint ({reason})"
         ) from error
 
 
-def _import(
-    official: Official, state: Mapping[str, Tensor], is_generator: bool, tokenizer: str | None, options: ImportOptions
-) -> Tokenizer | ImageGenerator:
-    if not is_generator:
-        return _import_tokenizer(official, state, options)
+def _generator(
+    paper: Paper, importer: GeneratorImporter, state: Mapping[str, Any], tokenizer: str | None, options: ImportOptions
+) -> ImageGenerator:
     if tokenizer is None:
         file = options.file
         raise UserError(f"{file} is a generator: give its tokenizer (an export or the official file) as --tokenizer")
-    assert official.generator is not None
-    own = _tokenizer(official, tokenizer, options)
-    generator = _function(official.generator)(state, own, options)
+    own = _tokenizer(paper, tokenizer, options)
+    generator = importer.build(state, own.layout, options)
     return ImageGenerator(own, generator, generator.make_conditioner())
 
 
-def _function(path: str) -> Callable[..., Any]:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(f"tessellar.{module}"), name)
-
-
-def _import_tokenizer(official: Official, state: Mapping[str, Tensor], options: ImportOptions) -> Tokenizer:
-    if official.tokenizer is None:
-        raise UserError("this system has no tokenizer of its own: give an export as --tokenizer")
-    return _function(official.tokenizer)(state, options)
-
-
-def _tokenizer(official: Official, path: str, options: ImportOptions) -> Tokenizer:
+def _tokenizer(paper: Paper, path: str, options: ImportOptions) -> Tokenizer:
     """From an export, or an official file; at `image_size` where one is given."""
-    if _is_official_file(Path(path)):
-        state = read_official(path, order=official.tokenizer_entries)
-        return _import_tokenizer(official, state, replace(options, file=path))
+    if is_official_file(path):
+        if not paper.tokenizers:
+            raise UserError(f"{paper.name} has no tokenizer of its own: give an export as --tokenizer")
+        content = read_content(path)
+        importer = Paper(paper.name, paper.tokenizers).of_file(content, path, None)
+        assert isinstance(importer, TokenizerImporter)
+        return importer.build(importer.read(content, path), replace(options, file=path))
     tokenizer, size = load_tokenizer(path), options.image_size
     if size is None or tokenizer.image_size == (size, size):
         return tokenizer
     return _resized(tokenizer, size)
-
-
-def _is_official_file(path: Path) -> bool:
-    """Whether `path` is a weight file that none of our commands wrote."""
-    if path.suffix == ".safetensors" and path.is_file():
-        return HEADER_KEY not in read_metadata(path)
-    return path.suffix in (".pt", ".pth", ".bin")
 
 
 def _resized(tokenizer: Tokenizer, image_size: int) -> Tokenizer:

@@ -1,194 +1,31 @@
-"""Shared machinery of importers: a table of key patterns theirs <-> ours, read in both directions.
+"""What an `official.py` declares: one importer for each kind of file that its authors published.
 
-A pattern is a key with placeholders: `{i}` (one letter) stands for a number, a longer name such as `{tensor}` for one
-path component. A rule may carry a pair of inverse tensor functions. Nothing is guessed: a key without a rule is fatal
-and listed, and so is (by `load_strict`) a key of ours that no rule filled.
+    OFFICIAL = TokenizerImporter(what="a ReToK tokenizer", marks=..., entries=..., keys=KEYS, own=OWN, build=build)
+
+`convert.py import` finds importers by their folders: `OFFICIAL` of `tessellar/{models,tokenizers}/<paper>/official.py`,
+an importer or a tuple of them, and the same in packages that `--package` names.
 """
 
-import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.tensor_files import Weights, listing, read_pickle, read_safetensors, say_unchecked
+from tessellar.interop.files import entry_of, sets_of_weights, state_dicts, unwrap
+from tessellar.interop.keys import KeyTable, match_key
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tensor_files import Weights
 
-log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
+State = Mapping[str, Tensor]
 
-
-DEEPEST = 3  # levels at which sets of weights are looked for
-
-
-def same(tensor: Tensor) -> Tensor:
-    """The tensor as it is."""
-    return tensor
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Pattern of their key, pattern of ours with the same placeholders, and the tensor functions between them."""
-
-    theirs: str
-    ours: str
-    to_ours: Callable[[Tensor], Tensor] = same
-    to_theirs: Callable[[Tensor], Tensor] = same
-
-
-@dataclass(frozen=True)
-class KeyTable:
-    """Rules (the first that matches counts) and patterns of their keys that carry nothing of the model's."""
-
-    rules: tuple[Rule, ...]
-    drop: tuple[str, ...] = field(default=())
-
-    def from_official(self, state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
-        """Our state dict from theirs; raises UserError that lists keys without a rule."""
-        kept = {key: t for key, t in state.items() if all(_match(p, key) is None for p in self.drop)}
-        return Weights(self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours)), where)
-
-    def to_official(self, state: Mapping[str, Tensor], where: str = "the model") -> dict[str, Tensor]:
-        """Their state dict from ours (without the dropped keys); the inverse of `from_official`."""
-        return self._translate(state, where, lambda rule: (rule.ours, rule.theirs, rule.to_theirs))
-
-    def _translate(
-        self, state: Mapping[str, Tensor], where: str, direction: Callable[[Rule], Any]
-    ) -> dict[str, Tensor]:
-        result, unknown = {}, []
-        for key, tensor in state.items():
-            for source, target, function in map(direction, self.rules):
-                if (values := _match(source, key)) is not None:
-                    result[target.format(**values)] = function(tensor)
-                    break
-            else:
-                unknown.append(key)
-        if unknown:
-            raise UserError(f"{where} has keys that this importer does not know; {listing('unknown', unknown)}")
-        return result
-
-
-def table(pairs: Mapping[str, str], *rules: Rule, drop: Iterable[str] = ()) -> KeyTable:
-    """A table from `{theirs: ours}`, then rules with tensor functions."""
-    return KeyTable((*(Rule(theirs, ours) for theirs, ours in pairs.items()), *rules), tuple(drop))
-
-
-def _match(pattern: str, key: str) -> dict[str, str] | None:
-    """Placeholder values where `key` matches the pattern; `*` matches anything."""
-    parts = re.split(r"(\{\w+\}|\*)", pattern)
-    found = re.fullmatch("".join(map(_regex, parts)), key)
-    return found.groupdict() if found else None
-
-
-def _regex(part: str) -> str:
-    if part == "*":
-        return ".*"
-    if not part.startswith("{"):
-        return re.escape(part)
-    name = part[1:-1]
-    return f"(?P<{name}>{r'[0-9]+' if len(name) == 1 else r'[^.]+'})"
-
-
-def read_official(path: str | Path, key: str | None = None, order: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Weights of an official file (safetensors or torch pickle), unwrapped and without DDP or compile prefixes.
-
-    `key` names the entry to take (`ema`, for example); else `order` decides, as in `unwrap`.
-    """
-    return Weights(unwrap(read_content(path), str(path), key, order), str(path))
-
-
-def read_content(path: str | Path) -> Any:
-    """What an official file holds, as it is."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return read_pickle(path)
-    state, metadata = read_safetensors(path)
-    say_unchecked(path, metadata)
-    return state
-
-
-def unwrap(
-    content: Any, where: str, key: str | None = None, order: Sequence[str] = (), evaluated: bool = True
-) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's content: itself, its entry `key`, or its first entry in `order`.
-
-    The first name in `order` is what the paper evaluates (unless `evaluated` is false: then it is a preference), the
-    others are what else may be taken. Of a file with one entry that is taken, whatever its name. Says in one line which
-    entry was taken where there are several, or where the evaluated one is missing. Raises UserError where there is no
-    state dict, no entry `key`, or several of which `order` names none.
-    """
-    if key is not None:
-        return unwrap(_entry(content, key, where), f"{where}[{key}]")
-    if isinstance(content, Mapping) and _is_state_dict(content):
-        return without_prefix(dict(content))
-    found = state_dicts(content)
-    taken = preferred(found, order)
-    if not found:
-        raise UserError(f"{where} holds no weights: neither a state dict nor one in an entry")
-    if taken is None:
-        raise UserError(f"{where} holds several sets of weights ({', '.join(found)}); choose one with --key")
-    others = [name for name in found if name != taken]
-    which = f"{taken!r} is taken" + (f", not {', '.join(others)} (--key takes another)" if others else "")
-    if evaluated and order and not _is_under(taken, order[0]):
-        log.info("%s has no %r, which the paper evaluates; %s", where, order[0], which)
-    elif others:
-        log.info("%s: %s", where, which)
-    return without_prefix(dict(found[taken]))
-
-
-def state_dicts(content: Any, depth: int = DEEPEST) -> dict[str, Mapping[str, Tensor]]:
-    """All state dicts in a checkpoint's content by the path of their entry, `a.b`; optimizers have none by name."""
-    found: dict[str, Mapping[str, Tensor]] = {}
-    if not isinstance(content, Mapping) or depth == 0:
-        return found
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Mapping):
-            continue
-        if _is_state_dict(value):
-            found[name] = value
-        else:
-            found |= {f"{name}.{inner}": state for inner, state in state_dicts(value, depth - 1).items()}
-    return found
-
-
-def preferred(found: Mapping[str, Any], order: Sequence[str]) -> str | None:
-    """The first of `order` among the entries, or the only entry; None where nothing decides."""
-    for wanted in order:
-        for name in found:
-            if _is_under(name, wanted):
-                return name
-    return next(iter(found)) if len(found) == 1 else None
-
-
-def _is_under(name: str, entry: str) -> bool:
-    return name == entry or name.startswith(f"{entry}.")
-
-
-def _entry(content: Any, key: str, where: str) -> Any:
-    """The entry `key`, or the one at that path (`a.b`)."""
-    inner, rest = content, [key]
-    if not isinstance(content, Mapping) or key not in content:
-        rest = key.split(".")
-    for name in rest:
-        if not isinstance(inner, Mapping) or name not in inner:
-            there = sorted(map(str, content)) if isinstance(content, Mapping) else []
-            raise UserError(f"{where} has no entry {key!r}; {listing('there', there)}")
-        inner = inner[name]
-    return inner
-
-
-def _is_state_dict(content: Mapping[Any, Any]) -> bool:
-    return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-
-
-def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of what DDP and compilation wrapped."""
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
-    return state
+FLAT: tuple[str, ...] = ()
+"""Entries of a file that is itself the state dict."""
 
 
 @dataclass(frozen=True)
@@ -202,3 +39,133 @@ class ImportOptions:
     num_heads: int | None = None
     variant: str | None = None
     file: str | None = None
+
+    @property
+    def heads(self) -> tuple[int, int] | None:
+        """Of encoder and decoder, where both have the number that was given."""
+        return None if self.num_heads is None else (self.num_heads, self.num_heads)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Where the buffers are that the evaluated entry lacks: an average often holds parameters alone.
+
+    `names` are patterns of keys: a parameter is never taken from there.
+    """
+
+    entry: str
+    names: tuple[str, ...]
+
+
+def same_tensors(state: State) -> Mapping[str, Tensor]:
+    """The state dict as it is."""
+    return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importer(Generic[M]):
+    """One kind of official file, and how it becomes a module of ours.
+
+    what: what it is, in messages, with its article ("a ReToK tokenizer")
+    marks: patterns of keys; a state dict that holds all of them is of this kind
+    entries: the entry of the file that the paper evaluates, then what else may be taken; FLAT where there are none
+    keys: keys theirs <-> ours; a function of our module where they depend on its sizes; None where only a config that
+        lies beside the file knows them, and `build` fills the module itself
+    own: patterns of our tensors that no official file holds: counters, which stay as they were made
+    split, join: inverse functions of a state dict, for tensors that are one there and several here
+    buffers: where the buffers are, if not in the entry itself
+    paper: the name that `convert.py import` takes (default: that of the folder)
+    """
+
+    what: str
+    marks: tuple[str, ...]
+    entries: tuple[str, ...]
+    keys: KeyTable | Callable[[M], KeyTable] | None
+    own: tuple[str, ...] = ()
+    split: Callable[[State], State] = same_tensors
+    join: Callable[[State], State] = same_tensors
+    buffers: Buffers | None = None
+    paper: str = ""
+
+    def holds(self, state: State) -> bool:
+        """Whether a state dict has all marks."""
+        return not self._absent(state)
+
+    def check(self, state: State) -> None:
+        """Raise UserError where a state dict lacks a mark."""
+        if absent := self._absent(state):
+            raise UserError(f"these are not the weights of {self.what}: {', '.join(absent)} is absent")
+
+    def is_in(self, content: Any, where: str, key: str | None = None) -> bool:
+        """Whether a file, or its entry `key`, holds weights of this kind: in any of its entries."""
+        inner = content if key is None else entry_of(content, key, where)
+        return any(self.holds(state) for state in sets_of_weights(inner))
+
+    def read(self, content: Any, where: str, key: str | None = None) -> dict[str, Tensor]:
+        """The state dict that the paper evaluates, or the entry `key`, with its buffers.
+
+        Which of several was taken is said in one line.
+        """
+        state = unwrap(content, where, key, self.entries)
+        if self.buffers is not None and self.buffers.entry in state_dicts(content):
+            there = unwrap(content, where, self.buffers.entry)
+            state = {name: t for name, t in there.items() if matches(name, self.buffers.names)} | state
+        return Weights(state, where)
+
+    def fill(self, module: M, state: State, where: str = "") -> M:
+        """An official state dict into a module of its sizes, strictly; in eval mode.
+
+        Raises UserError that lists keys without a rule, and what is missing, unknown or misshapen.
+        """
+        where = where or f"the file of {self.what}"
+        ours = self._table(module).from_official(self.split(state), where)
+        load_strict(module, {**self._own(module), **ours}, where)
+        return module.eval()
+
+    def to_official(self, module: M) -> dict[str, Tensor]:
+        """The official state dict of a module, without what no official file needs; the inverse of `fill`."""
+        own = self._own(module)
+        state = {name: tensor for name, tensor in module.state_dict().items() if name not in own}
+        return dict(self.join(self._table(module).to_official(state, self.what)))
+
+    def _absent(self, state: State) -> list[str]:
+        return [mark for mark in self.marks if not _has(state, mark)]
+
+    def _table(self, module: M) -> KeyTable:
+        assert self.keys is not None, "keys that a config names: the module is filled by `build`"
+        return self.keys if isinstance(self.keys, KeyTable) else self.keys(module)
+
+    def _own(self, module: M) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in module.state_dict().items() if matches(name, self.own)}
+
+
+T = TypeVar("T", bound=Tokenizer)
+G = TypeVar("G", bound=Generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerImporter(Importer[T]):
+    """`build(state, options)` reads sizes from shapes and gives the filled tokenizer."""
+
+    build: Callable[[State, ImportOptions], T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorImporter(Importer[G]):
+    """`build(state, layout, options)` gives the filled generator over a tokenizer's layout.
+
+    `tokenizer` is the paper whose tokenizer it reads, where that is published under another name.
+    """
+
+    build: Callable[[State, Layout, ImportOptions], G]
+    tokenizer: str = ""
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a key is like one of the patterns."""
+    return any(match_key(pattern, name) is not None for pattern in patterns)
+
+
+def _has(state: State, mark: str) -> bool:
+    """Whether a key is like the mark; most marks are whole keys."""
+    return mark in state or any(match_key(mark, key) is not None for key in state)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import unwrap
+from tessellar.interop.files import unwrap
 from tessellar.layers.precision import at_least_float32
 from tessellar.networks.facts import KEY, NetworkFacts, refuse_evaluator
 from tessellar.networks.timm_networks import Options, check_network, create_network

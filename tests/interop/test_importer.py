@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tessellar.checkpoints.weights import fingerprint, load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import Rule, read_official, table, unwrap
+from tessellar.interop.files import read_official, unwrap
+from tessellar.interop.keys import Rule, table
 from tessellar.tensor_files import read_pickle, read_safetensors
 
 TABLE = table(

@@ -108,7 +108,7 @@ def test_what_cannot_be_inferred_is_asked_for() -> None:
         from_official(official("c2i"), layout("c2i"))
     with pytest.raises(UserError, match="predicts 96 codes, but the tokenizer gives"):
         from_official(official("c2i"), layout("t2i"), 3)
-    with pytest.raises(UserError, match="not a LlamaGen generator: tok_embeddings.weight"):
+    with pytest.raises(UserError, match="not the weights of a LlamaGen generator: tok_embeddings.weight"):
         from_official({"encoder.weight": torch.zeros(1)}, layout("c2i"))
 
 

@@ -66,7 +66,7 @@ def test_vae_and_generator_from_their_files(tmp_path: Path) -> None:
 
 def test_what_does_not_fit() -> None:
     state = official()
-    with pytest.raises(UserError, match="not the weights of xAR"):
+    with pytest.raises(UserError, match="not the weights of an xAR generator"):
         from_official({"x": torch.zeros(1)}, LAYOUT)
     with pytest.raises(UserError, match="of another shape: encoder.project.weight"):
         from_official(state, grid_layout(16, 16, Continuous(8)))

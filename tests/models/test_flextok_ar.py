@@ -9,7 +9,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.models.flextok import FlexAR, flexar_1b_t2i, flexar_3b_t2i, flexar_113m_t2i, flexar_382m_t2i
 from tessellar.models.flextok.model import positions_1d
-from tessellar.models.flextok.official import MODEL, generator_from_official, is_generator, to_official
+from tessellar.models.flextok.official import MODEL, OFFICIAL, generator_from_official, to_official
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import Constant, Guidance
@@ -109,7 +109,7 @@ def test_export_to_official_is_the_inverse_of_import(tokens: Tensor, text: bool,
     state = to_official(generator)
     extra = {"models.image_tokenizer.flextok_model.x": torch.zeros(1)}
     again = generator_from_official({**state, **extra}, LINE, 4)
-    assert is_generator(state) and to_official(again).keys() == state.keys()
+    assert OFFICIAL.holds(state) and to_official(again).keys() == state.keys()
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in generator.state_dict().items())
     with pytest.raises(UserError, match="unknown: models.ar_image_model.other"):
         generator_from_official({**state, f"{MODEL}other": torch.zeros(1)}, LINE, 4)
@@ -122,7 +122,7 @@ def test_arguments_that_do_not_fit() -> None:
         FlexAR(LINE, 32, 1, 4, 5, 6)
     with pytest.raises(ValueError, match="num_heads 5 does not divide width 32"):
         FlexAR(LINE, 32, 1, 5)
-    with pytest.raises(UserError, match="not a FlexAR generator"):
+    with pytest.raises(UserError, match="not the weights of a FlexAR generator"):
         generator_from_official({"weight": torch.zeros(1)}, LINE)
 
 

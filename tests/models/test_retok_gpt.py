@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import KeyTable
+from tessellar.interop.keys import KeyTable
 from tessellar.models.retok import ReToKGPT, retok_gpt_b, retok_gpt_l, retok_gpt_xl, retok_gpt_xxl
 from tessellar.models.retok.official import GPT_KEYS, gpt_from_official
 from tessellar.protocol.condition import Condition
@@ -120,5 +120,5 @@ def test_official_weights_come_back_and_must_fit() -> None:
         gpt_from_official(official, sequence_layout(6, Categorical(13)), 2, 8)
     with pytest.raises(UserError, match="width 16: give --num_heads"):
         gpt_from_official(official, generator.layout)
-    with pytest.raises(UserError, match="not a ReToK generator"):
+    with pytest.raises(UserError, match="not the weights of a ReToK generator"):
         gpt_from_official({}, generator.layout)

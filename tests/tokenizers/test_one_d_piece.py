@@ -14,7 +14,7 @@ from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, ProxyCodes
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
 from tessellar.tokenizers.one_d_piece import tokenizer as presets
-from tessellar.tokenizers.one_d_piece.official import import_tokenizer
+from tessellar.tokenizers.one_d_piece.official import OFFICIAL
 from tessellar.tokenizers.parts.prefix_length import (
     candidates,
     length_for_bytes,
@@ -184,7 +184,7 @@ def test_import_makes_a_one_d_piece(images: Tensor) -> None:
     pixels = PixelDecoder(20, 8, 32, (1, 1, 2), 1)
     torch.manual_seed(0)
     made = OneDPiece(VectorQuantizer(24, 5), 16, 4, N, ViTSize(32, 1, 2), ViTSize(24, 2, 2), pixels, True, "decoder")
-    again = import_tokenizer(to_official(made.eval()), ImportOptions(num_heads=2))
+    again = OFFICIAL.build(to_official(made.eval()), ImportOptions(num_heads=2))
     assert again.layout == made.layout and torch.equal(again.encode(images), made.encode(images))
     torch.testing.assert_close(again.decode(again.encode(images)[:, :3]), made.decode(made.encode(images)[:, :3]))
 

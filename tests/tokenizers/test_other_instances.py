@@ -273,4 +273,4 @@ def test_var_weights_of_a_size_without_published_scales_are_refused() -> None:
     made, _ = var_vqvae(1, 0.3)
     assert isinstance(made, VARVQVAE)
     with pytest.raises(UserError, match="published for 256, 512, 1024 pixels, not 384"):
-        var.import_tokenizer(var.vqvae_to_official(made), ImportOptions(image_size=384))
+        var.OFFICIAL.build(var.vqvae_to_official(made), ImportOptions(image_size=384))

@@ -12,14 +12,15 @@ import tessellar
 from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli.importing import import_model
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, read_official
+from tessellar.interop.files import read_official
+from tessellar.interop.importer import ImportOptions
 from tessellar.layers.cnn_adaptive import AdaptiveGroupNorm, DepthToSpace
 from tessellar.layers.qformer import QFormerLayer
 from tessellar.networks.vision import Teacher, VisionModel
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok import Inferred, QFormerSize, ReToK, retok_s_b, retok_s_s
-from tessellar.tokenizers.retok.official import import_tokenizer, to_official, tokenizer_from_official
+from tessellar.tokenizers.retok.official import OFFICIAL, to_official, tokenizer_from_official
 from tessellar.tokenizers.retok.qformer import TokenEncoder, block_grid, pooled_queries
 
 N, K, TOTAL = 16, 4, 28
@@ -260,7 +261,7 @@ def test_sizes_are_told_by_the_weights(images: Tensor) -> None:
     bare = tokenizer_from_official({**without, "quantize.codebook_used": torch.zeros(3)}, 2, 4)
     assert bare.token_decoder.semantic is None and torch.equal(bare.encode(images), tokenizer.encode(images))
     with pytest.raises(UserError, match="width 24: give --num_heads"):
-        import_tokenizer(state, ImportOptions())
+        OFFICIAL.build(state, ImportOptions())
 
 
 def test_import_prefers_the_entry_that_is_asked_for(tmp_path: Path) -> None:

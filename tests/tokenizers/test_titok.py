@@ -27,7 +27,7 @@ from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.titok import tokenizer as presets
-from tessellar.tokenizers.titok.official import import_tokenizer, to_official, tokenizer_from_official
+from tessellar.tokenizers.titok.official import OFFICIAL, to_official, tokenizer_from_official
 
 N, SMALL = 6, ViTSize(32, 2, 4)
 
@@ -233,7 +233,7 @@ def test_weights_tell_sizes_and_return_as_they_came(images: Tensor) -> None:
         assert torch.equal(again.encode(images), made.encode(images))
         assert all(torch.equal(tensor, state[key]) for key, tensor in to_official(again).items())
         with pytest.raises(UserError, match="width 32 is not known: give --num_heads"):
-            import_tokenizer(state, ImportOptions())
+            OFFICIAL.build(state, ImportOptions())
         short = {**state, "latent_tokens": state["latent_tokens"][:4]}
         with pytest.raises(UserError, match="positions"):
             tokenizer_from_official(short, (4, 2), l2)

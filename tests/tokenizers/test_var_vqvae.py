@@ -107,7 +107,7 @@ def test_official_keys_there_and_back() -> None:
     again = vqvae_from_official(vqvae_to_official(made), SIDES)
     for key, tensor in made.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key])
-    with pytest.raises(UserError, match="holds no multi-scale VQVAE"):
+    with pytest.raises(UserError, match="not the weights of a multi-scale VQVAE"):
         vqvae_from_official({}, SIDES)
 
 

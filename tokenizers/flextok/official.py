@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from einops import rearrange
 from safetensors import safe_open
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.options import require
 from tessellar.processes.flow import Times
 from tessellar.tokenizers.flextok.flow_decoding import FlowTraining
@@ -230,9 +230,16 @@ def _plain(text: str) -> Any:
         return yaml.safe_load(re.sub(r"\bNone\b", "null", text))
 
 
-@torch.no_grad()
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> FlexTok:
-    """What `convert.py import flextok` makes of a tokenizer's file."""
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> FlexTok:
     if options.file is None:
         raise UserError("FlexTok's weights need their config: config.json beside them, or the file's own metadata")
     return from_official(state, read_config(options.file), options.image_size)
+
+
+OFFICIAL = TokenizerImporter(
+    what="a FlexTok tokenizer",
+    marks=("encoder.module_dict.*", "decoder.module_dict.*"),
+    entries=FLAT,
+    keys=None,  # the config gives the modules their names
+    build=_build,
+)

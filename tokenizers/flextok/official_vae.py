@@ -5,17 +5,15 @@ the official config.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-from tessellar.checkpoints.description import HEADER_KEY
 from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import KeyTable, Rule, read_official, table
+from tessellar.interop.files import is_official_file, read_official
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.sizes import cnn_sizes, matrix
-from tessellar.tensor_files import read_metadata
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.kl_vae.official import OWN
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
@@ -94,7 +92,7 @@ def vae_from_official(state: Mapping[str, Tensor], image_size: int, scale: float
 
 def load_vae(vae: KLVAE, file: str, scale: float | None = None) -> KLVAE:
     """Weights of diffusers' file, or of an export of ours, into `vae`; `scale` counts before the export's."""
-    if _is_official(Path(file)):
+    if is_official_file(file):
         return load_official(vae, read_official(file), file)
     found = load_tokenizer(file)
     if not isinstance(found, KLVAE):
@@ -103,9 +101,3 @@ def load_vae(vae: KLVAE, file: str, scale: float | None = None) -> KLVAE:
     if scale is not None:
         vae.quantizer.scale.fill_(scale)
     return vae.eval()
-
-
-def _is_official(path: Path) -> bool:
-    if path.suffix == ".safetensors" and path.is_file():
-        return HEADER_KEY not in read_metadata(path)
-    return path.suffix in (".bin", ".pt", ".pth")

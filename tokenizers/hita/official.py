@@ -1,4 +1,4 @@
-"""Hita's tokenizer checkpoints (arXiv 2507.02358), official keys to ours and back. (The generator: hita_ar.py.)
+"""Hita's tokenizer checkpoints (arXiv 2507.02358), official keys to ours and back. (The generator: models/hita.)
 
 Checkpoints leave out the frozen vision model: an imported tokenizer decodes, and encodes once it is given one.
 """
@@ -8,16 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
-from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import ImportOptions, TokenizerImporter
+from tessellar.interop.keys import table
 from tessellar.interop.sizes import cnn_sizes, count
 from tessellar.tokenizers.hita.tokenizer import Hita
 from tessellar.tokenizers.hita.vision import HitaVision
 from tessellar.tokenizers.llamagen.official import cnn_keys, decoder_multipliers
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
-TOKENIZER_ENTRIES = ("ema", "model")  # the official scripts load the average
 BACKBONE = "encode_transformer.backbone."
 _ENCODER, _DECODER = "encode_transformer", "decode_transformer"
 _GLU = {"ffnet.w12.{tensor}": "mlp.fc1.{tensor}", "ffnet.w3.{tensor}": "mlp.fc2.{tensor}"}
@@ -63,7 +61,6 @@ KEYS = table(
     },
     drop=("quantize.codebook_used", "slot_quantize.codebook_used", f"{BACKBONE}*"),
 )
-OWN = tuple(f"{which}quantizer.{name}" for which in ("", "holistic_") for name in ("step", "counts"))
 
 
 def from_official(
@@ -76,9 +73,8 @@ def from_official(
     where: str = "the Hita checkpoint",
 ) -> Hita:
     """A tokenizer of the sizes that the weights show; heads and the shift of the read-out are not among them."""
+    OFFICIAL.check(state)
     ours = KEYS.from_official(state, where)
-    if "encoder.queries" not in ours or "cnn_encoder.conv_in.weight" not in ours:
-        raise UserError(f"{where} holds no Hita tokenizer: its learned queries or its CNN are absent")
     cnn = cnn_sizes(ours, "cnn_encoder.levels.{i}.res.{j}", len(ours["cnn_encoder.conv_in.weight"]))
     options = dict(quantizer_options or {})
     holistic_size, holistic_dim = ours["holistic_quantizer.codebook.weight"].shape
@@ -101,9 +97,7 @@ def from_official(
         vision_loss=1.0 if "decoder.mask_token" in ours else 0.0,
         decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn),
     )
-    kept = {name: t for name, t in made.state_dict().items() if name in OWN or name.startswith("vision.")}
-    load_strict(made, {**ours, **kept}, where)
-    return made.eval()
+    return OFFICIAL.fill(made, state, where)
 
 
 def _mlp_dim(hidden: int) -> int:
@@ -113,8 +107,7 @@ def _mlp_dim(hidden: int) -> int:
 
 def to_official(tokenizer: Hita) -> dict[str, Tensor]:
     """The official state dict (without the vision model and their queue of codes)."""
-    state = tokenizer.state_dict()
-    return KEYS.to_official({n: t for n, t in state.items() if n not in OWN and not n.startswith("vision.")})
+    return OFFICIAL.to_official(tokenizer)
 
 
 def vision_from_official(state: Mapping[str, Tensor], **options: int | float | bool | str) -> HitaVision:
@@ -125,11 +118,16 @@ def vision_from_official(state: Mapping[str, Tensor], **options: int | float | b
     return made
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> Hita:
-    """What `convert.py import hita` makes of a tokenizer's file."""
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> Hita:
     return from_official(state, options.image_size or 336)
 
 
-def is_generator(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights of the AR generator rather than of the tokenizer."""
-    return "slot_pos.weight" in state
+OFFICIAL = TokenizerImporter(
+    what="a Hita tokenizer",
+    marks=(f"{_ENCODER}.carrier_tokens", "encoder.conv_in.weight"),
+    entries=("ema", "model"),  # the official scripts load the average
+    keys=KEYS,
+    # The frozen vision model is published on its own.
+    own=("quantizer.step", "quantizer.counts", "holistic_quantizer.step", "holistic_quantizer.counts", "vision.*"),
+    build=_build,
+)

@@ -1,4 +1,4 @@
-"""MAR's KL VAE (kl16.ckpt, also xAR's and TokenBridge's): official keys to ours and back, and the recorded outputs."""
+"""MAR's KL VAE (kl16.ckpt, also xAR's and TokenBridge's): official keys to ours and back."""
 
 import re
 from collections.abc import Mapping
@@ -6,15 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, table
+from tessellar.interop.importer import ImportOptions, TokenizerImporter
+from tessellar.interop.keys import KeyTable, table
 from tessellar.interop.sizes import cnn_sizes
 from tessellar.tokenizers.kl_vae.tokenizer import KL16_SCALE, KLVAE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
-
-TOKENIZER_ENTRIES = ("model",)  # `kl16.ckpt` has no other
-
 
 _BLOCK = {"nin_shortcut.{tensor}": "shortcut.{tensor}", "{layer}.{tensor}": "{layer}.{tensor}"}
 
@@ -56,8 +53,7 @@ def from_official(
     state: Mapping[str, Tensor], image_size: int | tuple[int, int] = 256, scale: float = KL16_SCALE
 ) -> KLVAE:
     """Our VAE with the sizes that the weights show, filled with them; `scale` as published, for no file says it."""
-    if "encoder.conv_in.weight" not in state or "quant_conv.weight" not in state:
-        raise UserError("these are not the weights of a KL VAE: encoder.conv_in or quant_conv is absent")
+    OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     dim = state["post_quant_conv.weight"].shape[0]
     if len(state["quant_conv.weight"]) != 2 * dim:
@@ -71,21 +67,31 @@ def from_official(
         encoder_attention=tuple(sorted(_found(state, r"encoder\.down\.(\d+)\.attn\."))),
         decoder_attention=tuple(sorted(_found(state, r"decoder\.up\.(\d+)\.attn\."))),
     )
-    own = {name: made.state_dict()[name] for name in OWN}
-    load_strict(made, {**keys(cnn.levels).from_official(state, "the KL VAE"), **own}, "the KL VAE")
-    return made.eval()
+    return OFFICIAL.fill(made, state)
 
 
 def to_official(vae: KLVAE) -> dict[str, Tensor]:
     """The official state dict; the inverse of `from_official`."""
-    state = {name: tensor for name, tensor in vae.state_dict().items() if name not in OWN}
-    return keys(len(vae.encoder.levels)).to_official(state)
+    return OFFICIAL.to_official(vae)
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> KLVAE:
-    """What `convert.py import mar` (and `xar`) makes of kl16.ckpt."""
-    return from_official(state, options.image_size or 256)
+def _keys_of(vae: KLVAE) -> KeyTable:
+    return keys(len(vae.encoder.levels))
 
 
 def _found(state: Mapping[str, Any], pattern: str) -> set[int]:
     return {int(found[1]) for key in state if (found := re.match(pattern, key))}
+
+
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> KLVAE:
+    return from_official(state, options.image_size or 256)
+
+
+OFFICIAL = TokenizerImporter(
+    what="a KL VAE",
+    marks=("encoder.conv_in.weight", "quant_conv.weight"),
+    entries=("model",),  # `kl16.ckpt` has no other
+    keys=_keys_of,
+    own=OWN,
+    build=_build,
+)

@@ -1,21 +1,19 @@
-"""LlamaGen's VQ tokenizer and PatchGAN: official keys to ours and back (the replay is llamagen_vq_replay.py)."""
+"""LlamaGen's VQ tokenizer and PatchGAN: official keys to ours and back."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tessellar.checkpoints.weights import load_strict
-from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, table
+from tessellar.interop.importer import ImportOptions, TokenizerImporter
+from tessellar.interop.keys import table
 from tessellar.interop.options import check_options
 from tessellar.interop.sizes import CNNSizes, cnn_sizes
 from tessellar.tokenizers.llamagen.tokenizer import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
-TOKENIZER_ENTRIES = ("ema", "model", "state_dict")  # the order of the official reconstruction script
 _SIDE = {
     "{side}.conv_in.{tensor}": "{side}.conv_in.{tensor}",
     "{side}.conv_blocks.{i}.res.{j}.nin_shortcut.{tensor}": "{side}.levels.{i}.res.{j}.shortcut.{tensor}",
@@ -51,28 +49,21 @@ KEYS = table(
     },
     drop=("quantize.codebook_used",),
 )
-OWN_COUNTERS = ("quantizer.step", "quantizer.counts")
 
 
 def load_official(tokenizer: LlamaGenVQ, state: Mapping[str, Tensor], where: str = "the checkpoint") -> LlamaGenVQ:
-    """Official weights into a tokenizer of the same sizes, strictly; our own counters start at zero."""
-    own = tokenizer.state_dict()
-    counters = {name: torch.zeros_like(own[name]) for name in OWN_COUNTERS if name in own}
-    load_strict(tokenizer, {**KEYS.from_official(state, where), **counters}, where)
-    return tokenizer.eval()
+    """Official weights into a tokenizer of the same sizes, strictly."""
+    return OFFICIAL.fill(tokenizer, state, where)
 
 
 def to_official(tokenizer: LlamaGenVQ) -> dict[str, Tensor]:
     """Official state dict of a tokenizer (without their queue of recent codes)."""
-    return KEYS.to_official({k: v for k, v in tokenizer.state_dict().items() if k not in OWN_COUNTERS})
+    return OFFICIAL.to_official(tokenizer)
 
 
 def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) -> LlamaGenVQ:
     """A tokenizer with the sizes that the weights show, filled with them."""
-    if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
-        raise UserError(
-            "these are not the weights of a LlamaGen VQ tokenizer: encoder.conv_in or the codebook is absent"
-        )
+    OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
     vocab, dim = state["quantize.embedding.weight"].shape
     tokenizer = LlamaGenVQ(
@@ -87,9 +78,18 @@ def tokenizer_from_official(state: Mapping[str, Tensor], image_size: int = 256) 
     return load_official(tokenizer, state)
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> LlamaGenVQ:
-    """What `convert.py import llamagen` makes of a tokenizer's file."""
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> LlamaGenVQ:
     return tokenizer_from_official(state, options.image_size or 256)
+
+
+OFFICIAL = TokenizerImporter(
+    what="a LlamaGen VQ tokenizer",
+    marks=("encoder.conv_in.weight", "encoder.conv_blocks.*", "quantize.embedding.weight"),
+    entries=("ema", "model", "state_dict"),  # the order of the official reconstruction script
+    keys=KEYS,
+    own=("quantizer.step", "quantizer.counts"),
+    build=_build,
+)
 
 
 def decoder_multipliers(state: Mapping[str, Tensor], block: str, encoder: CNNSizes) -> tuple[int, ...] | None:

@@ -1,17 +1,20 @@
-"""One-D-Piece's checkpoints (arXiv 2501.10064): the keys are those of TiTok's second stage (titok.py)."""
+"""One-D-Piece's checkpoints (arXiv 2501.10064): the keys are those of TiTok's second stage."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from tessellar.interop.importer import ImportOptions
 from tessellar.tokenizers.one_d_piece.tokenizer import OneDPiece
+from tessellar.tokenizers.titok.official import OFFICIAL as TITOK
 from tessellar.tokenizers.titok.official import tokenizer_from_official
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> OneDPiece:
-    """What `convert.py import one_d_piece` makes of a tokenizer's file."""
-    heads = (options.num_heads, options.num_heads) if options.num_heads else None
-    made = tokenizer_from_official(state, heads, kind=OneDPiece)
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> OneDPiece:
+    made = tokenizer_from_official(state, options.heads, kind=OneDPiece)
     assert isinstance(made, OneDPiece)
     return made
+
+
+OFFICIAL = replace(TITOK, what="a One-D-Piece tokenizer", build=_build)

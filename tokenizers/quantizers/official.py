@@ -1,4 +1,4 @@
-"""Quantizers of public libraries: their options and keys to ours and back (the replay is quantizers_replay.py).
+"""Quantizers of public libraries: their options and keys to ours and back.
 
 `lucid` is vector-quantize-pytorch. Its EMA codebooks carry a leading axis of heads, which is 1 in all that is read
 here. Our own counters start at zero.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import KeyTable, Rule, table
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.bsq import BSQ
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer

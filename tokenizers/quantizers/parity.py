@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.interop.importer import KeyTable
+from tessellar.interop.keys import KeyTable
 from tessellar.parity.recording import Recording
 from tessellar.tokenizers.quantizers import official
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput

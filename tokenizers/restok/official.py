@@ -1,4 +1,4 @@
-"""ResTok's checkpoints (arXiv 2601.03955), official keys to ours and back. (The generator: har.py.)
+"""ResTok's checkpoints (arXiv 2601.03955), official keys to ours and back. (The generator: models/har.)
 
 Sizes are read from the tensors' shapes; heads are those of 64 channels and otherwise an argument.
 """
@@ -8,15 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
-from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.maskgit_cnn import half, upsampling
 from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok.tokenizer import ResTok
 
-OWN = ("quantizer.step", "quantizer.counts")
 _BLOCK = {
     "attn.qkv.weight": "qkv.weight",
     "attn.q_bias": "q_bias",
@@ -74,8 +72,7 @@ def from_official(
     where: str = "the ResTok checkpoint",
 ) -> ResTok:
     """A tokenizer of the sizes that the weights show; `heads` of encoder and decoder are not among them."""
-    if "encoder.level_embedding.0" not in state or "pixel_encoder.conv_in.weight" not in state:
-        raise UserError(f"{where} holds no ResTok tokenizer: its level embeddings or its CNN are absent")
+    OFFICIAL.check(state)
     cnn = cnn_sizes(state, "pixel_encoder.down.{i}.block.{j}", len(state["pixel_encoder.conv_in.weight"]))
     encoder, decoder = state["encoder.ln_pre.weight"].shape[0], state["decoder.ln_pre.weight"].shape[0]
     num_heads = heads or (heads_of(encoder), heads_of(decoder))
@@ -105,19 +102,28 @@ def from_official(
         vision_dim=state["vf_proj.weight"].shape[0] if has_vision else None,
         vision_margin=vision_margin,
     )
-    own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
     kept = {name: tensor for name, tensor in state.items() if name not in loose}
-    load_strict(made, {**keys(cnn.levels).from_official(kept, where), **own}, where)
-    return made.eval()
+    return OFFICIAL.fill(made, kept, where)
 
 
 def to_official(tokenizer: ResTok) -> dict[str, Tensor]:
     """The official state dict; the inverse of `from_official`."""
-    state = {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in OWN}
-    return keys(len(tokenizer.cnn_encoder.levels)).to_official(state)
+    return OFFICIAL.to_official(tokenizer)
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> ResTok:
-    """What `convert.py import restok` makes of a tokenizer's file."""
-    heads = (options.num_heads, options.num_heads) if options.num_heads else None
-    return from_official(state, options.image_size or 256, heads)
+def _keys_of(tokenizer: ResTok) -> KeyTable:
+    return keys(len(tokenizer.cnn_encoder.levels))
+
+
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> ResTok:
+    return from_official(state, options.image_size or 256, options.heads)
+
+
+OFFICIAL = TokenizerImporter(
+    what="a ResTok tokenizer",
+    marks=("encoder.level_embedding.0", "pixel_encoder.conv_in.weight"),
+    entries=FLAT,
+    keys=_keys_of,
+    own=("quantizer.step", "quantizer.counts"),
+    build=_build,
+)

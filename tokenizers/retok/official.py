@@ -1,4 +1,4 @@
-"""ReToK's checkpoints (arXiv 2601.01535): tokenizer and GPT, official keys to ours and back.
+"""The checkpoints of ReToK's tokenizer (arXiv 2601.01535), official keys to ours and back. (The GPT: models/retok.)
 
 Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else `num_heads` is
 needed.
@@ -8,20 +8,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, Rule, table
+from tessellar.interop.importer import ImportOptions, TokenizerImporter
+from tessellar.interop.keys import Rule, table
 from tessellar.interop.sizes import cnn_sizes, convolution, count, matrix
 from tessellar.tokenizers.llamagen.official import decoder_multipliers
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok.qformer import SIZES, QFormerSize
 from tessellar.tokenizers.retok.tokenizer import ReToK
-
-# The order of the official scripts: the average of the tokenizer, the raw weights of the generator.
-TOKENIZER_ENTRIES = ("ema", "model", "state_dict")
 
 
 def _row(t: Tensor) -> Tensor:
@@ -92,20 +88,14 @@ KEYS = table(
 )
 
 
-OWN_COUNTERS = ("passes", "quantizer.step", "quantizer.counts")
-
-
 def load_official(tokenizer: ReToK, state: Mapping[str, Tensor], where: str = "the checkpoint") -> ReToK:
-    """Official weights into a tokenizer of the same sizes, strictly; our own counters start at zero."""
-    own = tokenizer.state_dict()
-    counters = {name: torch.zeros_like(own[name]) for name in OWN_COUNTERS if name in own}
-    load_strict(tokenizer, {**KEYS.from_official(state, where), **counters}, where)
-    return tokenizer.eval()
+    """Official weights into a tokenizer of the same sizes, strictly."""
+    return OFFICIAL.fill(tokenizer, state, where)
 
 
 def to_official(tokenizer: ReToK) -> dict[str, Tensor]:
     """Official state dict of a tokenizer (without their usage counter)."""
-    return KEYS.to_official({k: v for k, v in tokenizer.state_dict().items() if k not in OWN_COUNTERS})
+    return OFFICIAL.to_official(tokenizer)
 
 
 def tokenizer_from_official(
@@ -116,9 +106,7 @@ def tokenizer_from_official(
     **options: Any,
 ) -> ReToK:
     """A tokenizer with the sizes that the weights show, filled with them; `options` are more arguments of ReToK."""
-    missing = [key for key in ("encoder.conv_in.weight", "s1to2decoder.positional_embedding") if key not in state]
-    if missing:
-        raise UserError(f"these are not the weights of a ReToK tokenizer: {', '.join(missing)} is absent")
+    OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
     tokens = len(state["s2to1encoder.latent_token_positional_embedding"])
     redundant = len(state["s2to1encoder.latent_token_positional_embedding_comp"])
@@ -145,16 +133,6 @@ def tokenizer_from_official(
     return load_official(tokenizer, state)
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> ReToK:
-    """What `convert.py import retok` makes of a tokenizer's file."""
-    return tokenizer_from_official(state, options.num_heads, options.num_heads)
-
-
-def is_generator(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is the GPT's."""
-    return "tok_embeddings.weight" in state
-
-
 def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerSize:
     width = len(state[f"{side}.ln_post.weight"])
     depth = count(state, rf"{side}\.transformer\.(\d+)\.")
@@ -162,3 +140,17 @@ def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerS
     if heads is None and not known:
         raise UserError(f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads")
     return replace(known[0], depth=depth) if heads is None else QFormerSize(width, depth, heads)
+
+
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> ReToK:
+    return tokenizer_from_official(state, options.num_heads, options.num_heads)
+
+
+OFFICIAL = TokenizerImporter(
+    what="a ReToK tokenizer",
+    marks=("encoder.conv_in.weight", "s1to2decoder.positional_embedding"),
+    entries=("ema", "model", "state_dict"),  # the official scripts load the average
+    keys=KEYS,
+    own=("passes", "quantizer.step", "quantizer.counts"),
+    build=_build,
+)

@@ -1,6 +1,6 @@
 """TiTok's checkpoints (arXiv 2406.07550, 2501.07730), which One-D-Piece's share (arXiv 2501.10064): keys to and fro.
 
-Tokenizers of all kinds (two-stage, single-stage, KL), the MaskGIT-VQGAN whose codes they predict, the discriminator.
+Tokenizers of all kinds (two-stage, single-stage, KL) and the discriminator.
 Sizes are read from the tensors' shapes; heads have 64 channels as published unless `num_heads` says otherwise. Old
 two-stage weights (with a head of scores) mix tokens, the others do not.
 """
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from math import isqrt
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, Rule, table
+from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
+from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.maskgit_cnn import half, upsampling
 from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
 from tessellar.tokenizers.losses.blur_discriminator import BlurDiscriminator
@@ -83,22 +84,14 @@ DISCRIMINATOR_KEYS = table(
 )
 
 
-def _own(quantizer: nn.Module) -> dict[str, Tensor]:
-    """Counters that no official file has."""
-    return {f"quantizer.{name}": t for name, t in quantizer.named_buffers() if name != "shares"}
-
-
 def load_official(tokenizer: TiTok, state: Mapping[str, Tensor], where: str = "the checkpoint") -> TiTok:
-    """Official weights into a tokenizer of the same sizes, strictly; our own counters stay as they were made."""
-    levels = len(tokenizer.pixels.decoder.levels) if tokenizer.pixels else 0
-    load_strict(tokenizer, {**_own(tokenizer.quantizer), **keys(levels).from_official(state, where)}, where)
-    return tokenizer.eval()
+    """Official weights into a tokenizer of the same sizes, strictly."""
+    return OFFICIAL.fill(tokenizer, state, where)
 
 
 def to_official(tokenizer: TiTok) -> dict[str, Tensor]:
     """Official state dict of a tokenizer."""
-    levels, own = len(tokenizer.pixels.decoder.levels) if tokenizer.pixels else 0, _own(tokenizer.quantizer)
-    return keys(levels).to_official({k: v for k, v in tokenizer.state_dict().items() if k not in own})
+    return OFFICIAL.to_official(tokenizer)
 
 
 def tokenizer_from_official(
@@ -146,9 +139,7 @@ def _side(state: Mapping[str, Tensor], half: str) -> int:
 
 
 def _check_tokenizer(state: Mapping[str, Tensor]) -> None:
-    missing = [key for key in ("latent_tokens", "encoder.patch_embed.weight") if key not in state]
-    if missing:
-        raise UserError(f"these are not the weights of a TiTok tokenizer: {', '.join(missing)} is absent")
+    OFFICIAL.check(state)
     if "decoder.ffn.2.weight" in state and "pixel_quantize.embedding.weight" not in state:
         raise UserError(
             "these are the weights of the first stage, which cannot draw images: add the MaskGIT-VQGAN's decoder.* and "
@@ -180,6 +171,20 @@ def discriminator_from_official(state: Mapping[str, Tensor], pool: int = 16) -> 
     return made.eval()
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> TiTok:
-    """What `convert.py import titok` makes of a tokenizer's file."""
-    return tokenizer_from_official(state, (options.num_heads, options.num_heads) if options.num_heads else None)
+def _keys_of(tokenizer: TiTok) -> KeyTable:
+    levels = len(tokenizer.pixels.decoder.levels) if tokenizer.pixels else 0
+    return keys(levels)
+
+
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> TiTok:
+    return tokenizer_from_official(state, options.heads)
+
+
+OFFICIAL = TokenizerImporter(
+    what="a TiTok tokenizer",
+    marks=("latent_tokens", "encoder.patch_embed.weight"),
+    entries=FLAT,
+    keys=_keys_of,
+    own=tuple(f"quantizer.{name}" for name in ("step", "counts", "scale", "moments", "passes")),
+    build=_build,
+)

@@ -1,4 +1,4 @@
-"""VAR's checkpoints (arXiv 2404.02905): the multi-scale VQVAE and the transformer, official keys to ours and back.
+"""The checkpoints of VAR's VQVAE (arXiv 2404.02905), official keys to ours and back. (The transformer: models/var.)
 
 Their CNN is LDM's with fused attention, which is split into three here; sizes are read from the tensors' shapes.
 """
@@ -9,20 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
-from tessellar.errors import UserError
-from tessellar.interop.importer import ImportOptions, KeyTable, Rule
+from tessellar.interop.importer import ImportOptions, TokenizerImporter
+from tessellar.interop.keys import KeyTable, Rule
 from tessellar.interop.sizes import cnn_sizes
 from tessellar.tokenizers.kl_vae.official import keys as cnn_table
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.var.tokenizer import scales
-
-# Of `ar-ckpt-*.pth`; the published files are flat. No weights are averaged.
-TOKENIZER_ENTRIES = ("trainer.vae_local",)
-
-
-OWN = ("quantizer.step", "quantizer.counts")
-
 
 QKV = re.compile(r"(.*\.attn(?:_1|\.\d+))\.qkv\.(weight|bias)")
 
@@ -61,8 +53,7 @@ def vqvae_from_official(
 
     `phi_ratio` is their `quant_resi` (weights without phis have 0), `cosine` their `using_znorm`.
     """
-    if "encoder.conv_in.weight" not in state or "quantize.embedding.weight" not in state:
-        raise UserError(f"{where} holds no multi-scale VQVAE: encoder.conv_in or the codebook is absent")
+    OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     split = _split(state)
     phis = _count_phis(split)
@@ -84,9 +75,7 @@ def vqvae_from_official(
         cnn.blocks,
         kernel=split["quant_conv.weight"].shape[-1],
     )
-    own = {name: tensor for name, tensor in made.state_dict().items() if name in OWN}
-    load_strict(made, {**vqvae_keys(cnn.levels).from_official(split, where), **own}, where)
-    return made.eval()
+    return OFFICIAL.fill(made, state, where)
 
 
 def _count_phis(split: Mapping[str, Tensor]) -> int:
@@ -106,8 +95,11 @@ def _named_phis(state: Mapping[str, Tensor], scales: int) -> dict[str, Tensor]:
 
 def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
     """The official state dict, without their usage statistics."""
-    state = {name: tensor for name, tensor in vqvae.state_dict().items() if name not in OWN}
-    split = vqvae_keys(len(vqvae.encoder.levels)).to_official(state)
+    return _named_phis(OFFICIAL.to_official(vqvae), len(vqvae.quantizer.sides))
+
+
+def _joined(split: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Projections that `_split` took apart, fused again."""
     fused = {}
     for key, tensor in split.items():
         if found := re.fullmatch(r"(.*\.attn(?:_1|\.\d+))\.([qkv])\.(weight|bias)", key):
@@ -116,14 +108,24 @@ def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
                 fused[f"{found[1]}.qkv.{found[3]}"] = torch.cat(parts)
         else:
             fused[key] = tensor
-    return _named_phis(fused, len(vqvae.quantizer.sides))
+    return fused
 
 
-def is_generator(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weights of the transformer rather than of the VQVAE."""
-    return "pos_1LC" in state
+def _keys_of(vqvae: VARVQVAE) -> KeyTable:
+    return vqvae_keys(len(vqvae.encoder.levels))
 
 
-def import_tokenizer(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:
-    """What `convert.py import var` makes of a tokenizer's file."""
+def _build(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:
     return vqvae_from_official(state, scales(options.image_size or 256))
+
+
+OFFICIAL = TokenizerImporter(
+    what="a multi-scale VQVAE of VAR",
+    marks=("encoder.conv_in.weight", "quantize.embedding.weight"),
+    entries=("trainer.vae_local",),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
+    keys=_keys_of,
+    own=("quantizer.step", "quantizer.counts"),
+    split=_split,
+    join=_joined,
+    build=_build,
+)
