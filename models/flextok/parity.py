@@ -48,13 +48,16 @@ def c2i(recording: Recording) -> dict[str, Tensor]:
     assert isinstance(scores, Logits)
     index = torch.arange(generator.layout.length - 1)[None]
     behind = generator.embed(tokens, index, generator.entities)
-    given = recording.settings("c2i/gen_logits_prefix5")["prefix_length"]
-    return {
+    outputs = {}
+    for name in recording.outputs("c2i/gen_logits_prefix*"):
+        count = recording.settings(name)["prefix_length"] + 1
+        outputs[name] = logits_of(generator.predict(generator.start(condition), tokens, count))
+    for name in recording.outputs("c2i/greedy_*"):
+        outputs[name] = _greedy(generator, recording.settings(name))
+    return outputs | {
         "c2i/train_embeddings": torch.cat([generator.prefix(condition).embeddings, behind], dim=1),
         "c2i/train_logits": scores.logits,
         "c2i/ce": scores.cross_entropy(tokens),
-        "c2i/gen_logits_prefix5": logits_of(generator.predict(generator.start(condition), tokens, given + 1)),
-        **{name: _greedy(generator, recording.settings(name)) for name in recording.outputs("c2i/greedy_*")},
         **_branches(recording, generator, tokens),
     }
 

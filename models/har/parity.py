@@ -34,7 +34,7 @@ def _generator(recording: Recording) -> HAR:
     )
 
 
-@replays("restok", "gen_shared", "gen_train")
+@replays("restok", "gen_train")
 @torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Mask, logits and loss of the tokens that the tokenizer gives."""

@@ -45,7 +45,7 @@ def _tokens(recording: Recording) -> Tensor:
     return recorded_tokenizer(recording).encode(recording.inputs["image"])
 
 
-@replays("hita", "gen_shared", "gen_train")
+@replays("hita", "gen_train")
 @torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Logits of both heads at every place, and the loss of each segment."""

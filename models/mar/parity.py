@@ -80,7 +80,7 @@ def schedules(recording: Recording) -> dict[str, Tensor]:
     return outputs
 
 
-@replays("mar", "gen_shared", "gen_diffloss")
+@replays("mar", "gen_diffloss")
 @torch.no_grad()
 def head(recording: Recording) -> dict[str, Tensor]:
     """Predictions and losses of the diffusion head."""
@@ -99,7 +99,7 @@ def head(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("mar", "gen_shared", "gen_diffloss_sample")
+@replays("mar", "gen_diffloss_sample")
 @torch.no_grad()
 def head_samples(recording: Recording) -> dict[str, Tensor]:
     """Tokens as images of one token each.
@@ -136,7 +136,7 @@ def head_samples(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("mar", "gen_shared", "gen_train")
+@replays("mar", "gen_train")
 def training(recording: Recording) -> dict[str, Tensor]:
     """Tokens, mask, hidden states with the classes; loss and gradient with some of them dropped."""
     generator = _generator(recording)
@@ -181,7 +181,7 @@ class RecordedDiffusion:
         return ancestral_diffusion(model, self.process, shape, RecordedNoise(draws), self.temperature)
 
 
-@replays("mar", "gen_shared", "gen_sample_*")
+@replays("mar", "gen_sample_*")
 @torch.no_grad()
 def sampling(recording: Recording) -> dict[str, Tensor]:
     """Latents of every run, and the scale of guidance at each of its steps."""

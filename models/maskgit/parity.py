@@ -28,7 +28,7 @@ def _generator(recording: Recording, part: str) -> MaskGIT:
     return from_official(recording.weights[part], layout, config["num_attention_heads"])
 
 
-@replays("titok_maskgit", "gen_shared", "gen_*_train")
+@replays("titok_maskgit", "gen_*_train")
 @torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Logits with a class and without, loss and accuracy of masked tokens."""

@@ -35,7 +35,7 @@ def _logits(generator: RAR, tokens: Tensor, condition: Condition, entities: Enti
     return logits_of(generator.predict(state, tokens, count=count))
 
 
-@replays("titok_rar", "gen_shared", "gen_perm")
+@replays("titok_rar", "gen_perm")
 @torch.no_grad()
 def any_order(recording: Recording) -> dict[str, Tensor]:
     """Scores of tokens in an order of its own for each image."""
@@ -56,7 +56,7 @@ def any_order(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("titok_rar", "gen_shared", "gen_raster")
+@replays("titok_rar", "gen_raster")
 @torch.no_grad()
 def raster(recording: Recording) -> dict[str, Tensor]:
     """Scores of tokens in raster order, with a class and without one."""
@@ -75,7 +75,7 @@ def raster(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("titok_rar", "gen_shared", "gen_prefix")
+@replays("titok_rar", "gen_prefix")
 @torch.no_grad()
 def prefix(recording: Recording) -> dict[str, Tensor]:
     """Logits of the tokens of a prefix, and of the one behind it."""

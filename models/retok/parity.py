@@ -22,10 +22,16 @@ OFF = 1.0001  # their scale where guidance is meant to be off
 def _generator(recording: Recording) -> ReToKGPT:
     config = recording.config["gpt"]
     layout = sequence_layout(config["block_size"], Categorical(config["vocab_size"]))
-    return gpt_from_official(recording.weights["generator"], layout, config["n_head"], config["multiple_of"])
+    return gpt_from_official(
+        recording.weights["generator"],
+        layout,
+        num_heads=config["n_head"],
+        multiple_of=config["multiple_of"],
+        norm_eps=config.get("norm_eps", 1e-5),
+    )
 
 
-@replays("retok", "gen_shared", "gen_train")
+@replays("retok", "gen_train")
 @torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Teacher-forced logits with the class and with the null class, and the loss."""

@@ -53,7 +53,7 @@ def _schedule(settings: Mapping[str, Any]) -> Schedule:
     return SCHEDULES[name](settings["cfg_max"])
 
 
-@replays("token_shuffle", "shared", "shuffle")
+@replays("token_shuffle", "shuffle")
 @torch.no_grad()
 def shuffle(recording: Recording) -> dict[str, Tensor]:
     """Windows of all samples, and the fused inputs and un-shuffled features of one."""
@@ -76,7 +76,7 @@ def shuffle(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("token_shuffle", "shared", "sample*")
+@replays("token_shuffle", "sample*")
 @torch.no_grad()
 def samples(recording: Recording) -> dict[str, Tensor]:
     """States, logits over the joint vocabulary, and the parts of the loss of every sample."""
@@ -99,7 +99,7 @@ def samples(recording: Recording) -> dict[str, Tensor]:
     return outputs
 
 
-@replays("token_shuffle", "shared", "cfg")
+@replays("token_shuffle", "cfg")
 def schedules(recording: Recording) -> dict[str, Tensor]:
     """Scales of guidance over the windows."""
     entities = _generator(recording).entities
@@ -108,7 +108,7 @@ def schedules(recording: Recording) -> dict[str, Tensor]:
     return {name: _schedule(recording.settings(name))(number, entities)[0] for name in names}
 
 
-@replays("token_shuffle", "shared", "greedy_*")
+@replays("token_shuffle", "greedy_*")
 def decoding(recording: Recording) -> dict[str, Tensor]:
     """Greedy codes of every recorded schedule, and the guided logits of single steps."""
     generator = _generator(recording)

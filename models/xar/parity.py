@@ -15,7 +15,7 @@ from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Calls, RecordedNoise, gradient_norm
 from tessellar.processes import flow
-from tessellar.processes.flow import Flow, sde_times
+from tessellar.processes.flow import Flow, SolverName, sde_times
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import cells, subsamples
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
@@ -24,7 +24,7 @@ from tessellar.sampling.decode import ancestral
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.scale_pyramid.tokenizer import pyramid
 
-SOLVERS = {"euler_maruyama_sampler": "sde", "euler_sampler": "ode"}
+SOLVERS: dict[str, SolverName] = {"euler_maruyama_sampler": "sde", "euler_sampler": "ode"}
 
 
 def _layout(latents: Tensor) -> Layout:
@@ -34,6 +34,8 @@ def _layout(latents: Tensor) -> Layout:
 def _generator(recording: Recording) -> XAR:
     """X is a cell; the latents divide into `clusters` of them."""
     config = recording.config
+    if config["patch_size"] != 1:
+        raise UserError(f"xAR reads latents one by one here: patch_size {config['patch_size']} is not supported")
     for option in ("embed_dim", "num_heads"):
         if config[f"encoder_{option}"] != config[f"decoder_{option}"]:
             raise UserError(f"xAR has one {option} here: encoder_{option} and decoder_{option} must be equal")
@@ -50,7 +52,7 @@ def _generator(recording: Recording) -> XAR:
     return generator
 
 
-@replays("xar", "shared", "train")
+@replays("xar", "train")
 def train(recording: Recording) -> dict[str, Tensor]:
     """One training pass with recorded times and noise, and the gradient of its loss."""
     generator = _generator(recording).train()
@@ -76,7 +78,7 @@ def train(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("xar", "shared", "sample")
+@replays("xar", "sample")
 @torch.no_grad()
 def sample(recording: Recording) -> dict[str, Tensor]:
     """Latents of both solvers, with and without guidance, and single network calls of the first of them."""
@@ -133,7 +135,7 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
     raise UserError(f"the guidance schedule {schedule!r} of this recording is not known")
 
 
-@replays("xar", "shared", "order")
+@replays("xar", "order")
 def order(recording: Recording) -> dict[str, Tensor]:
     """Orders of cells and subsamples, and the resized latents of every scale."""
     latents = recording.inputs["train/latents"]

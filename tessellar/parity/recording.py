@@ -87,6 +87,17 @@ class WeightFiles(Mapping[str, dict[str, Tensor]]):
         return len(self.files)
 
 
+class Settings(dict[str, Any]):
+    """Settings of the tensor `name`; one that is asked for and not recorded is a mistake of the recording."""
+
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.name = name
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"meta.json: neither {self.name!r} nor its case has the setting {key!r}")
+
+
 @dataclass
 class Recording:
     """One folder. `cases` are those to replay; `inputs` and `weights` are tracked."""
@@ -114,14 +125,21 @@ class Recording:
         """What each tensor is, in words; some settings stand only there."""
         return {name: entry.meaning for name, entry in self.entries.items()}
 
+    @property
+    def output_cases(self) -> set[str]:
+        """The selected cases that have outputs; others only hold inputs that several cases share."""
+        return {self.entries[name].case for name in self.names("output", self.cases)}
+
     def outputs(self, pattern: str) -> list[str]:
         """Names of the selected cases' outputs that match a pattern, such as `c2i/greedy_*/tokens`."""
         return [name for name in self.names("output", self.cases) if fnmatchcase(name, pattern)]
 
-    def settings(self, name: str) -> dict[str, Any]:
+    def settings(self, name: str) -> Settings:
         """What the replay of a tensor needs beyond `config`: its case's settings, overridden by its own."""
+        if name not in self.entries:
+            raise UserError(f"meta.json describes no tensor {name!r}")
         entry = self.entries[name]
-        return {**self.case_settings.get(entry.case, {}), **entry.settings}
+        return Settings(name, {**self.case_settings.get(entry.case, {}), **entry.settings})
 
 
 def numbers(text: str) -> dict[str, float]:
@@ -146,7 +164,7 @@ def read_recording(folder: str | Path) -> Recording:
         tensors=tensors,
         weights=WeightFiles(folder, meta.get("files", {}), meta.get("storage", {})),
         cases={entry.case for entry in entries.values()},
-        case_settings={case: facts.get("settings", {}) for case, facts in meta.get("cases", {}).items()},
+        case_settings=_case_settings(meta.get("cases", {})),
     )
 
 
@@ -161,6 +179,13 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
     return meta
+
+
+def _case_settings(cases: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    try:
+        return {case: dict(facts.get("settings", {})) for case, facts in cases.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"meta.json: `cases` is not a table of settings by case ({error})") from error
 
 
 def _entry(name: str, facts: Mapping[str, Any]) -> Entry:

@@ -87,13 +87,15 @@ def _select(recording: Recording, cases: list[str]) -> None:
         there = ", ".join(sorted(recording.cases))
         raise UserError(f"{recording.folder} has no case {', '.join(unknown)}; there are {there}")
     recording.cases = set(cases) or recording.cases
+    if not recording.output_cases:
+        raise UserError(f"{recording.folder}: {', '.join(cases) or 'the recording'} has no outputs, only inputs")
 
 
 def _replay(recording: Recording, known: Sequence[Replay], report: Report) -> dict[str, Tensor]:
     """Outputs of all replays that have a selected case; a replay that fails is a leftover, and the others still run."""
     outputs: dict[str, Tensor] = {}
     for replay in known:
-        if not replay.covers_any(recording.cases):
+        if not replay.covers_any(recording.output_cases):
             continue
         try:
             outputs.update(replay.function(recording))

@@ -52,6 +52,8 @@ def test_some_cases_alone() -> None:
     assert report.passed and {c.case for c in report.comparisons} == set(FAST)
     with pytest.raises(UserError, match="has no case c2j; there are c2i, c2i_gen"):
         verify(GOLDEN, ["c2j"])
+    with pytest.raises(UserError, match="shared has no outputs, only inputs"):
+        verify(GOLDEN, ["shared"])
 
 
 def test_a_changed_weight_fails_what_depends_on_it(folder: Path) -> None:
@@ -99,6 +101,22 @@ def test_settings_of_a_case_hold_for_its_tensors_unless_they_have_their_own(fold
 
     edit(folder / "meta.json", change)
     assert verify(folder, ["sample"]).passed
+
+
+def test_a_setting_that_is_not_recorded_is_said(folder: Path) -> None:
+    def change(meta: dict) -> None:
+        del meta["tensors"]["c2i/gen_logits_prefix5"]["settings"]["prefix_length"]
+
+    other = Path(shutil.copytree(GOLDEN.parent / "flextok_ar", folder.parent / "flextok_ar"))
+    edit(other / "meta.json", change)
+    lines = verify(other, ["c2i"]).leftovers
+    assert "neither 'c2i/gen_logits_prefix5' nor its case has the setting 'prefix_length'" in lines[0]
+
+
+def test_cases_that_are_no_table_are_said(folder: Path) -> None:
+    edit(folder / "meta.json", lambda meta: meta.update(cases={"c2i": "training"}))
+    with pytest.raises(UserError, match="`cases` is not a table of settings by case"):
+        verify(folder)
 
 
 def test_what_is_for_people_decides_nothing(folder: Path) -> None:

@@ -21,7 +21,7 @@ def _maps(x: Tensor, side: int) -> Tensor:
     return rearrange(x, "b (h w) c -> b c h w", h=side)
 
 
-@replays("var", "shared", "vae")
+@replays("var", "vae")
 @torch.no_grad()
 def tokenizer(recording: Recording) -> dict[str, Tensor]:
     """Latents, tokens, sums of scales, images."""

@@ -1,0 +1,221 @@
+"""A tiny instance of every generator of a paper, unlike the recorded one, and what its importer makes of it.
+
+Other widths, depths, heads, layouts and options; shaken so that no two tensors are alike.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from tessellar.models.flextok import FlexAR
+from tessellar.models.flextok import official as flextok
+from tessellar.models.har import HAR
+from tessellar.models.har import official as har
+from tessellar.models.hita import HitaAR
+from tessellar.models.hita import official as hita
+from tessellar.models.llamagen import LlamaGen
+from tessellar.models.llamagen import official as llamagen
+from tessellar.models.mar import MAR
+from tessellar.models.mar import official as mar
+from tessellar.models.maskgit import MaskGIT
+from tessellar.models.maskgit import official as maskgit
+from tessellar.models.rar import RAR
+from tessellar.models.rar import official as rar
+from tessellar.models.retok import ReToKGPT
+from tessellar.models.retok import official as retok
+from tessellar.models.token_shuffle import TokenShuffle
+from tessellar.models.token_shuffle import official as token_shuffle
+from tessellar.models.var import VAR
+from tessellar.models.var import official as var
+from tessellar.models.xar import XAR
+from tessellar.models.xar import official as xar
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+
+M = TypeVar("M", bound=nn.Module)
+Pair = tuple[Generator, Generator]
+
+CLASSES = 5
+GRID = grid_layout(3, 3, Categorical(23))
+SEQUENCE = sequence_layout(9, Categorical(23))
+LATENTS = grid_layout(4, 4, Continuous(3))
+
+
+def shaken(module: M) -> M:
+    """Weights that are all different, and large enough that mistakes show."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    return module.eval()
+
+
+def classes() -> Condition:
+    return Condition(ids=torch.tensor([0, 3]))
+
+
+def captions(dim: int, length: int) -> Condition:
+    features = torch.randn(2, length, dim, generator=torch.Generator().manual_seed(1))
+    valid = torch.arange(length) >= torch.tensor([[0], [1]])
+    return Condition(valid=valid, features=features)
+
+
+def llamagen_classes() -> Pair:
+    made = LlamaGen(GRID, 40, 2, 5, CLASSES, ffn_multiple_of=24, norm_eps=1e-2, rope_base=50.0)
+    state = llamagen.to_official(shaken(made))
+    return made, llamagen.from_official(state, GRID, 5, norm_eps=1e-2, rope_base=50.0)
+
+
+def llamagen_captions() -> Pair:
+    made = LlamaGen(GRID, 24, 3, 3, None, caption_dim=10, caption_length=7)
+    return made, llamagen.from_official(llamagen.to_official(shaken(made)), GRID, 3)
+
+
+def retok_gpt() -> Pair:
+    made = ReToKGPT(SEQUENCE, 24, 3, 3, CLASSES, ffn_multiple_of=20, norm_eps=1e-2)
+    state = retok.gpt_to_official(shaken(made))
+    return made, retok.gpt_from_official(state, SEQUENCE, 3, norm_eps=1e-2)
+
+
+def har_of_other_levels() -> Pair:
+    layout = sequence_layout(32, Categorical(23))
+    made = HAR(layout, 24, 3, 3, CLASSES, first=2, ffn_multiple_of=20, norm_eps=1e-2, rope_base=50.0)
+    state = har.to_official(shaken(made))
+    return made, har.from_official(state, layout, 3, first=2, norm_eps=1e-2, rope_base=50.0)
+
+
+def hita_of_two_vocabularies() -> Pair:
+    holistic = Segment((5,), Categorical(11), "holistic")
+    layout = Layout((holistic, Segment((3, 3), Categorical(23), "patches")))
+    made = HitaAR(layout, 24, 3, 3, CLASSES, ffn_multiple_of=20, norm_eps=1e-2, rope_base=50.0)
+    state = hita.to_official(shaken(made))
+    return made, hita.from_official(state, layout, 3, "train_consistent", norm_eps=1e-2, rope_base=50.0)
+
+
+def flextok_classes() -> Pair:
+    made = FlexAR(SEQUENCE, 24, 3, 3, CLASSES, qk_norm=False)
+    return made, flextok.generator_from_official(flextok.to_official(shaken(made)), SEQUENCE, 3)
+
+
+def flextok_text() -> Pair:
+    made = FlexAR(SEQUENCE, 20, 2, 5, None, text_dim=10, text_hidden=28, text_length=4)
+    return made, flextok.generator_from_official(flextok.to_official(shaken(made)), SEQUENCE, 5, 4)
+
+
+def rar_of_other_heads() -> Pair:
+    made = RAR(SEQUENCE, 24, 3, 2, 44, CLASSES)
+    return made, rar.from_official(rar.to_official(shaken(made)), SEQUENCE)
+
+
+def maskgit_vit() -> Pair:
+    made = MaskGIT(SEQUENCE, "vit", 24, 3, 3, 44, CLASSES)
+    return made, maskgit.from_official(maskgit.to_official(shaken(made)), SEQUENCE, 3)
+
+
+def maskgit_uvit() -> Pair:
+    made = MaskGIT(SEQUENCE, "uvit", 24, 6, 2, 44, CLASSES)
+    return made, maskgit.from_official(maskgit.to_official(shaken(made)), SEQUENCE, 2)
+
+
+def mar_of_two_shapes() -> Pair:
+    """Another width, depth and number of heads on each side, patches, and a buffer."""
+    made = MAR(
+        LATENTS,
+        width=16,
+        depth=3,
+        num_heads=4,
+        decoder_width=24,
+        decoder_depth=1,
+        decoder_heads=3,
+        head_width=20,
+        head_depth=3,
+        num_classes=CLASSES,
+        patch=2,
+        buffer=5,
+        mlp_ratio=3.0,
+        steps=3,
+    )
+    return made, mar.from_official(mar.to_official(shaken(made)), LATENTS, 4, decoder_heads=3)
+
+
+def xar_of_two_depths() -> Pair:
+    made = XAR(LATENTS, "cell:2x4", 24, 3, 3, CLASSES, mlp_ratio=3.0, decoder_depth=1)
+    return made, xar.from_official(xar.to_official(shaken(made)), LATENTS, 3, "cell:2x4")
+
+
+def _vqvae() -> VARVQVAE:
+    return shaken(VARVQVAE(MultiScaleQuantizer(23, 6, (1, 3, 4)), 16, 32, (1, 1, 2), 1))
+
+
+def _bound(*generators: VAR) -> tuple[VAR, ...]:
+    vqvae = _vqvae()
+    for generator in generators:
+        generator.bind(vqvae)
+    return generators
+
+
+def var_of_other_scales() -> Pair:
+    layout = _vqvae().layout
+    made = shaken(VAR(layout, 24, 3, 3, CLASSES, 6, mlp_ratio=3.0))
+    first, second = _bound(made, var.from_official(var.to_official(made), layout))
+    return first, second
+
+
+def var_of_shared_modulation() -> Pair:
+    layout = _vqvae().layout
+    made = shaken(VAR(layout, 24, 2, 4, CLASSES, 6, shared_modulation=True, l2_norm=False))
+    first, second = _bound(made, var.from_official(var.to_official(made), layout, 4))
+    return first, second
+
+
+def token_shuffle_of_wide_windows() -> Pair:
+    layout = grid_layout(3, 6, Categorical(23))
+    made = TokenShuffle(
+        layout,
+        width=36,
+        depth=3,
+        num_heads=6,
+        window=3,
+        mlp_blocks=1,
+        mlp_ratio=2.0,
+        text_vocab=11,
+        bos=2,
+        rope_base=50.0,
+        num_kv_heads=3,
+        ffn_hidden=52,
+        norm_eps=1e-2,
+        tied=True,
+    )
+    state = token_shuffle.to_official(shaken(made))
+    return made, token_shuffle.from_official(state, layout, 6, bos=2, rope_base=50.0, norm_eps=1e-2)
+
+
+def text() -> Condition:
+    ids = torch.tensor([[2, 5, 7], [2, 1, 9]])
+    return Condition(ids=ids, valid=torch.ones_like(ids, dtype=torch.bool))
+
+
+OF_CLASSES: list[Callable[[], Pair]] = [
+    llamagen_classes,
+    retok_gpt,
+    har_of_other_levels,
+    hita_of_two_vocabularies,
+    flextok_classes,
+    rar_of_other_heads,
+    maskgit_vit,
+    maskgit_uvit,
+    mar_of_two_shapes,
+    xar_of_two_depths,
+    var_of_other_scales,
+    var_of_shared_modulation,
+]
+OF_OTHERS: list[tuple[Callable[[], Pair], Condition]] = [
+    (llamagen_captions, captions(10, 7)),
+    (flextok_text, captions(10, 4)),
+    (token_shuffle_of_wide_windows, text()),
+]
+CASES = [*((make, classes()) for make in OF_CLASSES), *OF_OTHERS]
