@@ -1,6 +1,7 @@
 """Replays of MAR's generator, diffusion head and sampler (cases `gen_*` of recordings of system `mar`)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import RecordedNoise, gradient_norm
 from tessellar.processes.diffusion import (
+    AncestralDiffusion,
     Diffusion,
     ancestral_diffusion,
     full_process,
@@ -163,22 +165,21 @@ def training(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-class RecordedDiffusion:
+@dataclass(frozen=True, kw_only=True)
+class RecordedDiffusion(AncestralDiffusion):
     """The sampler with its recorded noise: rows are sample-major patches, of which the conditional half counts."""
 
-    def __init__(self, recording: Recording, run: str, area: int) -> None:
-        self.recording = recording
-        self.run = run
-        self.area = area
-        self.temperature = recording.settings(f"{run}/latents")["temperature"]
-        self.process = _process(str(recording.config["mar"]["num_sampling_steps"]))
+    recording: Recording
+    run: str
+    area: int
 
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int, count: int) -> Tensor:
+    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
         start = self.recording.inputs[f"{self.run}/iter{entity}/x_T"]
         steps = self.recording.inputs[f"{self.run}/iter{entity}/noise"][:, : len(start)]
         patches = shape[0] // self.area
         draws = (rearrange(rows, "(b l) (c q) -> b (l q) c", l=patches, q=self.area) for rows in [start, *steps])
-        return ancestral_diffusion(model, self.process, shape, RecordedNoise(draws), self.temperature)
+        process = _process(str(self.recording.config["mar"]["num_sampling_steps"]))
+        return ancestral_diffusion(model, process, shape, RecordedNoise(draws), self.temperature)
 
 
 @replays("mar", "gen_sample_*")
@@ -197,8 +198,13 @@ def sampling(recording: Recording) -> dict[str, Tensor]:
         entities = generator.sets(recording.inputs["mar/orders"].flip(1), settings["num_iter"])
         state = generator.start(condition, guidance, entities)
         tokens = generator.layout.blank(condition.batch)
-        draws = Sampling(diffusion=RecordedDiffusion(recording, run, area))
-        for step in decode_from(generator, state, draws, Noise([]), tokens):
+        diffusion = RecordedDiffusion(
+            temperature=settings["temperature"],
+            recording=recording,
+            run=run,
+            area=area,
+        )
+        for step in decode_from(generator, state, Sampling(diffusion=diffusion), Noise([]), tokens):
             tokens = step.tokens
         outputs[name] = rearrange(tokens, "b (h w) c -> b c h w", h=side)
         scales = torch.ones(entities.count)
