@@ -1,4 +1,4 @@
-"""Next-entity prediction over a categorical layout: the tokens of an entity, whatever it is, at once, by queries."""
+"""Next-entity prediction: the tokens of an entity at once, by position queries as LPD's (arXiv 2507.01957)."""
 
 from tessellar.models.next_entity.model import NextEntity
 

@@ -15,7 +15,7 @@ from tessellar.protocol.generator import Prefix, State
 
 
 class LlamaGenerator(PrefixTransformer):
-    """One sequence, one prefix, one vocabulary: a subclass sets `conditioning` (`models/prefixes.py`) and `output`.
+    """One sequence, one prefix, one vocabulary: a subclass sets `conditioning` (`parts/prefixes.py`) and `output`.
 
     It gives the rotation of each place to `set_rotations`, then calls `init_weights`, and says what `embed` reads. What
     differs (two vocabularies, biases, queries) is overridden. The hidden width of the SwiGLU is `ffn_hidden`, or

@@ -2,7 +2,7 @@
 
 Every input carries the position of its own token and, added to it, the position of the token that it predicts (the
 target-aware embedding), so one network models all orders. Blocks are modulated by the class and the sequence index
-(AdaLN-Zero). `callbacks/order_annealing.py` sets the share of samples with a random order during training; decoding
+(AdaLN-Zero). `OrderAnnealing` sets the share of samples with a random order during training; decoding
 runs in raster order. Different from the official code: any categorical layout, and the cache is an argument.
 """
 

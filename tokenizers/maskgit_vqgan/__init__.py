@@ -1,4 +1,4 @@
-"""MaskGIT-VQGAN: the convolutional tokenizer whose codes TiTok's first stage predicts and RAR generates."""
+"""MaskGIT-VQGAN: the convolutional tokenizer whose codes RAR generates (arXiv 2202.04200)."""
 
 from tessellar.tokenizers.maskgit_vqgan.tokenizer import (
     MaskGITVQGAN,

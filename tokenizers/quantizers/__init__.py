@@ -1,0 +1,1 @@
+"""Quantizers: VQ, FSQ, LFQ, BSQ, IBQ, SimVQ, EMA, residual, product, clustering, Gaussian."""

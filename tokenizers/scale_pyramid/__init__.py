@@ -1,4 +1,4 @@
-"""Scale pyramid: the latents of another tokenizer at several resolutions, coarse to fine (xAR's X = scale)."""
+"""Scale pyramid: another tokenizer's latents at several resolutions, for xAR's scales (arXiv 2502.20388)."""
 
 from tessellar.tokenizers.scale_pyramid.tokenizer import ScalePyramid
 
