@@ -13,7 +13,8 @@ from tessellar.protocol.layout import Layout
 class TokenizerOutput(NamedTuple):
     """What a training forward gives: reconstruction [B, 3, H, W], tokens, and auxiliary losses already weighted.
 
-    `shorter` is a second reconstruction, from fewer tokens, where the tokenizer trains on both.
+    `shorter` is a second reconstruction, from fewer tokens, where the tokenizer trains on both. A training pass whose
+    losses read no image draws none: its reconstruction is empty, [B, 0, H, W].
     """
 
     reconstruction: Tensor

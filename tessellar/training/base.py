@@ -54,13 +54,17 @@ class NonFiniteGradients(RuntimeError):
 
 
 class Player(NamedTuple):
-    """Who trains together: modules, what of them is trained, optimizers and schedule (a generator, a discriminator)."""
+    """Who trains together: modules, what of them is trained, optimizers and schedule (a generator, a discriminator).
+
+    The schedule counts updates of the run from `start`, and lasts to the run's end.
+    """
 
     name: str
     modules: list[nn.Module]
     parameters: list[nn.Parameter]
     optimizers: list[Optimizer]
     schedule: Schedule
+    start: int = 0
 
 
 class TrainingModule(L.LightningModule, ABC):
@@ -165,7 +169,7 @@ class TrainingModule(L.LightningModule, ABC):
         if not self.at_boundary:
             return
         norm = clip_gradients(player.parameters, self.clip or float("inf"))
-        factor = player.schedule.factor(self.updates, self.total_updates)
+        factor = player.schedule.factor(self.updates - player.start, self.total_updates - player.start)
         self.log_train({f"train/grad_norm_{player.name}": norm, f"train/lr_factor_{player.name}": factor})
         if bool(torch.isfinite(norm)):
             self._skipped_in_a_row[player.name] = 0
@@ -179,7 +183,8 @@ class TrainingModule(L.LightningModule, ABC):
             optimizer.zero_grad()
 
     def _schedule_weight_decay(self, player: Player) -> None:
-        step, total = self.updates, self.total_updates
+        step = self.updates - player.start
+        total = self.total_updates - player.start
         set_weight_decay(player.optimizers, lambda initial: player.schedule.weight_decay(initial, step, total))
 
     def _step(self, player: Player) -> None:

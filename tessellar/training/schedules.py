@@ -12,7 +12,8 @@ class Schedule:
     `final` is the factor at the end: constant keeps 1, the others fall to it: linear, cosine, or sqrt, which is
     1 - sqrt(progress) (warm-up, stable, decay: arXiv 2405.18392). The warm-up begins at 1 / `warmup`, so that no update
     is lost, unless `warmup_from` says at which factor the first update is. `final_weight_decay` is what the optimizer's
-    weight decay changes to along half a cosine over the whole run (VAR); null keeps it.
+    weight decay changes to along half a cosine over the whole run (VAR); null keeps it. `length`: updates that the
+    decay is spread over, where that is not the run's length (a run that stops before does not reach `final`).
     """
 
     decay: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
@@ -21,10 +22,11 @@ class Schedule:
     final: float = 0.0
     warmup_from: float | None = None
     final_weight_decay: float | None = None
+    length: int | None = None
 
     def factor(self, step: int, total: int) -> float:
         """Factor of the peak learning rate at update `step` (0-based) of `total`."""
-        return self._warmup(step) * self._decay(step, total)
+        return self._warmup(step) * self._decay(step, self.length or total)
 
     def weight_decay(self, initial: float, step: int, total: int) -> float:
         """Weight decay at update `step` (0-based) of `total`, of a group that begins with `initial`; 0 stays 0."""

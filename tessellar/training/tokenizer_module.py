@@ -19,7 +19,9 @@ from tessellar.training.speed import compile_each_block
 class TokenizerModule(TrainingModule):
     """Train `tokenizer` with `loss`.
 
-    `init_from` starts from the weights of an export or checkpoint; where that has no discriminator a fresh one is used.
+    `discriminator_schedule` runs on the discriminator's own clock, from the loss's start to the end of the run, as
+    TiTok's and ResTok's; None: the tokenizer's schedule, on the run's clock, as LlamaGen's. `init_from` starts from the
+    weights of an export or checkpoint; where that has no discriminator a fresh one is used.
     """
 
     best_by = ("val/psnr", "max")
@@ -31,6 +33,7 @@ class TokenizerModule(TrainingModule):
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
         schedule: Schedule = Schedule(),  # noqa: B008
         discriminator_optimizer: OptimizerSettings | None = None,
+        discriminator_schedule: Schedule | None = None,
         clip: float | None = 1.0,
         accumulate: int = 1,
         max_skipped: int = 10,
@@ -41,6 +44,7 @@ class TokenizerModule(TrainingModule):
         self.tokenizer, self.loss = tokenizer, loss
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.discriminator_settings = discriminator_optimizer or optimizer
+        self.discriminator_schedule = discriminator_schedule
         if init_from is not None:
             init_tokenizer(init_from, tokenizer, loss.discriminator)
         if compile_blocks:
@@ -60,7 +64,10 @@ class TokenizerModule(TrainingModule):
         if self.discriminator is not None:
             optimizers = self.discriminator_settings.make(self.discriminator)
             modules = [part for part in (self.discriminator, self.loss.lecam) if part is not None]
-            players.append(Player("discriminator", modules, trainable(*modules), optimizers, self.schedule))
+            own = self.discriminator_schedule
+            start = 0 if own is None else self.loss.adversarial_start
+            schedule = own or self.schedule
+            players.append(Player("discriminator", modules, trainable(*modules), optimizers, schedule, start))
         return players
 
     def shard_over(self, mesh: DeviceMesh) -> None:

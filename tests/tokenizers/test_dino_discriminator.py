@@ -134,6 +134,33 @@ def test_augmentation_happens_to_a_share_of_batches_and_is_differentiable() -> N
         DiffAugment(1.5)
 
 
+def test_images_in_zero_to_one_are_augmented_twice_as_far_and_filled_with_black() -> None:
+    torch.manual_seed(0)
+    images = 2 * torch.rand(512, 3, 32, 32) - 1
+    for unit_range, spread in ((False, 0.276), (True, 0.561)):
+        torch.manual_seed(0)
+        colours = DiffAugment(1.0, 0.0, unit_range)
+        shift = (colours(images) - images).mean((1, 2, 3)).std()
+        assert abs(float(shift) - spread) < 0.05
+    bright = torch.full((64, 3, 32, 32), 0.8)
+    order = ("colour", "translation", "cutout")
+    torch.manual_seed(0)
+    last = DiffAugment(1.0, 0.2, unit_range=True, order=order)(bright)
+    assert float((last == -1).float().mean()) > 0.03  # black: nothing comes after the cut
+    torch.manual_seed(0)
+    assert float((DiffAugment(1.0, 0.2, order=order)(bright) == 0).float().mean()) > 0.03  # grey
+
+
+def test_colours_before_the_move_leave_its_border_as_it_is() -> None:
+    images = torch.full((64, 3, 32, 32), 0.5)
+    torch.manual_seed(0)
+    after = DiffAugment(1.0, 0.0)(images)  # colour acts on what the translation filled
+    before = DiffAugment(1.0, 0.0, order=("colour", "translation", "cutout"))(images)
+    assert float((before == 0).float().mean()) > 0.02 > float((after == 0).float().mean())
+    with pytest.raises(ValueError, match="each once"):
+        DiffAugment(order=("colour", "colour", "cutout"))
+
+
 def test_the_discriminator_sees_augmented_images() -> None:
     discriminator, images = small(augment=DiffAugment(1.0)).eval(), torch.rand(4, 3, 32, 32)
     torch.manual_seed(1)

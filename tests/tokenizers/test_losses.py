@@ -10,15 +10,17 @@ from torch import nn
 from tessellar.errors import UserError
 from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.losses.adversarial import (
+    AdaptiveWeight,
     adaptive_weight,
     discriminator_adversarial,
     generator_adversarial,
 )
+from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.jittered import Jittered
 from tessellar.tokenizers.losses.perceptual import LPIPS, VGGFeatures
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
-from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
+from tessellar.tokenizers.losses.tokenizer_loss import Onset, TokenizerLoss
 
 
 def output(images: torch.Tensor, weight: nn.Parameter) -> TokenizerOutput:
@@ -81,6 +83,105 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     ratio = adaptive_weight(weight.square().sum(), 0.5 * weight.sum(), weight)
     assert float(ratio) == pytest.approx(10.0 / (0.5 * 2**0.5 + 1e-4), rel=1e-6)
     assert float(adaptive_weight(1e9 * weight.sum(), 0 * weight.sum(), weight)) == 1e4
+
+
+def test_ldm_bounds_the_weight_of_a_sum() -> None:
+    """LDM (contperceptual.py) weighs against a loss summed over the image and clamps at 1e4; ours is the mean."""
+    images = torch.rand(2, 3, 16, 16)
+    values, weight = images[0].numel(), nn.Parameter(torch.tensor(0.5))
+    mean = (images * weight - images).abs().mean()
+    for strength in (1e-6, 1.0, 1e3):
+        adversarial = strength * weight
+        expected = adaptive_weight(values * mean, adversarial, weight) / values
+        found = AdaptiveWeight(summed=True)(mean, adversarial, weight, values)
+        # |a| + eps is the same on both sides, so the ratio of a sum is that of the mean times the number of values.
+        torch.testing.assert_close(found, expected)
+    assert float(AdaptiveWeight(summed=True)(mean, 1e-6 * weight, weight, values)) == pytest.approx(1e4 / values)
+    assert float(AdaptiveWeight(lowest=0.015, eps=1e-6)(1e-9 * mean, weight * 1.0, weight, values)) == pytest.approx(
+        0.015
+    )
+    with pytest.raises(ValueError, match="bounds are at least 0 and in order"):
+        AdaptiveWeight(lowest=2.0, highest=1.0)
+
+
+def test_the_loss_uses_the_bounds_it_is_given() -> None:
+    torch.manual_seed(0)
+    images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))
+    critic = PatchGAN(8, 2).eval()
+    for adaptive, highest in ((True, 1e4), (AdaptiveWeight(summed=True), 1e4 / 768)):
+        loss = TokenizerLoss(Reconstruction(l2=1e9), discriminator=critic, adversarial_start=0, adaptive=adaptive)
+        found = loss.generator_loss(images, output(images, weight), 0, weight).terms["adaptive_weight"]
+        assert float(found) == pytest.approx(highest)
+
+
+def test_networks_of_the_loss_run_in_float32_unless_told_otherwise() -> None:
+    torch.manual_seed(0)
+    images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))
+
+    class Seen(nn.Module):
+        """Distances by a convolution that notes its precision."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.types = nn.Conv2d(3, 1, 1), set()
+
+        def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+            found = self.layer(fake) - self.layer(real)
+            self.types.add(found.dtype)
+            return found.square().mean((1, 2, 3))
+
+    for autocast, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        perceptual, critic, logits = Seen(), PatchGAN(8, 2), []
+        critic.register_forward_hook(lambda _, __, out, seen=logits: seen.append(out.dtype))
+        loss = TokenizerLoss(Reconstruction(), perceptual, discriminator=critic, adversarial_start=0, autocast=autocast)
+        with torch.autocast("cpu", torch.bfloat16):
+            made = output(images, weight)
+            loss.generator_loss(images, made, 0, weight)
+            loss.discriminator_loss(images, made.reconstruction, 0)
+        assert perceptual.types == {expected} and set(logits) == {expected}
+
+
+def test_the_adversarial_part_comes_in_slowly() -> None:
+    loss = TokenizerLoss(
+        discriminator=PatchGAN(8, 2), adversarial_weight=0.4, adversarial_start=10, onset=Onset(warmup=20, blur=40)
+    )
+    assert [loss.weight_at(step) for step in (9, 10, 20, 30, 99)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
+    images = torch.rand(1, 3, 32, 32)
+    roughness = [float(loss.onset.blurred(images, step).diff(dim=-1).abs().mean()) for step in (0, 20, 30, 40)]
+    assert roughness == sorted(roughness) and roughness[0] < 0.05 * roughness[-1]
+    assert loss.onset.blurred(images, 40) is images
+    flat = torch.full((1, 3, 32, 32), 0.25)
+    torch.testing.assert_close(loss.onset.blurred(flat, 5), flat)
+    with pytest.raises(ValueError, match="count updates"):
+        Onset(warmup=-1)
+
+
+def test_consistency_compares_two_augmentations_of_the_same_images() -> None:
+    torch.manual_seed(0)
+
+    class Critic(nn.Module):
+        def __init__(self, augment: nn.Module | None) -> None:
+            super().__init__()
+            self.augment, self.slope = augment, nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            shown = images if self.augment is None else self.augment(images)
+            return self.slope * shown.mean((2, 3))
+
+    images, fake = torch.rand(2, 4, 3, 16, 16)
+    loss = TokenizerLoss(discriminator=Critic(DiffAugment(1.0)), adversarial_start=0, consistency=4.0)
+    found = loss.discriminator_loss(images, fake, 0)
+    assert loss.discriminator is not None
+    torch.manual_seed(1)
+    found = loss.discriminator_loss(images, fake, 0)
+    torch.manual_seed(1)
+    first, second = (torch.stack([loss.discriminator(x) for x in (images, fake)]) for _ in range(2))
+    torch.testing.assert_close(found.terms["consistency"], 4 * (first - second).square().mean())
+    expected = discriminator_adversarial(*first) + found.terms["consistency"]
+    torch.testing.assert_close(found.total, 0.5 * expected)
+    found.total.backward()
+    with pytest.raises(UserError, match="consistency compares two augmentations"):
+        TokenizerLoss(discriminator=Critic(None), consistency=4.0)
 
 
 @pytest.fixture(scope="module")

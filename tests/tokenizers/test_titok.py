@@ -107,7 +107,7 @@ def test_first_stage_learns_the_codes_of_the_vqgan(images: Tensor) -> None:
     codes, scores = vqgan.encode(images), tokenizer.scores(tokenizer.quantizer(tokenizer.latents(images)).quantized)
     expected = -scores.log_softmax(-1).flatten(1, 2).gather(-1, codes[..., None]).mean()
     torch.testing.assert_close(output.losses["proxy"], expected)
-    assert not output.reconstruction.requires_grad
+    assert output.reconstruction.shape == (len(images), 0, 16, 16)
     sum(output.losses.values(), torch.zeros(())).backward()
     without = {n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
     assert without == {n for n, _ in tokenizer.named_parameters() if n.startswith("pixels.")}
@@ -123,6 +123,24 @@ def test_first_stage_draws_the_likeliest_codes_and_starts_with_the_vqgan(images:
     tokenizer = TiTok(VectorQuantizer(24, 5), 16, 4, N, SMALL, SMALL, pixels, True, "proxy", ProxyCodes(vqgan)).eval()
     likeliest = tokenizer.scores(tokenizer.quantizer.decode(tokenizer.encode(images))).argmax(-1).flatten(1)
     torch.testing.assert_close(tokenizer(images).reconstruction, vqgan.decode(likeliest), atol=1e-5, rtol=0)
+
+
+def test_first_stage_draws_no_pixels_while_it_trains(images: Tensor) -> None:
+    tokenizer, drawn = two_stage("proxy", small_vqgan()).train(), []
+    assert tokenizer.pixels is not None
+    tokenizer.pixels.register_forward_hook(lambda *_: drawn.append(1))
+    output = tokenizer(images)
+    terms = TokenizerLoss(Reconstruction(l2=0.0)).generator_loss(images, output, 0, tokenizer.last_layer)
+    assert not drawn and set(terms.terms) == set(output.losses)
+    assert tokenizer.eval()(images).reconstruction.shape == images.shape and drawn
+
+
+def test_pixel_losses_of_the_first_stage_are_refused(images: Tensor) -> None:
+    tokenizer = two_stage("proxy", small_vqgan()).train()
+    critic = BlurDiscriminator(32, 1, 2)
+    for loss in (TokenizerLoss(Reconstruction(l2=1.0)), TokenizerLoss(Reconstruction(l2=0.0), discriminator=critic)):
+        with pytest.raises(UserError, match="draws no image in training .* set the pixel losses to 0"):
+            loss.generator_loss(images, tokenizer(images), 0, tokenizer.last_layer)
 
 
 def test_first_stage_needs_its_target(images: Tensor) -> None:

@@ -15,6 +15,7 @@ from tessellar.training.base import COUNTERS, STATE_KEY
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.optim import OptimizerSettings
+from tessellar.training.schedules import Schedule
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -28,6 +29,21 @@ def test_two_optimizers_count_once(fit, make) -> None:
     assert len(trainer.optimizers) == 3  # AdamW and Muon for the tokenizer, AdamW for the discriminator
     assert trainer.global_step == module.updates == module.batches == 5
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(module.discriminator), strict=True))
+
+
+def test_a_discriminator_has_its_own_schedule_from_its_own_start(fit, make) -> None:
+    own = Schedule("linear", warmup=2, length=10)
+    module = make.tokenizer_module(PatchGAN(8, 1), schedule=Schedule("linear"), discriminator_schedule=own)
+    assert module.loss.adversarial_start == 1
+    seen: list[tuple[int, float]] = []
+
+    def note(values) -> None:
+        factors = [value for name, value in values.items() if name == "train/lr_factor_discriminator"]
+        seen.extend((module.updates, value) for value in factors)
+
+    module.log_train = note
+    fit(module, 5)
+    assert seen == [(1, 0.5), (2, 1.0), (3, 1.0), (4, 1 - 1 / 8)]
 
 
 def test_losses_of_a_seed_repeat_to_the_bit(fit, make) -> None:

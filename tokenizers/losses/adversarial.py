@@ -3,6 +3,7 @@
 The official LlamaGen code swaps the arguments of its non-saturating losses; these have them the right way round.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,8 +35,15 @@ def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKin
     return 0.5 * total if kind == "vanilla" else total
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + 1e-4), clamped to [0, 1e4].
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    lowest: float = 0.0,
+    highest: float = 1e4,
+    eps: float = 1e-4,
+) -> Tensor:
+    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + eps), within [lowest, highest].
 
     In several processes the gradients are those of the global batch, so that all of them take the same weight.
     """
@@ -43,4 +51,32 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         distributed.mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
         for loss in (reconstruction, adversarial)
     )
-    return (rec.norm() / (adv.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (rec.norm() / (adv.norm() + eps)).clamp(lowest, highest).detach()
+
+
+@dataclass(frozen=True)
+class AdaptiveWeight:
+    """Bounds of the adaptive weight, and `eps` beside the adversarial gradient's norm. The defaults are VQGAN's.
+
+    `summed`: the bounds are those of a reconstruction loss that is summed over an image's values, as LDM's
+    (arXiv 2112.10752). Ours is a mean, of which both the weight and its bounds are that many times smaller. Raises
+    ValueError for bounds that are negative or crossed.
+    """
+
+    lowest: float = 0.0
+    highest: float = 1e4
+    eps: float = 1e-4
+    summed: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lowest <= self.highest or self.eps <= 0:
+            raise ValueError(
+                f"the adaptive weight lies between {self.lowest} and {self.highest}, eps is {self.eps}: bounds are at "
+                "least 0 and in order, eps above 0"
+            )
+
+    def __call__(self, reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, values: int) -> Tensor:
+        """The weight for a mean reconstruction loss of images of so many values."""
+        scale = values if self.summed else 1
+        bounds = (self.lowest / scale, self.highest / scale)
+        return adaptive_weight(reconstruction, adversarial, last_layer, *bounds, eps=self.eps)

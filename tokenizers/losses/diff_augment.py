@@ -1,8 +1,12 @@
 """Differentiable augmentation of what a discriminator sees (DiffAugment, arXiv 2006.10738).
 
-In the form of VAR's tokenizer training (arXiv 2404.02905): of colour, translation and cutout each happens to a whole
-batch or not at all; strengths and places are of each image.
+In the form of StyleGAN-T's, of VAR's authors and of ResTok's (arXiv 2601.03955): of colour, translation and cutout each
+happens to a whole batch or not at all; strengths and places are of each image. The strength of colours and the 0 that
+fills what is cut or comes in mean different things for images in [-1, 1], as VAR's authors feed them, and in [0, 1], as
+ResTok does (brightness shifts twice as far, the fill is black, not grey); the order differs too.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +16,48 @@ from tessellar.protocol.configured import Configured
 TRANSLATION = 0.125  # of the sides, at most
 
 
+Step = Literal["translation", "colour", "cutout"]
+
+
 class DiffAugment(Configured, nn.Module):
     """Images [B, 3, H, W] in [-1, 1] to images of the same size, whose values may leave that range.
 
-    `probability` of each of the three; `cutout` is the side of the square set to 0, as a share of the image's.
+    `probability` of each of the three; `cutout` is the side of the square that is filled, as a share of the image's;
+    `order` is the order of what happens. `unit_range`: augment the images in [0, 1] and give them back in [-1, 1].
+    VAR's authors use the defaults, ResTok colour, translation, cutout in [0, 1]. Raises ValueError for shares outside
+    of [0, 1] and for an order that does not hold each of the three once.
     """
 
-    def __init__(self, probability: float = 0.5, cutout: float = 0.2) -> None:
+    def __init__(
+        self,
+        probability: float = 0.5,
+        cutout: float = 0.2,
+        unit_range: bool = False,
+        order: tuple[Step, Step, Step] = ("translation", "colour", "cutout"),
+    ) -> None:
         super().__init__()
         if not 0 <= probability <= 1 or not 0 <= cutout <= 1:
             raise ValueError(f"probability {probability} and cutout {cutout} lie between 0 and 1")
-        self.probability, self.cutout = probability, cutout
+        if sorted(order) != ["colour", "cutout", "translation"]:
+            raise ValueError(f"order is {list(order)}; it holds translation, colour and cutout, each once")
+        self.probability, self.cutout, self.unit_range, self.order = probability, cutout, unit_range, tuple(order)
 
     def forward(self, images: Tensor) -> Tensor:
-        translated, coloured, cut = (torch.rand(3, device="cpu") < self.probability).tolist()
-        if translated:
-            images = translate(images)
-        if coloured:
-            images = colour(images)
-        if cut:
-            images = cut_out(images, self.cutout)
+        if self.unit_range:
+            return 2 * self._augmented((images + 1) / 2) - 1
+        return self._augmented(images)
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        happens = torch.rand(3, device="cpu") < self.probability
+        for step, now in zip(self.order, happens.tolist(), strict=True):
+            if now:
+                images = self._step(step, images)
         return images
+
+    def _step(self, step: Step, images: Tensor) -> Tensor:
+        if step == "translation":
+            return translate(images)
+        return colour(images) if step == "colour" else cut_out(images, self.cutout)
 
 
 def colour(images: Tensor) -> Tensor:

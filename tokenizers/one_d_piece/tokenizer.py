@@ -87,7 +87,7 @@ class OneDPiece(TiTok):
         if self.drop.alignment:
             losses["alignment"] = self.drop.alignment * self.alignment(short, full)
         shorter = None if self.stage == "proxy" else self.draw_image(short)
-        return output._replace(reconstruction=self.draw_image(full), shorter=shorter, losses=losses)
+        return output._replace(reconstruction=self.drawn(images, full), shorter=shorter, losses=losses)
 
     def alignment(self, short: Decoded, full: Decoded) -> Tensor:
         """Mean of 1 - cosine over the map's cells and the mean of the tokens; no gradient reaches `full`."""

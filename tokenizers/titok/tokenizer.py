@@ -21,6 +21,7 @@ from tessellar.protocol.layout import Layout, sequence_layout
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
 from tessellar.tokenizers.maskgit_vqgan import PixelDecoder, ProxyCodes
 from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
@@ -250,7 +251,13 @@ class TiTok(Tokenizer):
         """`output` with the reconstruction from code vectors [B, N, C], and with the decoder's losses."""
         decoded = self.decoder(vectors)
         losses = output.losses | self.decoder_losses(images, decoded)
-        return output._replace(reconstruction=self.draw_image(decoded), losses=losses)
+        return output._replace(reconstruction=self.drawn(images, decoded), losses=losses)
+
+    def drawn(self, images: Tensor, decoded: Decoded) -> Tensor:
+        """The reconstruction of a forward pass: empty in training of stage "proxy", whose losses read scores alone."""
+        if self.training and self.stage == "proxy":
+            return images[:, :0]
+        return self.draw_image(decoded)
 
     def decoder_losses(self, images: Tensor, decoded: Decoded) -> dict[str, Tensor]:
         """In training of stage "proxy": cross entropy of the scores with the VQGAN's codes of the same images."""
@@ -308,8 +315,9 @@ def _single_stage(quantizer: Quantizer, encoder: str, decoder: str, num_tokens: 
     return TiTok(quantizer, 256, 16, num_tokens, SIZES[encoder], SIZES[decoder])
 
 
-def _vq8k() -> VectorQuantizer:
-    return VectorQuantizer(8192, 64, l2_normalize=False)
+def _vq8k(clustering: bool) -> VectorQuantizer:
+    """`clustering`: as TA-TiTok trains it, without which most codes die; the published weights read it as plain VQ."""
+    return ClusteringVQ(8192, 64) if clustering else VectorQuantizer(8192, 64, l2_normalize=False)
 
 
 def _vae16(num_tokens: int) -> GaussianBottleneck:
@@ -332,19 +340,19 @@ def titok_l32(stage: Stage = "decoder", target: ProxyCodes | None = None) -> TiT
     return _two_stage("large", 32, stage, target)
 
 
-def titok_bl64_vq8k() -> TiTok:
+def titok_bl64_vq8k(clustering: bool = False) -> TiTok:
     """390,016,148 parameters; 64 tokens of 8,192 codes, single stage."""
-    return _single_stage(_vq8k(), "base", "large", 64)
+    return _single_stage(_vq8k(clustering), "base", "large", 64)
 
 
-def titok_bl128_vq8k() -> TiTok:
+def titok_bl128_vq8k(clustering: bool = False) -> TiTok:
     """390,179,988 parameters; 128 tokens of 8,192 codes, single stage."""
-    return _single_stage(_vq8k(), "base", "large", 128)
+    return _single_stage(_vq8k(clustering), "base", "large", 128)
 
 
-def titok_sl256_vq8k() -> TiTok:
+def titok_sl256_vq8k(clustering: bool = False) -> TiTok:
     """330,260,884 parameters; 256 tokens of 8,192 codes, single stage."""
-    return _single_stage(_vq8k(), "small", "large", 256)
+    return _single_stage(_vq8k(clustering), "small", "large", 256)
 
 
 def titok_ll32_vae_c16() -> TiTok:

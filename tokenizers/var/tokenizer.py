@@ -96,6 +96,6 @@ def scales(image_size: int) -> tuple[int, ...]:
     return SCALES[image_size]
 
 
-def var_vqvae(image_size: int = 256) -> VARVQVAE:
+def var_vqvae(image_size: int = 256, dropout: float = 0.0) -> VARVQVAE:
     """108,948,355 parameters; 680 tokens of 4,096 codes at 256 pixels, 2,240 at 512, 9,451 at 1,024."""
-    return VARVQVAE(MultiScaleQuantizer(4096, 32, scales(image_size)), image_size)
+    return VARVQVAE(MultiScaleQuantizer(4096, 32, scales(image_size)), image_size, dropout=dropout)
