@@ -155,6 +155,7 @@ class PixelDecoder(Configured, nn.Module):
         self.vocab_size, self.stride = vocab_size, 2 ** (len(multipliers) - 1)
         self.codebook = nn.Embedding(vocab_size, dim)
         tag(self.codebook.weight, "no_decay")
+        nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
         self.decoder = Decoder(Sizes(channels, tuple(multipliers), num_res_blocks, dim))
 
     def forward(self, logits: Tensor, hard: bool = False) -> Tensor:

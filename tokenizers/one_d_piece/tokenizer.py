@@ -100,7 +100,7 @@ class OneDPiece(TiTok):
 
 
 def _published(size: str, stage: Stage, target: ProxyCodes | None, drop: TailDrop) -> OneDPiece:
-    quantizer, width = VectorQuantizer(4096, 12), SIZES[size]
+    quantizer, width = VectorQuantizer(4096, 12, unit_codes=False), SIZES[size]
     return OneDPiece(quantizer, 256, 16, 256, width, width, PixelDecoder(), True, stage, target, drop=drop)
 
 

@@ -25,7 +25,9 @@ class VectorQuantizer(Quantizer):
 
     `init_step`: replace the codes by random latents at that training pass. `restart_every`: every so many passes, until
     `restart_until`, codes that no latent chose since the last time become random latents. `rotation`: gradients by the
-    rotation trick instead of straight through. Raises ValueError for sizes or passes below 1, and for an end of
+    rotation trick instead of straight through. `unit_codes`: with `l2_normalize` codes are stored with norm 1 at first,
+    as LlamaGen's; without, as they are drawn, with norms of about 1 / `vocab_size`, as TiTok's and ResTok's, which Adam
+    then turns some thousand times faster at first. Raises ValueError for sizes or passes below 1, and for an end of
     restarts without restarts.
     """
 
@@ -42,6 +44,7 @@ class VectorQuantizer(Quantizer):
         restart_every: int | None = None,
         restart_until: int | None = None,
         rotation: bool = False,
+        unit_codes: bool = True,
     ) -> None:
         super().__init__()
         counts = {"vocab_size": vocab_size, "dim": dim, "init_step": init_step, "restart_every": restart_every}
@@ -64,7 +67,7 @@ class VectorQuantizer(Quantizer):
         self.step: Tensor
         self.counts: Tensor
         nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
-        if l2_normalize:
+        if l2_normalize and unit_codes:
             with torch.no_grad():
                 self.codebook.weight.copy_(F.normalize(self.codebook.weight, dim=-1))
 

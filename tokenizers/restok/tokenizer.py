@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tessellar.layers.cnn import Sizes
 from tessellar.layers.precision import at_least_float32
+from tessellar.layers.starts import start_layers
 from tessellar.networks.vision import Teacher
 from tessellar.protocol.layout import sequence_layout
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
@@ -21,6 +22,7 @@ from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok.transformers import Encoded, Grid, Merge, ResTokDecoder, ResTokEncoder, level_sizes
 
+PUBLISHED_WIDTH = 1024  # of ResTok-L's transformers
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -82,10 +84,10 @@ class ResTok(Tokenizer):
         self.cnn_encoder, self.cnn_decoder = Encoder(sizes), Decoder(sizes)
         self.encoder = ResTokEncoder(grid, z_channels, num_tokens, *encoder)
         self.decoder = ResTokDecoder(grid, quantizer.dim, z_channels, num_tokens, *decoder)
-        for module in (*self.encoder.modules(), *self.decoder.modules()):
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
         self.to_code = nn.ModuleList(nn.Conv1d(encoder_width, quantizer.in_dim, 1) for _ in self.sizes)
+        # As published, over both CNNs too; the tokens have N(0, 1 / width), the projections to vision torch's default.
+        small = min(encoder_width, decoder_width) < PUBLISHED_WIDTH
+        start_layers(self, (nn.Linear, nn.Conv1d, nn.Conv2d), small)
         self.quantizer = quantizer
         self.encoder_to_vision = nn.Linear(encoder_width, vision_dim, bias=False) if vision_dim else None
         self.decoder_to_vision = nn.Linear(decoder_width, vision_dim, bias=False) if vision_dim else None
@@ -160,4 +162,6 @@ class ResTok(Tokenizer):
 
 def restok_l_128(teacher: Teacher | None = None, image_size: int = 256) -> ResTok:
     """659,693,771 parameters; 661,791,947 with the projections for a teacher of 1,024 channels."""
-    return ResTok(VectorQuantizer(8192, 8), image_size, teacher=teacher, vision_dim=1024 if teacher else None)
+    return ResTok(
+        VectorQuantizer(8192, 8, unit_codes=False), image_size, teacher=teacher, vision_dim=1024 if teacher else None
+    )

@@ -88,8 +88,13 @@ class ResTokBlock(nn.Module):
         return x + self.gamma_2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+def learned(*shape: int, width: int) -> nn.Parameter:
+    """Normal of variance 1 / width, not decayed."""
+    return tag(nn.Parameter(torch.randn(*shape) * width**-0.5), "no_decay")
+
+
 def level_tables(count: int, width: int) -> nn.ParameterList:
-    return nn.ParameterList(tag(nn.Parameter(torch.randn(1, width) * 0.02), "no_decay") for _ in range(count))
+    return nn.ParameterList(learned(1, width, width=width) for _ in range(count))
 
 
 class Encoded(NamedTuple):
@@ -182,9 +187,8 @@ class ResTokDecoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.grid, self.sizes = grid, level_sizes(length)
-        self.mask_code = tag(nn.Parameter(torch.randn(1, 1, code_dim) * 0.02), "no_decay")
-        self.mask_token = tag(nn.Parameter(torch.randn(1, 1, width) * 0.02), "no_decay")
-        self.feature_token = tag(nn.Parameter(torch.randn(1, 1, width) * 0.02), "no_decay") if features else None
+        self.mask_code, self.mask_token = learned(1, 1, code_dim, width=width), learned(1, 1, width, width=width)
+        self.feature_token = learned(1, 1, width, width=width) if features else None
         self.inputs = nn.ModuleList(nn.Linear(code_dim, width) for _ in self.sizes)
         for linear in self.inputs:
             tag(linear.weight, "no_decay")  # type: ignore[arg-type]  # as published: embeddings of codes

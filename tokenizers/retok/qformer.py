@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.qformer import QFormerLayer, QKVAttention
+from tessellar.layers.starts import start_layers
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,17 @@ def _semantic_head(width: int, dim: int) -> nn.Sequential:
     )
 
 
-def init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module, small: bool) -> None:
     """Initialisation, before the quantizer and its projections are there, which keep torch's.
 
     | weight                         | distribution                                                        |
     |--------------------------------|---------------------------------------------------------------------|
-    | Linear, Conv2d                 | truncated N(0, 0.02), bias 0                                        |
+    | Linear, Conv2d                 | truncated N(0, 0.02), in a `small` model torch's default; bias 0    |
     | queries, keys, values          | Xavier uniform over the fused matrix (nn.MultiheadAttention's), bias 0 |
     | norms                          | 1, bias 0                                                           |
     | position tables                | N(0, 1 / width)                                                     |
     """
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+    start_layers(module, (nn.Linear, nn.Conv2d), small)
     for part in module.modules():
         if isinstance(part, QKVAttention):
             nn.init.xavier_uniform_(part.qkv.weight)

@@ -103,7 +103,7 @@ class ReToK(Tokenizer):
             side, num_tokens, redundant, z_channels, decoder_size, semantic_dim, semantic_layer, attention
         )
         self.decoder = AdaptiveDecoder(sizes.decoding(decoder_multipliers))
-        init_weights(self)
+        init_weights(self, small=min(encoder_size.width, decoder_size.width, 2 * channels) < SIZES["tiny"].width)
         self.to_code, self.from_code = nn.Linear(z_channels, quantizer.dim), nn.Linear(quantizer.dim, z_channels)
         self.quantizer = quantizer
         for parameter in self.parameters():

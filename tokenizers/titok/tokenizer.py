@@ -3,7 +3,7 @@
 A transformer reads patches and N learned tokens and keeps the tokens; another draws the image from them and mask
 tokens. Two-stage models first learn to predict the codes of a frozen MaskGIT-VQGAN (`stage` "proxy"), whose decoder
 then draws the expected code and is trained with TiTok's own (`stage` "decoder"); single-stage models give pixels.
-Works on images in [0, 1] inside. Different from the official code: the last 3x3 convolution starts as the identity.
+Works on images in [0, 1] inside. Different from the official code: models below the published widths start otherwise.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
+from tessellar.layers.starts import start_layers
 from tessellar.layers.tags import tag
 from tessellar.layers.vit import ViTBlock
 from tessellar.protocol.layout import Layout, sequence_layout
@@ -172,9 +173,9 @@ class TiTok(Tokenizer):
         self.encoder = TokenEncoder(read, patch_size, num_tokens, encoder_size, quantizer.in_dim, mixes, attention)
         proxies = pixels.vocab_size if pixels else 0
         self.decoder = TokenDecoder(self.side, drawn, num_tokens, decoder_size, quantizer.dim, proxies, attention)
-        init_weights(self)
+        self.smooth = None if pixels else nn.Conv2d(3, 3, 3, padding=1)
+        init_weights(self, small=min(encoder_size.width, decoder_size.width) < SIZES["small"].width)
         self.quantizer, self.pixels = quantizer, pixels
-        self.smooth = None if pixels else _identity()
         if pixels is not None and target is not None:
             pixels.copy_from(target.model)
         self._freeze()
@@ -273,21 +274,23 @@ def proxy_loss(scores: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(rearrange(scores, "b h w v -> (b h w) v")), codes.flatten())
 
 
-def init_weights(module: nn.Module) -> None:
-    """Linear layers: truncated normal of 0.02, biases 0. Learned tokens and positions: see `_learned`."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
+def init_weights(titok: TiTok, small: bool) -> None:
+    """Initialisation, before the quantizer and the pixel decoder are there, which have their own.
 
-
-def _identity() -> nn.Conv2d:
-    """A 3x3 convolution of RGB that does nothing yet; it will mend the borders of patches."""
-    layer = nn.Conv2d(3, 3, 3, padding=1)
-    nn.init.dirac_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer
+    | weight                             | published widths        | `small` ones            |
+    |------------------------------------|-------------------------|-------------------------|
+    | linear layers                      | truncated N(0, 0.02)    | torch's default         |
+    | queries, keys, values              | Xavier uniform over the fused matrix (nn.MultiheadAttention's) |
+    | last 3x3 convolution of RGB        | truncated N(0, 0.02)    | the identity            |
+    | biases                             | 0                       | 0                       |
+    | tokens and positions (`_learned`)  | N(0, 1 / width)         | N(0, 1 / width)         |
+    """
+    start_layers(titok, (nn.Linear, nn.Conv2d), small)
+    for part in titok.modules():
+        if isinstance(part, ViTBlock):
+            nn.init.xavier_uniform_(part.qkv.weight)
+    if small and titok.smooth is not None:
+        nn.init.dirac_(titok.smooth.weight)
 
 
 def _check_sizes(
@@ -307,7 +310,7 @@ def _check_sizes(
 
 
 def _two_stage(size: str, num_tokens: int, stage: Stage, target: ProxyCodes | None) -> TiTok:
-    quantizer, width = VectorQuantizer(4096, 12), SIZES[size]
+    quantizer, width = VectorQuantizer(4096, 12, unit_codes=False), SIZES[size]
     return TiTok(quantizer, 256, 16, num_tokens, width, width, PixelDecoder(), True, stage, target)
 
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
-from tessellar.layers.cnn import Decoder, Encoder, Sizes
+from tessellar.layers.cnn import Decoder, Encoder, Sizes, SpatialAttention
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
@@ -47,6 +47,29 @@ class VARVQVAE(Tokenizer):
         self.quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, kernel, padding=kernel // 2)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, kernel, padding=kernel // 2)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As vaex, by the same authors, whose attention has one layer for queries, keys and values.
+
+        | weight                                       | distribution                                     |
+        |----------------------------------------------|--------------------------------------------------|
+        | convolutions                                 | Xavier normal of gain 0.5                        |
+        | queries, keys, values (a layer each here)    | the same over the fused matrix                   |
+        | codes                                        | U(-20 / V, 20 / V)                               |
+        | biases                                       | 0                                                |
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_normal_(module.weight, gain=0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SpatialAttention):
+                for layer in (module.q, module.k, module.v):
+                    nn.init.xavier_normal_(layer.weight, gain=0.5 * 2**-0.5)  # fan in + out: 4, not 2, times the width
+        codes = self.quantizer.codebook.weight
+        nn.init.uniform_(codes, -20 / len(codes), 20 / len(codes))
 
     @property
     def last_layer(self) -> Tensor:
