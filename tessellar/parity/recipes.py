@@ -83,6 +83,41 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
         "one of 10 drawn a visit": {"framing.crop": "ten", "framing.size": 256, "framing.ten_ratios": (1.1,)},
     },
     "epochs": {"counted in updates": {}},
+    "trained": {"decoder, pixel_decoder, pixel_quantize": {"trained": ["decoder", "pixels"]}},
+    "tail_drop.kept": {
+        "U{1..256}, one draw a forward pass and process": {"tail_drop.shortest": 1, "tail_drop.longest": 256}
+    },
+    "augment.kind": {
+        "DiffAugment in [0, 1], order colour, translation, cutout 0.2, each with probability 0.5, "
+        "real and fake drawn independently": {
+            "augment.unit_range": True,
+            "augment.order": ["colour", "translation", "cutout"],
+            "augment.cutout": 0.2,
+            "augment.probability": 0.5,
+        },
+        "DiffAug prob 1, cutout 0.2, blur fading over 4 % of the run": {
+            "augment.unit_range": False,
+            "augment.order": ["translation", "colour", "cutout"],
+            "augment.cutout": 0.2,
+            "augment.probability": 1.0,
+            "share.blur": 0.04,
+        },
+    },
+    "losses.adversarial.start": {
+        "20 % of the run (arg_util.py: ep * 0.2; its comment says 0.22)": {"share.start": 0.2},
+    },
+    "losses.adversarial.warmup": {"linear over 2 % of the run from its start": {"share.warmup": 0.02}},
+    "losses.hinge.start": {"20 % of the run": {"share.start": 0.2}},
+    "losses.adversarial.adaptive.ratio": {
+        "|grad nll| / (|grad g| + 1e-4) at decoder.conv_out.weight, nll summed": {
+            "adaptive.eps": 1e-4,
+            "adaptive.summed": True,
+        },
+        "|grad (rec + lpips)| / (|grad g| + 1e-6) at decoder.conv_out.weight": {
+            "adaptive.eps": 1e-6,
+            "adaptive.summed": False,
+        },
+    },
     "precision": {
         words: {"precision": "bf16-mixed"}
         for words in (
@@ -122,6 +157,18 @@ ELSEWHERE: dict[str, str] = {
     "order.between": "the fall of order.r is linear: tests/models/test_rar.py",
     "ema.parameters_only": "the models have no buffers that training moves",
     "augmentation.latents": "training draws from the posterior: tests/training/test_continuous.py",
+    "schedule.clock": "a discriminator's schedule runs on its own clock where its YAML says `discriminator_schedule`",
+    "schedule.lr_end_nominal": "where the decay would end, were it finished: schedule.factor.99.9 says where it does",
+    "schedule.processes": "schedule.factor.* is of that number",
+    "schedule.factor_if_8_processes.*": "another reading of the same run: a note says why it is unresolved",
+    "schedule.published_at": "the update whose weights are published: the YAML's header",
+    "losses.proxy_cross_entropy.target": "tests/tokenizers/test_titok.py",
+    "losses.nll.logvar": "a constant 0",
+    "losses.kl.logvar_init": "a constant 0",
+    "losses.adversarial.adaptive.times": "the weight of the adversarial loss",
+    "tail_drop.stages": "the same class trains both",
+    "dropout.nested.applied": "tests/tokenizers/test_restok.py",
+    "augment.fill": "0 of images in [0, 1]: augment.unit_range",
     "augmentation.range": "the range of the official tokenizer's input: ours takes [-1, 1] and maps it inside",
     "augmentation.codes": "whether codes are extracted before: a cache or not, as the user likes (docs/training.md)",
 }
