@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tessellar.layers.gated_block import GatedBlock
+from tessellar.layers.gated_block import GatedAttention
 from tessellar.parity.recipes import Facts, Recipe, optimizer_facts, schedule_facts
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
@@ -124,7 +124,7 @@ def _own(tokenizer: Any) -> Facts:
     facts: Facts = {
         "losses.quantizer.weight": 0.0 if getattr(tokenizer, "stage", "all") == "decoder" else 1.0,
         "losses.proxy_cross_entropy.weight": 1.0,
-        "losses.vision.weight": getattr(tokenizer, "vision_weight", None),
+        "losses.vision.weight": getattr(tokenizer, "vision_weight", getattr(tokenizer, "vision_loss", None)),
         "losses.vision.margin": getattr(tokenizer, "vision_margin", None),
         "losses.projection.weight": getattr(tokenizer, "semantic_weight", None),
         "losses.feature.weight": getattr(tokenizer, "feature_weight", None),
@@ -147,11 +147,11 @@ def _training(tokenizer: Any) -> Facts:
     """What is trained, dropped and kept in training."""
     rates = [part.p for part in tokenizer.modules() if isinstance(part, nn.Dropout)]
     rate = max(rates, default=0.0)
-    blocks: Any = [part for part in tokenizer.modules() if isinstance(part, GatedBlock)]
+    blocks: Any = [part for part in tokenizer.modules() if isinstance(part, GatedAttention)]
     facts: Facts = {
         "dropout.all": rate,
         "dropout.cnn": rate,
-        "dropout.transformers": max([rate, *(part.attention_dropout for part in blocks)]),
+        "dropout.transformers": max([rate, *(part.rate for part in blocks)]),
         "dropout.drop_path": "not used by the CNN",
         "trained": sorted({name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}),
         "losses.flow.weight": 1.0,
