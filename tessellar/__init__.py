@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tessellar.pipeline import ImageGenerator
     from tessellar.protocol.tokenizer import Tokenizer
 
 
-def load(path: "str | Path", *, raw: bool = False) -> "Tokenizer | ImageGenerator":
+def load(path: "str | Path", *, raw: bool = False, trust: "Sequence[str]" = ()) -> "Tokenizer | ImageGenerator":
     """A tokenizer or an image generator from an export's folder, its safetensors file, a `.ckpt`, or a hub id.
 
-    Checkpoints give their averaged (EMA) weights unless `raw`. On the CPU, in eval mode. Raises
+    Checkpoints give their averaged (EMA) weights unless `raw`. Only classes of this package are built, and of the
+    packages that `trust` names, whose code runs. On the CPU, in eval mode. Raises
     `tessellar.errors.UserError` where nothing that fits can be loaded.
     """
     from tessellar.pipeline import load as load_model
 
-    return load_model(path, raw=raw)
+    return load_model(path, raw=raw, trust=trust)
 
 
 def _check_links(package: Path) -> None:

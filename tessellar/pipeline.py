@@ -14,6 +14,7 @@ from tessellar.errors import UserError
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioner import ClassConditioner, Conditioner
 from tessellar.protocol.generator import Generator
+from tessellar.protocol.packages import trusting
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder
@@ -69,18 +70,20 @@ class ImageGenerator(nn.Module):
         return self.conditioner.of_labels(torch.as_tensor(labels, dtype=torch.int64))
 
 
-def load(path: str | Path, *, raw: bool = False) -> Tokenizer | ImageGenerator:
+def load(path: str | Path, *, raw: bool = False, trust: Sequence[str] = ()) -> Tokenizer | ImageGenerator:
     """The model at `path`: an export's folder or safetensors file, a `.ckpt`, or a hub id `owner/name[@revision]`.
 
-    Checkpoints give the averaged weights where there are any, or with `raw` those of the last step. On the CPU, in
-    eval mode. Raises UserError, in one line, for whatever cannot be loaded.
+    Checkpoints give the averaged weights where there are any, or with `raw` those of the last step. Packages of others
+    that `trust` names are imported, and their classes may be built. On the CPU, in eval mode. Raises UserError, in one
+    line, for whatever cannot be loaded.
     """
-    return assemble(read_source(path, raw=raw))
+    with trusting(trust):
+        return assemble(read_source(path, raw=raw))
 
 
-def load_generator(path: str | Path, *, raw: bool = False) -> ImageGenerator:
+def load_generator(path: str | Path, *, raw: bool = False, trust: Sequence[str] = ()) -> ImageGenerator:
     """As `load`, but only a generator will do."""
-    model = load(path, raw=raw)
+    model = load(path, raw=raw, trust=trust)
     if not isinstance(model, ImageGenerator):
         raise UserError(f"{path} is a tokenizer; a generator is needed here")
     return model

@@ -11,6 +11,7 @@ from tessellar.data.token_cache.files import HEADER
 from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
 from tessellar.pipeline import assemble
+from tessellar.protocol.packages import trust
 from tessellar.protocol.tokenizer import Tokenizer
 
 PARTS = ("train", "val")
@@ -25,6 +26,7 @@ def cache(
     precision: Literal["float32", "bf16"] = "float32",
     device: str = "auto",
     raw: bool = False,
+    package: str = "",
     overwrite: bool = False,
 ) -> None:
     """Encode a data set once: all crops and mirror images of training, one view of validation.
@@ -38,8 +40,10 @@ def cache(
         precision: arithmetic of the tokenizer
         device: auto, cpu, cuda, ...
         raw: weights of the last step instead of the averaged ones
+        package: packages of others whose classes may be built, separated by commas
         overwrite: replace an older cache
     """
+    trust(package)
     if data is None:
         raise UserError("say what to encode, for example --data tessellar.data.ImageFolderData --data.root DIR")
     if not out:

@@ -22,6 +22,7 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions
 from tessellar.parity.verify import Report, UnknownSystem, verify
 from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.protocol.packages import trust, trusted
 from tessellar.protocol.tokenizer import Tokenizer
 
 
@@ -35,6 +36,7 @@ def import_official(
     variant: str | None = None,
     key: str | None = None,
     license: str = "",
+    package: str = "",
     overwrite: bool = False,
 ) -> None:
     """Make an export of an official checkpoint.
@@ -49,8 +51,10 @@ def import_official(
         variant: published variant, where the weights do not show it, such as titok_b64
         key: entry of the checkpoint to take, such as ema (default: the one that the system's paper evaluates)
         license: license of the weights, for the card
+        package: packages of others that hold the system, separated by commas
         overwrite: replace an older export
     """
+    trust(package)
     _check_out(out, overwrite)
     record = Record(title=Path(file).stem, weights="official", source=Path(file).name, license=license)
     options = ImportOptions(image_size, num_heads, variant)
@@ -66,6 +70,7 @@ def export(
     data: str = "",
     license: str = "",
     metrics: str | None = None,
+    package: str = "",
     overwrite: bool = False,
 ) -> None:
     """Make an export of a training checkpoint (or a new one of an old one).
@@ -79,8 +84,10 @@ def export(
         data: what it was trained on, for the card
         license: license of the weights, for the card
         metrics: JSON record of an evaluation, for the card
+        package: packages of others whose classes may be built, separated by commas
         overwrite: replace an older export
     """
+    trust(package)
     _check_out(out, overwrite)
     source = read_source(checkpoint, raw=raw)
     given = {"title": title, "data": data, "license": license, "metrics": _metrics(metrics)}
@@ -91,18 +98,20 @@ def export(
     _export(assemble(source), out, record, overwrite, kept)
 
 
-def verify_recordings(folders: list[str], case: list[str] | None = None, json: bool = False) -> int:
+def verify_recordings(folders: list[str], case: list[str] | None = None, json: bool = False, package: str = "") -> int:
     """Replay recorded official outputs with our modules; exit code 1 where anything differs or is left over.
 
     Args:
         folders: folders with meta.json, io.safetensors and weights
         case: replay only these cases
         json: print one JSON document instead of tables
+        package: packages of others that hold replays and modules, separated by commas
     """
+    trust(package)
     code, reports = 0, []
     for folder in folders:
         try:
-            report = verify(folder, case)
+            report = verify(folder, case, trusted())
         except UnknownSystem as error:
             report, code = Report(folder, "unknown", leftovers=[str(error)]), 2
         code = max(code, 0 if report.passed else 1)
@@ -135,13 +144,15 @@ def _table(report: Report) -> Table:
     return table
 
 
-def info(path: str, json: bool = False) -> None:
+def info(path: str, json: bool = False, package: str = "") -> None:
     """Say what an export or a checkpoint holds.
 
     Args:
         path: export folder, .safetensors, .ckpt or hub id
         json: print the description as JSON
+        package: packages of others whose classes may be built, separated by commas
     """
+    trust(package)
     source = read_source(path)
     model = assemble(source)
     parts = {"tokenizer": model} if isinstance(model, Tokenizer) else dict(model.named_children())
@@ -193,6 +204,7 @@ COMMANDS = {
     "info": info,
     "cache": Elsewhere("tessellar.cli.cache", "cache"),
     "scale": Elsewhere("tessellar.cli.scale", "scale"),
+    "record": Elsewhere("tessellar.cli.record", "record"),
 }
 
 

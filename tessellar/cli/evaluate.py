@@ -26,6 +26,7 @@ from tessellar.processes.diffusion import AncestralDiffusion
 from tessellar.processes.flow import Flow
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.packages import trust
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.settings import Sampling
 
@@ -81,6 +82,7 @@ def model(
     seed: int = 0,
     precision: Literal["float32", "bf16"] = "float32",
     raw: bool = False,
+    package: str = "",
     lpips_weights: str | None = None,
     out: str = "",
     batch_size: int = 64,
@@ -107,12 +109,14 @@ def model(
         seed: sample i is drawn with seed + i
         precision: arithmetic of the generator
         raw: weights of the last step instead of the averaged ones
+        package: packages of others whose classes may be built, separated by commas
         lpips_weights: torchvision's VGG-16 weights (default: downloaded)
         out: JSON record to write (default: a new file below outputs/evaluations)
         batch_size: images at once
         device: auto, cpu, cuda, ...
         cache: folder of computed references
     """
+    trust(package)
     measurement = Measurement(protocols.protocol(protocol), extractor, network, device, cache, batch_size)
     data = data or data_of_run(model)
     made = read_source(model, raw=raw)

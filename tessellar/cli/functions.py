@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from tessellar.cli.mistakes import explain
 from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
+from tessellar.protocol.packages import trusting
 
 Function = Callable[..., Any]
 
@@ -41,7 +42,11 @@ def run_functions(
 
     `command` is the name behind `tessellar` in help. Raises UserError, in one line, for arguments that do not fit.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with trusting():  # a command's --package is forgotten at its end
+        return _run(components, list(sys.argv[1:] if argv is None else argv), command)
+
+
+def _run(components: Function | Mapping[str, Function | Elsewhere], argv: list[str], command: str) -> Any:
     script = Path(sys.argv[0]).name
     prog = f"{script} {command}" if script == "tessellar" else script
     settings: Any = {"as_positional": True, "parser_class": FunctionParser, "prog": prog}

@@ -20,6 +20,7 @@ class Paper:
     """What `convert.py import NAME` reads: files of tokenizers, files of generators."""
 
     name: str
+    package: str
     tokenizers: list[TokenizerImporter] = field(default_factory=list)
     generators: list[GeneratorImporter] = field(default_factory=list)
 
@@ -41,15 +42,19 @@ def papers() -> dict[str, Paper]:
     for room in rooms("official"):
         for importer in _declared(room.module()):
             name = importer.paper or room.paper
-            paper = found.setdefault(name, Paper(name))
+            paper = found.setdefault(name, Paper(name, room.package))
+            if room.package != paper.package:
+                raise UserError(f"{paper.package} and {room.package} both have a paper {name!r}: rename that folder")
             if isinstance(importer, TokenizerImporter):
                 paper.tokenizers.append(importer)
             elif isinstance(importer, GeneratorImporter):
                 paper.generators.append(importer)
     for paper in found.values():
-        others = [generator.tokenizer for generator in paper.generators if generator.tokenizer]
-        for other in others:
-            paper.tokenizers += found[other].tokenizers
+        for generator in paper.generators:
+            if generator.tokenizer and generator.tokenizer not in found:
+                raise UserError(f"{generator.what} reads the tokenizer of {generator.tokenizer!r}, which is no paper")
+            if generator.tokenizer:
+                paper.tokenizers += found[generator.tokenizer].tokenizers
     return dict(sorted(found.items()))
 
 
@@ -68,7 +73,9 @@ def import_model(
     """
     known = papers()
     if name not in known:
-        raise UserError(f"there is no importer for {name!r}; there are {', '.join(known)}")
+        raise UserError(
+            f"there is no importer for {name!r}; there are {', '.join(known)}; others' packages are named by --package"
+        )
     paper = known[name]
     content = read_content(file)
     importer = paper.of_file(content, file, key)
@@ -102,7 +109,7 @@ def _tokenizer(paper: Paper, path: str, options: ImportOptions) -> Tokenizer:
         if not paper.tokenizers:
             raise UserError(f"{paper.name} has no tokenizer of its own: give an export as --tokenizer")
         content = read_content(path)
-        importer = Paper(paper.name, paper.tokenizers).of_file(content, path, None)
+        importer = Paper(paper.name, paper.package, paper.tokenizers).of_file(content, path, None)
         assert isinstance(importer, TokenizerImporter)
         return importer.build(importer.read(content, path), replace(options, file=path))
     tokenizer, size = load_tokenizer(path), options.image_size

@@ -23,6 +23,7 @@ from tessellar.processes.flow import Flow
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.packages import trust
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.run import balanced_labels, sample_images, sample_texts
@@ -51,6 +52,7 @@ def sample(
     precision: Literal["float32", "bf16"] = "float32",
     device: str = "auto",
     raw: bool = False,
+    package: str = "",
     png: bool = True,
     npz: bool = False,
     grid: bool = True,
@@ -76,11 +78,13 @@ def sample(
         precision: arithmetic of the generator
         device: auto, cpu, cuda, cuda:1, ...
         raw: weights of the last step instead of the averaged ones
+        package: packages of others whose classes may be built, separated by commas
         png: write a PNG an image
         npz: write samples.npz, which ADM's evaluator reads
         grid: write grid.png, a row a class
         overwrite: replace an older set of samples
     """
+    trust(package)
     check_target(Path(out), RECORD, overwrite)
     source, generator = _load(model, raw, device)
     texts = None if prompts is None else read_prompts(prompts, generator)

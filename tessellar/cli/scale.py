@@ -16,6 +16,7 @@ from tessellar.checkpoints.staging import check_target
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
+from tessellar.protocol.packages import trust
 from tessellar.tokenizers.quantizers.gaussian import measure_scale
 
 
@@ -27,6 +28,7 @@ def scale(
     batch_size: int = 64,
     device: str = "auto",
     raw: bool = False,
+    package: str = "",
     overwrite: bool = False,
 ) -> None:
     """Make an export whose latents have unit variance on a data set: 1 / their standard deviation, no shift.
@@ -39,8 +41,10 @@ def scale(
         batch_size: images at once
         device: auto, cpu, cuda, ...
         raw: weights of the last step instead of the averaged ones
+        package: packages of others whose classes may be built, separated by commas
         overwrite: replace an older export
     """
+    trust(package)
     if data is None:
         raise UserError("say what to measure on, for example --data tessellar.data.ImageFolderData --data.root DIR")
     if not out:

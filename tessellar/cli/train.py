@@ -34,6 +34,8 @@ from tessellar.errors import UserError
 from tessellar.networks.vision import stand_ins
 from tessellar.pipeline import ImageGenerator, assemble
 from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.configured import Configured, check_buildable
+from tessellar.protocol.packages import trust, trusting
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import NonFiniteGradients, TrainingModule
@@ -64,6 +66,9 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="folder under runs/ (default: the YAML's name)"
         )
+        parser.add_argument(
+            "--package", type=str | None, default=None, help="packages of others whose classes may be built"
+        )
         parser.add_argument("--resume", type=str | None, default=None, help="auto, or a checkpoint to continue from")
         parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights; null is none")
         parser.add_argument("--wandb", type=str | None, default=None, help="a project name switches wandb on")
@@ -77,6 +82,7 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config: Any = self.config
+        trust(config.package or "")
         name = with_teachers(config.name or _default_name(config.config), stand_ins(config.model.as_dict()))
         self.run_folder = Run(name, resume=config.resume)
 
@@ -125,7 +131,8 @@ def main(argv: Sequence[str]) -> int:
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
         try:
-            actions[word](parse(argv[1:] if argv[:1] == [word] else argv))
+            with trusting(_given(argv, "--package")):
+                actions[word](parse(argv[1:] if argv[:1] == [word] else argv))
         except Interrupted as signal:
             print(signal, file=sys.stderr)
             return 128 + signal.number
@@ -187,7 +194,7 @@ def parse(argv: Sequence[str]) -> TrainCLI:
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         )
     except (ArgumentError, ValueError) as error:
-        raise cause_of(error) or UserError(explain(str(error), _options(), _configs(argv), argv)) from error
+        raise cause_of(error) or UserError(explain(str(error), _options(), _given(argv, "--config"), argv)) from error
 
 
 def _options() -> list[str]:
@@ -199,9 +206,10 @@ def _options() -> list[str]:
     return [option.lstrip("-") for option in parser._option_string_actions]
 
 
-def _configs(argv: Sequence[str]) -> list[str]:
+def _given(argv: Sequence[str], option: str) -> list[str]:
+    """Values of an option on the command line."""
     pairs = zip(argv, [*argv[1:], ""], strict=True)
-    return [b if a == "--config" else a.partition("=")[2] for a, b in pairs if a.split("=")[0] == "--config"]
+    return [b if a == option else a.partition("=")[2] for a, b in pairs if a.split("=")[0] == option]
 
 
 def _default_name(configs: Any) -> str:
@@ -228,6 +236,7 @@ def check(cli: TrainCLI, training: bool = True) -> None:
     Data of other classes than the checkpoint's may be measured, where no label is read, but not trained on.
     """
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    check_buildable([part.config for part in model.modules() if isinstance(part, Configured)])
     if trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1:
         raise UserError("set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches")
     if str(cli.config.trainer.precision) in ("16", "16-mixed"):  # type: ignore[union-attr]

@@ -23,6 +23,7 @@ ReplayFunction = Callable[[Recording], dict[str, Tensor]]
 
 PAPERS = ("tessellar.models", "tessellar.tokenizers")
 DECODING = "tessellar.parity.decoding"
+OWN = "tessellar.parity.own"  # of modules of this project's shape, whoever wrote them
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def _modules(packages: Sequence[str]) -> Iterator[tuple[str, Path]]:
                 yield f"{root}.parity", folder / "parity.py"
             for path in sorted(folder.glob("*/parity.py")):
                 yield f"{root}.{path.parent.name}.parity", path
+    yield OWN, Path(__file__).with_name("own.py")
     for folder in _folders(DECODING):
         for path in sorted(folder.glob("*.py")):
             yield f"{DECODING}.{path.stem}", path

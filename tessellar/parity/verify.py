@@ -68,7 +68,10 @@ def verify(folder: str | Path, cases: Iterable[str] | None = None, packages: Seq
     known = all_replays_of(recording.system, packages)
     if not known:
         there = ", ".join(all_systems(packages))
-        raise UnknownSystem(f"{folder}: system {recording.system!r} is not known; there are {there}")
+        raise UnknownSystem(
+            f"{folder}: system {recording.system!r} is not known; there are {there}; "
+            "a package of others is named by --package"
+        )
     selected = list(cases or ())
     _select(recording, selected)
     report = Report(str(folder), recording.system)

@@ -1,7 +1,8 @@
 """Configured: objects that remember how they were constructed, so that exports and checkpoints can rebuild them.
 
 `obj.config` is plain data (`class_path`, `init_args`) and `build` turns it back into an object. Class paths are
-accepted only from this package, so a hostile config cannot name an arbitrary callable.
+accepted only from this package and from those that the user named, so a hostile config cannot name an arbitrary
+callable.
 
 There are two sources of configs. A user's own YAML is trusted: its classes are made by the command line, and may name
 files and downloads. What `build` reads comes from a file that others may have written (an export, a checkpoint, a
@@ -21,8 +22,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from tessellar.errors import UserError
 from tessellar.protocol.moved import current_arguments, current_path
-
-PACKAGE = "tessellar."
+from tessellar.protocol.packages import is_trusted
 
 
 class Configured:
@@ -102,8 +102,9 @@ def build(config: Any, expected: Any = object, where: str = "this config") -> An
 
     `expected` is the annotation that the object has to fit, `where` names it in messages. Nothing is made before its
     place is known to take it: first the names of the arguments are compared with the signature, and each nested class
-    with its parameter's annotation. Raises UserError for a class path outside this package, an unknown class, a class
-    or arguments that are not taken, and for what would open a file or a connection (`refuse_outside`).
+    with its parameter's annotation. Raises UserError for a class path of a package that is neither this one nor a
+    trusted one, an unknown class, a class or arguments that are not taken, and for what would open a file or a
+    connection (`refuse_outside`).
     """
     with _from_a_file():
         return _build(config, expected, where)
@@ -186,16 +187,35 @@ def refuse_outside(what: str) -> None:
         raise UserError(f"this config, read from a file, names {what}; only a run's own YAML may do that")
 
 
+def check_buildable(config: Any) -> None:
+    """Raise UserError where a config (nested) names a class that `build` would refuse."""
+    if isinstance(config, dict):
+        if "class_path" in config:
+            resolve(config["class_path"])
+        for item in config.values():
+            check_buildable(item)
+    elif isinstance(config, list):
+        for item in config:
+            check_buildable(item)
+
+
 def resolve(path: str) -> Any:
-    """The class behind a class path of this package; anything else is refused before it is imported."""
+    """The class behind a class path of this package or a trusted one; all else is refused before it is imported."""
     path = current_path(str(path))
     module, _, name = str(path).rpartition(".")
-    if not str(path).startswith(PACKAGE) or not all(part.isidentifier() for part in str(path).split(".")):
-        raise UserError(f"class path {path!r} is not from this package; only tessellar.* can be loaded")
+    if not all(part.isidentifier() for part in str(path).split(".")) or not module:
+        raise UserError(f"class path {path!r} is not the path of a class")
+    if not is_trusted(module):
+        package = module.partition(".")[0]
+        raise UserError(
+            f"class path {path!r} is not from this package but from {package!r}: if you trust that, name it, "
+            f"--package {package} (in Python trust=({package!r},))"
+        )
     try:
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"class path {path!r} does not exist in this version ({error})") from error
-    if not isinstance(target, type) or not (issubclass(target, Configured) or is_dataclass(target)):
+    is_one = isinstance(target, type) and (issubclass(target, Configured) or is_dataclass(target))
+    if not is_one or not is_trusted(target.__module__):
         raise UserError(f"class path {path!r} is not something that a config may build")
     return target
