@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.flextok.model import FlexAR
 from tessellar.models.flextok.official import generator_from_official
 from tessellar.parity.recording import Recording
@@ -17,9 +18,15 @@ from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
 
+READ = (
+    "embed_dim num_heads depth qk_norm codebook_size num_tokens pos_embed_type num_classes text_dim "
+    "text_length cfg_factor"
+).split()
+
 
 def _generator(recording: Recording, part: str) -> FlexAR:
     config = recording.config
+    check_options(config, "the config", READ)
     state = prefixed(recording.weights["model"], f"{part}/")
     layout = sequence_layout(config["num_tokens"], Categorical(config["codebook_size"]), min_prefix=1)
     generator = generator_from_official(state, layout, config["num_heads"], config["text_length"])

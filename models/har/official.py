@@ -7,7 +7,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
 from tessellar.interop.keys import table
-from tessellar.interop.sizes import count
+from tessellar.interop.sizes import count, ffn_multiple
 from tessellar.models.har.model import HAR
 from tessellar.models.llamagen.official import HEADS
 from tessellar.protocol.layout import Layout
@@ -51,7 +51,7 @@ def from_official(
         num_heads or HEADS[width, depth],
         state["cls_embedding.embedding_table.weight"].shape[0] - 1,
         first,
-        ffn_multiple_of=256 if -(-int(8 * width / 3) // 256) * 256 == hidden else hidden,
+        ffn_multiple_of=ffn_multiple(width, hidden),
         norm_eps=norm_eps,
         rope_base=rope_base,
     )

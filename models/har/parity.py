@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.har.model import HAR
 from tessellar.models.har.official import from_official
 from tessellar.parity.recording import Recording
@@ -21,8 +22,15 @@ from tessellar.tokenizers.restok.parity import recorded_images, recorded_tokeniz
 OFF = 1e-4  # their schedules lie this much above the scale that they name
 
 
+READ = (
+    "dim n_layer n_head multiple_of norm_eps rope_base vocab_size block_size num_classes ar_token_num spe_token_num "
+    "class_dropout_prob all_dropouts num_steps"
+).split()
+
+
 def _generator(recording: Recording) -> HAR:
     config = recording.config["generator"]
+    check_options(config, "the config's generator", READ, {"cls_token_num": 1})
     layout = sequence_layout(config["block_size"], Categorical(config["vocab_size"]))
     return from_official(
         recording.weights["generator"],

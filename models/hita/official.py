@@ -11,7 +11,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import GeneratorImporter, ImportOptions
 from tessellar.interop.keys import table
-from tessellar.interop.sizes import count
+from tessellar.interop.sizes import count, ffn_multiple
 from tessellar.models.hita.model import HitaAR, Lookup
 from tessellar.models.llamagen.official import HEADS
 from tessellar.protocol.layout import Layout
@@ -62,7 +62,7 @@ def from_official(
         state["cls_embedding.embedding_table.weight"].shape[0] - 1,
         condition_dropout,
         dropout,
-        _multiple(width, state["layers.0.feed_forward.w1.weight"].shape[0]),
+        ffn_multiple(width, state["layers.0.feed_forward.w1.weight"].shape[0]),
         norm_eps,
         rope_base,
         lookup,
@@ -71,11 +71,6 @@ def from_official(
     if generator.vocabularies != sizes or generator.holistic != state["slot_pos.weight"].shape[0]:
         raise UserError(f"{where} predicts {sizes} codes, but the tokenizer gives {layout}: give its own tokenizer")
     return OFFICIAL.fill(generator, state, where)
-
-
-def _multiple(width: int, hidden: int) -> int:
-    """256 where it gives the hidden size of the feed-forward layer, else that size itself."""
-    return 256 if -(-int(8 * width / 3) // 256) * 256 == hidden else hidden
 
 
 def to_official(generator: HitaAR) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from tessellar.interop.options import check_options
 from tessellar.models.hita.model import HitaAR, Lookup
 from tessellar.models.hita.official import from_official
 from tessellar.models.llamagen.parity import guidance_of
@@ -15,9 +16,15 @@ from tessellar.protocol.condition import Condition
 from tessellar.protocol.layout import Categorical, Layout, Segment
 from tessellar.tokenizers.hita.parity import recorded_tokenizer
 
+READ = (
+    "dim n_layer n_head multiple_of norm_eps rope_base vocab_size block_size num_slots num_classes class_dropout_prob "
+    "all_dropouts"
+).split()
+
 
 def _generator(recording: Recording, lookup: Lookup = "official") -> HitaAR:
     config = recording.config["generator"]
+    check_options(config, "the config's generator", READ, {"cls_token_num": 1})
     state = recording.weights["generator"]
     side = isqrt(config["block_size"])
     holistic = Categorical(state["slot_embeddings.weight"].shape[0])

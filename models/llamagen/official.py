@@ -13,8 +13,8 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.interop.importer import GeneratorImporter, ImportOptions
 from tessellar.interop.keys import table
-from tessellar.interop.sizes import count
-from tessellar.layers.llama import swiglu_hidden
+from tessellar.interop.options import check_options
+from tessellar.interop.sizes import count, ffn_multiple
 from tessellar.models.llamagen.model import LlamaGen
 from tessellar.protocol.layout import Layout
 
@@ -44,6 +44,14 @@ HEADS = {
     (3200, 24): 32,
     (4096, 32): 32,
 }
+
+
+# options of the official `ModelArgs` that are read, or that the shapes tell, or that only training needs
+READ = (
+    "dim n_layer n_head n_kv_head multiple_of ffn_dim_multiplier norm_eps rope_base vocab_size block_size num_classes "
+    "caption_dim model_type class_dropout_prob dropouts token_dropout_p attn_dropout_p resid_dropout_p ffn_dropout_p "
+    "drop_path_rate initializer_range max_batch_size max_seq_len"
+).split()
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def from_official(
         sizes.caption_length,
         condition_dropout,
         dropout,
-        ffn_multiple_of=_multiple(sizes, multiple_of),
+        ffn_multiple_of=ffn_multiple(sizes.width, sizes.hidden, multiple_of),
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
@@ -127,6 +135,9 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
     heads = config["n_head"]
     if config.get("n_kv_head") not in (None, heads):
         raise UserError(f"n_kv_head {config['n_kv_head']} is not supported: no published model groups its queries")
+    captions = state.get("cls_embedding.uncond_embedding")
+    length = 1 if captions is None else len(captions)
+    check_options(config, "the config", READ, {"cls_token_num": length})
     return from_official(
         state,
         layout,
@@ -146,11 +157,6 @@ def _heads(state: Mapping[str, Tensor], sizes: Sizes) -> int:
     if (sizes.width, sizes.depth) not in HEADS:
         raise UserError(f"no published LlamaGen has width {sizes.width} and depth {sizes.depth}: give --num_heads")
     return HEADS[sizes.width, sizes.depth]
-
-
-def _multiple(sizes: Sizes, multiple_of: int) -> int:
-    """`multiple_of` where it gives the FFN's hidden size, else that size itself (another multiplier was used)."""
-    return multiple_of if swiglu_hidden(sizes.width, multiple_of) == sizes.hidden else sizes.hidden
 
 
 def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> LlamaGen:

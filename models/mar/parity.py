@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.mar.model import MAR
 from tessellar.models.mar.official import from_official
 from tessellar.parity.recording import Recording
@@ -32,9 +33,16 @@ from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
 from tessellar.sampling.settings import Sampling
 
+READ = (
+    "img_size vae_stride patch_size vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads mlp_ratio class_num buffer_size diffloss_d diffloss_w num_sampling_steps "
+    "diffusion_batch_mul mask_ratio_min label_drop_prob attn_dropout proj_dropout grad_checkpointing"
+).split()
+
 
 def _generator(recording: Recording) -> MAR:
     config = recording.config["mar"]
+    check_options(config, "the config's mar", READ)
     side = config["img_size"] // config["vae_stride"]
     layout = grid_layout(side, side, Continuous(config["vae_embed_dim"]))
     generator = from_official(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.maskgit.model import MaskGIT
 from tessellar.models.maskgit.official import from_official
 from tessellar.parity.recording import Recording
@@ -21,9 +22,15 @@ from tessellar.protocol.guidance import Constant, Guidance, Linear, PowerCosine
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.sampling.confidence import decode_by_confidence
 
+READ = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size image_seq_len codebook_size "
+    "condition_num_classes generation"
+).split()
+
 
 def _generator(recording: Recording, part: str) -> MaskGIT:
     config = recording.config
+    check_options(config, "the config", READ)
     layout = sequence_layout(config["image_seq_len"], Categorical(config["codebook_size"]))
     return from_official(recording.weights[part], layout, config["num_attention_heads"])
 

@@ -6,6 +6,7 @@ Their last row of logits (behind the last token, unused) is what our generator p
 import torch
 from torch import Tensor
 
+from tessellar.interop.options import check_options
 from tessellar.models.rar.model import RAR
 from tessellar.models.rar.official import from_official
 from tessellar.parity.recording import Recording
@@ -17,9 +18,15 @@ from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, PowerCosine
 from tessellar.protocol.layout import Categorical, sequence_layout
 
+READ = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size image_seq_len codebook_size "
+    "condition_num_classes generation"
+).split()
+
 
 def _generator(recording: Recording) -> RAR:
     config = recording.config
+    check_options(config, "the config", READ)
     layout = sequence_layout(config["image_seq_len"], Categorical(config["codebook_size"]))
     return from_official(recording.weights["model"], layout)
 

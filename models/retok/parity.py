@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.retok.official import gpt_from_official
 from tessellar.parity.recording import Recording
@@ -19,8 +20,12 @@ from tessellar.protocol.layout import Categorical, sequence_layout
 OFF = 1.0001  # their scale where guidance is meant to be off
 
 
+READ = "dim n_layer n_head block_size num_classes multiple_of vocab_size norm_eps".split()
+
+
 def _generator(recording: Recording) -> ReToKGPT:
     config = recording.config["gpt"]
+    check_options(config, "the config's gpt", READ, {"cls_token_num": 1})
     layout = sequence_layout(config["block_size"], Categorical(config["vocab_size"]))
     return gpt_from_official(
         recording.weights["generator"],

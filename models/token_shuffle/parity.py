@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.token_shuffle.model import TokenShuffle, cross_entropy
 from tessellar.models.token_shuffle.official import from_config
 from tessellar.parity.recording import Recording
@@ -27,9 +28,16 @@ SCHEDULES: dict[str, type] = {
 }
 
 
+READ = (
+    "d layers heads kv_heads ffn window mlp_blocks mlp_ratio text_vocab boi eoi image_vocab image_vocab_start vocab "
+    "grid rope rope_theta norm_eps cfg_max z_coefficient"
+).split()
+
+
 def _generator(recording: Recording) -> TokenShuffle:
     """All recorded texts begin with the token that alone is the null text."""
     config = recording.config
+    check_options(config, "the config", READ, {"gelu": "erf"})
     height, width = config["grid"]
     layout = grid_layout(height, width, Categorical(config["image_vocab"]))
     text = next(name for name in sorted(recording.inputs) if name.startswith("text"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
 from tessellar.parity.recording import Recording
@@ -14,10 +14,17 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.tokenizers.var import VARVQVAE
 from tessellar.tokenizers.var.parity import recorded_vqvae
 
+READ = (
+    "num_classes depth embed_dim num_heads mlp_ratio shared_aln attn_l2_norm cond_drop_rate patch_nums drop_rate "
+    "attn_drop_rate drop_path_rate"
+).split()
+
 
 def _generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
     state = prefixed(recording.weights["model"], "var.")
-    generator = from_official(state, vqvae.layout, recording.config["var"]["num_heads"])
+    config = recording.config["var"]
+    check_options(config, "the config's var", READ, {"norm_eps": 1e-6})
+    generator = from_official(state, vqvae.layout, config["num_heads"])
     generator.bind(vqvae)
     return generator
 
@@ -41,8 +48,8 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 def decoding(recording: Recording) -> dict[str, Tensor]:
     """Their scale t = cfg k / (K - 1) multiplies c - u beside c, so ours goes from 1 to 1 + cfg."""
     settings = recording.config["sample"]
-    if settings["more_smooth"]:
-        raise UserError("more_smooth is not supported: its inputs are no function of tokens")
+    # more_smooth reads soft tokens: inputs that are no function of tokens
+    check_options(settings, "the config's sample", ("cfg", "top_k", "top_p"), {"more_smooth": False})
     vqvae = recorded_vqvae(recording)
     generator = _generator(recording, vqvae)
     guidance = Guidance(Linear(1 + settings["cfg"])) if settings["cfg"] else NO_GUIDANCE

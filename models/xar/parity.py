@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.models.xar.model import XAR, spread_times, time_index
 from tessellar.models.xar.official import from_official
 from tessellar.parity.recording import Recording
@@ -31,11 +32,16 @@ def _layout(latents: Tensor) -> Layout:
     return grid_layout(latents.shape[2], latents.shape[3], Continuous(latents.shape[1]))
 
 
+READ = (
+    "img_size vae_stride vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads mlp_ratio label_drop_prob class_num attn_dropout proj_dropout clusters sampling"
+).split()
+
+
 def _generator(recording: Recording) -> XAR:
     """X is a cell; the latents divide into `clusters` of them."""
     config = recording.config
-    if config["patch_size"] != 1:
-        raise UserError(f"xAR reads latents one by one here: patch_size {config['patch_size']} is not supported")
+    check_options(config, "the config", READ, {"patch_size": 1})
     for option in ("embed_dim", "num_heads"):
         if config[f"encoder_{option}"] != config[f"decoder_{option}"]:
             raise UserError(f"xAR has one {option} here: encoder_{option} and decoder_{option} must be equal")

@@ -1,0 +1,45 @@
+"""Options of a recording's config that a generator does not have are refused by name, not passed over."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessellar.parity.verify import verify
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+UNKNOWN = "the official option 'rotary_dim' is not known here"
+
+
+@pytest.mark.parametrize(
+    ("system", "case", "place", "options", "message"),
+    [
+        ("llamagen", "c2i", "c2i", {"cls_token_num": 4}, "cls_token_num is 4; only 1 is supported"),
+        ("llamagen", "c2i", "c2i", {"n_kv_head": 1}, "n_kv_head 1 is not supported"),
+        ("llamagen", "c2i", "c2i", {"rotary_dim": 8}, UNKNOWN),
+        ("flextok_ar", "c2i", "", {"rotary_dim": 8}, UNKNOWN),
+        ("retok", "gen_train", "gpt", {"cls_token_num": 4}, "cls_token_num is 4"),
+        ("mar", "gen_diffloss", "mar", {"rotary_dim": 8}, UNKNOWN),
+        ("titok_rar", "gen_prefix", "", {"rotary_dim": 8}, UNKNOWN),
+        ("titok_maskgit", "gen_vit_train", "", {"rotary_dim": 8}, UNKNOWN),
+        ("token_shuffle", "shuffle", "", {"gelu": "tanh"}, "gelu is 'tanh'; only 'erf' is supported"),
+        ("var", "greedy", "sample", {"more_smooth": True}, "more_smooth is True"),
+        ("var", "train", "var", {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
+        ("xar", "sample", "", {"patch_size": 2}, "patch_size is 2; only 1 is supported"),
+        ("xar", "sample", "", {"decoder_num_heads": 2}, "encoder_num_heads and decoder_num_heads must be equal"),
+        ("hita", "gen_greedy_nocfg", "generator", {"cls_token_num": 4}, "cls_token_num is 4"),
+        ("restok", "gen_greedy_nocfg", "generator", {"cls_token_num": 4}, "cls_token_num is 4"),
+    ],
+)
+def test_options_are_refused_by_name(
+    tmp_path: Path, system: str, case: str, place: str, options: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(GOLDEN / system, tmp_path / system)
+    meta = json.loads((folder / "meta.json").read_text())
+    config = meta["config"][place] if place else meta["config"]
+    config.update(options)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    leftovers = verify(folder, [case]).leftovers
+    assert any(message in line for line in leftovers), leftovers
