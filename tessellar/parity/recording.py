@@ -5,7 +5,6 @@ which part. What a replay never reads, and what nothing compares, is known after
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,8 +17,6 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.tensor_files import read_safetensors
-
-NUMBER = re.compile(r"([a-z_]\w*)\s*[= ]\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,6 @@ class Recording:
         return [n for n, e in self.entries.items() if e.role == role and (cases is None or e.case in cases)]
 
     @property
-    def meanings(self) -> dict[str, str]:
-        """What each tensor is, in words; some settings stand only there."""
-        return {name: entry.meaning for name, entry in self.entries.items()}
-
-    @property
     def output_cases(self) -> set[str]:
         """The selected cases that have outputs; others only hold inputs that several cases share."""
         return {self.entries[name].case for name in self.names("output", self.cases)}
@@ -140,14 +132,6 @@ class Recording:
             raise UserError(f"meta.json describes no tensor {name!r}")
         entry = self.entries[name]
         return Settings(name, {**self.case_settings.get(entry.case, {}), **entry.settings})
-
-
-def numbers(text: str) -> dict[str, float]:
-    """`name=number` and `name number` pairs of a text; the first of each name counts."""
-    found: dict[str, float] = {}
-    for name, value in NUMBER.findall(text):
-        found.setdefault(name, float(value))
-    return found
 
 
 def read_recording(folder: str | Path) -> Recording:

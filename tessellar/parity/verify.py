@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.parity.recording import Entry, Recording, dtype_name, read_recording
-from tessellar.parity.registration import Replay
-from tessellar.parity.replays import all_replays_of, all_systems
+from tessellar.parity.registration import Replay, replays_of, systems
 
 
 class UnknownSystem(UserError):
@@ -65,9 +64,9 @@ def verify(folder: str | Path, cases: Iterable[str] | None = None, packages: Seq
     Raises UnknownSystem for a system without a replay, UserError for an unknown case or what is not a recording.
     """
     recording = read_recording(folder)
-    known = all_replays_of(recording.system, packages)
+    known = replays_of(recording.system, packages)
     if not known:
-        there = ", ".join(all_systems(packages))
+        there = ", ".join(systems(packages))
         raise UnknownSystem(
             f"{folder}: system {recording.system!r} is not known; there are {there}; "
             "a package of others is named by --package"

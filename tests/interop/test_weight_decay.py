@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tessellar.models.next_entity import NextEntity
 from tessellar.networks.vision import Teacher, VisionModel
 from tessellar.parity.recording import WeightFiles, read_recording
-from tessellar.parity.replays import all_replays_of
+from tessellar.parity.registration import replays_of
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.tokenizers.losses.dino_discriminator import DinoDiscriminator
 from tessellar.tokenizers.losses.discriminator import PatchGAN
@@ -103,7 +103,7 @@ def import_until(system: str, enough: Callable[[list[Imported]], bool]) -> list[
 
     with pytest.MonkeyPatch.context() as patch, suppress(Enough):
         patch.setattr(nn.Module, "load_state_dict", watch)
-        for replay in all_replays_of(recording.system):
+        for replay in replays_of(recording.system):
             replay.function(recording)
     return found
 

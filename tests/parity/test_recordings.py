@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tessellar.parity.replays import all_systems
+from tessellar.parity.registration import systems
 from tessellar.parity.verify import verify
 
 FOLDERS = sorted((Path(__file__).parents[1] / "golden").iterdir())
@@ -18,4 +18,4 @@ def test_every_recorded_output_is_reproduced(folder: Path) -> None:
 
 
 def test_every_replay_has_its_recording() -> None:
-    assert {folder.name for folder in FOLDERS} == set(all_systems())
+    assert {folder.name for folder in FOLDERS} == set(systems())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tessellar.cli.convert import main
 from tessellar.errors import UserError
-from tessellar.parity.recording import Entry, numbers
+from tessellar.parity.recording import Entry
 from tessellar.parity.verify import Report, compare, verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
@@ -237,18 +237,6 @@ def test_values_that_are_not_numbers_never_pass() -> None:
         assert not compare("x", entry(1, 1), torch.tensor(wrong), theirs).passed
     assert not compare("x", entry(1, 0), torch.zeros(3), torch.tensor([float("nan"), 0, 0])).passed
     assert not compare("x", entry(1, 0), torch.zeros(1), torch.zeros(3)).passed
-
-
-def test_numbers_of_a_meaning() -> None:
-    text = "greedy, cfg_scale=7.5, cfg_interval=-1; temperature 0.9, eps=1e-5, at 3 places. top_k=7."
-    found = numbers(text)
-    assert {k: found[k] for k in ("cfg_scale", "cfg_interval", "temperature", "eps", "top_k")} == {
-        "cfg_scale": 7.5,
-        "cfg_interval": -1,
-        "temperature": 0.9,
-        "eps": 1e-5,
-        "top_k": 7,
-    }
 
 
 # --- the command

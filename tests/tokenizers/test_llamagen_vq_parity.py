@@ -11,18 +11,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.parity.recording import Recording, read_recording
+from tessellar.parity.registration import replays_of
 from tessellar.tokenizers.llamagen.official import (
     discriminator_from_official,
     tokenizer_from_config,
     tokenizer_from_official,
 )
 from tessellar.tokenizers.llamagen.official import to_official as official_keys
-from tessellar.tokenizers.llamagen.parity import CASES, vq
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
+CASES = ("vq", "vq_no_l2", "vq_train", "disc", "loss_plain", "loss_adaptive")
 
 
-def recording(part: str = "vq", cases: tuple[str, ...] = tuple(CASES), **options: Any) -> Recording:
+def vq(recording: Recording) -> dict[str, Tensor]:
+    """Outputs of the selected cases."""
+    outputs: dict[str, Tensor] = {}
+    for replay in replays_of("llamagen"):
+        if replay.covers_any(recording.cases):
+            outputs |= replay.function(recording)
+    return outputs
+
+
+def recording(part: str = "vq", cases: tuple[str, ...] = CASES, **options: Any) -> Recording:
     made = read_recording(GOLDEN)
     made.cases = set(cases)
     made.config = copy.deepcopy(made.config)

@@ -1,18 +1,16 @@
-"""Replay of what the official FlexTok tokenizer gave (recordings of system `flextok`).
+"""Replays of the official FlexTok tokenizer (recordings of system `flextok`)."""
 
-Sizes and options are read from the recording's config and weights; steps, scales and lengths from the names and
-meanings of the outputs.
-"""
-
-import re
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from tessellar.layers.time_embedding import sinusoid
-from tessellar.parity.recording import Recording, numbers
+from tessellar.parity.forms import as_map
+from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
 from tessellar.processes import flow
 from tessellar.processes.apg import APG
 from tessellar.tokenizers.flextok.flow_decoding import FlowDecoding, flow_loss
@@ -24,35 +22,43 @@ from tessellar.tokenizers.quantizers.fsq import FSQ
 
 def _tokenizer(recording: Recording, null: str | None = None) -> FlexTok:
     """In eval mode; with another null condition than the config's where one is named."""
-    config, state = recording.config, recording.weights["model"]
-    if null is not None:
-        entry = Modules(config, "decoder").find("LearnedNullCond", "ZeroNullCond")[0]
-        name = entry.rpartition(".")[2]
-        side = config["decoder"]["module_dict"]
-        changed = {**side, name: {**side[name], "_target_": null}}
-        config = {**config, "decoder": {**config["decoder"], "module_dict": changed}}
+    config = recording.config
+    state = recording.weights["model"]
+    decoder = Modules(config, "decoder")
+    key, entry = decoder.find("LearnedNullCond", "ZeroNullCond")
+    if null is not None and not entry["_target_"].endswith(null):
+        name = key.rpartition(".")[2]
+        modules = {**decoder.entries, name: {**entry, "_target_": null}}
+        config = {**config, "decoder": {**config["decoder"], "module_dict": modules}}
         state = {key: tensor for key, tensor in state.items() if not key.endswith(".nullcond")}
     return from_official(state, config, recording.inputs["image"].shape[-1])
 
 
-def _single(tokens: int) -> Tensor:
-    return torch.ones(tokens, tokens, dtype=torch.uint8)
+def _codes(recording: Recording, tokenizer: FlexTok) -> Tensor:
+    return tokenizer.quantizer.decode(tokenizer.encode(recording.inputs["image"]))
 
 
+@replays("flextok", "shared", "vae")
 @torch.no_grad()
 def vae(recording: Recording) -> dict[str, Tensor]:
     """Moments and latents of the VAE, and its images of them."""
-    tokenizer, images = _tokenizer(recording), recording.inputs["image"]
+    tokenizer = _tokenizer(recording)
     assert tokenizer.vae is not None
+    images = recording.inputs["image"]
     latents = tokenizer.latents(images)
-    moments = rearrange(tokenizer.vae.latents(images), "b (h w) c -> b c h w", h=latents.shape[-1])
-    return {"vae/moments": moments, "vae/latents": latents, "vae/decode_of_latents": tokenizer.render(latents)}
+    return {
+        "vae/moments": as_map(tokenizer.vae.latents(images), latents.shape[-2]),
+        "vae/latents": latents,
+        "vae/decode_of_latents": tokenizer.render(latents),
+    }
 
 
+@replays("flextok", "shared", "enc")
 @torch.no_grad()
 def encode(recording: Recording) -> dict[str, Tensor]:
     """Codes, tokens, the mask, and tokens of fewer registers."""
-    tokenizer, images = _tokenizer(recording), recording.inputs["image"]
+    tokenizer = _tokenizer(recording)
+    images = recording.inputs["image"]
     codes = tokenizer.encoder(tokenizer.latents(images))
     outputs = {
         "enc/latents": codes,
@@ -60,18 +66,20 @@ def encode(recording: Recording) -> dict[str, Tensor]:
         "enc/quants": tokenizer.quantizer(codes).quantized,
         "enc/token_ids": tokenizer.encode(images),
     }
-    for name in recording.names("output", {"enc"}):
-        if told := re.fullmatch(r"enc/token_ids_sample(\d+)_with_(\d+)_registers", name):
-            image, count = int(told[1]), int(told[2])
-            outputs[name] = tokenizer.encode(images[image : image + 1], count)
+    for name in recording.outputs("enc/token_ids_sample*"):
+        settings = recording.settings(name)
+        image = images[settings["sample"]][None]
+        outputs[name] = tokenizer.encode(image, settings["num_registers"])
     return outputs
 
 
+@replays("flextok", "shared", "fsq")
 @torch.no_grad()
 def fsq(recording: Recording) -> dict[str, Tensor]:
     """The quantizer alone."""
-    quantizer, z = _tokenizer(recording).quantizer, recording.inputs["fsq/z"]
+    quantizer = _tokenizer(recording).quantizer
     assert isinstance(quantizer, FSQ)
+    z = recording.inputs["fsq/z"]
     return {
         "fsq/bounded": quantizer.bound(z),
         "fsq/quant": quantizer(z).quantized,
@@ -80,50 +88,63 @@ def fsq(recording: Recording) -> dict[str, Tensor]:
     }
 
 
+@replays("flextok", "shared", "time")
 @torch.no_grad()
 def time(recording: Recording) -> dict[str, Tensor]:
     """Features of times, and what the decoder makes of them."""
-    decoder, t = _tokenizer(recording).decoder, recording.inputs["time/t"]
+    decoder = _tokenizer(recording).decoder
+    t = recording.inputs["time/t"]
     return {
         "time/sinusoid": sinusoid(t * decoder.time_factor, decoder.time.channels, TIME_PERIOD),
         "time/emb": decoder.embed_time(t),
     }
 
 
+@replays("flextok", "shared", "vel")
 @torch.no_grad()
 def velocity(recording: Recording) -> dict[str, Tensor]:
     """Velocities with some registers kept, with all, and without a condition of either kind."""
-    tokenizer, inputs = _tokenizer(recording), recording.inputs
-    latents, noise, t = tokenizer.latents(inputs["image"]), inputs["vel/noise"], inputs["vel/sigma"]
-    codes = tokenizer.quantizer.decode(tokenizer.encode(inputs["image"]))
-    every, kept = torch.full(t.shape, tokenizer.num_tokens), inputs["vel/keep_k"]
-    yes = torch.ones(t.shape, dtype=torch.bool)
-    some = tokenizer.predict(latents, noise, t, codes, kept)
-    zero = _tokenizer(recording, "ZeroNullCond")
-    return {
-        "vel/xt": flow.interpolate(latents, noise, t.view(-1, 1, 1, 1)),
-        "vel/cond": some.velocity,
-        "vel/repa_patches": rearrange(some.features, "b (h w) d -> b h w d", h=tokenizer.grid.patches),
-        "vel/uncond": tokenizer.predict(latents, noise, t, codes, every, yes).velocity,
-        "vel/uncond_zero_variant": zero.predict(latents, noise, t, codes, every, yes).velocity,
-        "vel/cond_full": tokenizer.predict(latents, noise, t, codes, every).velocity,
-    }
+    inputs = recording.inputs
+    noise = inputs["vel/noise"]
+    t = inputs["vel/sigma"]
+    tokenizer = _tokenizer(recording)
+    latents = tokenizer.latents(inputs["image"])
+    outputs = {"vel/xt": flow.interpolate(latents, noise, t.view(-1, 1, 1, 1))}
+    for name in recording.names("output", {"vel"}):
+        if name in outputs:
+            continue
+        settings = recording.settings(name)
+        model = _tokenizer(recording, settings.get("nullcond"))
+        kept = inputs["vel/keep_k"]
+        if "eval_keep_k" in settings:
+            kept = torch.full(t.shape, settings["eval_keep_k"])
+        null = torch.full(t.shape, settings["eval_dropout_mask"])
+        found = model.predict(latents, noise, t, _codes(recording, model), kept, null=null)
+        patches = rearrange(found.features, "b (h w) d -> b h w d", h=tokenizer.grid.patches)
+        outputs[name] = patches if name.endswith("patches") else found.velocity
+    return outputs
 
 
-@torch.no_grad()
+@replays("flextok", "shared", "dec")
 def mask(recording: Recording) -> dict[str, Tensor]:
     """The decoder hides nothing inside an image."""
     tokenizer = _tokenizer(recording)
-    return {"dec/mask_single": _single(tokenizer.grid.patches**2 + tokenizer.num_tokens)}
+    length = tokenizer.grid.patches**2 + tokenizer.num_tokens
+    return {"dec/mask_single": torch.ones(length, length, dtype=torch.uint8)}
 
 
+@replays("flextok", "shared", "train")
 @torch.no_grad()
 def train(recording: Recording) -> dict[str, Tensor]:
-    """The loss of given times and noise, with all registers."""
-    tokenizer, inputs = _tokenizer(recording), recording.inputs
-    latents, noise, t = tokenizer.latents(inputs["image"]), inputs["vel/noise"], inputs["train/sigma"]
-    codes = tokenizer.quantizer.decode(tokenizer.encode(inputs["image"]))
-    predicted = tokenizer.predict(latents, noise, t, codes, torch.full(t.shape, tokenizer.num_tokens)).velocity
+    """The loss of given times and noise."""
+    tokenizer = _tokenizer(recording)
+    noise = recording.inputs["vel/noise"]
+    t = recording.inputs["train/sigma"]
+    settings = recording.settings("train/v_pred")
+    latents = tokenizer.latents(recording.inputs["image"])
+    kept = torch.full(t.shape, settings["eval_keep_k"])
+    null = torch.full(t.shape, settings["eval_dropout_mask"])
+    predicted = tokenizer.predict(latents, noise, t, _codes(recording, tokenizer), kept, null=null).velocity
     return {
         "train/xt": flow.interpolate(latents, noise, t.view(-1, 1, 1, 1)),
         "train/v_pred": predicted,
@@ -131,36 +152,47 @@ def train(recording: Recording) -> dict[str, Tensor]:
     }
 
 
+def _projection(settings: Mapping[str, Any]) -> APG | None:
+    if not settings["perform_norm_guidance"]:
+        return None
+    return APG(settings["momentum"], settings["norm_threshold"], settings["eta"])
+
+
+@replays("flextok", "apg")
 @torch.no_grad()
 def apg(recording: Recording) -> dict[str, Tensor]:
     """Guidance of given predictions, one step after another."""
-    cond, uncond, outputs = recording.inputs["apg/cond"], recording.inputs["apg/uncond"], {}
+    cond = recording.inputs["apg/cond"]
+    uncond = recording.inputs["apg/uncond"]
+    outputs = {}
     for name in recording.names("output", {"apg"}):
-        told = numbers(recording.meanings[name])
-        if name == "apg/cfg":
-            outputs[name] = uncond + told["scale"] * (cond - uncond)
+        settings = recording.settings(name)
+        scale = settings["guidance_scale"]
+        projection = _projection(settings)
+        if projection is None:
+            outputs[name] = uncond + scale * (cond - uncond)
             continue
-        settings, average, steps = APG(told.get("momentum", 0.0), told.get("r"), told.get("eta", 0.0)), None, []
+        average = None
+        steps = []
         for c, u in zip(cond.split(1), uncond.split(1), strict=True):
-            guided, average = settings.step(c, u, told["scale"], average)
+            guided, average = projection.step(c, u, scale, average)
             steps.append(guided)
         outputs[name] = torch.cat(steps)
     return outputs
 
 
+@replays("flextok", "shared", "decode")
 @torch.no_grad()
 def decode(recording: Recording) -> dict[str, Tensor]:
     """Latents and images of prefixes of several lengths, of every recorded run."""
-    tokenizer, inputs, outputs = _tokenizer(recording), recording.inputs, {}
+    tokenizer = _tokenizer(recording)
+    inputs = recording.inputs
     tokens = tokenizer.encode(inputs["image"])
-    for name in recording.names("output", {"decode"}):
-        if not (run := re.fullmatch(r"decode/(\w+)_latents", name)):
-            continue
-        meaning = recording.meanings[name]
-        projected = "norm_guidance=True" in meaning
-        told = re.search(r"(\d+) Euler steps", meaning)
-        how = FlowDecoding(int(told[1]) if told else 20, numbers(meaning)["guidance"])
-        how = how if projected else replace(how, projection=None)
+    outputs = {}
+    for name in recording.outputs("decode/*_latents"):
+        settings = recording.settings(name)
+        how = FlowDecoding(settings["timesteps"], settings["guidance_scale"], _projection(settings))
         latents = tokenizer.denoise(tokens, inputs["decode/init_noise"], how, lengths=inputs["decode/keep_k"])
-        outputs |= {name: latents, f"decode/{run[1]}_image": tokenizer.render(latents)}
+        outputs[name] = latents
+        outputs[name.replace("_latents", "_image")] = tokenizer.render(latents)
     return outputs

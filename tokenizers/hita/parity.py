@@ -1,52 +1,50 @@
-"""Replay of Hita's tokenizer (cases `tok_*` of recordings of system `hita`).
+"""Replays of Hita's tokenizer (cases `tok_*` of recordings of system `hita`).
 
 Features of the vision model are an input; where its weights are recorded they are computed as well and must agree.
 """
 
-from typing import Any
-
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options, require
+from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Recording
-from tessellar.protocol.tokenizer import TokenizerOutput
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import Fixed, FixedDiscriminator
 from tessellar.tokenizers.hita.official import from_official, vision_from_official
 from tessellar.tokenizers.hita.tokenizer import Hita
 from tessellar.tokenizers.hita.vision import HitaVision
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 
-STRIDE = 7  # of the rows and columns of resized images that are recorded
-
-
-def tokenizer(recording: Recording) -> dict[str, Tensor]:
-    """Outputs of the selected cases of the tokenizer."""
-    outputs: dict[str, Tensor] = {}
-    for case, replay in CASES.items():
-        if case in recording.cases:
-            outputs |= replay(recording)
-    return outputs
+READ = "dim depth num_head dim_head mlp_dim patch_size n_carrier dropout shift_k enable_vfm_recon vfm_dim".split()
 
 
 def recorded_tokenizer(recording: Recording) -> Hita:
-    """Our tokenizer with the recorded weights and, where they are recorded, those of the vision model."""
+    """Our tokenizer with the recorded weights and those of the vision model."""
     config = recording.config["tokenizer"]
     transformers = config["encoder_decoder_transformers"]
-    options = {
-        "l2_normalize": config["l2_norm"],
-        "commitment_weight": config["commit_loss_beta"],
-        "entropy_weight": config["entropy_loss_ratio"],
-    }
-    return from_official(
+    check_options(transformers, "the config's transformers", READ)
+    heads = transformers["num_head"]
+    require(transformers, "the config's transformers", {"dim_head": transformers["dim"] // heads})
+    made = from_official(
         recording.weights["tokenizer"],
-        config["image_size"],
-        transformers["num_head"],
-        transformers["shift_k"],
-        _vision(recording),
-        options,
+        image_size=config["image_size"],
+        num_heads=heads,
+        shift=transformers["shift_k"],
+        vision=_vision(recording),
+        quantizer_options={
+            "l2_normalize": config["l2_norm"],
+            "commitment_weight": config["commit_loss_beta"],
+            "entropy_weight": config["entropy_loss_ratio"],
+        },
     )
+    found = (made.holistic, config["image_size"] // made.layout.segments[1].shape[0])
+    expected = (transformers["n_carrier"], transformers["patch_size"])
+    if found != expected:
+        raise UserError(f"the weights have {found[0]} holistic tokens at stride {found[1]}, the config {expected}")
+    return made
 
 
 def _vision(recording: Recording) -> HitaVision:
@@ -55,14 +53,24 @@ def _vision(recording: Recording) -> HitaVision:
     return vision_from_official(recording.weights["backbone"], **sizes)
 
 
+@replays("hita", "tok_shared", "tok_prep")
 @torch.no_grad()
-def _prepared(recording: Recording) -> dict[str, Tensor]:
-    vision, side = _vision(recording), 336
-    i, j = torch.arange(side, dtype=torch.float64)[:, None], torch.arange(side, dtype=torch.float64)
-    wave = torch.stack([torch.sin(0.9 * i + c) * torch.cos(1.1 * j - 0.5 * c) for c in range(3)])[None].float()
+def preparation(recording: Recording) -> dict[str, Tensor]:
+    """Images as the vision model sees them, every few rows and columns: the recorded ones and a computed wave."""
+    vision = _vision(recording)
+    settings = recording.settings("prep336_out_stride7")
+    stride = settings["stride"]
+    _, channels, height, width = settings["image_shape"]
+    row = torch.arange(height, dtype=torch.float64)[:, None] * settings["row_frequency"]
+    column = torch.arange(width, dtype=torch.float64) * settings["col_frequency"]
+    waves = [
+        torch.sin(row + settings["row_phase"] * c) * torch.cos(column + settings["col_phase"] * c)
+        for c in range(channels)
+    ]
+    wave = torch.stack(waves)[None].float()
     return {
-        "dino_input_stride7": vision.prepare(recording.inputs["image"])[..., ::STRIDE, ::STRIDE],
-        "prep336_out_stride7": vision.prepare(wave)[..., ::STRIDE, ::STRIDE],
+        "dino_input_stride7": vision.prepare(recording.inputs["image"])[..., ::stride, ::stride],
+        "prep336_out_stride7": vision.prepare(wave)[..., ::stride, ::stride],
     }
 
 
@@ -75,94 +83,74 @@ def _features(recording: Recording, made: Hita) -> Tensor:
     return recorded
 
 
+@replays("hita", "tok_shared", "tok_main")
 @torch.no_grad()
-def _main(recording: Recording) -> dict[str, Tensor]:
-    made, images = recorded_tokenizer(recording), recording.inputs["image"]
+def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
+    """Both kinds of tokens and what leads to them, and images of them."""
+    made = recorded_tokenizer(recording)
+    images = recording.inputs["image"]
     vision = _features(recording, made)
     side = made.layout.segments[1].shape[0]
     cnn = made.cnn_encoder(images)
-    slots, patches = made.encoder(rearrange(cnn, "b c h w -> b (h w) c"), vision)
+    slots, patches = made.encoder(as_vectors(cnn), vision)
     holistic, latents = made.latents(images, vision)
-    quantized = made.holistic_quantizer(holistic), made.quantizer(latents)
-    tokens = torch.cat([part.tokens for part in quantized], 1)
-    codes = made.holistic_quantizer.decode(quantized[0].tokens), made.quantizer.decode(quantized[1].tokens)
-
-    def maps(x: Tensor) -> Tensor:
-        return rearrange(x, "b (h w) c -> b c h w", h=side)
-
+    of_slots = made.holistic_quantizer(holistic)
+    of_patches = made.quantizer(latents)
+    tokens = torch.cat([of_slots.tokens, of_patches.tokens], 1)
+    slot_codes = made.holistic_quantizer.decode(of_slots.tokens)
+    patch_codes = made.quantizer.decode(of_patches.tokens)
     return {
         "cnn_features": cnn,
-        "enc_patch": maps(patches),
+        "enc_patch": as_map(patches, side),
         "enc_slots": slots,
-        "z_pre": maps(latents),
+        "z_pre": as_map(latents, side),
         "q_pre": holistic,
-        "z_indices": quantized[1].tokens.flatten(),
-        "q_indices": quantized[0].tokens.flatten(),
-        "z_quant_ste": maps(quantized[1].quantized),
-        "q_quant_ste": quantized[0].quantized,
+        "z_indices": of_patches.tokens.flatten(),
+        "q_indices": of_slots.tokens.flatten(),
+        "z_quant_ste": as_map(of_patches.quantized, side),
+        "q_quant_ste": of_slots.quantized,
         "recon": made.decode(tokens),
-        "vfm_recon": made.predict_vision(codes[0]),
-        "fused": maps(made.fuse(*codes)),
+        "vfm_recon": made.predict_vision(slot_codes),
+        "fused": as_map(made.fuse(slot_codes, patch_codes), side),
         "recon_swapped_holistic": made.swap_holistic(tokens, tokens.flip(0)),
     }
 
 
-class Given(nn.Module):
-    """A perceptual distance as recorded."""
-
-    def __init__(self, distance: Tensor) -> None:
-        super().__init__()
-        self.distance = distance
-
-    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        return self.distance
-
-
-class BothSides(nn.Module):
-    """A discriminator that gives the recorded logits of whichever image it is shown."""
-
-    def __init__(self, images: Tensor, real: Tensor, fake: Tensor) -> None:
-        super().__init__()
-        self.images, self.real, self.fake = images, real, fake
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.real if images is self.images else self.fake
-
-
+@replays("hita", "tok_shared", "tok_loss")
 @torch.no_grad()
-def _losses(recording: Recording) -> dict[str, Tensor]:
-    made, images, config = recorded_tokenizer(recording), recording.inputs["image"], recording.config["loss"]
+def losses(recording: Recording) -> dict[str, Tensor]:
+    """The losses of both sides, with the recorded perceptual distance and logits."""
+    made = recorded_tokenizer(recording)
+    inputs = recording.inputs
+    images = inputs["image"]
+    config = recording.config["loss"]
+    require(config, "the config's loss", {"rec": "l2", "gen_loss": "softplus"})
     vision = _features(recording, made)
     output = made.forward_with(images, vision)
-    holistic, latents = made.latents(images, vision)
+    _, latents = made.latents(images, vision)
     patch = made.quantizer(latents).losses
-    discriminator = BothSides(images, recording.inputs["disc_logits_real"], recording.inputs["disc_logits_fake"])
     loss = TokenizerLoss(
         Reconstruction(l1=0.0, l2=2 * config["rec_weight"]),  # the official "l2" adds the squared error twice
-        Given(recording.inputs["lpips_value"]),
-        config["perceptual_weight"],
-        discriminator,
-        config["disc_weight"],
-        config["disc_start"],
-        "non_saturating",
-        config["disc_loss"],
+        Fixed(inputs["lpips_value"]),
+        perceptual_weight=config["perceptual_weight"],
+        discriminator=FixedDiscriminator(images, inputs["disc_logits_real"], inputs["disc_logits_fake"]),
+        adversarial_weight=config["disc_weight"],
+        adversarial_start=config["disc_start"],
+        adversarial_kind="non_saturating",  # softplus(-logits)
+        discriminator_kind=config["disc_loss"],
     )
-    start = config["disc_start"]
-    return {
+    outputs = {
         "loss_vq": output.losses["codebook"],
         "loss_commit": output.losses["commitment"],
         "loss_entropy": output.losses["entropy"],
         "loss_vq_patch": patch["codebook"],
         "loss_entropy_patch": patch["entropy"],
         "loss_sim": output.losses["vision"],
-        "loss_gen_before_start": _total(loss, images, output, start - 1, made),
-        "loss_gen_after_start": _total(loss, images, output, start, made),
-        "loss_disc_after_start": loss.discriminator_loss(images, output.reconstruction, start).total,
     }
-
-
-def _total(loss: TokenizerLoss, images: Tensor, output: TokenizerOutput, step: int, made: Hita) -> Tensor:
-    return loss.generator_loss(images, output, step, made.last_layer).total
-
-
-CASES: dict[str, Any] = {"tok_prep": _prepared, "tok_main": _main, "tok_loss": _losses}
+    for name in recording.outputs("loss_gen_*"):
+        step = recording.settings(name)["global_step"]
+        outputs[name] = loss.generator_loss(images, output, step, made.last_layer).total
+    for name in recording.outputs("loss_disc_*"):
+        step = recording.settings(name)["global_step"]
+        outputs[name] = loss.discriminator_loss(images, output.reconstruction, step).total
+    return outputs

@@ -1,41 +1,54 @@
-"""MAR's KL VAE (kl16.ckpt, also xAR's and TokenBridge's): official keys to ours and back, and the recorded outputs."""
-
-import re
+"""Replay of MAR's KL VAE (case `vae_main` of recordings of system `mar`)."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from tessellar.errors import UserError
+from tessellar.interop.options import check_options
+from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
 from tessellar.tokenizers.kl_vae.official import from_official
-from tessellar.tokenizers.kl_vae.tokenizer import KL16_SCALE
+from tessellar.tokenizers.kl_vae.tokenizer import KLVAE
+
+SIZES = ("embed_dim", "ch", "ch_mult", "num_res_blocks", "resolution")
+ATTENTION = ("encoder_attn_resolutions", "decoder_attn_resolutions")
 
 
+@replays("mar", "vae_main")
 @torch.no_grad()
 def replay(recording: Recording) -> dict[str, Tensor]:
     """Moments, a posterior sample, its KL and images, of the recorded VAE."""
     inputs = recording.inputs
-    scale = re.search(r"/\s*([0-9.]+\d)", recording.entries["vae/decoded_from_scaled"].meaning)
-    height, width = inputs["vae/image"].shape[-2:]
-    vae = from_official(recording.weights["vae"], (height, width), float(scale[1]) if scale else KL16_SCALE)
-    grid = {"h": height // vae.stride}
-
-    def maps(tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b (h w) c -> b c h w", **grid)
-
-    def tokens(maps: Tensor) -> Tensor:
-        return rearrange(maps, "b c h w -> b (h w) c")
-
-    moments = vae.latents(inputs["vae/image"])
+    images = inputs["vae/image"]
+    height, width = images.shape[-2:]
+    scale = recording.settings("vae/decoded_from_scaled")["scale"]
+    vae = from_official(recording.weights["vae"], (height, width), scale)
+    _check(recording, vae)
+    rows = height // vae.stride
+    moments = vae.latents(images)
     posterior = vae.quantizer.posterior(moments)
-    sample = posterior.sample(tokens(inputs["vae/eps"]))
+    sample = posterior.sample(as_vectors(inputs["vae/eps"]))
     return {
-        "vae/moments": maps(moments),
-        "vae/mean": maps(posterior.mean),
-        "vae/logvar": maps(posterior.logvar),
-        "vae/std": maps(posterior.std),
-        "vae/sample": maps(sample),
+        "vae/moments": as_map(moments, rows),
+        "vae/mean": as_map(posterior.mean, rows),
+        "vae/logvar": as_map(posterior.logvar, rows),
+        "vae/std": as_map(posterior.std, rows),
+        "vae/sample": as_map(sample, rows),
         "vae/decoded": vae.render(sample),
         "vae/kl": posterior.kl().sum((1, 2)),
-        "vae/decoded_from_scaled": vae.decode(tokens(inputs["vae/scaled_latents_in"])),
+        "vae/decoded_from_scaled": vae.decode(as_vectors(inputs["vae/scaled_latents_in"])),
     }
+
+
+def _check(recording: Recording, vae: KLVAE) -> None:
+    """Raises UserError where the config names attention at other levels than the weights have."""
+    config = recording.config["vae"]
+    supported = {"double_z": True, "use_variational": True, "resamp_with_conv": True, "use_linear_attn": False}
+    check_options(config, "the config's vae", (*SIZES, *ATTENTION), supported)
+    finest_first = (vae.encoder.levels, vae.decoder.levels[::-1])
+    for name, levels in zip(ATTENTION, finest_first, strict=True):
+        found = [number for number, level in enumerate(levels) if len(level.attn)]  # type: ignore[arg-type]
+        sides = [config["resolution"] // 2**number for number in found]
+        if sorted(sides) != sorted(config[name]):
+            raise UserError(f"the config's vae: {name} is {config[name]}; the weights attend at {sides}")

@@ -1,17 +1,17 @@
-"""Replay of what the official LlamaGen tokenizer, discriminator and losses gave (recordings of system `llamagen`).
-
-Everything is read from the recording: sizes and options from its config, the step of a loss from its meaning.
-"""
+"""Replays of the official LlamaGen tokenizer, discriminator and losses (recordings of system `llamagen`)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.parity.recording import Recording, numbers
+from tessellar.interop.options import check_options
+from tessellar.parity.forms import as_map
+from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import Fixed, gradient_norm
 from tessellar.tokenizers.llamagen.official import discriminator_from_official, load_official, tokenizer_from_config
 from tessellar.tokenizers.llamagen.tokenizer import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
@@ -19,21 +19,15 @@ from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
-MOMENTS = ("before_start", "after_start")
+LOSS = (
+    "disc_start disc_weight disc_loss gen_loss reconstruction reconstruction_weight perceptual_weight codebook_weight"
+).split()
 
 
-def vq(recording: Recording) -> dict[str, Tensor]:
-    """Outputs of the selected cases of the tokenizer, the discriminator and their losses."""
-    outputs: dict[str, Tensor] = {}
-    for case, replay in CASES.items():
-        if case in recording.cases:
-            outputs |= replay(recording)
-    return outputs
-
-
-def _tokenizer(recording: Recording) -> LlamaGenVQ:
+def _tokenizer(recording: Recording, **options: Any) -> LlamaGenVQ:
+    """Our tokenizer with the recorded weights; `options` replace some of the config's."""
     height, width = recording.inputs["vq/images"].shape[-2:]
-    made = tokenizer_from_config(recording.config["vq"], (height, width))
+    made = tokenizer_from_config({**recording.config["vq"], **options}, (height, width))
     return load_official(made, recording.weights["vq"])
 
 
@@ -41,37 +35,39 @@ def _discriminator(recording: Recording) -> PatchGAN:
     return discriminator_from_official(recording.config["disc"], recording.weights["discriminator"])
 
 
+@replays("llamagen", "shared", "vq")
 @torch.no_grad()
-def _tokenizer_outputs(recording: Recording) -> dict[str, Tensor]:
-    tokenizer, images, codes = _tokenizer(recording), recording.inputs["vq/images"], recording.inputs["vq/codes"]
+def tokenizer(recording: Recording) -> dict[str, Tensor]:
+    """Latents, tokens, and images of the tokens and of recorded ones."""
+    tokenizer = _tokenizer(recording)
+    images = recording.inputs["vq/images"]
     latents = tokenizer.latents(images)
     tokens = tokenizer.encode(images)
-    quantized = tokenizer.quantizer.decode(tokens.view(latents.shape[:-1]))
     return {
         "vq/encoder_out": tokenizer.encoder(images),
-        "vq/z_pre": rearrange(latents, "b h w c -> b c h w"),
+        "vq/z_pre": latents.movedim(-1, 1),
         "vq/indices": tokens,
-        "vq/quant": rearrange(quantized, "b h w c -> b c h w"),
+        "vq/quant": as_map(tokenizer.quantizer.decode(tokens), latents.shape[1]),
         "vq/recon": tokenizer.decode(tokens),
-        "vq/codes_image": tokenizer.decode(codes),
+        "vq/codes_image": tokenizer.decode(recording.inputs["vq/codes"]),
     }
 
 
+@replays("llamagen", "shared", "vq_no_l2")
 @torch.no_grad()
-def _without_normalisation(recording: Recording) -> dict[str, Tensor]:
+def without_normalisation(recording: Recording) -> dict[str, Tensor]:
     """The same latents and codebook, compared as they are."""
-    tokenizer, images = _tokenizer(recording), recording.inputs["vq/images"]
-    own = tokenizer.quantizer
-    assert isinstance(own, VectorQuantizer)
-    plain = VectorQuantizer(*own.codebook.weight.shape, l2_normalize=False).eval()
-    plain.load_state_dict(own.state_dict())
-    tokens = plain.encode(tokenizer.latents(images))
-    quantized = rearrange(plain.decode(tokens), "b h w c -> b c h w")
-    return {"vq/no_l2/indices": tokens.flatten(1), "vq/no_l2/quant": quantized}
+    options = recording.settings("vq/no_l2/indices")
+    tokenizer = _tokenizer(recording, codebook_l2_norm=options["codebook_l2_norm"])
+    tokens = tokenizer.encode(recording.inputs["vq/images"])
+    height = tokenizer.image_size[0] // tokenizer.stride
+    return {"vq/no_l2/indices": tokens, "vq/no_l2/quant": as_map(tokenizer.quantizer.decode(tokens), height)}
 
 
+@replays("llamagen", "shared", "vq_train")
 @torch.no_grad()
-def _training_losses(recording: Recording) -> dict[str, Tensor]:
+def training_losses(recording: Recording) -> dict[str, Tensor]:
+    """Losses of the quantizer, and the squared error."""
     images = recording.inputs["vq/images"]
     output = _tokenizer(recording).train()(images)
     return {
@@ -82,22 +78,15 @@ def _training_losses(recording: Recording) -> dict[str, Tensor]:
     }
 
 
+@replays("llamagen", "shared", "disc")
 @torch.no_grad()
-def _discriminator_outputs(recording: Recording) -> dict[str, Tensor]:
-    discriminator, images = _discriminator(recording), recording.inputs["vq/images"]
-    evaluated = discriminator.eval()(images)
-    return {"disc/logits_eval": evaluated, "disc/logits_train": discriminator.train()(images)}
-
-
-class Given(nn.Module):
-    """A perceptual distance that was recorded instead of computed."""
-
-    def __init__(self, distance: Tensor) -> None:
-        super().__init__()
-        self.distance = distance
-
-    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        return self.distance
+def discriminator(recording: Recording) -> dict[str, Tensor]:
+    """Logits with running and with batch statistics."""
+    outputs = {}
+    for name in recording.names("output", {"disc"}):
+        critic = _discriminator(recording).train(recording.settings(name)["training"])
+        outputs[name] = critic(recording.inputs["vq/images"])
+    return outputs
 
 
 class OfficialLoss(TokenizerLoss):
@@ -119,35 +108,38 @@ def loss_from_config(
     config: Mapping[str, Any], discriminator: nn.Module, perceptual: nn.Module, adaptive: bool
 ) -> OfficialLoss:
     """The loss of the official options. Their `codebook_weight` is read by nothing, here as there."""
+    check_options(config, "the config's loss", LOSS)
     weight = float(config.get("reconstruction_weight", 1.0))
-    pixels = {"l1": Reconstruction(l1=weight, l2=0.0), "l2": Reconstruction(l2=weight)}[config["reconstruction"]]
+    pixels = {"l1": Reconstruction(l1=weight, l2=0.0), "l2": Reconstruction(l2=weight)}
     return OfficialLoss(
-        pixels,
+        pixels[config["reconstruction"]],
         perceptual,
-        float(config.get("perceptual_weight", 1.0)),
-        discriminator,
-        float(config["disc_weight"]),
-        int(config["disc_start"]),
-        config["gen_loss"].replace("-", "_"),
-        config["disc_loss"].replace("-", "_"),
-        adaptive,
+        perceptual_weight=float(config.get("perceptual_weight", 1.0)),
+        discriminator=discriminator,
+        adversarial_weight=float(config["disc_weight"]),
+        adversarial_start=int(config["disc_start"]),
+        adversarial_kind=config["gen_loss"].replace("-", "_"),
+        discriminator_kind=config["disc_loss"].replace("-", "_"),
+        adaptive=adaptive,
     )
 
 
 class _Update:
-    """One recorded update, from the stored weights.
+    """The update at which the tensor `name` was recorded, from the stored weights.
 
     In float64: the entropy term's temperature of 0.01 amplifies rounding, so that float32 gradients differ between
     machines and numbers of threads by as much as the tolerance.
     """
 
-    def __init__(self, recording: Recording, case: str, moment: str) -> None:
-        self.step = int(numbers(recording.meanings[f"{case}/generator_{moment}"])["global_step"])
+    def __init__(self, recording: Recording, name: str) -> None:
+        settings = recording.settings(name)
+        self.step = settings["global_step"]
         self.images = recording.inputs["vq/images"].double()
         self.tokenizer = _tokenizer(recording).train().double()
         discriminator = _discriminator(recording).train().double()
-        perceptual = Given(recording.inputs["vq/train/perceptual"].double())
-        self.loss = loss_from_config(recording.config["loss"], discriminator, perceptual, case == "loss/adaptive")
+        perceptual = Fixed(recording.inputs["vq/train/perceptual"].double())
+        adaptive = settings["disc_adaptive_weight"]
+        self.loss = loss_from_config(recording.config["loss"], discriminator, perceptual, adaptive=adaptive)
         self.output = self.tokenizer(self.images)
         self.terms = self.loss.generator_loss(self.images, self.output, self.step, self.tokenizer.last_layer)
 
@@ -157,46 +149,42 @@ class _Update:
         return self.loss.discriminator_loss(self.images, self.output.reconstruction, self.step).total
 
 
-def _plain_losses(recording: Recording) -> dict[str, Tensor]:
+@replays("llamagen", "shared", "loss_plain")
+def plain_losses(recording: Recording) -> dict[str, Tensor]:
+    """Losses of both sides before and after the discriminator starts, and gradients of one."""
     outputs = {}
-    for moment in MOMENTS:
-        update = _Update(recording, "loss/plain", moment)
-        outputs[f"loss/plain/generator_{moment}"] = update.terms.total
-        outputs[f"loss/plain/discriminator_{moment}"] = update.discriminator_loss(_discriminator(recording))
-        if moment == "before_start":
-            outputs |= _gradients(update)
+    for name in recording.names("output", {"loss_plain"}):
+        update = _Update(recording, name)
+        settings = recording.settings(name)
+        if "discriminator" in name:
+            outputs[name] = update.discriminator_loss(_discriminator(recording))
+        elif "grad_to" in settings:
+            outputs[name] = _gradient(update, settings["grad_to"])
+        elif "grad_norm" in name:
+            outputs[name] = gradient_norm(update.terms.total, update.tokenizer)
+        else:
+            outputs[name] = update.terms.total
     return outputs
 
 
-def _gradients(update: _Update) -> dict[str, Tensor]:
-    tokenizer, quantizer = update.tokenizer, update.tokenizer.quantizer
+def _gradient(update: _Update, name: str) -> Tensor:
+    """Of the total, with respect to a tensor of an official name."""
+    quantizer = update.tokenizer.quantizer
     assert isinstance(quantizer, VectorQuantizer)
-    chosen = [tokenizer.quant_conv.weight, quantizer.codebook.weight]
-    everything = [*chosen, *tokenizer.parameters()]
-    gradients = torch.autograd.grad(update.terms.total, everything, materialize_grads=True)
-    return {
-        "loss/plain/grad_norm_before_start": nn.utils.get_total_norm(gradients[2:]),
-        "loss/plain/grad_quant_conv": gradients[0],
-        "loss/plain/grad_codebook": gradients[1],
+    wanted = {
+        "quant_conv.weight": update.tokenizer.quant_conv.weight,
+        "quantize.embedding.weight": quantizer.codebook.weight,
     }
+    (gradient,) = torch.autograd.grad(update.terms.total, wanted[name], retain_graph=True)
+    return gradient
 
 
-def _adaptive_losses(recording: Recording) -> dict[str, Tensor]:
+@replays("llamagen", "shared", "loss_adaptive")
+def adaptive_losses(recording: Recording) -> dict[str, Tensor]:
+    """The total with an adversarial weight that follows the gradients, and that weight."""
     outputs = {}
-    for moment in MOMENTS:
-        update = _Update(recording, "loss/adaptive", moment)
-        outputs[f"loss/adaptive/generator_{moment}"] = update.terms.total
-        if moment == "after_start":
-            outputs["loss/adaptive/weight"] = update.terms.terms["adaptive_weight"]
-            outputs["loss/adaptive/gen_adv"] = update.terms.terms["adversarial"]
+    for name in recording.names("output", {"loss_adaptive"}):
+        terms = _Update(recording, name).terms
+        values = {"weight": terms.terms.get("adaptive_weight"), "gen_adv": terms.terms.get("adversarial")}
+        outputs[name] = values.get(name.rpartition("/")[2], terms.total)
     return outputs
-
-
-CASES = {
-    "vq": _tokenizer_outputs,
-    "vq_no_l2": _without_normalisation,
-    "vq_train": _training_losses,
-    "disc": _discriminator_outputs,
-    "loss_plain": _plain_losses,
-    "loss_adaptive": _adaptive_losses,
-}

@@ -1,10 +1,9 @@
-"""Replay of what quantizers of public libraries gave: codes, outputs, losses and gradients (system `quantizers`).
+"""Replays of quantizers of public libraries: codes, outputs, losses and gradients (recordings of `quantizers`).
 
 Everything is computed in float64, as for LlamaGen's losses: temperatures of 0.01 amplify rounding.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,11 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.interop.keys import KeyTable
+from tessellar.interop.options import require
+from tessellar.parity.forms import as_vectors
 from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import prefixed
 from tessellar.tokenizers.quantizers import official
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.bsq import BSQ
@@ -34,11 +37,11 @@ class Case:
     """One case: its options, weights and inputs, vectors channel-last, and what is recorded of it."""
 
     def __init__(self, recording: Recording, name: str) -> None:
-        self.recording, self.name = recording, name
+        self.recording = recording
+        self.name = name
         self.config: Mapping[str, Any] = recording.config["cases"][name]
-        prefix = f"{name}/"
-        every = recording.weights["model"]
-        self.state = {key.removeprefix(prefix): t for key, t in every.items() if key.startswith(prefix)}
+        self.settings = recording.case_settings.get(name, {})
+        self.state = prefixed(recording.weights["model"], f"{name}/")
 
     def input(self, name: str) -> Tensor:
         found = self.recording.inputs[f"{self.name}/{name}"]
@@ -52,7 +55,7 @@ class Case:
     def vectors(self, name: str = "x") -> Tensor:
         """Recorded vectors as [B, N, C]."""
         found = self.input(name)
-        return rearrange(found, "b c h w -> b (h w) c") if self.maps else found
+        return as_vectors(found) if self.maps else found
 
     def like_x(self, vectors: Tensor) -> Tensor:
         """[B, N, C] as x is recorded."""
@@ -83,6 +86,27 @@ class Case:
         return found
 
 
+Compute = Callable[[Case], Outputs]
+
+
+def cases(*names: str) -> Callable[[Compute], Compute]:
+    """Registers what computes the outputs of one case as the replay of all cases of these names."""
+
+    def register(compute: Compute) -> Compute:
+        @replays("quantizers", *names)
+        def replay(recording: Recording) -> Outputs:
+            outputs: Outputs = {}
+            for name in names:
+                if name in recording.cases:
+                    case = Case(recording, name)
+                    outputs |= case.recorded(compute(case))
+            return outputs
+
+        return compute
+
+    return register
+
+
 def _trained(case: Case, quantizer: Quantizer, **parameters: Tensor) -> tuple[Outputs, QuantizerOutput, Tensor]:
     """The usual outputs of one training pass; tokens are `indices`, of maps flattened."""
     x = case.vectors().requires_grad_()
@@ -105,7 +129,8 @@ def _trained(case: Case, quantizer: Quantizer, **parameters: Tensor) -> tuple[Ou
     return outputs, out, x
 
 
-def _fsq(case: Case) -> Outputs:
+@cases("fsq", "fsq_sym", "fsq_proj")
+def finite_scalar(case: Case) -> Outputs:
     made: Quantizer = FSQ(tuple(case.config["levels"]), case.config.get("preserve_symmetry", False))
     dim = case.config.get("dim", made.dim)
     if dim != made.dim:
@@ -129,7 +154,8 @@ def _lfq_entropies(quantizer: Quantizer, x: Tensor, out: QuantizerOutput) -> Out
     }
 
 
-def _lucid_lfq(case: Case) -> Outputs:
+@cases("lfq_lucid", "lfq_lucid_multi", "lfq_lucid_image", "bsq_lucid")
+def lucid_lfq(case: Case) -> Outputs:
     made = official.lucid_lfq(case.config)
     if isinstance(made, Projected):
         case.state.pop("mask", None)
@@ -141,19 +167,22 @@ def _lucid_lfq(case: Case) -> Outputs:
     return outputs | _lfq_entropies(made, x, out)
 
 
-def _magvit_lfq(case: Case) -> Outputs:
+@cases("lfq_magvit", "gq_wetok")
+def magvit_lfq(case: Case) -> Outputs:
     made = official.magvit_lfq(case.config)
     outputs, out, x = _trained(case, made)
     return outputs | _lfq_entropies(made, x, out)
 
 
-def _factorized_lfq(case: Case) -> Outputs:
+@cases("lfq_magvit_factorized")
+def factorized_lfq(case: Case) -> Outputs:
     split = tuple(case.config["factorized_bits"])
     pre, post = LFQ(sum(split), split=split).encode(case.vectors()).flatten(0, 1).unbind(-1)
     return {"idx_pre": pre, "idx_post": post}
 
 
-def _gfq(case: Case) -> Outputs:
+@cases("gfq_eval")
+def gfq(case: Case) -> Outputs:
     made = LFQ(case.config["dim"], case.config["num_codebooks"]).eval()
     tokens = made.encode(case.vectors())
     return {
@@ -162,12 +191,14 @@ def _gfq(case: Case) -> Outputs:
     }
 
 
-def _entropy(case: Case) -> Outputs:
+@cases("entropy_magvit_t0.01", "entropy_magvit_t1.0")
+def entropy(case: Case) -> Outputs:
     found = entropies(case.input("logits")[..., None, :] / case.config["temperature"])
     return {"sample_entropy": found.sample, "avg_entropy": found.batch, "loss": found.loss()}
 
 
-def _official_bsq(case: Case) -> Outputs:
+@cases("bsq_official_group", "bsq_official_analytical")
+def official_bsq(case: Case) -> Outputs:
     dim, x = case.config["embed_dim"], case.vectors()
     grouped, whole = official.official_bsq(case.config), official.official_bsq(case.config, split=(dim,))
     outputs, out, _ = _trained(case, grouped)
@@ -180,7 +211,8 @@ def _official_bsq(case: Case) -> Outputs:
     }
 
 
-def _ibq(case: Case) -> Outputs:
+@cases("ibq")
+def ibq(case: Case) -> Outputs:
     options = case.config
     weights = (options["quant_loss_weight"], options["beta"], options["entropy_loss_weight"])
     made = IBQ(options["n_e"], options["e_dim"], *weights, options["entropy_temperature"])
@@ -196,13 +228,15 @@ def _ibq(case: Case) -> Outputs:
     }
 
 
-def _taming(case: Case) -> Outputs:
+@cases("vq_taming_legacy1", "vq_taming_legacy0")
+def taming(case: Case) -> Outputs:
     made = official.taming(case.config)
     case.load(made, official.CODEBOOK)
     return _trained(case, made, codebook=made.codebook.weight)[0]
 
 
-def _llamagen(case: Case) -> Outputs:
+@cases("vq_llamagen_l2")
+def llamagen(case: Case) -> Outputs:
     made = official.llamagen(case.config)
     case.load(made, official.CODEBOOK)
     outputs, out, _ = _trained(case, made, codebook=made.codebook.weight)
@@ -210,26 +244,30 @@ def _llamagen(case: Case) -> Outputs:
     return outputs | {name: out.losses.get(ours, torch.zeros(())) for name, ours in named.items()}
 
 
-def _simvq(case: Case) -> Outputs:
+@cases("simvq_official_legacy1", "simvq_official_legacy0")
+def simvq(case: Case) -> Outputs:
     made = official.simvq(case.config)
     case.load(made, official.SIMVQ)
     return _trained(case, made, proj_weight=made.projection.weight, proj_bias=made.projection.bias)[0]
 
 
-def _lucid_simvq(case: Case) -> Outputs:
+@cases("simvq_lucid_rot1", "simvq_lucid_rot0")
+def lucid_simvq(case: Case) -> Outputs:
     made: SimVQ = official.lucid_simvq(case.config)
     case.load(made, official.LUCID_SIMVQ)
     return _trained(case, made, code_transform=made.projection.weight)[0]
 
 
-def _rotation(case: Case) -> Outputs:
+@cases("rotate_to")
+def rotation(case: Case) -> Outputs:
     x = case.input("x").requires_grad_()
     rotated = rotate_to(x, case.input("target"))
     (gradient,) = torch.autograd.grad((rotated * case.input("cot")).sum(), x)
     return {"quantized": rotated, "grad_x_from_cot": gradient}
 
 
-def _ema(case: Case) -> Outputs:
+@cases("vq_ema", "vq_ema_cos", "vq_ema_norot")
+def ema(case: Case) -> Outputs:
     made = official.lucid_ema(case.config)
     case.load(made, official.LUCID_EMA)
     outputs, _, _ = _trained(case, made)
@@ -237,14 +275,16 @@ def _ema(case: Case) -> Outputs:
     return outputs | {f"after_{key.removeprefix('_codebook.')}": value for key, value in after.items()}
 
 
-def _dead_codes(case: Case) -> Outputs:
+@cases("dead_code_mask")
+def dead_codes(case: Case) -> Outputs:
     sizes = case.input("cluster_size")
     made = EMAVectorQuantizer(sizes.shape[-1], 1, threshold=case.config["threshold_ema_dead_code"])
     made.sizes.copy_(sizes[0])
     return {"expired": made.expired()[None]}
 
 
-def _residual_vq(case: Case) -> Outputs:
+@cases("residual_vq")
+def residual_vq(case: Case) -> Outputs:
     made = official.lucid_residual(case.config)
     case.load(made, official.LUCID_RESIDUAL)
     codebooks = {f"codebook{i}": layer.codebook.weight for i, layer in enumerate(made.layers)}  # type: ignore[union-attr]
@@ -260,23 +300,27 @@ def _evaluated(case: Case, made: Quantizer) -> Outputs:
     return {"quantized": made(x).quantized, "indices": tokens, "output_from_indices": made.decode(tokens)}
 
 
-def _grouped_residual_vq(case: Case) -> Outputs:
+@cases("grouped_residual_vq")
+def grouped_residual_vq(case: Case) -> Outputs:
     made = official.lucid_grouped_residual(case.config)
     outputs = _evaluated(case, case.load(made, official.LUCID_GROUPED))
     return outputs | {"indices": rearrange(outputs["indices"], "b n (g q) -> g b n q", g=case.config["groups"])}
 
 
-def _residual_fsq(case: Case) -> Outputs:
+@cases("residual_fsq")
+def residual_finite_scalar(case: Case) -> Outputs:
     return _evaluated(case, residual_fsq(tuple(case.config["levels"]), case.config["num_quantizers"]))
 
 
-def _residual_lfq(case: Case) -> Outputs:
+@cases("residual_lfq")
+def residual_lfq(case: Case) -> Outputs:
     layers = tuple(official.lucid_lfq(case.config) for _ in range(case.config["num_quantizers"]))
-    return _evaluated(case, ResidualQuantizer(layers, ratio=2.0))
+    return _evaluated(case, ResidualQuantizer(layers, ratio=1 / case.settings["scale_ratio"]))
 
 
-def _unitok(case: Case) -> Outputs:
-    weight = 0.1  # of the entropy in the recorded loss, as the notes of the case say
+@cases("product_unitok")
+def unitok(case: Case) -> Outputs:
+    weight = case.settings["entropy_weight"]
     made = official.unitok(case.config, weight)
     case.load(made, official.PRODUCT)
     first = made.groups[0].codebook.weight  # type: ignore[union-attr]
@@ -288,7 +332,9 @@ def _unitok(case: Case) -> Outputs:
     }
 
 
-def _multi_scale_bsq(case: Case) -> Outputs:
+@cases("ms_bsq_infinity")
+def multi_scale_bsq(case: Case) -> Outputs:
+    require(case.settings, case.name, {"down": "area", "up": "trilinear"})
     sides = case.config["scale_schedule"]
     made, x = MultiScaleBSQ(case.config["dim"], sides).eval(), case.vectors()
     bits = made.encode(x)
@@ -297,51 +343,3 @@ def _multi_scale_bsq(case: Case) -> Outputs:
         "bits": bits,
         "var_inputs": made.next_inputs(bits, len(sides)).mT,
     }
-
-
-FAMILIES: dict[str, dict[str, Callable[[Case], Outputs]]] = {
-    "lfq": {
-        **dict.fromkeys(("lfq_lucid", "lfq_lucid_multi", "lfq_lucid_image"), _lucid_lfq),
-        **dict.fromkeys(("lfq_magvit", "gq_wetok"), _magvit_lfq),
-        "lfq_magvit_factorized": _factorized_lfq,
-        "gfq_eval": _gfq,
-        **dict.fromkeys(("entropy_magvit_t0.01", "entropy_magvit_t1.0"), _entropy),
-    },
-    "bsq": {
-        "bsq_lucid": _lucid_lfq,
-        **dict.fromkeys(("bsq_official_group", "bsq_official_analytical"), _official_bsq),
-        "ms_bsq_infinity": _multi_scale_bsq,
-    },
-    "fsq": dict.fromkeys(("fsq", "fsq_sym", "fsq_proj"), _fsq),
-    "vq": {
-        **dict.fromkeys(("vq_taming_legacy1", "vq_taming_legacy0"), _taming),
-        "vq_llamagen_l2": _llamagen,
-        "ibq": _ibq,
-        "rotate_to": _rotation,
-    },
-    "ema": {**dict.fromkeys(("vq_ema", "vq_ema_cos", "vq_ema_norot"), _ema), "dead_code_mask": _dead_codes},
-    "simvq": {
-        **dict.fromkeys(("simvq_official_legacy1", "simvq_official_legacy0"), _simvq),
-        **dict.fromkeys(("simvq_lucid_rot1", "simvq_lucid_rot0"), _lucid_simvq),
-    },
-    "residual": {
-        "residual_vq": _residual_vq,
-        "grouped_residual_vq": _grouped_residual_vq,
-        "residual_fsq": _residual_fsq,
-        "residual_lfq": _residual_lfq,
-        "product_unitok": _unitok,
-    },
-}
-
-
-def _replay(family: str, recording: Recording) -> Outputs:
-    """Outputs of a family's selected cases."""
-    outputs: Outputs = {}
-    for name, replay in FAMILIES[family].items():
-        if name in recording.cases:
-            case = Case(recording, name)
-            outputs |= case.recorded(replay(case))
-    return outputs
-
-
-lfq, bsq, fsq, vq, ema, simvq, residual = (partial(_replay, family) for family in FAMILIES)

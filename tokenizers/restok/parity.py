@@ -1,176 +1,185 @@
-"""Replay of ResTok's tokenizer (cases `tok_*` of recordings of system `restok`). Recorded images are in [0, 1]."""
-
-from typing import Any
+"""Replays of ResTok's tokenizer (cases `tok_*` of recordings of system `restok`). Recorded images are in [0, 1]."""
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessellar.parity.recording import Recording, numbers
+from tessellar.errors import UserError
+from tessellar.interop.options import check_options, require
+from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
+from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import Fixed, recorded_lecam
 from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.losses.adversarial import discriminator_adversarial
-from tessellar.tokenizers.losses.lecam import LeCam
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.restok.official import from_official
 from tessellar.tokenizers.restok.tokenizer import ResTok
 from tessellar.tokenizers.restok.transformers import residual_pyramid
 
-
-def restok(recording: Recording) -> dict[str, Tensor]:
-    """Outputs of the selected cases."""
-    outputs: dict[str, Tensor] = {}
-    for case, replay in CASES.items():
-        if case in recording.cases:
-            outputs |= replay(recording)
-    return outputs
+READ = (
+    "codebook_size token_size use_l2_norm commitment_cost entropy_loss_ratio vit_enc_model_size vit_dec_model_size "
+    "vit_enc_patch_size vit_dec_patch_size num_latent_tokens num_min_tokens test_num_latent_tokens hierarchy_stages "
+    "drop_prob use_vf"
+).split()
+ALWAYS = (
+    "merge_tokens residual_image_tokens residual_latent_tokens learnable_dec_image_tokens multi_quant vae_encoder "
+    "drop_latent_tokens latent_hierarchy encoder_feature_supervision decoder_feature_supervision "
+    "learnable_dec_feat_tokens reverse_proj"
+).split()
+SUPPORTED = {**dict.fromkeys(ALWAYS, True), "learnable_latent_tokens": False}
+SUPPORTED |= {"rope_base_len": 10000, "reduction_ratio": 0.5}
 
 
 def recorded_tokenizer(recording: Recording) -> ResTok:
     """Our tokenizer with the recorded weights."""
     config = recording.config
     model = config["vq_model"]
-    return from_official(
+    check_options(model, "the config's vq_model", READ, SUPPORTED)
+    made = from_official(
         recording.weights["tokenizer"],
-        config["crop_size"],
-        (config["encoder"]["heads"], config["decoder"]["heads"]),
-        model["num_min_tokens"],
-        model["drop_prob"],
-        config["is_legacy"],
-        config["losses"]["cos_margin"],
-        {
+        image_size=config["crop_size"],
+        heads=(config["encoder"]["heads"], config["decoder"]["heads"]),
+        min_tokens=model["num_min_tokens"],
+        drop=model["drop_prob"],
+        legacy=config["is_legacy"],
+        vision_margin=config["losses"]["cos_margin"],
+        quantizer_options={
             "l2_normalize": model["use_l2_norm"],
             "commitment_weight": model["commitment_cost"],
             "entropy_weight": model["entropy_loss_ratio"],
         },
     )
+    found = (made.layout.length, made.layout.length, len(made.encoder.merging) + 1)
+    expected = (model["num_latent_tokens"], model["test_num_latent_tokens"], model["hierarchy_stages"])
+    if found != expected:
+        raise UserError(f"the weights are of {made.layout} in {found[-1]} stages, not of the config's {expected}")
+    return made
 
 
 def recorded_images(recording: Recording) -> Tensor:
     """The recorded images in [-1, 1]."""
-    return 2 * recording.inputs["image"] - 1
+    return from_unit(recording.inputs["image"])
 
 
+@replays("restok", "tok_shared", "tok_main")
 @torch.no_grad()
-def _main(recording: Recording) -> dict[str, Tensor]:
-    made, images = recorded_tokenizer(recording), recorded_images(recording)
-    encoder, features = made.encoder, made.features(images)
-    kept: dict[int, Tensor] = {}
-    for number, block in enumerate(encoder.blocks):
-        keep_output(block, number, kept)
-    first, last = [encoder.grid], [encoder.grid]
-    for _ in encoder.merging:
-        last = [(last[0][0], last[0][1] // 2), *last]
+def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
+    """What the encoder makes of images step by step, and images of all tokens and of a prefix."""
+    made = recorded_tokenizer(recording)
+    assert made.encoder_to_vision is not None
+    encoder = made.encoder
+    features = made.features(recorded_images(recording))
+    after_block: list[Tensor] = []
+    for block in encoder.blocks:
+        keep_output(block, after_block)
     sequence = encoder.sequence(features)
     encoded = encoder.run(sequence)
     latents = made.latents(encoded)
     quantized = made.quantizer(latents)
-    tokens, codes = quantized.tokens, quantized.quantized
-    prefix = made.layout.min_prefix or made.layout.length
-    cells = made.decoder.features(codes)
-    assert made.encoder_to_vision is not None
-    return {
+    tokens = quantized.tokens
+    codes = quantized.quantized
+    first = [encoder.grid]
+    last = first
+    for _ in encoder.merging:
+        height, width = last[0]
+        last = [(height, width // 2), *last]
+    outputs = {
         "cnn_features": features,
         "latent_init": residual_pyramid(encoder.project(features), encoder.sizes),
         "enc_in": sequence,
-        "enc_after_first_merge": kept[encoder.merging[0]],
-        "enc_last": kept[len(encoder.blocks) - 1],
-        "enc_mask_first": encoder.facts(first, images.device)[1][0, 0].to(torch.uint8),
-        "enc_mask_last": encoder.facts(last, images.device)[1][0, 0].to(torch.uint8),
+        "enc_after_first_merge": after_block[recording.settings("enc_after_first_merge")["block"]],
+        "enc_last": after_block[-1],
+        "enc_mask_first": encoder.facts(first, features.device)[1][0, 0].to(torch.uint8),
+        "enc_mask_last": encoder.facts(last, features.device)[1][0, 0].to(torch.uint8),
         "enc_latents_ln": encoded.latents,
-        "z": rearrange(latents, "b n c -> b c 1 n"),
-        "last_image_tokens": rearrange(encoded.coarsest, "b n c -> b c 1 n"),
+        "z": as_row(latents),
+        "last_image_tokens": as_row(encoded.coarsest),
         "indices": tokens[:, None],
-        "z_q": rearrange(codes, "b n c -> b c 1 n"),
-        "recon": (made.render(codes) + 1) / 2,
-        "dec_vf_feat": rearrange(cells, "b (h w) c -> b c h w", h=made.decoder.grid[0]),
-        f"recon_keep{prefix}": (made.decode(tokens[:, :prefix]) + 1) / 2,
-        "recon_tokens": (made.decode(tokens) + 1) / 2,
-        "enc_vf_proj": rearrange(made.encoder_to_vision(encoded.coarsest), "b n c -> b c 1 n"),
+        "z_q": as_row(codes),
+        "recon": to_unit(made.render(codes)),
+        "dec_vf_feat": as_map(made.decoder.features(codes), made.decoder.grid[0]),
+        "recon_tokens": to_unit(made.decode(tokens)),
+        "enc_vf_proj": as_row(made.encoder_to_vision(encoded.coarsest)),
     }
+    for name in recording.outputs("recon_keep*"):
+        kept = tokens[:, : recording.settings(name)["num_tokens"]]
+        outputs[name] = to_unit(made.decode(kept))
+    return outputs
 
 
-def keep_output(block: nn.Module, number: int, kept: dict[int, Tensor]) -> None:
+def keep_output(block: torch.nn.Module, kept: list[Tensor]) -> None:
     """Have a block leave behind what it gives: its MLP is its last step."""
     run = block.mlp
 
     def keeping(x: Tensor) -> Tensor:
-        kept[number] = run(x)  # type: ignore[operator]
-        return kept[number]
+        kept.append(run(x))  # type: ignore[operator]
+        return kept[-1]
 
     object.__setattr__(block, "mlp", keeping)
 
 
+@replays("restok", "tok_shared", "tok_train")
 @torch.no_grad()
-def _train(recording: Recording) -> dict[str, Tensor]:
-    made, images, keep = recorded_tokenizer(recording), recorded_images(recording), recording.inputs["nested_keep"]
-    codes = made.quantizer(made.latents(made.encoder(made.features(images)))).quantized
+def training(recording: Recording) -> dict[str, Tensor]:
+    """A pass that keeps a prefix of the tokens of each image, and how likely each length is."""
+    made = recorded_tokenizer(recording)
     assert made.decoder_to_vision is not None
+    images = recorded_images(recording)
+    keep = recording.inputs["nested_keep"]
+    codes = made.quantizer(made.latents(made.encoder(made.features(images)))).quantized
     cells = made.decoder_to_vision(made.decoder.features(codes, keep))
+    counts = recording.settings("nested_probs")["keep_counts"]
     return {
-        "nested_probs": torch.tensor(list(made.keeps.values()), dtype=torch.float64),
-        "recon_train": (made.forward_with(images, keep).reconstruction + 1) / 2,
-        "dec_vf_proj": rearrange(cells, "b (h w) c -> b c h w", h=made.decoder.grid[0]),
+        "nested_probs": torch.tensor([made.keeps[count] for count in counts], dtype=torch.float64),
+        "recon_train": to_unit(made.forward_with(images, keep).reconstruction),
+        "dec_vf_proj": as_map(cells, made.decoder.grid[0]),
     }
 
 
-class Given(nn.Module):
-    """A perceptual distance, or a discriminator's logits, as recorded."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, *images: Tensor) -> Tensor:
-        return self.value
-
-
+@replays("restok", "tok_shared", "tok_loss")
 @torch.no_grad()
-def _losses(recording: Recording) -> dict[str, Tensor]:
-    made, images, given = recorded_tokenizer(recording), recorded_images(recording), recording.inputs
+def losses(recording: Recording) -> dict[str, Tensor]:
+    """The losses of both sides, with the recorded perceptual distance and logits."""
+    made = recorded_tokenizer(recording)
+    images = recorded_images(recording)
+    given = recording.inputs
     config = recording.config["losses"]
-    keep = given["nested_keep"] if "tok_train" in recording.cases else None
+    require(config, "the config's losses", {"reconstruction": "l2"})
+    keep = given["nested_keep"]
     encoded = made.encoder(made.features(images))
     quantized = made.quantizer(made.latents(encoded))
-    terms, patches = quantized.losses, rearrange(given["aux_feature"], "b c h w -> b (h w) c")
-    grid = (given["aux_feature"].shape[2], given["aux_feature"].shape[3])
-    vision = made.vision_loss(encoded, quantized.quantized, keep, given["aux_cls"].flatten(1), patches, grid)
-    output = TokenizerOutput(
-        made.render(quantized.quantized, keep), quantized.tokens, {**terms, "vision": config["vf_weight"] * vision}
-    )
-    real, fake = given["disc_logits_real"], given["disc_logits_fake"]
+    terms = quantized.losses
+    feature = given["aux_feature"]
+    grid = (feature.shape[2], feature.shape[3])
+    pooled = given["aux_cls"].flatten(1)
+    vision = made.vision_loss(encoded, quantized.quantized, keep, pooled=pooled, patches=as_vectors(feature), grid=grid)
+    rendered = made.render(quantized.quantized, keep)
+    output = TokenizerOutput(rendered, quantized.tokens, {**terms, "vision": config["vf_weight"] * vision})
+    real = given["disc_logits_real"]
+    fake = given["disc_logits_fake"]
     loss = TokenizerLoss(
         Reconstruction(l1=0.0, l2=0.25 * config["weights"]),  # a square of images in [0, 1]
-        Given(given["lpips_value"]),
-        1.0,
-        Given(fake),
-        config["discriminator_weight"],
-        config["discriminator_start"],
+        Fixed(given["lpips_value"]),
+        discriminator=Fixed(fake),
+        adversarial_weight=config["discriminator_weight"],
+        adversarial_start=config["discriminator_start"],
     )
-    before, after = (
-        loss.generator_loss(images, output, config["discriminator_start"] + step, made.last_layer) for step in (-1, 0)
-    )
-    lecam = LeCam(config["lecam"])
-    means = numbers(recording.meanings["loss_disc"])
-    lecam.means = torch.tensor([means["real"], means["fake"]])
-    discriminator = discriminator_adversarial(real, fake, "hinge") + lecam(real, fake)
-    return {
+    settings = recording.settings("loss_disc")
+    lecam = recorded_lecam(settings)
+    discriminator = discriminator_adversarial(real, fake, settings["disc_loss"]) + lecam(real, fake)
+    outputs = {
         "loss_quantizer_loss": torch.stack(list(terms.values())).sum(),
         "loss_commitment_loss": terms["commitment"],
         "loss_codebook_loss": terms["codebook"],
         "loss_entropy_loss": terms["entropy"],
-        "loss_total_before_start": before.total,
-        "loss_total_after_start": after.total,
         "loss_vf": vision,
-        "loss_rec": 0.25 * before.terms["l2"],
+        "loss_rec": 0.25 * loss.reconstruction(images, rendered)["l2"],
         "loss_disc": discriminator,
         "lecam_ema_real_after": lecam.means[:1],
         "lecam_ema_fake_after": lecam.means[1:],
     }
-
-
-CASES: dict[str, Any] = {
-    "tok_main": _main,
-    "tok_train": _train,
-    "tok_loss": _losses,
-}
+    for name in recording.outputs("loss_total_*"):
+        step = recording.settings(name)["global_step"]
+        outputs[name] = loss.generator_loss(images, output, step, made.last_layer).total
+    return outputs

@@ -1,20 +1,22 @@
-"""Replay of what the official TiTok tokenizers, their VQGAN, discriminator and losses gave (recordings of `titok`).
+"""Replays of the official TiTok tokenizers, their VQGAN, discriminator and losses (recordings of system `titok`).
 
-Sizes and options are read from the recording's config and weights, running means and weights of a loss from meanings.
 The recorded images are in [0, 1], ours in [-1, 1].
 """
 
-import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
+from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import Fixed, prefixed, recorded_lecam
 from tessellar.protocol.tokenizer import TokenizerOutput
-from tessellar.tokenizers.losses.lecam import LeCam
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
@@ -26,25 +28,13 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok.official import discriminator_from_official, tokenizer_from_official
 from tessellar.tokenizers.titok.tokenizer import Stage, TiTok, proxy_loss
 
+T = TypeVar("T", bound=TiTok)
 START = 1  # the update from which the replayed loss has its adversarial part
+QUANTIZER = ("quantize_mode", "clustering_vq", "codebook_size", "token_size", "use_l2_norm", "commitment_cost")
+SIZES = ("vit_enc_model_size", "vit_dec_model_size", "vit_enc_patch_size", "vit_dec_patch_size", "num_latent_tokens")
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """From [-1, 1] to [0, 1]."""
-    return (images + 1) / 2
-
-
-def from_unit(images: Tensor) -> Tensor:
-    """From [0, 1] to [-1, 1]."""
-    return 2 * images - 1
-
-
-def as_map(vectors: Tensor) -> Tensor:
-    """[B, N, C] as the official [B, C, 1, N]."""
-    return rearrange(vectors, "b n c -> b c 1 n")
-
-
-def official_quantizer(options: dict[str, Any]) -> Quantizer:
+def official_quantizer(options: Mapping[str, Any]) -> Quantizer:
     """The quantizer of a variant's official options."""
     if options.get("quantize_mode", "vq") == "vae":
         return GaussianBottleneck(options["token_size"], scale=1.0)
@@ -57,38 +47,50 @@ def official_quantizer(options: dict[str, Any]) -> Quantizer:
     )
 
 
-def make(recording: Recording, options: dict[str, Any], part: str, stage: Stage = "decoder", kind: Any = TiTok) -> Any:
+def recorded_tokenizer(recording: Recording, variant: str, part: str, kind: type[T], stage: Stage = "decoder") -> T:
     """The tokenizer of a variant's official options, filled with its weights; checked against the config's sizes."""
-    table, state = recording.config["size_table"], recording.weights[part]
-    heads = tuple(table[options[f"vit_{side}_model_size"]]["heads"] for side in ("enc", "dec"))
-    legacy = options.get("is_legacy", True)
-    made = tokenizer_from_official(state, heads, official_quantizer(options), legacy, stage, kind)  # type: ignore[arg-type]
-    expected = (recording.config["crop_size"], options["vit_enc_patch_size"], options["num_latent_tokens"])
-    if (made.image_size[0], made.patch_size, made.num_tokens) != expected:
+    options = recording.config[variant]
+    supported = {"strict_length_assertion": False}
+    check_options(options, f"the config's {variant}", (*QUANTIZER, *SIZES, "is_legacy"), supported)
+    table = recording.config["size_table"]
+    encoder, decoder = (table[options[f"vit_{side}_model_size"]] for side in ("enc", "dec"))
+    made = tokenizer_from_official(
+        recording.weights[part],
+        heads=(encoder["heads"], decoder["heads"]),
+        quantizer=official_quantizer(options),
+        mixes=options.get("is_legacy", True),
+        stage=stage,
+        kind=kind,
+    )
+    assert isinstance(made, kind)
+    found = (made.image_size[0], made.patch_size, made.decoder_patch_size, made.num_tokens)
+    patches = (options["vit_enc_patch_size"], options["vit_dec_patch_size"])
+    expected = (recording.config["crop_size"], *patches, options["num_latent_tokens"])
+    if found != expected:
         raise UserError(f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}")
     return made
 
 
-def _images(recording: Recording) -> Tensor:
+def recorded_images(recording: Recording) -> Tensor:
+    """The recorded images in [-1, 1]."""
     return from_unit(recording.inputs["images"])
 
 
 def _vqgan(recording: Recording) -> MaskGITVQGAN:
     """Encoder from its file, decoder and codebook from the two-stage tokenizer's pixel decoder."""
-    state = dict(recording.weights["vqgan_encoder"])
-    for key, tensor in recording.weights["two_stage"].items():
-        if key.startswith("pixel_"):
-            state[key.removeprefix("pixel_")] = tensor
-    return vqgan_from_official(state, recording.config["crop_size"])
+    pixels = prefixed(recording.weights["two_stage"], "pixel_")
+    return vqgan_from_official({**recording.weights["vqgan_encoder"], **pixels}, recording.config["crop_size"])
 
 
+@replays("titok", "tok_shared", "tok_vqgan")
 @torch.no_grad()
 def vqgan(recording: Recording) -> dict[str, Tensor]:
     """Features, codes and the image of the codes."""
-    model, images = _vqgan(recording), _images(recording)
+    model = _vqgan(recording)
+    images = recorded_images(recording)
     codes = model.encode(images)
     return {
-        "vqgan/hidden": rearrange(model.latents(images), "b (h w) c -> b c h w", h=model.side),
+        "vqgan/hidden": as_map(model.latents(images), model.side),
         "vqgan/codes": codes,
         "vqgan/recon": to_unit(model.decode(codes)).clamp(0, 1),
     }
@@ -98,80 +100,94 @@ def _quantization(tokenizer: TiTok, images: Tensor, name: str) -> dict[str, Tens
     latents = tokenizer.latents(images)
     quantized = tokenizer.quantizer(latents)
     return {
-        f"{name}/latents": as_map(latents),
-        f"{name}/tokens": rearrange(tokenizer.encode(images), "b n -> b 1 n"),
-        f"{name}/z_quantized": as_map(quantized.quantized),
+        f"{name}/latents": as_row(latents),
+        f"{name}/tokens": tokenizer.encode(images)[:, None],
+        f"{name}/z_quantized": as_row(quantized.quantized),
         f"{name}/quantizer_loss": sum(quantized.losses.values(), torch.zeros(())),
     }
 
 
+@replays("titok", "tok_shared", "tok_vq2")
 @torch.no_grad()
 def two_stage(recording: Recording) -> dict[str, Tensor]:
     """Both stages of the two-stage tokenizer."""
-    options, images = recording.config["two_stage"], _images(recording)
-    first, second = (make(recording, options, "two_stage", stage) for stage in ("proxy", "decoder"))
-    outputs = _quantization(second, images, "vq2")
+    images = recorded_images(recording)
+    first = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok, stage="proxy")
+    second = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)
     quantized = second.quantizer(second.latents(images))
-    scores, tokens = first.scores(quantized.quantized), second.encode(images)
+    scores = first.scores(quantized.quantized)
     entropy = proxy_loss(scores, _vqgan(recording).encode(images))
+    output = first(images)
+    weight = recording.settings("vq2/stage1_total")["quantizer_weight"]
     return {
-        **outputs,
+        **_quantization(second, images, "vq2"),
         "vq2/commitment_loss": quantized.losses["commitment"],
         "vq2/codebook_loss": quantized.losses["codebook"],
         "vq2/proxy_logits": rearrange(scores, "b h w v -> b v h w"),
         "vq2/stage1_ce": entropy,
-        "vq2/stage1_total": entropy + sum(first(images).losses.values()),
-        "vq2/stage1_recon": to_unit(first(images).reconstruction).clamp(0, 1),
+        "vq2/stage1_total": entropy + weight * sum(output.losses.values()),
+        "vq2/stage1_recon": to_unit(output.reconstruction).clamp(0, 1),
         "vq2/image": to_unit(second(images).reconstruction),
-        "vq2/decode_tokens": to_unit(second.decode(tokens)),
+        "vq2/decode_tokens": to_unit(second.decode(quantized.tokens)),
     }
 
 
+@replays("titok", "tok_shared", "tok_single")
 @torch.no_grad()
 def single_stage(recording: Recording) -> dict[str, Tensor]:
     """The single-stage tokenizer."""
-    tokenizer, images = make(recording, recording.config["single"], "single"), _images(recording)
+    tokenizer = recorded_tokenizer(recording, "single", "single", TiTok)
+    images = recorded_images(recording)
     return {
         **_quantization(tokenizer, images, "single"),
         "single/image": to_unit(tokenizer(images).reconstruction),
     }
 
 
+@replays("titok", "tok_shared", "tok_kl")
 @torch.no_grad()
 def kl(recording: Recording) -> dict[str, Tensor]:
     """The continuous tokenizer."""
-    tokenizer, images = make(recording, recording.config["kl"], "kl"), _images(recording)
+    tokenizer = recorded_tokenizer(recording, "kl", "kl", TiTok)
+    bottleneck = tokenizer.quantizer
+    assert isinstance(bottleneck, GaussianBottleneck)
+    images = recorded_images(recording)
     moments = tokenizer.latents(images)
-    posterior = tokenizer.quantizer.posterior(moments)
-    sample = posterior.sample(rearrange(recording.inputs["kl/noise"], "b c 1 n -> b n c"))
-    divergence = posterior.kl().sum(-1)
-    tokenizer.quantizer.kl_weight = _stated(recording, "kl/kl_loss_weighted", r"^([\d.e-]+)", 1e-6) * sample[0].numel()
+    posterior = bottleneck.posterior(moments)
+    sample = posterior.sample(as_vectors(recording.inputs["kl/noise"]))
+    # theirs is summed over an image's values, ours is their mean
+    bottleneck.kl_weight = recording.settings("kl/kl_loss_weighted")["kl_weight"] * sample[0].numel()
     return {
-        "kl/moments": as_map(moments),
-        "kl/sample": as_map(sample),
+        "kl/moments": as_row(moments),
+        "kl/sample": as_row(sample),
         "kl/image": to_unit(tokenizer.decode(sample)),
         "kl/image_mode": to_unit(tokenizer.decode(tokenizer.encode(images))),
-        "kl/kl": divergence,
+        "kl/kl": posterior.kl().sum(-1),
         "kl/kl_loss_weighted": tokenizer(images).losses["kl"],
     }
 
 
+@replays("titok", "tok_shared", "tok_disc")
 @torch.no_grad()
 def discriminator(recording: Recording) -> dict[str, Tensor]:
-    """The discriminator, and the losses of both sides of the second stage."""
-    images, options = _images(recording), recording.config.get("discriminator", {})
-    fake = make(recording, recording.config["two_stage"], "two_stage")(images)
-    critic = discriminator_from_official(recording.weights["discriminator"], options.get("pool", 16))
-    lecam = LeCam(
-        _stated(recording, "disc/lecam", r"weight ([\d.e-]+)", 0.001),
-        _stated(recording, "disc/ema_after", r"decay ([\d.e-]+)", 0.999),
-    )
-    lecam.means = _means(recording)
-    weight = _stated(recording, "disc/gen_total", r"([\d.e-]+)\*gan", 0.01)
-    # Theirs is the squared error of images in [0, 1]: a quarter of ours.
-    loss = TokenizerLoss(Reconstruction(l2=0.25), None, 1.0, critic, weight, START, lecam=lecam)
+    """The discriminator, and the losses of both sides of the second stage (its quantizer's losses weigh nothing)."""
+    settings = recording.settings("disc/gen_total")
+    images = recorded_images(recording)
+    fake = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)(images)
     plain = TokenizerOutput(fake.reconstruction, fake.tokens, {})
-    late, early = (loss.generator_loss(images, plain, step, torch.zeros(())) for step in (START, START - 1))
+    critic = discriminator_from_official(recording.weights["discriminator"], recording.config["discriminator"]["pool"])
+    lecam = recorded_lecam(settings)
+    loss = TokenizerLoss(
+        Reconstruction(l2=0.25),  # theirs is the squared error of images in [0, 1]: a quarter of ours
+        Fixed(torch.tensor(settings["perceptual_loss"])),
+        perceptual_weight=settings["perceptual_weight"],
+        discriminator=critic,
+        adversarial_weight=settings["discriminator_weight"],
+        adversarial_start=START,
+        lecam=lecam,
+    )
+    early = loss.generator_loss(images, plain, START - 1, torch.zeros(()))
+    late = loss.generator_loss(images, plain, START, torch.zeros(()))
     against = loss.discriminator_loss(images, fake.reconstruction, START).terms
     return {
         "disc/logits_real": critic(images),
@@ -186,32 +202,25 @@ def discriminator(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-def _means(recording: Recording) -> Tensor:
-    """Running means of the logits before the step, which only a meaning tells."""
-    found = re.search(r"EMA real/fake = (-?[\d.]+)/(-?[\d.]+)", recording.meanings["disc/d_loss"])
-    if found is None:
-        raise UserError("disc/d_loss does not say the running means of the logits (EMA real/fake = a/b)")
-    return torch.tensor([float(found[1]), float(found[2])])
-
-
-def _stated(recording: Recording, name: str, pattern: str, default: float) -> float:
-    """A number from the meaning of a tensor."""
-    found = re.search(pattern, recording.meanings[name])
-    return float(found[1]) if found else default
-
-
+@replays("titok", "tok_cvq")
 @torch.no_grad()
 def clustering(recording: Recording) -> dict[str, Tensor]:
     """A training pass of clustering VQ and what it does to the codebook."""
     codebook = recording.inputs["cvq/codebook_before"]
-    options = {"use_l2_norm": False, **recording.config.get("cvq", {}), "clustering_vq": True}
-    quantizer = official_quantizer({**options, "codebook_size": len(codebook), "token_size": codebook.shape[1]})
-    assert isinstance(quantizer, ClusteringVQ)
+    codes, dim = codebook.shape
+    settings = recording.settings("cvq/tokens")
+    quantizer = ClusteringVQ(
+        codes,
+        dim,
+        l2_normalize=settings["use_l2_norm"],
+        commitment_weight=settings["commitment_cost"],
+        decay=settings["decay"],
+    )
     quantizer.codebook.weight.copy_(codebook)
     quantizer.shares.copy_(recording.inputs["cvq/embed_prob_before"])
-    output = quantizer.train()(rearrange(recording.inputs["cvq/z"], "b c 1 n -> b n c"))
+    output = quantizer.train()(as_vectors(recording.inputs["cvq/z"]))
     return {
-        "cvq/tokens": rearrange(output.tokens, "b n -> b 1 n"),
+        "cvq/tokens": output.tokens[:, None],
         "cvq/quantizer_loss": output.losses["codebook"] + output.losses["commitment"],
         "cvq/codebook_after": quantizer.codebook.weight,
         "cvq/embed_prob_after": quantizer.shares,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.entities import token_order
 from tessellar.protocol.layout import Categorical, Layout, Segment
@@ -20,11 +21,13 @@ FORCED = 1e-30  # exponential noise that wins every race
 SCHEMES = {"random": "random", "repeat_horizon": "repeat-left", "sample_horizon": "argmax-left"}
 
 
+@replays("gsd", "shared", "sjd")
 def plain(recording: Recording) -> dict[str, Tensor]:
     """SJD: the plain ratio."""
     return _judged(recording, "sjd", recording.inputs["target_probs"], plain_ratio)
 
 
+@replays("gsd", "shared", "gsd")
 def grouped(recording: Recording) -> dict[str, Tensor]:
     """GSD with the released rules, and its clusters (none for drafts of low rank, which take the plain ratio)."""
     rule = _rule(recording)
@@ -32,7 +35,8 @@ def grouped(recording: Recording) -> dict[str, Tensor]:
     outputs = _judged(recording, "gsd", p, rule)
     draft = recording.inputs["draft_tokens"][:, 1:]
     near, inside = rule.cluster(p[:, :-1], draft)
-    tested = (outputs["gsd/ratio"][:, 1:] >= 0) & (near.rank >= rule.group_size // 2)
+    least = recording.settings("gsd/window")["plain_ratio_below_rank"]
+    tested = (outputs["gsd/ratio"][:, 1:] >= 0) & (near.rank >= least)
     found = tested[..., None] & (near.tokens >= 0)
     window = torch.full((*p.shape[:2], rule.group_size), -1)
     window[:, 1:] = torch.where(found, near.tokens, -1)
@@ -42,7 +46,8 @@ def grouped(recording: Recording) -> dict[str, Tensor]:
 
 
 def _rule(recording: Recording) -> GroupedRatio:
-    config, table = recording.config, recording.weights["model"]["embed_tokens.weight"]
+    config = recording.config
+    table = recording.weights["model"]["embed_tokens.weight"]
     if not torch.equal(table, recording.inputs["embedding"]):
         raise UserError(f"{recording.folder}: the embedding among the inputs is not the one of the weights")
     size = config["cluster_below"] + config["cluster_above_incl_self"]
@@ -51,14 +56,16 @@ def _rule(recording: Recording) -> GroupedRatio:
 
 def _judged(recording: Recording, case: str, p: Tensor, acceptance: Acceptance) -> dict[str, Tensor]:
     inputs = recording.inputs
-    draft, q, uniform = inputs["draft_tokens"], inputs["draft_probs"], inputs["uniforms"]
+    draft = inputs["draft_tokens"]
+    q = inputs["draft_probs"]
     probability = acceptance(p[:, :-1], q[:, 1:], draft[:, 1:])
     verdict = _verdict(recording, p, acceptance)
     committed = (verdict.accepted + 1).clamp(max=p.shape[1])
     position = torch.arange(1, p.shape[1])
-    ratio = torch.full(uniform.shape, -1.0)
+    ratio = torch.full(inputs["uniforms"].shape, -1.0)
     ratio[:, 1:] = torch.where(position <= committed[:, None], probability, -1.0)
-    rows, at = torch.arange(len(p)), verdict.accepted.clamp(max=p.shape[1] - 2)
+    rows = torch.arange(len(p))
+    at = verdict.accepted.clamp(max=p.shape[1] - 2)
     residual = (p[rows, at] - q[rows, at + 1]).clamp(min=0)
     rejected = (verdict.accepted < p.shape[1] - 1)[:, None]
     return {
@@ -71,23 +78,27 @@ def _judged(recording: Recording, case: str, p: Tensor, acceptance: Acceptance) 
 
 def _verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict:
     """Our verification under the recorded noise; behind the rejection stand the recorded samples."""
-    inputs, sampled = recording.inputs, recording.inputs["sampled_tokens"]
+    inputs = recording.inputs
+    sampled = inputs["sampled_tokens"]
     exponential = inputs["resample_noise"][:, None].repeat(1, p.shape[1], 1)
     exponential[:, -1].scatter_(-1, sampled[:, -1:], FORCED)
-    shifted = [inputs[name].roll(-1, dims=1) for name in ("draft_tokens", "draft_probs", "uniforms")]
-    shifted[1][:, -1] = 0  # the last slot has no draft
+    draft, q, uniform = (inputs[name].roll(-1, dims=1) for name in ("draft_tokens", "draft_probs", "uniforms"))
+    q[:, -1] = 0  # the last slot has no draft
 
     def recorded(window: Judged) -> tuple[Tensor, Tensor]:
         return sampled[..., None], window.p
 
-    draft, q, uniform = (x.unsqueeze(2) for x in shifted)
-    return verify(p[:, :, None], q, draft, uniform, exponential[:, :, None], acceptance, recorded)
+    chances = (p, q, draft, uniform, exponential)
+    return verify(*(x.unsqueeze(2) for x in chances), acceptance, recorded)
 
 
+@replays("gsd", "init")
 def initial(recording: Recording) -> dict[str, Tensor]:
     """New drafts behind committed tokens and kept drafts; a row of the recording ends with an end-of-line token."""
-    inputs, config = recording.inputs, recording.config["init"]
-    codes, new = recording.config["vocab_size"], config["new_tokens"]
+    inputs = recording.inputs
+    config = recording.config["init"]
+    codes = recording.config["vocab_size"]
+    new = config["new_tokens"]
     known = torch.cat([inputs["init/input_ids"], inputs["init/additional_tokens"]], dim=1)
     laws = torch.cat([inputs["init/committed_probs"], inputs["init/additional_probs"]], dim=1)
     ranks = known.shape[1] + torch.arange(new)[None]
@@ -96,9 +107,10 @@ def initial(recording: Recording) -> dict[str, Tensor]:
     layout = Layout((Segment((config["prefix_tokens"],), kind), Segment((rows, config["row_length"]), kind)))
     uniform = (inputs["init/random_fill"] + 0.5) / codes
     outputs = {}
-    for theirs, ours in SCHEMES.items():
+    for name in recording.names("output", {"init"}):
+        scheme = SCHEMES[recording.settings(name)["multi_token_init_scheme"]]
         last = torch.tensor([known.shape[1] - 1])
-        source = sources(ours, Neighbourhood.of(layout), token_order(layout), ranks, last)
-        filled = fill(ours, source, known, torch.full_like(ranks, codes), laws[:, -1], uniform, uniform)
-        outputs[f"init/{theirs}/tokens"] = filled.tokens
+        source = sources(scheme, Neighbourhood.of(layout), token_order(layout), ranks, last)
+        filled = fill(scheme, source, known, torch.full_like(ranks, codes), laws[:, -1], uniform, uniform)
+        outputs[name] = filled.tokens
     return outputs
