@@ -62,14 +62,20 @@ def replays_of(system: str, packages: Sequence[str] = ()) -> list[Replay]:
     for module, path in _modules(packages):
         if f'"{system}"' in path.read_text(encoding="utf-8"):
             importlib.import_module(module)
-    return REGISTERED.get(system, [])
+    return _of_packages(system, packages)
 
 
 def systems(packages: Sequence[str] = ()) -> list[str]:
     """Names of all systems that can be replayed."""
     for module, _ in _modules(packages):
         importlib.import_module(module)
-    return sorted(REGISTERED)
+    return sorted(system for system in REGISTERED if _of_packages(system, packages))
+
+
+def _of_packages(system: str, packages: Sequence[str]) -> list[Replay]:
+    """Registered replays of a system, without those of packages that were only named in an earlier question."""
+    roots = tuple(f"{root}." for root in (*PAPERS, DECODING, *packages))
+    return [replay for replay in REGISTERED.get(system, []) if replay.function.__module__.startswith(roots)]
 
 
 def _modules(packages: Sequence[str]) -> Iterator[tuple[str, Path]]:

@@ -54,6 +54,8 @@ def test_a_stranger_s_package_brings_its_replays(
         verify(folder)
     report = verify(folder, packages=[package])
     assert report.passed and [c.name for c in report.comparisons] == ["y", "z"]
+    with pytest.raises(UnknownSystem, match="is not known"):
+        verify(folder)  # the package was named for one question only
 
 
 def test_a_package_that_does_not_exist_is_said(folder: Path) -> None:

@@ -1,24 +1,35 @@
 """Replays of VAR's multi-scale tokenizer (cases `vae` and `vq_train` of recordings of system `var`)."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from tessellar.interop.options import check_options, require
+from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import prefixed
 from tessellar.tokenizers.var.official import vqvae_from_official
 from tessellar.tokenizers.var.tokenizer import VARVQVAE
 
+READ = (
+    "vocab_size z_channels ch v_patch_nums share_quant_resi default_qresi_counts quant_conv_ks quant_resi using_znorm "
+    "beta dropout encoder_decoder_override"
+).split()
+
 
 def recorded_vqvae(recording: Recording) -> VARVQVAE:
     """Our tokenizer with the recorded weights."""
-    sides = tuple(recording.config["vae"]["v_patch_nums"])
-    return vqvae_from_official(prefixed(recording.weights["model"], "vae."), sides)
-
-
-def _maps(x: Tensor, side: int) -> Tensor:
-    return rearrange(x, "b (h w) c -> b c h w", h=side)
+    config = recording.config["vae"]
+    check_options(config, "the config's vae", READ, {"test_mode": True})
+    require(config.get("encoder_decoder_override", {}), "the config's vae", {"using_sa": True, "using_mid_sa": True})
+    settings = recording.case_settings.get("vq_train", {})
+    return vqvae_from_official(
+        prefixed(recording.weights["model"], "vae."),
+        tuple(config["v_patch_nums"]),
+        phi_ratio=config.get("quant_resi", 0.5),
+        commitment_weight=config.get("beta", settings.get("beta", 0.25)),
+        cosine=config.get("using_znorm", settings.get("using_znorm", False)),
+    )
 
 
 @replays("var", "vae")
@@ -30,7 +41,7 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
     tokens = vqvae.encode(images)
     sides = vqvae.quantizer.sides
     return {
-        "vae.f": _maps(vqvae.latents(images), sides[-1]),
+        "vae.f": as_map(vqvae.latents(images), sides[-1]),
         "vae.idx": tokens,
         "vae.fhat": torch.stack(list(vqvae.quantizer.sums(tokens))),
         "vae.rec": vqvae(images).reconstruction.clamp(-1, 1),
@@ -47,16 +58,16 @@ def quantizer(recording: Recording) -> dict[str, Tensor]:
     side = quantizer.sides[-1]
     latents = vqvae.latents(recording.inputs["image"]).detach().requires_grad_()
     output = quantizer(latents)
-    cotangent = rearrange(recording.inputs["vq_train.cot"], "b c h w -> b (h w) c")
+    cotangent = as_vectors(recording.inputs["vq_train.cot"])
     loss = output.losses["codebook"] + output.losses["commitment"]
     (through,) = torch.autograd.grad((output.quantized * cotangent).sum(), latents, retain_graph=True)
     wanted = [latents, quantizer.codebook.weight, quantizer.phis[0].weight]
     of_latents, of_codebook, of_phi = torch.autograd.grad(loss, wanted)  # type: ignore[arg-type]
     return {
-        "vq_train.fhat": _maps(output.quantized.detach(), side),
+        "vq_train.fhat": as_map(output.quantized.detach(), side),
         "vq_train.loss": loss.detach()[None],
-        "vq_train.grad_from_cot": _maps(through, side),
-        "vq_train.grad_f_from_loss": _maps(of_latents, side),
+        "vq_train.grad_from_cot": as_map(through, side),
+        "vq_train.grad_f_from_loss": as_map(of_latents, side),
         "vq_train.grad_codebook_from_loss": of_codebook,
         "vq_train.grad_phi0_weight_from_loss": of_phi,
     }

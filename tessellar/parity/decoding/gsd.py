@@ -88,8 +88,9 @@ def _verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict
     def recorded(window: Judged) -> tuple[Tensor, Tensor]:
         return sampled[..., None], window.p
 
-    chances = (p, q, draft, uniform, exponential)
-    return verify(*(x.unsqueeze(2) for x in chances), acceptance, recorded)
+    window = (x.unsqueeze(2) for x in (p, q, draft, uniform, exponential))
+    p, q, draft, uniform, exponential = window
+    return verify(p, q, draft, uniform, exponential, acceptance, recorded)
 
 
 @replays("gsd", "init")

@@ -1,0 +1,55 @@
+"""Options of a recording's config that a tokenizer does not have are refused by name, not passed over."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tessellar.parity.verify import verify
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize(
+    ("system", "place", "options", "message"),
+    [
+        ("titok", "single", {"vit_dec_patch_size": 4}, "not of the config's"),
+        ("titok", "single", {"rope": True}, "the official option 'rope' is not known here"),
+        ("one_d_piece", "vq_model", {"strict_length_assertion": True}, "strict_length_assertion is True"),
+        ("restok", "vq_model", {"reduction_ratio": 0.25}, "reduction_ratio is 0.25; only 0.5 is supported"),
+        ("restok", "vq_model", {"hierarchy_stages": 3}, "in 4 stages"),
+        ("retok", "", {"use_attn": True}, "use_attn is True; only False is supported"),
+        ("hita", "tokenizer.encoder_decoder_transformers", {"dim_head": 8}, "dim_head is 8"),
+        ("mar", "vae", {"encoder_attn_resolutions": [32]}, "the weights attend at"),
+        ("var", "vae", {"test_mode": False}, "test_mode is False"),
+        ("llamagen", "vq", {"norm_type": "batch"}, "norm_type is 'batch'"),
+        ("llamagen", "loss", {"lecam": 0.1}, "the official option 'lecam' is not known here"),
+    ],
+)
+def test_options_are_refused_by_name(
+    tmp_path: Path, system: str, place: str, options: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(GOLDEN / system, tmp_path / system)
+    meta = json.loads((folder / "meta.json").read_text())
+    config = meta["config"]
+    for name in place.split(".") if place else ():
+        config = config[name]
+    config.update(options)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    case = CASES[system] if place != "loss" else "loss_plain"
+    leftovers = verify(folder, [case]).leftovers
+    assert any(message in line for line in leftovers), leftovers
+
+
+CASES = {
+    "titok": "tok_single",
+    "one_d_piece": "encode",
+    "restok": "tok_train",
+    "retok": "tok_encode",
+    "hita": "tok_main",
+    "mar": "vae_main",
+    "var": "vae",
+    "llamagen": "vq",
+}
