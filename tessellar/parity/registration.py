@@ -74,7 +74,7 @@ def systems(packages: Sequence[str] = ()) -> list[str]:
 
 def _of_packages(system: str, packages: Sequence[str]) -> list[Replay]:
     """Registered replays of a system, without those of packages that were only named in an earlier question."""
-    roots = tuple(f"{root}." for root in (*PAPERS, DECODING, *packages))
+    roots = (OWN, *(f"{root}." for root in (*PAPERS, DECODING, *packages)))
     return [replay for replay in REGISTERED.get(system, []) if replay.function.__module__.startswith(roots)]
 
 
