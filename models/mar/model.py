@@ -168,7 +168,7 @@ class MAR(MaskedGenerator):
     def encode(self, patches: Tensor, visible: Tensor, condition: Condition) -> Tensor:
         """Buffer and visible patches [R, P + V, D]; `visible` [R, V] are their places, ascending."""
         label = self.embed_classes(condition)[:, None].expand(-1, self.buffer, -1)
-        x = self.input_norm(torch.cat([label, self.input(patches)], 1) + self.encoder_positions)
+        x = self.input_norm(torch.cat([label, self.input(patches.to(label.dtype))], 1) + self.encoder_positions)
         x = torch.cat([x[:, : self.buffer], take(x, visible + self.buffer)], 1)
         for block in self.encoder_blocks:
             x = block(x)

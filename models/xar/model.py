@@ -299,8 +299,9 @@ class XAR(Generator):
         vectors = self.class_embedding(condition.ids)[:, None] + self.time_embedding(time_index(t))
         place = place.to(x.device)
         shared = Pass(Positions(self.rope_cos[place], self.rope_sin[place]), cache, slots)
-        hidden = self.encoder(x, place, vectors, sizes, shared)
-        return self.output(self.decoder(hidden, place, vectors, sizes, shared))
+        dtype = self.output.weight.dtype
+        hidden = self.encoder(x.to(dtype), place, vectors.to(dtype), sizes, shared)
+        return self.output(self.decoder(hidden, place, vectors.to(dtype), sizes, shared))
 
 
 def time_index(t: Tensor) -> Tensor:

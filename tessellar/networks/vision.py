@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.files import unwrap
-from tessellar.layers.precision import at_least_float32
+from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.networks.facts import KEY, NetworkFacts, refuse_evaluator
 from tessellar.networks.timm_networks import Options, check_network, create_network
 from tessellar.protocol.configured import Configured, LossOnly, describe, refuse_outside
@@ -48,7 +48,7 @@ class Preprocessing:
     antialias: bool = True
 
 
-class VisionModel(Configured, nn.Module):
+class VisionModel(Configured, ExactTables):
     """A frozen timm network `name`, always in eval mode.
 
     `weights`: a file, "download" (timm's own), or None where a state dict will fill it. A file that
@@ -139,7 +139,8 @@ class VisionModel(Configured, nn.Module):
         if images.shape[-2:] != self.input_size:
             how = self.preprocessing
             images = F.interpolate(images, self.input_size, mode=how.interpolation, antialias=how.antialias)
-        return ((images + 1) / 2 - self.mean) / self.std
+        normalised = ((images + 1) / 2 - self.mean) / self.std
+        return normalised.to(images.dtype)
 
     def features(self, images: Tensor) -> VisionFeatures:
         """Prefix tokens and patches of images [B, 3, H, W] in [-1, 1]; gradients reach images that take them."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache
+from tessellar.layers.precision import ExactTables
 from tessellar.protocol.condition import Condition, cat
 from tessellar.protocol.conditioner import Conditioner
 from tessellar.protocol.configured import Configured
@@ -118,7 +119,7 @@ class Evaluation(NamedTuple):
     nats: Tensor | None
 
 
-class Generator(Configured, nn.Module, ABC):
+class Generator(Configured, ExactTables, ABC):
     """Tokens from a condition, entity by entity.
 
     `layout` and `entities` (the default partition) are set by the constructor; `condition_dropout` is the probability

@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tessellar.layers.precision import ExactTables
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.layout import Layout
 
@@ -23,7 +24,7 @@ class TokenizerOutput(NamedTuple):
     shorter: Tensor | None = None
 
 
-class Tokenizer(Configured, nn.Module, ABC):
+class Tokenizer(Configured, ExactTables, ABC):
     """Images [B, 3, H, W] in [-1, 1] to tokens ([B, N], [B, N, F] or [B, N, C] as `layout` says) and back."""
 
     layout: Layout

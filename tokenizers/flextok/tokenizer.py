@@ -142,13 +142,14 @@ class FlexTok(Tokenizer):
         decoding = decoding or self.decoding
         guidance = decoding.guidance if guidance is None else guidance
         kept = self._checked_lengths(tokens, lengths)
-        codes, no = self.quantizer.decode(tokens), torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        dtype = next(self.decoder.parameters()).dtype
+        codes, no = self.quantizer.decode(tokens).to(dtype), torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         registers = self.decoder.condition(codes, kept)
         if guidance != 1:
             registers = torch.cat([registers, self.decoder.condition(codes, kept, ~no)])
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return at_least_float32(self.decoder(x, t, registers).velocity)
+            return at_least_float32(self.decoder(x.to(dtype), t, registers).velocity)
 
         return solve(velocity, start, len(registers) // len(tokens), decoding, guidance)
 

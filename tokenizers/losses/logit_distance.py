@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.layers.precision import at_least_float32
+from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.tensor_files import read_pickle, read_safetensors
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class LogitDistance(nn.Module):
+class LogitDistance(ExactTables):
     """Mean squared difference of logits, [B], of images [B, 3, H, W] in [-1, 1].
 
     `weights` is a path to torchvision's ConvNeXt-S (.pth or .safetensors). Raises UserError where it is missing.
@@ -46,7 +46,8 @@ class LogitDistance(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """Scores of the classes, [B, 1000]."""
         images = F.interpolate(at_least_float32(images), (SIZE, SIZE), mode="bilinear", antialias=True)
-        return at_least_float32(self.network(((images + 1) / 2 - self.mean) / self.std))
+        normalised = ((images + 1) / 2 - self.mean) / self.std
+        return at_least_float32(self.network(normalised.to(images.dtype)))
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.no_grad():

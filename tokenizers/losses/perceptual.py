@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.layers.precision import at_least_float32
+from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.tensor_files import read_pickle, read_safetensors
 
 CHANNELS = (64, 128, 256, 512, 512)
@@ -47,7 +47,7 @@ class VGGFeatures(nn.Module):
         return outputs
 
 
-class LPIPS(nn.Module):
+class LPIPS(ExactTables):
     """Distance [B] of images [B, 3, H, W] in [-1, 1].
 
     `vgg` is a path to torchvision's VGG-16 weights (.pth or .safetensors); `heads` to LPIPS's linear heads, by default
@@ -81,7 +81,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        ours, theirs = (self.backbone((x - self.mean) / self.std) for x in (images, reconstruction))
+        ours, theirs = (self.backbone(((x - self.mean) / self.std).to(x.dtype)) for x in (images, reconstruction))
         # Products, not convolutions: under autocast the features may be bfloat16, their distance is not.
         distances = [
             ((_unit(a) - _unit(b)).square() * weight[0]).sum(1).mean(dim=(1, 2))

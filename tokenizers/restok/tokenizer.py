@@ -103,7 +103,8 @@ class ResTok(Tokenizer):
     def features(self, images: Tensor) -> Tensor:
         """The CNN's map of images in [-1, 1]."""
         self.check_images(images)
-        return self.cnn_encoder(((images + 1) / 2 - self.mean) / self.std)
+        normalised = ((images + 1) / 2 - self.mean) / self.std
+        return self.cnn_encoder(normalised.to(images.dtype))
 
     def latents(self, encoded: Encoded) -> Tensor:
         """Vectors before quantization [B, N, c]; `legacy` reads the memory of [B, N, D] as [B, D, N]."""
@@ -116,7 +117,8 @@ class ResTok(Tokenizer):
         """Images of code vectors [B, N, c], of which the first `keep` [B] count."""
         maps = self.decoder(codes.to(self.decoder.output.weight.dtype), keep)
         with torch.autocast(maps.device.type, enabled=False):
-            return 2 * self.cnn_decoder(at_least_float32(maps)) - 1
+            dtype = next(self.cnn_decoder.parameters()).dtype  # float32, but in a model that was cast itself
+            return 2 * self.cnn_decoder(maps.to(dtype)) - 1
 
     def encode(self, images: Tensor) -> Tensor:
         return self.quantizer.encode(self.latents(self.encoder(self.features(images))))

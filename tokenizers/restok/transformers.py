@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.attention import attention as attend
+from tessellar.layers.precision import ExactTables
 from tessellar.layers.rope import rotate
 from tessellar.layers.tags import tag
 
@@ -178,7 +179,7 @@ class ResTokEncoder(nn.Module):
         return Rotation(turn.cos.to(device), turn.sin.to(device)), mask[None, None].to(device)
 
 
-class ResTokDecoder(nn.Module):
+class ResTokDecoder(ExactTables):
     """Code vectors [B, N, c] to a map [B, C, h, w], and the features of a training branch [B, h w, D]."""
 
     def __init__(

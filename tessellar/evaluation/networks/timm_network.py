@@ -9,6 +9,7 @@ from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.evaluation.networks.extractors import Extractor, Features
 from tessellar.evaluation.networks.resize import RESIZERS
+from tessellar.layers.precision import ExactTables
 from tessellar.networks.facts import NetworkFacts
 from tessellar.networks.timm_networks import create_network
 
@@ -21,7 +22,7 @@ def network_of(facts: NetworkFacts) -> torch.nn.Module:
         raise UserError(f"timm cannot make {facts.arch!r} with options {facts.options}: {error}") from error
 
 
-class TimmNetwork(Extractor):
+class TimmNetwork(ExactTables, Extractor):
     """Features are the pooled vector in front of the classifier."""
 
     def __init__(self, facts: NetworkFacts, state: Mapping[str, Tensor], sha256: str, where: str) -> None:
@@ -43,7 +44,7 @@ class TimmNetwork(Extractor):
 
     def extract(self, images: Tensor) -> Features:
         x = self._to_size(images) / 255
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = ((x - self.mean) / self.std).to(x.dtype).contiguous(memory_format=torch.channels_last)
         maps = self.network.forward_features(x)  # type: ignore[operator]
         pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
         return Features(pooled, self.network.get_classifier()(pooled))  # type: ignore[operator]
