@@ -46,7 +46,7 @@ def export_tokenizer(
     Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
     """
     parts = {"tokenizer": tokenizer, "discriminator": discriminator}
-    return _export(describe_model(**parts), parts, folder, "tokenizer", record, overwrite)  # type: ignore[arg-type]
+    return export_parts(parts, folder, record=record, overwrite=overwrite)
 
 
 def export_generator(
@@ -57,8 +57,21 @@ def export_generator(
     Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
     """
     parts = {"tokenizer": model.tokenizer, "generator": model.generator, "conditioner": model.conditioner}
-    kind = "generator" if isinstance(model.conditioner, ClassConditioner) else "text generator"
-    return _export(describe_model(**parts), parts, folder, kind, record, overwrite)
+    return export_parts(parts, folder, record=record, overwrite=overwrite)
+
+
+def export_parts(
+    parts: Mapping[str, nn.Module | None], folder: str | Path, *, record: Record | None = None, overwrite: bool = False
+) -> Path:
+    """Write the parts of a model (tokenizer, generator, conditioner, discriminator) by their names.
+
+    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
+    """
+    description = describe_model(**parts)  # type: ignore[arg-type]
+    kind = description["kind"]
+    if kind == "generator" and not isinstance(parts.get("conditioner"), ClassConditioner):
+        kind = "text generator"
+    return _export(description, parts, folder, kind, record, overwrite)
 
 
 def _export(

@@ -26,23 +26,18 @@ from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.interruption import Interrupted, Interruption
 from tessellar.callbacks.throughput import Throughput
 from tessellar.checkpoints.card import Record
-from tessellar.checkpoints.export import export_generator, export_tokenizer
+from tessellar.checkpoints.description import PARTS
+from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.reading import read_source
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.networks.vision import stand_ins
-from tessellar.pipeline import ImageGenerator, assemble
-from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.protocol.configured import Configured, check_buildable
 from tessellar.protocol.packages import trust, trusting
 from tessellar.sampling.settings import Sampling
-from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import NonFiniteGradients, TrainingModule
-from tessellar.training.facts import facts_of
-from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.runs import CHECKPOINTS, LAST, Run, check_data, commit, restoring
-from tessellar.training.tokenizer_module import TokenizerModule
 
 TAKING_TURNS = "ddp_find_unused_parameters_true"
 QUIET = (
@@ -92,7 +87,7 @@ class TrainCLI(LightningCLI):
         best_metric, best_mode = self.model.best_by
         callbacks: list[L.Callback] = [
             Throughput(config.log_every),
-            CodebookUsage(config.log_every, 0.1 if isinstance(self.model, TokenizerModule) else 0.0),
+            CodebookUsage(config.log_every, self.model.least_codes_used),
             Grids(run, config.sampling),
             Interruption(),
             Checkpoints(
@@ -106,7 +101,7 @@ class TrainCLI(LightningCLI):
             callbacks.insert(0, EMA(config.ema))
         return super().instantiate_trainer(
             **kwargs,
-            **({"strategy": TAKING_TURNS} if config.trainer.strategy == "ddp" and _takes_turns(self.model) else {}),
+            **({"strategy": TAKING_TURNS} if config.trainer.strategy == "ddp" and self.model.takes_turns else {}),
             logger=run.loggers(config.wandb),
             callbacks=[*(config.trainer.callbacks or []), *callbacks],
             default_root_dir=run.folder,
@@ -149,7 +144,7 @@ def fit(cli: TrainCLI) -> None:
         run.create()
         cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
         run.write("run.json", run_facts(cli))
-        print(facts_of(cli.model))
+        print(cli.model.facts())
     try:
         with restoring(run.checkpoint):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
@@ -243,22 +238,8 @@ def check(cli: TrainCLI, training: bool = True) -> None:
         raise UserError("trainer.precision 16-mixed is not supported: use bf16-mixed or 32-true")
     data.check_files()  # raises where files are missing, before the run's folder exists
     if cli.run_folder.checkpoint is not None and trainer.is_global_zero:
-        reads_labels = isinstance(model, GeneratorModule) and isinstance(model.model.conditioner, ClassConditioner)
-        check_data(cli.run_folder.checkpoint, data, names_matter=training or reads_labels)
-    if isinstance(model, GeneratorModule):
-        wanted = getattr(model.model.conditioner, "num_classes", None)
-        if isinstance(model.model.conditioner, TextConditioner):
-            data.check_captions()
-        if wanted is not None and wanted != data.num_classes:
-            raise UserError(f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}")
-    size = model.tokenizer.image_size
-    if tuple(size) != tuple(data.image_size):
-        raise UserError(f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}")
-
-
-def _takes_turns(model: Any) -> bool:
-    """Whether a backward pass leaves out what another one trains, which plain `ddp` refuses."""
-    return getattr(model, "discriminator", None) is not None
+        check_data(cli.run_folder.checkpoint, data, names_matter=training or model.reads_labels)
+    model.check_data(data)
 
 
 def _finish(cli: TrainCLI) -> None:
@@ -279,26 +260,15 @@ def _finish(cli: TrainCLI) -> None:
         _export_checkpoint(run, record)
     elif ema is not None:
         with ema.swapped(module):
-            _export(module, run, record)
+            module.export(run.folder / "export", record)
     else:
-        _export(module, run, record)
+        module.export(run.folder / "export", record)
     print(f"export: {run.folder / 'export'}")
 
 
 def _export_checkpoint(run: Run, record: Record) -> None:
     """The export of a sharded run, of its last checkpoint: no process holds all weights."""
-    source, folder = read_source(run.folder / CHECKPOINTS / LAST), run.folder / "export"
-    model = assemble(source)
-    if isinstance(model, ImageGenerator):
-        export_generator(model, folder, record=record, overwrite=True)
-    else:
-        discriminator = source.build("discriminator") if "discriminator" in source.description else None
-        export_tokenizer(model, folder, discriminator=discriminator, record=record, overwrite=True)
-
-
-def _export(module: L.LightningModule, run: Run, record: Record) -> None:
-    folder = run.folder / "export"
-    if isinstance(module, GeneratorModule):
-        export_generator(module.model, folder, record=record, overwrite=True)
-    elif isinstance(module, TokenizerModule):
-        export_tokenizer(module.tokenizer, folder, discriminator=module.discriminator, record=record, overwrite=True)
+    source = read_source(run.folder / CHECKPOINTS / LAST)
+    source.check()
+    parts = {part: source.build(part) for part in PARTS if part in source.description}
+    export_parts(parts, run.folder / "export", record=record, overwrite=True)

@@ -12,6 +12,7 @@ import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -23,13 +24,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tessellar import distributed
+from tessellar.checkpoints.card import Record
 from tessellar.checkpoints.data_facts import DATA_KEY, DataFacts
+from tessellar.checkpoints.description import HEADER_KEY, checkpoint_header
+from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.weights import current_names, with_current_names
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.layers.tags import tag, tags
+from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.randomness import derive
 from tessellar.training import random_state
+from tessellar.training.facts import Facts
 from tessellar.training.optim import set_factor, set_weight_decay
 from tessellar.training.optimizer_names import arrange, former_names, names_by_place
 from tessellar.training.schedules import Schedule
@@ -79,6 +85,13 @@ class TrainingModule(L.LightningModule, ABC):
 
     #: The validation metric that the best checkpoint is chosen by, and whether the `min` or `max` of it is best.
     best_by: tuple[str, Literal["min", "max"]] = ("val/loss", "min")
+    #: The share of codes in use below which a run is warned of a collapse; 0: never.
+    least_codes_used: float = 0.0
+    #: Whether a backward pass leaves out what another one trains, which plain `ddp` refuses.
+    takes_turns: bool = False
+    #: Whether the labels of the data are read, so that validation too needs the classes of training.
+    reads_labels: bool = False
+    tokenizer: Tokenizer
 
     def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
         super().__init__()
@@ -105,6 +118,27 @@ class TrainingModule(L.LightningModule, ABC):
     @abstractmethod
     def ema_target(self) -> nn.Module:
         """The sub-module that exponential averages are kept of."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module | None]:
+        """What an export and the header of a checkpoint hold, by the names of `checkpoints/description.py`."""
+
+    def export(self, folder: str | Path, record: Record) -> Path:
+        """Write the export of the model as it is now, in the place of an older one."""
+        return export_parts(self.parts(), folder, record=record, overwrite=True)
+
+    def facts(self) -> Facts:
+        """What a run will cost by its sizes alone; on any device, the meta device included."""
+        parameters = list(self.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        return Facts(trained, frozen, self.tokenizer.layout.length)
+
+    def check_data(self, data: ImageDataModule) -> None:
+        """Raise UserError, before a run begins, for data that this module cannot be trained on."""
+        size = self.tokenizer.image_size
+        if tuple(size) != tuple(data.image_size):
+            raise UserError(f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}")
 
     @abstractmethod
     def make_players(self) -> list[Player]:
@@ -288,6 +322,7 @@ class TrainingModule(L.LightningModule, ABC):
         }
         if self.data_facts is not None:
             checkpoint[DATA_KEY] = self.data_facts.as_dict()
+        checkpoint[HEADER_KEY] = checkpoint_header(**self.parts())  # type: ignore[arg-type]
 
     def _gradients_under_way(self) -> dict[str, Tensor]:
         if self.batches % self.accumulate == 0:

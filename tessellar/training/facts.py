@@ -2,10 +2,6 @@
 
 from typing import NamedTuple
 
-from torch import nn
-
-from tessellar.training.generator_module import GeneratorModule
-
 BYTES = 4
 STATES = 5
 """Weights, gradients, two moments of AdamW, averaged weights: float32 numbers a trained parameter."""
@@ -34,19 +30,3 @@ class Facts(NamedTuple):
             told.append(f"about {self.flops / 1e9:,.2f} GFLOP an image, forward and backward")
         told.append(f"{self.memory / 1e9:,.2f} GB without activations")
         return "; ".join(told)
-
-
-def facts_of(module: nn.Module) -> Facts:
-    """Facts of a training module, on any device, the meta device included."""
-    tokenizer: nn.Module = module.tokenizer  # type: ignore[assignment]
-    length = tokenizer.layout.length  # type: ignore[union-attr]
-    parts = list(module.parameters())
-    trained = sum(p.numel() for p in parts if p.requires_grad)
-    frozen = sum(p.numel() for p in parts if not p.requires_grad)
-    if not isinstance(module, GeneratorModule):
-        return Facts(trained, frozen, length)  # type: ignore[arg-type]
-    generator = module.model.generator
-    work = generator.work()
-    return Facts(
-        trained, frozen, generator.layout.length, generator.entities.count, work.positions, work.training_flops
-    )

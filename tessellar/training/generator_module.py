@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.data_facts import DataFacts, other_class
-from tessellar.checkpoints.description import HEADER_KEY, checkpoint_header
 from tessellar.checkpoints.reading import init_generator, load_tokenizer
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
+from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.condition import Condition
@@ -24,6 +24,7 @@ from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import Player, TrainingModule, trainable
+from tessellar.training.facts import Facts
 from tessellar.training.methods.context_noise import ContextNoise, reading, require_teacher_forcing
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
@@ -113,12 +114,39 @@ class GeneratorModule(TrainingModule):
             )
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         return self.model.tokenizer
 
     @property
     def ema_target(self) -> nn.Module:
         return self.model.generator
+
+    @property
+    def reads_labels(self) -> bool:  # type: ignore[override]
+        return isinstance(self.model.conditioner, ClassConditioner)
+
+    def parts(self) -> dict[str, nn.Module | None]:
+        model = self.model
+        return {"tokenizer": model.tokenizer, "generator": model.generator, "conditioner": model.conditioner}
+
+    def facts(self) -> Facts:
+        """With the work of the generator."""
+        generator = self.model.generator
+        work = generator.work()
+        return (
+            super()
+            .facts()
+            ._replace(entities=generator.entities.count, positions=work.positions, flops=work.training_flops)
+        )
+
+    def check_data(self, data: ImageDataModule) -> None:
+        conditioner = self.model.conditioner
+        if isinstance(conditioner, TextConditioner):
+            data.check_captions()
+        wanted = getattr(conditioner, "num_classes", None)
+        if wanted is not None and wanted != data.num_classes:
+            raise UserError(f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}")
+        super().check_data(data)
 
     def make_players(self) -> list[Player]:
         parts = (self.model.generator, self.model.conditioner, self.recovery)
@@ -181,8 +209,3 @@ class GeneratorModule(TrainingModule):
             named["nats_per_image"] = nats.mean()
         self.log_terms("val", named, len(tokens))
         return {"tokens": tokens}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        model = self.model
-        checkpoint[HEADER_KEY] = checkpoint_header(model.tokenizer, model.generator, model.conditioner)

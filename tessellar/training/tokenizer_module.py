@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessellar.checkpoints.description import HEADER_KEY, checkpoint_header
 from tessellar.checkpoints.reading import init_tokenizer
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
@@ -25,6 +24,7 @@ class TokenizerModule(TrainingModule):
     """
 
     best_by = ("val/psnr", "max")
+    least_codes_used = 0.1
 
     def __init__(
         self,
@@ -57,6 +57,13 @@ class TokenizerModule(TrainingModule):
     @property
     def discriminator(self) -> nn.Module | None:
         return self.loss.discriminator
+
+    @property
+    def takes_turns(self) -> bool:  # type: ignore[override]
+        return self.discriminator is not None
+
+    def parts(self) -> dict[str, nn.Module | None]:
+        return {"tokenizer": self.tokenizer, "discriminator": self.discriminator}
 
     def make_players(self) -> list[Player]:
         optimizers = self.optimizer_settings.make(self.tokenizer)
@@ -95,7 +102,3 @@ class TokenizerModule(TrainingModule):
         psnr = -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10().mean()
         self.log_terms("val", {"psnr": psnr, "l1": 2 * error.abs().mean()}, len(images))
         return {"tokens": tokens, "reconstruction": reconstruction}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[HEADER_KEY] = checkpoint_header(self.tokenizer, discriminator=self.discriminator)

@@ -19,7 +19,6 @@ from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import CaptionConditioner, TextConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
-from tessellar.training.facts import facts_of
 from tessellar.training.generator_module import GeneratorModule, training_captions
 
 
@@ -103,7 +102,7 @@ def test_facts_are_known_before_anything_is_allocated() -> None:
     """2048 x 2048 images at f16: 16,384 codes in 4,096 positions behind a prompt of 512."""
     with torch.device("meta"):
         tokenizer = ViTVQ(VectorQuantizer(16384, 8), 2048, 16, 16, 1, 1, 2)
-        facts = facts_of(GeneratorModule(tokenizer, token_shuffle_2b7))
+        facts = GeneratorModule(tokenizer, token_shuffle_2b7).facts()
     assert (facts.tokens, facts.entities, facts.positions) == (16384, 4096, 4608)
     assert facts.trained == 2_789_634_816 and facts.memory == 20 * facts.trained + 4 * facts.frozen
     assert str(facts).startswith("16,384 tokens an image in 4,096 entities; 4,608 positions; about 117")

@@ -143,7 +143,8 @@ class FlexTok(Tokenizer):
         guidance = decoding.guidance if guidance is None else guidance
         kept = self._checked_lengths(tokens, lengths)
         dtype = next(self.decoder.parameters()).dtype
-        codes, no = self.quantizer.decode(tokens).to(dtype), torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        codes = self.quantizer.decode(tokens).to(dtype)
+        no = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         registers = self.decoder.condition(codes, kept)
         if guidance != 1:
             registers = torch.cat([registers, self.decoder.condition(codes, kept, ~no)])

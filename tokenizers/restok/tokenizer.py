@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.cnn import Sizes
-from tessellar.layers.precision import at_least_float32
 from tessellar.layers.starts import start_layers
 from tessellar.networks.vision import Teacher
 from tessellar.protocol.layout import sequence_layout
