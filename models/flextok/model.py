@@ -19,7 +19,8 @@ from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.conditioning import ClassConditioning, Conditioning
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import Prefix, State, require_categorical
@@ -91,6 +92,27 @@ class FlexARBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x))))
 
 
+class TextConditioning(Conditioning, nn.Module):
+    """Features of a text [B, P, F]; none is the empty prompt of `length` features, which has to be filled in."""
+
+    def __init__(self, length: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("empty", torch.zeros(length, dim))
+        self.register_buffer("empty_valid", torch.zeros(length, dtype=torch.bool))
+        self.empty: Tensor
+        self.empty_valid: Tensor
+
+    def conditioner(self) -> Conditioner:
+        return FeatureConditioner()
+
+    def null(self, condition: Condition) -> Condition:
+        """Raises UserError while the empty prompt is not known."""
+        if not bool(self.empty_valid.any()):
+            raise UserError("the features of the empty prompt are not known: give them to set_empty_prompt")
+        rows = condition.batch
+        return Condition(valid=self.empty_valid.expand(rows, -1), features=self.empty.expand(rows, -1, -1))
+
+
 class FlexAR(PrefixTransformer):
     """Next-token generator over one categorical vocabulary.
 
@@ -122,7 +144,6 @@ class FlexAR(PrefixTransformer):
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
         self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
         self.num_heads, self.head_dim, self.num_classes = num_heads, width // num_heads, num_classes
-        self.null_class = null_class
         vocab = require_categorical(layout, "FlexAR")
         self.token_embedding, self.start_token = nn.Embedding(vocab, width), nn.Parameter(torch.empty(width))
         self.positions = nn.Parameter(positions_1d(layout.length, width), requires_grad=learned_positions)
@@ -132,10 +153,9 @@ class FlexAR(PrefixTransformer):
             hidden = text_hidden or text_dim
             fc1, fc2 = nn.Linear(text_dim, hidden, bias=False), nn.Linear(hidden, width, bias=False)
             self.text = nn.Sequential(fc1, nn.GELU(approximate="tanh"), fc2)
-            self.register_buffer("empty", torch.zeros(text_length, text_dim))
-            self.register_buffer("empty_valid", torch.zeros(text_length, dtype=torch.bool))
-        self.empty: Tensor
-        self.empty_valid: Tensor
+            self.conditioning = TextConditioning(text_length, text_dim)
+        elif num_classes is not None:
+            self.conditioning = ClassConditioning(num_classes, null_class)
         self.embedding_dropout = nn.Identity()
         blocks = (FlexARBlock(width, num_heads, qk_norm, text_dim is not None, attention) for _ in range(depth))
         self.layers, self.norm = nn.ModuleList(blocks), nn.LayerNorm(width, eps=EPS)
@@ -151,23 +171,11 @@ class FlexAR(PrefixTransformer):
         nn.init.zeros_(self.output.weight)
         tag(self.positions, "no_decay")
 
-    def make_conditioner(self) -> Conditioner:
-        return FeatureConditioner() if self.num_classes is None else ClassConditioner(self.num_classes)
-
     def set_empty_prompt(self, features: Tensor, valid: Tensor) -> None:
         """Features [P, F] of the empty prompt and which of them are real [P]; P is `text_length`."""
-        self.empty.copy_(features)
-        self.empty_valid.copy_(valid)
-
-    def null(self, condition: Condition) -> Condition:
-        """No class: id `num_classes`. Raises UserError for text while the empty prompt is not known."""
-        if condition.ids is not None and self.num_classes is not None:
-            nothing = self.num_classes if self.null_class is None else self.null_class
-            return Condition(ids=torch.full_like(condition.ids, nothing))
-        if not bool(self.empty_valid.any()):
-            raise UserError("the features of the empty prompt are not known: give them to set_empty_prompt")
-        rows = condition.batch
-        return Condition(valid=self.empty_valid.expand(rows, -1), features=self.empty.expand(rows, -1, -1))
+        assert isinstance(self.conditioning, TextConditioning)
+        self.conditioning.empty.copy_(features)
+        self.conditioning.empty_valid.copy_(valid)
 
     def prefix(self, condition: Condition) -> Prefix:
         first = (self.start_token + self.positions[0]).expand(condition.batch, 1, -1)

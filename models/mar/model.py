@@ -19,7 +19,7 @@ from tessellar.layers.tags import tag
 from tessellar.models.mar.head import DiffusionMLP
 from tessellar.processes.diffusion import TRAINING_STEPS, full_process
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import ImplicitDiffusion
 from tessellar.protocol.entities import Entities, cells, take
 from tessellar.protocol.generator import State
@@ -84,6 +84,7 @@ class MAR(MaskedGenerator):
             steps,
         )
         self.cells = cells(layout, patch, patch)
+        self.conditioning = ClassConditioning(num_classes)
         self.channels, self.length = kind.dim * patch**2, self.cells.count
         self.entities = self.sets(torch.arange(self.length), steps)
         inner = decoder_width or width
@@ -146,13 +147,6 @@ class MAR(MaskedGenerator):
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
         """An order of its own for each image."""
         return self.sets(noise.uniform(self.length).argsort(-1).cpu(), steps or self.steps)
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
 
     def to_patches(self, tokens: Tensor) -> Tensor:
         """Latents [B, N, C] to [B, L, C p p], channel slowest."""

@@ -18,7 +18,7 @@ from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.tags import tag
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, take, token_order
 from tessellar.protocol.generator import State, require_categorical
@@ -137,6 +137,7 @@ class MaskGIT(MaskedGenerator):
         self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
         self.vocab, self.num_classes = require_categorical(layout, "MaskGIT"), num_classes
         self.label_smoothing, self.known_weight = label_smoothing, known_weight
+        self.conditioning = ClassConditioning(num_classes)
         ids, length = self.vocab + 1 + num_classes + 1, layout.length + 1
         if backbone == "vit":
             self.backbone: Bert | UViT = Bert(ids, length, width, depth, num_heads, hidden, dropout)
@@ -171,13 +172,6 @@ class MaskGIT(MaskedGenerator):
         if min(sizes) < 1:
             raise UserError(f"{steps} steps for {length} tokens; give 1 to {length}")
         return Entities(noise.uniform(length).argsort(1).cpu(), sizes)
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
 
     def logits(self, tokens: Tensor, masked: Tensor, condition: Condition) -> Tensor:
         """Logits [B, N, V] of tokens [B, N], of which those that are `masked` [B, N] are not looked at."""

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.conditioning import Conditioning
 from tessellar.text.conditioners import CaptionConditioner
 
 IGNORED = -100
 """The target of what is not predicted, as `torch.nn.functional.cross_entropy` has it."""
 
 
-class JointText(nn.Module):
+class JointText(Conditioning, nn.Module):
     """Ids of a text and the mark behind it; no weights of its own. Texts have at most `length` tokens."""
 
     def __init__(self, text_vocab: int, length: int, bos: int = 0) -> None:
@@ -45,7 +46,7 @@ class JointText(nn.Module):
         following = torch.where(valid[:, :-1], ids[:, 1:], IGNORED)
         return torch.cat([following, torch.full_like(ids[:, :1], self.eoi)], 1)
 
-    def make_conditioner(self) -> Conditioner:
+    def conditioner(self) -> Conditioner:
         return CaptionConditioner(self.text_vocab, self.length)
 
     def null(self, condition: Condition) -> Condition:

@@ -9,7 +9,6 @@ from tessellar.models.parts.joint_text import JointText
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.models.parts.prefixes import CaptionPrefix, ClassPrefix
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import Conditioner
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.generator import Prefix, State
 
@@ -80,12 +79,6 @@ class LlamaGenerator(PrefixTransformer):
             for layer in self.layers:
                 nn.init.zeros_(layer.attention.wo.weight)  # type: ignore[union-attr, arg-type]
                 nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
-
-    def make_conditioner(self) -> Conditioner:
-        return self.conditioning.make_conditioner()
-
-    def null(self, condition: Condition) -> Condition:
-        return self.conditioning.null(condition)
 
     def prefix(self, condition: Condition) -> Prefix:
         return self.conditioning(condition)

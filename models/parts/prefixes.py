@@ -7,34 +7,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.conditioning import ClassConditioning, Conditioning
 from tessellar.protocol.generator import Prefix
 from tessellar.text.conditioners import FeatureConditioner
 
 
-class ClassPrefix(nn.Module):
+class ClassPrefix(ClassConditioning, nn.Module):
     """One position: an embedding of the label; the last row stands for no class."""
 
     length = 1
 
     def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
+        super().__init__(num_classes)
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def forward(self, condition: Condition) -> Prefix:
         assert condition.ids is not None
         return Prefix(self.embedding(condition.ids)[:, None])
 
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.num_classes)
 
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
-
-
-class CaptionPrefix(nn.Module):
+class CaptionPrefix(Conditioning, nn.Module):
     """`length` positions: projected caption features, padded on the left; the null caption is a fixed random buffer."""
 
     def __init__(self, feature_dim: int, length: int, width: int) -> None:
@@ -55,7 +48,7 @@ class CaptionPrefix(nn.Module):
             raise ValueError(f"captions have {condition.features.shape[1]} positions; this model reads {self.length}")
         return Prefix(self.project(condition.features), condition.valid.bool().cpu())
 
-    def make_conditioner(self) -> Conditioner:
+    def conditioner(self) -> Conditioner:
         return FeatureConditioner()
 
     def null(self, condition: Condition) -> Condition:

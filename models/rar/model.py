@@ -19,7 +19,7 @@ from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import Prefix, State, require_categorical
@@ -99,6 +99,7 @@ class RAR(PrefixTransformer):
         self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
         self.num_classes, self.random_order = num_classes, random_order
         self.vocab = require_categorical(layout, "RAR")
+        self.conditioning = ClassConditioning(num_classes)
         self.num_heads, self.head_dim = num_heads, width // num_heads
         # rows: tokens, a mask token that is never used, classes, no class
         self.embedding = nn.Embedding(self.vocab + 1 + num_classes + 1, width)
@@ -129,13 +130,6 @@ class RAR(PrefixTransformer):
         for block in self.layers:
             for linear in (block.attention.qkv, block.attention.proj, block.fc1, block.fc2):  # type: ignore[union-attr]
                 tag(linear.weight, "hidden")  # type: ignore[union-attr]
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
 
     def class_embedding(self, condition: Condition) -> Tensor:
         """[R, 1, D]; it is both a token of the prefix and the condition of every block."""

@@ -23,7 +23,7 @@ from tessellar.layers.stochastic_depth import StochasticDepth
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, scales
 from tessellar.protocol.generator import Prefix, State, require_categorical
@@ -137,6 +137,7 @@ class VAR(PrefixTransformer):
         super().__init__()
         self.layout, self.entities, self.condition_dropout = layout, scales(layout), condition_dropout
         self.num_classes, self.latent_dim = num_classes, latent_dim
+        self.conditioning = ClassConditioning(num_classes)
         self.num_heads, self.head_dim = num_heads, width // num_heads
         vocab, first = require_categorical(layout, "VAR"), self.entities.sizes[0]
         self.class_embedding = nn.Embedding(num_classes + 1, width)
@@ -200,13 +201,6 @@ class VAR(PrefixTransformer):
                 f"VAR was built for latents of {self.latent_dim} channels, the tokenizer has {inputs.latent_dim}"
             )
         self.bound = (inputs,)
-
-    def make_conditioner(self) -> Conditioner:
-        return ClassConditioner(self.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
 
     def prefix(self, condition: Condition) -> Prefix:
         assert condition.ids is not None

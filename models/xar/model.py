@@ -24,7 +24,7 @@ from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
 from tessellar.processes import flow
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.entities import Entities, parse_entities, take
 from tessellar.protocol.generator import Generator, State
@@ -118,6 +118,7 @@ class XAR(Generator):
         if self.flex and (dropout or context_noise == "clean"):
             raise UserError("FlexAttention has no dropout and no clean context here; set dropout 0 and context noise")
         self.channels = channels_of(layout)
+        self.conditioning = ClassConditioning(num_classes)
         hidden, total = int(width * mlp_ratio * 2 / 3), depth + (depth if decoder_depth is None else decoder_depth)
         blocks = [block(width, num_heads, hidden, dropout, "auto" if self.flex else attention) for _ in range(total)]
         self.encoder = Stack(blocks[:depth], self.channels, width, layout.length, True, 0)
@@ -158,13 +159,6 @@ class XAR(Generator):
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
         self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = on
-
-    def make_conditioner(self) -> ClassConditioner:
-        return ClassConditioner(self.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
 
     # training
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import Generator, State, require_categorical
@@ -35,6 +35,7 @@ class TableGenerator(Generator):
         super().__init__()
         self.layout, self.num_classes, self.entity_size = layout, num_classes, entity_size
         self.codes = require_categorical(layout, "a table")
+        self.conditioning = ClassConditioning(num_classes)
         if layout.length % entity_size:
             raise ValueError(f"{layout.length} tokens do not divide into entities of {entity_size}")
         self.entities = Entities(token_order(layout).order, (entity_size,) * (layout.length // entity_size))
@@ -45,13 +46,6 @@ class TableGenerator(Generator):
         self.starts: Tensor
         noise = torch.randn(num_classes + 1, sum(prefixes), self.codes, generator=torch.Generator().manual_seed(seed))
         self.table = torch.nn.Parameter(spread * noise)
-
-    def make_conditioner(self) -> ClassConditioner:
-        return ClassConditioner(self.num_classes)
-
-    def null(self, condition: Condition) -> Condition:
-        assert condition.ids is not None
-        return Condition(ids=torch.full_like(condition.ids, self.num_classes))
 
     def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
         state = self.start(self.drop_condition(condition))

@@ -21,6 +21,7 @@ from tessellar.layers.kv_cache import KVCache, NoCache
 from tessellar.layers.precision import ExactTables
 from tessellar.protocol.condition import Condition, cat
 from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.conditioning import Conditioning
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.distribution import Distribution
 from tessellar.protocol.entities import Entities
@@ -122,17 +123,19 @@ class Evaluation(NamedTuple):
 class Generator(Configured, ExactTables, ABC):
     """Tokens from a condition, entity by entity.
 
-    `layout` and `entities` (the default partition) are set by the constructor; `condition_dropout` is the probability
-    with which training replaces a sample's condition by the null condition.
+    The constructor sets `layout`, `entities` (the default partition) and `conditioning` (what is read as a condition,
+    and which one stands for none). `condition_dropout` is the probability with which training replaces a sample's
+    condition by the null condition.
     """
 
     layout: Layout
     entities: Entities
+    conditioning: Conditioning
     condition_dropout: float = 0.0
 
-    @abstractmethod
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of every row."""
+        return self.conditioning.null(condition)
 
     @abstractmethod
     def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
@@ -179,9 +182,9 @@ class Generator(Configured, ExactTables, ABC):
         """Positions and MACs of one image, an estimate: every linear layer once a token, without attention."""
         return Work(self.layout.length, linear_macs(self) * self.layout.length, 0)
 
-    @abstractmethod
     def make_conditioner(self) -> Conditioner:
         """What turns a batch of data into this generator's condition."""
+        return self.conditioning.conditioner()
 
     def drop_condition(self, condition: Condition) -> Condition:
         """In training, rows become null with probability `condition_dropout` (arXiv 2207.12598)."""

@@ -70,7 +70,9 @@ MOVED: dict[str, str] = {
 ARGUMENTS: dict[str, dict[str, str | None]] = {}
 """Public class path of today: former constructor argument: its name of today, None where it means nothing any more."""
 
-TENSORS: dict[str, dict[str, str]] = {}
+TENSORS: dict[str, dict[str, str]] = {
+    "tessellar.models.flextok.FlexAR": {"empty": "conditioning.empty", "empty_valid": "conditioning.empty_valid"},
+}
 """Public class path of today: former name of a tensor or a sub-module, within that class: its name of today."""
 
 

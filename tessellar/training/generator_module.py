@@ -133,11 +133,8 @@ class GeneratorModule(TrainingModule):
         """With the work of the generator."""
         generator = self.model.generator
         work = generator.work()
-        return (
-            super()
-            .facts()
-            ._replace(entities=generator.entities.count, positions=work.positions, flops=work.training_flops)
-        )
+        facts = super().facts()
+        return facts._replace(entities=generator.entities.count, positions=work.positions, flops=work.training_flops)
 
     def check_data(self, data: ImageDataModule) -> None:
         conditioner = self.model.conditioner
