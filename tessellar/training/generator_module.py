@@ -147,7 +147,7 @@ class GeneratorModule(TrainingModule):
 
     def make_players(self) -> list[Player]:
         parts = (self.model.generator, self.model.conditioner, self.recovery)
-        modules = [part for part in parts if part is not None]
+        modules: list[nn.Module] = [part for part in parts if part is not None]
         optimizers = self.optimizer_settings.make(*modules)
         return [Player("generator", modules, trainable(*modules), optimizers, self.schedule)]
 

@@ -31,8 +31,8 @@ class Reconstruction(TrainingModule):
         return {"tokenizer": self.tokenizer}
 
     def make_players(self) -> list[Player]:
-        parameters, optimizers = trainable(self.tokenizer), OptimizerSettings().make(self.tokenizer)
-        return [Player("tokenizer", parameters, optimizers, Schedule())]
+        optimizers = OptimizerSettings().make(self.tokenizer)
+        return [Player("tokenizer", [self.tokenizer], trainable(self.tokenizer), optimizers, Schedule())]
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         output = self.tokenizer(batch["image"])
