@@ -91,6 +91,6 @@ OFFICIAL = GeneratorImporter(
     marks=(f"{MODEL}head.linear.weight", f"{MODEL}preprocessor.positional_embedding"),
     entries=FLAT,
     keys=_keys_of,
-    own=("empty", "empty_valid"),
+    own=("conditioning.empty", "conditioning.empty_valid"),
     build=_build,
 )
