@@ -19,9 +19,9 @@ from tessellar.pipeline import ImageGenerator, load
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
-from tessellar.protocol.guidance import Guidance, GuidanceSettings
+from tessellar.protocol.guidance import Constant, Guidance
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import ancestral, decode_from
+from tessellar.sampling.decode import Ancestral, decode_from
 from tessellar.sampling.settings import Sampling
 
 REDRAWN = (1, 2, 4, 8)
@@ -47,7 +47,7 @@ class Probe:
 
     def overlaps(self, images: int) -> tuple[float, dict[int, float]]:
         """Entropy in nats, and the overlap by the number of tokens drawn anew."""
-        tokens = ancestral(
+        tokens = Ancestral()(
             self.generator, self.condition, Sampling(choice=self.choice), Noise(range(images)), self.guidance
         )
         again = Noise(range(images, 2 * images))
@@ -73,7 +73,7 @@ def main() -> None:
     if not isinstance(model, ImageGenerator):
         raise UserError(f"{arguments.model} is a tokenizer; a generator is needed")
     condition = model.class_condition([i % 10 for i in range(arguments.images)])
-    probe = Probe(model, condition, GuidanceSettings(arguments.guidance).make(), Choice(arguments.temperature))
+    probe = Probe(model, condition, Constant(arguments.guidance).guidance(), Choice(arguments.temperature))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
         entropy, overlaps = probe.overlaps(arguments.images)
     print(f"entropy of a token {entropy:.2f} nats")

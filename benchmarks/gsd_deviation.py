@@ -21,7 +21,7 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import Acceptance, GroupedRatio, plain_ratio
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
@@ -69,7 +69,7 @@ def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000
     for number in range(rounds):
         noise = _SharedNoise(number, batch)
         if rule is None:
-            tokens = ancestral(generator, condition, Sampling(), noise)
+            tokens = Ancestral()(generator, condition, Sampling(), noise)
         else:
             rules = Rules(4, acceptance=rule)
             tokens = speculative_jacobi(generator, condition, Choice(), noise, NO_GUIDANCE, rules)

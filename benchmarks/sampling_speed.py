@@ -20,8 +20,8 @@ from rich.table import Table
 
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, load
-from tessellar.processes.flow import Flow
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.processes.flow import Euler
+from tessellar.protocol.guidance import Constant
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="of the generator and the tokenizer")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     given = parser.parse_args()
-    sampling = Sampling(GuidanceSettings(given.guidance), flow=Flow(given.flow_steps, "ode"))
+    sampling = Sampling(Constant(given.guidance), flow=Euler(given.flow_steps))
     models = {str(path): read(path) for path in given.exports}
     with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
         rows = compare(models, sampling, given.batch, given.rounds)

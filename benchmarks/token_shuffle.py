@@ -22,10 +22,10 @@ import torch
 
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import NO_GUIDANCE, GuidanceSettings
+from tessellar.protocol.guidance import HalfLinear
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.settings import Sampling
 
@@ -64,14 +64,14 @@ def training(generator: TokenShuffle, given: argparse.Namespace) -> Callable[[],
 
 def sampling(generator: TokenShuffle, given: argparse.Namespace) -> Callable[[], None]:
     """One image, from the prompt to its last code."""
-    guidance = GuidanceSettings(given.guidance, "half_linear").make() if given.guidance != 1 else NO_GUIDANCE
+    guidance = HalfLinear(given.guidance).guidance()
     condition = Condition(ids=torch.zeros(1, dtype=torch.int64, device=given.device))
 
     @torch.no_grad()
     def image() -> None:
         generator.eval()
         with precision(given), prepared(generator):
-            ancestral(generator, condition, Sampling(), Noise([0], given.device), guidance)
+            Ancestral()(generator, condition, Sampling(), Noise([0], given.device), guidance)
 
     return image
 

@@ -33,7 +33,7 @@ from tessellar.images import to_uint8
 from tessellar.pipeline import ImageGenerator, load
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Constant
 from tessellar.sampling.algorithms import ALGORITHMS
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder, Report
@@ -110,7 +110,7 @@ class Bench:
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
-        sampling = Sampling(GuidanceSettings(self.guidance), Choice(self.temperature), row.algorithm, row.options)
+        sampling = Sampling(Constant(self.guidance), Choice(self.temperature), row.algorithm, row.options)
         result: dict[str, Any] = {"name": row.name, "exact": ALGORITHMS[row.algorithm].exact}
         result |= {"sampling": sampling.describe(), "batch_1": _summary(self._one_by_one(sampling)), "seeds": []}
         for number in range(self.seeds if self.images else 0):

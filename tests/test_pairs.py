@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tessellar.pipeline import ImageGenerator
 from tessellar.processes.diffusion import AncestralDiffusion
-from tessellar.processes.flow import Flow
+from tessellar.processes.flow import Euler
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Constant
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.settings import Sampling
@@ -31,7 +31,7 @@ KINDS = (
     "scale pyramid of a KL VAE",
 )
 LEGAL = [(t, g) for t in KINDS for g in GENERATORS if reason_against(t, g) is None]
-FAST = Sampling(GuidanceSettings(2.0), flow=Flow(2, "ode"), diffusion=AncestralDiffusion(2))
+FAST = Sampling(Constant(2.0), flow=Euler(2), diffusion=AncestralDiffusion(2))
 
 
 @cache

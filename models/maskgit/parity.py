@@ -20,7 +20,8 @@ from tessellar.parity.stand_ins import RecordedNoise
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import Constant, Guidance, Linear, PowerCosine
 from tessellar.protocol.layout import Categorical, sequence_layout
-from tessellar.sampling.confidence import decode_by_confidence
+from tessellar.sampling import confidence
+from tessellar.sampling.settings import Sampling
 
 READ = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size image_seq_len codebook_size "
@@ -72,14 +73,17 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
             recording.inputs[f"{run}/u_tokens"], recording.inputs[f"{run}/u_conf"], strict=True
         ):
             draws += [of_tokens, of_confidences]
-        outputs[name] = decode_by_confidence(
-            _generator(recording, run.partition("/")[0]),
-            Condition(ids=recording.inputs["class_ids"]),
-            noise=RecordedNoise(draws),
-            guidance=_guidance(settings),
+        algorithm = confidence.MaskGIT(
             steps=settings["num_sample_steps"],
             temperature=settings["randomize_temperature"],
             anneal=settings["softmax_temperature_annealing"],
+        )
+        outputs[name] = algorithm(
+            _generator(recording, run.partition("/")[0]),
+            Condition(ids=recording.inputs["class_ids"]),
+            settings=Sampling(),
+            noise=RecordedNoise(draws),
+            guidance=_guidance(settings),
         )
     return outputs
 

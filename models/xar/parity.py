@@ -16,16 +16,16 @@ from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Calls, RecordedNoise, gradient_norm
 from tessellar.processes import flow
-from tessellar.processes.flow import Flow, SolverName, sde_times
+from tessellar.processes.flow import Euler, EulerMaruyama, sde_times
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import cells, subsamples
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
 from tessellar.protocol.layout import Continuous, Layout, grid_layout
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.scale_pyramid.tokenizer import pyramid
 
-SOLVERS: dict[str, SolverName] = {"euler_maruyama_sampler": "sde", "euler_sampler": "ode"}
+SOLVERS = {"euler_maruyama_sampler": EulerMaruyama, "euler_sampler": Euler}
 
 
 def _layout(latents: Tensor) -> Layout:
@@ -117,15 +117,16 @@ def _single_calls(recording: Recording, generator: XAR) -> dict[str, Tensor]:
 
 
 def _latents(recording: Recording, generator: XAR, settings: Mapping[str, Any]) -> Tensor:
-    solver = SOLVERS[settings["sampler"]]
+    solver = SOLVERS[settings["sampler"]](settings["num_steps"])
     noise = []
     for number, start in enumerate(recording.inputs["sample/x_T"]):
         noise.append(start)
-        if solver == "sde":
+        if isinstance(solver, EulerMaruyama):
             noise += recording.inputs["sample/sde_noise"][number]
     condition = Condition(ids=recording.inputs["sample/labels"])
-    draws = Sampling(flow=Flow(settings["num_steps"], solver))
-    tokens = ancestral(generator, condition, draws, RecordedNoise(noise), guidance=_guidance(settings))
+    tokens = Ancestral()(
+        generator, condition, Sampling(flow=solver), RecordedNoise(noise), guidance=_guidance(settings)
+    )
     height = generator.layout.segments[0].shape[0]
     return rearrange(tokens, "b (h w) c -> b c h w", h=height)
 

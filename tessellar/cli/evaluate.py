@@ -22,12 +22,14 @@ from tessellar.evaluation.protocols import Metric
 from tessellar.evaluation.sources import ImageSource, open_images
 from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator, assemble
-from tessellar.processes.diffusion import AncestralDiffusion
-from tessellar.processes.flow import Flow
+from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
+from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Constant, GuidanceSchedule
 from tessellar.protocol.packages import trust
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.settings import Sampling
 
 
@@ -73,12 +75,11 @@ def model(
     protocol: str = "free",
     metrics: list[Metric] | None = None,
     count: int | None = None,
-    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
+    guidance: GuidanceSchedule = Constant(),  # noqa: B008
     choice: Choice = Choice(),  # noqa: B008
-    algorithm: str = "ancestral",
-    options: dict[str, Any] | None = None,
-    flow: Flow = Flow(),  # noqa: B008
-    diffusion: AncestralDiffusion = AncestralDiffusion(),  # noqa: B008
+    algorithm: Algorithm = Ancestral(),  # noqa: B008
+    flow: Flow = EulerMaruyama(),  # noqa: B008
+    diffusion: DiffusionSampler = AncestralDiffusion(),  # noqa: B008
     seed: int = 0,
     precision: Literal["float32", "bf16"] = "float32",
     raw: bool = False,
@@ -100,12 +101,11 @@ def model(
         protocol: adm-50k, torch-fidelity, clean-fid, rfid-val, fmnist-10k or free
         metrics: of fd sfd is kid pr accuracy paired lpips (default: the protocol's; paired is PSNR and SSIM)
         count: number of samples, or of validation images to reconstruct (default: the protocol's, or all)
-        guidance: classifier-free guidance; scale 1 is none
+        guidance: classifier-free guidance, a schedule over the entities (Constant); scale 1 is none
         choice: how a token is drawn from its probabilities
-        algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
-        flow: how tokens of a flow-matching generator are drawn
+        algorithm: decoding algorithm, such as SpeculativeJacobi; --algorithm.help lists them with their options
+        flow: how tokens of a flow-matching generator are drawn: a solver and its steps
         diffusion: how tokens of a generator with a diffusion head are drawn
-        options: of the algorithm, such as '{window: 32, coupling: maximal}'
         seed: sample i is drawn with seed + i
         precision: arithmetic of the generator
         raw: weights of the last step instead of the averaged ones
@@ -132,7 +132,7 @@ def model(
             against = measurement.reference_of(split_of("val", data, count)) if measurement.extractor.dim else None
         metrics = metrics or (measures if protocol == "free" else None)
     else:
-        sampling = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion)
+        sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
         generated = _generated(loaded, count, sampling, seed, precision, data, facts)
         source = generated
         against = measurement.reference(reference or "train", data)

@@ -18,11 +18,13 @@ from tessellar.cli.functions import run_functions
 from tessellar.data.captions import decode_text
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble
-from tessellar.processes.diffusion import AncestralDiffusion
-from tessellar.processes.flow import Flow
+from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
+from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Constant, GuidanceSchedule
+from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.decode import Ancestral
 from tessellar.protocol.packages import trust
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
@@ -41,12 +43,11 @@ def sample(
     prompts: str | None = None,
     count: int | None = None,
     per_class: int | None = None,
-    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
+    guidance: GuidanceSchedule = Constant(),  # noqa: B008
     choice: Choice = Choice(),  # noqa: B008
-    algorithm: str = "ancestral",
-    options: dict[str, Any] | None = None,
-    flow: Flow = Flow(),  # noqa: B008
-    diffusion: AncestralDiffusion = AncestralDiffusion(),  # noqa: B008
+    algorithm: Algorithm = Ancestral(),  # noqa: B008
+    flow: Flow = EulerMaruyama(),  # noqa: B008
+    diffusion: DiffusionSampler = AncestralDiffusion(),  # noqa: B008
     seed: int = 0,
     batch_size: int = 64,
     precision: Literal["float32", "bf16"] = "float32",
@@ -67,12 +68,11 @@ def sample(
         prompts: text file with a prompt a line, for generators that read text, instead of classes
         count: number of images (default 100, or one a prompt)
         per_class: number of images of each class or prompt, instead of count
-        guidance: classifier-free guidance; scale 1 is none
+        guidance: classifier-free guidance, a schedule over the entities (Constant); scale 1 is none
         choice: how a token is drawn from its probabilities
-        algorithm: decoding algorithm: ancestral, sjd, gsd, sjd++, draft, maskgit
-        flow: how tokens of a flow-matching generator are drawn
+        algorithm: decoding algorithm, such as SpeculativeJacobi; --algorithm.help lists them with their options
+        flow: how tokens of a flow-matching generator are drawn: a solver and its steps
         diffusion: how tokens of a generator with a diffusion head are drawn
-        options: of the algorithm, such as '{window: 32, coupling: maximal}'
         seed: seed of the first image; two runs of N images have no seed in common where theirs lie N apart
         batch_size: images at once; it does not change them
         precision: arithmetic of the generator
@@ -91,7 +91,8 @@ def sample(
     named = parse_classes(classes, generator) if texts is None else list(range(len(texts)))
     default = DEFAULT_COUNT if texts is None else len(texts)
     labels = balanced_labels(_total(count, per_class, len(named), default), named)
-    sampling, recorder = Sampling(guidance, choice, algorithm, options or {}, flow, diffusion), Recorder()
+    sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
+    recorder = Recorder()
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
         folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)

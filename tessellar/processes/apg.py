@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tessellar.errors import UserError
+from tessellar.protocol.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class APG:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and self.threshold <= 0:
-            raise UserError(f"the threshold of adaptive projected guidance is {self.threshold}; it must be positive")
+        check_number("momentum of adaptive projected guidance", self.momentum)
+        check_number("eta of adaptive projected guidance", self.eta)
+        if self.threshold is not None:
+            check_number("threshold of adaptive projected guidance", self.threshold, above=0)
 
     def step(self, conditional: Tensor, null: Tensor, scale: float, average: Tensor | None) -> tuple[Tensor, Tensor]:
         """Guided prediction [B, ...] of one step, and the average to hand to the next (None at the first)."""

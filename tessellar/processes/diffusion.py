@@ -6,10 +6,10 @@ beta_t and the posterior's. Tables are float64 and read as float32.
 Ancestral diffusion sampling of an entity: from noise to data in respaced reverse steps (MAR, arXiv 2406.11838).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import cos, log, pi, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.protocol.distribution import Model
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_number, check_whole
 
 TRAINING_STEPS = 1000
 
@@ -155,20 +156,19 @@ def bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AncestralDiffusion:
-    """`steps` evaluations of the head for an entity; `temperature` scales the noise of each step, not the start.
+class DiffusionSampler(ABC):
+    """How an entity is drawn by a diffusion head, in `steps` evaluations of it.
 
     `last_steps` anneals the steps linearly to that number at the last entity (DiSA, arXiv 2505.20297).
     """
 
     steps: int = 100
-    temperature: float = 1.0
     last_steps: int | None = None
 
     def __post_init__(self) -> None:
-        least = min(self.steps, self.steps if self.last_steps is None else self.last_steps)
-        if least < 2 or self.steps > TRAINING_STEPS or self.temperature < 0:
-            raise UserError(f"{self}: give 2 to {TRAINING_STEPS} steps and a temperature of at least 0")
+        check_whole("diffusion steps", self.steps, 2, TRAINING_STEPS)
+        if self.last_steps is not None:
+            check_whole("diffusion last_steps", self.last_steps, 2, TRAINING_STEPS)
 
     def steps_of(self, entity: int, count: int) -> int:
         """Evaluations for entity number `entity` of `count`."""
@@ -176,13 +176,27 @@ class AncestralDiffusion:
             return self.steps
         return round(self.steps + (self.last_steps - self.steps) * entity / (count - 1))
 
+    @abstractmethod
     def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
         """Draw [B, *shape]; `model(x, t)` gives predicted noise and variance share in 2 C channels."""
-        return ancestral_diffusion(model, _process(self.steps_of(entity, count)), shape, noise, self.temperature)
 
-    def describe(self) -> dict[str, Any]:
-        annealed = {} if self.last_steps is None else {"diffusion_last_steps": self.last_steps}
-        return {"diffusion_steps": self.steps, "diffusion_temperature": self.temperature, **annealed}
+
+@dataclass(frozen=True)
+class AncestralDiffusion(DiffusionSampler):
+    """Reverse steps of a respaced process (MAR, arXiv 2406.11838).
+
+    `temperature` scales the noise of each step, not the start.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("diffusion temperature", self.temperature, least=0)
+
+    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
+        process = _process(self.steps_of(entity, count))
+        return ancestral_diffusion(model, process, shape, noise, temperature=self.temperature)
 
 
 @lru_cache

@@ -1,21 +1,22 @@
 """Flow matching on straight paths (rectified flow, arXiv 2209.03003): F_t = (1 - t) x + t noise, velocity noise - x.
 
 t = 1 is pure noise. Times of training are logit-normal, as in xAR, or drawn by a mode (both arXiv 2403.03206); their
-draws may be stratified over the batch. Solvers go from noise (t = 1) to data (t = 0), as xAR draws an entity (arXiv
-2502.20388): `sde` is Euler-Maruyama on the reverse SDE of the straight path, with score -((1 - t) v + x) / t and
+draws may be stratified over the batch. Solvers (`Flow`) go from noise (t = 1) to data (t = 0), as xAR draws an entity (arXiv
+2502.20388): `EulerMaruyama` takes the reverse SDE of the straight path, with score -((1 - t) v + x) / t and
 diffusion 2 t: as exact as the ODE in the limit of many steps, better with few. The state is kept in float64.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tessellar.errors import UserError
 from tessellar.protocol.distribution import Model
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_whole
 
 TimeLaw = Literal["logit_normal", "mode"]
 
@@ -69,30 +70,30 @@ class Times:
         return (sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny)) + self.mean).sigmoid()
 
 
-SolverName = Literal["sde", "ode"]
-
-
 LAST_TIME = 0.04  # where the noise of the SDE ends; one step without noise goes on to 0
 
 
 @dataclass(frozen=True)
-class Flow:
-    """How an entity of a flow is drawn: `steps` network evaluations with a solver.
+class Flow(ABC):
+    """How an entity of a flow is drawn, from noise (t = 1) to data (t = 0): a solver with its `steps`.
 
-    `last_steps` anneals the steps linearly from `steps` at the first entity to that at the last (DiSA, arXiv
-    2505.20297): later entities are nearly determined by what they see.
+    `steps` counts network evaluations. `last_steps` anneals them linearly from `steps` at the first entity to that at
+    the last (DiSA, arXiv 2505.20297): later entities are nearly determined by what they see.
     """
 
     steps: int = 50
-    solver: SolverName = "sde"
     last_steps: int | None = None
 
+    least: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
-        if self.solver not in get_args(SolverName):
-            raise UserError(f"flow solver {self.solver!r} does not exist; there are {', '.join(get_args(SolverName))}")
-        least = 2 if self.solver == "sde" else 1
-        if min(self.steps, self.steps if self.last_steps is None else self.last_steps) < least:
-            raise UserError(f"flow steps {self.steps}, last_steps {self.last_steps}: {self.solver} needs {least}")
+        check_whole("flow steps", self.steps, self.least)
+        if self.last_steps is not None:
+            check_whole("flow last_steps", self.last_steps, self.least)
+
+    @abstractmethod
+    def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
+        """x [B, T, C], float64, of t = 0 from that of t = 1; `model(x, t)` gives velocities."""
 
     def steps_of(self, entity: int, count: int) -> int:
         """Evaluations for entity number `entity` of `count`."""
@@ -102,37 +103,41 @@ class Flow:
 
     def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
         """Draw [B, *shape], float32, with the velocities `model(x, t)`."""
-        solve = euler_maruyama if self.solver == "sde" else euler
-        return solve(model, noise.normal(*shape).double(), self.steps_of(entity, count), noise).float()
-
-    def describe(self) -> dict[str, Any]:
-        annealed = {} if self.last_steps is None else {"flow_last_steps": self.last_steps}
-        return {"flow_steps": self.steps, "flow_solver": self.solver, **annealed}
+        start = noise.normal(*shape).double()
+        return self.solve(model, start, self.steps_of(entity, count), noise).float()
 
 
-def euler(model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
+@dataclass(frozen=True)
+class Euler(Flow):
     """Euler steps on the ODE dx = v dt over an even grid from 1 to 0; takes no further noise."""
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    for now, after in zip(times[:-1], times[1:], strict=True):
-        x = x + (after - now) * model(x, now).double()
-    return x
+
+    def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        for now, after in zip(times[:-1], times[1:], strict=True):
+            x = x + (after - now) * model(x, now).double()
+        return x
 
 
-def euler_maruyama(model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
-    """Euler-Maruyama on dx = (v - t score) dt + sqrt(2 t) dw, whose drift is (2 - t) v + x.
+@dataclass(frozen=True)
+class EulerMaruyama(Flow):
+    """Euler-Maruyama on the reverse SDE dx = (v - t score) dt + sqrt(2 t) dw, whose drift is (2 - t) v + x.
 
     An even grid from 1 to LAST_TIME, then one step to 0 without noise.
     """
-    times = sde_times(steps)
-    for number, (now, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        dt = after - now
-        x_next = x + dt * ((2 - now) * model(x, now).double() + x)
-        if number < steps - 1:
-            x_next = x_next + (2 * now * dt.abs()).sqrt() * noise.normal(*x.shape[1:]).double()
-        x = x_next
-    return x
+
+    least: ClassVar[int] = 2
+
+    def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
+        times = sde_times(steps)
+        for number, (now, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            dt = after - now
+            x_next = x + dt * ((2 - now) * model(x, now).double() + x)
+            if number < steps - 1:
+                x_next = x_next + (2 * now * dt.abs()).sqrt() * noise.normal(*x.shape[1:]).double()
+            x = x_next
+        return x
 
 
 def sde_times(steps: int) -> Tensor:
-    """The grid of `euler_maruyama`, [steps + 1], float64."""
+    """The grid of `EulerMaruyama`, [steps + 1], float64."""
     return torch.cat([torch.linspace(1, LAST_TIME, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])

@@ -5,7 +5,6 @@ largest (ties stay), then top-p keeping the smallest set of largest probabilitie
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Choice:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
-            raise UserError(
-                f"{self}: temperature and top_k must be at least 0, top_p in (0, 1], min_p in [0, 1)",
-            )
+        check_number("temperature", self.temperature, least=0)
+        check_whole("top_k", self.top_k, least=0)
+        check_number("top_p", self.top_p, above=0, most=1)
+        check_number("min_p", self.min_p, least=0)
+        if self.min_p >= 1:
+            raise UserError(f"min_p is {self.min_p}; it must be below 1")
 
     def probs(self, logits: Tensor) -> Tensor:
         """Processed probabilities [..., V], float32, of `logits` [..., V]. Greedy gives a one-hot at the argmax."""
@@ -49,9 +51,6 @@ class Choice:
     def draw(self, logits: Tensor, noise: Noise) -> Tensor:
         """Token ids [B, ...] of logits [B, ..., V]; one Exp(1) value a vocabulary entry is drawn from `noise`."""
         return race(self.probs(logits), noise.exponential(*logits.shape[1:]))
-
-    def describe(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
 
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:

@@ -34,7 +34,6 @@ MOVED: dict[str, str] = {
     "tessellar.sampling.guidance.Constant": "tessellar.protocol.guidance.Constant",
     "tessellar.sampling.guidance.Cosine": "tessellar.protocol.guidance.Cosine",
     "tessellar.sampling.guidance.Guidance": "tessellar.protocol.guidance.Guidance",
-    "tessellar.sampling.guidance.GuidanceSettings": "tessellar.protocol.guidance.GuidanceSettings",
     "tessellar.sampling.guidance.HalfCosine": "tessellar.protocol.guidance.HalfCosine",
     "tessellar.sampling.guidance.HalfLinear": "tessellar.protocol.guidance.HalfLinear",
     "tessellar.sampling.guidance.Interval": "tessellar.protocol.guidance.Interval",

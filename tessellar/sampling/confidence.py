@@ -5,18 +5,24 @@ of the tokens is still unknown. Gumbel noise of a falling temperature goes into 
 law is not the generator's own: approximate.
 """
 
+from dataclasses import dataclass
 from math import acos, floor, pi
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
+from tessellar.protocol.distribution import Draws, Logits
 from tessellar.protocol.entities import Entities
-from tessellar.protocol.guidance import Guidance
+from tessellar.protocol.generator import Generator
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.masked import MaskedGenerator
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_number, check_whole
+from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.report import Recorder, forward, running
 
 
@@ -33,43 +39,64 @@ def planned_sizes(length: int, steps: int) -> tuple[int, ...]:
     return tuple(before - after for before, after in zip(unknown, [*unknown[1:], 0], strict=True))
 
 
-@torch.no_grad()
-def decode_by_confidence(
-    generator: MaskedGenerator,
-    condition: Condition,
-    noise: Noise,
-    guidance: Guidance,
-    steps: int,
-    temperature: float,
-    anneal: bool = True,
-    recorder: Recorder | None = None,
-) -> Tensor:
-    """Tokens [B, N]; the noise has temperature (1 - r) times `temperature` at progress r = (n + 1) / T.
+@dataclass(frozen=True)
+class MaskGIT(Algorithm):
+    """Decoding by confidence (arXiv 2202.04200) of a masked generator, in `steps` evaluations. Approximate.
 
-    `anneal` divides the logits by 0.5 + 0.8 (1 - r).
+    Draws and confidences have noise of (1 - r) times `temperature` at progress r = (n + 1) / T; `anneal` divides the
+    logits by 0.5 + 0.8 (1 - r). The temperature and filters of `choice` have no part in it.
     """
-    batch, length, sizes = condition.batch, generator.layout.length, planned_sizes(generator.layout.length, steps)
-    step_of = torch.full((batch, length), steps)  # the step at which a token became known
-    state = generator.start(condition, guidance, Entities(torch.arange(length).expand(batch, -1), sizes))
-    tokens = generator.layout.blank(batch).to(noise.device)
-    with running(recorder, batch, length, noise.device):
-        for n, size in enumerate(sizes):
-            rest = 1 - (n + 1) / steps
-            with forward(recorder, noise.device):
-                predicted = generator.predict_rest(state, tokens)
-            assert isinstance(predicted, Logits)
-            logits = predicted.logits / (0.5 + 0.8 * rest) if anneal else predicted.logits
-            known = (step_of < n).to(noise.device)
-            drawn = (logits + temperature * rest * _gumbel(noise.uniform(*logits.shape[1:]))).argmax(-1)
-            tokens = torch.where(known, tokens, drawn)
-            confidence = logits.gather(2, tokens[..., None])[..., 0]
-            confidence = confidence + temperature * rest * _gumbel(noise.uniform(length))
-            surest = confidence.masked_fill(known, -torch.inf).topk(size).indices
-            step_of.scatter_(1, surest.cpu(), n)
-            state.entities, state.fed = Entities(step_of.argsort(dim=1, stable=True), sizes), state.fed + 1
-            if recorder is not None:
-                recorder.plain(torch.full((batch,), n))
-    return tokens
+
+    steps: int = 8
+    temperature: float = 1.0
+    anneal: bool = True
+
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_whole("steps of MaskGIT", self.steps, least=1)
+        check_number("temperature of MaskGIT", self.temperature, least=0)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        settings: Draws,
+        noise: Noise,
+        guidance: Guidance = NO_GUIDANCE,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        if not isinstance(generator, MaskedGenerator):
+            raise UserError(f"algorithm MaskGIT needs a masked generator; {type(generator).__name__} predicts in order")
+        if settings.choice != Choice():
+            raise UserError("algorithm MaskGIT has a temperature of its own: set it there, and leave choice as it is")
+        batch = condition.batch
+        length = generator.layout.length
+        sizes = planned_sizes(length, self.steps)
+        step_of = torch.full((batch, length), self.steps)  # the step at which a token became known
+        state = generator.start(condition, guidance, Entities(torch.arange(length).expand(batch, -1), sizes))
+        tokens = generator.layout.blank(batch).to(noise.device)
+        with running(recorder, batch, length, noise.device):
+            for n, size in enumerate(sizes):
+                rest = 1 - (n + 1) / self.steps
+                with forward(recorder, noise.device):
+                    predicted = generator.predict_rest(state, tokens)
+                assert isinstance(predicted, Logits)
+                logits = predicted.logits / (0.5 + 0.8 * rest) if self.anneal else predicted.logits
+                spread = self.temperature * rest
+                known = (step_of < n).to(noise.device)
+                drawn = (logits + spread * _gumbel(noise.uniform(*logits.shape[1:]))).argmax(-1)
+                tokens = torch.where(known, tokens, drawn)
+                confidence = logits.gather(2, tokens[..., None])[..., 0]
+                confidence = confidence + spread * _gumbel(noise.uniform(length))
+                surest = confidence.masked_fill(known, -torch.inf).topk(size).indices
+                step_of.scatter_(1, surest.cpu(), n)
+                state.entities = Entities(step_of.argsort(dim=1, stable=True), sizes)
+                state.fed = state.fed + 1
+                if recorder is not None:
+                    recorder.plain(torch.full((batch,), n))
+        return tokens
 
 
 def _gumbel(uniform: Tensor) -> Tensor:

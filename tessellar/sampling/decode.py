@@ -4,7 +4,7 @@ Exact: tokens follow the guided, processed distribution of the generator. One ne
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from tessellar.protocol.distribution import Distribution, Draws, Implicit, Logit
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_whole
+from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.report import Recorder, forward, running
 
 
@@ -56,20 +58,32 @@ def decode_from(
         yield Step(n, distribution, tokens)
 
 
-@torch.no_grad()
-def ancestral(
-    generator: Generator,
-    condition: Condition,
-    settings: Draws,
-    noise: Noise,
-    guidance: Guidance = NO_GUIDANCE,
-    recorder: Recorder | None = None,
-    steps: int | None = None,
-) -> Tensor:
-    """Tokens [B, N, ...] of conditions, entity by entity; in `steps` entities, where the generator lets choose."""
-    with running(recorder, condition.batch, generator.layout.length, noise.device):
-        state = generator.start(condition, guidance, generator.plan(noise, steps))
-        tokens = generator.layout.blank(condition.batch).to(noise.device)
-        for step in decode_from(generator, state, settings, noise, tokens, recorder=recorder):
-            tokens = step.tokens
-    return tokens
+@dataclass(frozen=True)
+class Ancestral(Algorithm):
+    """Entity by entity, one evaluation each; every generator and every head. Exact.
+
+    `steps`: number of entities, for generators of random order.
+    """
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_whole("steps of Ancestral", self.steps, least=1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        settings: Draws,
+        noise: Noise,
+        guidance: Guidance = NO_GUIDANCE,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        with running(recorder, condition.batch, generator.layout.length, noise.device):
+            state = generator.start(condition, guidance, generator.plan(noise, self.steps))
+            tokens = generator.layout.blank(condition.batch).to(noise.device)
+            for step in decode_from(generator, state, settings, noise, tokens, recorder=recorder):
+                tokens = step.tokens
+        return tokens

@@ -4,21 +4,28 @@ Exact: tokens follow the target's guided, processed distribution, whatever the d
 the generator protocol and roll back to what is committed, image by image.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from tessellar.checkpoints.reading import read_source
 from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice, race
 from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Draws
 from tessellar.protocol.generator import Generator, State
-from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_number, check_whole
 from tessellar.sampling.acceptance import plain_ratio
+from tessellar.sampling.algorithm import Algorithm, check_in_order
 from tessellar.sampling.couplings import Verdict, fresh, verify
 from tessellar.sampling.report import Recorder, forward, running
-from tessellar.sampling.speculative import probabilities, require_windows
+from tessellar.sampling.speculative import LARGEST_WINDOW, probabilities, require_windows
 
 
 @torch.no_grad()
@@ -114,3 +121,46 @@ def require_same_tokens(target: Generator, draft: Generator) -> None:
     ours, theirs = target.entities, draft.entities
     if ours.sizes != theirs.sizes or not torch.equal(ours.order, theirs.order):
         raise UserError("the draft model generates its tokens in another order, or in other groups, than the generator")
+
+
+@dataclass(frozen=True)
+class DraftModel(Algorithm):
+    """Speculative decoding (arXiv 2211.17192) with the generator at `model`: an export of the same layout. Exact.
+
+    `drafts` entities are drafted for each evaluation; `guidance_scale` guides the draft model alone (default: as the
+    generator).
+    """
+
+    model: str
+    drafts: int = 4
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("drafts", self.drafts, 1, LARGEST_WINDOW - 1)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale)
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        settings: Draws,
+        noise: Noise,
+        guidance: Guidance = NO_GUIDANCE,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        check_in_order(generator)
+        parameter = next(generator.parameters())
+        draft = _load_generator(self.model).to(parameter.device, parameter.dtype)
+        own = None if self.guidance_scale is None else Constant(self.guidance_scale).guidance()
+        return draft_model(generator, draft, condition, settings.choice, noise, guidance, own, self.drafts, recorder)
+
+
+@lru_cache(maxsize=2)
+def _load_generator(path: str) -> Generator:
+    source = read_source(path)
+    if source.kind != "generator":
+        raise UserError(f"{path} is a tokenizer; a draft model is a generator")
+    generator = source.build("generator")
+    generator.bind(source.build("tokenizer"))
+    return generator.eval()

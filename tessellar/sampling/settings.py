@@ -1,44 +1,50 @@
-"""Sampling settings: everything that decides how tokens are drawn, as a user writes it and as a record keeps it."""
+"""Sampling settings: everything that decides how tokens are drawn, one object in Python, in YAML and in records."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from tessellar.processes.diffusion import AncestralDiffusion
-from tessellar.processes.flow import Flow
+from tessellar.errors import UserError
+from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
+from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
+from tessellar.protocol.configured import describe
 from tessellar.protocol.generator import Generator
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Constant, GuidanceSchedule
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.algorithms import Algorithm, make_algorithm
+from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.confidence import MaskGIT
+from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.draft_model import DraftModel
 from tessellar.sampling.report import Recorder
+from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
+
+ALGORITHMS = (Ancestral, SpeculativeJacobi, ReusingJacobi, GroupedJacobi, DraftModel, MaskGIT)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Guidance, the draw of a token, and the decoding algorithm with its options.
+    """Guidance, the decoding algorithm, and the draw of a token.
 
     What a generator predicts picks how it is drawn: by `choice` (logits), `flow` (velocities) or `diffusion` (a
     diffusion head).
-    tessellar/sampling/algorithms.py has the algorithms and their options.
     """
 
-    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    choice: Choice = field(default_factory=Choice)
-    algorithm: str = "ancestral"
-    options: dict[str, Any] = field(default_factory=dict)
-    flow: Flow = field(default_factory=Flow)
-    diffusion: AncestralDiffusion = field(default_factory=AncestralDiffusion)
+    guidance: GuidanceSchedule = Constant()
+    choice: Choice = Choice()
+    algorithm: Algorithm = Ancestral()
+    flow: Flow = EulerMaruyama()
+    diffusion: DiffusionSampler = AncestralDiffusion()
 
     def __post_init__(self) -> None:
-        self.make()
-
-    def make(self) -> Algorithm:
-        """The decoding algorithm; raises UserError for unknown names and options."""
-        return make_algorithm(self.algorithm, self.options)
+        parts = {"guidance": GuidanceSchedule, "choice": Choice, "algorithm": Algorithm}
+        for name, kind in parts.items():
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                raise UserError(f"{name} is {given!r}; it must be a {kind.__name__}")
 
     def tokens(
         self, generator: Generator, condition: Condition, seeds: Sequence[int], recorder: Recorder | None = None
@@ -50,19 +56,13 @@ class Sampling:
         if len(seeds) != condition.batch:
             raise ValueError(f"{condition.batch} images need as many seeds, not {len(seeds)}")
         device = next(generator.parameters()).device
-        noise = Noise(seeds, device)
-        return self.make()(generator, condition.to(device), self, noise, self.guidance.make(), recorder)
+        guidance = self.guidance.guidance()
+        return self.algorithm(generator, condition.to(device), self, Noise(seeds, device), guidance, recorder)
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for records."""
-        return {
-            **self.guidance.describe(),
-            **self.choice.describe(),
-            **self.flow.describe(),
-            **self.diffusion.describe(),
-            "algorithm": self.algorithm,
-            **{f"algorithm_{name}": value for name, value in self.make().describe().items()},
-        }
+        """Plain data for records: what stands under `sampling` in a YAML that draws in the same way."""
+        described = {part.name: describe(getattr(self, part.name)) for part in fields(self)}
+        return {**described, "choice": asdict(self.choice)}
 
 
 GREEDY = Sampling(choice=Choice(temperature=0))

@@ -12,24 +12,34 @@ Shapes: B images, W slots of a window (one entity each), s tokens an entity, V c
 behind m committed entities is entity m + j; all slots but the last of a full window hold drafts.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Distribution, Logits
+from tessellar.protocol.distribution import Distribution, Draws, Logits
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.acceptance import Acceptance, plain_ratio
-from tessellar.sampling.couplings import Coupling, Verdict, fresh, gumbel, verify
-from tessellar.sampling.drafts import Neighbourhood, fill, look_up, sources
+from tessellar.protocol.ranges import check_name, check_number, check_whole
+from tessellar.sampling.acceptance import Acceptance, GroupedRatio, distance_quantile, plain_ratio
+from tessellar.sampling.algorithm import Algorithm, check_in_order
+from tessellar.sampling.couplings import COUPLINGS, Coupling, Reuse, Verdict, fresh, gumbel, verify
+from tessellar.sampling.drafts import SCHEMES, Neighbourhood, fill, look_up, sources
 from tessellar.sampling.report import Recorder, forward, running
+
+Init = Literal["random", "uniform", "repeat-left", "repeat-up", "argmax-left", "sample-left"]
+CouplingName = Literal["none", "maximal", "gumbel"]
+assert get_args(Init) == SCHEMES and set(get_args(CouplingName)) == set(COUPLINGS)
+
+LARGEST_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -226,3 +236,105 @@ def probabilities(distribution: Distribution, choice: Choice, state: State) -> T
     if not isinstance(distribution, Logits):
         raise UserError(f"speculative decoding needs a head of independent logits, not {type(distribution).__name__}")
     return rearrange(choice.probs(distribution.logits), "b (w s) v -> b w s v", s=state.entities.sizes[0])
+
+
+@dataclass(frozen=True)
+class Windows(Algorithm):
+    """What judges windows of drafts, which begin as `init` says, in the loop of SJD; a subclass gives the rules."""
+
+    window: int = 16
+    init: Init = "random"
+
+    def __post_init__(self) -> None:
+        check_whole("window", self.window, 1, LARGEST_WINDOW)
+        check_name("init", self.init, SCHEMES)
+
+    @abstractmethod
+    def rules(self, generator: Generator) -> Rules:
+        """When a draft is accepted, and what becomes of those behind a rejection."""
+
+    def __call__(
+        self,
+        generator: Generator,
+        condition: Condition,
+        settings: Draws,
+        noise: Noise,
+        guidance: Guidance = NO_GUIDANCE,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        check_in_order(generator)
+        rules = self.rules(generator)
+        return speculative_jacobi(generator, condition, settings.choice, noise, guidance, rules, recorder)
+
+
+@dataclass(frozen=True)
+class SpeculativeJacobi(Windows):
+    """SJD (arXiv 2410.01699) and its exact couplings (SCD, 2510.24211): no draft model, exact."""
+
+    coupling: CouplingName = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("coupling", self.coupling, tuple(COUPLINGS))
+
+    def rules(self, generator: Generator) -> Rules:
+        return Rules(self.window, self.init, coupling=COUPLINGS[self.coupling])
+
+
+@dataclass(frozen=True)
+class ReusingJacobi(Windows):
+    """SJD++ (arXiv 2512.07503): drafts behind a rejection stay where p / q exceeds `threshold`. Approximate."""
+
+    threshold: float = 0.5
+
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("threshold", self.threshold, least=0)
+
+    def rules(self, generator: Generator) -> Rules:
+        return Rules(self.window, self.init, coupling=Reuse(self.threshold))
+
+
+@dataclass(frozen=True)
+class GroupedJacobi(SpeculativeJacobi):
+    """GSD (arXiv 2508.07747): SJD that accepts by the mass of clusters of similar tokens. Approximate.
+
+    The published `d_threshold` 0.5 fits Chameleon's embeddings: for other models give `d_quantile`, the share of pairs
+    of codes that pass for near, which replaces it. `d_threshold` None switches the distance filter off.
+    """
+
+    group_size: int = 14
+    p_threshold: float = 0.15
+    d_threshold: float | None = 0.5
+    d_quantile: float | None = None
+    exact_official: bool = False
+
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("group_size", self.group_size, least=1)
+        check_number("p_threshold", self.p_threshold, above=0)
+        if self.d_threshold is not None:
+            check_number("d_threshold", self.d_threshold, least=0)
+        if self.d_quantile is not None:
+            check_number("d_quantile", self.d_quantile, above=0, most=1)
+
+    def acceptance(self, generator: Generator) -> GroupedRatio:
+        """The acceptance rule with the generator's embeddings; raises UserError where it has none."""
+        threshold, table = self.d_threshold, None
+        if self.d_quantile is not None or threshold is not None:
+            embedding = getattr(generator, "token_embedding", None)
+            if not isinstance(embedding, nn.Embedding):
+                name = type(generator).__name__
+                raise UserError(
+                    f"GSD's distance filter needs one embedding a code, {name} has none; set d_threshold null"
+                )
+            table = embedding.weight.detach().float()
+            threshold = threshold if self.d_quantile is None else distance_quantile(table, self.d_quantile)
+        return GroupedRatio(self.group_size, self.p_threshold, threshold, table, self.exact_official)
+
+    def rules(self, generator: Generator) -> Rules:
+        return Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])

@@ -14,7 +14,7 @@ from tessellar.models.xar import XAR
 from tessellar.models.xar.official import from_official, to_official
 from tessellar.parity.recording import read_recording
 from tessellar.pipeline import ImageGenerator
-from tessellar.processes.flow import Flow
+from tessellar.processes.flow import EulerMaruyama
 from tessellar.protocol.layout import Continuous, grid_layout
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.kl_vae import KLVAE
@@ -60,7 +60,7 @@ def test_vae_and_generator_from_their_files(tmp_path: Path) -> None:
     assert isinstance(tokenizer, KLVAE) and float(tokenizer.quantizer.scale) == pytest.approx(KL16_SCALE)
     model = import_model("xar", str(tmp_path / "xar.safetensors"), str(tmp_path / "kl.pth"), options=options)
     assert isinstance(model, ImageGenerator) and isinstance(model.generator, XAR)
-    images = model.sample(model.class_condition([1]), Sampling(flow=Flow(2)), [0])
+    images = model.sample(model.class_condition([1]), Sampling(flow=EulerMaruyama(2)), [0])
     assert images.shape == (1, 3, 16, 16) and bool(images.isfinite().all())
 
 

@@ -12,7 +12,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Interval
 from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import ancestral, decode_from
+from tessellar.sampling.decode import Ancestral, decode_from
 from tessellar.sampling.settings import GREEDY, Sampling
 
 GRID = grid_layout(3, 4, Categorical(23))
@@ -108,9 +108,9 @@ def test_bfloat16_stays_close(guidance: Guidance) -> None:
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch(text: bool) -> None:
     generator, cond, guidance = model(text), condition(text, 3), Guidance(Constant(1.7))
-    together = ancestral(generator, cond, Sampling(), Noise([5, 6, 7]), guidance)
+    together = Ancestral()(generator, cond, Sampling(), Noise([5, 6, 7]), guidance)
     for b in range(3):
-        alone = ancestral(generator, cond.select(torch.tensor([b])), Sampling(), Noise([5 + b]), guidance)
+        alone = Ancestral()(generator, cond.select(torch.tensor([b])), Sampling(), Noise([5 + b]), guidance)
         assert torch.equal(together[b], alone[0])
 
 

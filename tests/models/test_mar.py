@@ -19,9 +19,10 @@ from tessellar.processes.diffusion import (
     strided_steps,
 )
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import Guidance, GuidanceSettings, Revealed
+from tessellar.protocol.guidance import Guidance, Revealed
 from tessellar.protocol.layout import Categorical, Continuous, grid_layout
 from tessellar.protocol.noise import Noise
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.settings import Sampling
 
 GRID = grid_layout(4, 4, Continuous(3))
@@ -99,7 +100,7 @@ def test_each_image_has_an_order_of_its_own(patch: int) -> None:
 @pytest.mark.parametrize("patch", [1, 2])
 def test_an_image_depends_on_its_own_seed(patch: int) -> None:
     generator = model(patch)
-    sampling = Sampling(GuidanceSettings(2.0, "revealed"), options={"steps": 3}, diffusion=FAST)
+    sampling = Sampling(Revealed(2.0), algorithm=Ancestral(3), diffusion=FAST)
     together = sampling.tokens(generator, LABELS, [5, 6])
     alone = sampling.tokens(generator, LABELS.select(torch.tensor([1])), [6])
     torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)
@@ -168,7 +169,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="MAR generates one grid of continuous latents"):
         MAR(grid_layout(4, 4, Categorical(8)), 16, 1, 2)
     with pytest.raises(UserError, match="17 steps for 16 tokens; give 1 to 16"):
-        Sampling(options={"steps": 17}).tokens(model(), LABELS, [0, 1])
+        Sampling(algorithm=Ancestral(17)).tokens(model(), LABELS, [0, 1])
     official = to_official(model())
     assert all(
         torch.equal(a, b)

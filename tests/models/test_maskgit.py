@@ -13,11 +13,14 @@ from tessellar.models.maskgit import MaskGIT, maskgit_uvit, maskgit_vit
 from tessellar.models.maskgit.official import from_official, to_official
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
+from tessellar.protocol.guidance import Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.confidence import decode_by_confidence, planned_sizes
+from tessellar.sampling import confidence
+from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.confidence import planned_sizes
 from tessellar.sampling.settings import Sampling
+from tessellar.sampling.speculative import GroupedJacobi, SpeculativeJacobi
 
 LINE = sequence_layout(12, Categorical(9))
 LABELS = Condition(ids=torch.tensor([0, 3, 1]))
@@ -93,7 +96,7 @@ def test_first_steps_are_small() -> None:
 def test_the_highest_confidence_comes_first_and_is_kept() -> None:
     """Without noise each kept token is the argmax of the step at which it was the surest of the unknown ones."""
     generator, sizes = model(), planned_sizes(12, 4)
-    final = decode_by_confidence(generator, LABELS, Noise([0, 1, 2]), NO_GUIDANCE, 4, 0.0, anneal=False)
+    final = confidence.MaskGIT(4, 0.0, anneal=False)(generator, LABELS, Sampling(), Noise([0, 1, 2]))
     known = torch.zeros(3, 12, dtype=torch.bool)
     for size in sizes:
         logits = generator.logits(final, ~known, LABELS)
@@ -106,39 +109,40 @@ def test_the_highest_confidence_comes_first_and_is_kept() -> None:
 @torch.no_grad()
 def test_an_image_depends_on_its_own_seed() -> None:
     generator, guidance = model(), Guidance(Constant(2.0))
-    together = decode_by_confidence(generator, LABELS, Noise([5, 6, 7]), guidance, 4, 2.0)
-    alone = decode_by_confidence(generator, LABELS.select(torch.tensor([1])), Noise([6]), guidance, 4, 2.0)
+    algorithm = confidence.MaskGIT(4, 2.0)
+    together = algorithm(generator, LABELS, Sampling(), Noise([5, 6, 7]), guidance)
+    alone = algorithm(generator, LABELS.select(torch.tensor([1])), Sampling(), Noise([6]), guidance)
     assert torch.equal(together[1:2], alone)
-    assert not torch.equal(together, decode_by_confidence(generator, LABELS, Noise([8, 9, 10]), guidance, 4, 2.0))
+    assert not torch.equal(together, algorithm(generator, LABELS, Sampling(), Noise([8, 9, 10]), guidance))
 
 
-def test_by_name() -> None:
-    sampling = Sampling(algorithm="maskgit", options={"steps": 3, "temperature": 1.5})
+def test_through_settings() -> None:
+    algorithm = confidence.MaskGIT(3, 1.5)
+    sampling = Sampling(algorithm=algorithm)
     tokens = sampling.tokens(model(), LABELS, [0, 1, 2])
-    assert torch.equal(tokens, decode_by_confidence(model(), LABELS, Noise([0, 1, 2]), NO_GUIDANCE, 3, 1.5))
-    assert sampling.describe()["algorithm_temperature"] == 1.5
+    assert torch.equal(tokens, algorithm(model(), LABELS, sampling, Noise([0, 1, 2])))
+    assert sampling.describe()["algorithm"]["init_args"]["temperature"] == 1.5
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options", "message"),
+    ("algorithm", "message"),
     [
-        ("maskgit", {"steps": 13}, "13 steps for 12 tokens; give 1 to 12"),
-        ("maskgit", {"steps": 0}, "at least 1 step"),
-        ("sjd", {}, "MaskGIT does not predict in order"),
-        ("gsd", {"d_threshold": None}, "MaskGIT does not predict in order"),
+        (confidence.MaskGIT(13), "13 steps for 12 tokens; give 1 to 12"),
+        (SpeculativeJacobi(), "MaskGIT does not predict in order"),
+        (GroupedJacobi(d_threshold=None), "MaskGIT does not predict in order"),
     ],
 )
-def test_impossible_settings(algorithm: str, options: dict[str, Any], message: str) -> None:
+def test_impossible_settings(algorithm: Algorithm, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Sampling(algorithm=algorithm, options=options).tokens(model(), LABELS, [0, 1, 2])
+        Sampling(algorithm=algorithm).tokens(model(), LABELS, [0, 1, 2])
 
 
 def test_other_generators_and_other_temperatures_are_refused() -> None:
     in_order = LlamaGen(LINE, 32, 1, 4, 4)
     with pytest.raises(UserError, match="needs a masked generator; LlamaGen predicts in order"):
-        Sampling(algorithm="maskgit").tokens(in_order, LABELS, [0, 1, 2])
+        Sampling(algorithm=confidence.MaskGIT()).tokens(in_order, LABELS, [0, 1, 2])
     with pytest.raises(UserError, match="has a temperature of its own"):
-        Sampling(choice=Choice(temperature=0.5), algorithm="maskgit").tokens(model(), LABELS, [0, 1, 2])
+        Sampling(choice=Choice(temperature=0.5), algorithm=confidence.MaskGIT()).tokens(model(), LABELS, [0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tessellar.models.retok.official import GPT_KEYS, gpt_from_official
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import token_order
-from tessellar.protocol.guidance import Constant, Guidance, GuidanceSettings, LateLinear, LateStep
+from tessellar.protocol.guidance import Constant, Guidance, LateLinear, LateStep
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
@@ -82,7 +82,7 @@ def test_late_step_schedule() -> None:
     expected = [1.5 if n == 0 or n / 23 >= 0.18 else 1.0001 for n in range(24)]
     torch.testing.assert_close(scale, torch.tensor(expected))
     assert scale[0] == 1.5 and scale[4] < 1.01 and scale[5] == 1.5
-    made = GuidanceSettings(1.5, "late_step", {"start": 0.5}).make()
+    made = LateStep(1.5, start=0.5).guidance()
     assert made.schedule == LateStep(1.5, 0.5)
 
 

@@ -11,17 +11,17 @@ from tessellar.models.token_shuffle.official import from_official, to_official
 from tessellar.models.token_shuffle.warm_start import start_from_text, warm_start
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition, cat
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Guidance, HalfLinear
 from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
 GRID = grid_layout(4, 6, Categorical(23))
 SEQUENCE = sequence_layout(24, Categorical(23))
-GUIDANCE = GuidanceSettings(3.0, "half_linear").make()
+GUIDANCE = Guidance(HalfLinear(3.0))
 CLASSES = {"num_classes": 7}
 CAPTIONS = {"caption_dim": 6, "caption_length": 5}
 TEXT = {"text_vocab": 11, "bos": 3, "caption_length": 5}
@@ -50,7 +50,7 @@ def tokens_of(batch: int = 3) -> Tensor:
 
 
 def greedy(generator: TokenShuffle, given: Condition, seeds: range = range(3)) -> Tensor:
-    return ancestral(generator, given, GREEDY, Noise(seeds), GUIDANCE)
+    return Ancestral()(generator, given, GREEDY, Noise(seeds), GUIDANCE)
 
 
 def test_windows_of_one_code_without_blocks_are_llamagen() -> None:
@@ -107,7 +107,7 @@ def test_codes_of_a_window_are_drawn_independently() -> None:
     """Pairs of the only window's codes are the product of their own frequencies."""
     generator = model(grid_layout(2, 2, Categorical(3)), CLASSES)
     given = Condition(ids=torch.zeros(4000, dtype=torch.int64))
-    drawn = ancestral(generator, given, Sampling(choice=Choice(temperature=3.0)), Noise(range(4000)))
+    drawn = Ancestral()(generator, given, Sampling(choice=Choice(temperature=3.0)), Noise(range(4000)))
     table = torch.nn.functional.one_hot(drawn[:, 0] * 3 + drawn[:, 3], 9).double().mean(0).view(3, 3)
     expected = table.sum(1, keepdim=True) * table.sum(0, keepdim=True)
     statistic = 4000 * ((table - expected).square() / expected).sum()

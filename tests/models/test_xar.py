@@ -13,21 +13,22 @@ from tessellar.layers import kv_cache
 from tessellar.models.xar import XAR, xar_b, xar_h, xar_l
 from tessellar.models.xar import model as xar
 from tessellar.processes import flow
-from tessellar.processes.flow import Flow
+from tessellar.processes.flow import Euler, EulerMaruyama, Flow
 from tessellar.protocol.condition import Condition, cat
 from tessellar.protocol.entities import Entities, random_order
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
 from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import ancestral, decode_from
+from tessellar.sampling.decode import Ancestral, decode_from
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
+from tessellar.sampling.speculative import SpeculativeJacobi
 
 GRID = grid_layout(4, 4, Continuous(3))
 PYRAMID = Layout(tuple(Segment((side, side), Continuous(3)) for side in (1, 2, 4)))
 EVERY_X = ["token", "cell:2", "cell:1x2", "subsample:2", "image", "level:1,3,4,8", "random:5", "scale"]
 GUIDANCES = {"plain": NO_GUIDANCE, "ramp": Guidance(Linear(2.5))}
-FEW = Flow(3)
+FEW = EulerMaruyama(3)
 DRAWS = Sampling(flow=FEW)
 
 
@@ -49,7 +50,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def sample(generator: XAR, batch: int, guidance: Guidance = NO_GUIDANCE, sampler: Flow = FEW) -> Tensor:
-    return ancestral(generator, labels(batch), Sampling(flow=sampler), Noise(range(batch)), guidance)
+    return Ancestral()(generator, labels(batch), Sampling(flow=sampler), Noise(range(batch)), guidance)
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def test_cached_equals_uncached(entity: str, batch: int, guidance: str) -> None:
     torch.testing.assert_close(ours, uncached(generator, batch, GUIDANCES[guidance], FEW), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", [Flow(4, "ode"), Flow(4, last_steps=2)])
+@pytest.mark.parametrize("sampler", [Euler(4), EulerMaruyama(4, last_steps=2)])
 def test_other_samplers_too(sampler: Flow) -> None:
     generator, guidance = model(), GUIDANCES["ramp"]
     ours = sample(generator, 2, guidance, sampler)
@@ -271,7 +272,7 @@ def test_calls_of_the_solver_are_counted_as_time_in_the_network(monkeypatch: pyt
     monkeypatch.setattr(generator, "_run", slow)
     monkeypatch.setattr("tessellar.sampling.report._now", lambda _: clock[0])
     recorder = Recorder()
-    ancestral(generator, labels(3), DRAWS, Noise(range(3)), recorder=recorder)
+    Ancestral()(generator, labels(3), DRAWS, Noise(range(3)), recorder=recorder)
     report = recorder.report()
     assert report.evaluations == 3 * 4 and report.solver_evaluations == 3 * 4 * 3
     assert report.seconds == report.network_seconds == 4 * 3 + 3  # the last entity is not fed
@@ -309,4 +310,4 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(UserError, match="one entity at a time"):
         model().predict(model().start(labels(1)), GRID.blank(1), count=2)
     with pytest.raises(UserError, match="categorical"):
-        Sampling(algorithm="sjd").tokens(model(), labels(1), [0])
+        Sampling(algorithm=SpeculativeJacobi()).tokens(model(), labels(1), [0])

@@ -1,97 +1,128 @@
-"""Algorithms chosen by name: options, refusals, and that the settings reach the loop."""
+"""Algorithms of sampling settings: options, refusals, descriptions, and that the settings reach the loop."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.parity.table_generator import TableGenerator
+from tessellar.processes.apg import APG
+from tessellar.processes.diffusion import AncestralDiffusion
+from tessellar.processes.flow import Euler, EulerMaruyama
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import Constant, PowerCosine
 from tessellar.protocol.layout import Categorical, grid_layout, sequence_layout
-from tessellar.sampling import algorithms
-from tessellar.sampling.algorithms import ALGORITHMS, DraftModel, GroupedJacobi, make_algorithm
+from tessellar.sampling import draft_model
+from tessellar.sampling.confidence import MaskGIT
+from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.draft_model import DraftModel
 from tessellar.sampling.report import Recorder
-from tessellar.sampling.settings import Sampling
+from tessellar.sampling.settings import ALGORITHMS, GREEDY, Sampling
+from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
+from tessellar.tokenizers.flextok import FlowDecoding
 
 TABLE = TableGenerator(sequence_layout(6, Categorical(3)))
 CONDITION = Condition(ids=torch.tensor([0, 1, 2, 0]))
-OPTIONS = {
-    "ancestral": {},
-    "sjd": {"window": 5, "coupling": "maximal", "init": "uniform"},
-    "sjd++": {"window": 5, "threshold": 0.4},
-    "gsd": {"group_size": 3, "d_threshold": None},
+MADE = {
+    "ancestral": Ancestral(),
+    "sjd": SpeculativeJacobi(window=5, coupling="maximal", init="uniform"),
+    "sjd++": ReusingJacobi(window=5, threshold=0.4),
+    "gsd": GroupedJacobi(group_size=3, d_threshold=None),
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_algorithms_by_name(name: str) -> None:
+@pytest.mark.parametrize("name", MADE)
+def test_algorithms_of_settings(name: str) -> None:
     recorder = Recorder()
-    sampling = Sampling(GuidanceSettings(1.5), Choice(0.9), name, OPTIONS[name])
+    sampling = Sampling(Constant(1.5), Choice(0.9), MADE[name])
     tokens = sampling.tokens(TABLE, CONDITION, range(4), recorder)
     TABLE.layout.check(tokens)
     assert torch.equal(tokens, sampling.tokens(TABLE, CONDITION, range(4)))
     assert (recorder.evaluations < 24) == (name != "ancestral")
-    facts = json.loads(json.dumps({**sampling.describe(), **recorder.report().as_dict()}))
-    assert facts["algorithm"] == name and all(facts[f"algorithm_{k}"] == v for k, v in OPTIONS[name].items())
+
+
+def test_a_description_is_plain_data_of_which_the_same_settings_are_made() -> None:
+    """What a record says under `sampling` may be put under `sampling` of a YAML."""
+    sampling = Sampling(PowerCosine(3.0, power=2.0), Choice(0.9), MADE["gsd"], Euler(7), AncestralDiffusion(9))
+    described = json.loads(json.dumps(sampling.describe()))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--sampling", type=Sampling)
+    read = parser.parse_object({"sampling": described})
+    assert parser.instantiate_classes(read).sampling == sampling
+    assert described["algorithm"]["init_args"]["group_size"] == 3 and described["choice"]["temperature"] == 0.9
 
 
 def test_a_draft_model_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """At temperature 0 any draft gives the target's tokens; a draft model of other tokens is refused."""
     drafts = {"same": TableGenerator(TABLE.layout, seed=5), "other": TableGenerator(sequence_layout(4, Categorical(3)))}
-    monkeypatch.setattr(algorithms, "_load_generator", drafts.__getitem__)
-    sampling = Sampling(choice=Choice(0), algorithm="draft", options={"model": "same", "guidance_scale": 2.0})
-    plain = Sampling(choice=Choice(0)).tokens(TABLE, CONDITION, range(4))
+    monkeypatch.setattr(draft_model, "_load_generator", drafts.__getitem__)
+    sampling = Sampling(choice=Choice(0), algorithm=DraftModel("same", guidance_scale=2.0))
+    plain = GREEDY.tokens(TABLE, CONDITION, range(4))
     assert torch.equal(sampling.tokens(TABLE, CONDITION, range(4)), plain)
     with pytest.raises(UserError, match="built for 4 tokens"):
-        Sampling(algorithm="draft", options={"model": "other"}).tokens(TABLE, CONDITION, range(4))
+        Sampling(algorithm=DraftModel("other")).tokens(TABLE, CONDITION, range(4))
 
 
 def test_a_draft_model_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        Sampling(algorithm="draft", options={"model": str(tmp_path)}).tokens(TABLE, CONDITION, range(4))
+        Sampling(algorithm=DraftModel(str(tmp_path))).tokens(TABLE, CONDITION, range(4))
+
+
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "reason"),
+    ("make", "reason"),
     [
-        ("sdj", {}, "does not exist; there are ancestral, sjd"),
-        ("ancestral", {"window": 3}, "no option 'window'; its options are steps"),
-        ("sjd", {"windw": 3}, "no option 'windw'; its options are window, init, coupling"),
-        ("sjd", {"window": 0}, r"in \[1, 64\]"),
-        ("sjd", {"window": 65}, r"in \[1, 64\]"),
-        ("sjd", {"window": "wide"}, "'wide'; it must be"),
-        ("sjd", {"window": True}, "True; it must be"),
-        ("sjd", {"init": 3}, "option 'init' .* is 3"),
-        ("sjd", {"init": "zeros"}, "initial drafts 'zeros' do not exist"),
-        ("sjd", {"coupling": "strong"}, "coupling 'strong' does not exist"),
-        ("sjd++", {"threshold": -1.0}, "at least 0"),
-        ("gsd", {"group_size": 0}, "must be positive"),
-        ("gsd", {"d_quantile": 1.5}, r"in \(0, 1\]"),
-        ("gsd", {"d_threshold": "far"}, "'far'; it must be"),
-        ("draft", {}, "needs its option 'model'"),
-        ("draft", {"model": "x", "drafts": 0}, "drafts is 0"),
+        (lambda: SpeculativeJacobi(window=0), r"window is 0; it must be an integer in \[1, 64\]"),
+        (lambda: SpeculativeJacobi(window=65), r"in \[1, 64\]"),
+        (lambda: SpeculativeJacobi(window="wide"), "window is 'wide'; it must be an integer"),
+        (lambda: SpeculativeJacobi(window=True), "window is True"),
+        (lambda: SpeculativeJacobi(init="zeros"), "init is 'zeros'; it must be one of random, uniform"),
+        (lambda: SpeculativeJacobi(coupling="strong"), "coupling is 'strong'; it must be one of none, maximal"),
+        (lambda: ReusingJacobi(threshold=-1.0), "at least 0"),
+        (lambda: ReusingJacobi(threshold=NAN), "threshold is nan; it must be a finite number"),
+        (lambda: GroupedJacobi(group_size=0), "group_size is 0"),
+        (lambda: GroupedJacobi(p_threshold=NAN), "p_threshold is nan"),
+        (lambda: GroupedJacobi(d_threshold=INF), "d_threshold is inf"),
+        (lambda: GroupedJacobi(d_quantile=1.5), r"in \(0, 1\]"),
+        (lambda: GroupedJacobi(d_quantile=NAN), "d_quantile is nan"),
+        (lambda: DraftModel("x", drafts=0), "drafts is 0"),
+        (lambda: DraftModel("x", guidance_scale=NAN), "guidance_scale is nan"),
+        (lambda: Ancestral(0), "steps of Ancestral is 0"),
+        (lambda: MaskGIT(0), "steps of MaskGIT is 0"),
+        (lambda: MaskGIT(temperature=INF), "temperature of MaskGIT is inf"),
+        (lambda: Choice(temperature=NAN), "temperature is nan; it must be a finite number of at least 0"),
+        (lambda: Choice(temperature=INF), "temperature is inf"),
+        (lambda: Choice(top_p=NAN), "top_p is nan"),
+        (lambda: Choice(min_p=NAN), "min_p is nan"),
+        (lambda: EulerMaruyama(1), "flow steps is 1; it must be an integer of at least 2"),
+        (lambda: Euler(0), "flow steps is 0"),
+        (lambda: AncestralDiffusion(1), "diffusion steps is 1"),
+        (lambda: AncestralDiffusion(temperature=NAN), "diffusion temperature is nan"),
+        (lambda: APG(momentum=NAN), "momentum of adaptive projected guidance is nan"),
+        (lambda: FlowDecoding(guidance=NAN), "guidance of the flow decoder is nan"),
+        (lambda: Sampling(algorithm="sjd"), "algorithm is 'sjd'; it must be a Algorithm"),
     ],
 )
-def test_mistakes_are_named_in_one_line(name: str, options: dict, reason: str) -> None:
+def test_mistakes_are_named_in_one_line(make: Callable[[], object], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as error:
-        Sampling(algorithm=name, options=options)
+        make()
     assert "\n" not in str(error.value)
 
 
 def test_exactness_is_declared() -> None:
-    assert {name: algorithm.exact for name, algorithm in ALGORITHMS.items()} == {
-        "ancestral": True,
-        "sjd": True,
-        "sjd++": False,
-        "gsd": False,
-        "draft": True,
-        "maskgit": False,
-    }
+    assert [algorithm.__name__ for algorithm in ALGORITHMS if algorithm.exact] == [
+        "Ancestral",
+        "SpeculativeJacobi",
+        "DraftModel",
+    ]
 
 
 def test_grouped_decoding_takes_the_embeddings_of_the_generator() -> None:
@@ -104,12 +135,3 @@ def test_grouped_decoding_takes_the_embeddings_of_the_generator() -> None:
     assert GroupedJacobi(d_threshold=0.7).acceptance(generator).d_threshold == 0.7
     with pytest.raises(UserError, match="has none; set d_threshold null"):
         GroupedJacobi().acceptance(TABLE)
-
-
-def test_options_are_plain_data() -> None:
-    made = make_algorithm("draft", {"model": "runs/small", "drafts": 2})
-    assert made == DraftModel("runs/small", 2) and made.describe() == {
-        "model": "runs/small",
-        "drafts": 2,
-        "guidance_scale": None,
-    }

@@ -19,7 +19,7 @@ from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout,
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio
 from tessellar.sampling.couplings import COUPLINGS, Judged, Reuse, maximal
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
 from tessellar.sampling.settings import Sampling
@@ -114,7 +114,7 @@ def test_ancestral_sampling(exact) -> None:
     def plain(
         generator: TableGenerator, condition: Condition, choice: Choice, noise: Noise, guidance: Guidance
     ) -> Tensor:
-        return ancestral(generator, condition, Sampling(choice=choice), noise, guidance)
+        return Ancestral()(generator, condition, Sampling(choice=choice), noise, guidance)
 
     assert exact(plain, TableGenerator(LAYOUT), (0, 1, 2), *PROCESSING[0])
 

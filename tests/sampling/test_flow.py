@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.processes.flow import Flow, interpolate, logit_normal, sde_times, target
+from tessellar.processes.flow import Euler, EulerMaruyama, Flow, interpolate, logit_normal, sde_times, target
 from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
@@ -24,7 +24,7 @@ def normal_velocity(x: Tensor, t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "flow, variance",
-    [(Flow(50), 0.9730), (Flow(40), 0.9677), (Flow(50, "ode"), 0.9499), (Flow(40, "ode"), 0.9377)],
+    [(EulerMaruyama(50), 0.9730), (EulerMaruyama(40), 0.9677), (Euler(50), 0.9499), (Euler(40), 0.9377)],
     ids=str,
 )
 def test_variance_of_a_normal_law(flow: Flow, variance: float) -> None:
@@ -48,7 +48,7 @@ def test_both_solvers_reach_a_point_that_the_velocity_names() -> None:
     """Data that is one point: v = (x - point) / t leads there in any number of ODE steps."""
     point = torch.tensor([1.0, -2.0, 3.0]).double()
     for steps in (1, 2, 7):
-        drawn = Flow(steps, "ode").integrate(lambda x, t: (x - point) / t, (4, 3), Noise([0, 1]))
+        drawn = Euler(steps).integrate(lambda x, t: (x - point) / t, (4, 3), Noise([0, 1]))
         torch.testing.assert_close(drawn, point.float().expand(2, 4, 3), atol=1e-5, rtol=0)
 
 
@@ -59,27 +59,23 @@ def test_path_and_velocity_agree() -> None:
 
 
 def test_annealed_steps_are_disas() -> None:
-    flow = Flow(50, last_steps=15)
+    flow = EulerMaruyama(50, last_steps=15)
     assert [flow.steps_of(n, 4) for n in range(4)] == [50, 38, 26, 15] and flow.steps_of(0, 1) == 50
     calls: list[float] = []
     for n in range(4):
         drawn = ImplicitFlow(lambda x, t: calls.append(float(t)) or x, (1, 1), n, 4)
-        drawn.sample(Sampling(flow=Flow(9, last_steps=3)), Noise([0]))
+        drawn.sample(Sampling(flow=EulerMaruyama(9, last_steps=3)), Noise([0]))
     assert len(calls) == 9 + 7 + 5 + 3
-    assert flow.describe() == {"flow_steps": 50, "flow_solver": "sde", "flow_last_steps": 15}
 
 
 def test_an_image_depends_on_its_own_seed() -> None:
-    both = Flow(5).integrate(normal_velocity, (2, 3), Noise([4, 5]))
-    assert torch.equal(both[1:], Flow(5).integrate(normal_velocity, (2, 3), Noise([5])))
+    both = EulerMaruyama(5).integrate(normal_velocity, (2, 3), Noise([4, 5]))
+    assert torch.equal(both[1:], EulerMaruyama(5).integrate(normal_velocity, (2, 3), Noise([5])))
 
 
-@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 0, "solver": "ode"}, {"last_steps": 1}])
-def test_too_few_steps(options: dict) -> None:
-    with pytest.raises(UserError, match="needs"):
-        Flow(**options)
-
-
-def test_unknown_solver() -> None:
-    with pytest.raises(UserError, match="'heun' does not exist; there are sde, ode"):
-        Flow(solver="heun")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("solver", "options"), [(EulerMaruyama, {"steps": 1}), (Euler, {"steps": 0}), (EulerMaruyama, {"last_steps": 1})]
+)
+def test_too_few_steps(solver: type[Flow], options: dict) -> None:
+    with pytest.raises(UserError, match="must be an integer of at least"):
+        solver(**options)

@@ -13,7 +13,7 @@ from tessellar.protocol.guidance import Constant, Guidance
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.couplings import maximal
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.prepare import FusedBlock, WeightLayout, prepared
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
@@ -75,7 +75,7 @@ def test_tokens_are_the_same(rules: Rules | None) -> None:
         with prepared(generator) if ready else torch.no_grad():
             given, choice, noise = captions(3), Choice(0.7), Noise([1, 2, 3])
             if rules is None:
-                found.append(ancestral(generator, given, Sampling(choice=choice), noise, GUIDED))
+                found.append(Ancestral()(generator, given, Sampling(choice=choice), noise, GUIDED))
             else:
                 found.append(speculative_jacobi(generator, given, choice, noise, GUIDED, rules))
     assert torch.equal(*found)

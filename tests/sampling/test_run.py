@@ -9,7 +9,7 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.protocol.guidance import PowerCosine
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.text.conditioners import FeatureConditioner
@@ -19,7 +19,7 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 SAMPLINGS = {
     "greedy": GREEDY,
     "sampled": Sampling(choice=Choice(top_k=9, top_p=0.95)),
-    "guided": Sampling(GuidanceSettings(2.0, "power_cosine", {"power": 2.0})),
+    "guided": Sampling(PowerCosine(2.0, power=2.0)),
 }
 
 

@@ -20,7 +20,7 @@ from tessellar.protocol.layout import Categorical, grid_layout, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import GroupedRatio
 from tessellar.sampling.couplings import COUPLINGS, Reuse, maximal
-from tessellar.sampling.decode import ancestral
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.draft_model import draft_model
 from tessellar.sampling.drafts import SCHEMES
 from tessellar.sampling.report import Recorder
@@ -84,20 +84,20 @@ RULES = [
 @pytest.mark.parametrize("rules", RULES, ids=lambda r: f"{r.window} {r.init}")
 def test_greedy_gives_the_tokens_of_plain_greedy_decoding(rules: Rules, guidance: Guidance) -> None:
     generator, cond = llamagen(True), condition(True, 3)
-    plain = ancestral(generator, cond, GREEDY, Noise([0, 1, 2]), guidance)
+    plain = Ancestral()(generator, cond, GREEDY, Noise([0, 1, 2]), guidance)
     assert torch.equal(speculative_jacobi(generator, cond, GREEDY.choice, Noise([0, 1, 2]), guidance, rules), plain)
 
 
 @pytest.mark.parametrize("guidance", [NO_GUIDANCE, GUIDED])
 def test_greedy_with_a_draft_model(guidance: Guidance) -> None:
     target, draft, cond = llamagen(), llamagen(seed=1, depth=1), condition(False, 3)
-    plain = ancestral(target, cond, GREEDY, Noise([0, 1, 2]), guidance)
+    plain = Ancestral()(target, cond, GREEDY, Noise([0, 1, 2]), guidance)
     assert torch.equal(draft_model(target, draft, cond, GREEDY.choice, Noise([3, 4, 5]), guidance), plain)
 
 
 def test_a_window_of_one_is_plain_decoding_with_the_same_noise() -> None:
     generator, cond, choice = llamagen(), condition(False, 2), Choice(top_k=9)
-    plain = ancestral(generator, cond, Sampling(choice=choice), Noise([4, 5]), GUIDED)
+    plain = Ancestral()(generator, cond, Sampling(choice=choice), Noise([4, 5]), GUIDED)
     assert torch.equal(speculative_jacobi(generator, cond, choice, Noise([4, 5]), GUIDED, Rules(1)), plain)
 
 
@@ -195,7 +195,7 @@ def test_never_more_evaluations_than_tokens_and_every_token_once() -> None:
 def test_the_recorder_sees_plain_decoding_and_uncertain_tokens() -> None:
     generator, recorder = TableGenerator(sequence_layout(5, Categorical(3))), Recorder(entropy=True)
     cond = Condition(ids=torch.tensor([0, 1]))
-    ancestral(generator, cond, Sampling(), Noise([0, 1]), recorder=recorder)
+    Ancestral()(generator, cond, Sampling(), Noise([0, 1]), recorder=recorder)
     assert recorder.evaluations == 10 and recorder.passes == 5 and recorder.committed == [0, 10]
     assert recorder.report().uncertain_tokens and recorder.report().uncertain_drafted == 0
     nats = recorder.report().nats
@@ -219,7 +219,7 @@ def test_entropy_is_that_of_the_laws_of_committed_tokens(window: int) -> None:
         if windows:
             speculative_jacobi(generator, cond, Choice(0.7), noise, rules=Rules(window), recorder=recorder)
         else:
-            ancestral(generator, cond, Sampling(choice=Choice(0.7)), noise, recorder=recorder)
+            Ancestral()(generator, cond, Sampling(choice=Choice(0.7)), noise, recorder=recorder)
         return recorder.report().nats
 
     assert nats(0, True) == pytest.approx(10 * math.log(3))  # all laws are uniform

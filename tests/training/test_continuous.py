@@ -9,8 +9,8 @@ from torch import Tensor
 from tessellar.checkpoints.export import export_generator
 from tessellar.models.xar import XAR
 from tessellar.pipeline import load_generator
-from tessellar.processes.flow import Flow
-from tessellar.protocol.guidance import GuidanceSettings
+from tessellar.processes.flow import EulerMaruyama
+from tessellar.protocol.guidance import Linear
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
@@ -59,7 +59,7 @@ def test_a_few_steps_lower_the_loss(entity: str) -> None:
 @pytest.mark.parametrize("entity", ["cell:2", "scale"])
 def test_an_export_samples_the_same_images(entity: str, tmp_path: Path) -> None:
     model = module(entity).model.eval()
-    sampling = Sampling(GuidanceSettings(2.0, "linear"), flow=Flow(3))
+    sampling = Sampling(Linear(2.0), flow=EulerMaruyama(3))
     condition = model.class_condition([0, 3])
     images = model.sample(condition, sampling, [7, 8])
     again = load_generator(export_generator(model, tmp_path / "export"))

@@ -11,12 +11,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.processes import flow
 from tessellar.processes.apg import APG
-from tessellar.processes.flow import euler
+from tessellar.processes.flow import Euler
 from tessellar.protocol.noise import Noise
+from tessellar.protocol.ranges import check_number, check_whole
 
 Lengths = Literal["pow2", "uniform", "uniform_pow2", "all"]
 Scale = float | Callable[[float], float]
@@ -32,8 +32,8 @@ class FlowDecoding:
     projection: APG | None = APG()
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; decoding needs at least 1")
+        check_whole("steps of the flow decoder", self.steps, least=1)
+        check_number("guidance of the flow decoder", self.guidance)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def solve(
         result, average = decoding.projection.step(conditional, null, weight, average)
         return result
 
-    return euler(guided, start.double(), decoding.steps, Noise([], start.device)).float()
+    return Euler().solve(guided, start.double(), decoding.steps, Noise([], start.device)).float()
 
 
 def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
