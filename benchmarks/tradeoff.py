@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,10 +34,12 @@ from tessellar.pipeline import ImageGenerator, load
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.protocol.guidance import Constant
-from tessellar.sampling.algorithms import ALGORITHMS
+from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder, Report
 from tessellar.sampling.settings import Sampling
+from tessellar.sampling.speculative import CouplingName, GroupedJacobi, ReusingJacobi, SpeculativeJacobi
 
 SEED_STEP = 10_000_000  # two runs share no stream where their seeds lie further apart than their numbers of images
 
@@ -47,32 +49,30 @@ class Row:
     """One line of the table."""
 
     name: str
-    algorithm: str = "ancestral"
-    options: dict[str, Any] = field(default_factory=dict)
+    algorithm: Algorithm = Ancestral()
 
 
 def all_rows() -> list[Row]:
     """Plain; SJD by window, coupling and initial drafts; GSD by group size, threshold and window; SJD++."""
     rows = [Row("plain")]
     for window in (8, 16, 32, 64):
-        rows += [Row(f"sjd {window} {c}", "sjd", {"window": window, "coupling": c}) for c in COUPLINGS]
-        best = {"window": window, "coupling": "maximal", "init": "uniform"}
-        rows.append(Row(f"sjd {window} maximal uniform", "sjd", best))
+        rows += [Row(f"sjd {window} {c}", SpeculativeJacobi(window, coupling=c)) for c in COUPLINGS]
+        best = SpeculativeJacobi(window, init="uniform", coupling="maximal")
+        rows.append(Row(f"sjd {window} maximal uniform", best))
     for init in ("repeat-left", "repeat-up", "argmax-left", "sample-left"):
-        rows.append(Row(f"sjd 16 none {init}", "sjd", {"window": 16, "init": init}))
+        rows.append(Row(f"sjd 16 none {init}", SpeculativeJacobi(16, init=init)))
     for size in (3, 5, 10, 14, 25, 50):
         for threshold in (0.05, 0.15, 0.5):
-            options = {"group_size": size, "p_threshold": threshold, "d_threshold": None}
-            rows.append(Row(f"gsd 16 G {size} p {threshold}", "gsd", options))
+            grouped = GroupedJacobi(group_size=size, p_threshold=threshold, d_threshold=None)
+            rows.append(Row(f"gsd 16 G {size} p {threshold}", grouped))
     for window in (8, 32, 64):
-        for coupling in ("none", "maximal"):
-            options = {"window": window, "coupling": coupling, "d_threshold": None}
-            rows.append(Row(f"gsd {window} {coupling}", "gsd", options))
-    rows += [Row(f"gsd 16 near {q}", "gsd", {"d_quantile": q}) for q in (0.05, 0.2)]
-    return rows + [Row(f"sjd++ 16 t {t}", "sjd++", {"threshold": t}) for t in (0.1, 0.5, 1.0)]
+        for coupling in COUPLINGS[:2]:
+            rows.append(Row(f"gsd {window} {coupling}", GroupedJacobi(window, coupling=coupling, d_threshold=None)))
+    rows += [Row(f"gsd 16 near {q}", GroupedJacobi(d_quantile=q)) for q in (0.05, 0.2)]
+    return rows + [Row(f"sjd++ 16 t {t}", ReusingJacobi(threshold=t)) for t in (0.1, 0.5, 1.0)]
 
 
-COUPLINGS = ("none", "maximal", "gumbel")
+COUPLINGS: tuple[CouplingName, ...] = ("none", "maximal", "gumbel")
 
 
 class RecordedImages(GeneratedImages):
@@ -110,8 +110,8 @@ class Bench:
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
-        sampling = Sampling(Constant(self.guidance), Choice(self.temperature), row.algorithm, row.options)
-        result: dict[str, Any] = {"name": row.name, "exact": ALGORITHMS[row.algorithm].exact}
+        sampling = Sampling(Constant(self.guidance), Choice(self.temperature), row.algorithm)
+        result: dict[str, Any] = {"name": row.name, "exact": row.algorithm.exact}
         result |= {"sampling": sampling.describe(), "batch_1": _summary(self._one_by_one(sampling)), "seeds": []}
         for number in range(self.seeds if self.images else 0):
             source = RecordedImages(self.model, self.images, sampling, (number + 1) * SEED_STEP, self.bf16)
@@ -175,9 +175,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def family(result: dict[str, Any]) -> str:
     """The algorithm with its coupling: a colour of the plot."""
-    sampling = result["sampling"]
-    coupling = sampling.get("algorithm_coupling", "none")
-    return sampling["algorithm"] + (f", {coupling} coupling" if coupling != "none" else "")
+    algorithm = result["sampling"]["algorithm"]
+    name = algorithm["class_path"].rpartition(".")[2]
+    coupling = algorithm["init_args"].get("coupling", "none")
+    return name if coupling == "none" else f"{name}, {coupling} coupling"
 
 
 def mark(result: dict[str, Any]) -> str:

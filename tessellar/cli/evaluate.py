@@ -3,6 +3,7 @@
 A set of images is named by the path of a folder or an npz, or by `train` or `val`, which are those of --data.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.evaluation_run import CACHE, Measurement, data_of_run, split_of
 from tessellar.cli.evaluation_tools import compare, extractor, neighbours, stats
 from tessellar.cli.functions import run_functions
+from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
@@ -182,4 +184,5 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Entry of `evaluate.py` and `tessellar evaluate`."""
     with distributed.session():
+        refuse_older(sys.argv[1:] if argv is None else argv)
         return run_functions(COMMANDS, argv, "evaluate")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from tessellar.cli.mistakes import explain
+from tessellar.cli.mistakes import concrete, explain
 from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 from tessellar.protocol.packages import trusting
@@ -74,11 +74,17 @@ class FunctionParser(ArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a class inside the command's: the outer one says where
+            super().error(message, ex)
         raise UserError(_plain(message, _option_names(self))) from ex
 
 
 def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
     """`argv` of a function in the form that jsonargparse reads; `function`'s annotations say what each option takes."""
+    listing = _asked_listing(function, argv)
+    if listing is not None:
+        print(listing)
+        raise SystemExit(0)
     hints = get_type_hints(function)
     lists: dict[str, list[str]] = {}
     plain: list[str] = []
@@ -103,6 +109,26 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
             plain.append(f"--{name}" if value is None else f"--{name}={value}")
     plain += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
     return [*_gather(function, hints, positionals), *plain]
+
+
+def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
+    """What a bare `--algorithm.help` asks for: the classes that can be chosen, with their options and defaults."""
+    hints = get_type_hints(function)
+    for word, after in zip(argv, [*argv[1:], "--"], strict=False):
+        name = word.removeprefix("--").removesuffix(".help").replace("-", "_")
+        asked = word == f"--{name}.help" and after.startswith("--")
+        if asked and inspect.isabstract(hints.get(name)):
+            return "\n".join(_listed(name, cls) for cls in concrete(hints[name]))
+    return None
+
+
+def _listed(name: str, cls: type) -> str:
+    first = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
+    lines = [f"--{name} {cls.__name__}: {first}"]
+    for parameter in inspect.signature(cls).parameters.values():
+        default = "required" if parameter.default is inspect.Parameter.empty else f"default {parameter.default}"
+        lines.append(f"    --{name}.{parameter.name} ({default})")
+    return "\n".join(lines)
 
 
 def _option(word: str) -> tuple[str, str | None]:

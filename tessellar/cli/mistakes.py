@@ -14,6 +14,10 @@ from typing import Any, get_type_hints
 
 from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
+from tessellar.processes.diffusion import DiffusionSampler
+from tessellar.processes.flow import Flow
+from tessellar.protocol.guidance import GuidanceSchedule
+from tessellar.sampling.algorithm import Algorithm
 
 NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value")
 WHOLE = ("Problems parsing config", "Unexpected config")  # not trees
@@ -21,6 +25,14 @@ KEY = re.compile(r'Parser key "([\w.]+)":\s*(.*)')
 CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
 CALLABLE = re.compile(r"^(\s*(?:- )?)Type .*? expects a function or a callable class: ")
 GOT_CLASS = re.compile(r"\.+ Got value: Namespace\(class_path='([\w.]+)'.*$")
+
+
+CHOICES: dict[str, type] = {
+    "algorithm": Algorithm,
+    "guidance": GuidanceSchedule,
+    "flow": Flow,
+    "diffusion": DiffusionSampler,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def deepest(message: str) -> Cause:
     path: list[tuple[int, str]] = []
     best: tuple[int, list[tuple[int, str]], list[str]] = (-1, [], [])
     class_path, values = None, {}
-    for line in message.splitlines():
+    for line in filter(str.strip, message.splitlines()):
         found = GOT_CLASS.search(line)
         class_path = found[1] if found else class_path
         line = CALLABLE.sub(r"\1", GOT_CLASS.sub("", line))
@@ -99,6 +111,9 @@ def _say(cause: Cause, options: set[str]) -> str:
         r"(?:Import path|Expected) '?([\w.]+)'? (?:does not correspond|to be).*subclass of (?:<class ')?(\w+)", text
     ):
         return f"{prefix}{_short(found[1])} is not a {found[2]}; a {found[2]} is needed here"
+    if found := re.match(r"Expected a (?:path but|dot import path string:) ([\w.+-]+)", text):
+        names = _choices(cause.place.rpartition(".")[2])
+        return f"{prefix}there is no {found[1]!r}{nearest(found[1], names)}"
     if found := re.match(r"the following arguments are required: (.*)", text):
         return f"{prefix}{found[1]} missing; give it in the --config or as an option"
     if found := re.match(r"Expected an instantiatable class, but ([\w.]+) is abstract", text):
@@ -125,6 +140,20 @@ def _expected(cause: Cause) -> str:
     wanted = [w for w in wanted if w != "NoneType"]
     names = [w.strip("'") for w in wanted]
     return f"expected {' or '.join(wanted)}, not {value!r}{nearest(str(value), names, 0)}"
+
+
+def _choices(option: str) -> list[str]:
+    """Names of the classes that an option of sampling chooses among."""
+    base = CHOICES.get(option)
+    return [] if base is None else [cls.__name__ for cls in concrete(base)]
+
+
+def concrete(base: type) -> list[type]:
+    """Classes below `base` that can be made, in the order of their definition."""
+    found = [] if inspect.isabstract(base) else [base]
+    for below in base.__subclasses__():
+        found += [cls for cls in concrete(below) if cls not in found]
+    return found
 
 
 def _short(class_path: str | None) -> str:

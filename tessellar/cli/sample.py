@@ -1,6 +1,7 @@
 """`sample.py`: images of classes or prompts from a trained generator, in a folder that says how they were made."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from tessellar.checkpoints.reading import Source, read_source
 from tessellar.checkpoints.staging import check_target, staged_folder
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import run_functions
+from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.captions import decode_text
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble
@@ -235,4 +237,5 @@ def _write_record(stage: Path, record: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `sample.py` and `tessellar sample`."""
     with distributed.session():
+        refuse_older(sys.argv[1:] if argv is None else argv)
         run_functions(sample, argv, "sample")

@@ -30,6 +30,7 @@ from tessellar.checkpoints.description import PARTS
 from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.reading import read_source
 from tessellar.cli.mistakes import cause_of, explain, nearest
+from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.networks.vision import stand_ins
@@ -175,6 +176,7 @@ def validate(cli: TrainCLI) -> None:
 def parse(argv: Sequence[str]) -> TrainCLI:
     """The instantiated command line; raises UserError, in one line, for whatever does not fit."""
     torch.set_float32_matmul_precision("high")
+    refuse_older(argv)
     try:
         return TrainCLI(
             TrainingModule,

@@ -1,9 +1,9 @@
 """Flow matching on straight paths (rectified flow, arXiv 2209.03003): F_t = (1 - t) x + t noise, velocity noise - x.
 
 t = 1 is pure noise. Times of training are logit-normal, as in xAR, or drawn by a mode (both arXiv 2403.03206); their
-draws may be stratified over the batch. Solvers (`Flow`) go from noise (t = 1) to data (t = 0), as xAR draws an entity (arXiv
-2502.20388): `EulerMaruyama` takes the reverse SDE of the straight path, with score -((1 - t) v + x) / t and
-diffusion 2 t: as exact as the ODE in the limit of many steps, better with few. The state is kept in float64.
+draws may be stratified over the batch. A solver (`Flow`) goes from noise (t = 1) to data (t = 0), as xAR draws an
+entity (arXiv 2502.20388): `EulerMaruyama` takes the reverse SDE of the straight path, with score -((1 - t) v + x) / t
+and diffusion 2 t: as exact as the ODE in the limit of many steps, better with few. The state is kept in float64.
 """
 
 from abc import ABC, abstractmethod

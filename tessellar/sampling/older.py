@@ -59,7 +59,7 @@ def refuse_config(config: Any, where: str) -> None:
                 respelled = respell(value)
                 if respelled is not None:
                     raise UserError(
-                        f"{where}: sampling is in the older spelling; it is now sampling: {_line(respelled)}"
+                        f"{where}: sampling is in the older spelling; it is now sampling: {in_one_line(respelled)}"
                     )
             refuse_config(value, where)
     elif isinstance(config, list):
@@ -126,8 +126,8 @@ def _chosen(names: Mapping[str, str], name: Any, options: Mapping[str, Any]) -> 
 
 def _respelled_option(name: str, value: str) -> list[str] | None:
     """Words for one option of the command line; None where it is not in the older spelling."""
-    prefix = "sampling." if name.startswith("sampling.") else ""
-    bare = name.removeprefix(prefix)
+    before, dot, bare = name.rpartition("sampling.")
+    prefix = before + dot
     if bare == "algorithm" and value in ALGORITHMS:
         return [f"--{prefix}algorithm", ALGORITHMS[value]]
     if bare == "guidance.schedule":
@@ -152,12 +152,14 @@ def _each(option: str, value: str) -> list[str]:
         return [f"{option}.NAME", "VALUE"]
     words: list[str] = []
     for key, given in options.items():
-        words += [f"{option}.{key}", _line(given)]
+        words += [f"{option}.{key}", in_one_line(given)]
     return words
 
 
 def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Options of a command line with their values ("" where none follows)."""
+    if not argv:
+        return []
     found = []
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--"):
@@ -166,6 +168,6 @@ def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _line(value: Any) -> str:
+def in_one_line(value: Any) -> str:
     """YAML in one line."""
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).removesuffix("...\n").strip()

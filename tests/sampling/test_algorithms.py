@@ -54,7 +54,7 @@ def test_a_description_is_plain_data_of_which_the_same_settings_are_made() -> No
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--sampling", type=Sampling)
     read = parser.parse_object({"sampling": described})
-    assert parser.instantiate_classes(read).sampling == sampling
+    assert parser.instantiate(read).sampling == sampling
     assert described["algorithm"]["init_args"]["group_size"] == 3 and described["choice"]["temperature"] == 0.9
 
 

@@ -71,7 +71,7 @@ def test_no_guidance_costs_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [Linear(1.0, start=0.5), Step(1.0, first=2, before=3.0), LateStep(1.0, between=2.0)]
+    "schedule", [Linear(1.0, start=0.5), Step(1.0, first=2, before=3.0), LateStep(1.0, start=0.7, between=2.0)]
 )
 def test_scale_one_is_no_guidance_only_where_it_is_one_everywhere(schedule: GuidanceSchedule) -> None:
     assert schedule.guidance().branches == 2 and (schedule(torch.arange(5)[None], FIVE) != 1).any()
