@@ -164,7 +164,9 @@ def _gather(function: Function, hints: Mapping[str, Any], positionals: list[str]
 def _plain(message: str, names: Sequence[str]) -> str:
     """What a parser says, in one line; `names` are its options and commands."""
     if message.startswith("Parser key"):
-        return f"--{explain(message, names, (), ())}"
+        text = explain(message, names, (), ())
+        key = message.split('"')[1]
+        return f"--{text}" if text.startswith(key) else text
     if message.startswith("unrecognized arguments: --"):
         return explain(message, names, (), ())
     text = " ".join(message.split())

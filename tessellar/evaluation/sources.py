@@ -27,6 +27,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation import npz
 from tessellar.evaluation.subset import subset
 from tessellar.images import to_uint8
+from tessellar.sampling.older import in_one_line, respell
 
 LOSSY = (".jpg", ".jpeg", ".webp")
 SAMPLE_NAME = re.compile(r"\d+_\d+\.png")
@@ -139,6 +140,7 @@ class FolderImages(ImageSource):
                 f"{self.root / lossy[0]} is compressed with loss, which a distance measures too: save samples as PNG, "
                 "or as uint8 in an npz"
             )
+        self.warnings = older_spelling(self.root)
         if lossy:
             self.warnings = (f"{len(lossy)} images of the reference {self.name} are JPEG or WebP, with artefacts",)
 
@@ -166,7 +168,23 @@ class FolderImages(ImageSource):
 def made_by(folder: Path) -> dict[str, Any]:
     """How `sample.py` made the images of a folder, as its record says; empty where there is none."""
     record = _record(folder)
-    return {key: record[key] for key in MADE_KEYS if key in record}
+    made = {key: record[key] for key in MADE_KEYS if key in record}
+    now = _respelled(record)
+    return made if now is None else {**made, "sampling": now}
+
+
+def older_spelling(folder: Path) -> tuple[str, ...]:
+    """A warning where the record of `sample.py` has its settings in an older spelling, with the present one."""
+    now = _respelled(_record(folder))
+    if now is None:
+        return ()
+    spelled = in_one_line({"sampling": now})
+    return (f"{folder / 'samples.json'}: sampling is in the older spelling; it is now {spelled}",)
+
+
+def _respelled(record: dict[str, Any]) -> dict[str, Any] | None:
+    sampling = record.get("sampling")
+    return respell(sampling) if isinstance(sampling, dict) else None
 
 
 def names_of_record(folder: Path) -> tuple[str, ...]:
@@ -232,6 +250,7 @@ class ArrayImages(ImageSource):
             raise UserError(f"{self.path} holds {self.count} images but {len(self.labels)} labels")
         self.label_plan = label_plan_of(self.labels)
         self.class_names = () if self.labels is None else names_of_record(self.path.parent)
+        self.warnings = older_spelling(self.path.parent)
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         with npz.open_rows(self.path, "arr_0") as rows:
