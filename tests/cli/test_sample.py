@@ -1,6 +1,7 @@
 """`sample.py`: files, the record beside them, and refusals before anything is written."""
 
 import json
+import re
 import os
 import socket
 import subprocess
@@ -48,19 +49,22 @@ def test_samples_are_written_with_their_record(model: tuple[str, ImageGenerator]
     assert np.load(out / "samples.npz")["arr_1"].tolist() == [0, 2, 0, 2]
     record = json.loads((out / "samples.json").read_text())
     assert record["count"] == 4 and record["classes"] == [0, 2] and record["seed"] == 0
-    assert record["sampling"]["guidance_scale"] == 1.5 and record["fingerprint"] == fingerprint(model[1])
+    assert record["sampling"]["guidance"]["init_args"] == {"scale": 1.5} and record["fingerprint"] == fingerprint(model[1])
     assert names(out.parent) == ["set"]
 
 
 def test_algorithms_have_options_and_are_reported(
     model: tuple[str, ImageGenerator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [model[0], "--count", "3", "--algorithm", "sjd", "--out", str(tmp_path / "set")]
-    with pytest.raises(UserError, match="'sjd' has no option 'windows'; its options are window, init, coupling"):
-        main([*words, "--options", "{windows: 3}"])
-    main([*words, "--options", "{window: 3, coupling: maximal}"])
+    words = [model[0], "--count", "3", "--algorithm", "SpeculativeJacobi", "--out", str(tmp_path / "set")]
+    with pytest.raises(UserError, match="SpeculativeJacobi .algorithm. has no option 'windows'; did you mean 'window'"):
+        main([*words, "--algorithm.windows", "3"])
+    main([*words, "--algorithm.window", "3", "--algorithm.coupling", "maximal"])
     record = json.loads((tmp_path / "set" / "samples.json").read_text())
-    assert record["sampling"]["algorithm_window"] == 3 and record["sampling"]["algorithm_coupling"] == "maximal"
+    assert record["sampling"]["algorithm"] == {
+        "class_path": "tessellar.sampling.speculative.SpeculativeJacobi",
+        "init_args": {"window": 3, "init": "random", "coupling": "maximal"},
+    }
     decoding = record["decoding"]
     assert decoding["images"] == 3 and decoding["tokens"] == 12 and 6 <= decoding["evaluations"] <= 12
     assert f"{decoding['evaluations_per_image']:.1f} network evaluations an image" in capsys.readouterr().out
@@ -80,10 +84,18 @@ def test_the_same_set_in_other_batches(model: tuple[str, ImageGenerator], tmp_pa
         (["--classes", "cat"], "--classes 'cat' is not a list of class ids"),
         (["--count", "4", "--per-class", "2"], "either --count or --per-class"),
         (["--count", "0"], "0 images were asked for"),
-        (["--guidance.schedule", "cosin"], "guidance schedule 'cosin' does not exist; there are constant"),
-        (["--guidance.options.powr", "3", "--guidance.schedule", "power_cosine", "--guidance.scale", "2"], "powr"),
-        (["--choice.top_p", "0"], "top_p in"),
-        (["--algorithm", "magic"], "decoding algorithm 'magic' does not exist"),
+        (["--guidance", "Cosin"], "--guidance: there is no 'Cosin'; did you mean 'Cosine'"),
+        (["--guidance", "PowerCosine", "--guidance.powr", "3"], "no option 'powr'; did you mean 'power'"),
+        (["--guidance.power", "3"], "Constant .guidance. has no option 'power'; there are scale"),
+        (["--guidance.scale", ".nan"], "guidance scale is nan; it must be a finite number"),
+        (["--guidance.scale", ".inf"], "guidance scale is inf"),
+        (["--choice.temperature", ".nan"], "temperature is nan"),
+        (["--choice.top_p", "0"], "top_p is 0.0; it must be"),
+        (["--algorithm", "magic"], "--algorithm: there is no 'magic'; there are Ancestral, "),
+        (["--algorithm", "GroupedJacobi", "--algorithm.window", "x"], "--algorithm.window: expected int, not 'x'"),
+        (["--algorithm", "GroupedJacobi", "--algorithm.window", "99"], "window is 99"),
+        (["--flow", "Heun"], "--flow: there is no 'Heun'; there are Euler, EulerMaruyama"),
+        (["--flow.steps", "1"], "flow steps is 1"),
         (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--batch-size", "0"], "batch size is 0"),
         (["--sed", "3"], "did you mean 'seed'"),
@@ -96,6 +108,56 @@ def test_mistakes_are_one_line_and_leave_nothing(
         main([model[0], "--out", str(tmp_path / "set"), *options])
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == []
+
+
+def test_the_published_guidance_of_rar(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    """The flags that the header of its config gives."""
+    header = Path("configs/imagenet256/rar_b.yaml").read_text().replace("\\\n#", "")
+    (command,) = re.findall(r"# python sample.py \S+ (.*)", header)
+    main([model[0], *command.split(), "--count", "2", "--out", str(tmp_path / "set")])
+    record = json.loads((tmp_path / "set" / "samples.json").read_text())
+    assert record["sampling"]["guidance"] == {
+        "class_path": "tessellar.protocol.guidance.PowerCosine",
+        "init_args": {"scale": 16.0, "power": 2.75, "reach_end": False},
+    }
+
+
+OLDER = [
+    (
+        ["--algorithm", "sjd", "--options", "{window: 3, coupling: maximal}"],
+        "--algorithm SpeculativeJacobi --algorithm.window 3 --algorithm.coupling maximal",
+    ),
+    (
+        ["--guidance.schedule", "power_cosine", "--guidance.options", "{power: 2.75, reach_end: false}"],
+        "--guidance PowerCosine --guidance.power 2.75 --guidance.reach_end false",
+    ),
+    (["--guidance.options.power=3"], "--guidance.power 3"),
+    (["--options.steps", "8"], "--algorithm.steps 8"),
+    (["--flow.solver", "ode"], "--flow Euler"),
+]
+
+
+@pytest.mark.parametrize(("words", "now"), OLDER)
+def test_the_older_spelling_is_answered_by_the_new_one(
+    model: tuple[str, ImageGenerator], tmp_path: Path, words: list[str], now: str
+) -> None:
+    with pytest.raises(UserError, match="is the older spelling; it is now") as caught:
+        main([model[0], "--out", str(tmp_path / "set"), *words])
+    assert str(caught.value).endswith(f"it is now {now}")
+
+
+def test_an_older_yaml_is_answered_by_the_new_one(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("algorithm: gsd\noptions: {group_size: 3}\n")
+    with pytest.raises(UserError, match=r"algorithm: \{class_path: GroupedJacobi, init_args: \{group_size: 3\}\}"):
+        main(["--config", str(file), model[0], "--out", str(tmp_path / "set")])
+
+
+def test_help_lists_algorithms_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--algorithm.help"])
+    shown = capsys.readouterr().out
+    assert "--algorithm GroupedJacobi" in shown and "--algorithm.group_size (default 14)" in shown
 
 
 def test_a_tokenizer_cannot_be_sampled(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:

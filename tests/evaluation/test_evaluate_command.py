@@ -94,7 +94,7 @@ def test_a_generator_is_measured_live_on_its_runs_data(models: Path, net: list[s
     assert set(record["metrics"]) == {"FD(tiny)", "accuracy"}  # the network knows four classes, as the generator does
     made = record["samples"]
     assert (made["images"], made["labels"], made["seed"]) == (24, "balanced", 5)
-    assert made["sampling"]["guidance_scale"] == 1.5 and len(made["fingerprint"]) == 16
+    assert made["sampling"]["guidance"]["init_args"] == {"scale": 1.5} and len(made["fingerprint"]) == 16
     assert record["reference"]["name"] == "shapes train" and record["reference"]["images"] == 60
 
 
