@@ -1,8 +1,8 @@
 """`sample.py`: files, the record beside them, and refusals before anything is written."""
 
 import json
-import re
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -49,7 +49,9 @@ def test_samples_are_written_with_their_record(model: tuple[str, ImageGenerator]
     assert np.load(out / "samples.npz")["arr_1"].tolist() == [0, 2, 0, 2]
     record = json.loads((out / "samples.json").read_text())
     assert record["count"] == 4 and record["classes"] == [0, 2] and record["seed"] == 0
-    assert record["sampling"]["guidance"]["init_args"] == {"scale": 1.5} and record["fingerprint"] == fingerprint(model[1])
+    assert record["sampling"]["guidance"]["init_args"] == {"scale": 1.5} and record["fingerprint"] == fingerprint(
+        model[1]
+    )
     assert names(out.parent) == ["set"]
 
 

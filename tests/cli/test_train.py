@@ -112,6 +112,10 @@ def generator(path: str, value: Any = None, delete: bool = False) -> dict[str, A
 
 
 MODEL = "model.tokenizer"
+FID_OF_0_1 = {
+    "class_path": "tessellar.callbacks.fid.FID",
+    "init_args": {"sampling": {"algorithm": "sjd", "options": {"window": 3}}},
+}
 MISTAKES = [
     (tokenizer("traner", 1), (), "run.yaml: there is no option 'traner'; did you mean 'trainer'?"),
     (tokenizer("trainer.max_step", 1), (), "run.yaml: trainer has no option 'max_step'; did you mean 'max_steps'?"),
@@ -136,7 +140,19 @@ MISTAKES = [
     (TOKENIZER, ("--model.clipp", "1"), "error: TokenizerModule (model) has no option 'clipp'; did you mean 'clip'?"),
     (TOKENIZER, ("--nam", "x"), "error: there is no option 'nam'; did you mean 'name'?"),
     (TOKENIZER, ("--resume", "nowhere.ckpt"), "nowhere.ckpt: there is no such checkpoint"),
-    (TOKENIZER, ("--sampling.algorithm", "guess"), "guess"),
+    (TOKENIZER, ("--sampling.algorithm", "guess"), "sampling.algorithm: there is no 'guess'; there are Ancestral"),
+    (TOKENIZER, ("--sampling.algorithm", "gsd"), "it is now --sampling.algorithm GroupedJacobi"),
+    (TOKENIZER, ("--sampling.guidance.powr", "1"), "Constant (sampling.guidance) has no option 'powr'"),
+    (
+        tokenizer("sampling", {"guidance": {"scale": 3.0, "schedule": "half_linear"}}),
+        (),
+        "it is now sampling: {guidance: {class_path: HalfLinear, init_args: {scale: 3.0}}}",
+    ),
+    (
+        tokenizer("trainer.callbacks", [FID_OF_0_1]),
+        (),
+        "it is now sampling: {algorithm: {class_path: SpeculativeJacobi, init_args: {window: 3}}}",
+    ),
     (GENERATOR, (), "runs/tok/export does not exist"),
     (generator("model.generator.widht", 1), (), "LlamaGen (model.generator) has no option 'widht'"),
     (generator("model.generator.width", "a"), (), "model.generator.width: expected int, not 'a'"),

@@ -1,5 +1,6 @@
 """The engine end to end with a tiny network: sources, names, records, warnings, protocols."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,23 @@ def test_labels_of_folders_arrays_and_sample_py(random_images: Images, write_npz
     assert sampled.count == 8 and sampled.labels is not None and sampled.labels.tolist() == [0, 1, 2, 3] * 2
     assert sampled.describe()["sampling"] == {"guidance": 2.0} and sampled.describe()["seed"] == 5
     assert [s.label_plan for s in (classes, sampled, array)] == ["balanced", "balanced", "uneven"]
+
+
+def test_an_older_record_of_samples_is_read_and_answered_by_the_new_spelling(
+    random_images: Images, tmp_path: Path
+) -> None:
+    for i, image in enumerate(random_images(2).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / f"{i:06}_{i:04}.png")
+    older = {"guidance_scale": 2.0, "guidance_schedule": "power_cosine", "power": 2.5, "temperature": 0.9}
+    older |= {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "algorithm": "sjd", "algorithm_window": 8}
+    (tmp_path / "samples.json").write_text(json.dumps({"sampling": older, "seed": 5}))
+    source = FolderImages(tmp_path)
+    now = source.describe()["sampling"]
+    assert now["guidance"] == {"class_path": "PowerCosine", "init_args": {"scale": 2.0, "power": 2.5}}
+    assert now["algorithm"] == {"class_path": "SpeculativeJacobi", "init_args": {"window": 8}}
+    assert now["choice"]["temperature"] == 0.9
+    (warning,) = source.warnings
+    assert "it is now sampling: {guidance: {class_path: PowerCosine" in warning and "\n" not in warning
 
 
 @pytest.mark.parametrize(
