@@ -178,8 +178,8 @@ def older_spelling(folder: Path) -> tuple[str, ...]:
     now = _respelled(_record(folder))
     if now is None:
         return ()
-    spelled = in_one_line({"sampling": now})
-    return (f"{folder / 'samples.json'}: sampling is in the older spelling; it is now {spelled}",)
+    spelled = in_one_line(now)
+    return (f"{folder / 'samples.json'}: sampling is in the older spelling; it is now sampling: {spelled}",)
 
 
 def _respelled(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -82,10 +82,10 @@ NAN, INF = float("nan"), float("inf")
     [
         (lambda: SpeculativeJacobi(window=0), r"window is 0; it must be an integer in \[1, 64\]"),
         (lambda: SpeculativeJacobi(window=65), r"in \[1, 64\]"),
-        (lambda: SpeculativeJacobi(window="wide"), "window is 'wide'; it must be an integer"),
+        (lambda: SpeculativeJacobi(window="wide"), "window is 'wide'; it must be an integer"),  # type: ignore
         (lambda: SpeculativeJacobi(window=True), "window is True"),
-        (lambda: SpeculativeJacobi(init="zeros"), "init is 'zeros'; it must be one of random, uniform"),
-        (lambda: SpeculativeJacobi(coupling="strong"), "coupling is 'strong'; it must be one of none, maximal"),
+        (lambda: SpeculativeJacobi(init="zeros"), "init is 'zeros'; it must be one of random, uniform"),  # type: ignore
+        (lambda: SpeculativeJacobi(coupling="strong"), "coupling is 'strong'; it must be one of none, maximal"),  # type: ignore
         (lambda: ReusingJacobi(threshold=-1.0), "at least 0"),
         (lambda: ReusingJacobi(threshold=NAN), "threshold is nan; it must be a finite number"),
         (lambda: GroupedJacobi(group_size=0), "group_size is 0"),
@@ -108,7 +108,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: AncestralDiffusion(temperature=NAN), "diffusion temperature is nan"),
         (lambda: APG(momentum=NAN), "momentum of adaptive projected guidance is nan"),
         (lambda: FlowDecoding(guidance=NAN), "guidance of the flow decoder is nan"),
-        (lambda: Sampling(algorithm="sjd"), "algorithm is 'sjd'; it must be a Algorithm"),
+        (lambda: Sampling(algorithm="sjd"), "algorithm is 'sjd'; it must be a Algorithm"),  # type: ignore
     ],
 )
 def test_mistakes_are_named_in_one_line(make: Callable[[], object], reason: str) -> None:
