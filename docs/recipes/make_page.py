@@ -39,10 +39,10 @@ processes; `batch` below is the whole.
 
 ```bash
 torchrun --nproc_per_node 8 train.py --config configs/imagenet256/vq_16.yaml --name vq_16 \\
-    --data.init_args.root IMAGENET/train --data.init_args.val_root IMAGENET/val \\
-    --model.init_args.loss.init_args.perceptual.init_args.vgg VGG16.pth
+    --data.root IMAGENET/train --data.val_root IMAGENET/val \\
+    --model.loss.perceptual.vgg VGG16.pth
 torchrun --nproc_per_node 8 train.py --config configs/imagenet256/llamagen_b.yaml --name llamagen_b \\
-    --data.init_args.root IMAGENET/train --data.init_args.val_root IMAGENET/val
+    --data.root IMAGENET/train --data.val_root IMAGENET/val
 ```
 
 ## What the paper and its code say, and what ours does

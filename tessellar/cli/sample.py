@@ -25,9 +25,9 @@ from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.protocol.guidance import Constant, GuidanceSchedule
+from tessellar.protocol.packages import trust
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
-from tessellar.protocol.packages import trust
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.run import balanced_labels, sample_images, sample_texts
