@@ -11,7 +11,7 @@ Shapes: B images, R = B x branches rows (all conditional rows, then all null row
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,21 @@ class Prefix(NamedTuple):
         return self.embeddings.shape[1]
 
 
+class TokenizerPart(Protocol):
+    """What a tokenizer inside the loop keeps of the tokens so far (maps, a cache of a decoder), of B images.
+
+    A pure function of the tokens of the first `fed` entities, so it can be forgotten and forked with them.
+    """
+
+    def rollback(self, fed: Tensor) -> None:
+        """Forget all but the first `fed` [B] entities of each image."""
+        ...
+
+    def select(self, index: Tensor) -> "TokenizerPart":
+        """That of images `index` [b], copied."""
+        ...
+
+
 @dataclass
 class State:
     """One batch being decoded; made by `Generator.start`, driven by a decoding algorithm."""
@@ -54,6 +69,8 @@ class State:
     prefix: Prefix | None = None
     cache: KVCache | NoCache | None = None
     input_ends: Tensor | None = None  # [count + 1] cache length after the inputs of the first n entities; on the CPU
+
+    part: TokenizerPart | None = None  # of a tokenizer that is asked in the loop
 
     @property
     def batch(self) -> int:
@@ -88,7 +105,9 @@ class State:
 
     def rollback(self, fed: Tensor) -> None:
         """Forget all but the first `fed` [B] entities of each image."""
-        self.fed = fed.cpu().clone()
+        self.fed = fed.to(self.fed.device).clone()
+        if self.part is not None:
+            self.part.rollback(self.fed)
         if isinstance(self.cache, KVCache):
             self.cache.truncate(self.rows(self._input_end(self.fed)) if self.batch > 1 else self._rows_of_one())
 
@@ -110,6 +129,7 @@ class State:
             fed=self.fed[index],
             prefix=prefix,
             cache=cache,
+            part=None if self.part is None else self.part.select(index),
         )
 
 
@@ -165,6 +185,14 @@ class Generator(Configured, ExactTables, ABC):
 
         Advances `state.fed` and returns the guided distribution of the last `want` (default: all) of those entities.
         """
+
+    def predict_places(self, state: State, tokens: Tensor, places: Tensor) -> Distribution:
+        """Distribution of the tokens at `places` [B, T] of the layout, any set of them, given those that are known.
+
+        For algorithms whose window is no run of entities (several fronts in one image). Raises UserError, naming the
+        generator, where positions are not found by place.
+        """
+        raise UserError(f"{type(self).__name__} predicts runs of entities, not any set of places")
 
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
         """The partition to decode in; generators of random order draw one for each image, in `steps` entities.
