@@ -1,4 +1,4 @@
-"""A state may hold a tokenizer's part, which is rolled back and forked with it; a window of places is refused by name."""
+"""A state may hold a part of a tokenizer that rolls back and forks with it; windows of places are refused by name."""
 
 import pytest
 import torch
