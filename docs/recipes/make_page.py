@@ -8,7 +8,7 @@ A test compares the page with what this makes of them.
 from pathlib import Path
 from typing import Any
 
-from tessellar.parity.recipes import (
+from tessellar.cli.recipes import (
     Entry,
     Facts,
     compare,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from tessellar.cli.train import parse
-from tessellar.parity.recipes import (
+from tessellar.cli.recipes import (
     Entry,
     Facts,
     Recipe,
@@ -19,6 +18,7 @@ from tessellar.parity.recipes import (
     read_recorded,
     recorded_facts,
 )
+from tessellar.cli.train import parse
 from tessellar.training.base import TrainingModule
 
 ROOT = Path(__file__).parents[2]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tessellar.cli.recipes import Facts, Recipe
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
@@ -15,7 +16,6 @@ from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
-from tessellar.parity.recipes import Facts, Recipe
 
 PLAIN = {"losses.cross_entropy.weight": 1.0, "losses.cross_entropy.label_smoothing": 0.0}
 

@@ -1,7 +1,7 @@
 """The comparison of recipes itself: what it takes for equal, and that nothing recorded is left out silently."""
 
+from tessellar.cli.recipes import Difference, compare, recorded_facts
 from tessellar.data.crops import Resize
-from tessellar.parity.recipes import Difference, compare, recorded_facts
 from tests.recipes.frame import CONFIGS, DIFFERENCES, ENTRIES
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tessellar.parity.recipes import facts_of
+from tessellar.cli.recipes import facts_of
 from tests.recipes.frame import CONFIGS, ENTRIES, build, disagreements, recipe_of
 from tests.recipes.generator_facts import generator_facts
 

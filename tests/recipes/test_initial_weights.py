@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tessellar.cli.recipes import read_recorded
 from tessellar.models.har import HAR
 from tessellar.models.har.official import to_official as har_to_official
 from tessellar.models.hita import HitaAR
@@ -31,7 +32,6 @@ from tessellar.models.var import VAR
 from tessellar.models.var.official import to_official as var_to_official
 from tessellar.models.xar import XAR
 from tessellar.models.xar.official import to_official as xar_to_official
-from tessellar.parity.recipes import read_recorded
 from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
 from tests.recipes.frame import GOLDEN
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tessellar.parity.recipes import facts_of
+from tessellar.cli.recipes import facts_of
 from tessellar.training.tokenizer_module import TokenizerModule
 from tests.recipes.frame import CONFIGS, ENTRIES, build, disagreements, recipe_of
 from tests.recipes.tokenizer_facts import discriminator_facts, tokenizer_facts

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from tessellar.cli.recipes import Facts, Recipe, optimizer_facts, schedule_facts
 from tessellar.layers.gated_block import GatedAttention
-from tessellar.parity.recipes import Facts, Recipe, optimizer_facts, schedule_facts
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
