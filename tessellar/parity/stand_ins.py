@@ -18,7 +18,6 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
 from tessellar.sampling.settings import GREEDY
-from tessellar.tokenizers.losses.lecam import LeCam
 
 
 class RecordedNoise(Noise):
@@ -130,13 +129,6 @@ def gradient_norm(loss: Tensor, module: nn.Module) -> Tensor:
     """2-norm of the gradient of `loss` with respect to all parameters of a module that it depends on."""
     gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
     return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-
-
-def recorded_lecam(settings: Mapping[str, Any]) -> LeCam:
-    """LeCam with the recorded running means of the logits before the step."""
-    made = LeCam(settings["lecam_regularization_weight"], settings["lecam_ema_decay"])
-    made.means = torch.tensor([settings["ema_real_logits_mean"], settings["ema_fake_logits_mean"]])
-    return made
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

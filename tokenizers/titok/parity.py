@@ -15,8 +15,9 @@ from tessellar.interop.options import check_options
 from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import Fixed, prefixed, recorded_lecam
+from tessellar.parity.stand_ins import Fixed, prefixed
 from tessellar.protocol.tokenizer import TokenizerOutput
+from tessellar.tokenizers.losses.parity import recorded_lecam
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
