@@ -7,7 +7,6 @@ holds a weight that is not finite: nothing could be continued from it.
 
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessellar import distributed
-from tessellar.errors import UserError
+from tessellar.errors import UserError, remove
+from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.runs import BEST, LAST, PREVIOUS
 
 
@@ -31,18 +31,28 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.metric, self.mode = Path(folder), every, metric, mode
         self.best: float | None = None
         self._saved = -1
+        self._due = False  # a validation belongs to the update, and comes first
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._saved = pl_module.updates
+        for table in tables_of(trainer):
+            table.begin(pl_module.updates)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        write_metrics(trainer)
         if pl_module.updates % self.every == 0 and pl_module.updates != self._saved:
-            self.save(trainer, pl_module)
+            self._due = validates_now(trainer)
+            if not self._due:
+                self.save(trainer, pl_module)
         if self.metric != pl_module.best_by[0]:  # a callback may measure it between two validations
             self._consider(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._consider(trainer)
+        if self._due:
+            self._due = False
+            self._saved = -1
+            self.save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._consider(trainer)
@@ -68,6 +78,11 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
+
+    def save_at_once(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write `last.ckpt` now, and once more after a validation that belongs to this update."""
+        self.save(trainer, pl_module)
+        self._due = validates_now(trainer)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write `last.ckpt` now, unless it is of this very update; raises UserError where it cannot be written."""
@@ -104,6 +119,29 @@ class Checkpoints(Checkpoint):
         self.best = state_dict["best"]
 
 
+def validates_now(trainer: L.Trainer) -> bool:
+    """Whether a validation follows on the batch that has just ended."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def tables_of(trainer: L.Trainer) -> list[MetricsFile]:
+    """The run's metrics.csv, on the process that writes it."""
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile) and trainer.is_global_zero]
+
+
+def write_metrics(trainer: L.Trainer) -> None:
+    """Write the metrics of the batch that has just ended, before a checkpoint of it: Lightning does so only after."""
+    connector = trainer._logger_connector
+    if not tables_of(trainer) or not connector.should_update_logs:
+        return
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    if "step" in metrics:
+        step = int(metrics.pop("step"))
+        for table in tables_of(trainer):
+            table.log_metrics(metrics, step)
+
+
 def require_finite(trainer: L.Trainer, whole: Path | str) -> None:
     """Raise UserError, on all processes, where a weight of any is NaN or infinite; `whole` is what is left."""
     first = next((name for name, tensor in trainer.lightning_module.state_dict().items() if not _finite(tensor)), None)
@@ -124,11 +162,3 @@ def flush(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def remove(path: Path) -> None:
-    """Give the space of an unfinished checkpoint, a file or a folder, back."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

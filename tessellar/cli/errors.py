@@ -1,9 +1,26 @@
-"""How every command ends: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+"""How every command ends: a user's mistake is one line on stderr and exit code 2, never a traceback.
 
+What nobody foresaw is one line as well, exit code 1, and its traceback goes to a file: of the run where there is one.
+"""
+
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, in_one_line
+
+TRACEBACK = "traceback.txt"
+
+_folder: Path | None = None  # where this process puts tracebacks
+
+
+def put_tracebacks_into(folder: Path) -> None:
+    """From now on a traceback goes to `folder`, which need not exist yet."""
+    global _folder
+    _folder = folder
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -11,13 +28,44 @@ def run(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+    except BrokenPipeError:
+        return 141  # whoever read our output has gone
+    except Exception as error:
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        if named:
+            _say(f"error: {error.filename}: {error.strerror}")  # type: ignore[attr-defined]
+            return 2
+        _say(f"error: {_in_short(error)} ({_kept(error)})")
+        return 1
+
+
+def _say(line: str) -> None:
+    """Print one line: file names and texts from files may hold anything."""
+    print(in_one_line(line), file=sys.stderr)
+
+
+def _in_short(error: Exception) -> str:
+    """The kind of an error and the first 200 characters of its text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _kept(error: Exception) -> str:
+    """Where the traceback of an error was written to, as words."""
+    content = "".join(traceback.format_exception(error))
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    name = TRACEBACK if rank == 0 else f"traceback-{rank}.txt"
+    for folder in (_folder, Path(tempfile.gettempdir()) / f"tessellar-{os.getuid()}"):
+        try:
+            if folder is not None:
+                folder.mkdir(exist_ok=True)
+                (folder / name).write_text(content, errors="backslashreplace")
+                return f"traceback: {folder / name}"
+        except OSError:
+            continue
+    return "the traceback could not be written anywhere"

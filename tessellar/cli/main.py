@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from tessellar.cli.errors import run
 from tessellar.cli.nearest import nearest
-from tessellar.errors import UserError
+from tessellar.errors import UserError, in_one_line
 
 COMMANDS = {
     "train": "train a tokenizer or a generator from a YAML",
@@ -31,7 +31,16 @@ def show_log() -> None:
     log = logging.getLogger("tessellar")
     log.setLevel(logging.INFO)
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(OneLine())
+        log.addHandler(handler)
+
+
+class OneLine(logging.Formatter):
+    """A record is one line, whatever the names in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_one_line(record.getMessage())
 
 
 def dispatch(command: str | None, argv: list[str]) -> int | None:

@@ -17,6 +17,7 @@ from tessellar.data.batch import collate
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.pictures import PictureDataset
 from tessellar.data.sampler import ResumableSampler
+from tessellar.data.workers import ignore_interruptions
 from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class ImageDataModule(LightningDataModule, ABC):
             drop_last=train,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=ignore_interruptions,
         )
 
     def _place(self, total: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from tessellar.data.batch import collate
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.image_file import read_image
 from tessellar.data.sets.image_folder import list_folder
+from tessellar.data.workers import ignore_interruptions
 from tessellar.distributed import own_share, rank, world_size
 from tessellar.errors import UserError
 from tessellar.evaluation import npz
@@ -110,6 +111,7 @@ class DatasetImages(ImageSource):
             num_workers=self.num_workers,
             collate_fn=collate,
             generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
+            worker_init_fn=ignore_interruptions,
         )
         for batch, first in zip(loader, range(0, len(places), batch_size), strict=True):
             index = torch.tensor(places[first : first + batch_size])

@@ -1,16 +1,21 @@
-"""metrics.csv: one row per logged step, one column per metric, complete again after a resume.
+"""metrics.csv: one row per logged step, one column per metric, complete again after any kill and any resume.
 
-Lightning's CSV logger deletes the file when a run is resumed. This one drops only the rows that the resumed run makes
-anew, and rewrites the header when a metric first appears.
+Every metric is on the disk as soon as it is logged: the last row is written anew until the next one begins. So a
+checkpoint never knows of more than the file does. A resumed run cuts the file to the checkpoint's update and fills the
+row of that update further, as the uninterrupted run does (batches that are accumulated share it). Lightning's CSV
+logger deletes the file when a run is resumed.
 """
 
 import csv
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from tessellar.errors import writing
 
 
 class MetricsFile(Logger):
@@ -21,6 +26,7 @@ class MetricsFile(Logger):
         self.path = Path(path)
         self._columns: list[str] = []
         self._row: dict[str, str] = {}
+        self._place = 0  # of the last row in the file, in bytes
         self._started = False
 
     @property
@@ -35,50 +41,67 @@ class MetricsFile(Logger):
         """The run's config.yaml holds them."""
 
     @rank_zero_only
+    def begin(self, step: int) -> None:
+        """Keep the rows of an earlier part of this run up to `step`, where it goes on; none of a run that starts."""
+        self._started = True
+        rows = [row for row in self._read() if int(row["step"]) <= step] if step > 0 else []
+        self._columns = list(rows[0]) if rows else ["step"]
+        self._row = rows.pop() if rows else {}
+        if self.path.exists() or rows:
+            self._rewrite(rows)
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of `step`; a row is written when the next one begins."""
+        """Add metrics to the row of `step`, the last one, or begin it."""
         key = str(step or 0)
         if not self._started:
-            self._start(int(key))
-        if self._row and self._row["step"] != key:
-            self.flush()
-        self._row = {**self._row, "step": key, **{name: f"{value:.7g}" for name, value in metrics.items()}}
+            self.begin(int(key) - 1)
+        values = {name: f"{value:.7g}" for name, value in metrics.items()}
+        new = [name for name in values if name not in self._columns]
+        if self._row.get("step") != key:
+            self._row = {"step": key}
+            self._place = self.path.stat().st_size if self.path.exists() else 0
+        self._row |= values
+        self._columns += new
+        if new or self._place == 0:
+            self._rewrite(self._read(self._place))
+        else:
+            self._write_row()
 
-    def _start(self, step: int) -> None:
-        """Keep an earlier part of this run, up to the step where it goes on."""
-        self._started = True
-        rows = []
-        if self.path.exists():
-            whole = self.path.read_text().rpartition("\n")[0]  # a kill may have left a part of the last line
-            rows = [row for row in csv.DictReader(whole.splitlines()) if int(row["step"]) < step]
-        self._columns = list(rows[0]) if rows else ["step"]
-        self._rewrite(rows)
+    def _read(self, end: int | None = None) -> list[dict[str, str]]:
+        """The whole rows of the file, of its first `end` bytes; a kill may have left a part of one."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_bytes()[:end].decode(errors="replace")
+        lines = text.rpartition("\n")[0].splitlines()
+        table = list(csv.reader(lines))
+        columns = table[0] if table else []
+        return [dict(zip(columns, row, strict=True)) for row in table[1:] if _is_whole(row, columns)]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """Put the header, `rows` and the last row in place of the file."""
         staged = self.path.with_suffix(".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        staged.replace(self.path)
+        before = _lines(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
+        last = _lines(self._columns, [self._row] if self._row else [])
+        with writing(self.path, unfinished=staged):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_bytes(before + last)
+            staged.replace(self.path)
+        self._place = len(before)
 
-    @rank_zero_only
-    def flush(self) -> None:
-        """Write the row at hand; later metrics of its step begin another one."""
-        if not self._row:
-            return
-        row, self._row = self._row, {}
-        new = [name for name in row if name not in self._columns]
-        if new:
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            self._columns += new
-            self._rewrite([*rows, row])
-        else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+    def _write_row(self) -> None:
+        """Put the last row in its place, by one write: a kill leaves the older or the newer one."""
+        with writing(self.path), self.path.open("r+b", buffering=0) as file:
+            file.seek(self._place)
+            file.write(_lines(self._columns, [self._row]))
+            file.truncate()
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        self.flush()
+
+def _lines(columns: list[str], rows: list[dict[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _is_whole(row: list[str], columns: list[str]) -> bool:
+    return len(row) == len(columns) and row[columns.index("step")].isdecimal()

@@ -28,6 +28,7 @@ from tessellar.data.pictures import MAX_CORRUPT, to_tensor
 from tessellar.data.tars.index import Keys
 from tessellar.data.tars.members import IMAGE_FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
 from tessellar.data.tars.shards import expand_braces
+from tessellar.data.workers import ignore_interruptions
 from tessellar.errors import UserError
 from tessellar.randomness import derive
 
@@ -298,5 +299,10 @@ class WebDatasetStreamData(ImageDataModule):
         if self.trainer:
             dataset.epoch, dataset.start = self.trainer.current_epoch, self.trainer.global_step
         return _EpochLoader(
-            dataset, self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=length is not None
+            dataset,
+            self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            drop_last=length is not None,
+            worker_init_fn=ignore_interruptions,
         )

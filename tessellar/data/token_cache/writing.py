@@ -35,6 +35,7 @@ from tessellar.data.token_cache.files import (
     crc_of_rows,
 )
 from tessellar.data.token_cache.storage import Storage, pack, storage_of
+from tessellar.data.workers import ignore_interruptions
 from tessellar.errors import UserError
 from tessellar.protocol.configured import describe
 from tessellar.protocol.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ def encode_dataset(
         num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
+        worker_init_fn=ignore_interruptions,
     )
     with staged_folder(Path(folder), HEADER, overwrite) as stage:
         with open(stage / TOKENS, "wb") as tokens, open(stage / CAPTIONS, "wb") as captions:
