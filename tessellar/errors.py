@@ -27,7 +27,7 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not isinstance(error, OSError) and not _of_a_write(error):
+        if not _of_a_write(error):
             raise
         if unfinished is not None:
             remove(Path(unfinished))
@@ -36,9 +36,16 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
 
 
 def _of_a_write(error: Exception) -> bool:
-    """Whether an error without a type of its own is that of a failing write: those of torch.save and safetensors."""
+    """Whether an error is that of a failing write: those of Pillow, torch.save and safetensors have no type of it.
+
+    An error that names its file is left as it is, and so is one of reading.
+    """
+    if isinstance(error, OSError):
+        return error.filename is None and error.errno is not None
     text = str(error)
-    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "unexpected pos" in text
+    return (
+        "PytorchStreamWriter" in text or "unexpected pos" in text or "I/O error" in text or "os error" in text.lower()
+    )
 
 
 def remove(path: Path) -> None:

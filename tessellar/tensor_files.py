@@ -12,6 +12,7 @@ tensors as they are read, in the same pass over the file.
 import argparse
 import hashlib
 import logging
+import os
 import pickle
 import re
 import zipfile
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, writing
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file with its checksum; `tensors` are contiguous, on the CPU, each with memory of its own."""
     described = {"format": "pt", **(metadata or {})}
-    save_file(dict(tensors), path, metadata={**described, CHECKSUM: checksum(tensors, described)})
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path, unfinished=staged):
+        save_file(dict(tensors), staged, metadata={**described, CHECKSUM: checksum(tensors, described)})
+        staged.replace(path)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 A folder that exists is replaced only where the user allows it and only if it is one of ours (it holds the marker file).
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, writing
 
 
 def check_target(target: Path, marker: str, overwrite: bool) -> None:
@@ -33,10 +34,12 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
     target = Path(os.path.abspath(target))
     check_target(target, marker, overwrite)
     stage = beside(target, "partial")
-    stage.mkdir(parents=True)
+    with writing(target):
+        stage.mkdir(parents=True)
     try:
-        yield stage
-        _move(stage, target)
+        with writing(target):
+            yield stage
+            _move(stage, target, marker, overwrite)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -46,10 +49,18 @@ def beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{what}")
 
 
-def _move(stage: Path, target: Path) -> None:
-    if not target.exists():
+def _move(stage: Path, target: Path, marker: str, overwrite: bool) -> None:
+    """Put the folder in its place, as a whole, even where another command writes to the same place at once.
+
+    A folder moves to a free or an empty place only, which the system decides; of two commands one is the first.
+    """
+    try:
         stage.rename(target)
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    check_target(target, marker, overwrite)  # refuses where another command was the first
     old = beside(target, "old")
     target.rename(old)
     stage.rename(target)

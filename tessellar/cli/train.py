@@ -16,7 +16,9 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jsonargparse import ArgumentError
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tessellar.callbacks.checkpoints import Checkpoints
@@ -28,7 +30,9 @@ from tessellar.callbacks.throughput import Throughput
 from tessellar.checkpoints.card import Record
 from tessellar.checkpoints.description import PARTS
 from tessellar.checkpoints.export import export_parts
+from tessellar.checkpoints.hub import is_hub_id
 from tessellar.checkpoints.reading import read_source
+from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.datamodule import ImageDataModule
@@ -38,8 +42,11 @@ from tessellar.protocol.configured import Configured, check_buildable
 from tessellar.protocol.packages import trust, trusting
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
+from tessellar.training.continuing import CONFIG, compare_settings, say_where
 from tessellar.training.runs import CHECKPOINTS, LAST, Run, check_data, commit, restoring
 
+log = logging.getLogger(__name__)
+PRECISIONS = ("bf16-mixed", "32-true")
 TAKING_TURNS = "ddp_find_unused_parameters_true"
 QUIET = (
     "LightningCLI's args parameter",
@@ -57,6 +64,7 @@ class TrainCLI(LightningCLI):
     """Adds the run's own options to Lightning's."""
 
     run_folder: Run
+    asked: str  # the whole config as it was given
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -68,8 +76,8 @@ class TrainCLI(LightningCLI):
         parser.add_argument("--resume", type=str | None, default=None, help="auto, or a checkpoint to continue from")
         parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights; null is none")
         parser.add_argument("--wandb", type=str | None, default=None, help="a project name switches wandb on")
-        parser.add_argument("--log_every", type=int, default=50, help="batches between lines of the logs")
-        parser.add_argument("--save_every", type=int, default=1000, help="updates between checkpoints")
+        parser.add_argument("--log_every", type=PositiveInt, default=50, help="batches between lines of the logs")
+        parser.add_argument("--save_every", type=PositiveInt, default=1000, help="updates between checkpoints")
         parser.add_argument(
             "--best_metric", type=str | None, default=None, help="what best.ckpt is chosen by (default: the model's)"
         )
@@ -81,12 +89,27 @@ class TrainCLI(LightningCLI):
         trust(config.package or "")
         name = with_teachers(config.name or _default_name(config.config), stand_ins(config.model.as_dict()))
         self.run_folder = Run(name, resume=config.resume)
+        self.asked = self.parser.dump(self.config, skip_unset=False)
+        if self.run_folder.checkpoint is not None:
+            self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
+
+    def _read_no_start_files(self, model: Any, checkpoint: Path) -> None:
+        """What a checkpoint replaces anyway is not asked for: the source of a fine-tuning, a tokenizer that is gone."""
+        if "init_from" in model:
+            model.init_from = None
+        path = model.get("tokenizer")
+        if isinstance(path, str) and not Path(path).exists() and not is_hub_id(path):
+            log.info("%s is not there any more: the tokenizer of %s is taken", path, checkpoint)
+            model.tokenizer = read_source(checkpoint).tokenizer()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config: Any = self.config_init
         run = self.run_folder
         best_metric, best_mode = self.model.best_by
+        if config.trainer.log_every_n_steps is not None:
+            raise UserError("set --log_every, not --trainer.log_every_n_steps")
         callbacks: list[L.Callback] = [
+            LambdaCallback(on_train_start=lambda trainer, _: self.begin(trainer)),
             Throughput(config.log_every),
             CodebookUsage(config.log_every, self.model.least_codes_used),
             Grids(run, config.sampling),
@@ -111,6 +134,11 @@ class TrainCLI(LightningCLI):
             enable_model_summary=False,
         )
 
+    def begin(self, trainer: L.Trainer) -> None:
+        """Nothing of the run's folder changes before: whatever can be refused has been."""
+        if trainer.is_global_zero:
+            self.run_folder.begin(self.asked, run_facts(self))
+
 
 def main(argv: Sequence[str]) -> int:
     """`[fit | validate] options`: train or validate as the arguments say; returns the exit code.
@@ -132,6 +160,10 @@ def main(argv: Sequence[str]) -> int:
         except Interrupted as signal:
             print(signal, file=sys.stderr)
             return 128 + signal.number
+        except SystemExit as leaving:
+            if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning's answer before and after training
+                raise KeyboardInterrupt from leaving
+            raise
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
     return 0
@@ -141,17 +173,31 @@ def fit(cli: TrainCLI) -> None:
     """Train, then write the run's export and what it cost."""
     run, trainer = cli.run_folder, cli.trainer
     check(cli)
+    if run.checkpoint is not None and trainer.is_global_zero:
+        compare_settings(run.checkpoint.parent.parent / CONFIG, cli.asked)
+        say_where(run.checkpoint, trainer.max_steps)
     if trainer.is_global_zero:
         run.create()
-        cli.parser.save(cli.config, run.folder / "config.yaml", overwrite=True, skip_unset=False)
-        run.write("run.json", run_facts(cli))
         print(cli.model.facts())
+    put_tracebacks_into(run.folder)
+    last = run.folder / CHECKPOINTS / LAST
     try:
         with restoring(run.checkpoint):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
     except NonFiniteGradients as error:
-        last = run.folder / CHECKPOINTS / LAST
         raise UserError(f"{error}. Last checkpoint: {last if last.exists() else 'none yet'}") from error
+    except Interrupted as signal:
+        if trainer.is_global_zero:
+            run.interrupted(str(signal))
+        raise
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        raise UserError(f"{lost}; {'continue with --resume auto' if last.exists() else 'nothing was saved'}") from error
+    finally:
+        if trainer.is_global_zero:
+            run.abandon()
     if trainer.is_global_zero and trainer.state.finished:
         _finish(cli)
 
@@ -190,6 +236,8 @@ def parse(argv: Sequence[str]) -> TrainCLI:
             args=list(argv),
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         )
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
     except (ArgumentError, ValueError) as error:
         raise cause_of(error) or UserError(explain(str(error), _options(), _given(argv, "--config"), argv)) from error
 
@@ -236,12 +284,25 @@ def check(cli: TrainCLI, training: bool = True) -> None:
     check_buildable([part.config for part in model.modules() if isinstance(part, Configured)])
     if trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1:
         raise UserError("set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches")
+    precision = trainer.precision
     if str(cli.config.trainer.precision) in ("16", "16-mixed"):  # type: ignore[union-attr]
-        raise UserError("trainer.precision 16-mixed is not supported: use bf16-mixed or 32-true")
+        precision = "16-mixed"  # on a CPU Lightning takes it for bf16-mixed
+    if precision not in PRECISIONS:
+        raise UserError(f"trainer.precision {precision} is not supported: use {' or '.join(PRECISIONS)}")
     data.check_files()  # raises where files are missing, before the run's folder exists
     if cli.run_folder.checkpoint is not None and trainer.is_global_zero:
         check_data(cli.run_folder.checkpoint, data, names_matter=training or model.reads_labels)
     model.check_data(data)
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """What an error says about a data worker or a process of the run that has ended, None where it says nothing."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return "a data worker was killed or ended by itself (out of memory?)"
+    if any(words in text for words in ("closed by peer", "Connection reset", "remote process exited", "Broken pipe")):
+        return "another process of this run has ended; its own lines say why"
+    return None
 
 
 def _finish(cli: TrainCLI) -> None:

@@ -6,6 +6,7 @@ the seeds, which are what one wants to compare.
 """
 
 import json
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from tessellar.checkpoints.card import commit
 from tessellar.data.dataset import digest
-from tessellar.errors import UserError
+from tessellar.errors import UserError, writing
 
 Record = dict[str, Any]
 PACKAGES = ("tessellar", "torch", "timm", "torch-fidelity", "torchmetrics", "numpy")
@@ -54,8 +55,11 @@ def versions() -> dict[str, str]:
 def write_record(record: Record, path: str | Path) -> None:
     """Write a record as JSON."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path, unfinished=staged):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.replace(path)
 
 
 def read_record(path: str | Path) -> Record:

@@ -3,6 +3,7 @@
 Works in several processes that share a file system: each writes its own images, the first one the grid and the npz.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
 from pathlib import Path
@@ -14,13 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from tessellar import distributed
+from tessellar.errors import writing
 
 GRID_CLASSES, GRID_PER_CLASS = 20, 10
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """One uint8 image [3, H, W]."""
-    Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()).save(path)
+    with writing(path, unfinished=path):
+        Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()).save(path)
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
@@ -69,7 +72,10 @@ class SampleFolder:
         """An array on disk that all processes write their rows into."""
         path, shape = self.folder / "pixels.npy", (count, *image_size, 3)
         if distributed.rank() == 0:
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+            with writing(path, unfinished=path):
+                np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+                with path.open("r+b") as file:  # a full disk is met here, not as SIGBUS at a later access
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         distributed.barrier()
         return np.lib.format.open_memmap(path, mode="r+")
 
@@ -94,6 +100,8 @@ class SampleFolder:
         if self.rows:
             save_png(tile_rows(shown, self.rows), self.folder / "grid.png")
         if self._pixels is not None:
-            np.savez(self.folder / "samples.npz", self._pixels, np.asarray(self.labels, dtype=np.int64))
+            target = self.folder / "samples.npz"
+            with writing(target, unfinished=target):
+                np.savez(target, self._pixels, np.asarray(self.labels, dtype=np.int64))
             self._pixels = None
             (self.folder / "pixels.npy").unlink()

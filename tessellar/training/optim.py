@@ -6,6 +6,7 @@ max(1, rows / columns)^0.5) and AdamW takes the rest. No published recipe in thi
 gain from it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,17 @@ class OptimizerSettings:
     decayed: Literal["tagged", "all"] = "tagged"
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
+        for name in ("lr", "muon_lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0 and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must be at least 0 and finite")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("muon_momentum", self.muon_momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name} holds {value}; it must be in [0, 1)")
 
     def make(self, *modules: nn.Module) -> list[Optimizer]:
         """Optimizers over the trainable parameters of `modules`: one, or Muon and AdamW."""

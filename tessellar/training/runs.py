@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,14 +24,16 @@ from typing import IO, Any
 
 import lightning as L
 import torch
+from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from tessellar.checkpoints.card import commit
 from tessellar.checkpoints.data_facts import facts_in, other_class, other_content
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.errors import UserError
+from tessellar.errors import UserError, in_one_line, writing
 from tessellar.tensor_files import intact
+from tessellar.training.continuing import CONFIG, keep_config
 from tessellar.training.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -42,8 +45,15 @@ PREVIOUS = "previous.ckpt"
 BEST = "best.ckpt"
 WANDB_ID = "wandb_id"
 LOCK = "lock"
+LONGEST_NAME = 200
+INTERRUPTED = "interrupted"
 
 
+#: What a run's folder may hold without a checkpoint or an export: such a run may be started again.
+OF_A_BEGINNING = (
+    r"checkpoints|config(\.\d+)?\.yaml|run\.json|metrics\.csv|pictures|tensorboard|wandb|wandb_id|lock|interrupted"
+    r"|traceback.*\.txt|.*\.(tmp|part)"
+)
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
 
 
@@ -55,16 +65,41 @@ class Run:
     """
 
     def __init__(self, name: str, root: str | Path = "runs", resume: str | None = None) -> None:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise UserError(f"--name {name!r} must be a plain folder name")
+        if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
+            raise UserError(
+                f"--name {name!r} must be a plain folder name"
+            )  # a surrogate is no UTF-8, and not printable
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise UserError(f"--name {name[:20]!r}... is longer than the {LONGEST_NAME} bytes of a folder's name")
         self.name, self.folder = name, Path(root) / name
         self._wandb_id: str | None = None
         self._damaged: list[Path] = []
         self._lock: IO[str] | None = None
+        self.parts: list[dict[str, Any]] = []
         self.checkpoint = self._find(resume)
-        taken = self.folder.exists() and any(self.folder.iterdir())
-        own = resume == "auto" or (self.checkpoint is not None and self.folder in self.checkpoint.parents)
-        if taken and not own and rank_zero_only.rank == 0:
+        self.begun = False
+        self._made: list[Path] = []  # folders that are taken away again where the run does not begin
+        own = self.checkpoint is not None and self.folder in self.checkpoint.parents
+        if not own and rank_zero_only.rank == 0:
+            self._require_free(resume)
+
+    @property
+    def continues(self) -> bool:
+        """Whether this run's own checkpoint is continued."""
+        return self.checkpoint is not None and self.folder in self.checkpoint.parents
+
+    def _require_free(self, resume: str | None) -> None:
+        """Raise UserError where the folder holds anything that a start would replace; a run without results is free."""
+        results = [self.folder / "export", *sorted((self.folder / CHECKPOINTS).glob("*"))]
+        found = next((path for path in results if path.exists() and path.suffix != ".part"), None)
+        if resume == "auto" and found is not None:
+            raise UserError(
+                f"--resume auto: {self.folder} has no {LAST} to continue from, but {found.relative_to(self.folder)}; "
+                f"use another --name, with --model.init_from {found} where its weights shall be taken along"
+            )
+        others = self.folder.iterdir() if self.folder.is_dir() else []
+        foreign = [path for path in others if re.fullmatch(OF_A_BEGINNING, path.name) is None]
+        if found is not None or foreign or (self.folder.exists() and not self.folder.is_dir()):
             raise UserError(f"{self.folder} exists; choose another --name, or continue that run with --resume auto")
 
     def _find(self, resume: str | None) -> Path | None:
@@ -95,7 +130,7 @@ class Run:
         """CSV always, TensorBoard where it is installed, wandb where a project is named. Nothing is written yet."""
         loggers: list[Logger] = [MetricsFile(self.folder / "metrics.csv")]
         if find_spec("tensorboard") is not None:
-            loggers.append(TensorBoardLogger(self.folder, name="", version="tensorboard"))
+            loggers.append(LateTensorBoard(self, name="", version="tensorboard"))
         if wandb:
             loggers.append(self._wandb(wandb))
         return loggers
@@ -112,42 +147,104 @@ class Run:
         return WandbLogger(project=project, name=self.name, id=self._wandb_id, save_dir=self.folder, offline=not online)
 
     def create(self) -> None:
-        """Make the folder; from here on the name is taken, and this process alone writes there.
-
-        Damaged checkpoints are renamed, so that none takes the place of a whole one. Raises UserError where another
-        process writes.
-        """
-        (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / LOCK).open("w")
+        """Make the folder and lock it: this process alone writes there. Raises UserError where another one does."""
+        checkpoints = self.folder / CHECKPOINTS
+        self._made = [path for path in (checkpoints, self.folder, self.folder.parent) if not path.exists()]
+        with writing(self.folder):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK).open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except OSError as error:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it or use another --name"
             ) from error
+
+    def abandon(self) -> None:
+        """Take away what `create` made, where training did not begin: a refused run leaves no trace."""
+        if self.begun or self._lock is None:
+            return
+        self._lock.close()
+        if self._made:
+            (self.folder / LOCK).unlink(missing_ok=True)
+        for folder in self._made:
+            with suppress(OSError):  # something else has come to lie there
+                folder.rmdir()
+
+    def begin(self, config: str, facts: dict[str, Any]) -> None:
+        """Write what the folder says of the part that begins now: its config and facts.
+
+        Damaged checkpoints are renamed, so that none takes the place of a whole one.
+        """
+        self.begun = True
         for path in self._damaged:
             path.replace(path.with_suffix(".damaged"))
+        (self.folder / INTERRUPTED).unlink(missing_ok=True)
         if self._wandb_id is not None:
-            (self.folder / WANDB_ID).write_text(self._wandb_id)
+            self._write_text(WANDB_ID, self._wandb_id)
+        if not self.continues:
+            for path in self.folder.glob("config*.yaml"):
+                path.unlink()  # of a start that came to nothing
+        number = keep_config(self.folder, config, facts["command"])
+        since = None if self.checkpoint is None else str(self.checkpoint)
+        part = {"config": CONFIG, "command": facts["command"], "commit": facts["commit"], "from": since}
+        self.parts = [{**p, "config": f"config.{n}.yaml"} for n, p in enumerate(self._earlier_parts()[:number])]
+        self.parts.append(part)
+        self.write("run.json", facts)
+
+    def _earlier_parts(self) -> list[dict[str, Any]]:
+        """The parts that run.json lists; of an older one that lists none, what it says of the run."""
+        if not self.continues:
+            return []
+        try:
+            said = json.loads((self.folder / "run.json").read_text())
+            return said.get("parts") or [{name: said.get(name) for name in ("config", "command", "commit", "from")}]
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return []
+
+    def interrupted(self, line: str) -> None:
+        """Leave a mark that the run was ended by a signal and wants to be continued; it goes when that is done."""
+        self._write_text(INTERRUPTED, f"{line}\n")
 
     def write(self, file: str, content: dict[str, Any]) -> None:
-        """Write JSON into the run's folder, beside and then in place."""
+        """Write JSON into the run's folder, with the parts of the run, beside and then in place."""
+        self._write_text(file, json.dumps({**content, "parts": self.parts}, indent=2))
+
+    def _write_text(self, file: str, text: str) -> None:
         target = self.folder / file
-        staged = target.with_suffix(".tmp")
-        staged.write_text(json.dumps(content, indent=2))
-        staged.replace(target)
+        staged = target.with_name(f"{file}.tmp")
+        with writing(target, unfinished=staged):
+            staged.write_text(text)
+            staged.replace(target)
 
     def facts(self, trainer: L.Trainer) -> dict[str, Any]:
         """What a later reader wants to know of the machine and the code."""
         return {
             "name": self.name,
-            "command": " ".join(["python", *sys.argv]),
+            "command": in_one_line(" ".join(["python", *sys.argv])),
             "commit": commit(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in LIBRARIES},
             "precision": trainer.precision,
             "devices": trainer.num_devices,
         }
+
+
+class LateTensorBoard(TensorBoardLogger):
+    """Makes its file when training begins, not when a trainer is set up: a refused run writes nothing."""
+
+    def __init__(self, run: Run, **options: Any) -> None:
+        super().__init__(run.folder, **options)
+        self._run = run
+
+    @property
+    def experiment(self) -> Any:
+        if not self._run.begun and rank_zero_only.rank == 0:
+            return _DummyExperiment()  # takes whatever it is given, and Lightning asks for it early
+        return super().experiment
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The run's config.yaml holds them."""
 
 
 @contextmanager

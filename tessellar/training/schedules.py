@@ -24,6 +24,21 @@ class Schedule:
     final_weight_decay: float | None = None
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
+        shares = {"decay_start": self.decay_start, "final": self.final}
+        if self.warmup_from is not None:
+            shares["warmup_from"] = self.warmup_from
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"schedule.{name} is {value}; it must be in [0, 1]")
+        if self.warmup < 0:
+            raise ValueError(f"schedule.warmup is {self.warmup}; it is a number of updates, at least 0")
+        if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
+            raise ValueError(
+                f"schedule.final_weight_decay is {self.final_weight_decay}; it must be at least 0 and finite"
+            )
+
     def factor(self, step: int, total: int) -> float:
         """Factor of the peak learning rate at update `step` (0-based) of `total`."""
         return self._warmup(step) * self._decay(step, self.length or total)

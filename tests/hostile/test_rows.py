@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.cli import train
@@ -72,7 +71,7 @@ def after_save(number: int):
 
 KILLS = {
     "batch 5": at_batch(5),
-    "batch 9": at_batch(9),
+    "batch 6": at_batch(6),
     "validation": in_validation_of(4),
     "first save": after_save(1),
     "third save": after_save(3),

@@ -64,6 +64,7 @@ def test_wandb_is_offline_without_a_key_and_keeps_its_id(tmp_path: Path, monkeyp
     logger = first.loggers(wandb="project")[-1]
     assert not first.folder.exists() and logger._offline  # type: ignore[attr-defined]
     first.create()
+    first.begin("", {"command": "", "commit": ""})
     again = Run("a", tmp_path, resume="auto").loggers(wandb="project")[-1]
     assert again.version == logger.version and again.version is not None
 
