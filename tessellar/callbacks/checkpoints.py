@@ -5,6 +5,7 @@ previous one usable. Lightning's own callback writes in place, and warns about m
 holds a weight that is not finite: nothing could be continued from it.
 """
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -21,6 +22,8 @@ from tessellar.errors import UserError, remove
 from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.runs import BEST, LAST, PREVIOUS
 
+log = logging.getLogger(__name__)
+
 
 class Checkpoints(Checkpoint):
     """Saves every `every` updates and at the end; best where `metric` (`val/loss`) has its `mode` over validations."""
@@ -31,6 +34,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.metric, self.mode = Path(folder), every, metric, mode
         self.best: float | None = None
         self._saved = -1
+        self._said = False
         self._due = False  # a validation belongs to the update, and comes first
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -60,6 +64,8 @@ class Checkpoints(Checkpoint):
     def _consider(self, trainer: L.Trainer) -> None:
         """Save `best.ckpt` where the metric has a new best value."""
         value = trainer.callback_metrics.get(self.metric)
+        if value is None and trainer.state.fn == "fit":
+            self._say_missing(trainer)
         if value is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         new = float(value)
@@ -67,6 +73,13 @@ class Checkpoints(Checkpoint):
             self.best = new
             require_finite(trainer, self._whole(BEST))
             self._write(trainer, BEST)
+
+    def _say_missing(self, trainer: L.Trainer) -> None:
+        """One warning where a validation brought other metrics only; a callback may measure this one later."""
+        measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        if measured and not self._said and trainer.is_global_zero:
+            self._said = True
+            log.warning("the validation did not measure %s but %s: no best.ckpt yet", self.metric, ", ".join(measured))
 
     def is_better(self, new: float) -> bool:
         """Whether a value is the best so far. NaN never is, and any number is better than it."""

@@ -37,6 +37,8 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size is {batch_size}, num_workers {num_workers}; at least 1 and 0 are needed")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"data.seed is {seed}; it must be at least 0 and below 2^63")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

@@ -95,7 +95,7 @@ class TrainingModule(L.LightningModule, ABC):
 
     def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
         super().__init__()
-        if accumulate < 1 or max_skipped < 1 or (clip is not None and clip <= 0):
+        if accumulate < 1 or max_skipped < 1 or (clip is not None and not 0 < clip < float("inf")):
             raise ValueError(
                 f"accumulate is {accumulate}, max_skipped {max_skipped}, clip {clip}: the first two are at least 1, "
                 "clip above 0 or null"

@@ -38,8 +38,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
         for name in ("lr", "muon_lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0 and finite")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be finite, at least 0")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must be at least 0 and finite")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("muon_momentum", self.muon_momentum)):

@@ -219,6 +219,9 @@ class ShapesData(ImageDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        for name, value in {"size": size, "length": length, "val_length": val_length}.items():
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}; it must be at least 1")
         self.image_size = (size, size)
         self.length = length
         self.val_length = val_length
