@@ -145,8 +145,10 @@ def tables_of(trainer: L.Trainer) -> list[MetricsFile]:
 
 def write_metrics(trainer: L.Trainer) -> None:
     """Write the metrics of the batch that has just ended, before a checkpoint of it: Lightning does so only after."""
+    if not tables_of(trainer):
+        return
     connector = trainer._logger_connector
-    if not tables_of(trainer) or not connector.should_update_logs:
+    if not connector.should_update_logs:
         return
     metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
     if "step" in metrics:

@@ -19,6 +19,8 @@ class Trainer(SimpleNamespace):
             is_global_zero=True, sanity_checking=False, callback_metrics={}, state=state, full=False, module=module
         )
         self.lightning_module = torch.nn.Linear(1, 1)
+        self.loggers = []
+        self.fit_loop = SimpleNamespace(_data_fetcher=None)
 
     def save_checkpoint(self, path: Path) -> None:
         path.write_text("" if self.full else str(self.module.updates))

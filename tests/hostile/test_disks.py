@@ -108,12 +108,6 @@ def test_errors_that_are_no_failed_writes_keep_their_own_words(tmp_path: Path) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_run_on_a_full_disk_ends_in_one_line(call, config, folder: Path) -> None:
-    with full_disk(3000):  # the config that the test writes is smaller, the whole one of the run is not
-        code, said = call(config)
-    assert code == 2 and "runs/x/config.yaml could not be written" in said and "Traceback" not in said, said
-
-
 def test_of_two_commands_into_one_output_one_wins_and_the_other_is_refused(tmp_path: Path) -> None:
     target, both = tmp_path / "samples", threading.Barrier(2)
     ended = []
