@@ -14,6 +14,7 @@ from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy, logits_of, prefixed
 from tessellar.protocol.condition import Condition
+from tessellar.protocol.conditioning import ClassConditioning
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
@@ -73,16 +74,20 @@ def _greedy(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
     """Official code guides the first token against one label and the later ones, all computed anew, against another."""
     condition = Condition(ids=torch.tensor(settings["classes"]))
     guidance = _guidance(settings)
-    generator.null_class = _null_class(settings.get("uncond_label_first", -1))
+    conditioning = generator.conditioning
+    assert isinstance(conditioning, ClassConditioning)
+    usual = conditioning.null_class
+
+    def null_class(name: str) -> int:
+        label = settings.get(name, -1)
+        return usual if label == -1 else label
+
+    conditioning.null_class = null_class("uncond_label_first")
     tokens = greedy(generator, condition, guidance, last=1).tokens
-    generator.null_class = _null_class(settings.get("uncond_label_later", -1))
+    conditioning.null_class = null_class("uncond_label_later")
     tokens = greedy(generator, condition, guidance, tokens, first=1).tokens
-    generator.null_class = None
+    conditioning.null_class = usual
     return tokens
-
-
-def _null_class(label: int) -> int | None:
-    return None if label == -1 else label
 
 
 def _branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[str, Tensor]:

@@ -51,7 +51,6 @@ class Pictures(L.Callback):
                 self._neighbours(trainer, pl_module, data, folder)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile) and trainer.is_global_zero:
-                logger.flush()
                 if logger.path.is_file():
                     metric_curves(logger.path, folder / "curves.png")
 

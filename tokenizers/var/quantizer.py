@@ -130,22 +130,25 @@ class MultiScaleQuantizer(VectorQuantizer):
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_float32(z)
-            if self.training:
-                self._learn_codes(z)
+            finite = distributed.all_finite(z.detach()) if self.training else None
+            if finite is not None:
+                self._learn_codes(z, finite)
             found, total, squares = [], torch.zeros_like(z), []
             for _, tokens, added in self.scan(z):
                 total = total + rearrange(added, "b c h w -> b (h w) c")
                 found.append(tokens)
                 squares.append((F.mse_loss(total, z.detach()), F.mse_loss(z, total.detach())))
             tokens = torch.cat(found, 1)
-            if self.training and self.restart_every is not None:
-                self.counts += distributed.all_reduce_sum(tokens.flatten().bincount(minlength=len(self.counts)))
+            if finite is not None and self.restart_every is not None:
+                used = tokens.flatten().bincount(minlength=len(self.counts))
+                self.counts += distributed.all_reduce_sum(used) * finite
             codebook, commitment = (torch.stack(terms).mean() for terms in zip(*squares, strict=True))
             losses = {"codebook": self.codebook_weight * codebook, "commitment": self.commitment_weight * commitment}
             return QuantizerOutput(z + (total - z).detach(), tokens, losses)
 
-    def _learn_codes(self, z: Tensor) -> None:
+    def _learn_codes(self, z: Tensor, finite: Tensor) -> None:
         """Codes from data, of the rests of all scales, before anything is quantized with them."""
         due = self.init_step is not None or self.restart_every is not None
         with torch.no_grad():
-            self._maintain(torch.cat([latents for latents, _, _ in self.scan(z)], 1) if due else z)
+            latents = torch.cat([rest for rest, _, _ in self.scan(z)], 1) if due else z
+            self._maintain(latents, finite)
