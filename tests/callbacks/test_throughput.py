@@ -22,6 +22,9 @@ class Module(TrainingModule):
     def make_players(self):
         return []
 
+    def parts(self):
+        return {}
+
     def log_dict(self, values, **_):
         self.logged.append(values)
 
