@@ -139,6 +139,8 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Pat
     (folder / "last.ckpt").write_bytes(b"")
     run = Run("a", tmp_path, resume="auto")
     run.create()
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]  # may yet be refused
+    run.begin("", {"command": "", "commit": ""})
     assert sorted(path.name for path in folder.iterdir()) == ["last.damaged", "previous.ckpt"]
     (folder / "previous.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match=r"previous.ckpt cannot be read: remove them .* or use --name"):
