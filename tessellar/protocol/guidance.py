@@ -125,7 +125,7 @@ class PowerCosine(GuidanceSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("guidance power", self.power, above=0)
+        check_number("guidance power", self.power, least=0)
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
         progress = _progress(entity, entities, self.reach_end) ** self.power

@@ -74,7 +74,8 @@ def respell(sampling: Mapping[str, Any]) -> dict[str, Any] | None:
     guidance, flow = sampling.get("guidance"), sampling.get("flow")
     old_guidance = isinstance(guidance, Mapping) and ("schedule" in guidance or "options" in guidance)
     old_flow = isinstance(flow, Mapping) and "solver" in flow
-    old_algorithm = "options" in sampling or sampling.get("algorithm") in ALGORITHMS
+    named = sampling.get("algorithm")
+    old_algorithm = "options" in sampling or (isinstance(named, str) and named in ALGORITHMS)
     if not (old_guidance or old_flow or old_algorithm):
         return None
     result = {key: value for key, value in sampling.items() if key != "options"}

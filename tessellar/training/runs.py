@@ -177,6 +177,7 @@ class Run:
         Damaged checkpoints are renamed, so that none takes the place of a whole one.
         """
         self.begun = True
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self._damaged:
             path.replace(path.with_suffix(".damaged"))
         (self.folder / INTERRUPTED).unlink(missing_ok=True)

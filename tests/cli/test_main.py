@@ -35,8 +35,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run(lambda: None) == 0 and run(lambda: 1) == 1 and run(mistake) == 2 and run(interrupt) == 130
     assert capsys.readouterr().err.splitlines()[0] == "error: no such thing"
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 // 0)
+    assert run(lambda: 1 // 0) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_commands_print_what_the_package_logs(capsys: pytest.CaptureFixture[str]) -> None:

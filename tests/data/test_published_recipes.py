@@ -41,7 +41,7 @@ def test_recipes_of_folders_train_on_the_whole_root(path: Path, tmp_path: Path) 
     here = {"root": folder(tmp_path / "train", 40), "val_root": folder(tmp_path / "val", 6)}
     data = ImageFolderData(**{**given, **here})
     assert (len(data.train_dataset()), len(data.val_dataset()), data.holds_out) == (40, 6, False)
-    assert "--data.init_args.root IMAGENET/train --data.init_args.val_root IMAGENET/val" in path.read_text()
+    assert "--data.root IMAGENET/train --data.val_root IMAGENET/val" in path.read_text()
 
 
 @pytest.mark.parametrize("path", TARS, ids=lambda path: path.stem)

@@ -158,7 +158,7 @@ def test_decoding_takes_steps_guidance_and_noise(images: Tensor) -> None:
         tokenizer.decode(tokens, noise=Noise([0, 1]))
     with pytest.raises(ValueError, match="lengths are"):
         tokenizer.decode(tokens[:, :2], lengths=torch.tensor([1, 2, 3]))
-    with pytest.raises(UserError, match="steps is 0"):
+    with pytest.raises(UserError, match="steps of the flow decoder is 0"):
         tokenizer.decode(tokens, steps=0)
 
 

@@ -22,6 +22,7 @@ from tessellar.callbacks.grids import Grids
 from tessellar.cli import sample
 from tessellar.models.llamagen import LlamaGen
 from tessellar.sampling.settings import Sampling
+from tessellar.tokenizers.losses.adversarial import AdaptiveWeight
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.training.base import TrainingModule
 from tessellar.training.generator_module import GeneratorModule
@@ -38,7 +39,7 @@ def tokenizer() -> TrainingModule:
     module = TINY.make_tokenizer_module(
         PatchGAN(8, 1), optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.1), accumulate=2, clip=0.5
     )
-    module.loss.adaptive = True
+    module.loss.adaptive = AdaptiveWeight()
     quantizer = module.tokenizer.quantizer
     quantizer.init_step, quantizer.restart_every, quantizer.entropy_weight = 2, 3, 0.1
     quantizer.entropy_temperature = 0.5
