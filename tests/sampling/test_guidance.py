@@ -85,7 +85,7 @@ def test_scale_one_is_no_guidance_only_where_it_is_one_everywhere(schedule: Guid
         (lambda: PowerCosine(float("inf")), "guidance scale is inf"),
         (lambda: Linear(2.0, start=float("nan")), "guidance start is nan"),
         (lambda: PowerCosine(2.0, power=float("nan")), "guidance power is nan"),
-        (lambda: PowerCosine(2.0, power=0.0), "guidance power is 0.0; it must be a finite number above 0"),
+        (lambda: PowerCosine(2.0, power=-1.0), "guidance power is -1.0; it must be a finite number of at least 0"),
         (lambda: Step(2.0, first=-1), "guidance first is -1"),
         (lambda: Step(2.0, before=float("inf")), "guidance before is inf"),
         (lambda: LateStep(2.0, start=float("nan")), "guidance start is nan"),
