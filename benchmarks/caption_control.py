@@ -35,7 +35,9 @@ def nats(model: ImageGenerator, tokens: Tensor, condition: Condition, batch: int
     for rows in torch.arange(len(tokens)).split(batch):
         logits = generator.score(tokens[rows], condition.select(rows)).logits  # type: ignore[attr-defined]
         order = generator.entities.order
-        losses = torch.nn.functional.cross_entropy(logits.mT, tokens[rows][:, order], reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits.mT, tokens[rows][:, order], reduction="none"
+        )
         found.append(losses.double().sum(1))
     return torch.cat(found)
 
@@ -48,19 +50,25 @@ def others(count: int, rounds: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def measure(model: ImageGenerator, data: ImageDataModule, count: int, rounds: int) -> dict[str, Any]:
+def measure(
+    model: ImageGenerator, data: ImageDataModule, count: int, rounds: int
+) -> dict[str, Any]:
     """What captions tell this model about validation images."""
     conditioner = model.conditioner
     if not isinstance(conditioner, TextConditioner):
         raise UserError("this generator reads no captions")
     dataset = data.val_dataset()
     step = max(1, len(dataset) // count)
-    batches = [dataset.batch(list(part)) for part in torch.arange(0, len(dataset), step)[:count].split(64)]  # type: ignore[arg-type]
+    batches = [
+        dataset.batch(list(part)) for part in torch.arange(0, len(dataset), step)[:count].split(64)
+    ]  # type: ignore[arg-type]
     tokens = torch.cat([model.tokenizer.encode(batch["image"]) for batch in batches])
     texts = [text for batch in batches for text in batch.get("caption", [])]
     condition = conditioner.of_texts(texts)
     own = nats(model, tokens, condition)
-    swapped = torch.stack([nats(model, tokens, condition.select(order)) for order in others(len(texts), rounds)])
+    swapped = torch.stack(
+        [nats(model, tokens, condition.select(order)) for order in others(len(texts), rounds)]
+    )
     without = nats(model, tokens, model.generator.null(condition))
     gains = swapped.mean(0) - own
     return {
@@ -75,16 +83,27 @@ def measure(model: ImageGenerator, data: ImageDataModule, count: int, rounds: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="exports or checkpoints of generators that read captions")
-    parser.add_argument("--data", required=True, help="WebDataset tars with captions, such as 'DIR/val.tar'")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="+", help="exports or checkpoints of generators that read captions"
+    )
+    parser.add_argument(
+        "--data", required=True, help="WebDataset tars with captions, such as 'DIR/val.tar'"
+    )
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--count", type=int, default=400, help="images, spread evenly over the tars")
+    parser.add_argument(
+        "--count", type=int, default=400, help="images, spread evenly over the tars"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="other captions an image")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     given = parser.parse_args()
     data = WebDatasetData(given.data, given.size, val_shards=given.data, flip=False)
-    found = {path: measure(load_generator(path), data, given.count, given.rounds) for path in given.models}
+    found = {
+        path: measure(load_generator(path), data, given.count, given.rounds)
+        for path in given.models
+    }
     text = json.dumps(found, indent=1)
     print(text)
     if given.json is not None:

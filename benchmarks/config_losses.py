@@ -52,7 +52,9 @@ class Losses(L.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
         self.values.append(float(outputs["loss"]))
 
 
@@ -61,14 +63,30 @@ def data_options(folder: str, fashion: Path, clipart: Path) -> list[str]:
     if folder == "fashion_mnist":
         options.append(f"--data.init_args.root={fashion}")
     if folder == "openclipart64":
-        options += [f"--data.init_args.shards={clipart}/train-*.tar", f"--data.init_args.val_shards={clipart}/val.tar"]
+        options += [
+            f"--data.init_args.shards={clipart}/train-*.tar",
+            f"--data.init_args.val_shards={clipart}/val.tar",
+        ]
     return options
 
 
 def built(name: str, options: list[str]) -> TrainCLI:
     """The run of a config, with its model as its seed makes it."""
-    trainer = [f"--trainer.max_steps={UPDATES}", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0"]
-    return parse(["--config", str(ROOT / f"{name}.yaml"), "--name", name.replace("/", "-"), *trainer, *options])
+    trainer = [
+        f"--trainer.max_steps={UPDATES}",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_val_batches=0",
+    ]
+    return parse(
+        [
+            "--config",
+            str(ROOT / f"{name}.yaml"),
+            "--name",
+            name.replace("/", "-"),
+            *trainer,
+            *options,
+        ]
+    )
 
 
 def tokenizer_option(name: str, options: list[str]) -> list[str]:
@@ -90,7 +108,13 @@ def tokenizer_option(name: str, options: list[str]) -> list[str]:
 def make_teacher() -> None:
     """The network that configs name as a teacher, with random weights."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 96,
+        "depth": 3,
+        "num_heads": 3,
+    }
     network = timm.create_model("vit_tiny_patch16_224", **sizes)
     Path(TEACHER).parent.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), TEACHER)
@@ -101,14 +125,18 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
     by_name = {}
     for name, tensor in state.items():
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
         by_name[name] = digest.hexdigest()
     named = hashlib.sha256(json.dumps(by_name, sort_keys=True).encode())
     values = hashlib.sha256(json.dumps(sorted(by_name.values())).encode())
     return {"named": named.hexdigest(), "values": values.hexdigest()}
 
 
-def measure(name: str, options: list[str], weights: Path | None, start: Path | None) -> dict[str, Any]:
+def measure(
+    name: str, options: list[str], weights: Path | None, start: Path | None
+) -> dict[str, Any]:
     """Losses of a config's first updates, exact, and digests of its weights before and after."""
     cli = built(name, [*options, *tokenizer_option(name, options)])
     module, trainer, losses = cli.model, cli.trainer, Losses()
@@ -117,7 +145,10 @@ def measure(name: str, options: list[str], weights: Path | None, start: Path | N
         module.load_state_dict(load_file(start / file))
     initial = digests(module.state_dict())
     if weights is not None:
-        save_file({key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()}, weights / file)
+        save_file(
+            {key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()},
+            weights / file,
+        )
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     kept = [callback for callback in callbacks if type(callback).__name__ not in WITHOUT]
     trainer.callbacks = [*kept, losses]  # type: ignore[attr-defined]
@@ -135,7 +166,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             found.append(f"other weights ({moment})")
         elif ours[moment]["named"] != theirs[moment]["named"]:
             found.append(f"equal weights under other names ({moment})")
-    for update, (mine, other) in enumerate(zip(ours["losses"], theirs["losses"], strict=True), start=1):
+    for update, (mine, other) in enumerate(
+        zip(ours["losses"], theirs["losses"], strict=True), start=1
+    ):
         if mine != other:
             found.append(f"update {update}: {float.fromhex(mine)!r} for {float.fromhex(other)!r}")
     return found
@@ -157,13 +190,23 @@ def compare(found: dict[str, Any], file: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fashion", type=Path, required=True, help="folder of Fashion-MNIST's files")
-    parser.add_argument("--clipart", type=Path, required=True, help="folder of train-*.tar and val.tar")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--fashion", type=Path, required=True, help="folder of Fashion-MNIST's files"
+    )
+    parser.add_argument(
+        "--clipart", type=Path, required=True, help="folder of train-*.tar and val.tar"
+    )
     parser.add_argument("--only", nargs="*", help="configs such as demo/tokenizer (default: all)")
     parser.add_argument("--out", type=Path, help="write what was found, as JSON")
-    parser.add_argument("--compare", type=Path, help="a file of before; exit code 1 where a loss differs")
-    parser.add_argument("--weights", type=Path, help="folder for the initial weights of every config")
+    parser.add_argument(
+        "--compare", type=Path, help="a file of before; exit code 1 where a loss differs"
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="folder for the initial weights of every config"
+    )
     parser.add_argument("--start", type=Path, help="folder of initial weights to begin from")
     options = parser.parse_args()
     paths = {name: path.resolve() for name, path in vars(options).items() if isinstance(path, Path)}
@@ -173,7 +216,11 @@ def main() -> int:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
-    names = [f"{folder}/{file.stem}" for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.yaml"))]
+    names = [
+        f"{folder}/{file.stem}"
+        for folder in FOLDERS
+        for file in sorted((ROOT / folder).glob("*.yaml"))
+    ]
     found: dict[str, Any] = {
         "commit": commit(),
         "torch": torch.__version__,
@@ -183,14 +230,20 @@ def main() -> int:
         "batch": BATCH,
         "configs": {},
     }
-    sys.argv = sys.argv[:1]  # jsonargparse warns where it is given arguments and the command line has others
+    sys.argv = sys.argv[
+        :1
+    ]  # jsonargparse warns where it is given arguments and the command line has others
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_teacher()
         for name in options.only or names:
             given = data_options(name.split("/")[0], paths["fashion"], paths["clipart"])
             found["configs"][name] = measure(name, given, paths.get("weights"), paths.get("start"))
-            print(name, *(float.fromhex(loss) for loss in found["configs"][name]["losses"]), flush=True)
+            print(
+                name,
+                *(float.fromhex(loss) for loss in found["configs"][name]["losses"]),
+                flush=True,
+            )
         os.chdir(Path(__file__).parent)
     if "out" in paths:
         paths["out"].parent.mkdir(parents=True, exist_ok=True)

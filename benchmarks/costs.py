@@ -32,7 +32,9 @@ MEASURED = {  # images/s, one thread of a shared CPU core, of the runs in the RE
     "fashion_mnist/tokenizer": "199 to 221 (CPU core)",
     "fashion_mnist/generator": "104 to 129 (CPU core)",
 }
-NO_AUTOCAST = patch("torch.autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
+NO_AUTOCAST = patch(
+    "torch.autocast", lambda *_, **__: nullcontext()
+)  # it does not know the meta device
 CONTINUOUS = ("xar", "mar")  # modules of generators that read the latents of a KL VAE
 
 
@@ -70,8 +72,12 @@ def build(path: Path, folder: Path) -> TrainCLI:
         name = generator if isinstance(generator, str) else generator["class_path"]
         stand_in = "kl_vae.kl16" if name.split(".")[-2] in CONTINUOUS else "llamagen.vq_16"
         if isinstance(arguments.get("tokenizer"), str):
-            stand_in = _tokenizer_of(arguments["tokenizer"], path) or f"tessellar.tokenizers.{stand_in}"
-            options.append(f"--model.init_args.tokenizer={yaml.safe_dump(_class(stand_in), default_flow_style=True)}")
+            stand_in = (
+                _tokenizer_of(arguments["tokenizer"], path) or f"tessellar.tokenizers.{stand_in}"
+            )
+            options.append(
+                f"--model.init_args.tokenizer={yaml.safe_dump(_class(stand_in), default_flow_style=True)}"
+            )
     else:
         arguments["loss"]["init_args"].pop("perceptual", None)
     copy = folder / path.name
@@ -111,7 +117,11 @@ def cost(path: Path) -> Cost:
     batch = cli.datamodule.batch_size * module.accumulate * (PROCESSES if several else 1)
     steps = config["trainer"].get("max_steps")
     counted = operations(module, module.tokenizer.image_size)
-    by_rule = 6 * trained * module.tokenizer.layout.length if isinstance(module, GeneratorModule) else None
+    by_rule = (
+        6 * trained * module.tokenizer.layout.length
+        if isinstance(module, GeneratorModule)
+        else None
+    )
     return Cost(
         f"{path.parent.name}/{path.stem}",
         trained,
@@ -131,7 +141,9 @@ def operations(module: Any, size: tuple[int, int]) -> int | None:
             if isinstance(module, GeneratorModule):
                 condition = module.model.conditioner({"label": labels}).to("meta")
                 with torch.device("meta"):
-                    terms = module.model.generator.loss(module.tokens_of({"image": images}), condition)
+                    terms = module.model.generator.loss(
+                        module.tokens_of({"image": images}), condition
+                    )
                     torch.stack(list(terms.values())).sum().backward()
             else:
                 with torch.device("meta"):
@@ -160,7 +172,8 @@ def row(c: Cost) -> str:
         f"{c.trained:,}",
         f"{c.frozen:,}",
         str(c.tokens),
-        ("" if c.counted else "~") * (c.flops is not None) + shown(c.flops and c.flops / 1e9, ",.4g"),
+        ("" if c.counted else "~") * (c.flops is not None)
+        + shown(c.flops and c.flops / 1e9, ",.4g"),
         f"{c.memory:.2f}",
         shown(c.images, ","),
         MEASURED.get(c.name, ""),
@@ -173,7 +186,9 @@ def main() -> int:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(description="The cost table of every config.")
-    parser.add_argument("--write", type=Path, help="a page to put the table into, between its marks")
+    parser.add_argument(
+        "--write", type=Path, help="a page to put the table into, between its marks"
+    )
     given = parser.parse_args()
     text = table([cost(path) for path in sorted(ROOT.glob("*/*.yaml"))])
     if given.write is None:

@@ -88,7 +88,9 @@ def main() -> None:
 def measure(root: Path, options: argparse.Namespace) -> dict:
     """Write the three kinds of files, read them in four ways."""
     torch.manual_seed(0)
-    tokenizer = ViTVQ(VectorQuantizer(512, 16), options.size, encoder_depth=2, decoder_depth=4).eval()
+    tokenizer = ViTVQ(
+        VectorQuantizer(512, 16), options.size, encoder_depth=2, decoder_depth=4
+    ).eval()
     images = write_images(root / "images", options.images, options.size)
     start = time.perf_counter()
     encode_dataset(tokenizer, images, root / "cache", name="shapes", batch_size=options.batch)
@@ -124,7 +126,9 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
 
 
 def print_report(report: dict) -> None:
-    print(f"{report['images']} images, {report['views']} views of {report['tokens']} tokens; {report['machine']}")
+    print(
+        f"{report['images']} images, {report['views']} views of {report['tokens']} tokens; {report['machine']}"
+    )
     print(f"encoding all views once: {report['encoding_seconds']:.1f} s")
     print(f"{'':<26}{'us/image':>10}{'of cache':>10}{'MB':>9}{'MB on disk':>12}{'files':>9}")
     for name, micro in report["microseconds_an_image"].items():

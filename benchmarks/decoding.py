@@ -78,7 +78,9 @@ def model(side: int, dtype: torch.dtype) -> LlamaGen:
 
 def memory_bound(generator: LlamaGen, dtype: torch.dtype) -> float:
     """Milliseconds to read the weights of one step (all but the table of token embeddings) from memory once."""
-    weights = sum(p.numel() for p in generator.parameters()) - generator.token_embedding.weight.numel()
+    weights = (
+        sum(p.numel() for p in generator.parameters()) - generator.token_embedding.weight.numel()
+    )
     probe, best = torch.ones(2**27), float("inf")
     for _ in range(5):
         started = time.perf_counter()
@@ -87,7 +89,9 @@ def memory_bound(generator: LlamaGen, dtype: torch.dtype) -> float:
     return 1e3 * best * weights * dtype.itemsize / (probe.numel() * probe.itemsize)
 
 
-def decode(generator: LlamaGen, batch: int, tokens: int, copied: bool) -> tuple[list[float], Tensor]:
+def decode(
+    generator: LlamaGen, batch: int, tokens: int, copied: bool
+) -> tuple[list[float], Tensor]:
     """Seconds of each step, and the tokens."""
     state = generator.start(Condition(ids=torch.arange(batch)), GUIDANCE)
     if copied:
@@ -102,7 +106,9 @@ def decode(generator: LlamaGen, batch: int, tokens: int, copied: bool) -> tuple[
     return seconds, buffer
 
 
-def compare(dtype: torch.dtype, batch: int, tokens: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    dtype: torch.dtype, batch: int, tokens: int, rounds: int, options: dict[str, Any]
+) -> dict[str, Any]:
     """Fastest rounds of both loops, their ratio, and the same from the fastest time of every step."""
     generator = model(16, dtype)
     ways: dict[str, tuple[bool, Callable[[], AbstractContextManager[None]]]] = {
@@ -115,7 +121,9 @@ def compare(dtype: torch.dtype, batch: int, tokens: int, rounds: int, options: d
             with context(), torch.inference_mode():
                 steps[name].append(decode(generator, batch, tokens, copied)[0])
     total = {name: min(sum(times) for times in runs) for name, runs in steps.items()}
-    least = {name: sum(min(times) for times in zip(*runs, strict=True)) for name, runs in steps.items()}
+    least = {
+        name: sum(min(times) for times in zip(*runs, strict=True)) for name, runs in steps.items()
+    }
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
@@ -142,13 +150,25 @@ def windows(dtype: torch.dtype, batch: int, tokens: int) -> list[dict[str, Any]]
     for name, rules in (("sjd", DEFAULT_RULES), ("gsd", replace(DEFAULT_RULES, acceptance=timed))):
         recorder, condition = Recorder(), Condition(ids=torch.arange(batch))
         with prepared(generator, dtype), torch.inference_mode():
-            speculative_jacobi(generator, condition, CHOICE, Noise(range(batch)), GUIDANCE, rules, recorder)
+            speculative_jacobi(
+                generator, condition, CHOICE, Noise(range(batch)), GUIDANCE, rules, recorder
+            )
         inside, outside = recorder.network_seconds, recorder.seconds - recorder.network_seconds
-        row = {"algorithm": name, "dtype": str(dtype).removeprefix("torch."), "batch": batch, "passes": recorder.passes}
-        row |= {"network_ms": 1e3 * inside / recorder.passes, "outside_ms": 1e3 * outside / recorder.passes}
+        row = {
+            "algorithm": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": batch,
+            "passes": recorder.passes,
+        }
+        row |= {
+            "network_ms": 1e3 * inside / recorder.passes,
+            "outside_ms": 1e3 * outside / recorder.passes,
+        }
         if name == "gsd":
             row["acceptance_ms"] = 1e3 * sorted(spent)[len(spent) // 2]
-            row["acceptance_share"] = sorted(spent)[len(spent) // 2] * recorder.passes / recorder.seconds
+            row["acceptance_share"] = (
+                sorted(spent)[len(spent) // 2] * recorder.passes / recorder.seconds
+            )
         rows.append(row)
     return rows
 
@@ -159,24 +179,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks (minutes of start-up)")
-    parser.add_argument("--layout", default="auto", choices=["auto", "plain", "transposed", "packed"])
+    parser.add_argument(
+        "--compile", action="store_true", help="compile our blocks (minutes of start-up)"
+    )
+    parser.add_argument(
+        "--layout", default="auto", choices=["auto", "plain", "transposed", "packed"]
+    )
     parser.add_argument("--no-windows", action="store_true", help="leave out SJD and GSD")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
-    print(f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}")
+    print(
+        f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}"
+    )
     options = {"compile": arguments.compile, "layout": arguments.layout}
-    results: dict[str, Any] = {"threads": threads, "torch": torch.__version__, "loops": [], "windows": []}
+    results: dict[str, Any] = {
+        "threads": threads,
+        "torch": torch.__version__,
+        "loops": [],
+        "windows": [],
+    }
     for dtype in (getattr(torch, name) for name in arguments.dtypes.split(",")):
         for batch in map(int, arguments.batches.split(",")):
             row = compare(dtype, batch, arguments.tokens, arguments.rounds, options)
             results["loops"].append(row)
-            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            print(
+                "  ".join(
+                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                ),
+                flush=True,
+            )
         if not arguments.no_windows:
             for row in windows(dtype, 1, arguments.tokens):
                 results["windows"].append(row)
-                text = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                text = (
+                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                )
                 print("  ".join(text), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

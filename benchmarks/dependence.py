@@ -30,7 +30,9 @@ REDRAWN = (1, 2, 4, 8)
 class Probe:
     """A generator, conditions and sampling settings."""
 
-    def __init__(self, model: ImageGenerator, condition: Condition, guidance: Guidance, choice: Choice) -> None:
+    def __init__(
+        self, model: ImageGenerator, condition: Condition, guidance: Guidance, choice: Choice
+    ) -> None:
         self.generator, self.condition = model.generator, condition
         self.guidance, self.choice = guidance, choice
 
@@ -39,7 +41,13 @@ class Probe:
         state = self.generator.start(self.condition, self.guidance)
         steps = list(
             decode_from(
-                self.generator, state, Sampling(choice=self.choice), noise, tokens, entity - redrawn, entity + 1
+                self.generator,
+                state,
+                Sampling(choice=self.choice),
+                noise,
+                tokens,
+                entity - redrawn,
+                entity + 1,
             )
         )
         assert isinstance(steps[-1].distribution, Logits)
@@ -48,7 +56,11 @@ class Probe:
     def overlaps(self, images: int) -> tuple[float, dict[int, float]]:
         """Entropy in nats, and the overlap by the number of tokens drawn anew."""
         tokens = Ancestral()(
-            self.generator, self.condition, Sampling(choice=self.choice), Noise(range(images)), self.guidance
+            self.generator,
+            self.condition,
+            Sampling(choice=self.choice),
+            Noise(range(images)),
+            self.guidance,
         )
         again = Noise(range(images, 2 * images))
         entropy, found = [], {k: [] for k in REDRAWN}
@@ -63,7 +75,9 @@ class Probe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="export of a class-conditional generator of categorical tokens")
+    parser.add_argument(
+        "model", help="export of a class-conditional generator of categorical tokens"
+    )
     parser.add_argument("--guidance", type=float, default=1.25)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--images", type=int, default=40)
@@ -73,7 +87,9 @@ def main() -> None:
     if not isinstance(model, ImageGenerator):
         raise UserError(f"{arguments.model} is a tokenizer; a generator is needed")
     condition = model.class_condition([i % 10 for i in range(arguments.images)])
-    probe = Probe(model, condition, Constant(arguments.guidance).guidance(), Choice(arguments.temperature))
+    probe = Probe(
+        model, condition, Constant(arguments.guidance).guidance(), Choice(arguments.temperature)
+    )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
         entropy, overlaps = probe.overlaps(arguments.images)
     print(f"entropy of a token {entropy:.2f} nats")

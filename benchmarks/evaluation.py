@@ -38,9 +38,14 @@ Row = dict[str, Any]
 
 def random_weights(path: Path) -> Path:
     """A weights file of torch-fidelity's Inception with random values of the right scale."""
-    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch("torch.load"):
+    with (
+        mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
+        mock.patch("torch.load"),
+    ):
         with torch.device("meta"):
-            network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+            network = FeatureExtractorInceptionV3(
+                "random", ["2048"], feature_extractor_weights_path="none"
+            )
     draw = torch.Generator().manual_seed(0)
     state = {}
     for name, tensor in network.state_dict().items():
@@ -52,7 +57,9 @@ def random_weights(path: Path) -> Path:
     return path
 
 
-def race(name: str, ours: Callable[[], float], theirs: Callable[[], float], rounds: int, other: str) -> Row:
+def race(
+    name: str, ours: Callable[[], float], theirs: Callable[[], float], rounds: int, other: str
+) -> Row:
     """Both, interleaved; their fastest times and the last values."""
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     values = {}
@@ -151,30 +158,47 @@ def feature_rows(count: int, rounds: int) -> list[Row]:
     )
     a, b = (streamed(features) for features in sets)
     ours = lambda: frechet_distance(fresh(a), fresh(b))  # noqa: E731
-    rows = [statistics, race("distance, D = 2048", ours, lambda: eigvals_distance(a, b), rounds, "torch-fidelity")]
+    rows = [
+        statistics,
+        race("distance, D = 2048", ours, lambda: eigvals_distance(a, b), rounds, "torch-fidelity"),
+    ]
     rows.append(race("distance, D = 2048", ours, lambda: sqrtm_distance(a, b), 1, "scipy sqrtm"))
     frechet_distance(a, b)
-    known = race("distance, reference seen before", lambda: frechet_distance(a, b), ours, rounds, "ours, unseen")
+    known = race(
+        "distance, reference seen before",
+        lambda: frechet_distance(a, b),
+        ours,
+        rounds,
+        "ours, unseen",
+    )
     return [*rows, known]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     print(f"{'':<34} {'against':<15} {'ours s':>8} {'theirs s':>9} {'ratio':>7}  difference")
-    images = torch.randint(0, 256, (arguments.images, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (arguments.images, 3, 64, 64), generator=torch.Generator().manual_seed(0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         weights = arguments.weights or random_weights(Path(folder) / "inception.pth")
         rows = network_rows(images.to(torch.uint8), weights, arguments.rounds)
     rows += feature_rows(arguments.features, arguments.rounds)
     state = 8 * (DIM * DIM + DIM)
-    print(f"state: {state / 2**20:.1f} MiB at any number of images; torch-fidelity keeps {4 * DIM} bytes an image")
+    print(
+        f"state: {state / 2**20:.1f} MiB at any number of images; torch-fidelity keeps {4 * DIM} bytes an image"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 

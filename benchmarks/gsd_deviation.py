@@ -36,13 +36,17 @@ def one_step(p: Tensor, q: Tensor, rule: Acceptance) -> tuple[float, float]:
     return float(rate), float((law - p).abs().sum() / 2)
 
 
-def over_random_laws(rule: Acceptance, codes: int, spread: float, pairs: int = 100) -> list[tuple[float, float]]:
+def over_random_laws(
+    rule: Acceptance, codes: int, spread: float, pairs: int = 100
+) -> list[tuple[float, float]]:
     stream = torch.Generator().manual_seed(0)
     laws = (spread * torch.randn(pairs, 2, codes, generator=stream)).softmax(-1)
     return [one_step(p, q, rule) for p, q in laws]
 
 
-def over_a_model(rule: Acceptance, path: str, guidance: float, passes: int = 32) -> list[tuple[float, float]]:
+def over_a_model(
+    rule: Acceptance, path: str, guidance: float, passes: int = 32
+) -> list[tuple[float, float]]:
     """At every drafted slot of plain SJD: laws that really meet."""
     model, found = load(path), []
     assert isinstance(model, ImageGenerator)
@@ -54,7 +58,14 @@ def over_a_model(rule: Acceptance, path: str, guidance: float, passes: int = 32)
         return plain_ratio(p, q, draft)
 
     rules, condition = Rules(acceptance=measured), model.class_condition([0, 1, 2, 3])
-    arguments = (model.generator, condition, Choice(), Noise(range(4)), Guidance(Constant(guidance)), rules)
+    arguments = (
+        model.generator,
+        condition,
+        Choice(),
+        Noise(range(4)),
+        Guidance(Constant(guidance)),
+        rules,
+    )
     with torch.no_grad():
         speculative_jacobi(*arguments)
     return found
@@ -63,7 +74,10 @@ def over_a_model(rule: Acceptance, path: str, guidance: float, passes: int = 32)
 def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000) -> float:
     """Estimated total variation between sampled images and their law; `rule` None samples plainly."""
     generator = TableGenerator(sequence_layout(3, Categorical(24)), num_classes=1)
-    law, weights = generator.joint(Condition(ids=torch.tensor([0])), Choice())[0], 24 ** torch.tensor([2, 1, 0])
+    law, weights = (
+        generator.joint(Condition(ids=torch.tensor([0])), Choice())[0],
+        24 ** torch.tensor([2, 1, 0]),
+    )
     counts = torch.zeros(len(law), dtype=torch.int64)
     condition = Condition(ids=torch.zeros(batch, dtype=torch.int64))
     for number in range(rounds):
@@ -101,11 +115,17 @@ def main() -> None:
     rule = GroupedRatio(arguments.group_size, arguments.p_threshold)
     cases = {f"random laws, {v} codes, spread {s}": (v, s) for v in (64, 512) for s in (1.5, 3.0)}
     for name, (codes, spread) in cases.items():
-        _show(name, over_random_laws(plain_ratio, codes, spread), over_random_laws(rule, codes, spread))
+        _show(
+            name,
+            over_random_laws(plain_ratio, codes, spread),
+            over_random_laws(rule, codes, spread),
+        )
     if arguments.model:
         pairs = [over_a_model(r, arguments.model, arguments.guidance) for r in (plain_ratio, rule)]
         _show(arguments.model, *pairs)
-    print(f"whole images: TV {whole_images(rule):.3f}; plain sampling, the same estimate: {whole_images(None):.3f}")
+    print(
+        f"whole images: TV {whole_images(rule):.3f}; plain sampling, the same estimate: {whole_images(None):.3f}"
+    )
 
 
 def _show(name: str, plain: list[tuple[float, float]], grouped: list[tuple[float, float]]) -> None:

@@ -27,7 +27,9 @@ from tessellar.tokenizers.hita import Hita
 def read_images(folder: Path, side: int, count: int) -> Tensor:
     """Validation images [B, 3, H, W] in [-1, 1]."""
     if list(folder.glob("*.tar")):
-        data = WebDatasetData(str(folder / "val.tar"), side, val_shards=str(folder / "val.tar")).val_dataset()
+        data = WebDatasetData(
+            str(folder / "val.tar"), side, val_shards=str(folder / "val.tar")
+        ).val_dataset()
     else:
         data = FashionMNIST(folder, "test")
     places = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]

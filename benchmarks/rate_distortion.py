@@ -43,7 +43,9 @@ def of_codec(images: Tensor, codec: str, quality: int, header: int = 0) -> Point
         buffer = io.BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, codec, quality=quality)
         sizes.append(len(buffer.getvalue()) - header)
-        back.append(torch.from_numpy(np.asarray(Image.open(buffer).convert("RGB")).copy()).permute(2, 0, 1))
+        back.append(
+            torch.from_numpy(np.asarray(Image.open(buffer).convert("RGB")).copy()).permute(2, 0, 1)
+        )
     return float(np.mean(sizes)), float(psnr(images, torch.stack(back)).mean())
 
 
@@ -60,8 +62,12 @@ def of_tokenizer(tokenizer: Tokenizer, images: Tensor) -> list[Point]:
     tokens = torch.cat([tokenizer.encode(from_uint8(part)) for part in images.split(100)])
     points = []
     for length in candidates(tokenizer.layout):
-        decoded = torch.cat([to_uint8(tokenizer.decode(part[:, :length])) for part in tokens.split(100)])
-        points.append((float(prefix_bytes(tokenizer.layout, length)), float(psnr(images, decoded).mean())))
+        decoded = torch.cat(
+            [to_uint8(tokenizer.decode(part[:, :length])) for part in tokens.split(100)]
+        )
+        points.append(
+            (float(prefix_bytes(tokenizer.layout, length)), float(psnr(images, decoded).mean()))
+        )
     return points
 
 
@@ -75,7 +81,9 @@ def main() -> None:
     tokenizer = load(str(arguments.export))
     if not isinstance(tokenizer, Tokenizer) or tokenizer.layout.min_prefix is None:
         raise UserError(f"{arguments.export} is no tokenizer whose prefixes decode")
-    data = WebDatasetData(arguments.shards, tokenizer.image_size[0], val_shards=arguments.shards).val_dataset()
+    data = WebDatasetData(
+        arguments.shards, tokenizer.image_size[0], val_shards=arguments.shards
+    ).val_dataset()
     images = to_uint8(data.batch(list(range(min(arguments.images, len(data)))))["image"])
     header = empty_jpeg(tokenizer.image_size[0])
     codecs: dict[str, Callable[[int], Point]] = {
@@ -86,7 +94,9 @@ def main() -> None:
     curves = {arguments.export.parent.name: of_tokenizer(tokenizer, images)}
     curves |= {name: [point(q) for q in QUALITIES] for name, point in codecs.items()}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "rate_distortion.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "rate_distortion.json").write_text(
+        json.dumps(curves, indent=1) + "\n", encoding="utf-8"
+    )
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for name, points in curves.items():

@@ -94,7 +94,9 @@ def speeds(tokenizer: Tokenizer, images: Tensor) -> tuple[float, float]:
     tokens = tokenizer.encode(images)
     best = [float("inf")] * 2
     for _ in range(2):
-        for which, run in enumerate((lambda: tokenizer.encode(images), lambda: tokenizer.decode(tokens))):
+        for which, run in enumerate(
+            (lambda: tokenizer.encode(images), lambda: tokenizer.decode(tokens))
+        ):
             started = time.perf_counter()
             run()
             best[which] = min(best[which], time.perf_counter() - started)
@@ -133,7 +135,11 @@ def lengths(tokenizer: Tokenizer) -> list[int]:
 
 
 def row(
-    run: Path, images: DatasetImages, few: DatasetImages, extractor: Extractor, references: list[Reference]
+    run: Path,
+    images: DatasetImages,
+    few: DatasetImages,
+    extractor: Extractor,
+    references: list[Reference],
 ) -> dict:
     """One tokenizer's numbers."""
     tokenizer = load(str(run / "export"))
@@ -144,7 +150,10 @@ def row(
     with torch.no_grad():
         tokens = torch.cat([tokenizer.encode(batch) for batch in batches])
     encode, decode = speeds(tokenizer, batches[0])
-    curve = {n: measured(Prefixes(tokenizer, n), few, extractor, references[1]) for n in lengths(tokenizer)}
+    curve = {
+        n: measured(Prefixes(tokenizer, n), few, extractor, references[1])
+        for n in lengths(tokenizer)
+    }
     return {
         "run": run.name,
         "tokens": str(tokenizer.layout),
@@ -177,7 +186,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             "-" if r["bits"] is None else f"{r['bits']:.0f}",
             f"{r['parameters']:,}",
         ]
-        cells += [f"{metrics['psnr']:.2f}", f"{metrics['ssim']:.3f}", f"{r['metrics'][distance]:.2f}"]
+        cells += [
+            f"{metrics['psnr']:.2f}",
+            f"{metrics['ssim']:.3f}",
+            f"{r['metrics'][distance]:.2f}",
+        ]
         cells.append(", ".join(f"{u:.0%}" for u in r["usage"]) or "-")
         cells.append(f"{r['encode_images_a_second']:.0f}, {r['decode_images_a_second']:.0f}")
         cells.append("-" if r["bf16_agreement"] is None else f"{r['bf16_agreement']:.1%}")
@@ -195,8 +208,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             continue
         x = [int(n) for n in r["prefixes"]]
         found = list(r["prefixes"].values())
-        left.plot(x, [next(v for k, v in m.items() if k.lower() == "psnr") for m in found], "o-", label=r["run"])
-        right.plot(x, [next(v for k, v in m.items() if "D(" in k) for m in found], "o-", label=r["run"])
+        left.plot(
+            x,
+            [next(v for k, v in m.items() if k.lower() == "psnr") for m in found],
+            "o-",
+            label=r["run"],
+        )
+        right.plot(
+            x, [next(v for k, v in m.items() if "D(" in k) for m in found], "o-", label=r["run"]
+        )
     for axes, name in ((left, "PSNR, dB"), (right, "Fréchet distance")):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens decoded")
@@ -216,7 +236,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     extractor, data = load_extractor(arguments.extractor), FashionMNIST(arguments.data, "test")
-    sources = [DatasetImages(data, "fashion-mnist", "test", count) for count in (arguments.images, arguments.few)]
+    sources = [
+        DatasetImages(data, "fashion-mnist", "test", count)
+        for count in (arguments.images, arguments.few)
+    ]
     references = [reference_from(source, extractor, arguments.out / "cache") for source in sources]
     path = arguments.out / "results.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

@@ -34,7 +34,9 @@ def read(path: str) -> ImageGenerator:
 
 
 @torch.no_grad()
-def draw(model: ImageGenerator, sampling: Sampling, batch: int, recorder: Recorder | None = None) -> float:
+def draw(
+    model: ImageGenerator, sampling: Sampling, batch: int, recorder: Recorder | None = None
+) -> float:
     """Seconds of `batch` images, from their classes to their pixels."""
     condition = model.class_condition([number % 10 for number in range(batch)])
     start = time.perf_counter()
@@ -42,7 +44,9 @@ def draw(model: ImageGenerator, sampling: Sampling, batch: int, recorder: Record
     return time.perf_counter() - start
 
 
-def compare(models: dict[str, ImageGenerator], sampling: Sampling, batch: int, rounds: int) -> list[dict[str, Any]]:
+def compare(
+    models: dict[str, ImageGenerator], sampling: Sampling, batch: int, rounds: int
+) -> list[dict[str, Any]]:
     """A row of each, in order."""
     seconds = dict.fromkeys(models, float("inf"))
     recorders = {name: Recorder() for name in models}
@@ -71,12 +75,16 @@ def compare(models: dict[str, ImageGenerator], sampling: Sampling, batch: int, r
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else f"{value}" for value in row.values()))
+        table.add_row(
+            *(f"{value:,.2f}" if isinstance(value, float) else f"{value}" for value in row.values())
+        )
     Console(width=160).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("exports", nargs="+")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -90,9 +98,16 @@ def main() -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
         rows = compare(models, sampling, given.batch, given.rounds)
     show(rows)
-    facts = {"batch": given.batch, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "bf16": given.bf16}
+    facts = {
+        "batch": given.batch,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "bf16": given.bf16,
+    }
     if given.json is not None:
-        given.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(
+            json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -83,7 +83,13 @@ def config(updates: int, workers: int = 0) -> dict[str, Any]:
         },
         "data": {
             "class_path": "tessellar.data.ShapesData",
-            "init_args": {"size": 16, "length": 72, "val_length": 16, "batch_size": 8, "num_workers": workers},
+            "init_args": {
+                "size": 16,
+                "length": 72,
+                "val_length": 16,
+                "batch_size": 8,
+                "num_workers": workers,
+            },
         },
     }
 
@@ -120,7 +126,9 @@ def start(folder: Path, name: str) -> Any:
 def finish(process: Any, folder: Path, name: str) -> None:
     process.join()
     if process.exitcode != 0:
-        raise RuntimeError(f"{name} ended with {process.exitcode}:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+        raise RuntimeError(
+            f"{name} ended with {process.exitcode}:\n{(folder / f'{name}.log').read_text()[-2000:]}"
+        )
 
 
 def killed_after(process: Any, run: Path, target: int, delay: float) -> int | None:
@@ -170,9 +178,14 @@ def saved_update(run: Path) -> int:
 def compare(a: Path, b: Path) -> tuple[list[str], list[str]]:
     """Names of all tensors of the two last checkpoints (weights, averages, optimizers, random numbers), and of those
     that differ in a bit."""
-    first, second = (dict(tensors(torch.load(p / "checkpoints" / "last.ckpt", weights_only=True))) for p in (a, b))
+    first, second = (
+        dict(tensors(torch.load(p / "checkpoints" / "last.ckpt", weights_only=True)))
+        for p in (a, b)
+    )
     different = sorted(first.keys() ^ second.keys())
-    different += [name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])]
+    different += [
+        name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])
+    ]
     return sorted(first), different
 
 
@@ -180,7 +193,13 @@ def tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
     """All tensors in nested dictionaries and lists, by path."""
     if isinstance(value, torch.Tensor):
         return [(name, value)]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return [found for key, inner in items for found in tensors(inner, f"{name}/{key}")]
 
 
@@ -190,11 +209,15 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/soak"), help="must not hold an earlier soak")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/soak"), help="must not hold an earlier soak"
+    )
     given = parser.parse_args()
     began = time.perf_counter()
     report = soak(given.folder, given.kills, given.updates, given.seed, given.workers)
-    print(json.dumps({**report._asdict(), "seconds": round(time.perf_counter() - began, 1)}, indent=2))
+    print(
+        json.dumps({**report._asdict(), "seconds": round(time.perf_counter() - began, 1)}, indent=2)
+    )
     return 1 if report.different or report.kills < given.kills else 0
 
 

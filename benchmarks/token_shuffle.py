@@ -35,10 +35,14 @@ CLASSES = 1000
 
 def build(given: argparse.Namespace, window: int) -> TokenShuffle:
     """A generator with random weights; the zero-initialised ones too, since zeros may be cheaper."""
-    width, depth, heads = (given.width, given.depth, given.heads) if given.width else SIZES[given.size]
+    width, depth, heads = (
+        (given.width, given.depth, given.heads) if given.width else SIZES[given.size]
+    )
     layout = grid_layout(given.side, given.side, Categorical(given.codes))
     torch.manual_seed(0)
-    generator = TokenShuffle(layout, width, depth, heads, window, num_classes=CLASSES, rotary="grid")
+    generator = TokenShuffle(
+        layout, width, depth, heads, window, num_classes=CLASSES, rotary="grid"
+    )
     for parameter in generator.parameters():
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -77,10 +81,16 @@ def sampling(generator: TokenShuffle, given: argparse.Namespace) -> Callable[[],
 
 
 def precision(given: argparse.Namespace) -> AbstractContextManager:
-    return torch.autocast(given.device.type, torch.bfloat16) if given.precision == "bf16" else nullcontext()
+    return (
+        torch.autocast(given.device.type, torch.bfloat16)
+        if given.precision == "bf16"
+        else nullcontext()
+    )
 
 
-def fastest(runs: dict[int, Callable[[], None]], rounds: int, device: torch.device) -> dict[int, float]:
+def fastest(
+    runs: dict[int, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[int, float]:
     """Seconds of each, rounds interleaved, after one round that does not count."""
     best = dict.fromkeys(runs, float("inf"))
     for number in range(rounds + 1):
@@ -97,10 +107,14 @@ def fastest(runs: dict[int, Callable[[], None]], rounds: int, device: torch.devi
 def compare(given: argparse.Namespace) -> dict[str, Any]:
     """Facts and times of every window, and ratios against window 1."""
     generators = {window: build(given, window) for window in given.windows}
-    steps = fastest({w: training(g, given) for w, g in generators.items()}, given.rounds, given.device)
+    steps = fastest(
+        {w: training(g, given) for w, g in generators.items()}, given.rounds, given.device
+    )
     for generator in generators.values():
         generator.zero_grad()
-    images = fastest({w: sampling(g, given) for w, g in generators.items()}, given.rounds, given.device)
+    images = fastest(
+        {w: sampling(g, given) for w, g in generators.items()}, given.rounds, given.device
+    )
     rows: dict[str, Any] = {}
     first = generators[given.windows[0]].work()
     for window, generator in generators.items():
@@ -124,7 +138,9 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="b", help="LlamaGen's sizes")
     parser.add_argument("--width", type=int, help="other sizes: width, with --depth and --heads")
     parser.add_argument("--depth", type=int, default=6)
@@ -132,9 +148,13 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=16, help="side of the grid of codes")
     parser.add_argument("--codes", type=int, default=16384)
     parser.add_argument("--batch", type=int, default=8, help="images of a training step")
-    parser.add_argument("--guidance", type=float, default=1.0, help="scale while sampling; 1 is none")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="scale while sampling; 1 is none"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--windows", type=lambda text: [int(w) for w in text.split(",")], default=[1, 2])
+    parser.add_argument(
+        "--windows", type=lambda text: [int(w) for w in text.split(",")], default=[1, 2]
+    )
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -144,7 +164,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": given.precision,
-        "device": torch.cuda.get_device_name(given.device) if given.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(given.device)
+        if given.device.type == "cuda"
+        else "cpu",
         "windows": compare(given),
     }
     text = json.dumps(result, indent=1)

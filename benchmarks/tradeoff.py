@@ -39,7 +39,12 @@ from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder, Report
 from tessellar.sampling.settings import Sampling
-from tessellar.sampling.speculative import CouplingName, GroupedJacobi, ReusingJacobi, SpeculativeJacobi
+from tessellar.sampling.speculative import (
+    CouplingName,
+    GroupedJacobi,
+    ReusingJacobi,
+    SpeculativeJacobi,
+)
 
 SEED_STEP = 10_000_000  # two runs share no stream where their seeds lie further apart than their numbers of images
 
@@ -67,7 +72,12 @@ def all_rows() -> list[Row]:
             rows.append(Row(f"gsd 16 G {size} p {threshold}", grouped))
     for window in (8, 32, 64):
         for coupling in COUPLINGS[:2]:
-            rows.append(Row(f"gsd {window} {coupling}", GroupedJacobi(window, coupling=coupling, d_threshold=None)))
+            rows.append(
+                Row(
+                    f"gsd {window} {coupling}",
+                    GroupedJacobi(window, coupling=coupling, d_threshold=None),
+                )
+            )
     rows += [Row(f"gsd 16 near {q}", GroupedJacobi(d_quantile=q)) for q in (0.05, 0.2)]
     return rows + [Row(f"sjd++ 16 t {t}", ReusingJacobi(threshold=t)) for t in (0.1, 0.5, 1.0)]
 
@@ -78,7 +88,9 @@ COUPLINGS: tuple[CouplingName, ...] = ("none", "maximal", "gumbel")
 class RecordedImages(GeneratedImages):
     """Samples of a prepared generator that count what the algorithm does."""
 
-    def __init__(self, model: ImageGenerator, count: int, sampling: Sampling, seed: int, bf16: bool) -> None:
+    def __init__(
+        self, model: ImageGenerator, count: int, sampling: Sampling, seed: int, bf16: bool
+    ) -> None:
         super().__init__(model, count, sampling, seed)
         self.recorder, self.bf16 = Recorder(entropy=True), bf16
 
@@ -89,7 +101,9 @@ class RecordedImages(GeneratedImages):
             seeds = [self.seed + i for i in index.tolist()]
             with torch.no_grad():
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                    tokens = self.sampling.tokens(self.model.generator, condition, seeds, self.recorder)
+                    tokens = self.sampling.tokens(
+                        self.model.generator, condition, seeds, self.recorder
+                    )
                 yield ImageBatch(to_uint8(self.model.decode(tokens)), index, self.labels[index])
 
 
@@ -112,13 +126,23 @@ class Bench:
         """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
         sampling = Sampling(Constant(self.guidance), Choice(self.temperature), row.algorithm)
         result: dict[str, Any] = {"name": row.name, "exact": row.algorithm.exact}
-        result |= {"sampling": sampling.describe(), "batch_1": _summary(self._one_by_one(sampling)), "seeds": []}
+        result |= {
+            "sampling": sampling.describe(),
+            "batch_1": _summary(self._one_by_one(sampling)),
+            "seeds": [],
+        }
         for number in range(self.seeds if self.images else 0):
-            source = RecordedImages(self.model, self.images, sampling, (number + 1) * SEED_STEP, self.bf16)
+            source = RecordedImages(
+                self.model, self.images, sampling, (number + 1) * SEED_STEP, self.bf16
+            )
             assert self.extractor is not None
             arguments = (source, self.extractor, self.reference)
-            record = evaluate_samples(*arguments, metrics=("fd", "accuracy"), batch_size=self.batch_size)
-            result["seeds"].append({"metrics": record["metrics"], **_summary(source.recorder.report())})
+            record = evaluate_samples(
+                *arguments, metrics=("fd", "accuracy"), batch_size=self.batch_size
+            )
+            result["seeds"].append(
+                {"metrics": record["metrics"], **_summary(source.recorder.report())}
+            )
         return result
 
     def _one_by_one(self, sampling: Sampling) -> Report:
@@ -127,7 +151,9 @@ class Bench:
         classes = conditioner.num_classes
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             for i in range(self.timed):
-                sampling.tokens(self.model.generator, self.model.class_condition([i % classes]), [i], recorder)
+                sampling.tokens(
+                    self.model.generator, self.model.class_condition([i % classes]), [i], recorder
+                )
         return recorder.report()
 
 
@@ -147,7 +173,12 @@ def _summary(report: Report) -> dict[str, Any]:
 
 def fd_of(result: dict[str, Any]) -> list[float]:
     """The Fréchet distance of each seed; empty where it was not measured."""
-    return [value for seed in result["seeds"] for name, value in seed["metrics"].items() if name.startswith("F")]
+    return [
+        value
+        for seed in result["seeds"]
+        for name, value in seed["metrics"].items()
+        if name.startswith("F")
+    ]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -159,15 +190,21 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         one, distances = result["batch_1"], fd_of(result)
-        evaluations = mean([s["evaluations_per_image"] for s in result["seeds"]] or [one["evaluations_per_image"]])
+        evaluations = mean(
+            [s["evaluations_per_image"] for s in result["seeds"]] or [one["evaluations_per_image"]]
+        )
         cells = [result["name"], "yes" if result["exact"] else "no", f"{evaluations:.1f}"]
         cells.append(f"{plain['evaluations_per_image'] / evaluations:.2f}" if plain else "")
         cells.append(f"{one['tokens_per_evaluation_where_uncertain']:.2f}")
         cells.append(f"{one['seconds_per_image']:.3f}")
-        cells.append(f"{plain['seconds_per_image'] / one['seconds_per_image']:.2f}" if plain else "")
+        cells.append(
+            f"{plain['seconds_per_image'] / one['seconds_per_image']:.2f}" if plain else ""
+        )
         spread = f" ± {stdev(distances):.2f}" if len(distances) > 1 else ""
         cells.append(f"{mean(distances):.2f}{spread}" if distances else "")
-        accuracies = [v for s in result["seeds"] for k, v in s["metrics"].items() if "accuracy" in k]
+        accuracies = [
+            v for s in result["seeds"] for k, v in s["metrics"].items() if "accuracy" in k
+        ]
         cells.append(f"{mean(accuracies):.3f}" if accuracies else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -195,7 +232,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for name in dict.fromkeys(map(family, measured)):
         chosen = [r for r in measured if family(r) == name]
         x = [mean(s["evaluations_per_image"] for s in r["seeds"]) for r in chosen]
-        y, spread = [mean(fd_of(r)) for r in chosen], [stdev(fd_of(r)) if len(fd_of(r)) > 1 else 0 for r in chosen]
+        y, spread = (
+            [mean(fd_of(r)) for r in chosen],
+            [stdev(fd_of(r)) if len(fd_of(r)) > 1 else 0 for r in chosen],
+        )
         (color,) = {line.get_color() for line in axes.plot(x, y, "o", label=name, markersize=4)}
         axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.4)
         for a, b, result in zip(x, y, chosen, strict=True):
@@ -207,7 +247,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
     axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.set_xlabel("network evaluations an image")
-    axes.set_ylabel(next(name for r in measured for s in r["seeds"] for name in s["metrics"] if name.startswith("F")))
+    axes.set_ylabel(
+        next(
+            name
+            for r in measured
+            for s in r["seeds"]
+            for name in s["metrics"]
+            if name.startswith("F")
+        )
+    )
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
@@ -236,13 +284,17 @@ def main() -> None:
     parser.add_argument("--extractor", help="file of the feature network")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--rows", default="", help="regular expression for names of rows; default: all")
+    parser.add_argument(
+        "--rows", default="", help="regular expression for names of rows; default: all"
+    )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--timed", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument(
-        "--bf16", action="store_true", help="the generator in bfloat16; the tokenizer decodes in float32"
+        "--bf16",
+        action="store_true",
+        help="the generator in bfloat16; the tokenizer decodes in float32",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/tradeoff"))
     arguments = parser.parse_args()

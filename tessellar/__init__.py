@@ -1,9 +1,11 @@
-"""tessellar: image tokenizers and autoregressive image generators behind one layout and one protocol.
+"""tessellar: image tokenizers and autoregressive image generators behind one layout and one
+protocol.
 
-`tessellar/tokenizers` and `tessellar/models` are symbolic links to the folders of the same name at the checkout's root,
-where they can be read and edited without shadowing Hugging Face's package `tokenizers`. git, wheels and sdists carry
-them; a zip download, or a checkout on Windows without `core.symlinks`, may turn the links into small text files. Then
-this package cannot be imported from that folder: clone with symbolic links enabled, or install the wheel.
+`tessellar/tokenizers` and `tessellar/models` are symbolic links to the folders of the same name at
+the checkout's root, where they can be read and edited without shadowing Hugging Face's package
+`tokenizers`. git, wheels and sdists carry them; a zip download, or a checkout on Windows without
+`core.symlinks`, may turn the links into small text files. Then this package cannot be imported from
+that folder: clone with symbolic links enabled, or install the wheel.
 
 Importing this package imports nothing heavy; `tessellar.load` imports torch when it is called.
 """
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
     from tessellar.protocol.tokenizer import Tokenizer
 
 
-def load(path: "str | Path", *, raw: bool = False, trust: "Sequence[str]" = ()) -> "Tokenizer | ImageGenerator":
-    """A tokenizer or an image generator from an export's folder, its safetensors file, a `.ckpt`, or a hub id.
+def load(
+    path: "str | Path", *, raw: bool = False, trust: "Sequence[str]" = ()
+) -> "Tokenizer | ImageGenerator":
+    """A tokenizer or an image generator from an export's folder, its safetensors file, a `.ckpt`,
+    or a hub id.
 
-    Checkpoints give their averaged (EMA) weights unless `raw`. Only classes of this package are built, and of the
-    packages that `trust` names, whose code runs. On the CPU, in eval mode. Raises
+    Checkpoints give their averaged (EMA) weights unless `raw`. Only classes of this package are
+    built, and of the packages that `trust` names, whose code runs. On the CPU, in eval mode. Raises
     `tessellar.errors.UserError` where nothing that fits can be loaded.
     """
     from tessellar.pipeline import load as load_model

@@ -1,7 +1,9 @@
-"""The few collective operations that evaluation and training need; all of them also work in one plain process.
+"""The few collective operations that evaluation and training need; all of them also work in one
+plain process.
 
-Sums are float64 where evaluation gives them so. Backends that exchange only GPU memory (NCCL) get their tensors through
-the current GPU. `sum_over_ranks` and `mean_over_ranks` pass gradients, for statistics of the global batch in a loss.
+Sums are float64 where evaluation gives them so. Backends that exchange only GPU memory (NCCL) get
+their tensors through the current GPU. `sum_over_ranks` and `mean_over_ranks` pass gradients, for
+statistics of the global batch in a loss.
 """
 
 import os
@@ -16,7 +18,9 @@ from torch import Tensor
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Join the processes that `torchrun` started, by NCCL where there are GPUs; nothing in a program of one process."""
+    """Join the processes that `torchrun` started, by NCCL where there are GPUs; nothing in a
+    program of one process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -43,7 +47,9 @@ def world_size() -> int:
 
 
 def own_share(total: int) -> range:
-    """Which of `total` items this rank works on: every world_size-th, so that each item belongs to exactly one rank."""
+    """Which of `total` items this rank works on: every world_size-th, so that each item belongs to
+    exactly one rank.
+    """
     return range(rank(), total, world_size())
 
 
@@ -54,7 +60,9 @@ def barrier() -> None:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of float64 (or integer) `x` over ranks, on the device of `x`; the argument stays as it is."""
+    """Sum of float64 (or integer) `x` over ranks, on the device of `x`; the argument stays as it
+    is.
+    """
     if not is_distributed():
         return x
     total = x.to(_exchange_device(), copy=True).contiguous()
@@ -63,7 +71,9 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of `x` over ranks with gradients: the derivative of the sum of all ranks' losses. All ranks call it."""
+    """Sum of `x` over ranks with gradients: the derivative of the sum of all ranks' losses. All
+    ranks call it.
+    """
     return _Sum.apply(x) if is_distributed() else x  # type: ignore[return-value]
 
 
@@ -73,7 +83,9 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Every rank's result depends on every rank's argument, so gradients are summed over ranks as well."""
+    """Every rank's result depends on every rank's argument, so gradients are summed over ranks as
+    well.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -85,13 +97,17 @@ class _Sum(torch.autograd.Function):
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """Whether `x` is finite on every rank: one boolean on its device, which not every use has to wait for."""
+    """Whether `x` is finite on every rank: one boolean on its device, which not every use has to
+    wait for.
+    """
     own = torch.isfinite(x).all()
     return all_reduce_sum((~own).long()) == 0
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows [n_r, ...] of all ranks in the order of ranks, [sum n_r, ...]; numbers may differ, also be 0."""
+    """Rows [n_r, ...] of all ranks in the order of ranks, [sum n_r, ...]; numbers may differ, also
+    be 0.
+    """
     if not is_distributed():
         return rows
     counts = [int(n) for n in all_gather(len(rows))]
@@ -123,4 +139,8 @@ def broadcast(value: Any) -> Any:
 
 def _exchange_device() -> torch.device:
     """Where the backend can exchange tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

@@ -1,4 +1,6 @@
-"""The one exception that stands for a user's mistake: the command line prints it as one line, without a traceback."""
+"""The one exception that stands for a user's mistake: the command line prints it as one line,
+without a traceback.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -9,7 +11,9 @@ from safetensors import SafetensorError
 
 
 def in_one_line(text: str) -> str:
-    """`text` with whatever is no printable character escaped: names and texts from files may hold line breaks."""
+    """`text` with whatever is no printable character escaped: names and texts from files may hold
+    line breaks.
+    """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -21,8 +25,8 @@ class UserError(Exception):
 def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[None]:
     """Raise UserError, in one line that names `path`, where what is done inside cannot be written.
 
-    A full or read-only disk is a user's matter, and the errors of a failing write name no file. `unfinished`, the file
-    or folder that is written beside `path`, is removed then.
+    A full or read-only disk is a user's matter, and the errors of a failing write name no file.
+    `unfinished`, the file or folder that is written beside `path`, is removed then.
     """
     try:
         yield
@@ -31,12 +35,17 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
             raise
         if unfinished is not None:
             remove(Path(unfinished))
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else " ".join(str(error).split())
+        )
         raise UserError(f"{path} could not be written: {reason}") from error
 
 
 def _of_a_write(error: Exception) -> bool:
-    """Whether an error is that of a failing write: those of Pillow, torch.save and safetensors have no type of it.
+    """Whether an error is that of a failing write: those of Pillow, torch.save and safetensors have
+    no type of it.
 
     An error that names its file is left as it is, and so is one of reading.
     """
@@ -44,7 +53,10 @@ def _of_a_write(error: Exception) -> bool:
         return error.filename is None and error.errno is not None
     text = str(error)
     return (
-        "PytorchStreamWriter" in text or "unexpected pos" in text or "I/O error" in text or "os error" in text.lower()
+        "PytorchStreamWriter" in text
+        or "unexpected pos" in text
+        or "I/O error" in text
+        or "os error" in text.lower()
     )
 
 

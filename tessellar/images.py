@@ -1,7 +1,8 @@
 """Pixels in and out: the only place where floats in [-1, 1] become 8-bit values and back.
 
-Papers differ here (rounding, truncation), and a Fréchet distance notices; so there is one rule, LlamaGen's:
-uint8(clamp(127.5 x + 128, 0, 255)), which rounds to the nearest level (arXiv 2406.06525, evaluation script).
+Papers differ here (rounding, truncation), and a Fréchet distance notices; so there is one rule,
+LlamaGen's: uint8(clamp(127.5 x + 128, 0, 255)), which rounds to the nearest level (arXiv
+2406.06525, evaluation script).
 """
 
 import torch

@@ -1,6 +1,8 @@
-"""ImageGenerator: a frozen tokenizer, a generator and its conditioner, which together turn conditions into images.
+"""ImageGenerator: a frozen tokenizer, a generator and its conditioner, which together turn
+conditions into images.
 
-`load` gives one, or a Tokenizer, from an export, one safetensors file, a training checkpoint or a hub id.
+`load` gives one, or a Tokenizer, from an export, one safetensors file, a training checkpoint or a
+hub id.
 """
 
 from collections.abc import Sequence
@@ -24,14 +26,17 @@ from tessellar.sampling.settings import Sampling
 class ImageGenerator(nn.Module):
     """Raises UserError where the generator was built for another layout than the tokenizer's."""
 
-    def __init__(self, tokenizer: Tokenizer, generator: Generator, conditioner: Conditioner) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, generator: Generator, conditioner: Conditioner
+    ) -> None:
         super().__init__()
         if tokenizer.layout != generator.layout:
             raise UserError(
                 f"the generator was built for {generator.layout}, but the tokenizer gives {tokenizer.layout}"
             )
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.generator, self.conditioner = generator, conditioner
+        self.generator = generator
+        self.conditioner = conditioner
         generator.bind(tokenizer)
 
     def train(self, mode: bool = True) -> "ImageGenerator":
@@ -42,14 +47,22 @@ class ImageGenerator(nn.Module):
 
     @torch.no_grad()
     def sample(self, condition: Condition, sampling: Sampling, seeds: Sequence[int]) -> Tensor:
-        """Images [B, 3, H, W], about [-1, 1]; image b depends on `seeds[b]` and row b of the condition alone."""
+        """Images [B, 3, H, W], about [-1, 1]; image b depends on `seeds[b]` and row b of the
+        condition alone.
+        """
         return self.decode(self.sample_tokens(condition, sampling, seeds))
 
     @torch.no_grad()
     def sample_tokens(
-        self, condition: Condition, sampling: Sampling, seeds: Sequence[int], recorder: Recorder | None = None
+        self,
+        condition: Condition,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        recorder: Recorder | None = None,
     ) -> Tensor:
-        """Tokens [B, N, ...] of the conditions, drawn by the prepared generator; a `recorder` counts evaluations."""
+        """Tokens [B, N, ...] of the conditions, drawn by the prepared generator; a `recorder`
+        counts evaluations.
+        """
         mode = self.generator.training
         self.generator.eval()
         try:
@@ -64,24 +77,33 @@ class ImageGenerator(nn.Module):
         return self.tokenizer.decode(tokens)
 
     def class_condition(self, labels: Sequence[int]) -> Condition:
-        """Condition of class ids; raises UserError for unknown ids or a generator that is not class-conditional."""
+        """Condition of class ids; raises UserError for unknown ids or a generator that is not
+        class-conditional.
+        """
         if not isinstance(self.conditioner, ClassConditioner):
-            raise UserError("this generator is conditioned on text, not on class ids: give --prompts FILE")
+            raise UserError(
+                "this generator is conditioned on text, not on class ids: give --prompts FILE"
+            )
         return self.conditioner.of_labels(torch.as_tensor(labels, dtype=torch.int64))
 
 
-def load(path: str | Path, *, raw: bool = False, trust: Sequence[str] = ()) -> Tokenizer | ImageGenerator:
-    """The model at `path`: an export's folder or safetensors file, a `.ckpt`, or a hub id `owner/name[@revision]`.
+def load(
+    path: str | Path, *, raw: bool = False, trust: Sequence[str] = ()
+) -> Tokenizer | ImageGenerator:
+    """The model at `path`: an export's folder or safetensors file, a `.ckpt`, or a hub id
+    `owner/name[@revision]`.
 
-    Checkpoints give the averaged weights where there are any, or with `raw` those of the last step. Packages of others
-    that `trust` names are imported, and their classes may be built. On the CPU, in eval mode. Raises UserError, in one
-    line, for whatever cannot be loaded.
+    Checkpoints give the averaged weights where there are any, or with `raw` those of the last step.
+    Packages of others that `trust` names are imported, and their classes may be built. On the CPU,
+    in eval mode. Raises UserError, in one line, for whatever cannot be loaded.
     """
     with trusting(trust):
         return assemble(read_source(path, raw=raw))
 
 
-def load_generator(path: str | Path, *, raw: bool = False, trust: Sequence[str] = ()) -> ImageGenerator:
+def load_generator(
+    path: str | Path, *, raw: bool = False, trust: Sequence[str] = ()
+) -> ImageGenerator:
     """As `load`, but only a generator will do."""
     model = load(path, raw=raw, trust=trust)
     if not isinstance(model, ImageGenerator):
@@ -94,4 +116,6 @@ def assemble(source: Source) -> Tokenizer | ImageGenerator:
     source.check()
     if source.kind == "tokenizer":
         return source.tokenizer()
-    return ImageGenerator(*(source.build(part) for part in ("tokenizer", "generator", "conditioner"))).eval()
+    return ImageGenerator(
+        *(source.build(part) for part in ("tokenizer", "generator", "conditioner"))
+    ).eval()

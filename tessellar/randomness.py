@@ -1,7 +1,8 @@
-"""Random numbers that belong to a sample, not to a process: a hash of (seed, epoch, index), so that order, workers and
-ranks change nothing and a batch is drawn in a few array operations.
+"""Random numbers that belong to a sample, not to a process: a hash of (seed, epoch, index), so that
+order, workers and ranks change nothing and a batch is drawn in a few array operations.
 
-The hash is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+The hash is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA
+2014).
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ def derive(*parts: int) -> int:
 
 
 def uniforms(seed: int, indices: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for each sample, float64 [B, count]; row b depends on (seed, indices[b]) alone."""
+    """`count` numbers in [0, 1) for each sample, float64 [B, count]; row b depends on (seed,
+    indices[b]) alone.
+    """
     keys = _mix(np.asarray(indices, dtype=np.uint64) * _STEP + np.uint64(derive(seed)))
     bits = _mix(keys[:, None] + _STEP * np.arange(1, count + 1, dtype=np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53

@@ -1,12 +1,14 @@
 """Reading weight files safely, and putting them into modules strictly.
 
-Two kinds of files are read: safetensors, and torch pickles with `weights_only=True` (official training checkpoints also
-hold an `argparse.Namespace`, which is allowed by name). Anything else in a pickle is code, and is refused.
+Two kinds of files are read: safetensors, and torch pickles with `weights_only=True` (official
+training checkpoints also hold an `argparse.Namespace`, which is allowed by name). Anything else in
+a pickle is code, and is refused.
 
-Neither library compares checksums, so a flipped bit would pass as a weight. Torch files are zip archives with a CRC of
-each tensor, which is compared before they are opened: one more sequential read, which leaves the file in the system's
-cache for the read that follows. Our safetensors files carry a SHA-256 in their metadata, which is compared with the
-tensors as they are read, in the same pass over the file.
+Neither library compares checksums, so a flipped bit would pass as a weight. Torch files are zip
+archives with a CRC of each tensor, which is compared before they are opened: one more sequential
+read, which leaves the file in the system's cache for the read that follows. Our safetensors files
+carry a SHA-256 in their metadata, which is compared with the tensors as they are read, in the same
+pass over the file.
 """
 
 import argparse
@@ -42,7 +44,9 @@ ZIP = b"PK\x03\x04"  # the first bytes of a torch file; older ones are bare pick
 
 
 class Weights(dict[str, Tensor]):
-    """A state dict that answers a key it lacks with a UserError: it holds other weights than its reader expects."""
+    """A state dict that answers a key it lacks with a UserError: it holds other weights than its
+    reader expects.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
         super().__init__(tensors)
@@ -63,33 +67,49 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({_one_line(error)})") from error
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({_one_line(error)})"
+        ) from error
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
-        raise UserError(f"{path} is damaged: its tensors do not have its checksum; copy or download it again")
+        raise UserError(
+            f"{path} is damaged: its tensors do not have its checksum; copy or download it again"
+        )
     return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, without reading its tensors; raises UserError for a missing or damaged one."""
+    """Metadata of a safetensors file, without reading its tensors; raises UserError for a missing
+    or damaged one.
+    """
     require_file(path)
     try:
         with safe_open(str(path), "pt", device="cpu") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({_one_line(error)})") from error
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({_one_line(error)})"
+        ) from error
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with its checksum; `tensors` are contiguous, on the CPU, each with memory of its own."""
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file with its checksum; `tensors` are contiguous, on the CPU, each with memory
+    of its own.
+    """
     described = {"format": "pt", **(metadata or {})}
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path, unfinished=staged):
-        save_file(dict(tensors), staged, metadata={**described, CHECKSUM: checksum(tensors, described)})
+        save_file(
+            dict(tensors), staged, metadata={**described, CHECKSUM: checksum(tensors, described)}
+        )
         staged.replace(path)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the metadata (but its own entry) and over names, types, shapes and values of the tensors."""
+    """SHA-256 over the metadata (but its own entry) and over names, types, shapes and values of the
+    tensors.
+    """
     digest = hashlib.sha256()
     for key in sorted(metadata.keys() - {CHECKSUM}):
         digest.update(f"{key}={metadata[key]}\n".encode())
@@ -104,16 +124,22 @@ def say_unchecked(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def read_pickle(path: Path) -> Any:
-    """Content of a torch file; raises UserError for a missing or damaged one, and for one that holds code."""
+    """Content of a torch file; raises UserError for a missing or damaged one, and for one that
+    holds code.
+    """
     checked = require_intact(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path} holds code ({code[1]}), not only tensors, so it was not opened") from error
+            raise UserError(
+                f"{path} holds code ({code[1]}), not only tensors, so it was not opened"
+            ) from error
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
-    except Exception as error:  # bytes that are no pickle make the unpickler fail in any way, IndexError included
+    except (
+        Exception
+    ) as error:  # bytes that are no pickle make the unpickler fail in any way, IndexError included
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
     if not checked:
         log.info("%s carries no checksums, so damage to it would not be noticed", path)
@@ -121,7 +147,8 @@ def read_pickle(path: Path) -> Any:
 
 
 def require_intact(path: Path) -> bool:
-    """Raise UserError for a torch file that is missing, or of which a part does not have its checksum.
+    """Raise UserError for a torch file that is missing, or of which a part does not have its
+    checksum.
 
     Returns whether it has checksums: files of old versions of torch have none.
     """
@@ -164,11 +191,15 @@ def _damage(path: Path, *identity: int) -> str:
 def require_file(path: Path) -> None:
     """Raise UserError unless `path` is a file."""
     if not path.is_file():
-        raise UserError(f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist")
+        raise UserError(
+            f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist"
+        )
 
 
 def listing(what: str, names: Iterable[str], shown: int = SHOWN) -> str:
-    """`3 missing: a, b, c`, sorted, at most `shown` names and the number of the rest; empty for no names."""
+    """`3 missing: a, b, c`, sorted, at most `shown` names and the number of the rest; empty for no
+    names.
+    """
     names = sorted(names)
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{len(names)} {what}: {', '.join(names[:shown])}{rest}" if names else ""

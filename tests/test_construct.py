@@ -64,14 +64,26 @@ def test_arguments_are_compared_before_any_is_made(evil: str, unopened: list[str
 
 
 @pytest.mark.parametrize(
-    "option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained", "cache_dir", "num_classes"]
+    "option",
+    [
+        "checkpoint_path",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained",
+        "cache_dir",
+        "num_classes",
+    ],
 )
-def test_options_of_a_network_describe_only_the_network(option: str, evil: str, unopened: list[str]) -> None:
+def test_options_of_a_network_describe_only_the_network(
+    option: str, evil: str, unopened: list[str]
+) -> None:
     assert option not in OPTIONS
     with pytest.raises(UserError, match=f"the options of resnet18 may not hold {option}"):
         build(config(VISION, name="resnet18", options={option: evil}))
     with pytest.raises(UserError, match=f"the options of resnet18 may not hold {option}"):
-        VisionModel("resnet18", options={option: evil})  # a user's own config too: its export could not be read
+        VisionModel(
+            "resnet18", options={option: evil}
+        )  # a user's own config too: its export could not be read
 
 
 def test_values_of_options_are_numbers_and_words(evil: str, unopened: list[str]) -> None:
@@ -80,7 +92,9 @@ def test_values_of_options_are_numbers_and_words(evil: str, unopened: list[str])
             build(config(VISION, name="resnet18", options={"norm_layer": value}))
 
 
-@pytest.mark.parametrize("name", ["hf-hub:someone/else", "local-dir:/tmp", "timm/resnet18", "../resnet18", "hf_hub:a"])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:someone/else", "local-dir:/tmp", "timm/resnet18", "../resnet18", "hf_hub:a"]
+)
 def test_names_are_those_of_timm(name: str, unopened: list[str]) -> None:
     with pytest.raises(UserError, match="is not the name of a timm network"):
         build(config(VISION, name=name))
@@ -93,7 +107,10 @@ def test_an_export_names_no_weights(weights: str, unopened: list[str]) -> None:
 
 
 def test_an_export_names_no_tokenizer_by_path() -> None:
-    with pytest.raises(UserError, match="names the tokenizer of a scale pyramid, someone/else; only a run's own YAML"):
+    with pytest.raises(
+        UserError,
+        match="names the tokenizer of a scale pyramid, someone/else; only a run's own YAML",
+    ):
         build(config("tessellar.tokenizers.scale_pyramid.ScalePyramid", tokenizer="someone/else"))
     with pytest.raises(UserError, match="no local path|does not exist"):
         ScalePyramid("not-there.safetensors")  # the user's own config is followed
@@ -105,10 +122,14 @@ def test_an_export_chooses_no_folder_to_write_texts_to(tmp_path: Path) -> None:
     assert build(own.config).features.folder == TEXT_CACHE
 
 
-def test_hostile_export_is_refused_in_one_line(evil: str, tmp_path: Path, unopened: list[str]) -> None:
+def test_hostile_export_is_refused_in_one_line(
+    evil: str, tmp_path: Path, unopened: list[str]
+) -> None:
     folder = export_tokenizer(ViTVQ(VectorQuantizer(16, 4), 16, 4, 16, 1, 1, 2), tmp_path / "vq")
     content = yaml.safe_load((folder / "config.yaml").read_text())
-    content["tokenizer"]["init_args"]["vision"] = config(VISION, name="resnet18", options={"checkpoint_path": evil})
+    content["tokenizer"]["init_args"]["vision"] = config(
+        VISION, name="resnet18", options={"checkpoint_path": evil}
+    )
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="vision") as error:
         tessellar.load(folder)
@@ -122,13 +143,22 @@ def test_a_network_that_measures_tells_no_path(
     facts = NetworkFacts("n", "resnet10t", 3, (32, 32), options={"checkpoint_path": evil})
     save_file({}, tmp_path / "net.safetensors", metadata=facts.to_metadata())
     monkeypatch.chdir(tmp_path)
-    arguments = ["samples", str(tmp_path), "--reference", str(tmp_path), "--extractor", "net.safetensors"]
+    arguments = [
+        "samples",
+        str(tmp_path),
+        "--reference",
+        str(tmp_path),
+        "--extractor",
+        "net.safetensors",
+    ]
     with pytest.raises(UserError, match="the options of resnet10t may not hold checkpoint_path"):
         evaluate.main([*arguments, "--metrics", "fd"])
 
 
 def test_a_teacher_file_tells_no_path(evil: str, tmp_path: Path, unopened: list[str]) -> None:
-    facts = NetworkFacts("n", "resnet10t", 3, (32, 32), options={"pretrained_cfg": evil}, purpose="teacher")
+    facts = NetworkFacts(
+        "n", "resnet10t", 3, (32, 32), options={"pretrained_cfg": evil}, purpose="teacher"
+    )
     save_file({}, tmp_path / "net.safetensors", metadata=facts.to_metadata())
     with pytest.raises(UserError, match="the options of resnet10t may not hold pretrained_cfg"):
         VisionModel(weights=str(tmp_path / "net.safetensors"))
@@ -137,10 +167,14 @@ def test_a_teacher_file_tells_no_path(evil: str, tmp_path: Path, unopened: list[
 def test_a_config_builds_only_what_its_place_takes() -> None:
     vq = VectorQuantizer(16, 4).config
     assert isinstance(build(vq), VectorQuantizer)
-    with pytest.raises(UserError, match="must be a ViTVQ, not tessellar.tokenizers.quantizers.vq.VectorQuantizer"):
+    with pytest.raises(
+        UserError, match="must be a ViTVQ, not tessellar.tokenizers.quantizers.vq.VectorQuantizer"
+    ):
         build(vq, ViTVQ)
     grouped = config("tessellar.tokenizers.quantizers.product_vq.ProductQuantizer", groups=[vq, vq])
     assert len(build(grouped).groups) == 2
     grouped["init_args"]["groups"][1] = config("tessellar.protocol.layout.Bits", n=3)
-    with pytest.raises(UserError, match="groups of .* must be a Quantizer, not tessellar.protocol.layout.Bits"):
+    with pytest.raises(
+        UserError, match="groups of .* must be a Quantizer, not tessellar.protocol.layout.Bits"
+    ):
         build(grouped)

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def _tool():
-    spec = importlib.util.spec_from_file_location("import_order", ROOT / "tools" / "import_order.py")
+    spec = importlib.util.spec_from_file_location(
+        "import_order", ROOT / "tools" / "import_order.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,11 +45,31 @@ def test_packages_import_in_order():
 @pytest.mark.parametrize(
     ("file", "line", "said"),
     [
-        ("models/xar/model.py", "import tessellar.sampling.decode", "(models) imports tessellar.sampling.decode"),
-        ("tessellar/data/crops.py", "from tessellar.sampling import run", "(data) imports tessellar.sampling.run"),
-        ("tessellar/layers/rope.py", "def f():\n    from tessellar.protocol import noise", "(layers) imports"),
-        ("models/xar/official.py", "from tessellar.parity import recording", "(models) imports tessellar.parity"),
-        ("tessellar/errors.py", "import tessellar.images", "(errors) imports tessellar.images (images)"),
+        (
+            "models/xar/model.py",
+            "import tessellar.sampling.decode",
+            "(models) imports tessellar.sampling.decode",
+        ),
+        (
+            "tessellar/data/crops.py",
+            "from tessellar.sampling import run",
+            "(data) imports tessellar.sampling.run",
+        ),
+        (
+            "tessellar/layers/rope.py",
+            "def f():\n    from tessellar.protocol import noise",
+            "(layers) imports",
+        ),
+        (
+            "models/xar/official.py",
+            "from tessellar.parity import recording",
+            "(models) imports tessellar.parity",
+        ),
+        (
+            "tessellar/errors.py",
+            "import tessellar.images",
+            "(errors) imports tessellar.images (images)",
+        ),
     ],
 )
 def test_a_forbidden_import_is_seen(copy: Path, file: str, line: str, said: str):

@@ -98,7 +98,9 @@ def test_averages_of_former_names_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     rename(monkeypatch)
     names = first_names(target, list(target.state_dict()))
     ema = EMA()
-    ema.load_state_dict({"updates": 1, "average": dict(zip(names, target.state_dict().values(), strict=True))})
+    ema.load_state_dict(
+        {"updates": 1, "average": dict(zip(names, target.state_dict().values(), strict=True))}
+    )
     module = nn.Module()
     module.ema_target = target
     with ema.swapped(module):  # type: ignore[arg-type]

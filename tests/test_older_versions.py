@@ -23,7 +23,9 @@ from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.settings import Sampling
 
 VERSIONS = sorted((Path(__file__).parent / "data_of_versions").iterdir())
-EXPORTS = sorted(file.parent for version in VERSIONS for file in version.glob("exports/*/config.yaml"))
+EXPORTS = sorted(
+    file.parent for version in VERSIONS for file in version.glob("exports/*/config.yaml")
+)
 RUNS = sorted(file.parent for version in VERSIONS for file in version.glob("runs/*/last.ckpt"))
 
 
@@ -55,14 +57,20 @@ def check_tokenizer(model: Tokenizer, expected: dict[str, Tensor]) -> None:
 def check_generator(model: ImageGenerator, expected: dict[str, Tensor]) -> None:
     generator, tokens = model.generator, expected["tokens"]
     prefix = "condition."
-    given = {name.removeprefix(prefix): t for name, t in expected.items() if name.startswith(prefix)}
+    given = {
+        name.removeprefix(prefix): t for name, t in expected.items() if name.startswith(prefix)
+    }
     condition = Condition(**given)
     torch.manual_seed(0)
     for term, value in generator.loss(tokens, condition).items():
-        if term != "text":  # 0.1 divided the sum over text by the number of image codes; now it is a mean
+        if (
+            term != "text"
+        ):  # 0.1 divided the sum over text by the number of image codes; now it is a mean
             close(value, expected[f"loss.{term}"])
     if "logits" in expected:
-        distribution = generator.predict(generator.start(condition), tokens, generator.entities.count)
+        distribution = generator.predict(
+            generator.start(condition), tokens, generator.entities.count
+        )
         assert isinstance(distribution, Logits)
         close(distribution.logits, expected["logits"])
     close(model.sample_tokens(condition, Sampling(), [0, 1]), expected["drawn"])
@@ -74,7 +82,9 @@ def test_its_single_file_is_enough() -> None:
             whole, single = tessellar.load(folder), tessellar.load(folder / "model.safetensors")
             again = single.state_dict()
             assert type(single) is type(whole)
-            assert all(torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items())
+            assert all(
+                torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items()
+            )
 
 
 class Seen(L.Callback):
@@ -92,17 +102,29 @@ class Seen(L.Callback):
                         key: float(torch.as_tensor(value).double().norm())
                         for key, value in optimizer.state[parameter].items()
                     }
-                    self.found[names[id(parameter)]] = {"weight_decay": group["weight_decay"], "state": state}
+                    self.found[names[id(parameter)]] = {
+                        "weight_decay": group["weight_decay"],
+                        "state": state,
+                    }
 
 
 @pytest.mark.parametrize("folder", RUNS, ids=name_of)
-def test_a_checkpoint_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Moments lie on their parameters; where no parameter changed its decay, the weights go where they went."""
     for part in ("exports", "cache"):
         (tmp_path / part).symlink_to(folder.parents[1] / part)
     monkeypatch.chdir(tmp_path)
     seen = Seen()
-    options = ["--resume", str(folder / "last.ckpt"), "--name", "resumed", "--trainer.max_steps", "5"]
+    options = [
+        "--resume",
+        str(folder / "last.ckpt"),
+        "--name",
+        "resumed",
+        "--trainer.max_steps",
+        "5",
+    ]
     cli = parse(["--config", str(folder / "run.yaml"), *options])
     cli.trainer.callbacks.append(seen)  # type: ignore[attr-defined]
     fit(cli)
@@ -111,7 +133,10 @@ def test_a_checkpoint_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.
     for name, theirs in expected.items():
         assert seen.found[name]["state"] == pytest.approx(theirs["state"], rel=1e-6), name
     assert cli.model.updates == 5 and (tmp_path / "runs/resumed/export/model.safetensors").is_file()
-    if all(seen.found[name]["weight_decay"] == theirs["weight_decay"] for name, theirs in expected.items()):
+    if all(
+        seen.found[name]["weight_decay"] == theirs["weight_decay"]
+        for name, theirs in expected.items()
+    ):
         after, ours = load_file(folder / "after.safetensors"), cli.model.state_dict()
         for name, tensor in after.items():
             torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)

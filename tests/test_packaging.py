@@ -20,7 +20,9 @@ def run(*arguments: str, cwd: Path = ROOT, path: Path | None = None) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (
         {"PYTHONPATH": str(path)} if path else {}
     )
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,7 +41,9 @@ def test_an_installed_package_wins_over_our_root_folder(fake_site: Path, name: s
     code = f"import {name}; import tessellar.tokenizers.titok as ours; print({name}.origin, ours.__name__)"
     assert run("-c", code, path=fake_site) == "the installed one tessellar.tokenizers.titok\n"
     script = fake_site.parent / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; print({name}.origin)")
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; print({name}.origin)"
+    )
     assert run(str(script), path=fake_site) == "the installed one\n"
 
 
@@ -71,15 +75,27 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("tessellar", *LINKS):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    run("-c", "import setuptools.build_meta as b; b.build_wheel('out'); b.build_sdist('out')", cwd=copy)
+        shutil.copytree(
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    run(
+        "-c",
+        "import setuptools.build_meta as b; b.build_wheel('out'); b.build_sdist('out')",
+        cwd=copy,
+    )
     return copy / "out"
 
 
 def sources() -> set[str]:
     """Every Python file of the package, by the name under which it is imported."""
-    files = (path.relative_to(ROOT) for folder in ("tessellar", *LINKS) for path in (ROOT / folder).rglob("*.py"))
-    packaged = {(file if file.parts[0] == "tessellar" else "tessellar" / file).as_posix() for file in files}
+    files = (
+        path.relative_to(ROOT)
+        for folder in ("tessellar", *LINKS)
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    packaged = {
+        (file if file.parts[0] == "tessellar" else "tessellar" / file).as_posix() for file in files
+    }
     assert {
         "tessellar/errors.py",
         "tessellar/tokenizers/titok/tokenizer.py",
@@ -105,7 +121,11 @@ def test_an_unpacked_wheel_works_away_from_the_checkout(built: Path, tmp_path: P
 
 
 def test_every_dependency_has_a_tested_version_and_pins_are_plain():
-    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
     pinned = {re.sub("[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

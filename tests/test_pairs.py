@@ -72,7 +72,9 @@ def test_a_legal_pair_trains_samples_and_decodes(name: str, generator: str) -> N
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
     labels = Condition(ids=torch.arange(4) % CLASSES)
     before = [p.detach().clone() for p in made.parameters()]
-    torch.stack(list(made.train().loss(random_tokens(codes.layout, 4), labels).values())).sum().backward()
+    torch.stack(
+        list(made.train().loss(random_tokens(codes.layout, 4), labels).values())
+    ).sum().backward()
     optimizer.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
     images = model.sample(labels.select(torch.arange(2)), FAST, [0, 1])

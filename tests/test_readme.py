@@ -23,10 +23,14 @@ def commands() -> list[list[str]]:
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"<!-- executed.*?-->\s*```bash\n(.*?)```", readme, re.S)
     assert block is not None, "the README has no block to execute"
-    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line.strip()]
+    return [
+        shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line.strip()
+    ]
 
 
-def test_readme_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "demo"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -42,4 +46,6 @@ def test_readme_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_readme_links_and_pictures_exist() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert targets and not [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()]
+    assert targets and not [
+        t for t in targets if not t.startswith("http") and not (ROOT / t).exists()
+    ]

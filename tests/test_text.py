@@ -48,7 +48,9 @@ def test_texts_survive_and_begin_with_one_id() -> None:
         ids = bpe.encode(text, 99)
         assert ids[0] == BOS and bpe.decode(ids) == text
     assert bpe.encode("A RED Circle ", 99) == bpe.encode("a red circle", 99)
-    assert len(bpe.encode("a red circle", 99)) <= 4 < len(bpe.encode("zxqv", 99))  # words of the captions are merged
+    assert (
+        len(bpe.encode("a red circle", 99)) <= 4 < len(bpe.encode("zxqv", 99))
+    )  # words of the captions are merged
     assert bpe.encode("a red circle and more", 3) == bpe.encode("a red circle", 99)[:3]
 
 
@@ -62,7 +64,9 @@ def test_a_bpe_is_its_table_of_pairs() -> None:
 
 
 def test_captions_are_padded_on_the_left_and_cut() -> None:
-    given = learnt(length=6).of_texts(["a red circle", "", "a very long caption that nobody can read"])
+    given = learnt(length=6).of_texts(
+        ["a red circle", "", "a very long caption that nobody can read"]
+    )
     assert given.ids is not None and given.valid is not None
     assert given.ids.shape == (3, 6) and given.valid[1].tolist() == [False] * 5 + [True]
     assert given.ids[given.valid].min() == BOS and bool(given.valid[2].all())
@@ -91,10 +95,35 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     model, file = text_model(), tmp_path / "prompts.txt"
     file.write_text("a red circle\n\n  the blue square \nzebra\n", encoding="utf-8")
     folder = str(export_generator(model, tmp_path / "export"))
-    main([folder, "--prompts", str(file), "--out", str(tmp_path / "a"), "--npz", "--guidance.scale", "2"])
-    main([folder, "--prompts", str(file), "--out", str(tmp_path / "b"), "--guidance.scale", "2", "--batch-size", "2"])
+    main(
+        [
+            folder,
+            "--prompts",
+            str(file),
+            "--out",
+            str(tmp_path / "a"),
+            "--npz",
+            "--guidance.scale",
+            "2",
+        ]
+    )
+    main(
+        [
+            folder,
+            "--prompts",
+            str(file),
+            "--out",
+            str(tmp_path / "b"),
+            "--guidance.scale",
+            "2",
+            "--batch-size",
+            "2",
+        ]
+    )
     record = json.loads((tmp_path / "a" / "samples.json").read_text())
-    assert record["prompts"] == ["a red circle", "the blue square", "zebra"] and record["count"] == 3
+    assert (
+        record["prompts"] == ["a red circle", "the blue square", "zebra"] and record["count"] == 3
+    )
     images = [(tmp_path / name / "000001_0001.png").read_bytes() for name in ("a", "b")]
     assert images[0] == images[1] != (tmp_path / "a" / "000000_0000.png").read_bytes()
     with pytest.raises(UserError, match="conditioned on text, not on class ids: give --prompts"):
@@ -124,7 +153,9 @@ class Encoder:
 
     def __init__(self) -> None:
         self.read: list[str] = []
-        self.AutoConfig = SimpleNamespace(from_pretrained=lambda _, **__: SimpleNamespace(model_type="t5"))
+        self.AutoConfig = SimpleNamespace(
+            from_pretrained=lambda _, **__: SimpleNamespace(model_type="t5")
+        )
         self.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _, **__: self.tokenize)
         self.T5EncoderModel = SimpleNamespace(from_pretrained=lambda _, **__: Lengths())
 
@@ -143,7 +174,9 @@ class Encoded(dict):
 
 class Lengths(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=(input_ids * attention_mask)[..., None].expand(-1, -1, 3) + 0.001)
+        return SimpleNamespace(
+            last_hidden_state=(input_ids * attention_mask)[..., None].expand(-1, -1, 3) + 0.001
+        )
 
 
 def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +186,17 @@ def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     first = conditioner.of_texts(["a red circle", "table", "table"])
     assert first.features is not None and first.valid is not None
     assert first.valid.tolist() == [[False, True, True, True]] + [[False, False, False, True]] * 2
-    assert first.features[0, 1:, 0].tolist() == [1, 3, 6] and not bool(first.features[~first.valid].any())
-    again = EncoderConditioner("some/t5", 4, str(tmp_path / "cache")).of_texts(["table", "a red circle"])
+    assert first.features[0, 1:, 0].tolist() == [1, 3, 6] and not bool(
+        first.features[~first.valid].any()
+    )
+    again = EncoderConditioner("some/t5", 4, str(tmp_path / "cache")).of_texts(
+        ["table", "a red circle"]
+    )
     assert again.features is not None and torch.equal(again.features, first.features[[1, 0]])
     assert library.read == ["a red circle", "table"]
-    EncoderConditioner("some/t5", 3, str(tmp_path / "cache")).of_texts(["table"])  # another length, another text
+    EncoderConditioner("some/t5", 3, str(tmp_path / "cache")).of_texts(
+        ["table"]
+    )  # another length, another text
     EncoderConditioner("some/t5", 4, None).of_texts(["table"])
     assert library.read.count("table") == 3
     assert list(conditioner.state_dict()) == []
@@ -165,17 +204,23 @@ def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_unknown_encoder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Encoder()
-    library.AutoConfig = SimpleNamespace(from_pretrained=lambda _, **__: SimpleNamespace(model_type="bert"))
+    library.AutoConfig = SimpleNamespace(
+        from_pretrained=lambda _, **__: SimpleNamespace(model_type="bert")
+    )
     monkeypatch.setattr("tessellar.text.encoders.require", lambda _: library)
     with pytest.raises(UserError, match="a/b is a bert; T5 and CLIP"):
         EncoderConditioner("a/b", 4, None).of_texts(["x"])
 
 
-@pytest.mark.parametrize("found", [None, ModuleType("tokenizers")], ids=["nothing", "our own folder"])
+@pytest.mark.parametrize(
+    "found", [None, ModuleType("tokenizers")], ids=["nothing", "our own folder"]
+)
 def test_the_extra_is_named(found: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package an import from a checkout finds our folder `tokenizers`, a module without a version."""
     monkeypatch.setitem(sys.modules, "tokenizers", found)
-    with pytest.raises(UserError, match=r"need Hugging Face's package tokenizers: pip install 'tessellar\[text\]'"):
+    with pytest.raises(
+        UserError, match=r"need Hugging Face's package tokenizers: pip install 'tessellar\[text\]'"
+    ):
         require("tokenizers")
 
 
@@ -188,7 +233,11 @@ def test_shuffled_captions_are_a_fixed_permutation() -> None:
     class Tars(WebDatasetTars):
         def __init__(self, shuffled: bool) -> None:
             samples = SimpleNamespace(labels=torch.zeros(50).long().numpy(), __len__=None)
-            facts = {"labels": samples.labels, "captioned": samples.labels == 0, "__len__": lambda _: 50}
+            facts = {
+                "labels": samples.labels,
+                "captioned": samples.labels == 0,
+                "__len__": lambda _: 50,
+            }
             samples = type("Samples", (), facts)()
             framing = SimpleNamespace(size=8)
             super().__init__(samples, ("x",), framing, shuffle_captions=shuffled)  # type: ignore[arg-type]

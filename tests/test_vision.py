@@ -48,15 +48,21 @@ def test_its_own_file_tells_everything(file: str, images: Tensor) -> None:
     reference: Any = timm.create_model("test_vit", num_classes=4, **VIT).eval()
     reference.load_state_dict(read_safetensors(Path(file))[0])
     assert model.label == "stripes-vit" and model.grid == (4, 4) and model.dim == 24
-    assert model.preprocessing.mean == (0.5, 0.5, 0.5) and not any(p.requires_grad for p in model.parameters())
+    assert model.preprocessing.mean == (0.5, 0.5, 0.5) and not any(
+        p.requires_grad for p in model.parameters()
+    )
     hidden = reference.forward_features(images)  # mean and std of 0.5 turn [-1, 1] into itself
     found = model.features(images)
     torch.testing.assert_close(torch.cat(found, dim=1), hidden)
-    torch.testing.assert_close(model.pooled(images), reference.forward_head(hidden, pre_logits=True))
+    torch.testing.assert_close(
+        model.pooled(images), reference.forward_head(hidden, pre_logits=True)
+    )
     assert torch.equal(model.patch_features(images), found.patches) and model.pooled_dim == 24
 
 
-@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+)
 def test_last_layer_is_the_normed_output(name: str, images: Tensor) -> None:
     options: Any = {"img_size": 28, "depth": 1} if "dinov" in name else {"img_size": 32}
     options |= {"patch_size": 14} if "dinov" in name else {}
@@ -68,7 +74,9 @@ def test_last_layer_is_the_normed_output(name: str, images: Tensor) -> None:
     assert model.grid[0] * model.grid[1] == model.patch_features(images).shape[1]
 
 
-@pytest.mark.parametrize(("layers", "message"), [((-2, -1), "unequal size"), ((5,), "5 layers"), ((), "5 layers")])
+@pytest.mark.parametrize(
+    ("layers", "message"), [((-2, -1), "unequal size"), ((5,), "5 layers"), ((), "5 layers")]
+)
 def test_layers_that_do_not_go_together(layers: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         VisionModel("test_resnet", layers=layers)
@@ -100,7 +108,9 @@ def test_preprocessing(file: str) -> None:
 def test_always_in_eval_mode_and_gradients_reach_the_images(file: str, images: Tensor) -> None:
     model = VisionModel(weights=file)
     assert not model.train().training and not model.network.training
-    (gradient,) = torch.autograd.grad(model.patch_features(images.requires_grad_()).square().sum(), images)
+    (gradient,) = torch.autograd.grad(
+        model.patch_features(images.requires_grad_()).square().sum(), images
+    )
     assert gradient.abs().sum() > 0
 
 
@@ -179,11 +189,15 @@ def test_weights_as_the_authors_of_dinov2_publish_them(tmp_path: Path, images: T
     name = "vit_small_patch14_dinov2"
     theirs: Any = timm.create_model(name, img_size=42, num_classes=0, depth=1)
     torch.save({**theirs.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2.pth")
-    same, other = (VisionModel(name, str(tmp_path / "dinov2.pth"), size, options={"depth": 1}) for size in (42, 28))
+    same, other = (
+        VisionModel(name, str(tmp_path / "dinov2.pth"), size, options={"depth": 1})
+        for size in (42, 28)
+    )
     for model in (same, other):
         assert torch.equal(model.network.state_dict()["norm.weight"], theirs.norm.weight)
     torch.testing.assert_close(
-        torch.cat(same.features(images), dim=1), theirs.eval().forward_features(same.preprocess(images))
+        torch.cat(same.features(images), dim=1),
+        theirs.eval().forward_features(same.preprocess(images)),
     )
     assert other.patch_features(images).shape == (2, 4, 384)
 
@@ -212,7 +226,9 @@ def test_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match="cannot download 'test_vit' .no route to host.; give a file") as error:
+    with pytest.raises(
+        UserError, match="cannot download 'test_vit' .no route to host.; give a file"
+    ) as error:
         VisionModel("test_vit", "download")
     assert "\n" not in str(error.value)
 
@@ -228,7 +244,12 @@ def test_another_network_and_an_evaluator_are_refused(file: str, tmp_path: Path)
 
 def test_stand_ins_of_a_config_are_named(file: str, tmp_path: Path) -> None:
     published = write(tmp_path / "plain.safetensors", facts=False)
-    config = {"model": {"teacher": {"init_args": {"weights": file}}, "loss": [{"weights": published}, {"weights": 1}]}}
+    config = {
+        "model": {
+            "teacher": {"init_args": {"weights": file}},
+            "loss": [{"weights": published}, {"weights": 1}],
+        }
+    }
     assert stand_ins(config) == ["stripes-vit"]
     assert stand_ins({"weights": "download", "vgg": "none.pth"}) == []
 

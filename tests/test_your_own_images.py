@@ -19,7 +19,11 @@ PAGE = (ROOT / "docs/your_own_images.md").read_text()
 MAIN = {"train": train.main, "convert": convert.main, "sample": sample.main}
 SMALL_RUN = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"]
 SMALL_RUN += ["--trainer.precision=32-true", "--data.batch_size=4"]
-SMALL_TOKENIZER = ["--model.tokenizer.width=16", "--model.tokenizer.decoder_depth=1", "--model.tokenizer.num_heads=2"]
+SMALL_TOKENIZER = [
+    "--model.tokenizer.width=16",
+    "--model.tokenizer.decoder_depth=1",
+    "--model.tokenizer.num_heads=2",
+]
 SMALL_GENERATOR = ["--model.generator.width=48", "--model.generator.depth=1"]
 
 
@@ -49,7 +53,9 @@ def write_pictures(root: Path) -> None:
             save_png(to_uint8(shown["image"]), folder / f"{shown['index']}.png")
 
 
-def test_the_commands_lead_from_pictures_to_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_commands_lead_from_pictures_to_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     write_pictures(tmp_path / "pictures")
@@ -61,12 +67,22 @@ def test_the_commands_lead_from_pictures_to_samples(tmp_path: Path, monkeypatch:
         assert not MAIN[command](smaller(command, arguments))
     assert isinstance(tessellar.load("runs/pictures-generator/export"), ImageGenerator)
     header = data.CachedTokens("caches/pictures/train").header
-    assert (header.count, header.views, header.class_names) == (22, 2, ("circle", "square", "triangle"))
+    assert (header.count, header.views, header.class_names) == (
+        22,
+        2,
+        ("circle", "square", "triangle"),
+    )
     made = sorted(path.name for path in (tmp_path / "outputs/pictures").glob("*_*.png"))
     assert made == ["000000_0000.png", "000001_0001.png", "000002_0002.png"]
     with Image.open("outputs/pictures/grid.png") as grid:
         assert grid.width >= 64 and grid.height >= 3 * 64
-    assert {path.name for path in tmp_path.iterdir()} == {"configs", "pictures", "runs", "caches", "outputs"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "configs",
+        "pictures",
+        "runs",
+        "caches",
+        "outputs",
+    }
 
 
 def test_every_class_and_file_that_the_page_names_exists():

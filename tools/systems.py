@@ -30,7 +30,9 @@ def table(kind: str) -> str:
         text = header(package)
         papers = list(dict.fromkeys(ARXIV.findall(text)))
         said = re.sub(r"\s*\((?:[^()]*arXiv[^()]*)\)", "", text).rstrip(".")
-        rows.append(f"| {said} | `{kind}/{package.name}/` | {', '.join(papers) or 'in each file'} |")
+        rows.append(
+            f"| {said} | `{kind}/{package.name}/` | {', '.join(papers) or 'in each file'} |"
+        )
     return "\n".join(rows)
 
 

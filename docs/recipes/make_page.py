@@ -65,7 +65,9 @@ def page() -> str:
     """The page in markdown."""
     entries = read_entries(HERE / "recipes.yaml")
     lines = [INTRODUCTION]
-    lines.append("| config | side | optimizer | schedule | batch, length | clip, average | images | ours differs in |")
+    lines.append(
+        "| config | side | optimizer | schedule | batch, length | clip, average | images | ours differs in |"
+    )
     lines.append("|---" * 8 + "|")
     for entry in entries:
         for side in entry.parts:
@@ -129,7 +131,11 @@ def _average(part: dict[str, Any]) -> str:
 
 
 def _images(facts: dict[str, Any]) -> str:
-    words = [str(facts[name]) for name in ("resize", "crop", "pretokenization") if isinstance(facts.get(name), str)]
+    words = [
+        str(facts[name])
+        for name in ("resize", "crop", "pretokenization")
+        if isinstance(facts.get(name), str)
+    ]
     ten = facts.get("ten_crop")
     if ten is not None:
         words.append(ten if isinstance(ten, str) else f"ten crops of {ten['resize_crop']}")
@@ -161,8 +167,16 @@ def _number(value: Any) -> str:
 
 def _results(entries: list[Entry]) -> list[str]:
     """Published samplings and reconstructions, by system in the order of the recipes."""
-    lines = ["## Published results", "", "Samples, each with what its recording says of how they were drawn:", ""]
-    lines += ["| system | variant | FID | IS | guidance | temperature, top-k, top-p | steps |", "|---" * 7 + "|"]
+    lines = [
+        "## Published results",
+        "",
+        "Samples, each with what its recording says of how they were drawn:",
+        "",
+    ]
+    lines += [
+        "| system | variant | FID | IS | guidance | temperature, top-k, top-p | steps |",
+        "|---" * 7 + "|",
+    ]
     systems = list(dict.fromkeys(entry.system for entry in entries))
     for system in systems:
         for facts in read_recorded(GOLDEN, system).get("sampling") or ():
@@ -171,7 +185,9 @@ def _results(entries: list[Entry]) -> list[str]:
     for system in systems:
         for facts in read_recorded(GOLDEN, system).get("reconstruction") or ():
             cells = (system, facts.get("variant"), facts.get("rfid"), facts.get("psnr"))
-            lines.append("| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |")
+            lines.append(
+                "| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |"
+            )
     return lines
 
 
@@ -183,7 +199,11 @@ def _sampling(system: str, facts: dict[str, Any]) -> str:
         f"power {power}" if power is not None else "",
     )
     draw = _said(
-        *(f"{name} {facts[name]}" for name in ("temperature", "top_k", "top_p") if facts.get(name) is not None)
+        *(
+            f"{name} {facts[name]}"
+            for name in ("temperature", "top_k", "top_p")
+            if facts.get(name) is not None
+        )
     )
     cells = (
         system,
@@ -194,7 +214,11 @@ def _sampling(system: str, facts: dict[str, Any]) -> str:
         draw,
         facts.get("steps"),
     )
-    return "| " + " | ".join("-" if cell is None else str(cell).replace("|", "/") for cell in cells) + " |"
+    return (
+        "| "
+        + " | ".join("-" if cell is None else str(cell).replace("|", "/") for cell in cells)
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""FlexAR: next-token generator over FlexTok's tokens, class- or text-conditional (arXiv 2502.13967).
+"""FlexAR: next-token generator over FlexTok's tokens, class- or text-conditional (arXiv
+2502.13967).
 
-A start vector, with the class added to it, precedes the tokens; text is read by cross-attention in every block. The
-order of FlexTok's tokens is coarse to fine, so a prefix of what is generated can be decoded. Different from the
-official code: keys are cached, and the null class stays null at every step (`null_class` reproduces the official slip).
-The block is a plausible reading (`plain GELU MLP, LayerNorm, QK-norm`): the released configs were not available.
+A start vector, with the class added to it, precedes the tokens; text is read by cross-attention in
+every block. The order of FlexTok's tokens is coarse to fine, so a prefix of what is generated can
+be decoded. Different from the official code: keys are cached, and the null class stays null at
+every step (`null_class` reproduces the official slip). The block is a plausible reading (`plain
+GELU MLP, LayerNorm, QK-norm`): the released configs were not available.
 """
 
 from typing import NamedTuple
@@ -31,7 +33,9 @@ EPS = 1e-6
 
 
 class FlexARPass(NamedTuple):
-    """What all blocks of one pass share: the cache, and projected text [R, P, D] with who sees it [R, 1, 1, P]."""
+    """What all blocks of one pass share: the cache, and projected text [R, P, D] with who sees it
+    [R, 1, 1, P].
+    """
 
     cache: KVCache | NoCache
     slots: Slots
@@ -44,16 +48,23 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool, implementation: str) -> None:
         super().__init__()
-        self.num_heads, self.implementation, dim = num_heads, implementation, width // num_heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.num_heads = num_heads
+        self.implementation = implementation
+        dim = width // num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
         self.q_norm = nn.LayerNorm(dim, eps=EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim, eps=EPS) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, layer: int, shared: FlexARPass) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
         k, v = shared.cache.write(layer, shared.slots, self.k_norm(k), v)
         slots = shared.slots
-        out = attend(self.q_norm(q).to(k.dtype), k, v, slots.mask, slots.is_causal, self.implementation)
+        out = attend(
+            self.q_norm(q).to(k.dtype), k, v, slots.mask, slots.is_causal, self.implementation
+        )
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
@@ -63,7 +74,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.wq, self.wk, self.wv, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.wq, self.wk, self.wv, self.proj = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
 
     def forward(self, x: Tensor, text: Tensor, visible: Tensor) -> Tensor:
         pairs = ((self.wq, x), (self.wk, text), (self.wv, text))
@@ -72,15 +85,21 @@ class CrossAttention(nn.Module):
 
 
 class FlexARBlock(nn.Module):
-    """x += SelfAttention(norm x); with text x += CrossAttention(norm x, text); x += MLP(norm x), exact GELU."""
+    """x += SelfAttention(norm x); with text x += CrossAttention(norm x, text); x += MLP(norm x),
+    exact GELU.
+    """
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool, text: bool, implementation: str) -> None:
+    def __init__(
+        self, width: int, num_heads: int, qk_norm: bool, text: bool, implementation: str
+    ) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
+        self.attention_norm = nn.LayerNorm(width, eps=EPS)
+        self.mlp_norm = nn.LayerNorm(width, eps=EPS)
         self.attention = SelfAttention(width, num_heads, qk_norm, implementation)
         self.cross_norm = nn.LayerNorm(width, eps=EPS) if text else None
         self.cross = CrossAttention(width, num_heads) if text else None
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.fc1 = nn.Linear(width, 4 * width, bias=False)
+        self.fc2 = nn.Linear(4 * width, width, bias=False)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             tag(linear.weight, "hidden")
 
@@ -93,7 +112,9 @@ class FlexARBlock(nn.Module):
 
 
 class TextConditioning(Conditioning, nn.Module):
-    """Features of a text [B, P, F]; none is the empty prompt of `length` features, which has to be filled in."""
+    """Features of a text [B, P, F]; none is the empty prompt of `length` features, which has to be
+    filled in.
+    """
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
@@ -108,17 +129,22 @@ class TextConditioning(Conditioning, nn.Module):
     def null(self, condition: Condition) -> Condition:
         """Raises UserError while the empty prompt is not known."""
         if not bool(self.empty_valid.any()):
-            raise UserError("the features of the empty prompt are not known: give them to set_empty_prompt")
+            raise UserError(
+                "the features of the empty prompt are not known: give them to set_empty_prompt"
+            )
         rows = condition.batch
-        return Condition(valid=self.empty_valid.expand(rows, -1), features=self.empty.expand(rows, -1, -1))
+        return Condition(
+            valid=self.empty_valid.expand(rows, -1), features=self.empty.expand(rows, -1, -1)
+        )
 
 
 class FlexAR(PrefixTransformer):
     """Next-token generator over one categorical vocabulary.
 
-    Give `num_classes`, or `text_dim` (and `text_hidden` of the text's MLP; None: the same) for text features. The null
-    condition is no class (`null_class`: that class), or the empty prompt, which `set_empty_prompt` fills in. Raises
-    UserError for a layout that is not categorical or has several vocabularies.
+    Give `num_classes`, or `text_dim` (and `text_hidden` of the text's MLP; None: the same) for text
+    features. The null condition is no class (`null_class`: that class), or the empty prompt, which
+    `set_empty_prompt` fills in. Raises UserError for a layout that is not categorical or has
+    several vocabularies.
     """
 
     def __init__(
@@ -142,28 +168,42 @@ class FlexAR(PrefixTransformer):
             raise ValueError("FlexAR needs either num_classes or text_dim")
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
-        self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
-        self.num_heads, self.head_dim, self.num_classes = num_heads, width // num_heads, num_classes
+        self.layout = layout
+        self.entities = token_order(layout)
+        self.condition_dropout = condition_dropout
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.num_classes = num_classes
         vocab = require_categorical(layout, "FlexAR")
-        self.token_embedding, self.start_token = nn.Embedding(vocab, width), nn.Parameter(torch.empty(width))
-        self.positions = nn.Parameter(positions_1d(layout.length, width), requires_grad=learned_positions)
+        self.token_embedding = nn.Embedding(vocab, width)
+        self.start_token = nn.Parameter(torch.empty(width))
+        self.positions = nn.Parameter(
+            positions_1d(layout.length, width), requires_grad=learned_positions
+        )
         self.classes = None if num_classes is None else nn.Embedding(num_classes, width)
         self.text: nn.Sequential | None = None
         if text_dim is not None:
             hidden = text_hidden or text_dim
-            fc1, fc2 = nn.Linear(text_dim, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+            fc1 = nn.Linear(text_dim, hidden, bias=False)
+            fc2 = nn.Linear(hidden, width, bias=False)
             self.text = nn.Sequential(fc1, nn.GELU(approximate="tanh"), fc2)
             self.conditioning = TextConditioning(text_length, text_dim)
         elif num_classes is not None:
             self.conditioning = ClassConditioning(num_classes, null_class)
         self.embedding_dropout = nn.Identity()
-        blocks = (FlexARBlock(width, num_heads, qk_norm, text_dim is not None, attention) for _ in range(depth))
-        self.layers, self.norm = nn.ModuleList(blocks), nn.LayerNorm(width, eps=EPS)
+        blocks = (
+            FlexARBlock(width, num_heads, qk_norm, text_dim is not None, attention)
+            for _ in range(depth)
+        )
+        self.layers = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=EPS)
         self.output = nn.Linear(width, vocab, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Linear layers, embeddings and the start vector N(0, 0.02); the output zero, so the first loss is ln V."""
+        """Linear layers, embeddings and the start vector N(0, 0.02); the output zero, so the first
+        loss is ln V.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -213,7 +253,9 @@ class FlexAR(PrefixTransformer):
 
 
 def positions_1d(length: int, width: int) -> Tensor:
-    """The official sin-cos table [N, D]: a 2D formula on a column, so half of it is constant; the start has none."""
+    """The official sin-cos table [N, D]: a 2D formula on a column, so half of it is constant; the
+    start has none.
+    """
     quarter = width // 4
     places = torch.arange(length - 1, dtype=torch.float64)
     angles = places[:, None] * 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -221,7 +263,8 @@ def positions_1d(length: int, width: int) -> Tensor:
     return F.pad(torch.cat([constant, angles.sin(), angles.cos()], dim=1).float(), (0, 0, 1, 0))
 
 
-# Published variants: width, depth; the matrices of their blocks (16 width^2 a block with cross-attention) have
+# Published variants: width, depth; the matrices of their blocks (16 width^2 a block with
+# cross-attention) have
 def flexar_113m_t2i(layout: Layout, text_dim: int = 2048) -> FlexAR:
     """113,246,208 parameters in the matrices of the blocks."""
     return FlexAR(layout, 768, 12, 12, None, text_dim)

@@ -1,7 +1,8 @@
 """FlexAR's checkpoints (EPFL-VILAB/FlexAR-*): official keys to ours and back.
 
-Sizes are read from the tensors; heads have 64 channels unless `num_heads` says otherwise. A file may also hold the
-image tokenizer and the T5 encoder, which are left aside: the tokenizer is imported on its own, text comes as features.
+Sizes are read from the tensors; heads have 64 channels unless `num_heads` says otherwise. A file
+may also hold the image tokenizer and the T5 encoder, which are left aside: the tokenizer is
+imported on its own, text comes as features.
 """
 
 import re
@@ -40,7 +41,12 @@ def _keys(text: bool) -> KeyTable:
     for number, ours in zip(names, ("attention", "cross", "mlp"), strict=True):
         if number is not None:
             pairs[f"{_BLOCK}.norm_{number}.{{tensor}}"] = f"layers.{{i}}.{ours}_norm.{{tensor}}"
-    start = Rule(f"{MODEL}preprocessor.sos_token_embed", "start_token", lambda t: t[0, 0], lambda t: t[None, None])
+    start = Rule(
+        f"{MODEL}preprocessor.sos_token_embed",
+        "start_token",
+        lambda t: t[0, 0],
+        lambda t: t[None, None],
+    )
     return table(pairs, start, drop=DROP)
 
 
@@ -50,31 +56,33 @@ KEYS = {text: _keys(text) for text in (False, True)}
 def generator_from_official(
     state: Mapping[str, Tensor], layout: Layout, num_heads: int | None = None, text_length: int = 1
 ) -> FlexAR:
-    """The generator of an official state dict over the tokens of a layout; raises UserError where they do not fit."""
+    """The generator of an official state dict over the tokens of a layout; raises UserError where
+    they do not fit.
+    """
     OFFICIAL.check(state)
     length, width = state[f"{MODEL}preprocessor.positional_embedding"].shape
     if length != layout.length:
         raise UserError(f"the generator reads {length} tokens; the tokenizer gives {layout}")
-    classes, fc1 = (
-        state.get(f"{MODEL}preprocessor.cls_embedding.weight"),
-        state.get("models.text_encoder.mlp.fc1.weight"),
-    )
+    classes = state.get(f"{MODEL}preprocessor.cls_embedding.weight")
+    fc1 = state.get("models.text_encoder.mlp.fc1.weight")
     generator = FlexAR(
         layout,
         width,
-        count(state, rf"{re.escape(MODEL)}trunk\.blocks\.(\d+)\."),
-        heads_of(width, num_heads),
-        None if classes is None else len(classes),
-        None if fc1 is None else fc1.shape[1],
-        None if fc1 is None else len(fc1),
-        text_length,
-        any(".q_norm." in key for key in state),
+        depth=count(state, rf"{re.escape(MODEL)}trunk\.blocks\.(\d+)\."),
+        num_heads=heads_of(width, num_heads),
+        num_classes=None if classes is None else len(classes),
+        text_dim=None if fc1 is None else fc1.shape[1],
+        text_hidden=None if fc1 is None else len(fc1),
+        text_length=text_length,
+        qk_norm=any(".q_norm." in key for key in state),
     )
     return OFFICIAL.fill(generator, state)
 
 
 def to_official(generator: FlexAR) -> dict[str, Tensor]:
-    """The official state dict (without tokenizer and text encoder); the inverse of `generator_from_official`."""
+    """The official state dict (without tokenizer and text encoder); the inverse of
+    `generator_from_official`.
+    """
     return OFFICIAL.to_official(generator)
 
 

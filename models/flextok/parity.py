@@ -29,7 +29,9 @@ def _generator(recording: Recording, part: str) -> FlexAR:
     config = recording.config
     check_options(config, "the config", READ)
     state = prefixed(recording.weights["model"], f"{part}/")
-    layout = sequence_layout(config["num_tokens"], Categorical(config["codebook_size"]), min_prefix=1)
+    layout = sequence_layout(
+        config["num_tokens"], Categorical(config["codebook_size"]), min_prefix=1
+    )
     generator = generator_from_official(state, layout, config["num_heads"], config["text_length"])
     sizes = (generator.positions.shape[1], len(generator.layers))
     if sizes != (config["embed_dim"], config["depth"]):
@@ -45,7 +47,9 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
 @replays("flextok_ar", "c2i")
 @torch.no_grad()
 def c2i(recording: Recording) -> dict[str, Tensor]:
-    """Embeddings, logits, loss, greedy tokens with and without guidance, and branches of the last token."""
+    """Embeddings, logits, loss, greedy tokens with and without guidance, and branches of the last
+    token.
+    """
     generator = _generator(recording, "c2i")
     tokens = recording.inputs["c2i/tokens"]
     label = recording.inputs["c2i/class"]
@@ -71,7 +75,9 @@ def c2i(recording: Recording) -> dict[str, Tensor]:
 
 
 def _greedy(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
-    """Official code guides the first token against one label and the later ones, all computed anew, against another."""
+    """Official code guides the first token against one label and the later ones, all computed anew,
+    against another.
+    """
     condition = Condition(ids=torch.tensor(settings["classes"]))
     guidance = _guidance(settings)
     conditioning = generator.conditioning
@@ -103,7 +109,10 @@ def _branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[s
     last = likely[:, -1].topk(settings["num_samples"])
     rows = decoded.tokens[:, :end].repeat_interleave(settings["num_samples"], 0)
     rows[:, -1] = last.indices.flatten()
-    return {"c2i/branch_tokens": rows, "c2i/branch_logp": (before[:, None] + last.values).flatten()[:, None]}
+    return {
+        "c2i/branch_tokens": rows,
+        "c2i/branch_logp": (before[:, None] + last.values).flatten()[:, None],
+    }
 
 
 @replays("flextok_ar", "t2i")

@@ -1,8 +1,10 @@
-"""HAR: hierarchical autoregression, ResTok's generator: a few tokens one by one, then a whole level a step.
+"""HAR: hierarchical autoregression, ResTok's generator: a few tokens one by one, then a whole level
+a step.
 
-arXiv 2601.03955. N and A (tokens drawn one at a time) are powers of two; levels A, 2A, .., N/2 follow. A level reads
-the tokens of the level before it once, then special tokens up to its own length; its positions see each other and
-everything before. One-dimensional rotation by sequence index, the class at 0.
+arXiv 2601.03955. N and A (tokens drawn one at a time) are powers of two; levels A, 2A, .., N/2
+follow. A level reads the tokens of the level before it once, then special tokens up to its own
+length; its positions see each other and everything before. One-dimensional rotation by sequence
+index, the class at 0.
 """
 
 from math import log2
@@ -26,13 +28,18 @@ def level_sizes(length: int, first: int) -> tuple[int, ...]:
     Raises UserError unless both are powers of two, with 2 A at most N.
     """
     if first < 1 or length < 2 * first or length & (length - 1) or first & (first - 1):
-        raise UserError(f"HAR needs a power of two of tokens, and of first ones, at most half: not {length}, {first}")
+        raise UserError(
+            f"HAR needs a power of two of tokens, and of first ones, at most half: not {length}, {first}"
+        )
     return (1,) * first + tuple(first * 2**i for i in range(int(log2(length // first))))
 
 
 def input_sources(length: int, first: int) -> tuple[Tensor, Tensor]:
-    """What places 1 .. N - 1 of the sequence read: a token's number, or -1 and a special token's number."""
-    token, special = torch.full((length,), -1), torch.zeros(length, dtype=torch.int64)
+    """What places 1 .. N - 1 of the sequence read: a token's number, or -1 and a special token's
+    number.
+    """
+    token = torch.full((length,), -1)
+    special = torch.zeros(length, dtype=torch.int64)
     for place in range(1, length):
         start = 1 << (place.bit_length() - 1)
         inside = place - start
@@ -48,7 +55,9 @@ def input_sources(length: int, first: int) -> tuple[Tensor, Tensor]:
 
 
 class HAR(LlamaGenerator):
-    """Class-conditional next-level generator over a categorical layout of N tokens, `first` of them one by one."""
+    """Class-conditional next-level generator over a categorical layout of N tokens, `first` of them
+    one by one.
+    """
 
     def __init__(
         self,
@@ -66,16 +75,24 @@ class HAR(LlamaGenerator):
         zero_init_residual: bool = False,
         attention: str = "auto",
     ) -> None:
-        super().__init__(width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, 0.0, attention)
-        self.layout, self.condition_dropout, self.first = layout, condition_dropout, first
+        super().__init__(
+            width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, 0.0, attention
+        )
+        self.layout = layout
+        self.condition_dropout = condition_dropout
+        self.first = first
         self.entities = levels(layout, level_sizes(layout.length, first))
         vocab = require_categorical(layout, "HAR")
         self.conditioning = ClassPrefix(num_classes, width)
         self.token_embedding = nn.Embedding(vocab, width)
-        self.special_embedding = nn.Embedding(layout.length - 1, width)  # as published; N / 2 - 1 of them are read
+        self.special_embedding = nn.Embedding(
+            layout.length - 1, width
+        )  # as published; N / 2 - 1 of them are read
         self.output = nn.Linear(width, vocab, bias=False)
         self.token_of, self.special_of = input_sources(layout.length, first)
-        angles = torch.arange(2 * layout.length)[:, None] * frequencies(self.head_dim // 2, rope_base)
+        angles = torch.arange(2 * layout.length)[:, None] * frequencies(
+            self.head_dim // 2, rope_base
+        )
         self.set_rotations(angles.cos(), angles.sin())
         self.init_weights(zero_init_residual)
         for table in (self.conditioning.embedding, self.token_embedding, self.special_embedding):
@@ -83,13 +100,18 @@ class HAR(LlamaGenerator):
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         index = index.clamp(max=len(self.token_of) - 1)
-        token, special = self.token_of[index].to(tokens.device), self.special_of[index].to(tokens.device)
+        token = self.token_of[index].to(tokens.device)
+        special = self.special_of[index].to(tokens.device)
         ids = tokens.gather(1, token.clamp(min=0).expand(len(tokens), -1))
-        return torch.where((token >= 0)[..., None], self.token_embedding(ids), self.special_embedding(special))
+        return torch.where(
+            (token >= 0)[..., None], self.token_embedding(ids), self.special_embedding(special)
+        )
 
     def block(self, place: Tensor) -> Tensor:
         """Causal among the first tokens, then one number a level."""
-        exponent = torch.bucketize(place, 2 ** torch.arange(40), right=True) - 1  # floor(log2), exact
+        exponent = (
+            torch.bucketize(place, 2 ** torch.arange(40), right=True) - 1
+        )  # floor(log2), exact
         return torch.where(place < self.first, place, self.first + exponent)
 
     def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:

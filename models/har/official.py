@@ -1,4 +1,6 @@
-"""HAR's checkpoints (arXiv 2601.03955), official keys to ours and back: the generator published with ResTok."""
+"""HAR's checkpoints (arXiv 2601.03955), official keys to ours and back: the generator published
+with ResTok.
+"""
 
 from collections.abc import Mapping
 
@@ -36,7 +38,9 @@ def from_official(
     rope_base: float = 10000.0,
     where: str = "the HAR checkpoint",
 ) -> HAR:
-    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    """A generator of the sizes that the weights show; raises UserError where they do not fit the
+    tokenizer's layout.
+    """
     OFFICIAL.check(state)
     vocab, width = state["output.weight"].shape
     special = state["spe_tok_embeddings.special_embeddings.weight"].shape[0]
@@ -55,8 +59,13 @@ def from_official(
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
-    if (generator.token_embedding.num_embeddings, generator.special_embedding.num_embeddings) != (vocab, special):
-        raise UserError(f"{where} is for {special + 1} tokens of {vocab} codes, but the tokenizer gives {layout}")
+    if (generator.token_embedding.num_embeddings, generator.special_embedding.num_embeddings) != (
+        vocab,
+        special,
+    ):
+        raise UserError(
+            f"{where} is for {special + 1} tokens of {vocab} codes, but the tokenizer gives {layout}"
+        )
     return OFFICIAL.fill(generator, state, where)
 
 

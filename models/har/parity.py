@@ -1,4 +1,6 @@
-"""Replays of HAR, the generator over ResTok's tokens (cases `gen_*` of recordings of system `restok`)."""
+"""Replays of HAR, the generator over ResTok's tokens (cases `gen_*` of recordings of system
+`restok`).
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,9 +1,11 @@
-"""Hita's generator: a Llama over holistic tokens, then patches, with a vocabulary for each (arXiv 2507.02358).
+"""Hita's generator: a Llama over holistic tokens, then patches, with a vocabulary for each (arXiv
+2507.02358).
 
-Two embedding tables and two heads, chosen by position. Where a holistic token is predicted a learned vector is added to
-queries and keys of every layer; from the first patch on positions are LlamaGen's 2D rotation, whose first entry is
-zero. The official cached sampler looks the last holistic token up in the patch table, other than training:
-`lookup="official"` reproduces that for imported weights, "train_consistent" does not.
+Two embedding tables and two heads, chosen by position. Where a holistic token is predicted a
+learned vector is added to queries and keys of every layer; from the first patch on positions are
+LlamaGen's 2D rotation, whose first entry is zero. The official cached sampler looks the last
+holistic token up in the patch table, other than training: `lookup="official"` reproduces that for
+imported weights, "train_consistent" does not.
 """
 
 from typing import Literal
@@ -31,7 +33,9 @@ def two_vocabularies(layout: Layout) -> tuple[int, int]:
     kinds = [segment.kind for segment in layout.segments]
     shapes = [len(segment.shape) for segment in layout.segments]
     if shapes != [1, 2] or not all(isinstance(kind, Categorical) for kind in kinds):
-        raise UserError(f"Hita's generator reads a categorical sequence, then a grid; this tokenizer gives {layout}")
+        raise UserError(
+            f"Hita's generator reads a categorical sequence, then a grid; this tokenizer gives {layout}"
+        )
     return kinds[0].vocab, kinds[1].vocab  # type: ignore[union-attr]
 
 
@@ -53,9 +57,14 @@ class HitaAR(LlamaGenerator):
         lookup: Lookup = "train_consistent",
         attention: str = "auto",
     ) -> None:
-        super().__init__(width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, 0.0, attention)
-        self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
-        self.vocabularies, self.lookup = two_vocabularies(layout), lookup
+        super().__init__(
+            width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, 0.0, attention
+        )
+        self.layout = layout
+        self.entities = token_order(layout)
+        self.condition_dropout = condition_dropout
+        self.vocabularies = two_vocabularies(layout)
+        self.lookup = lookup
         self.holistic = layout.segments[0].length
         self.conditioning = ClassPrefix(num_classes, width)
         self.holistic_embedding = nn.Embedding(self.vocabularies[0], width)
@@ -74,7 +83,9 @@ class HitaAR(LlamaGenerator):
         nn.init.zeros_(self.patch_output.weight)
 
     def _rotations(self, base: float) -> tuple[Tensor, Tensor]:
-        """cos, sin [S + 1 + N, head_dim / 2]: none before the boundary, zero at it, then the grid's."""
+        """cos, sin [S + 1 + N, head_dim / 2]: none before the boundary, zero at it, then the
+        grid's.
+        """
         height, width = self.layout.segments[1].shape
         cell = torch.arange(height * width)
         angles = grid_angles(cell // width, cell % width, self.head_dim, base)
@@ -88,7 +99,9 @@ class HitaAR(LlamaGenerator):
     def _embed(self, state: State, tokens: Tensor, index: Tensor) -> Tensor:
         """The official quirk is the sampler's alone: training and scoring keep to the right tables."""
         quirk = self.lookup == "official" and isinstance(state.cache, KVCache)
-        return self._look_up(state.rows(tokens), index, self.holistic - 1 if quirk else self.holistic)
+        return self._look_up(
+            state.rows(tokens), index, self.holistic - 1 if quirk else self.holistic
+        )
 
     def _look_up(self, tokens: Tensor, index: Tensor, boundary: int) -> Tensor:
         index = index.clamp(max=self.layout.length - 1).to(tokens.device)
@@ -125,12 +138,15 @@ class HitaAR(LlamaGenerator):
             )
         )
 
-    def losses_of(self, scores: Distribution, targets: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def losses_of(
+        self, scores: Distribution, targets: Tensor, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Two means with equal weight, whatever the lengths of the segments."""
         assert isinstance(scores, Logits)
         parts = {"holistic": slice(None, self.holistic), "patches": slice(self.holistic, None)}
         return {
-            name: Logits(scores.logits[:, part]).cross_entropy(targets[:, part], weight) for name, part in parts.items()
+            name: Logits(scores.logits[:, part]).cross_entropy(targets[:, part], weight)
+            for name, part in parts.items()
         }
 
 

@@ -1,6 +1,7 @@
 """Hita's generator checkpoints (arXiv 2507.02358), official keys to ours and back.
 
-One official matrix holds both heads, ours are two. Imported weights sample with the official look-up by default.
+One official matrix holds both heads, ours are two. Imported weights sample with the official
+look-up by default.
 """
 
 from collections.abc import Mapping
@@ -47,29 +48,35 @@ def from_official(
     dropout: float = 0.1,
     where: str = "the Hita checkpoint",
 ) -> HitaAR:
-    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    """A generator of the sizes that the weights show; raises UserError where they do not fit the
+    tokenizer's layout.
+    """
     OFFICIAL.check(state)
     first = state["slot_embeddings.weight"].shape[0]
     width = state["norm.weight"].shape[0]
     depth = count(state, r"layers\.(\d+)\.")
     if num_heads is None and (width, depth) not in WIDE_HEADS:
-        raise UserError(f"no published Hita generator has width {width} and depth {depth}: give --num_heads")
+        raise UserError(
+            f"no published Hita generator has width {width} and depth {depth}: give --num_heads"
+        )
     generator = HitaAR(
         layout,
         width,
-        depth,
-        num_heads or WIDE_HEADS[width, depth],
-        state["cls_embedding.embedding_table.weight"].shape[0] - 1,
-        condition_dropout,
-        dropout,
-        ffn_multiple(width, state["layers.0.feed_forward.w1.weight"].shape[0]),
-        norm_eps,
-        rope_base,
-        lookup,
+        depth=depth,
+        num_heads=num_heads or WIDE_HEADS[width, depth],
+        num_classes=state["cls_embedding.embedding_table.weight"].shape[0] - 1,
+        condition_dropout=condition_dropout,
+        dropout=dropout,
+        ffn_multiple_of=ffn_multiple(width, state["layers.0.feed_forward.w1.weight"].shape[0]),
+        norm_eps=norm_eps,
+        rope_base=rope_base,
+        lookup=lookup,
     )
     sizes = (first, state["tok_embeddings.weight"].shape[0])
     if generator.vocabularies != sizes or generator.holistic != state["slot_pos.weight"].shape[0]:
-        raise UserError(f"{where} predicts {sizes} codes, but the tokenizer gives {layout}: give its own tokenizer")
+        raise UserError(
+            f"{where} predicts {sizes} codes, but the tokenizer gives {layout}: give its own tokenizer"
+        )
     return OFFICIAL.fill(generator, state, where)
 
 

@@ -30,7 +30,10 @@ def _generator(recording: Recording, lookup: Lookup = "official") -> HitaAR:
     holistic = Categorical(state["slot_embeddings.weight"].shape[0])
     patches = Categorical(state["tok_embeddings.weight"].shape[0])
     layout = Layout(
-        (Segment((config["num_slots"],), holistic, "holistic"), Segment((side, side), patches, "patches")),
+        (
+            Segment((config["num_slots"],), holistic, "holistic"),
+            Segment((side, side), patches, "patches"),
+        ),
     )
     return from_official(
         state,
@@ -62,7 +65,9 @@ def scores(recording: Recording) -> dict[str, Tensor]:
     losses = generator.loss(tokens, _condition(recording))
     hidden = calls.outputs[0]
     return {
-        "ar_train_logits": torch.cat([generator.holistic_output(hidden), generator.patch_output(hidden)], -1),
+        "ar_train_logits": torch.cat(
+            [generator.holistic_output(hidden), generator.patch_output(hidden)], -1
+        ),
         "ar_loss_slots": losses["holistic"],
         "ar_loss_patches": losses["patches"],
     }
@@ -103,5 +108,7 @@ def inpainting(recording: Recording) -> dict[str, Tensor]:
     settings = recording.settings("ar_inpaint_greedy")
     generator = _generator(recording, settings["lookup"])
     given = settings["num_forced_slots"] + settings["num_forced_patches"]
-    decoded = greedy(generator, _condition(recording), guidance_of(settings), _tokens(recording), first=given)
+    decoded = greedy(
+        generator, _condition(recording), guidance_of(settings), _tokens(recording), first=given
+    )
     return {"ar_inpaint_greedy": decoded.tokens}

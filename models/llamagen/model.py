@@ -1,9 +1,11 @@
-"""LlamaGen: a plain Llama over the tokens of a grid, behind a class or caption prefix (arXiv 2406.06525).
+"""LlamaGen: a plain Llama over the tokens of a grid, behind a class or caption prefix (arXiv
+2406.06525).
 
-The baseline generator of the field. As in the official code, the rotation of prefix positions is zero (cos = sin = 0,
-not the identity): prefix queries and keys become zero vectors, so every image token sees each of them with score 0.
-Different from the official code: the cache is an argument, not module state, and any categorical layout is accepted (a
-sequence turns by its index along the row axis alone).
+The baseline generator of the field. As in the official code, the rotation of prefix positions is
+zero (cos = sin = 0, not the identity): prefix queries and keys become zero vectors, so every image
+token sees each of them with score 0. Different from the official code: the cache is an argument,
+not module state, and any categorical layout is accepted (a sequence turns by its index along the
+row axis alone).
 """
 
 import torch
@@ -21,8 +23,8 @@ from tessellar.protocol.layout import Layout
 class LlamaGen(LlamaGenerator):
     """Next-token generator over a categorical layout.
 
-    Give `num_classes` for a class prefix, or `caption_dim` (and `caption_length`) for caption features. Raises
-    UserError for a layout that is not categorical or has several vocabularies.
+    Give `num_classes` for a class prefix, or `caption_dim` (and `caption_length`) for caption
+    features. Raises UserError for a layout that is not categorical or has several vocabularies.
     """
 
     output: nn.Linear
@@ -45,10 +47,14 @@ class LlamaGen(LlamaGenerator):
         attention: str = "auto",
         zero_init_residual: bool = False,
     ) -> None:
-        super().__init__(width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, drop_path, attention)
+        super().__init__(
+            width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, drop_path, attention
+        )
         if (num_classes is None) == (caption_dim is None):
             raise ValueError("LlamaGen needs either num_classes or caption_dim")
-        self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
+        self.layout = layout
+        self.entities = token_order(layout)
+        self.condition_dropout = condition_dropout
         vocab = require_categorical(layout, "LlamaGen")
         self.token_embedding = nn.Embedding(vocab, width)
         if num_classes is not None:
@@ -62,21 +68,27 @@ class LlamaGen(LlamaGenerator):
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         """Input i is the i-th token generated (its successor is predicted there)."""
-        index = entities.order.expand(len(index), -1).gather(1, index.clamp(max=entities.length - 1))
+        index = entities.order.expand(len(index), -1).gather(
+            1, index.clamp(max=entities.length - 1)
+        )
         ids = tokens[:, index[0]] if len(index) == 1 else tokens.gather(1, index.to(tokens.device))
         return self.token_embedding(ids)
 
 
-def rope_table(layout: Layout, prefix_length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    layout: Layout, prefix_length: int, head_dim: int, base: float
+) -> tuple[Tensor, Tensor]:
     """cos, sin [P + N, head_dim / 2]; all zero on the prefix."""
-    rows, columns = [], []
+    rows = []
+    columns = []
     for segment in layout.segments:
         place = torch.arange(segment.length)
         side = segment.shape[-1] if len(segment.shape) == 2 else segment.length
         rows.append(place % side if len(segment.shape) == 1 else place // side)
         columns.append(torch.zeros_like(place) if len(segment.shape) == 1 else place % side)
     angles = grid_angles(torch.cat(rows), torch.cat(columns), head_dim, base)
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     return F.pad(cos, (0, 0, prefix_length, 0)), F.pad(sin, (0, 0, prefix_length, 0))
 
 
@@ -108,4 +120,12 @@ def llamagen_3b(layout: Layout, num_classes: int = 1000) -> LlamaGen:
 
 def llamagen_t2i_xl(layout: Layout, caption_dim: int = 2048, caption_length: int = 120) -> LlamaGen:
     """777,678,080 parameters; reads FLAN-T5-XL features."""
-    return LlamaGen(layout, 1280, 36, 20, None, caption_dim, caption_length)
+    return LlamaGen(
+        layout,
+        1280,
+        depth=36,
+        num_heads=20,
+        num_classes=None,
+        caption_dim=caption_dim,
+        caption_length=caption_length,
+    )

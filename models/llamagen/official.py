@@ -1,7 +1,9 @@
-"""LlamaGen's class- and text-conditional GPT checkpoints (arXiv 2406.06525), official keys to ours and back.
+"""LlamaGen's class- and text-conditional GPT checkpoints (arXiv 2406.06525), official keys to ours
+and back.
 
-Sizes are read from the tensors' shapes; what shapes do not tell (number of heads, RoPE base, norm epsilon) is known for
-the published variants and otherwise an argument. The grid is the tokenizer's: the weights do not depend on it.
+Sizes are read from the tensors' shapes; what shapes do not tell (number of heads, RoPE base, norm
+epsilon) is known for the published variants and otherwise an argument. The grid is the tokenizer's:
+the weights do not depend on it.
 """
 
 from collections.abc import Mapping
@@ -33,7 +35,8 @@ KEYS = table(
     drop=("freqs_cis", "*.kv_cache.*"),
 )
 
-# (width, depth) -> heads of every variant that the official code defines: B, L, XL, XXL, XXXL, 1B, 3B, 7B
+# (width, depth) -> heads of every variant that the official code defines: B, L, XL, XXL, XXXL, 1B,
+# 3B, 7B
 HEADS = {
     (768, 12): 12,
     (1024, 24): 16,
@@ -46,7 +49,8 @@ HEADS = {
 }
 
 
-# options of the official `ModelArgs` that are read, or that the shapes tell, or that only training needs
+# options of the official `ModelArgs` that are read, or that the shapes tell, or that only training
+# needs
 READ = (
     "dim n_layer n_head n_kv_head multiple_of ffn_dim_multiplier norm_eps rope_base vocab_size block_size num_classes "
     "caption_dim model_type class_dropout_prob dropouts token_dropout_p attn_dropout_p resid_dropout_p ffn_dropout_p "
@@ -100,20 +104,20 @@ def from_official(
 ) -> LlamaGen:
     """Our generator with the weights of an official state dict, over the tokens of `layout`.
 
-    Raises UserError for unknown or missing keys, for a layout of another vocabulary, and where the number of heads is
-    neither given nor known.
+    Raises UserError for unknown or missing keys, for a layout of another vocabulary, and where the
+    number of heads is neither given nor known.
     """
     sizes = sizes_of(state)
     generator = LlamaGen(
         layout,
         sizes.width,
-        sizes.depth,
-        num_heads or _heads(state, sizes),
-        sizes.num_classes,
-        sizes.caption_dim,
-        sizes.caption_length,
-        condition_dropout,
-        dropout,
+        depth=sizes.depth,
+        num_heads=num_heads or _heads(state, sizes),
+        num_classes=sizes.num_classes,
+        caption_dim=sizes.caption_dim,
+        caption_length=sizes.caption_length,
+        condition_dropout=condition_dropout,
+        dropout=dropout,
         ffn_multiple_of=ffn_multiple(sizes.width, sizes.hidden, multiple_of),
         norm_eps=norm_eps,
         rope_base=rope_base,
@@ -131,10 +135,14 @@ def to_official(generator: LlamaGen) -> dict[str, Tensor]:
 
 
 def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout) -> LlamaGen:
-    """Our generator from official weights and official option names (`ModelArgs`), every dropout as the config says."""
+    """Our generator from official weights and official option names (`ModelArgs`), every dropout as
+    the config says.
+    """
     heads = config["n_head"]
     if config.get("n_kv_head") not in (None, heads):
-        raise UserError(f"n_kv_head {config['n_kv_head']} is not supported: no published model groups its queries")
+        raise UserError(
+            f"n_kv_head {config['n_kv_head']} is not supported: no published model groups its queries"
+        )
     captions = state.get("cls_embedding.uncond_embedding")
     length = 1 if captions is None else len(captions)
     check_options(config, "the config", READ, {"cls_token_num": length})
@@ -155,7 +163,9 @@ def _heads(state: Mapping[str, Tensor], sizes: Sizes) -> int:
     if "freqs_cis" in state:
         return sizes.width // (2 * state["freqs_cis"].shape[1])
     if (sizes.width, sizes.depth) not in HEADS:
-        raise UserError(f"no published LlamaGen has width {sizes.width} and depth {sizes.depth}: give --num_heads")
+        raise UserError(
+            f"no published LlamaGen has width {sizes.width} and depth {sizes.depth}: give --num_heads"
+        )
     return HEADS[sizes.width, sizes.depth]
 
 
@@ -166,7 +176,11 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a LlamaGen generator",
     marks=("tok_embeddings.weight", "cls_embedding.*", "layers.0.feed_forward.w1.weight"),
-    entries=("model", "module", "state_dict"),  # the order of the official sampling script; no average
+    entries=(
+        "model",
+        "module",
+        "state_dict",
+    ),  # the order of the official sampling script; no average
     keys=KEYS,
     build=_build,
 )

@@ -1,4 +1,6 @@
-"""Replays of LlamaGen's recorded outputs: teacher-forced logits, losses, gradients, guided greedy decoding, filters."""
+"""Replays of LlamaGen's recorded outputs: teacher-forced logits, losses, gradients, guided greedy
+decoding, filters.
+"""
 
 from collections.abc import Mapping
 from math import isqrt
@@ -31,7 +33,9 @@ def _generator(recording: Recording, part: str) -> LlamaGen:
 
 @replays("llamagen", "c2i")
 def c2i(recording: Recording) -> dict[str, Tensor]:
-    """Teacher-forced logits, loss, gradient norm and rotation table of the class-conditional generator."""
+    """Teacher-forced logits, loss, gradient norm and rotation table of the class-conditional
+    generator.
+    """
     generator = _generator(recording, "c2i")
     tokens = recording.inputs["c2i/tokens"]
     scores = generator.score(tokens, Condition(ids=recording.inputs["c2i/labels"]))
@@ -49,13 +53,17 @@ def c2i(recording: Recording) -> dict[str, Tensor]:
 def c2i_gen(recording: Recording) -> dict[str, Tensor]:
     """Greedy decoding with the cache, without guidance, with it, and with an interval."""
     generator = _generator(recording, "c2i")
-    return _greedy_runs(recording, "c2i", generator, Condition(ids=recording.inputs["c2i/gen_labels"]))
+    return _greedy_runs(
+        recording, "c2i", generator, Condition(ids=recording.inputs["c2i/gen_labels"])
+    )
 
 
 @replays("llamagen", "t2i")
 @torch.no_grad()
 def t2i(recording: Recording) -> dict[str, Tensor]:
-    """Logits, weighted loss, projected null caption and greedy decoding of the text-conditional generator."""
+    """Logits, weighted loss, projected null caption and greedy decoding of the text-conditional
+    generator.
+    """
     generator = _generator(recording, "t2i")
     inputs = recording.inputs
     captions = Condition(valid=inputs["t2i/emb_masks"] > 0, features=inputs["t2i/caption_embs"])
@@ -79,7 +87,9 @@ def sample(recording: Recording) -> dict[str, Tensor]:
     return {name: choice_of(recording.settings(name)).probs(logits) for name in names}
 
 
-def _greedy_runs(recording: Recording, part: str, generator: LlamaGen, condition: Condition) -> dict[str, Tensor]:
+def _greedy_runs(
+    recording: Recording, part: str, generator: LlamaGen, condition: Condition
+) -> dict[str, Tensor]:
     """Tokens and logits of every run of a part."""
     outputs = {}
     for name in recording.outputs(f"{part}/greedy_*/tokens"):
@@ -90,7 +100,9 @@ def _greedy_runs(recording: Recording, part: str, generator: LlamaGen, condition
 
 
 def guidance_of(settings: Mapping[str, Any]) -> Guidance:
-    """LlamaGen's: no null rows for a scale of at most 1; `cfg_interval` m > -1 guides tokens 0 .. m + 1."""
+    """LlamaGen's: no null rows for a scale of at most 1; `cfg_interval` m > -1 guides tokens 0 .. m
+    + 1.
+    """
     scale = settings.get("cfg_scale", 1.0)
     interval = settings.get("cfg_interval", -1)
     if scale <= 1:

@@ -1,4 +1,6 @@
-"""MAR: masked autoregression over continuous tokens with a diffusion loss per token (arXiv 2406.11838)."""
+"""MAR: masked autoregression over continuous tokens with a diffusion loss per token (arXiv
+2406.11838).
+"""
 
 from tessellar.models.mar.model import MAR, mar_b, mar_h, mar_l
 

@@ -1,4 +1,6 @@
-"""The diffusion head of MAR: a small MLP that denoises one token given its vector z (arXiv 2406.11838, section 3.3)."""
+"""The diffusion head of MAR: a small MLP that denoises one token given its vector z (arXiv
+2406.11838, section 3.3).
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,8 @@ class DiffusionBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
         self.modulation = Modulation(width, count=3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -22,20 +25,26 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionMLP(nn.Module):
-    """Noisy tokens [n, C], integer steps [n] and z [n, D] to predicted noise and variance share, each [n, C]."""
+    """Noisy tokens [n, C], integer steps [n] and z [n, D] to predicted noise and variance share,
+    each [n, C].
+    """
 
     def __init__(self, channels: int, condition_dim: int, width: int, depth: int) -> None:
         super().__init__()
         self.channels = channels
         self.time = TimeEmbedding(width)
-        self.condition, self.input = nn.Linear(condition_dim, width), nn.Linear(channels, width)
+        self.condition = nn.Linear(condition_dim, width)
+        self.input = nn.Linear(channels, width)
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation, self.output = Modulation(width, count=2), nn.Linear(width, 2 * channels)
+        self.modulation = Modulation(width, count=2)
+        self.output = nn.Linear(width, 2 * channels)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier; times N(0, 0.02); modulations and the output at zero, so that blocks start as the identity."""
+        """Xavier; times N(0, 0.02); modulations and the output at zero, so that blocks start as the
+        identity.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "modulation" not in name:
                 nn.init.xavier_uniform_(module.weight)

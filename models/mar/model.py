@@ -1,9 +1,11 @@
-"""MAR: masked autoregression over continuous tokens with a diffusion loss per token (arXiv 2406.11838).
+"""MAR: masked autoregression over continuous tokens with a diffusion loss per token (arXiv
+2406.11838).
 
-A bidirectional encoder reads the known tokens behind a buffer of class embeddings, a decoder sees all places and gives
-a vector z for each; a small MLP (`heads/diffusion_mlp.py`) denoises a token given its z. Tokens come in random order,
-a growing set at a time. Different from the official code: the loss is computed at masked tokens only, which is the
-same mean, and the order is data (`Entities`), drawn from each image's own noise.
+A bidirectional encoder reads the known tokens behind a buffer of class embeddings, a decoder sees
+all places and gives a vector z for each; a small MLP (`heads/diffusion_mlp.py`) denoises a token
+given its z. Tokens come in random order, a growing set at a time. Different from the official code:
+the loss is computed at masked tokens only, which is the same mean, and the order is data
+(`Entities`), drawn from each image's own noise.
 """
 
 from functools import partial
@@ -29,7 +31,8 @@ from tessellar.protocol.noise import Noise
 
 
 def planned_sizes(patches: int, steps: int) -> tuple[int, ...]:
-    """Patches that become known at each step: floor(L cos(pi / 2 (i + 1) / T)) are left behind step i, at least one.
+    """Patches that become known at each step: floor(L cos(pi / 2 (i + 1) / T)) are left behind step
+    i, at least one.
 
     Raises UserError for more steps than patches.
     """
@@ -42,11 +45,13 @@ def planned_sizes(patches: int, steps: int) -> tuple[int, ...]:
 
 
 class MAR(MaskedGenerator):
-    """Class-conditional generator over one grid of continuous latents; `patch` x `patch` of them are one token.
+    """Class-conditional generator over one grid of continuous latents; `patch` x `patch` of them
+    are one token.
 
-    `steps` is the number of sets in which tokens are decoded by default, `repeats` how many noise levels each token is
-    trained at in one update. Width, depth and heads of the decoder, and dropout of attention weights, are those of the
-    encoder and of the projections unless given. Raises UserError for other layouts.
+    `steps` is the number of sets in which tokens are decoded by default, `repeats` how many noise
+    levels each token is trained at in one update. Width, depth and heads of the decoder, and
+    dropout of attention weights, are those of the encoder and of the projections unless given.
+    Raises UserError for other layouts.
     """
 
     def __init__(
@@ -74,15 +79,17 @@ class MAR(MaskedGenerator):
         super().__init__()
         kind = layout.segments[0].kind
         if layout.grid is None or not isinstance(kind, Continuous):
-            raise UserError(f"MAR generates one grid of continuous latents; this tokenizer gives {layout}")
-        self.layout, self.condition_dropout, self.num_classes = layout, condition_dropout, num_classes
-        self.patch, self.buffer, self.least_masked, self.repeats, self.steps = (
-            patch,
-            buffer,
-            least_masked,
-            repeats,
-            steps,
-        )
+            raise UserError(
+                f"MAR generates one grid of continuous latents; this tokenizer gives {layout}"
+            )
+        self.layout = layout
+        self.condition_dropout = condition_dropout
+        self.num_classes = num_classes
+        self.patch = patch
+        self.buffer = buffer
+        self.least_masked = least_masked
+        self.repeats = repeats
+        self.steps = steps
         self.cells = cells(layout, patch, patch)
         self.conditioning = ClassConditioning(num_classes)
         self.channels, self.length = kind.dim * patch**2, self.cells.count
@@ -96,15 +103,15 @@ class MAR(MaskedGenerator):
             attn_drop=dropout if attention_dropout is None else attention_dropout,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
         )
-        self.class_embedding, self.null_embedding = (
-            nn.Embedding(num_classes, width),
-            nn.Parameter(torch.empty(1, width)),
-        )
-        self.input, self.input_norm = nn.Linear(self.channels, width), nn.LayerNorm(width, eps=1e-6)
+        self.class_embedding = nn.Embedding(num_classes, width)
+        self.null_embedding = nn.Parameter(torch.empty(1, width))
+        self.input = nn.Linear(self.channels, width)
+        self.input_norm = nn.LayerNorm(width, eps=1e-6)
         self.encoder_positions = nn.Parameter(torch.empty(1, buffer + self.length, width))
         self.encoder_blocks = nn.ModuleList(make(width, num_heads) for _ in range(depth))
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_input, self.mask_token = nn.Linear(width, inner), nn.Parameter(torch.empty(1, 1, inner))
+        self.decoder_input = nn.Linear(width, inner)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, inner))
         self.decoder_positions = nn.Parameter(torch.empty(1, buffer + self.length, inner))
         self.decoder_blocks = nn.ModuleList(
             make(inner, decoder_heads or num_heads) for _ in range(decoder_depth or depth)
@@ -162,7 +169,9 @@ class MAR(MaskedGenerator):
     def encode(self, patches: Tensor, visible: Tensor, condition: Condition) -> Tensor:
         """Buffer and visible patches [R, P + V, D]; `visible` [R, V] are their places, ascending."""
         label = self.embed_classes(condition)[:, None].expand(-1, self.buffer, -1)
-        x = self.input_norm(torch.cat([label, self.input(patches.to(label.dtype))], 1) + self.encoder_positions)
+        x = self.input_norm(
+            torch.cat([label, self.input(patches.to(label.dtype))], 1) + self.encoder_positions
+        )
         x = torch.cat([x[:, : self.buffer], take(x, visible + self.buffer)], 1)
         for block in self.encoder_blocks:
             x = block(x)
@@ -181,37 +190,53 @@ class MAR(MaskedGenerator):
             x = block(x)
         return self.decoder_norm(x)[:, self.buffer :] + self.z_positions
 
-    def fill(self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor) -> ImplicitDiffusion:
+    def fill(
+        self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor
+    ) -> ImplicitDiffusion:
         """Guidance acts on the predicted noise alone; the variance stays the conditional one."""
         area = self.patch**2
         cell_of = torch.empty(self.layout.length, dtype=torch.int64)
         cell_of[self.cells.order] = torch.arange(self.layout.length) // area
-        wanted, entity = cell_of[places[:, ::area]], entity[:, ::area]
+        wanted = cell_of[places[:, ::area]]
+        entity = entity[:, ::area]
         known_patches = state.rows(known[:, self.cells.order[::area]])
         z = self.vectors(state.rows(self.to_patches(tokens)), known_patches, state.condition)
         z = take(z, state.rows(wanted))
-        planned = Entities(torch.arange(self.length), tuple(size // area for size in state.entities.sizes))
+        planned = Entities(
+            torch.arange(self.length), tuple(size // area for size in state.entities.sizes)
+        )
 
         def model(x: Tensor, t: Tensor) -> Tensor:
             """eps and v, channels [2 C], of noisy latents [B, T, C] at the original step number t."""
             noisy = state.rows(rearrange(x.to(z.dtype), "b (l q) c -> b l (c q)", q=area))
             eps, v = self.head(noisy, t.expand(noisy.shape[:2]), z)
-            eps, v = state.guidance.merge(eps, entity, planned), v[: state.batch]
+            eps = state.guidance.merge(eps, entity, planned)
+            v = v[: state.batch]
             unfolded = (rearrange(part, "b l (c q) -> b (l q) c", q=area) for part in (eps, v))
             return torch.cat([*unfolded], -1)
 
         number = int(entity.flatten()[0])
-        return ImplicitDiffusion(model, (places.shape[1], self.channels // area), number, state.entities.count)
+        return ImplicitDiffusion(
+            model, (places.shape[1], self.channels // area), number, state.entities.count
+        )
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Diffusion loss at the masked patches; one mask ratio a batch, N(1, 0.25) within [least_masked, 1]."""
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Diffusion loss at the masked patches; one mask ratio a batch, N(1, 0.25) within
+        [least_masked, 1].
+        """
         ratio = nn.init.trunc_normal_(torch.empty(1), 1.0, 0.25, self.least_masked, 1.0)
         count = ceil(self.length * float(ratio))
         rank = torch.rand(len(tokens), self.length).argsort(1).argsort(1)
         rows = self.repeats * len(tokens) * self.length
         t = torch.randint(TRAINING_STEPS, (rows,), device=tokens.device)
         noise = torch.randn(rows, self.channels, device=tokens.device)
-        return {"diffusion": self.masked_loss(tokens, rank < count, self.drop_condition(condition), t, noise, weight)}
+        return {
+            "diffusion": self.masked_loss(
+                tokens, rank < count, self.drop_condition(condition), t, noise, weight
+            )
+        }
 
     def masked_loss(
         self,
@@ -222,7 +247,8 @@ class MAR(MaskedGenerator):
         noise: Tensor,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Mean of squared error and variational bound over masked patches [B, L], `repeats` times each.
+        """Mean of squared error and variational bound over masked patches [B, L], `repeats` times
+        each.
 
         t [K B L] and noise [K B L, C p p] are indexed by repetition, sample, patch.
         """
@@ -232,7 +258,9 @@ class MAR(MaskedGenerator):
         rows = [x.flatten(0, 1).repeat(self.repeats, 1)[chosen] for x in (patches, z)]
         losses = self.row_losses(rows[0].float(), rows[1], t[chosen], noise[chosen])
         share = (
-            torch.ones(masked.shape, device=tokens.device) if weight is None else weight[:, None].expand(masked.shape)
+            torch.ones(masked.shape, device=tokens.device)
+            if weight is None
+            else weight[:, None].expand(masked.shape)
         )
         share = share.flatten().repeat(self.repeats)[chosen]
         return (losses * share).sum() / share.sum().clamp(min=torch.finfo(losses.dtype).eps)
@@ -248,14 +276,41 @@ class MAR(MaskedGenerator):
 # Published variants: blocks of encoder and of decoder, width, heads; head depth, width.   parameters at 16 x 16 x 16
 def mar_b(layout: Layout, num_classes: int = 1000) -> MAR:
     """207,924,768 parameters."""
-    return MAR(layout, 768, 12, 12, None, 1024, 6, num_classes)
+    return MAR(
+        layout,
+        768,
+        depth=12,
+        num_heads=12,
+        decoder_width=None,
+        head_width=1024,
+        head_depth=6,
+        num_classes=num_classes,
+    )
 
 
 def mar_l(layout: Layout, num_classes: int = 1000) -> MAR:
     """478,326,304 parameters."""
-    return MAR(layout, 1024, 16, 16, None, 1280, 8, num_classes)
+    return MAR(
+        layout,
+        1024,
+        depth=16,
+        num_heads=16,
+        decoder_width=None,
+        head_width=1280,
+        head_depth=8,
+        num_classes=num_classes,
+    )
 
 
 def mar_h(layout: Layout, num_classes: int = 1000) -> MAR:
     """942,403,104 parameters."""
-    return MAR(layout, 1280, 20, 16, None, 1536, 12, num_classes)
+    return MAR(
+        layout,
+        1280,
+        depth=20,
+        num_heads=16,
+        decoder_width=None,
+        head_width=1536,
+        head_depth=12,
+        num_classes=num_classes,
+    )

@@ -1,4 +1,5 @@
-"""MAR's generator checkpoints (arXiv 2406.11838), official keys to ours and back. (The VAE: tokenizers/kl_vae.)
+"""MAR's generator checkpoints (arXiv 2406.11838), official keys to ours and back. (The VAE:
+tokenizers/kl_vae.)
 
 All sizes but the heads are read from the tensors' shapes.
 """
@@ -53,30 +54,38 @@ def from_official(
     where: str = "the MAR checkpoint",
     decoder_heads: int | None = None,
 ) -> MAR:
-    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout.
+    """A generator of the sizes that the weights show; raises UserError where they do not fit the
+    tokenizer's layout.
 
     The decoder has as many heads as the encoder unless `decoder_heads` says otherwise.
     """
     ours = KEYS.from_official(state, where)
     classes, width = ours["class_embedding.weight"].shape
     length, inner = ours["z_positions"].shape[1:]
-    channels, kind = ours["input.weight"].shape[1], layout.segments[0].kind
+    channels = ours["input.weight"].shape[1]
+    kind = layout.segments[0].kind
     patch = isqrt(channels // kind.dim) if isinstance(kind, Continuous) else 0
-    if not isinstance(kind, Continuous) or kind.dim * patch**2 != channels or length * patch**2 != layout.length:
-        raise UserError(f"{where} is for {length} tokens of {channels} channels, but the tokenizer gives {layout}")
+    if (
+        not isinstance(kind, Continuous)
+        or kind.dim * patch**2 != channels
+        or length * patch**2 != layout.length
+    ):
+        raise UserError(
+            f"{where} is for {length} tokens of {channels} channels, but the tokenizer gives {layout}"
+        )
     if num_heads is None and width not in HEADS:
         raise UserError(f"no published MAR has width {width}: give --num_heads")
     generator = MAR(
         layout,
         width,
-        count(ours, r"encoder_blocks\.(\d+)\."),
-        num_heads or HEADS[width],
-        inner,
-        ours["head.input.weight"].shape[0],
-        count(ours, r"head\.blocks\.(\d+)\."),
-        classes,
-        patch,
-        ours["encoder_positions"].shape[1] - length,
+        depth=count(ours, r"encoder_blocks\.(\d+)\."),
+        num_heads=num_heads or HEADS[width],
+        decoder_width=inner,
+        head_width=ours["head.input.weight"].shape[0],
+        head_depth=count(ours, r"head\.blocks\.(\d+)\."),
+        num_classes=classes,
+        patch=patch,
+        buffer=ours["encoder_positions"].shape[1] - length,
         mlp_ratio=ours["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
         steps=min(64, length),
         decoder_depth=count(ours, r"decoder_blocks\.(\d+)\."),
@@ -97,7 +106,10 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a MAR generator",
     marks=("class_emb.weight", "fake_latent", "diffloss.net.input_proj.weight"),
-    entries=("model_ema", "model"),  # `checkpoint-last.pth`: the official evaluation loads the average
+    entries=(
+        "model_ema",
+        "model",
+    ),  # `checkpoint-last.pth`: the official evaluation loads the average
     keys=KEYS,
     build=_build,
     tokenizer="kl_vae",

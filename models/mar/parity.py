@@ -1,4 +1,6 @@
-"""Replays of MAR's generator, diffusion head and sampler (cases `gen_*` of recordings of system `mar`)."""
+"""Replays of MAR's generator, diffusion head and sampler (cases `gen_*` of recordings of system
+`mar`).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +58,9 @@ def _generator(recording: Recording) -> MAR:
 
 
 def _kept(spacing: str) -> list[int]:
-    """Kept steps of the official option `timestep_respacing`: `ddimN`, a number, or nothing for all."""
+    """Kept steps of the official option `timestep_respacing`: `ddimN`, a number, or nothing for
+    all.
+    """
     if not spacing:
         return list(full_process().steps)
     if spacing.startswith("ddim"):
@@ -74,8 +78,13 @@ def schedules(recording: Recording) -> dict[str, Tensor]:
     outputs = {}
     for name in recording.names("output", {"gen_schedule"}):
         settings = recording.settings(name)
-        if (settings["noise_schedule"], settings["diffusion_steps"]) != ("cosine", len(full_process().steps)):
-            raise UserError(f"{name}: MAR's noise schedule is cosine over 1000 steps, not {settings}")
+        if (settings["noise_schedule"], settings["diffusion_steps"]) != (
+            "cosine",
+            len(full_process().steps),
+        ):
+            raise UserError(
+                f"{name}: MAR's noise schedule is cosine over 1000 steps, not {settings}"
+            )
         process = _process(settings["timestep_respacing"])
         tables = {
             "timesteps": torch.tensor(process.steps),
@@ -95,7 +104,9 @@ def schedules(recording: Recording) -> dict[str, Tensor]:
 def head(recording: Recording) -> dict[str, Tensor]:
     """Predictions and losses of the diffusion head."""
     generator = _generator(recording)
-    z, clean, t, noise = (recording.inputs[f"diffloss/{name}"] for name in ("z", "target", "t", "noise"))
+    z, clean, t, noise = (
+        recording.inputs[f"diffloss/{name}"] for name in ("z", "target", "t", "noise")
+    )
     mask = recording.inputs["diffloss/mask"]
     eps, v = generator.head(full_process().noisy(clean, t, noise), t, z)
     error, bound = full_process().losses(eps, v, clean, t, noise)
@@ -114,8 +125,8 @@ def head(recording: Recording) -> dict[str, Tensor]:
 def head_samples(recording: Recording) -> dict[str, Tensor]:
     """Tokens as images of one token each.
 
-    The guided run carries both branches: one noise prediction, made from the conditional rows, and a variance of their
-    own.
+    The guided run carries both branches: one noise prediction, made from the conditional rows, and
+    a variance of their own.
     """
     generator = _generator(recording)
     given = recording.inputs
@@ -139,7 +150,9 @@ def head_samples(recording: Recording) -> dict[str, Tensor]:
     one = recording.settings("diffloss_sample/out")
     both = recording.settings("diffloss_sample/out_cfg")
     return {
-        "diffloss_sample/out": run(alone, start, given["diffloss_sample/noise"], one["temperature"]),
+        "diffloss_sample/out": run(
+            alone, start, given["diffloss_sample/noise"], one["temperature"]
+        ),
         "diffloss_sample/out_cfg": run(
             guided, start.repeat(2, 1, 1), given["diffloss_sample/noise_cfg"], both["temperature"]
         ),
@@ -175,17 +188,24 @@ def training(recording: Recording) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedDiffusion(AncestralDiffusion):
-    """The sampler with its recorded noise: rows are sample-major patches, of which the conditional half counts."""
+    """The sampler with its recorded noise: rows are sample-major patches, of which the conditional
+    half counts.
+    """
 
     recording: Recording
     run: str
     area: int
 
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
+    def integrate(
+        self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
+    ) -> Tensor:
         start = self.recording.inputs[f"{self.run}/iter{entity}/x_T"]
         steps = self.recording.inputs[f"{self.run}/iter{entity}/noise"][:, : len(start)]
         patches = shape[0] // self.area
-        draws = (rearrange(rows, "(b l) (c q) -> b (l q) c", l=patches, q=self.area) for rows in [start, *steps])
+        draws = (
+            rearrange(rows, "(b l) (c q) -> b (l q) c", l=patches, q=self.area)
+            for rows in [start, *steps]
+        )
         process = _process(str(self.recording.config["mar"]["num_sampling_steps"]))
         return ancestral_diffusion(model, process, shape, RecordedNoise(draws), self.temperature)
 
@@ -217,7 +237,9 @@ def sampling(recording: Recording) -> dict[str, Tensor]:
         outputs[name] = rearrange(tokens, "b (h w) c -> b c h w", h=side)
         scales = torch.ones(entities.count)
         if guidance.schedule is not None:
-            planned = Entities(torch.arange(generator.length), tuple(size // area for size in entities.sizes))
+            planned = Entities(
+                torch.arange(generator.length), tuple(size // area for size in entities.sizes)
+            )
             scales = guidance.schedule(torch.arange(entities.count)[None], planned)[0]
         outputs[f"{run}/cfg_per_iter"] = scales
     return outputs

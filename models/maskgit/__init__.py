@@ -1,4 +1,6 @@
-"""MaskGIT over any categorical layout: all masked tokens predicted at once (arXiv 2202.04200), TiTok's generators."""
+"""MaskGIT over any categorical layout: all masked tokens predicted at once (arXiv 2202.04200),
+TiTok's generators.
+"""
 
 from tessellar.models.maskgit.model import MaskGIT, maskgit_uvit, maskgit_vit
 

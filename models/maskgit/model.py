@@ -1,9 +1,10 @@
-"""MaskGIT over any categorical layout: all masked tokens predicted at once (arXiv 2202.04200), TiTok's generators.
+"""MaskGIT over any categorical layout: all masked tokens predicted at once (arXiv 2202.04200),
+TiTok's generators.
 
-TiTok (arXiv 2406.07550) and One-D-Piece publish two backbones: a post-norm BERT encoder (`vit`) and a U-ViT with long
-skips (`uvit`). The sequence is a class embedding, then the tokens, masked ones as id V. Decoding by confidence is
-`tessellar/sampling/confidence.py`. Different from the official code: one embedding module of our own instead of
-transformers' BERT, and any layout.
+TiTok (arXiv 2406.07550) and One-D-Piece publish two backbones: a post-norm BERT encoder (`vit`) and
+a U-ViT with long skips (`uvit`). The sequence is a class embedding, then the tokens, masked ones as
+id V. Decoding by confidence is `tessellar/sampling/confidence.py`. Different from the official
+code: one embedding module of our own instead of transformers' BERT, and any layout.
 """
 
 from itertools import pairwise
@@ -32,34 +33,50 @@ class BertLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads, self.rate = num_heads, dropout
+        self.num_heads = num_heads
+        self.rate = dropout
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.proj, self.attention_norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
-        self.fc1, self.fc2, self.mlp_norm = (
-            nn.Linear(width, hidden),
-            nn.Linear(hidden, width),
-            nn.LayerNorm(width, 1e-12),
-        )
+        self.proj = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.mlp_norm = nn.LayerNorm(width, 1e-12)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (rearrange(f(x), "b n (h d) -> b h n d", h=self.num_heads) for f in (self.query, self.key, self.value))
+        heads = (
+            rearrange(f(x), "b n (h d) -> b h n d", h=self.num_heads)
+            for f in (self.query, self.key, self.value)
+        )
         out = attend(*heads, dropout=self.rate if self.training else 0.0)
         x = self.attention_norm(x + self.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)"))))
         return self.mlp_norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
 
 class Bert(nn.Module):
-    """Token ids [B, n] to hidden states [B, n, D]; learned positions, and the one token type that is used."""
+    """Token ids [B, n] to hidden states [B, n, D]; learned positions, and the one token type that
+    is used.
+    """
 
     def __init__(
-        self, ids: int, length: int, width: int, depth: int, num_heads: int, hidden: int, dropout: float
+        self,
+        ids: int,
+        length: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        hidden: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.embedding, self.position = nn.Embedding(ids, width), nn.Embedding(length, width)
+        self.embedding = nn.Embedding(ids, width)
+        self.position = nn.Embedding(length, width)
         self.token_type = nn.Embedding(2, width)
-        self.norm, self.dropout = nn.LayerNorm(width, eps=1e-12), nn.Dropout(dropout)
-        self.layers = nn.ModuleList(BertLayer(width, num_heads, hidden, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            BertLayer(width, num_heads, hidden, dropout) for _ in range(depth)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids) + self.token_type.weight[0] + self.position.weight[: ids.shape[1]]
@@ -70,39 +87,55 @@ class Bert(nn.Module):
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm block without biases of queries, keys and values; an outer one first joins a skip (arXiv 2209.12152)."""
+    """Pre-norm block without biases of queries, keys and values; an outer one first joins a skip
+    (arXiv 2209.12152).
+    """
 
     def __init__(self, width: int, num_heads: int, hidden: int, skip: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         self.skip = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip is not None:
             assert skip is not None
             x = self.skip(torch.cat([x, skip], -1))
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
         x = x + self.proj(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class UViT(nn.Module):
-    """Token ids [B, n] to hidden states [B, n, D]; the outputs of the first half are read again by the second."""
+    """Token ids [B, n] to hidden states [B, n, D]; the outputs of the first half are read again by
+    the second.
+    """
 
-    def __init__(self, ids: int, length: int, width: int, depth: int, num_heads: int, hidden: int) -> None:
+    def __init__(
+        self, ids: int, length: int, width: int, depth: int, num_heads: int, hidden: int
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(ids, width)
         self.position = nn.Parameter(torch.empty(1, length, width))
-        self.in_blocks = nn.ModuleList(UViTBlock(width, num_heads, hidden) for _ in range(depth // 2))
+        self.in_blocks = nn.ModuleList(
+            UViTBlock(width, num_heads, hidden) for _ in range(depth // 2)
+        )
         self.mid_block = UViTBlock(width, num_heads, hidden)
-        self.out_blocks = nn.ModuleList(UViTBlock(width, num_heads, hidden, skip=True) for _ in range(depth // 2))
+        self.out_blocks = nn.ModuleList(
+            UViTBlock(width, num_heads, hidden, skip=True) for _ in range(depth // 2)
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x, skips = self.embedding(ids) + self.position[:, : ids.shape[1]], []
+        x = self.embedding(ids) + self.position[:, : ids.shape[1]]
+        skips = []
         for block in self.in_blocks:
             x = block(x)
             skips.append(x)
@@ -115,8 +148,8 @@ class UViT(nn.Module):
 class MaskGIT(MaskedGenerator):
     """Class-conditional; `known_weight` and `label_smoothing` shape the training loss.
 
-    Embedding rows: V tokens, the mask, the classes, no class. Raises UserError for a layout that is not categorical or
-    has several vocabularies.
+    Embedding rows: V tokens, the mask, the classes, no class. Raises UserError for a layout that is
+    not categorical or has several vocabularies.
     """
 
     def __init__(
@@ -134,13 +167,26 @@ class MaskGIT(MaskedGenerator):
         known_weight: float = 0.1,
     ) -> None:
         super().__init__()
-        self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
-        self.vocab, self.num_classes = require_categorical(layout, "MaskGIT"), num_classes
-        self.label_smoothing, self.known_weight = label_smoothing, known_weight
+        self.layout = layout
+        self.entities = token_order(layout)
+        self.condition_dropout = condition_dropout
+        self.vocab = require_categorical(layout, "MaskGIT")
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.known_weight = known_weight
         self.conditioning = ClassConditioning(num_classes)
-        ids, length = self.vocab + 1 + num_classes + 1, layout.length + 1
+        ids = self.vocab + 1 + num_classes + 1
+        length = layout.length + 1
         if backbone == "vit":
-            self.backbone: Bert | UViT = Bert(ids, length, width, depth, num_heads, hidden, dropout)
+            self.backbone: Bert | UViT = Bert(
+                ids,
+                length,
+                width=width,
+                depth=depth,
+                num_heads=num_heads,
+                hidden=hidden,
+                dropout=dropout,
+            )
         else:
             self.backbone = UViT(ids, length, width, depth, num_heads, hidden)
         self.output = nn.Linear(width, self.vocab)
@@ -165,7 +211,9 @@ class MaskGIT(MaskedGenerator):
             tag(self.backbone.token_type.weight, "no_decay")
 
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
-        """A random order of its own for each image, in sets of about one size (default: one token each)."""
+        """A random order of its own for each image, in sets of about one size (default: one token
+        each).
+        """
         length = self.layout.length
         ends = [length * i // (steps or length) for i in range((steps or length) + 1)]
         sizes = tuple(b - a for a, b in pairwise(ends))
@@ -174,37 +222,55 @@ class MaskGIT(MaskedGenerator):
         return Entities(noise.uniform(length).argsort(1).cpu(), sizes)
 
     def logits(self, tokens: Tensor, masked: Tensor, condition: Condition) -> Tensor:
-        """Logits [B, N, V] of tokens [B, N], of which those that are `masked` [B, N] are not looked at."""
+        """Logits [B, N, V] of tokens [B, N], of which those that are `masked` [B, N] are not looked
+        at.
+        """
         assert condition.ids is not None
         ids = torch.where(masked, self.vocab, tokens)
         label = self.vocab + 1 + condition.ids
         return self.output(self.backbone(torch.cat([label[:, None], ids], 1))[:, 1:]).float()
 
-    def fill(self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor) -> Logits:
+    def fill(
+        self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor
+    ) -> Logits:
         masked = state.rows(~known).to(tokens.device)
         logits = self.logits(state.rows(tokens), masked, state.condition)
         return Logits(state.merge(take(logits, state.rows(places)), entity))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Cross-entropy at a mask ratio of arccos(u) 2 / pi for uniform u, at least one token masked."""
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Cross-entropy at a mask ratio of arccos(u) 2 / pi for uniform u, at least one token
+        masked.
+        """
         ratio = torch.rand(len(tokens), device=tokens.device).arccos() * 2 / torch.pi
         count = (ratio * self.layout.length).round().clamp(min=1)
         rank = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)
         return {
-            "cross_entropy": self.masked_loss(tokens, rank < count[:, None], self.drop_condition(condition), weight)
+            "cross_entropy": self.masked_loss(
+                tokens, rank < count[:, None], self.drop_condition(condition), weight
+            )
         }
 
-    def masked_loss(self, tokens: Tensor, masked: Tensor, condition: Condition, weight: Tensor | None = None) -> Tensor:
-        """Smoothed cross-entropy; known tokens count `known_weight` of a masked one, samples by `weight` [B]."""
+    def masked_loss(
+        self, tokens: Tensor, masked: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> Tensor:
+        """Smoothed cross-entropy; known tokens count `known_weight` of a masked one, samples by
+        `weight` [B].
+        """
         logits = self.logits(tokens, masked, condition).transpose(1, 2)
-        losses = F.cross_entropy(logits, tokens, reduction="none", label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(
+            logits, tokens, reduction="none", label_smoothing=self.label_smoothing
+        )
         share = torch.where(masked, 1.0, self.known_weight)
         share = share if weight is None else share * weight[:, None]
         return (losses * share).sum() / share.sum().clamp(min=torch.finfo(losses.dtype).eps)
 
     @torch.no_grad()
     def masked_accuracy(self, tokens: Tensor, masked: Tensor, condition: Condition) -> Tensor:
-        """Share of the masked tokens that are the most likely ones: of each sample, then the mean of the samples."""
+        """Share of the masked tokens that are the most likely ones: of each sample, then the mean
+        of the samples.
+        """
         right = (self.logits(tokens, masked, condition).argmax(-1) == tokens) & masked
         return (right.sum(1) / masked.sum(1).clamp(min=1)).mean()
 

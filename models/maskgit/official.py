@@ -1,6 +1,8 @@
-"""The MaskGIT generators of TiTok and One-D-Piece (arXiv 2406.07550, 2501.10064), official keys to ours and back.
+"""The MaskGIT generators of TiTok and One-D-Piece (arXiv 2406.07550, 2501.10064), official keys to
+ours and back.
 
-Sizes are read from the tensors' shapes; heads are 16 in every published one and otherwise an argument.
+Sizes are read from the tensors' shapes; heads are 16 in every published one and otherwise an
+argument.
 """
 
 from collections.abc import Mapping
@@ -68,12 +70,16 @@ def from_official(
     num_heads: int = PUBLISHED_HEADS,
     where: str = "the MaskGIT checkpoint",
 ) -> MaskGIT:
-    """A generator of the sizes that the weights show; raises UserError where layout and weights disagree."""
+    """A generator of the sizes that the weights show; raises UserError where layout and weights
+    disagree.
+    """
     is_uvit = "pos_embed" in state
     ours = _keys(is_uvit).from_official(state, where)
     table_name = "backbone.position" if is_uvit else "backbone.position.weight"
     if table_name not in ours or "output.weight" not in ours:
-        raise UserError(f"{where} holds no MaskGIT generator: position table or output layer is absent")
+        raise UserError(
+            f"{where} holds no MaskGIT generator: position table or output layer is absent"
+        )
     (vocab, width), length = ours["output.weight"].shape, ours[table_name].shape[-2] - 1
     if length != layout.length:
         raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
@@ -90,7 +96,9 @@ def from_official(
         ours["backbone.embedding.weight"].shape[0] - vocab - 2,
     )
     if generator.vocab != vocab:
-        raise UserError(f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer")
+        raise UserError(
+            f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer"
+        )
     return OFFICIAL.fill(generator, state, where)
 
 

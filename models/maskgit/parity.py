@@ -1,7 +1,8 @@
-"""Replays of the official MaskGIT generators (recordings of system `titok_maskgit`): logits, loss, decoded tokens.
+"""Replays of the official MaskGIT generators (recordings of system `titok_maskgit`): logits, loss,
+decoded tokens.
 
-The cases of both backbones are alike: `gen_vit_*` and `gen_uvit_*`. Decoding consumes the recorded uniform noise in the
-official order: tokens, then confidences, once a step.
+The cases of both backbones are alike: `gen_vit_*` and `gen_uvit_*`. Decoding consumes the recorded
+uniform noise in the official order: tokens, then confidences, once a step.
 """
 
 from collections.abc import Mapping
@@ -51,7 +52,9 @@ def scores(recording: Recording) -> dict[str, Tensor]:
         generator = _generator(recording, part)
         generator.label_smoothing = settings["label_smoothing"]
         generator.known_weight = settings["loss_weight_unmasked_token"]
-        assert torch.equal(hidden, torch.where(masked, generator.vocab, tokens)), "other tokens are masked"
+        assert torch.equal(hidden, torch.where(masked, generator.vocab, tokens)), (
+            "other tokens are masked"
+        )
         outputs |= {
             name: generator.masked_loss(tokens, masked, condition),
             f"{part}/mlm_acc": generator.masked_accuracy(tokens, masked, condition),
@@ -98,4 +101,6 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
         return Guidance(Linear(scale + 1, start=1.0, reach_end=False))
     if kind == "power-cosine":
         return Guidance(PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False))
-    raise UserError(f"guidance_decay {kind!r} is not known; there are constant, linear, power-cosine")
+    raise UserError(
+        f"guidance_decay {kind!r} is not known; there are constant, linear, power-cosine"
+    )

@@ -1,7 +1,9 @@
-"""Joint text: captions as tokens of the generator's own sequence, [text, begin of image, windows, end of image].
+"""Joint text: captions as tokens of the generator's own sequence, [text, begin of image, windows,
+end of image].
 
-Text ids, the two marks and the image codes share one vocabulary (Token-Shuffle, arXiv 2504.17789; Chameleon before it).
-The null prompt is the begin-of-text id alone: it is shorter, and padding stands on the left.
+Text ids, the two marks and the image codes share one vocabulary (Token-Shuffle, arXiv 2504.17789;
+Chameleon before it). The null prompt is the begin-of-text id alone: it is shorter, and padding
+stands on the left.
 """
 
 import torch
@@ -18,14 +20,19 @@ IGNORED = -100
 
 
 class JointText(Conditioning, nn.Module):
-    """Ids of a text and the mark behind it; no weights of its own. Texts have at most `length` tokens."""
+    """Ids of a text and the mark behind it; no weights of its own. Texts have at most `length`
+    tokens.
+    """
 
     def __init__(self, text_vocab: int, length: int, bos: int = 0) -> None:
         super().__init__()
         if not 0 <= bos < text_vocab:
             raise UserError(f"bos is {bos}; it must be one of the {text_vocab} text ids")
-        self.text_vocab, self.length, self.bos = text_vocab, length, bos
-        self.boi, self.eoi = text_vocab, text_vocab + 1
+        self.text_vocab = text_vocab
+        self.length = length
+        self.bos = bos
+        self.boi = text_vocab
+        self.eoi = text_vocab + 1
         self.joint_vocab = text_vocab + 2
 
     def tokens(self, condition: Condition) -> tuple[Tensor, Tensor]:
@@ -34,7 +41,8 @@ class JointText(Conditioning, nn.Module):
             raise UserError(
                 "this generator reads captions as token ids: it needs a conditioner that gives ids and valid"
             )
-        ids, valid = condition.ids, condition.valid.bool()
+        ids = condition.ids
+        valid = condition.valid.bool()
         mark = torch.full_like(ids[:, :1], self.boi)
         return torch.cat([ids.clamp(0, self.text_vocab - 1), mark], 1), torch.cat(
             [valid, valid.new_ones(len(ids), 1)], 1

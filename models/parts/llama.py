@@ -1,4 +1,6 @@
-"""Llama generators: a stack of Llama blocks behind a prefix (LlamaGen's backbone, arXiv 2406.06525)."""
+"""Llama generators: a stack of Llama blocks behind a prefix (LlamaGen's backbone, arXiv
+2406.06525).
+"""
 
 from torch import Tensor, nn
 
@@ -14,11 +16,12 @@ from tessellar.protocol.generator import Prefix, State
 
 
 class LlamaGenerator(PrefixTransformer):
-    """One sequence, one prefix, one vocabulary: a subclass sets `conditioning` (`parts/prefixes.py`) and `output`.
+    """One sequence, one prefix, one vocabulary: a subclass sets `conditioning`
+    (`parts/prefixes.py`) and `output`.
 
-    It gives the rotation of each place to `set_rotations`, then calls `init_weights`, and says what `embed` reads. What
-    differs (two vocabularies, biases, queries) is overridden. The hidden width of the SwiGLU is `ffn_hidden`, or
-    LlamaGen's rule; `num_kv_heads` groups queries.
+    It gives the rotation of each place to `set_rotations`, then calls `init_weights`, and says what
+    `embed` reads. What differs (two vocabularies, biases, queries) is overridden. The hidden width
+    of the SwiGLU is `ffn_hidden`, or LlamaGen's rule; `num_kv_heads` groups queries.
     """
 
     conditioning: ClassPrefix | CaptionPrefix | JointText
@@ -41,15 +44,28 @@ class LlamaGenerator(PrefixTransformer):
     ) -> None:
         super().__init__()
         if width % num_heads or num_heads % (num_kv_heads or num_heads):
-            raise UserError(f"width {width}, {num_heads} heads and {num_kv_heads} key heads must divide one another")
+            raise UserError(
+                f"width {width}, {num_heads} heads and {num_kv_heads} key heads must divide one another"
+            )
         self.output = None
-        self.width, self.num_heads, self.head_dim = width, num_heads, width // num_heads
+        self.width = width
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         hidden = ffn_hidden or swiglu_hidden(width, ffn_multiple_of)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         residual_dropout = 0.0 if drop_path > 0 else dropout
         self.layers = nn.ModuleList(
-            LlamaBlock(width, num_heads, hidden, norm_eps, residual_dropout, rate, attention, num_kv_heads)
+            LlamaBlock(
+                width,
+                num_heads,
+                hidden=hidden,
+                norm_eps=norm_eps,
+                dropout=residual_dropout,
+                drop_path=rate,
+                implementation=attention,
+                num_kv_heads=num_kv_heads,
+            )
             for rate in rates
         )
         self.norm = nn.RMSNorm(width, eps=norm_eps)

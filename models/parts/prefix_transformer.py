@@ -1,9 +1,11 @@
-"""Prefix transformers: `start`, `predict` and `score` of every generator that is one sequence behind a prefix.
+"""Prefix transformers: `start`, `predict` and `score` of every generator that is one sequence
+behind a prefix.
 
-A subclass has its blocks (`layers`) and last norm, and says what the prefix is, what is read at each sequence index,
-who sees whom, what a pass tells its blocks and how hidden states become a distribution. Sequence: prefix places
-0 .. P-1, then input index i at place P + i. The input of entity 0 is the last prefix position, so `start` prefills all
-but that one and every entity of a token generator takes exactly one position.
+A subclass has its blocks (`layers`) and last norm, and says what the prefix is, what is read at
+each sequence index, who sees whom, what a pass tells its blocks and how hidden states become a
+distribution. Sequence: prefix places 0 .. P-1, then input index i at place P + i. The input of
+entity 0 is the last prefix position, so `start` prefills all but that one and every entity of a
+token generator takes exactly one position.
 """
 
 from abc import abstractmethod
@@ -27,8 +29,8 @@ from tessellar.protocol.work import Work, causal_attention_macs, linear_macs
 class PrefixTransformer(Generator):
     """A stack of blocks driven through the generator protocol.
 
-    Subclasses set `layers` (called with hidden states, their number and what `shared` gives), `norm`,
-    `embedding_dropout`, `num_heads` and `head_dim`.
+    Subclasses set `layers` (called with hidden states, their number and what `shared` gives),
+    `norm`, `embedding_dropout`, `num_heads` and `head_dim`.
     """
 
     layers: nn.ModuleList
@@ -44,7 +46,9 @@ class PrefixTransformer(Generator):
 
     @abstractmethod
     def shared(self, place: Tensor, state: State, slots: Slots) -> Any:
-        """What all blocks of one pass share, at places [R or 1, n]; it holds `state.cache` and `slots`."""
+        """What all blocks of one pass share, at places [R or 1, n]; it holds `state.cache` and
+        `slots`.
+        """
 
     @abstractmethod
     def prefix(self, condition: Condition) -> Prefix:
@@ -52,18 +56,24 @@ class PrefixTransformer(Generator):
 
     @abstractmethod
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
-        """[R, n, D] input embeddings at indices behind the prefix [R or 1, n], from token buffers [R, N, ...]."""
+        """[R, n, D] input embeddings at indices behind the prefix [R or 1, n], from token buffers
+        [R, N, ...].
+        """
 
     @abstractmethod
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Distribution:
-        """Distribution of `want` entities from `first` [B], of normed hidden states [R, reads, D]; merges guidance."""
+        """Distribution of `want` entities from `first` [B], of normed hidden states [R, reads, D];
+        merges guidance.
+        """
 
     def block(self, place: Tensor) -> Tensor:
         """Visibility number of places; default: causal."""
         return place
 
     def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:
-        """[count + 1] sequence length after the inputs of the first n entities; default: one position an entity."""
+        """[count + 1] sequence length after the inputs of the first n entities; default: one
+        position an entity.
+        """
         return torch.arange(entities.count + 1) + prefix_length - 1
 
     def num_reads(self, state: State, first: Tensor, want: int) -> int:
@@ -71,10 +81,14 @@ class PrefixTransformer(Generator):
         return state.entities.span(first, want)[1]
 
     def work(self) -> Work:
-        """Blocks at every position of the sequence with its longest prefix, other linear layers once a token."""
+        """Blocks at every position of the sequence with its longest prefix, other linear layers
+        once a token.
+        """
         with torch.device("cpu"):  # also where the model is built on the meta device
             positions = int(self.input_ends(self.prefix_length, self.entities)[-1])
-        attention = causal_attention_macs(len(self.layers), self.num_heads * self.head_dim, positions)
+        attention = causal_attention_macs(
+            len(self.layers), self.num_heads * self.head_dim, positions
+        )
         blocks = linear_macs(self.layers)
         around = (linear_macs(self) - blocks) * self.layout.length
         return Work(positions, blocks * positions + attention, around)
@@ -94,7 +108,9 @@ class PrefixTransformer(Generator):
         state = self._state(condition, guidance, entities or self.entities)
         assert state.input_ends is not None and state.prefix is not None
         spare = window * int(state.input_ends[-1] - state.input_ends[-2])
-        state.cache = self._new_cache(len(state.prefix.embeddings), int(state.input_ends[-1]) + spare)
+        state.cache = self._new_cache(
+            len(state.prefix.embeddings), int(state.input_ends[-1]) + spare
+        )
         prefilled = int(state.input_ends[0])
         if prefilled:
             self._run(state, torch.arange(prefilled)[None], None)
@@ -117,37 +133,65 @@ class PrefixTransformer(Generator):
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         heads = getattr(self, "num_kv_heads", self.num_heads)
-        return KVCache(len(self.layers), rows, heads, capacity, self.head_dim, dtype, weight.device)
+        return KVCache(
+            len(self.layers),
+            rows,
+            heads=heads,
+            capacity=capacity,
+            dim=self.head_dim,
+            dtype=dtype,
+            device=weight.device,
+        )
 
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Distribution:
+    def predict(
+        self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
+    ) -> Distribution:
         want = count if want is None else want
         hidden = self._run(state, state.places(count), tokens)
         state.fed = state.fed + count
         first = state.fed - want
         return self._distribution(state, hidden, self.num_reads(state, first, want), first, want)
 
-    def score(self, tokens: Tensor, condition: Condition, entities: Entities | None = None) -> Distribution:
-        """Teacher-forced distribution of all entities of tokens [B, N, ...] in one differentiable pass."""
+    def score(
+        self, tokens: Tensor, condition: Condition, entities: Entities | None = None
+    ) -> Distribution:
+        """Teacher-forced distribution of all entities of tokens [B, N, ...] in one differentiable
+        pass.
+        """
         state = self._state(condition, NO_GUIDANCE, entities or self.entities)
         assert state.input_ends is not None
         state.cache = NoCache(tokens.device)
-        hidden = self._run(state, torch.arange(int(state.input_ends[-1]))[None], self.read(tokens, state.entities))
+        hidden = self._run(
+            state, torch.arange(int(state.input_ends[-1]))[None], self.read(tokens, state.entities)
+        )
         count = state.entities.count
-        return self._distribution(state, hidden, self.num_reads(state, state.fed, count), state.fed, count)
+        return self._distribution(
+            state, hidden, self.num_reads(state, state.fed, count), state.fed, count
+        )
 
-    def _distribution(self, state: State, hidden: Tensor, reads: int, first: Tensor, want: int) -> Distribution:
-        """What the head makes of the last `reads` hidden states [R, n, D]; those of the images ride along."""
+    def _distribution(
+        self, state: State, hidden: Tensor, reads: int, first: Tensor, want: int
+    ) -> Distribution:
+        """What the head makes of the last `reads` hidden states [R, n, D]; those of the images ride
+        along.
+        """
         normed = self.norm(hidden[:, hidden.shape[1] - reads :])
         return self.head(state, normed, first, want).with_hidden(normed[: state.batch])
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Losses of tokens [B, N, ...] in the order of training."""
         entities = self.training_order(len(tokens)) if self.training else self.entities
         scores = self.score(tokens, self.drop_condition(condition), entities)
         return self.losses_of(scores, generated(tokens, entities), weight)
 
-    def losses_of(self, scores: Distribution, targets: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Named losses of teacher-forced scores; `targets` [B, N, ...] are the tokens in generation order."""
+    def losses_of(
+        self, scores: Distribution, targets: Tensor, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Named losses of teacher-forced scores; `targets` [B, N, ...] are the tokens in generation
+        order.
+        """
         assert isinstance(scores, Logits)
         return {"cross_entropy": scores.cross_entropy(targets, weight)}
 
@@ -161,7 +205,9 @@ class PrefixTransformer(Generator):
         return Evaluation(self.losses_of(scores, targets), scores.nats(targets))
 
     def training_order(self, batch: int) -> Entities:
-        """The partition that a training step reads: a uniform order with probability `random_order`, else its own."""
+        """The partition that a training step reads: a uniform order with probability
+        `random_order`, else its own.
+        """
         if not self.random_order:
             return self.entities
         drawn = torch.rand(batch, self.layout.length).argsort(1)
@@ -173,7 +219,8 @@ class PrefixTransformer(Generator):
         return tokens if self.reader is None else self.reader(tokens, entities)
 
     def context_rows(self, entities: Entities) -> tuple[Tensor, Tensor]:
-        """Rows of a teacher-forced pass that read one token (counted from the end, below 0) and its generation rank.
+        """Rows of a teacher-forced pass that read one token (counted from the end, below 0) and its
+        generation rank.
 
         Raises UserError for a generator with other inputs, unless it says which of them are tokens.
         """
@@ -183,7 +230,9 @@ class PrefixTransformer(Generator):
         return ranks - len(ranks), ranks
 
     def _run(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:
-        """Hidden states [R, n, D] of the inputs at `place` [R or 1, n]; their keys are committed to the cache."""
+        """Hidden states [R, n, D] of the inputs at `place` [R or 1, n]; their keys are committed to
+        the cache.
+        """
         assert state.cache is not None and state.prefix is not None
         x = self.embedding_dropout(self._inputs(state, place, tokens))
         shared = self.shared(place, state, state.cache.reserve(self._blocks(state, place)))

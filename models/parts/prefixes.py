@@ -1,4 +1,6 @@
-"""What stands before the tokens of a generator: a class, or a caption's features (as LlamaGen has them, 2406.06525)."""
+"""What stands before the tokens of a generator: a class, or a caption's features (as LlamaGen has
+them, 2406.06525).
+"""
 
 import math
 
@@ -28,7 +30,9 @@ class ClassPrefix(ClassConditioning, nn.Module):
 
 
 class CaptionPrefix(Conditioning, nn.Module):
-    """`length` positions: projected caption features, padded on the left; the null caption is a fixed random buffer."""
+    """`length` positions: projected caption features, padded on the left; the null caption is a
+    fixed random buffer.
+    """
 
     def __init__(self, feature_dim: int, length: int, width: int) -> None:
         super().__init__()
@@ -45,7 +49,9 @@ class CaptionPrefix(Conditioning, nn.Module):
     def forward(self, condition: Condition) -> Prefix:
         assert condition.features is not None and condition.valid is not None
         if condition.features.shape[1] != self.length:
-            raise ValueError(f"captions have {condition.features.shape[1]} positions; this model reads {self.length}")
+            raise ValueError(
+                f"captions have {condition.features.shape[1]} positions; this model reads {self.length}"
+            )
         return Prefix(self.project(condition.features), condition.valid.bool().cpu())
 
     def conditioner(self) -> Conditioner:
@@ -54,4 +60,6 @@ class CaptionPrefix(Conditioning, nn.Module):
     def null(self, condition: Condition) -> Condition:
         """The null caption, with the same padding as the caption that it replaces."""
         assert condition.features is not None
-        return condition._replace(features=self.uncond.to(condition.features.dtype).expand_as(condition.features))
+        return condition._replace(
+            features=self.uncond.to(condition.features.dtype).expand_as(condition.features)
+        )

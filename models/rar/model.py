@@ -1,9 +1,11 @@
-"""RAR: next-token prediction over randomly permuted orders that anneal to raster order (arXiv 2411.00776).
+"""RAR: next-token prediction over randomly permuted orders that anneal to raster order (arXiv
+2411.00776).
 
-Every input carries the position of its own token and, added to it, the position of the token that it predicts (the
-target-aware embedding), so one network models all orders. Blocks are modulated by the class and the sequence index
-(AdaLN-Zero). `OrderAnnealing` sets the share of samples with a random order during training; decoding
-runs in raster order. Different from the official code: any categorical layout, and the cache is an argument.
+Every input carries the position of its own token and, added to it, the position of the token that
+it predicts (the target-aware embedding), so one network models all orders. Blocks are modulated by
+the class and the sequence index (AdaLN-Zero). `OrderAnnealing` sets the share of samples with a
+random order during training; decoding runs in raster order. Different from the official code: any
+categorical layout, and the cache is an argument.
 """
 
 from typing import NamedTuple
@@ -27,7 +29,8 @@ from tessellar.protocol.guidance import Guidance
 from tessellar.protocol.layout import Layout
 
 PREFIX = 2  # a learned start token and the class
-SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows that the official tables have beyond N
+SPARE_POSITIONS = 1024
+SPARE_STEPS = 100  # rows that the official tables have beyond N
 
 
 class RARPass(NamedTuple):
@@ -43,28 +46,40 @@ class RARAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, dropout: float, implementation: str) -> None:
         super().__init__()
-        self.num_heads, self.dropout, self.implementation = num_heads, dropout, implementation
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.implementation = implementation
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
         self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
 
     def forward(self, x: Tensor, layer: int, shared: RARPass) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
         k, v = shared.cache.write(layer, shared.slots, self.k_norm(k), v)
-        slots, dropout = shared.slots, self.dropout if self.training else 0.0
+        slots = shared.slots
+        dropout = self.dropout if self.training else 0.0
         q = self.q_norm(q).to(k.dtype)
         out = attend(q, k, v, slots.mask, slots.is_causal, self.implementation, dropout=dropout)
         return F.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)")), dropout)
 
 
 class RARBlock(nn.Module):
-    """x += gate Attention(mod(norm1 x)); x += gate MLP(mod(norm2 x)): shift, scale, gate of each branch in turn."""
+    """x += gate Attention(mod(norm1 x)); x += gate MLP(mod(norm2 x)): shift, scale, gate of each
+    branch in turn.
+    """
 
-    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float, implementation: str) -> None:
+    def __init__(
+        self, width: int, num_heads: int, hidden: int, dropout: float, implementation: str
+    ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.attention = RARAttention(width, num_heads, dropout, implementation)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         self.modulation = Modulation(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -78,8 +93,9 @@ class RARBlock(nn.Module):
 class RAR(PrefixTransformer):
     """Class-conditional generator of one categorical vocabulary.
 
-    `random_order` is the share of training samples with an order of their own, uniform over permutations; the others
-    follow the layout's order. Raises UserError for a layout that is not categorical or has several vocabularies.
+    `random_order` is the share of training samples with an order of their own, uniform over
+    permutations; the others follow the layout's order. Raises UserError for a layout that is not
+    categorical or has several vocabularies.
     """
 
     def __init__(
@@ -96,11 +112,15 @@ class RAR(PrefixTransformer):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        self.layout, self.entities, self.condition_dropout = layout, token_order(layout), condition_dropout
-        self.num_classes, self.random_order = num_classes, random_order
+        self.layout = layout
+        self.entities = token_order(layout)
+        self.condition_dropout = condition_dropout
+        self.num_classes = num_classes
+        self.random_order = random_order
         self.vocab = require_categorical(layout, "RAR")
         self.conditioning = ClassConditioning(num_classes)
-        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
         # rows: tokens, a mask token that is never used, classes, no class
         self.embedding = nn.Embedding(self.vocab + 1 + num_classes + 1, width)
         self.start_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -108,14 +128,18 @@ class RAR(PrefixTransformer):
         self.target_position = nn.Parameter(torch.empty(1, layout.length + SPARE_POSITIONS, width))
         self.step_embedding = nn.Parameter(torch.empty(1, layout.length + SPARE_STEPS, width))
         self.embedding_dropout = nn.Identity()
-        self.layers = nn.ModuleList(RARBlock(width, num_heads, hidden, dropout, attention) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            RARBlock(width, num_heads, hidden, dropout, attention) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.last_modulation = Modulation(width, count=2)
         self.output = nn.Linear(width, self.vocab)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Truncated N(0, 0.02); every modulation starts at zero, so each block starts as the identity."""
+        """Truncated N(0, 0.02); every modulation starts at zero, so each block starts as the
+        identity.
+        """
         for name, parameter in self.named_parameters():
             if "modulation" in name or name == "start_token" or "norm" in name:
                 continue
@@ -138,7 +162,10 @@ class RAR(PrefixTransformer):
 
     def prefix(self, condition: Condition) -> Prefix:
         label = self.class_embedding(condition)
-        return Prefix(torch.cat([self.start_token.expand(len(label), -1, -1), label], 1) + self.position[:, :PREFIX])
+        return Prefix(
+            torch.cat([self.start_token.expand(len(label), -1, -1), label], 1)
+            + self.position[:, :PREFIX]
+        )
 
     def _state(self, condition: Condition, guidance: Guidance, entities: Entities) -> State:
         """The class position also says where the first token goes."""
@@ -146,15 +173,21 @@ class RAR(PrefixTransformer):
         assert state.prefix is not None
         first = state.rows(entities.order.expand(state.batch, -1)[:, :1])
         prefix = state.prefix.embeddings
-        target = F.pad(self.target_position[0, PREFIX + first.to(prefix.device)], (0, 0, PREFIX - 1, 0))
+        target = F.pad(
+            self.target_position[0, PREFIX + first.to(prefix.device)], (0, 0, PREFIX - 1, 0)
+        )
         state.prefix = Prefix(prefix + target)
         return state
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
-        """The i-th token, where it stands, and where the next one goes (nowhere behind the last one)."""
-        order, last = entities.order.view(-1, entities.length), entities.length - 1
+        """The i-th token, where it stands, and where the next one goes (nowhere behind the last
+        one).
+        """
+        order = entities.order.view(-1, entities.length)
+        last = entities.length - 1
         rows = max(len(order), len(index))
-        order, index = order.expand(rows, -1), index.expand(rows, -1)
+        order = order.expand(rows, -1)
+        index = index.expand(rows, -1)
         place = order.gather(1, index.clamp(max=last)).to(tokens.device)
         target = order.gather(1, (index + 1).clamp(max=last)).to(tokens.device)
         has_target = (index < last).to(tokens.device)[..., None]

@@ -39,10 +39,13 @@ def from_official(
     layout: Layout,
     where: str = "the RAR checkpoint",
 ) -> RAR:
-    """A generator of the sizes that the weights show; raises UserError where the layout has another length."""
+    """A generator of the sizes that the weights show; raises UserError where the layout has another
+    length.
+    """
     OFFICIAL.check(state)
     rows, width = state["embeddings.weight"].shape
-    vocab, length = state["lm_head.weight"].shape[0], state["pos_embed"].shape[1] - SPARE_POSITIONS
+    vocab = state["lm_head.weight"].shape[0]
+    length = state["pos_embed"].shape[1] - SPARE_POSITIONS
     if length != layout.length:
         raise UserError(f"{where} is for {length} tokens, but the tokenizer gives {layout}")
     depth = count(state, r"blocks\.(\d+)\.")
@@ -50,7 +53,9 @@ def from_official(
     heads = width // state["blocks.0.attn.q_norm.weight"].shape[0]
     generator = RAR(layout, width, depth, heads, hidden, rows - vocab - 2)
     if generator.vocab != vocab:
-        raise UserError(f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer")
+        raise UserError(
+            f"{where} predicts {vocab} codes, but the tokenizer gives {layout}: give its own tokenizer"
+        )
     return OFFICIAL.fill(generator, state, where)
 
 

@@ -1,6 +1,8 @@
-"""Replays of what the official RAR gave (recordings of system `titok_rar`): scoring in any order, prefixes, sampling.
+"""Replays of what the official RAR gave (recordings of system `titok_rar`): scoring in any order,
+prefixes, sampling.
 
-Their last row of logits (behind the last token, unused) is what our generator predicts for an entity past the end.
+Their last row of logits (behind the last token, unused) is what our generator predicts for an
+entity past the end.
 """
 
 import torch
@@ -36,8 +38,12 @@ def _condition(recording: Recording, name: str = "condition") -> Condition:
     return Condition(ids=recording.inputs[name] - recording.config["codebook_size"] - 1)
 
 
-def _logits(generator: RAR, tokens: Tensor, condition: Condition, entities: Entities, count: int) -> Tensor:
-    """Logits [B, count, V] of the first entities, given their predecessors; one may lie past the end."""
+def _logits(
+    generator: RAR, tokens: Tensor, condition: Condition, entities: Entities, count: int
+) -> Tensor:
+    """Logits [B, count, V] of the first entities, given their predecessors; one may lie past the
+    end.
+    """
     state = generator.start(condition, entities=entities)
     return logits_of(generator.predict(state, tokens, count=count))
 
@@ -89,7 +95,11 @@ def prefix(recording: Recording) -> dict[str, Tensor]:
     generator = _generator(recording)
     count = recording.settings("prefix/logits")["prefix_length"] + 1
     order = token_order(generator.layout)
-    return {"prefix/logits": _logits(generator, recording.inputs["tokens"], _condition(recording), order, count)}
+    return {
+        "prefix/logits": _logits(
+            generator, recording.inputs["tokens"], _condition(recording), order, count
+        )
+    }
 
 
 @replays("titok_rar", "gen_sample_*")

@@ -1,7 +1,8 @@
-"""ReToK's generator: LlamaGen's transformer with learned absolute positions in place of rotations (arXiv 2601.01535).
+"""ReToK's generator: LlamaGen's transformer with learned absolute positions in place of rotations
+(arXiv 2601.01535).
 
-Position 0 is the class, position i + 1 the i-th token; both are added to the embeddings. The order of ReToK's tokens is
-coarse to fine, so a prefix of what is generated can be decoded.
+Position 0 is the class, position i + 1 the i-th token; both are added to the embeddings. The order
+of ReToK's tokens is coarse to fine, so a prefix of what is generated can be decoded.
 """
 
 import torch

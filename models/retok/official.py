@@ -1,7 +1,8 @@
-"""The checkpoints of ReToK's GPT (arXiv 2601.01535), official keys to ours and back. (The tokenizer: tokenizers/retok.)
+"""The checkpoints of ReToK's GPT (arXiv 2601.01535), official keys to ours and back. (The
+tokenizer: tokenizers/retok.)
 
-Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else `num_heads` is
-needed.
+Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else
+`num_heads` is needed.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,9 @@ def gpt_from_official(
     multiple_of: int = 256,
     norm_eps: float = 1e-5,
 ) -> ReToKGPT:
-    """The generator of an official state dict over the tokens of a layout; raises UserError where they do not fit."""
+    """The generator of an official state dict over the tokens of a layout; raises UserError where
+    they do not fit.
+    """
     OFFICIAL.check(state)
     width = state["tok_embeddings.weight"].shape[1]
     heads = num_heads or GPT_HEADS.get(width)
@@ -53,7 +56,9 @@ def gpt_from_official(
         count(state, r"layers\.(\d+)\."),
         heads,
         len(state["cls_embedding.embedding_table.weight"]) - 1,
-        ffn_multiple_of=ffn_multiple(width, len(state["layers.0.feed_forward.w1.weight"]), multiple_of),
+        ffn_multiple_of=ffn_multiple(
+            width, len(state["layers.0.feed_forward.w1.weight"]), multiple_of
+        ),
         norm_eps=norm_eps,
     )
     return OFFICIAL.fill(generator, state)

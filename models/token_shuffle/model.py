@@ -1,10 +1,11 @@
 """Token-Shuffle: the s x s codes of a window are one position of a causal Llama (arXiv 2504.17789).
 
-Codes are compressed to D / s^2 channels and concatenated (shuffle); an output state becomes s^2 features for the
-vocabulary head (un-shuffle), so the codes of a window are independent given the windows before it. There is no official
-code. Choices of ours where the paper is silent, all arguments: one linear layer compresses and expands, MLP blocks of
-ratio 1 with exact GELU and no norm that start as the identity, consecutive one-dimensional positions (`rotary`), text
-loss and z-loss weights, no dropout; on a sequence a window is s^2 consecutive codes.
+Codes are compressed to D / s^2 channels and concatenated (shuffle); an output state becomes s^2
+features for the vocabulary head (un-shuffle), so the codes of a window are independent given the
+windows before it. There is no official code. Choices of ours where the paper is silent, all
+arguments: one linear layer compresses and expands, MLP blocks of ratio 1 with exact GELU and no
+norm that start as the identity, consecutive one-dimensional positions (`rotary`), text loss and
+z-loss weights, no dropout; on a sequence a window is s^2 consecutive codes.
 """
 
 from functools import partial
@@ -77,7 +78,9 @@ class Unshuffle(nn.Module):
 
 
 class Predictions(NamedTuple):
-    """Teacher-forced logits over the joint vocabulary with their targets; text only where it is modelled jointly."""
+    """Teacher-forced logits over the joint vocabulary with their targets; text only where it is
+    modelled jointly.
+    """
 
     logits: Tensor  # [B, N, V], codes in generation order
     targets: Tensor  # [B, N]
@@ -92,11 +95,15 @@ def windows(layout: Layout, window: int) -> Entities:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """[B, T] of logits [B, T, V]; 0 where the target is IGNORED."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
 
 
 def weighted_mean(values: Tensor, count: int | Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sum of values [B, T] over the number `count` (or [B]) of each row; `weight` [B] weighs samples."""
+    """Sum of values [B, T] over the number `count` (or [B]) of each row; `weight` [B] weighs
+    samples.
+    """
     weight = torch.ones(len(values), device=values.device) if weight is None else weight
     total = (weight * count).sum().clamp(min=torch.finfo(values.dtype).eps)
     return (values.sum(1) * weight).sum() / total
@@ -105,10 +112,11 @@ def weighted_mean(values: Tensor, count: int | Tensor, weight: Tensor | None = N
 class TokenShuffle(LlamaGenerator):
     """Next-window generator over one grid or sequence of categorical tokens.
 
-    Conditioned on `num_classes`, on caption features (`caption_dim`, `caption_length`), or on caption tokens that it
-    models too (`text_vocab` ids, `bos` among them begins a text). `rotary` "grid" is LlamaGen's rotation over the grid
-    of windows: with window 1 and no blocks the model is LlamaGen. `project` False leaves compress and expand out
-    (default where a window is one code), `tied` shares embedding and head, `z_loss` None is 1e-5 from 2048 x 2048 on.
+    Conditioned on `num_classes`, on caption features (`caption_dim`, `caption_length`), or on
+    caption tokens that it models too (`text_vocab` ids, `bos` among them begins a text). `rotary`
+    "grid" is LlamaGen's rotation over the grid of windows: with window 1 and no blocks the model is
+    LlamaGen. `project` False leaves compress and expand out (default where a window is one code),
+    `tied` shares embedding and head, `z_loss` None is 1e-5 from 2048 x 2048 on.
     """
 
     def __init__(
@@ -142,15 +150,24 @@ class TokenShuffle(LlamaGenerator):
     ) -> None:
         given = [num_classes is not None, caption_dim is not None, text_vocab is not None]
         if sum(given) != 1:
-            raise UserError("TokenShuffle needs exactly one of num_classes, caption_dim and text_vocab")
+            raise UserError(
+                "TokenShuffle needs exactly one of num_classes, caption_dim and text_vocab"
+            )
         codes = window**2
         if window < 1 or width % codes:
-            raise UserError(f"windows of {window}x{window} codes need a width that {codes} divides; it is {width}")
+            raise UserError(
+                f"windows of {window}x{window} codes need a width that {codes} divides; it is {width}"
+            )
         sizes = (ffn_multiple_of, norm_eps, dropout, 0.0, attention, ffn_hidden, num_kv_heads)
         super().__init__(width, depth, num_heads, *sizes)
-        self.layout, self.entities, self.codes = layout, windows(layout, window), codes
-        self.condition_dropout, self.text_loss_weight = condition_dropout, text_loss_weight
-        self.z_loss = z_loss if z_loss is not None else 1e-5 if layout.length >= HIGH_RESOLUTION else 0.0
+        self.layout = layout
+        self.entities = windows(layout, window)
+        self.codes = codes
+        self.condition_dropout = condition_dropout
+        self.text_loss_weight = text_loss_weight
+        self.z_loss = (
+            z_loss if z_loss is not None else 1e-5 if layout.length >= HIGH_RESOLUTION else 0.0
+        )
         vocab = require_categorical(layout, "TokenShuffle")
         if num_classes is not None:
             self.conditioning = ClassPrefix(num_classes, width)
@@ -158,7 +175,9 @@ class TokenShuffle(LlamaGenerator):
             self.conditioning = CaptionPrefix(caption_dim, caption_length, width)
         else:
             self.conditioning = JointText(text_vocab, caption_length, bos)  # type: ignore[arg-type]
-        self.offset = self.conditioning.joint_vocab if isinstance(self.conditioning, JointText) else 0
+        self.offset = (
+            self.conditioning.joint_vocab if isinstance(self.conditioning, JointText) else 0
+        )
         self.token_embedding = nn.Embedding(self.offset + vocab, width)
         project = codes > 1 if project is None else project
         self.shuffle = Shuffle(width, codes, mlp_blocks, mlp_ratio, project)
@@ -168,18 +187,26 @@ class TokenShuffle(LlamaGenerator):
         self.init_weights(zero_init_residual)
 
     def _set_rotary(self, rotary: str, window: int, base: float) -> None:
-        """Tables of LlamaGen's rotation over the grid of windows, or the frequencies of consecutive positions."""
+        """Tables of LlamaGen's rotation over the grid of windows, or the frequencies of consecutive
+        positions.
+        """
         tables = torch.empty(0), torch.empty(0)
         if rotary == "grid":
             if isinstance(self.conditioning, JointText):
-                raise UserError("rotary `grid` needs a prefix of fixed length: classes or caption features")
+                raise UserError(
+                    "rotary `grid` needs a prefix of fixed length: classes or caption features"
+                )
             (segment,) = self.layout.segments
             sides = [side // window for side in segment.shape]
-            fused = Segment((self.entities.count,) if self.layout.grid is None else tuple(sides), segment.kind)
+            fused = Segment(
+                (self.entities.count,) if self.layout.grid is None else tuple(sides), segment.kind
+            )
             tables = rope_table(Layout((fused,)), self.conditioning.length, self.head_dim, base)
         self.rotary = rotary
         self.set_rotations(*tables)
-        self.register_buffer("rope_frequencies", frequencies(self.head_dim // 2, base), persistent=False)
+        self.register_buffer(
+            "rope_frequencies", frequencies(self.head_dim // 2, base), persistent=False
+        )
         self.rope_frequencies: Tensor
 
     def init_weights(self, zero_init_residual: bool = False) -> None:
@@ -207,7 +234,9 @@ class TokenShuffle(LlamaGenerator):
         return self.conditioning.length + isinstance(self.conditioning, JointText)
 
     def work(self) -> Work:
-        """MLP blocks once a window; compress, expand and the vocabulary once a code, which windows do not make less."""
+        """MLP blocks once a window; compress, expand and the vocabulary once a code, which windows
+        do not make less.
+        """
         blocks = super().work()
         a_window = linear_macs(self.shuffle.blocks) + linear_macs(self.unshuffle.blocks)
         a_code = linear_macs(self.shuffle.compress) + linear_macs(self.unshuffle.expand)
@@ -223,10 +252,16 @@ class TokenShuffle(LlamaGenerator):
         return Prefix(self.token_embedding(ids), valid.cpu())
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
-        """Input i is the i-th window; in the joint vocabulary the end of the image follows the last one."""
+        """Input i is the i-th window; in the joint vocabulary the end of the image follows the last
+        one.
+        """
         ranks = index[..., None] * self.codes + torch.arange(self.codes)
-        places = entities.order.expand(len(index), -1).gather(1, ranks.flatten(1).clamp(max=entities.length - 1))
-        ids = tokens[:, places[0]] if len(places) == 1 else tokens.gather(1, places.to(tokens.device))
+        places = entities.order.expand(len(index), -1).gather(
+            1, ranks.flatten(1).clamp(max=entities.length - 1)
+        )
+        ids = (
+            tokens[:, places[0]] if len(places) == 1 else tokens.gather(1, places.to(tokens.device))
+        )
         ids = rearrange(ids + self.offset, "r (n c) -> r n c", c=self.codes)
         fused = self.shuffle(self.token_embedding(ids))
         if isinstance(self.conditioning, JointText) and bool((index >= entities.count).any()):
@@ -239,7 +274,9 @@ class TokenShuffle(LlamaGenerator):
             return super().positions(place, state)
         valid = state.prefix.valid  # type: ignore[union-attr]
         if valid is not None and not bool(valid.all()):
-            place = (place - (~valid).sum(1, keepdim=True)).clamp(min=0)  # counted from the first real token
+            place = (place - (~valid).sum(1, keepdim=True)).clamp(
+                min=0
+            )  # counted from the first real token
         angles = place.to(self.rope_frequencies.device)[..., None] * self.rope_frequencies
         return Positions(angles.cos(), angles.sin())
 
@@ -266,26 +303,39 @@ class TokenShuffle(LlamaGenerator):
         state = self._state(condition, NO_GUIDANCE, self.entities)
         assert state.input_ends is not None
         state.cache = NoCache(tokens.device)
-        return self.norm(self._run(state, torch.arange(int(state.input_ends[-1]) + more)[None], tokens))
+        return self.norm(
+            self._run(state, torch.arange(int(state.input_ends[-1]) + more)[None], tokens)
+        )
 
     def predictions(self, tokens: Tensor, condition: Condition) -> Predictions:
         """Logits and targets of everything that training predicts."""
         joint = self.conditioning if isinstance(self.conditioning, JointText) else None
-        hidden, count = self.hidden_states(tokens, condition, 1 if joint else 0), self.entities.count
+        hidden = self.hidden_states(tokens, condition, 1 if joint else 0)
+        count = self.entities.count
         before = hidden.shape[1] - count - (1 if joint else 0)
-        features = rearrange(self.unshuffle(hidden[:, before : before + count]), "b n c d -> b (n c) d")
-        image = self.logits(features), tokens[:, self.entities.order.to(tokens.device)] + self.offset
+        features = rearrange(
+            self.unshuffle(hidden[:, before : before + count]), "b n c d -> b (n c) d"
+        )
+        image = (
+            self.logits(features),
+            tokens[:, self.entities.order.to(tokens.device)] + self.offset,
+        )
         if joint is None:
             return Predictions(*image)
         text = torch.cat([hidden[:, :before], hidden[:, -1:]], dim=1)
         return Predictions(*image, self.logits(text), joint.targets(condition))
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Means over codes and over text tokens; in the gradient a text token counts `text_loss_weight` of a code."""
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Means over codes and over text tokens; in the gradient a text token counts
+        `text_loss_weight` of a code.
+        """
         made = self.predictions(tokens, self.drop_condition(condition))
         mean = partial(weighted_mean, weight=weight)
         losses = {"cross_entropy": mean(cross_entropy(made.logits, made.targets), tokens.shape[1])}
-        squares, predicted = made.logits.logsumexp(-1).square(), tokens.shape[1] * torch.ones(len(tokens))
+        squares = made.logits.logsumexp(-1).square()
+        predicted = tokens.shape[1] * torch.ones(len(tokens))
         if made.text_logits is not None and made.text_targets is not None:
             real = made.text_targets >= 0
             nats = cross_entropy(made.text_logits, made.text_targets)
@@ -299,13 +349,18 @@ class TokenShuffle(LlamaGenerator):
         return losses
 
     def evaluate(self, tokens: Tensor, condition: Condition) -> Evaluation:
-        """Two passes: the loss is over the joint vocabulary, nats are of image codes alone, as they are drawn."""
+        """Two passes: the loss is over the joint vocabulary, nats are of image codes alone, as they
+        are drawn.
+        """
         return Evaluation(self.loss(tokens, condition), self.nats(tokens, condition))
 
 
-# Published variant; heads, FFN and text vocabulary are the only near combination with 2.7 billion parameters [ours].
+# Published variant; heads, FFN and text vocabulary are the only near combination with 2.7 billion
+# parameters [ours].
 def token_shuffle_2b7(layout: Layout, window: int = 2) -> TokenShuffle:
-    """2,789,634,816 parameters on 16,384 codes, windows of 2; reads and writes Llama 3's 128,256 text ids."""
+    """2,789,634,816 parameters on 16,384 codes, windows of 2; reads and writes Llama 3's 128,256
+    text ids.
+    """
     return TokenShuffle(
         layout,
         3072,

@@ -1,7 +1,9 @@
-"""Token-Shuffle weights (arXiv 2504.17789) to ours and back, and warm starts; no checkpoint of the paper is public.
+"""Token-Shuffle weights (arXiv 2504.17789) to ours and back, and warm starts; no checkpoint of the
+paper is public.
 
-Names are those of the method's written form: separate q, k, v, one joint vocabulary `[text, BOI, EOI, codes]`. A warm
-start takes the backbone of a text Llama in Hugging Face's names, or of a LlamaGen generator (windows of one code).
+Names are those of the method's written form: separate q, k, v, one joint vocabulary `[text, BOI,
+EOI, codes]`. A warm start takes the backbone of a text Llama in Hugging Face's names, or of a
+LlamaGen generator (windows of one code).
 """
 
 from collections.abc import Mapping
@@ -72,7 +74,9 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    numbers = (int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+    numbers = (
+        int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix)
+    )
     return 1 + max(numbers, default=-1)
 
 
@@ -85,13 +89,19 @@ def from_official(
     norm_eps: float = 1e-5,
     z_loss: float | None = None,
 ) -> TokenShuffle:
-    """Our generator with these weights, over the tokens of `layout`; raises UserError where they do not fit."""
+    """Our generator with these weights, over the tokens of `layout`; raises UserError where they do
+    not fit.
+    """
     sizes = sizes_of(state)
     codes = int(layout.vocab().max()) if layout.is_categorical else 0
     if sizes.vocab - codes < 3:
-        raise UserError(f"this generator has {sizes.vocab} tokens with its text, but the tokenizer gives {layout}")
+        raise UserError(
+            f"this generator has {sizes.vocab} tokens with its text, but the tokenizer gives {layout}"
+        )
     if sizes.width % num_heads or sizes.kv_width % (sizes.width // num_heads):
-        raise UserError(f"{num_heads} heads do not divide the width {sizes.width} and {sizes.kv_width} of the keys")
+        raise UserError(
+            f"{num_heads} heads do not divide the width {sizes.width} and {sizes.kv_width} of the keys"
+        )
     generator = TokenShuffle(
         layout,
         sizes.width,
@@ -114,16 +124,24 @@ def from_official(
 
 
 def to_official(generator: TokenShuffle) -> dict[str, Tensor]:
-    """The state dict under the method's names; the inverse of `from_official`, for generators with joint text."""
+    """The state dict under the method's names; the inverse of `from_official`, for generators with
+    joint text.
+    """
     return OFFICIAL.to_official(generator)
 
 
-def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout, bos: int = 0) -> TokenShuffle:
-    """Our generator from weights and the recorded option names; raises UserError for another order of the tokens."""
+def from_config(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], layout: Layout, bos: int = 0
+) -> TokenShuffle:
+    """Our generator from weights and the recorded option names; raises UserError for another order
+    of the tokens.
+    """
     text = config["text_vocab"]
     order = (config["boi"], config["eoi"], config["image_vocab_start"])
     if order != (text, text + 1, text + 2):
-        raise UserError(f"the vocabulary must be [text, BOI, EOI, codes]; BOI, EOI and the codes begin at {order}")
+        raise UserError(
+            f"the vocabulary must be [text, BOI, EOI, codes]; BOI, EOI and the codes begin at {order}"
+        )
     made = from_official(
         state,
         layout,
@@ -134,13 +152,17 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
         config.get("z_coefficient"),
     )
     if made.codes != config["window"] ** 2 and made.codes > 1:
-        raise UserError(f"the weights fuse {made.codes} codes, the config {config['window']}x{config['window']}")
+        raise UserError(
+            f"the weights fuse {made.codes} codes, the config {config['window']}x{config['window']}"
+        )
     return made
 
 
 def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> TokenShuffle:
     if options.num_heads is None:
-        raise UserError("the weights do not tell the number of heads of a Token-Shuffle generator: give --num_heads")
+        raise UserError(
+            "the weights do not tell the number of heads of a Token-Shuffle generator: give --num_heads"
+        )
     return from_official(state, layout, options.num_heads)
 
 
@@ -157,7 +179,9 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _parted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same with wq, wk and wv in place of wqkv: as many rows of q as columns, of k and v half of the others."""
+    """The same with wq, wk and wv in place of wqkv: as many rows of q as columns, of k and v half
+    of the others.
+    """
     parted = dict(state)
     for key in [key for key in state if key.endswith("attention.wqkv.weight")]:
         fused = parted.pop(key)
@@ -170,7 +194,11 @@ def _parted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 OFFICIAL = GeneratorImporter(
     what="a Token-Shuffle generator",
-    marks=("tok_embeddings.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"),
+    marks=(
+        "tok_embeddings.weight",
+        "layers.0.attention.wk.weight",
+        "layers.0.feed_forward.w1.weight",
+    ),
     entries=("model", "module", "state_dict"),  # as LlamaGen's files; none of its own is published
     keys=KEYS,
     split=_fused,

@@ -1,4 +1,6 @@
-"""Replays of Token-Shuffle's recorded outputs: windows, fused inputs, states, losses, schedules, greedy decoding."""
+"""Replays of Token-Shuffle's recorded outputs: windows, fused inputs, states, losses, schedules,
+greedy decoding.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +18,15 @@ from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import take
-from tessellar.protocol.guidance import Constant, Cosine, Guidance, HalfCosine, HalfLinear, Linear, Schedule
+from tessellar.protocol.guidance import (
+    Constant,
+    Cosine,
+    Guidance,
+    HalfCosine,
+    HalfLinear,
+    Linear,
+    Schedule,
+)
 from tessellar.protocol.layout import Categorical, grid_layout
 
 SCHEDULES: dict[str, type] = {
@@ -57,7 +67,9 @@ def _codes(recording: Recording, sample: int) -> Tensor:
 def _schedule(settings: Mapping[str, Any]) -> Schedule:
     name = settings["schedule"]
     if name not in SCHEDULES:
-        raise UserError(f"the guidance schedule {name!r} is not known; there are {', '.join(SCHEDULES)}")
+        raise UserError(
+            f"the guidance schedule {name!r} is not known; there are {', '.join(SCHEDULES)}"
+        )
     return SCHEDULES[name](settings["cfg_max"])
 
 
@@ -70,7 +82,9 @@ def shuffle(recording: Recording) -> dict[str, Tensor]:
     entities = generator.entities
     codes = recording.inputs["codes"]
     first = torch.zeros(len(codes), dtype=torch.int64)
-    windows = rearrange(entities.get(codes, first, entities.count), "b (m c) -> b m c", c=generator.codes)
+    windows = rearrange(
+        entities.get(codes, first, entities.count), "b (m c) -> b m c", c=generator.codes
+    )
     embedded = generator.token_embedding(windows[sample] + generator.offset)
     index = torch.arange(entities.count)[None]
     hidden = generator.hidden_states(_codes(recording, sample), _text(recording, sample))
@@ -99,9 +113,13 @@ def samples(recording: Recording) -> dict[str, Tensor]:
         losses = generator.loss(codes, text)
         outputs |= {
             name: generator.hidden_states(codes, text, more=2)[0],
-            f"image_logits{sample}": rearrange(predicted.logits[0], "(m c) v -> m c v", c=generator.codes),
+            f"image_logits{sample}": rearrange(
+                predicted.logits[0], "(m c) v -> m c v", c=generator.codes
+            ),
             f"loss/image{sample}": losses["cross_entropy"],
-            f"loss/text{sample}": cross_entropy(predicted.text_logits, predicted.text_targets).mean(),
+            f"loss/text{sample}": cross_entropy(
+                predicted.text_logits, predicted.text_targets
+            ).mean(),
             f"loss/z{sample}": losses.get("z", torch.zeros(())),
         }
     return outputs
@@ -123,7 +141,9 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
     outputs = {}
     for name in recording.outputs("greedy/*/codes"):
         settings = recording.settings(name)
-        decoded = greedy(generator, _text(recording, settings["sample"]), Guidance(_schedule(settings)))
+        decoded = greedy(
+            generator, _text(recording, settings["sample"]), Guidance(_schedule(settings))
+        )
         steps = rearrange(decoded.logits[0], "(m c) v -> m c v", c=generator.codes)
         outputs[name] = decoded.tokens[0]
         for logits in recording.outputs(name.replace("/codes", "/guided_logits*")):

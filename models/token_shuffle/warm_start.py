@@ -1,7 +1,9 @@
-"""Token-Shuffle weights (arXiv 2504.17789) to ours and back, and warm starts; no checkpoint of the paper is public.
+"""Token-Shuffle weights (arXiv 2504.17789) to ours and back, and warm starts; no checkpoint of the
+paper is public.
 
-Names are those of the method's written form: separate q, k, v, one joint vocabulary `[text, BOI, EOI, codes]`. A warm
-start takes the backbone of a text Llama in Hugging Face's names, or of a LlamaGen generator (windows of one code).
+Names are those of the method's written form: separate q, k, v, one joint vocabulary `[text, BOI,
+EOI, codes]`. A warm start takes the backbone of a text Llama in Hugging Face's names, or of a
+LlamaGen generator (windows of one code).
 """
 
 from collections.abc import Mapping
@@ -17,14 +19,22 @@ from tessellar.models.token_shuffle.model import TokenShuffle
 
 @torch.no_grad()
 def warm_start(generator: TokenShuffle, source: LlamaGen | TokenShuffle) -> None:
-    """Start from a generator of other windows: all weights of the same name and shape; the rest stays as made.
+    """Start from a generator of other windows: all weights of the same name and shape; the rest
+    stays as made.
 
     MLP blocks are the identity as made. Raises UserError where backbones differ.
     """
-    own, given = generator.state_dict(), source.state_dict()
-    wrong = [key for key, t in given.items() if _is_backbone(key) and (key not in own or own[key].shape != t.shape)]
+    own = generator.state_dict()
+    given = source.state_dict()
+    wrong = [
+        key
+        for key, t in given.items()
+        if _is_backbone(key) and (key not in own or own[key].shape != t.shape)
+    ]
     if wrong or not any(_is_backbone(key) for key in given):
-        raise UserError(f"a warm start needs the same backbone; {', '.join(wrong[:3]) or 'it has none'} differs")
+        raise UserError(
+            f"a warm start needs the same backbone; {', '.join(wrong[:3]) or 'it has none'} differs"
+        )
     same = {key: t for key, t in given.items() if key in own and own[key].shape == t.shape}
     generator.load_state_dict({**own, **same})
 
@@ -35,21 +45,28 @@ def _is_backbone(key: str) -> bool:
 
 @torch.no_grad()
 def start_from_text(generator: TokenShuffle, state: Mapping[str, Tensor]) -> None:
-    """The blocks and the text rows of a Llama in Hugging Face's names (`model.layers...`) into the backbone.
+    """The blocks and the text rows of a Llama in Hugging Face's names (`model.layers...`) into the
+    backbone.
 
-    That layout rotates halves of a head, ours adjacent pairs: rows of q and k are regrouped. Rows of images and marks
-    stay as made. Raises UserError where sizes differ.
+    That layout rotates halves of a head, ours adjacent pairs: rows of q and k are regrouped. Rows
+    of images and marks stay as made. Raises UserError where sizes differ.
     """
-    own, offset = generator.state_dict(), generator.offset - 2
+    own = generator.state_dict()
+    offset = generator.offset - 2
     for layer in range(len(generator.layers)):
-        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+        theirs = f"model.layers.{layer}."
+        ours = f"layers.{layer}."
         q, k, v = (_need(state, f"{theirs}self_attn.{name}_proj.weight") for name in "qkv")
-        q, k = _pairs(q, generator.head_dim), _pairs(k, generator.head_dim)
+        q = _pairs(q, generator.head_dim)
+        k = _pairs(k, generator.head_dim)
         _copy(own, f"{ours}attention.wqkv.weight", torch.cat([q, k, v]))
         for name, source in HF_LAYER.items():
             _copy(own, f"{ours}{name}.weight", _need(state, f"{theirs}{source}.weight"))
     _copy(own, "norm.weight", _need(state, "model.norm.weight"))
-    tables = {"token_embedding.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    tables = {
+        "token_embedding.weight": "model.embed_tokens.weight",
+        "output.weight": "lm_head.weight",
+    }
     for name, source in tables.items():
         if name in own and offset > 0 and source in state:
             _copy({name: own[name][:offset]}, name, _need(state, source))
@@ -74,7 +91,9 @@ def _need(state: Mapping[str, Tensor], key: str) -> Tensor:
 
 def _copy(own: Mapping[str, Tensor], key: str, tensor: Tensor) -> None:
     if own[key].shape != tensor.shape:
-        raise UserError(f"{key} is {list(own[key].shape)} here and {list(tensor.shape)} in the text model")
+        raise UserError(
+            f"{key} is {list(own[key].shape)} here and {list(tensor.shape)} in the text model"
+        )
     own[key].copy_(tensor)
 
 

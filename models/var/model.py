@@ -1,8 +1,10 @@
-"""VAR: next-scale prediction; all tokens of a scale at once, from coarse to fine (arXiv 2404.02905).
+"""VAR: next-scale prediction; all tokens of a scale at once, from coarse to fine (arXiv
+2404.02905).
 
-The input of a scale is not the scale before it but the map that all coarser scales add up to, resized to the new
-scale; it comes from the tokenizer (`VARVQVAE.next_inputs`), so input and output have one length and nothing is
-shifted. Different from the official code: labels are dropped in training only, and any pyramid of scales is accepted.
+The input of a scale is not the scale before it but the map that all coarser scales add up to,
+resized to the new scale; it comes from the tokenizer (`VARVQVAE.next_inputs`), so input and output
+have one length and nothing is shifted. Different from the official code: labels are dropped in
+training only, and any pyramid of scales is accepted.
 """
 
 from functools import partial
@@ -39,7 +41,9 @@ class ScaleInputs(Protocol):
     latent_dim: int
 
     def next_inputs(self, tokens: Tensor, count: int) -> Tensor:
-        """Inputs [B, n, latent_dim] of scales 1 .. count - 1, raster in each, from tokens [B, N] of coarser ones."""
+        """Inputs [B, n, latent_dim] of scales 1 .. count - 1, raster in each, from tokens [B, N] of
+        coarser ones.
+        """
         ...
 
 
@@ -52,7 +56,9 @@ class VARPass(NamedTuple):
 
 
 class SharedModulation(nn.Module):
-    """Six vectors made once for all blocks [B, 1, 6, D], plus the block's own offset (VAR-d36's `shared_aln`)."""
+    """Six vectors made once for all blocks [B, 1, 6, D], plus the block's own offset (VAR-d36's
+    `shared_aln`).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,22 +76,32 @@ class VARAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, l2_norm: bool, implementation: str) -> None:
         super().__init__()
-        self.num_heads, self.implementation = num_heads, implementation
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), log(4.0))) if l2_norm else None
+        self.num_heads = num_heads
+        self.implementation = implementation
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = (
+            nn.Parameter(torch.full((1, num_heads, 1, 1), log(4.0))) if l2_norm else None
+        )
 
     def forward(self, x: Tensor, layer: int, shared: VARPass) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = rearrange(
-            F.linear(x, self.qkv.weight, bias.to(x.dtype)), "b n (t h d) -> t b h n d", t=3, h=self.num_heads
+            F.linear(x, self.qkv.weight, bias.to(x.dtype)),
+            "b n (t h d) -> t b h n d",
+            t=3,
+            h=self.num_heads,
         )
         scale = 0.25 / sqrt(q.shape[-1])
         if self.log_scale is not None:
             q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=LARGEST_SCALE).exp()
-            k, scale = F.normalize(k, dim=-1), 1.0
+            k = F.normalize(k, dim=-1)
+            scale = 1.0
         k, v = shared.cache.write(layer, shared.slots, k, v)
-        mask, is_causal = shared.slots.mask, shared.slots.is_causal
+        mask = shared.slots.mask
+        is_causal = shared.slots.is_causal
         out = attend(q.to(k.dtype), k, v.to(k.dtype), mask, is_causal, self.implementation, scale)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -98,7 +114,13 @@ class VARBlock(AdaLNBlock):
 
 
 def block(
-    width: int, num_heads: int, hidden: int, drop_path: float, shared: bool, l2_norm: bool, attention: str
+    width: int,
+    num_heads: int,
+    hidden: int,
+    drop_path: float,
+    shared: bool,
+    l2_norm: bool,
+    attention: str,
 ) -> VARBlock:
     """One block; `shared` modulation comes from the generator."""
     made = VARBlock(
@@ -114,8 +136,9 @@ def block(
 class VAR(PrefixTransformer):
     """Class-conditional generator over a pyramid of grids with one codebook.
 
-    `drop_path` defaults to 0.1 depth / 24. Its tokenizer must be bound (`ImageGenerator` does it). Raises UserError for
-    other layouts, and for a tokenizer that has no inputs of next scales or others than `latent_dim` channels.
+    `drop_path` defaults to 0.1 depth / 24. Its tokenizer must be bound (`ImageGenerator` does it).
+    Raises UserError for other layouts, and for a tokenizer that has no inputs of next scales or
+    others than `latent_dim` channels.
     """
 
     def __init__(
@@ -135,11 +158,16 @@ class VAR(PrefixTransformer):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        self.layout, self.entities, self.condition_dropout = layout, scales(layout), condition_dropout
-        self.num_classes, self.latent_dim = num_classes, latent_dim
+        self.layout = layout
+        self.entities = scales(layout)
+        self.condition_dropout = condition_dropout
+        self.num_classes = num_classes
+        self.latent_dim = latent_dim
         self.conditioning = ClassConditioning(num_classes)
-        self.num_heads, self.head_dim = num_heads, width // num_heads
-        vocab, first = require_categorical(layout, "VAR"), self.entities.sizes[0]
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        vocab = require_categorical(layout, "VAR")
+        first = self.entities.sizes[0]
         self.class_embedding = nn.Embedding(num_classes + 1, width)
         self.start_position = nn.Parameter(torch.empty(1, first, width))
         self.position = nn.Parameter(torch.empty(1, layout.length, width))
@@ -150,15 +178,21 @@ class VAR(PrefixTransformer):
         rate = 0.1 * depth / 24 if drop_path is None else drop_path
         rates = [rate * i / max(depth - 1, 1) for i in range(depth)]
         options = (shared_modulation, l2_norm, attention)
-        self.layers = nn.ModuleList(block(width, num_heads, round(width * mlp_ratio), r, *options) for r in rates)
+        self.layers = nn.ModuleList(
+            block(width, num_heads, round(width * mlp_ratio), r, *options) for r in rates
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.last_modulation = Modulation(width, count=2, zero=False)
         self.output = nn.Linear(width, vocab)
-        self.bound: tuple[ScaleInputs, ...] = ()  # a tuple, so that the tokenizer's weights stay the tokenizer's
+        self.bound: tuple[
+            ScaleInputs, ...
+        ] = ()  # a tuple, so that the tokenizer's weights stay the tokenizer's
         self.init_weights(width, depth, gate_init)
 
     def init_weights(self, width: int, depth: int, gate_init: float) -> None:
-        """Truncated N(0, 1 / 3D); outputs of branches smaller with depth, gates by `gate_init`, last layers small."""
+        """Truncated N(0, 1 / 3D); outputs of branches smaller with depth, gates by `gate_init`,
+        last layers small.
+        """
         std = sqrt(1 / (3 * width))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -167,7 +201,9 @@ class VAR(PrefixTransformer):
                 nn.init.zeros_(module.bias)
         for table in (self.start_position, self.position):
             nn.init.trunc_normal_(tag(table, "no_decay"), std=std)
-        tag(self.scale_embedding.weight, "no_decay")  # as published; the class embedding and the input decay
+        tag(
+            self.scale_embedding.weight, "no_decay"
+        )  # as published; the class embedding and the input decay
         with torch.no_grad():
             self.output.weight.mul_(0.02)
             self.last_modulation.linear.weight.mul_(0.5)
@@ -175,7 +211,8 @@ class VAR(PrefixTransformer):
                 self._init_block(cast(VARBlock, layer), width, depth, gate_init)
 
     def _init_block(self, layer: VARBlock, width: int, depth: int, gate_init: float) -> None:
-        attention, mlp = cast(VARAttention, layer.attention), cast(Mlp, layer.mlp)
+        attention = cast(VARAttention, layer.attention)
+        mlp = cast(Mlp, layer.mlp)
         if attention.log_scale is not None:
             tag(attention.log_scale, "no_decay")
         for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
@@ -205,7 +242,9 @@ class VAR(PrefixTransformer):
     def prefix(self, condition: Condition) -> Prefix:
         assert condition.ids is not None
         return Prefix(
-            self.class_embedding(condition.ids)[:, None] + self.start_position + self.places()[:, : self.first]
+            self.class_embedding(condition.ids)[:, None]
+            + self.start_position
+            + self.places()[:, : self.first]
         )
 
     @property
@@ -221,7 +260,9 @@ class VAR(PrefixTransformer):
 
     def _scale(self, place: Tensor) -> Tensor:
         """Number of the scale of places; grows past the last one."""
-        return torch.bucketize(place, self.entities.ends[1:], right=True) + (place - self.layout.length).clamp(min=0)
+        return torch.bucketize(place, self.entities.ends[1:], right=True) + (
+            place - self.layout.length
+        ).clamp(min=0)
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         if not self.bound:
@@ -230,7 +271,10 @@ class VAR(PrefixTransformer):
         needed = int(self._scale(index.max() + self.first)) + 1
         inputs = self.bound[0].next_inputs(tokens, needed)
         rows = torch.arange(len(tokens))[:, None]
-        return self.input(inputs[rows, index].to(self.input.weight.dtype)) + self.places()[0, index + self.first]
+        return (
+            self.input(inputs[rows, index].to(self.input.weight.dtype))
+            + self.places()[0, index + self.first]
+        )
 
     def block(self, place: Tensor) -> Tensor:
         return self._scale(place)
@@ -242,7 +286,9 @@ class VAR(PrefixTransformer):
         assert state.cache is not None
         vectors = self._condition(state)
         if self.shared_modulation is not None:
-            vectors = rearrange(self.shared_modulation(F.silu(vectors)), "r n (six d) -> r n six d", six=6)
+            vectors = rearrange(
+                self.shared_modulation(F.silu(vectors)), "r n (six d) -> r n six d", six=6
+            )
         return VARPass(vectors, state.cache, slots)
 
     def _condition(self, state: State) -> Tensor:
@@ -252,7 +298,9 @@ class VAR(PrefixTransformer):
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         scale, shift = self.last_modulation(self._condition(state))
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.output(modulate(hidden, scale, shift).to(self.output.weight.dtype)).float()
+            logits = self.output(
+                modulate(hidden, scale, shift).to(self.output.weight.dtype)
+            ).float()
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
 

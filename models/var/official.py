@@ -1,4 +1,5 @@
-"""The checkpoints of VAR's transformer (arXiv 2404.02905), official keys to ours and back. (The VQVAE: tokenizers/var.)
+"""The checkpoints of VAR's transformer (arXiv 2404.02905), official keys to ours and back. (The
+VQVAE: tokenizers/var.)
 
 Sizes are read from the tensors' shapes.
 """
@@ -38,9 +39,14 @@ KEYS = table(
 
 
 def from_official(
-    state: Mapping[str, Tensor], layout: Layout, num_heads: int | None = None, where: str = "the VAR checkpoint"
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    num_heads: int | None = None,
+    where: str = "the VAR checkpoint",
 ) -> VAR:
-    """A generator of the sizes that the weights show; raises UserError where they do not fit the tokenizer's layout."""
+    """A generator of the sizes that the weights show; raises UserError where they do not fit the
+    tokenizer's layout.
+    """
     OFFICIAL.check(state)
     length, width = state["pos_1LC"].shape[1:]
     if length != layout.length:
@@ -50,16 +56,19 @@ def from_official(
     generator = VAR(
         layout,
         width,
-        depth,
-        num_heads or (state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else heads_of(width)),
-        state["class_emb.weight"].shape[0] - 1,
-        state["word_embed.weight"].shape[1],
-        state["blocks.0.ffn.fc1.weight"].shape[0] / width,
+        depth=depth,
+        num_heads=num_heads
+        or (state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else heads_of(width)),
+        num_classes=state["class_emb.weight"].shape[0] - 1,
+        latent_dim=state["word_embed.weight"].shape[1],
+        mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
         shared_modulation="shared_ada_lin.1.weight" in state,
         l2_norm=l2_norm,
     )
     if generator.output.out_features != state["head.weight"].shape[0]:
-        raise UserError(f"{where} predicts {state['head.weight'].shape[0]} codes, but the tokenizer gives {layout}")
+        raise UserError(
+            f"{where} predicts {state['head.weight'].shape[0]} codes, but the tokenizer gives {layout}"
+        )
     return OFFICIAL.fill(generator, state, where)
 
 
@@ -75,7 +84,9 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a VAR generator",
     marks=("pos_1LC", "lvl_embed.weight"),
-    entries=("trainer.var_wo_ddp",),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
+    entries=(
+        "trainer.var_wo_ddp",
+    ),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
     keys=KEYS,
     build=_build,
 )

@@ -49,7 +49,9 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
     """Their scale t = cfg k / (K - 1) multiplies c - u beside c, so ours goes from 1 to 1 + cfg."""
     settings = recording.config["sample"]
     # more_smooth reads soft tokens: inputs that are no function of tokens
-    check_options(settings, "the config's sample", ("cfg", "top_k", "top_p"), {"more_smooth": False})
+    check_options(
+        settings, "the config's sample", ("cfg", "top_k", "top_p"), {"more_smooth": False}
+    )
     vqvae = recorded_vqvae(recording)
     generator = _generator(recording, vqvae)
     guidance = Guidance(Linear(1 + settings["cfg"])) if settings["cfg"] else NO_GUIDANCE

@@ -1,9 +1,11 @@
-"""xAR: next-X prediction of continuous tokens with flow matching and noisy context (arXiv 2502.20388, v2).
+"""xAR: next-X prediction of continuous tokens with flow matching and noisy context (arXiv
+2502.20388, v2).
 
-One transformer denoises entity n while it sees the entities before it: in training noisy ones, each at its own noise
-level, in sampling clean ones at time 0, whose keys are cached. X is any partition: cell, token, subsample, image or
-the scales of a pyramid. Different from the official code: any grid, X, batch and class count; a condition is embedded
-once an entity instead of once a token; a single entity is fully guided; clean context is trained with two streams.
+One transformer denoises entity n while it sees the entities before it: in training noisy ones, each
+at its own noise level, in sampling clean ones at time 0, whose keys are cached. X is any partition:
+cell, token, subsample, image or the scales of a pyramid. Different from the official code: any
+grid, X, batch and class count; a condition is embedded once an entity instead of once a token; a
+single entity is fully guided; clean context is trained with two streams.
 """
 
 from collections.abc import Sequence
@@ -54,27 +56,41 @@ def block(width: int, num_heads: int, hidden: int, dropout: float, attention: st
         Modulation(width, zero=False),
         dropout,
     )
-    for linear in (m for part in (made.attention, made.mlp) for m in part.modules() if isinstance(m, nn.Linear)):
+    for linear in (
+        m for part in (made.attention, made.mlp) for m in part.modules() if isinstance(m, nn.Linear)
+    ):
         tag(linear.weight, "hidden")
     return made
 
 
 class Stack(nn.Module):
-    """Project, add learned positions, maybe normalise, run blocks, normalise: [R, n, in] to [R, n, D].
+    """Project, add learned positions, maybe normalise, run blocks, normalise: [R, n, in] to [R, n,
+    D].
 
     `offset` is the number of its first block in the cache.
     """
 
-    def __init__(self, blocks: Sequence[AdaLNBlock], in_dim: int, width: int, length: int, norm: bool, offset: int):
+    def __init__(
+        self,
+        blocks: Sequence[AdaLNBlock],
+        in_dim: int,
+        width: int,
+        length: int,
+        norm: bool,
+        offset: int,
+    ):
         super().__init__()
-        self.offset, self.activation_checkpointing = offset, False
+        self.offset = offset
+        self.activation_checkpointing = False
         self.project = nn.Linear(in_dim, width)
         self.positions = nn.Parameter(torch.empty(length, width))
         self.norm_in = nn.RMSNorm(width, eps=1e-6) if norm else nn.Identity()
         self.blocks = nn.ModuleList(blocks)
         self.norm_out = nn.RMSNorm(width, eps=1e-6)
 
-    def forward(self, x: Tensor, place: Tensor, condition: Tensor, sizes: Sequence[int], shared: Pass) -> Tensor:
+    def forward(
+        self, x: Tensor, place: Tensor, condition: Tensor, sizes: Sequence[int], shared: Pass
+    ) -> Tensor:
         x = self.norm_in(self.project(x) + self.positions[place])
         for number, layer in enumerate(self.blocks, self.offset):
             if self.activation_checkpointing and self.training:
@@ -87,10 +103,10 @@ class Stack(nn.Module):
 class XAR(Generator):
     """Next-X generator over continuous tokens, conditioned on `num_classes` classes.
 
-    `entity` is X, as `parse_entities` reads it: cell:8x8, token, subsample:2, image, scale, ... `context_noise` is how
-    noise levels are ordered over the entities in training. `depth` counts the blocks of each stack. `loss_over` weighs
-    tokens or entities alike, which differs for scales. Raises UserError for a layout that is not continuous or that X
-    does not fit.
+    `entity` is X, as `parse_entities` reads it: cell:8x8, token, subsample:2, image, scale, ...
+    `context_noise` is how noise levels are ordered over the entities in training. `depth` counts
+    the blocks of each stack. `loss_over` weighs tokens or entities alike, which differs for scales.
+    Raises UserError for a layout that is not continuous or that X does not fit.
     """
 
     def __init__(
@@ -111,16 +127,27 @@ class XAR(Generator):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        self.layout, self.entities = layout, parse_entities(entity, layout)
-        self.width, self.num_heads, self.num_classes = width, num_heads, num_classes
-        self.context_noise, self.condition_dropout, self.loss_over = context_noise, condition_dropout, loss_over
+        self.layout = layout
+        self.entities = parse_entities(entity, layout)
+        self.width = width
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.context_noise = context_noise
+        self.condition_dropout = condition_dropout
+        self.loss_over = loss_over
         self.flex = attention == "flex"
         if self.flex and (dropout or context_noise == "clean"):
-            raise UserError("FlexAttention has no dropout and no clean context here; set dropout 0 and context noise")
+            raise UserError(
+                "FlexAttention has no dropout and no clean context here; set dropout 0 and context noise"
+            )
         self.channels = channels_of(layout)
         self.conditioning = ClassConditioning(num_classes)
-        hidden, total = int(width * mlp_ratio * 2 / 3), depth + (depth if decoder_depth is None else decoder_depth)
-        blocks = [block(width, num_heads, hidden, dropout, "auto" if self.flex else attention) for _ in range(total)]
+        hidden = int(width * mlp_ratio * 2 / 3)
+        total = depth + (depth if decoder_depth is None else decoder_depth)
+        blocks = [
+            block(width, num_heads, hidden, dropout, "auto" if self.flex else attention)
+            for _ in range(total)
+        ]
         self.encoder = Stack(blocks[:depth], self.channels, width, layout.length, True, 0)
         self.decoder = Stack(blocks[depth:], width, width, layout.length, False, depth)
         self.class_embedding = nn.Embedding(num_classes + 1, width)
@@ -149,7 +176,10 @@ class XAR(Generator):
         for table in (self.class_embedding.weight, self.encoder.positions, self.decoder.positions):
             nn.init.normal_(table, std=0.02)
         if zero_init:
-            for linear in (self.output, *(m.linear for m in self.modules() if isinstance(m, Modulation))):
+            for linear in (
+                self.output,
+                *(m.linear for m in self.modules() if isinstance(m, Modulation)),
+            ):
                 nn.init.zeros_(linear.weight)
 
     @property
@@ -162,9 +192,15 @@ class XAR(Generator):
 
     # training
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         t = self.draw_times(len(tokens), tokens.device)
-        return {"flow": self.flow_loss(tokens, self.drop_condition(condition), t, torch.randn_like(tokens), weight)}
+        return {
+            "flow": self.flow_loss(
+                tokens, self.drop_condition(condition), t, torch.randn_like(tokens), weight
+            )
+        }
 
     def draw_times(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Flow times [B, entities], in the order that `context_noise` says."""
@@ -174,7 +210,12 @@ class XAR(Generator):
         return t
 
     def flow_loss(
-        self, tokens: Tensor, condition: Condition, t: Tensor, noise: Tensor, weight: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        t: Tensor,
+        noise: Tensor,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the velocity, of tokens [B, N, C] at times [B, entities].
 
@@ -183,7 +224,11 @@ class XAR(Generator):
         x = self.in_order(tokens)
         noisy = flow.interpolate(x, noise, spread_times(t, self.entities))
         clean = x if self.context_noise == "clean" else None
-        error = (self.velocity(noisy, t, condition, clean).float() - flow.target(x, noise)).square().mean(-1)
+        error = (
+            (self.velocity(noisy, t, condition, clean).float() - flow.target(x, noise))
+            .square()
+            .mean(-1)
+        )
         if self.loss_over == "entities":
             sizes = torch.tensor(self.entities.sizes, device=error.device)
             error = error * (error.shape[1] / self.entities.count / sizes).repeat_interleave(sizes)
@@ -195,16 +240,31 @@ class XAR(Generator):
         """Tokens [B, N, C] in the order of generation."""
         return take(tokens, self.entities.order.expand(len(tokens), -1))
 
-    def velocity(self, noisy: Tensor, t: Tensor, condition: Condition, clean: Tensor | None = None) -> Tensor:
-        """Velocities [B, N, C] of noisy tokens in the order of generation at times [B, entities], in one pass.
+    def velocity(
+        self, noisy: Tensor, t: Tensor, condition: Condition, clean: Tensor | None = None
+    ) -> Tensor:
+        """Velocities [B, N, C] of noisy tokens in the order of generation at times [B, entities],
+        in one pass.
 
-        Entities see the noisy ones before them; with `clean` tokens they see those instead, as in sampling.
+        Entities see the noisy ones before them; with `clean` tokens they see those instead, as in
+        sampling.
         """
-        order = self.entities.order.expand(1, -1) if self.entities.order.ndim == 1 else self.entities.order
-        sizes, cache = self.entities.sizes, NoCache(noisy.device)
+        order = (
+            self.entities.order.expand(1, -1)
+            if self.entities.order.ndim == 1
+            else self.entities.order
+        )
+        sizes = self.entities.sizes
+        cache = NoCache(noisy.device)
         if clean is None:
-            return self._run(noisy, order, t, sizes, condition, cache, self._training_slots(noisy.device))
-        both = torch.cat([clean, noisy], 1), torch.cat([order, order], 1), torch.cat([torch.zeros_like(t), t], 1)
+            return self._run(
+                noisy, order, t, sizes, condition, cache, self._training_slots(noisy.device)
+            )
+        both = (
+            torch.cat([clean, noisy], 1),
+            torch.cat([order, order], 1),
+            torch.cat([torch.zeros_like(t), t], 1),
+        )
         mask = two_streams(self.entities).to(noisy.device)
         slots = Slots(torch.arange(2 * len(mask))[None], 0, len(mask), mask[None, None], False)
         return self._run(*both, sizes + sizes, condition, cache, slots)[:, noisy.shape[1] :]
@@ -224,24 +284,38 @@ class XAR(Generator):
         entities: Entities | None = None,
         window: int = 1,
     ) -> State:
-        entities, rows = entities or self.entities, self.stack_branches(condition, guidance)
+        entities = entities or self.entities
+        rows = self.stack_branches(condition, guidance)
         assert rows.ids is not None
         weight = self.output.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        layers, head_dim = len(self.encoder.blocks) + len(self.decoder.blocks), self.width // self.num_heads
+        layers = len(self.encoder.blocks) + len(self.decoder.blocks)
+        head_dim = self.width // self.num_heads
         capacity = entities.length + window * entities.sizes[-1]
         return State(
             condition=rows,
             guidance=guidance,
             entities=entities,
             fed=torch.zeros(condition.batch, dtype=torch.int64),
-            cache=KVCache(layers, rows.batch, self.num_heads, capacity, head_dim, dtype, weight.device),
+            cache=KVCache(
+                layers,
+                rows.batch,
+                heads=self.num_heads,
+                capacity=capacity,
+                dim=head_dim,
+                dtype=dtype,
+                device=weight.device,
+            ),
             input_ends=torch.cat([torch.zeros(1, dtype=torch.int64), entities.ends[:-1]]),
         )
 
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> ImplicitFlow:
-        """Feed the clean entities before entity fed + count - 1 and return that one; it takes no others."""
+    def predict(
+        self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
+    ) -> ImplicitFlow:
+        """Feed the clean entities before entity fed + count - 1 and return that one; it takes no
+        others.
+        """
         if (count if want is None else want) != 1:
             raise UserError("xAR draws one entity at a time; entities cannot be predicted together")
         read = (state.fed - 1).clamp(min=0)
@@ -249,7 +323,9 @@ class XAR(Generator):
         target = state.fed - 1
         missing = (target - read).unique()
         if len(missing) > 1:
-            raise ValueError(f"images stand at entities {target.tolist()} with unequal inputs; they must be in step")
+            raise ValueError(
+                f"images stand at entities {target.tolist()} with unequal inputs; they must be in step"
+            )
         if int(missing):
             self._feed(state, tokens, read, int(missing))
         return self._entity(state, target)
@@ -257,26 +333,36 @@ class XAR(Generator):
     def _feed(self, state: State, tokens: Tensor, first: Tensor, count: int) -> None:
         """Commit the keys of `count` clean entities at time 0."""
         assert state.cache is not None
-        x, place = state.entities.get(tokens, first, count), state.entities.indices(first, count)
+        x = state.entities.get(tokens, first, count)
+        place = state.entities.indices(first, count)
         slots = state.cache.reserve(_shared(state.entities.entity_of(first, count), state))
-        t, condition = torch.zeros(1, 1, device=x.device), state.condition
-        self._run(state.rows(x), _shared(place, state), t, (x.shape[1],), condition, state.cache, slots)
+        t = torch.zeros(1, 1, device=x.device)
+        condition = state.condition
+        self._run(
+            state.rows(x), _shared(place, state), t, (x.shape[1],), condition, state.cache, slots
+        )
         state.cache.commit()
 
     def _entity(self, state: State, entity: Tensor) -> ImplicitFlow:
-        """The law of one entity of each image: noisy calls that see the cache and leave no trace in it."""
+        """The law of one entity of each image: noisy calls that see the cache and leave no trace in
+        it.
+        """
         assert state.cache is not None
         place = _shared(state.entities.indices(entity, 1), state)
         number = state.entities.entity_of(entity, 1)
         slots = state.cache.reserve(_shared(number, state))
-        length, cache = number.shape[1], state.cache
+        length = number.shape[1]
+        cache = state.cache
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            rows, time = state.rows(x.float()), t.to(x.device, torch.float32).expand(1, 1)
+            rows = state.rows(x.float())
+            time = t.to(x.device, torch.float32).expand(1, 1)
             v = self._run(rows, place, time, (length,), state.condition, cache, slots)
             return state.merge(v.float(), number)
 
-        return ImplicitFlow(velocity, (length, self.channels), int(entity.min()), state.entities.count)
+        return ImplicitFlow(
+            velocity, (length, self.channels), int(entity.min()), state.entities.count
+        )
 
     def _run(
         self,
@@ -288,7 +374,9 @@ class XAR(Generator):
         cache: KVCache | NoCache,
         slots: Slots,
     ) -> Tensor:
-        """Velocities [R, n, C] of x [R, n, C] at places [R or 1, n]; times [R or 1, E] of E entities of `sizes`."""
+        """Velocities [R, n, C] of x [R, n, C] at places [R or 1, n]; times [R or 1, E] of E
+        entities of `sizes`.
+        """
         assert condition.ids is not None
         vectors = self.class_embedding(condition.ids)[:, None] + self.time_embedding(time_index(t))
         place = place.to(x.device)
@@ -299,7 +387,9 @@ class XAR(Generator):
 
 
 def time_index(t: Tensor) -> Tensor:
-    """What the network reads of a time: 1000 t in float32, truncated (not rounded), as the official code does."""
+    """What the network reads of a time: 1000 t in float32, truncated (not rounded), as the official
+    code does.
+    """
     return (t.float() * 1000).floor()
 
 
@@ -309,7 +399,9 @@ def spread_times(t: Tensor, entities: Entities) -> Tensor:
 
 
 def two_streams(entities: Entities) -> Tensor:
-    """[2 N, 2 N] visibility for clean tokens, then noisy ones: all see clean entities before, and their own alone."""
+    """[2 N, 2 N] visibility for clean tokens, then noisy ones: all see clean entities before, and
+    their own alone.
+    """
     before = entities.numbers[None, :] < entities.numbers[:, None]
     own = entities.numbers[None, :] == entities.numbers[:, None]
     nothing = torch.zeros_like(own)
@@ -327,10 +419,12 @@ def channels_of(layout: Layout) -> int:
 def coordinates(layout: Layout) -> tuple[Tensor, Tensor]:
     """Rows and columns [N] of the layout's tokens on its last (finest) grid.
 
-    The token of a coarser grid sits at the middle of what it covers; a sequence runs along the rows.
+    The token of a coarser grid sits at the middle of what it covers; a sequence runs along the
+    rows.
     """
     finest = layout.segments[-1].shape
-    rows, columns = [], []
+    rows = []
+    columns = []
     for segment in layout.segments:
         is_grid = len(segment.shape) == 2
         h, w = segment.shape if is_grid else (segment.length, 1)

@@ -1,6 +1,8 @@
-"""xAR (OliverRensu/xAR): official keys to ours and back. Its tokenizer is MAR's KL-16 VAE (tokenizers/kl_vae).
+"""xAR (OliverRensu/xAR): official keys to ours and back. Its tokenizer is MAR's KL-16 VAE
+(tokenizers/kl_vae).
 
-Official rows of both position tables are in the order of generation (cells); ours follow the layout's places.
+Official rows of both position tables are in the order of generation (cells); ours follow the
+layout's places.
 """
 
 from collections.abc import Mapping
@@ -41,9 +43,15 @@ def keys(entities: Entities) -> KeyTable:
     pairs = dict(_REST)
     for side in ("encoder", "decoder"):
         pairs |= {f"{side}_blocks.{{i}}.{a}": f"{side}.blocks.{{i}}.{b}" for a, b in _BLOCK.items()}
-    order, inverse = entities.order, entities.inverse
+    order = entities.order
+    inverse = entities.inverse
     tables = [
-        Rule(f"{side}_pos_embed_learned", f"{side}.positions", lambda t: t[0, inverse], lambda t: t[order][None])
+        Rule(
+            f"{side}_pos_embed_learned",
+            f"{side}.positions",
+            lambda t: t[0, inverse],
+            lambda t: t[order][None],
+        )
         for side in ("encoder", "decoder")
     ]
     return table(pairs, *tables, drop=("mask", "*.attn.rope.*"))

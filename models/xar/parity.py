@@ -1,4 +1,6 @@
-"""Replays of xAR's recorded outputs: a training pass, sampling with the recorded noise, orders of every X."""
+"""Replays of xAR's recorded outputs: a training pass, sampling with the recorded noise, orders of
+every X.
+"""
 
 from collections.abc import Mapping
 from math import isqrt
@@ -44,7 +46,9 @@ def _generator(recording: Recording) -> XAR:
     check_options(config, "the config", READ, {"patch_size": 1})
     for option in ("embed_dim", "num_heads"):
         if config[f"encoder_{option}"] != config[f"decoder_{option}"]:
-            raise UserError(f"xAR has one {option} here: encoder_{option} and decoder_{option} must be equal")
+            raise UserError(
+                f"xAR has one {option} here: encoder_{option} and decoder_{option} must be equal"
+            )
     latents = recording.inputs["train/latents"]
     side = isqrt(latents[0, 0].numel() // config["clusters"])
     generator = from_official(
@@ -87,7 +91,9 @@ def train(recording: Recording) -> dict[str, Tensor]:
 @replays("xar", "sample")
 @torch.no_grad()
 def sample(recording: Recording) -> dict[str, Tensor]:
-    """Latents of both solvers, with and without guidance, and single network calls of the first of them."""
+    """Latents of both solvers, with and without guidance, and single network calls of the first of
+    them.
+    """
     generator = _generator(recording)
     steps = recording.settings("sample/timestep_index")["num_steps"]
     outputs = {"sample/timestep_index": time_index(sde_times(steps)[:-1]).long()}
@@ -107,9 +113,11 @@ def _single_calls(recording: Recording, generator: XAR) -> dict[str, Tensor]:
     outputs = {}
     for name in names:
         settings = recording.settings(name)
-        # One more call an entity than theirs, for its clean context, but for the first entity, which has none.
+        # One more call an entity than theirs, for its clean context, but for the first entity,
+        # which has none.
         number = settings["cell"] * (settings["num_steps"] + 1) + settings["call"]
-        # Their first call of an entity reads the one before it and this one; ours reads them in two calls.
+        # Their first call of an entity reads the one before it and this one; ours reads them in two
+        # calls.
         first = number - 1 if settings["call"] == 0 and settings["cell"] > 0 else number
         outputs[name] = torch.cat(reads.inputs[first : number + 1], 1)
         outputs[name.replace("_input", "_velocity")] = predictions.outputs[number]
@@ -125,7 +133,11 @@ def _latents(recording: Recording, generator: XAR, settings: Mapping[str, Any]) 
             noise += recording.inputs["sample/sde_noise"][number]
     condition = Condition(ids=recording.inputs["sample/labels"])
     tokens = Ancestral()(
-        generator, condition, Sampling(flow=solver), RecordedNoise(noise), guidance=_guidance(settings)
+        generator,
+        condition,
+        Sampling(flow=solver),
+        RecordedNoise(noise),
+        guidance=_guidance(settings),
     )
     height = generator.layout.segments[0].shape[0]
     return rearrange(tokens, "b (h w) c -> b c h w", h=height)

@@ -1,8 +1,9 @@
 """Checkpoints of a run: `last.ckpt`, the one before it, and `best.ckpt` by a validation metric.
 
-Each is written beside its place and then moved into it, so that a kill or a full disk during the write leaves the
-previous one usable. Lightning's own callback writes in place, and warns about manual optimisation at every run. None
-holds a weight that is not finite: nothing could be continued from it.
+Each is written beside its place and then moved into it, so that a kill or a full disk during the
+write leaves the previous one usable. Lightning's own callback writes in place, and warns about
+manual optimisation at every run. None holds a weight that is not finite: nothing could be continued
+from it.
 """
 
 import logging
@@ -26,12 +27,19 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Saves every `every` updates and at the end; best where `metric` (`val/loss`) has its `mode` over validations."""
+    """Saves every `every` updates and at the end; best where `metric` (`val/loss`) has its `mode`
+    over validations.
+    """
 
-    def __init__(self, folder: str | Path, every: int, metric: str, mode: Literal["min", "max"]) -> None:
+    def __init__(
+        self, folder: str | Path, every: int, metric: str, mode: Literal["min", "max"]
+    ) -> None:
         if every < 1:
             raise ValueError(f"checkpoints are saved every {every} updates; at least 1 is needed")
-        self.folder, self.every, self.metric, self.mode = Path(folder), every, metric, mode
+        self.folder = Path(folder)
+        self.every = every
+        self.metric = metric
+        self.mode = mode
         self.best: float | None = None
         self._saved = -1
         self._said = False
@@ -75,11 +83,17 @@ class Checkpoints(Checkpoint):
             self._write(trainer, BEST)
 
     def _say_missing(self, trainer: L.Trainer) -> None:
-        """One warning where a validation brought other metrics only; a callback may measure this one later."""
+        """One warning where a validation brought other metrics only; a callback may measure this
+        one later.
+        """
         measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
         if measured and not self._said and trainer.is_global_zero:
             self._said = True
-            log.warning("the validation did not measure %s but %s: no best.ckpt yet", self.metric, ", ".join(measured))
+            log.warning(
+                "the validation did not measure %s but %s: no best.ckpt yet",
+                self.metric,
+                ", ".join(measured),
+            )
 
     def is_better(self, new: float) -> bool:
         """Whether a value is the best so far. NaN never is, and any number is better than it."""
@@ -98,15 +112,20 @@ class Checkpoints(Checkpoint):
         self._due = validates_now(trainer)
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write `last.ckpt` now, unless it is of this very update; raises UserError where it cannot be written."""
+        """Write `last.ckpt` now, unless it is of this very update; raises UserError where it cannot
+        be written.
+        """
         if pl_module.updates != self._saved:
             require_finite(trainer, self._whole(LAST, PREVIOUS))
             self._write(trainer, LAST, keep=PREVIOUS)
             self._saved = pl_module.updates
 
     def _write(self, trainer: L.Trainer, name: str, keep: str | None = None) -> None:
-        """Write `name`, its old content goes to `keep`; every process takes part, the first one moves files."""
-        target, staged = self.folder / name, self.folder / f"{name}.part"
+        """Write `name`, its old content goes to `keep`; every process takes part, the first one
+        moves files.
+        """
+        target = self.folder / name
+        staged = self.folder / f"{name}.part"
         older = target if keep is None else self.folder / keep
         try:
             trainer.save_checkpoint(staged)
@@ -119,7 +138,9 @@ class Checkpoints(Checkpoint):
         except (OSError, RuntimeError) as error:
             remove(staged)
             whole = self._whole(target.name, older.name)
-            raise UserError(f"{target} could not be written: {error}. Last whole checkpoint: {whole}") from error
+            raise UserError(
+                f"{target} could not be written: {error}. Last whole checkpoint: {whole}"
+            ) from error
 
     def _whole(self, *names: str) -> Path | str:
         """The first of these checkpoints that is there, to be named to the user."""
@@ -135,16 +156,24 @@ class Checkpoints(Checkpoint):
 def validates_now(trainer: L.Trainer) -> bool:
     """Whether a validation follows on the batch that has just ended."""
     loop = trainer.fit_loop
-    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(
+        loop._data_fetcher
+    )
 
 
 def tables_of(trainer: L.Trainer) -> list[MetricsFile]:
     """The run's metrics.csv, on the process that writes it."""
-    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile) and trainer.is_global_zero]
+    return [
+        logger
+        for logger in trainer.loggers
+        if isinstance(logger, MetricsFile) and trainer.is_global_zero
+    ]
 
 
 def write_metrics(trainer: L.Trainer) -> None:
-    """Write the metrics of the batch that has just ended, before a checkpoint of it: Lightning does so only after."""
+    """Write the metrics of the batch that has just ended, before a checkpoint of it: Lightning does
+    so only after.
+    """
     if not tables_of(trainer):
         return
     connector = trainer._logger_connector
@@ -158,11 +187,22 @@ def write_metrics(trainer: L.Trainer) -> None:
 
 
 def require_finite(trainer: L.Trainer, whole: Path | str) -> None:
-    """Raise UserError, on all processes, where a weight of any is NaN or infinite; `whole` is what is left."""
-    first = next((name for name, tensor in trainer.lightning_module.state_dict().items() if not _finite(tensor)), None)
+    """Raise UserError, on all processes, where a weight of any is NaN or infinite; `whole` is what
+    is left.
+    """
+    first = next(
+        (
+            name
+            for name, tensor in trainer.lightning_module.state_dict().items()
+            if not _finite(tensor)
+        ),
+        None,
+    )
     found = [name for name in distributed.all_gather(first) if name is not None]
     if found:
-        raise UserError(f"{found[0]} is not finite any more, so nothing is saved. Last whole checkpoint: {whole}")
+        raise UserError(
+            f"{found[0]} is not finite any more, so nothing is saved. Last whole checkpoint: {whole}"
+        )
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -171,7 +211,9 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder, before anything relies on it."""
+    """Have the disk hold what was written to a file, or the names in a folder, before anything
+    relies on it.
+    """
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,7 +1,9 @@
-"""Codebook usage of every segment, in training and validation, and a warning when a codebook collapses.
+"""Codebook usage of every segment, in training and validation, and a warning when a codebook
+collapses.
 
-Usage is the share of codes drawn in a window, perplexity the exponential of the entropy of their frequencies.
-Factorized tokens have one codebook a factor, binary ones one of two codes a bit: usage and perplexity are means then.
+Usage is the share of codes drawn in a window, perplexity the exponential of the entropy of their
+frequencies. Factorized tokens have one codebook a factor, binary ones one of two codes a bit: usage
+and perplexity are means then.
 """
 
 import logging
@@ -24,16 +26,21 @@ ADVICE = (
 class CodebookUsage(L.Callback):
     """Logs usage, perplexity and dead codes over windows of `every` batches, summed over processes.
 
-    Below a usage of `warn_below` after `grace` updates it warns once, with what to try (0: never, for a tokenizer that
-    is not trained).
+    Below a usage of `warn_below` after `grace` updates it warns once, with what to try (0: never,
+    for a tokenizer that is not trained).
     """
 
     def __init__(self, every: int = 100, warn_below: float = 0.1, grace: int = 500) -> None:
-        self.every, self.warn_below, self.grace, self._warned = every, warn_below, grace, False
+        self.every = every
+        self.warn_below = warn_below
+        self.grace = grace
+        self._warned = False
         self._train: list[Tensor] = []
         self._val: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         layout: Layout = pl_module.tokenizer.layout
         if layout.is_continuous:
             return
@@ -47,7 +54,13 @@ class CodebookUsage(L.Callback):
                 log.warning("%.1f %% of %s: %s", 100 * lowest, where, ADVICE)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not pl_module.tokenizer.layout.is_continuous:
             self._val = add_counts(self._val, outputs["tokens"], pl_module.tokenizer.layout)
@@ -57,7 +70,9 @@ class CodebookUsage(L.Callback):
             self._log(pl_module, "val", self._val, pl_module.tokenizer.layout)
             self._val = []
 
-    def _log(self, pl_module: Any, stage: str, counts: list[Tensor], layout: Layout) -> list[tuple[float, str]]:
+    def _log(
+        self, pl_module: Any, stage: str, counts: list[Tensor], layout: Layout
+    ) -> list[tuple[float, str]]:
         """Log all segments; returns the usage and the name of each."""
         found = []
         for segment, count in zip(layout.segments, counts, strict=True):
@@ -81,8 +96,11 @@ def codebooks(segment: Segment) -> list[int]:
 
 
 def add_counts(counts: list[Tensor], tokens: Tensor, layout: Layout) -> list[Tensor]:
-    """`counts` (one int64 tensor a segment, its codebooks one behind the other) with those of tokens [B, N, ...]."""
-    starts, new = layout.starts, []
+    """`counts` (one int64 tensor a segment, its codebooks one behind the other) with those of
+    tokens [B, N, ...].
+    """
+    starts = layout.starts
+    new = []
     for segment, start, stop in zip(layout.segments, starts, starts[1:], strict=False):
         sizes = torch.tensor(codebooks(segment))
         offsets = (sizes.cumsum(0) - sizes).to(tokens.device)

@@ -1,9 +1,9 @@
 """EMA: exponential moving average of the trained weights, a callback of our own.
 
-Lightning's averages the whole module, frozen tokenizer and discriminator included, and loses the raw weights at the
-end of `fit`. This one averages what `pl_module.ema_target` names, in float32, with the warm-up
-min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation (or without, as some papers do), swaps it in for
-validation, test and prediction, and saves it under its own key.
+Lightning's averages the whole module, frozen tokenizer and discriminator included, and loses the
+raw weights at the end of `fit`. This one averages what `pl_module.ema_target` names, in float32,
+with the warm-up min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation (or without, as
+some papers do), swaps it in for validation, test and prediction, and saves it under its own key.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from tessellar.training.sharding import like, whole
 class EMA(L.Callback):
     """Average after every update. Weights that are not finite are never averaged in.
 
-    Without `warmup` the decay is the same from the first update on: a run that is short against 1 / (1 - decay) updates
-    then keeps much of its first weights.
+    Without `warmup` the decay is the same from the first update on: a run that is short against 1 /
+    (1 - decay) updates then keeps much of its first weights.
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
@@ -43,7 +43,10 @@ class EMA(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.average:
             current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
-            self.average = {n: t.float().clone() if t.is_floating_point() else t.clone() for n, t in current.items()}
+            self.average = {
+                n: t.float().clone() if t.is_floating_point() else t.clone()
+                for n, t in current.items()
+            }
         self._place(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,7 +57,10 @@ class EMA(L.Callback):
         """Averages where the weights are, and sharded as they are."""
         current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
         self.average = with_current_names(pl_module.ema_target, self.average)  # type: ignore[arg-type]
-        saved = {n: self.average[n].float() if t.is_floating_point() else self.average[n] for n, t in current.items()}
+        saved = {
+            n: self.average[n].float() if t.is_floating_point() else self.average[n]
+            for n, t in current.items()
+        }
         self.average = {n: like(saved[n], t) for n, t in current.items()}
 
     @torch.no_grad()
@@ -108,17 +114,26 @@ class EMA(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap_out(pl_module)
 
-    on_test_start, on_test_end = on_validation_start, on_validation_end
-    on_predict_start, on_predict_end = on_validation_start, on_validation_end
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
+    on_predict_start = on_validation_start
+    on_predict_end = on_validation_end
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decay": self.decay, "updates": self.updates, "average": {n: whole(t) for n, t in self.average.items()}}
+        return {
+            "decay": self.decay,
+            "updates": self.updates,
+            "average": {n: whole(t) for n, t in self.average.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.updates, self.average = state_dict["updates"], state_dict["average"]
+        self.updates = state_dict["updates"]
+        self.average = state_dict["average"]
 
 
 def _finite(tensors: list[Tensor]) -> bool:

@@ -1,8 +1,10 @@
-"""FID: a Fréchet distance (or any metric of the engine) while training, on averaged weights, also for best.ckpt.
+"""FID: a Fréchet distance (or any metric of the engine) while training, on averaged weights, also
+for best.ckpt.
 
-A generator is measured by class-balanced samples against the data set, a tokenizer by reconstructions of validation
-images (rFD). The name logged is the network's: `val/FID-10k`, `val/FD(fmnist-resnet10t)`; `val/distance` is the same
-number under a name that fits into file names. Each measurement also leaves its record in the run's folder.
+A generator is measured by class-balanced samples against the data set, a tokenizer by
+reconstructions of validation images (rFD). The name logged is the network's: `val/FID-10k`,
+`val/FD(fmnist-resnet10t)`; `val/distance` is the same number under a name that fits into file
+names. Each measurement also leaves its record in the run's folder.
 """
 
 from collections.abc import Sequence
@@ -35,9 +37,10 @@ MONITOR = "val/distance"
 class FID(L.Callback):
     """Measure every `every_n_epochs` epochs, or every `every_n_updates` updates.
 
-    `extractor` is "inception", its weights file, or a timm network's file (described by `network` if it does not do so
-    itself). `reference` is "train" or "val" (default: train for samples, val for reconstructions), or a path. The same
-    `seed` gives the same noise each time, so that curves are smooth; report final numbers on other seeds.
+    `extractor` is "inception", its weights file, or a timm network's file (described by `network`
+    if it does not do so itself). `reference` is "train" or "val" (default: train for samples, val
+    for reconstructions), or a path. The same `seed` gives the same noise each time, so that curves
+    are smooth; report final numbers on other seeds.
     """
 
     def __init__(
@@ -56,21 +59,37 @@ class FID(L.Callback):
         cache: str = "runs/.cache",
     ) -> None:
         if (every_n_epochs is None) == (every_n_updates is None):
-            raise ValueError("give either every_n_epochs or every_n_updates, and null for the other")
-        self.extractor_source, self.network, self.num_samples = extractor, network, num_samples
-        self.every_n_epochs, self.every_n_updates = every_n_epochs, every_n_updates
-        self.metrics, self.reference_name = tuple(metrics), reference
-        self.sampling, self.precision, self.seed = sampling, precision, seed
-        self.batch_size, self.cache = batch_size, cache
+            raise ValueError(
+                "give either every_n_epochs or every_n_updates, and null for the other"
+            )
+        self.extractor_source = extractor
+        self.network = network
+        self.num_samples = num_samples
+        self.every_n_epochs = every_n_epochs
+        self.every_n_updates = every_n_updates
+        self.metrics = tuple(metrics)
+        self.reference_name = reference
+        self.sampling = sampling
+        self.precision = precision
+        self.seed = seed
+        self.batch_size = batch_size
+        self.cache = cache
         self._extractor: Extractor | None = None
         self._reference: Reference | None = None
         self._measured = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Load the network and make the reference before training, so that what is missing is said at once."""
+        """Load the network and make the reference before training, so that what is missing is said
+        at once.
+        """
         extractor = load_extractor(self.extractor_source, self.network).to(pl_module.device)
-        self._extractor, self._reference = extractor, self._make_reference(trainer, pl_module, extractor)
-        check_metrics(self.metrics, extractor, self._reference, self._source(trainer, pl_module).has_originals)
+        self._extractor, self._reference = (
+            extractor,
+            self._make_reference(trainer, pl_module, extractor),
+        )
+        check_metrics(
+            self.metrics, extractor, self._reference, self._source(trainer, pl_module).has_originals
+        )
         self._measured = pl_module.updates
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -83,13 +102,19 @@ class FID(L.Callback):
             self.measure(trainer, pl_module)
 
     def measure(self, trainer: L.Trainer, pl_module: Any) -> Record:
-        """Measure now, with averaged weights where they are kept; all ranks take part and get the same record."""
+        """Measure now, with averaged weights where they are kept; all ranks take part and get the
+        same record.
+        """
         assert self._extractor is not None
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         with ema.swapped(pl_module) if ema else nullcontext(), gathered(pl_module):
             source = self._source(trainer, pl_module)
             record = evaluate_samples(
-                source, self._extractor, self._reference, metrics=self.metrics, batch_size=self.batch_size
+                source,
+                self._extractor,
+                self._reference,
+                metrics=self.metrics,
+                batch_size=self.batch_size,
             )
         self._measured = pl_module.updates
         record["samples"] |= {"weights": "ema" if ema else "raw", "updates": pl_module.updates}
@@ -98,12 +123,20 @@ class FID(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: Any, record: Record) -> None:
         values = {f"val/{name}": value for name, value in record["metrics"].items()}
-        values |= {MONITOR: next(iter(values.values())), "val/evaluation_seconds": record["seconds"]}
-        pl_module.log_dict(values, logger=False)  # for Checkpoints; loggers would drop it between their steps
+        values |= {
+            MONITOR: next(iter(values.values())),
+            "val/evaluation_seconds": record["seconds"],
+        }
+        pl_module.log_dict(
+            values, logger=False
+        )  # for Checkpoints; loggers would drop it between their steps
         for logger in trainer.loggers:
             logger.log_metrics(values, step=pl_module.updates)
         if trainer.is_global_zero:
-            write_record(record, Path(trainer.default_root_dir) / "evaluations" / f"{pl_module.updates:08d}.json")
+            write_record(
+                record,
+                Path(trainer.default_root_dir) / "evaluations" / f"{pl_module.updates:08d}.json",
+            )
 
     def _source(self, trainer: L.Trainer, pl_module: Any) -> ImageSource:
         model = getattr(pl_module, "model", None)
@@ -112,18 +145,28 @@ class FID(L.Callback):
             captions = data.val_dataset() if data else None
             names = data.class_names if data else ()
             return GeneratedImages(
-                model, self.num_samples, self.sampling, self.seed, captions, self.precision, class_names=names
+                model,
+                self.num_samples,
+                self.sampling,
+                self.seed,
+                captions,
+                self.precision,
+                class_names=names,
             )
         return Reconstructions(pl_module.tokenizer, self._images(trainer, "val", self.num_samples))
 
-    def _make_reference(self, trainer: L.Trainer, pl_module: Any, extractor: Extractor) -> Reference:
+    def _make_reference(
+        self, trainer: L.Trainer, pl_module: Any, extractor: Extractor
+    ) -> Reference:
         generates = isinstance(getattr(pl_module, "model", None), ImageGenerator)
         name = self.reference_name or ("train" if generates else "val")
         if name not in ("train", "val"):
             return load_reference(name, extractor, self.cache, self.batch_size)
         # A tokenizer is compared with the very images that it reconstructs.
         limit = None if generates or name == "train" else self.num_samples
-        return reference_from(self._images(trainer, name, limit), extractor, self.cache, self.batch_size)
+        return reference_from(
+            self._images(trainer, name, limit), extractor, self.cache, self.batch_size
+        )
 
     def _images(self, trainer: L.Trainer, split: str, limit: int | None) -> DatasetImages:
         data = trainer.datamodule  # type: ignore[attr-defined]

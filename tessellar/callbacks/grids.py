@@ -15,18 +15,28 @@ from tessellar.training.runs import Run
 
 
 class Grids(L.Callback):
-    """Originals above their reconstructions for a tokenizer; samples with fixed seeds for a generator.
+    """Originals above their reconstructions for a tokenizer; samples with fixed seeds for a
+    generator.
 
-    A class-conditional generator shows one row a class, one that reads text the first captions of the validation set.
+    A class-conditional generator shows one row a class, one that reads text the first captions of
+    the validation set.
     """
 
     def __init__(self, run: Run, sampling: Sampling, columns: int = 8) -> None:
-        self.run, self.sampling, self.columns = run, sampling, columns
+        self.run = run
+        self.sampling = sampling
+        self.columns = columns
         self._first: tuple[Tensor, Tensor] | None = None
         self._captions: list[str] = []
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0:
             self._captions = batch.get("caption", [])[: 4 * self.columns]
@@ -41,8 +51,17 @@ class Grids(L.Callback):
             return
         if self._first is not None:
             pairs = torch.stack([to_uint8(x) for x in self._first], 1)
-            rows = [row.transpose(0, 1).flatten(0, 1) for row in pairs.split(self.columns) if len(row) == self.columns]
-            self._save(trainer, pl_module, "reconstructions", torch.cat(rows) if rows else pairs.flatten(0, 1))
+            rows = [
+                row.transpose(0, 1).flatten(0, 1)
+                for row in pairs.split(self.columns)
+                if len(row) == self.columns
+            ]
+            self._save(
+                trainer,
+                pl_module,
+                "reconstructions",
+                torch.cat(rows) if rows else pairs.flatten(0, 1),
+            )
         elif hasattr(pl_module, "model") and self._can_sample(pl_module.model.conditioner):
             self._save(trainer, pl_module, "samples", self._samples(pl_module))
 
@@ -53,7 +72,9 @@ class Grids(L.Callback):
     def _samples(self, pl_module: Any) -> Tensor:
         if isinstance(pl_module.model.conditioner, TextConditioner):
             condition = pl_module.model.conditioner.of_texts(self._captions)
-            return to_uint8(pl_module.model.sample(condition, self.sampling, range(condition.batch))).cpu()
+            return to_uint8(
+                pl_module.model.sample(condition, self.sampling, range(condition.batch))
+            ).cpu()
         classes = range(min(pl_module.model.conditioner.num_classes, 10))
         labels = [c for c in classes for _ in range(self.columns)]
         condition = pl_module.model.class_condition(labels)

@@ -1,8 +1,10 @@
-"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save a resumable state after the update under way, then end the run.
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save a resumable state after the update under way, then end
+the run.
 
-Clusters send one of them some time before they kill a job, a terminal that is closed sends SIGHUP. Lightning only sets
-a flag for SIGTERM, which it looks at after an epoch, takes SIGUSR1 for a request to SLURM, and leaves at once at Ctrl-C
-without a word. A validation under way is finished first. Data workers ignore these signals.
+Clusters send one of them some time before they kill a job, a terminal that is closed sends SIGHUP.
+Lightning only sets a flag for SIGTERM, which it looks at after an epoch, takes SIGUSR1 for a
+request to SLURM, and leaves at once at Ctrl-C without a word. A validation under way is finished
+first. Data workers ignore these signals.
 """
 
 import os
@@ -24,15 +26,18 @@ class Interrupted(RuntimeError):
 
     def __init__(self, number: int, update: int) -> None:
         name = signal.Signals(number).name
-        super().__init__(f"{name}: saved and stopped after update {update}; continue with --resume auto")
+        super().__init__(
+            f"{name}: saved and stopped after update {update}; continue with --resume auto"
+        )
         self.number = number
 
 
 class Interruption(L.Callback):
-    """Listens from the start of training on; whoever receives the signal, all processes save and stop together.
+    """Listens from the start of training on; whoever receives the signal, all processes save and
+    stop together.
 
-    Raises Interrupted at the first hook behind the batch that was saved, so that the batch's metrics are written too.
-    A second Ctrl-C leaves at once.
+    Raises Interrupted at the first hook behind the batch that was saved, so that the batch's
+    metrics are written too. A second Ctrl-C leaves at once.
     """
 
     def __init__(self) -> None:
@@ -43,7 +48,9 @@ class Interruption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in INTERRUPTING:
-                signal.signal(number, self._receive)  # Lightning restores the earlier handlers when the run ends
+                signal.signal(
+                    number, self._receive
+                )  # Lightning restores the earlier handlers when the run ends
 
     def _receive(self, number: int, _: Any) -> None:
         if number == self.received == signal.SIGINT:
@@ -61,7 +68,9 @@ class Interruption(L.Callback):
             if isinstance(callback, Checkpoints):
                 callback.save_at_once(trainer, pl_module)
         self._update = pl_module.updates
-        self._saved = not validates_now(trainer)  # else the validation that belongs to the update is made first
+        self._saved = not validates_now(
+            trainer
+        )  # else the validation that belongs to the update is made first
 
     def _of_all(self, trainer: L.Trainer) -> int:
         """The signal that any process received, 0 for none."""

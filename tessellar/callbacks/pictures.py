@@ -1,7 +1,8 @@
-"""Pictures at the end of training: samples beside their nearest training images, and the run's curves.
+"""Pictures at the end of training: samples beside their nearest training images, and the run's
+curves.
 
-Reconstructions and class grids during training are `grids.py`. Files go to `pictures/` in the run's folder, and to the
-loggers that take pictures.
+Reconstructions and class grids during training are `grids.py`. Files go to `pictures/` in the run's
+folder, and to the loggers that take pictures.
 """
 
 from contextlib import nullcontext
@@ -28,7 +29,9 @@ from tessellar.training.sharding import gathered
 
 
 class Pictures(L.Callback):
-    """`samples` images, each beside the `neighbours` training images nearest in `extractor`'s features or in pixels."""
+    """`samples` images, each beside the `neighbours` training images nearest in `extractor`'s
+    features or in pixels.
+    """
 
     def __init__(
         self,
@@ -39,13 +42,18 @@ class Pictures(L.Callback):
         seed: int = 0,
         batch_size: int = 64,
     ) -> None:
-        self.samples, self.neighbours, self.extractor = samples, neighbours, extractor
-        self.sampling, self.seed, self.batch_size = sampling, seed, batch_size
+        self.samples = samples
+        self.neighbours = neighbours
+        self.extractor = extractor
+        self.sampling = sampling
+        self.seed = seed
+        self.batch_size = batch_size
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         folder = Path(trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
-        model, data = getattr(pl_module, "model", None), trainer.datamodule  # type: ignore[attr-defined]
+        model = getattr(pl_module, "model", None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(model, ImageGenerator) and isinstance(data, ImageDataModule):
             if isinstance(model.conditioner, ClassConditioner):
                 self._neighbours(trainer, pl_module, data, folder)
@@ -54,12 +62,16 @@ class Pictures(L.Callback):
                 if logger.path.is_file():
                     metric_curves(logger.path, folder / "curves.png")
 
-    def _neighbours(self, trainer: L.Trainer, pl_module: Any, data: ImageDataModule, folder: Path) -> None:
+    def _neighbours(
+        self, trainer: L.Trainer, pl_module: Any, data: ImageDataModule, folder: Path
+    ) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         with ema.swapped(pl_module) if ema else nullcontext(), gathered(pl_module):
             samples = self._samples(pl_module.model)
         train = DatasetImages(data.train_dataset(augment=False), data.name, "train")
-        found = nearest(samples, train, self.neighbours, self._embed(pl_module.device), self.batch_size)
+        found = nearest(
+            samples, train, self.neighbours, self._embed(pl_module.device), self.batch_size
+        )
         if trainer.is_global_zero:
             picture = neighbour_grid(samples, found)
             save_png(picture, folder / "neighbours.png")
@@ -70,7 +82,9 @@ class Pictures(L.Callback):
         """uint8 [n, 3, H, W], going round the classes; the same on every rank."""
         assert isinstance(model.conditioner, ClassConditioner)
         labels = balanced_labels(self.samples, model.conditioner.num_classes)
-        return torch.cat([images for _, images in sample_images(model, labels, self.sampling, self.seed)])
+        return torch.cat(
+            [images for _, images in sample_images(model, labels, self.sampling, self.seed)]
+        )
 
     def _embed(self, device: torch.device) -> Embed:
         if self.extractor is None:

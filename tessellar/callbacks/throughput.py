@@ -1,4 +1,6 @@
-"""Throughput: images/s, tokens/s, operations/s, the share of time spent waiting for data, and what a run cost."""
+"""Throughput: images/s, tokens/s, operations/s, the share of time spent waiting for data, and what
+a run cost.
+"""
 
 import logging
 import os
@@ -17,13 +19,16 @@ COUNT_EVERY = 1000  # batches between two counts of operations: a discriminator 
 class Throughput(L.Callback):
     """Logs rates every `every` batches, parameters at the start and totals at the end.
 
-    Where no progress bar is shown, a line says how far the run is, at most twenty times. Totals count over resumes. CPU
-    time includes that of data workers, as far as they have ended. Operations are those of one process, and MFU is their
-    rate against its GPU's peak, where that is known.
+    Where no progress bar is shown, a line says how far the run is, at most twenty times. Totals
+    count over resumes. CPU time includes that of data workers, as far as they have ended.
+    Operations are those of one process, and MFU is their rate against its GPU's peak, where that is
+    known.
     """
 
     def __init__(self, every: int = 50) -> None:
-        self.every, self.samples, self.tokens = every, 0, 0
+        self.every = every
+        self.samples = 0
+        self.tokens = 0
         self.cpu_seconds = self.wall_seconds = 0.0
         self._cpu = self._wall = self._waited = self._batch_end = 0.0
         self._mark = (0.0, 0, 0)
@@ -36,28 +41,46 @@ class Throughput(L.Callback):
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
         if trainer.is_global_zero:
-            log.info("parameters: %s trained, %s frozen; updates: %d", f"{trained:,}", f"{frozen:,}", trainer.max_steps)
-        self._cpu, self._wall = cpu_time(), time.perf_counter()
+            log.info(
+                "parameters: %s trained, %s frozen; updates: %d",
+                f"{trained:,}",
+                f"{frozen:,}",
+                trainer.max_steps,
+            )
+        self._cpu = cpu_time()
+        self._wall = time.perf_counter()
         self._mark = (self._wall, self.samples, self.tokens)
-        self._batch_end, self._waited = self._wall, 0.0
-        self._flops, self._batches = 0, 0
+        self._batch_end = self._wall
+        self._waited = 0.0
+        self._flops = 0
+        self._batches = 0
         self._peak = flops.peak(pl_module.device, str(trainer.precision))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._waited += time.perf_counter() - self._batch_end
-        if (self._flops == 0 or pl_module.batches % COUNT_EVERY == 0) and flops.countable(pl_module):
+        if (self._flops == 0 or pl_module.batches % COUNT_EVERY == 0) and flops.countable(
+            pl_module
+        ):
             self._count = flops.CountFlops().__enter__()
 
     def _end_count(self) -> None:
         if self._count is not None:
             self._count.__exit__(None, None, None)
-            self._flops, self._count = self._count.total, None
+            self._flops = self._count.total
+            self._count = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._end_count()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._end_count()
@@ -75,7 +98,13 @@ class Throughput(L.Callback):
         done = updates / total if total > 0 else 0.0
         if done >= self._said + 0.05:
             self._said = done
-            log.info("update %s of %s: loss %.4f, %.0f images/s", f"{updates:,}", f"{total:,}", loss, rate)
+            log.info(
+                "update %s of %s: loss %.4f, %.0f images/s",
+                f"{updates:,}",
+                f"{total:,}",
+                loss,
+                rate,
+            )
 
     def _log_rates(self, pl_module: TrainingModule) -> float:
         """Log all rates of the batches since the last time; returns images/s."""
@@ -96,13 +125,19 @@ class Throughput(L.Callback):
             }
         )
         self._batches = 0
-        self._mark, self._waited = (now, self.samples, self.tokens), 0.0
+        self._mark = (now, self.samples, self.tokens)
+        self._waited = 0.0
         return (self.samples - samples) / elapsed
 
     def _add_times(self) -> None:
-        cpu, wall = cpu_time(), time.perf_counter()
-        self.cpu_seconds, self.wall_seconds = self.cpu_seconds + cpu - self._cpu, self.wall_seconds + wall - self._wall
-        self._cpu, self._wall = cpu, wall
+        cpu = cpu_time()
+        wall = time.perf_counter()
+        self.cpu_seconds, self.wall_seconds = (
+            self.cpu_seconds + cpu - self._cpu,
+            self.wall_seconds + wall - self._wall,
+        )
+        self._cpu = cpu
+        self._wall = wall
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._add_times()

@@ -1,1 +1,3 @@
-"""Checkpoints: our own files, written and read: descriptions, weights, exports, fingerprints, the hub."""
+"""Checkpoints: our own files, written and read: descriptions, weights, exports, fingerprints, the
+hub.
+"""

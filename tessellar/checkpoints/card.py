@@ -1,4 +1,6 @@
-"""The model card of an export: front matter that hubs read, and a page made from the run's own record."""
+"""The model card of an export: front matter that hubs read, and a page made from the run's own
+record.
+"""
 
 import subprocess
 from collections.abc import Mapping
@@ -10,26 +12,35 @@ import yaml
 
 TAGS = {
     "tokenizer": ("image-feature-extraction", ("image-tokenizer", "autoregressive")),
-    "generator": ("unconditional-image-generation", ("image-generation", "class-conditional", "autoregressive")),
+    "generator": (
+        "unconditional-image-generation",
+        ("image-generation", "class-conditional", "autoregressive"),
+    ),
     "text generator": ("text-to-image", ("image-generation", "autoregressive")),
 }
 
 
 def commit() -> str:
-    """Commit of the checkout that this file belongs to, 12 digits, `-dirty` where files changed; else `unknown`.
+    """Commit of the checkout that this file belongs to, 12 digits, `-dirty` where files changed;
+    else `unknown`.
 
     An installed package that lies inside of another project's checkout is not mistaken for it.
     """
     here = Path(__file__).resolve()
     if not _git(here.parent, "ls-files", "--error-unmatch", here.name):
         return "unknown"
-    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
+    return (
+        _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        or "unknown"
+    )
 
 
 def _git(folder: Path, *arguments: str) -> str:
     """What git prints; empty where it fails or is not there."""
     try:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""
@@ -39,8 +50,8 @@ def _git(folder: Path, *arguments: str) -> str:
 class Record:
     """What is known of a model's making; everything may be left out, nothing is guessed.
 
-    `weights` says which weights these are: `raw`, `ema` or `official`. `license` covers the weights and what they were
-    made from; `metrics` are by name, as an evaluation record names them.
+    `weights` says which weights these are: `raw`, `ema` or `official`. `license` covers the weights
+    and what they were made from; `metrics` are by name, as an evaluation record names them.
     """
 
     title: str = ""
@@ -62,7 +73,11 @@ class Record:
 def record_from(data: Any) -> Record:
     """The record in a config; unknown entries, written by another version, are ignored."""
     known = Record.__dataclass_fields__
-    return Record(**{key: value for key, value in data.items() if key in known}) if isinstance(data, dict) else Record()
+    return (
+        Record(**{key: value for key, value in data.items() if key in known})
+        if isinstance(data, dict)
+        else Record()
+    )
 
 
 def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
@@ -80,7 +95,10 @@ def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
         f"# {record.title or name}\n",
         f"{USAGE[kind].format(name=name)}\n",
         _table("part", facts),
-        _table("record", {k: str(v) for k, v in record.as_dict().items() if k not in ("title", "metrics")}),
+        _table(
+            "record",
+            {k: str(v) for k, v in record.as_dict().items() if k not in ("title", "metrics")},
+        ),
         _table("metric", {k: f"{v:g}" for k, v in record.metrics.items()}),
         "" if record.license else "The record of this model states no license.\n",
     ]

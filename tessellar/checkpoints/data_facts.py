@@ -1,7 +1,8 @@
-"""What a run is trained on, as its checkpoints and `run.json` keep it: which class has which id, and which images.
+"""What a run is trained on, as its checkpoints and `run.json` keep it: which class has which id,
+and which images.
 
-Plain data in a checkpoint under DATA_KEY. A resume compares it with the data it is given; whoever needs names of
-classes for a checkpoint's ids reads them here (`facts_in`).
+Plain data in a checkpoint under DATA_KEY. A resume compares it with the data it is given; whoever
+needs names of classes for a checkpoint's ids reads them here (`facts_in`).
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ PARTS = {"train": "training", "val": "validation"}
 
 @dataclass(frozen=True)
 class DataFacts:
-    """`class_names[k]` is the class with id k; fingerprints (16 hex digits) are those of the part's content."""
+    """`class_names[k]` is the class with id k; fingerprints (16 hex digits) are those of the part's
+    content.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -26,11 +29,15 @@ class DataFacts:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint or JSON."""
-        return asdict(self) | {"class_names": list(self.class_names), "image_size": list(self.image_size)}
+        return asdict(self) | {
+            "class_names": list(self.class_names),
+            "image_size": list(self.image_size),
+        }
 
 
 def facts_in(checkpoint: Any, where: str) -> DataFacts | None:
-    """What a checkpoint says it was trained on; None where it says nothing (older ones, or data of another kind).
+    """What a checkpoint says it was trained on; None where it says nothing (older ones, or data of
+    another kind).
 
     Raises UserError for an entry that is not one of ours.
     """
@@ -46,7 +53,9 @@ def facts_in(checkpoint: Any, where: str) -> DataFacts | None:
             val=entry["val"],
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: what it says of its data ({DATA_KEY}) cannot be read: {error!r}") from error
+        raise UserError(
+            f"{where}: what it says of its data ({DATA_KEY}) cannot be read: {error!r}"
+        ) from error
     texts = (facts.name, facts.train, facts.val, *facts.class_names)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: what it says of its data ({DATA_KEY}) is not text")
@@ -56,7 +65,8 @@ def facts_in(checkpoint: Any, where: str) -> DataFacts | None:
 def other_class(then: tuple[str, ...], now: tuple[str, ...]) -> str | None:
     """The first difference of two lists of classes, or None.
 
-    Of two sets with one class the names are not compared: they are those of the folder or the set, which may move.
+    Of two sets with one class the names are not compared: they are those of the folder or the set,
+    which may move.
     """
     if then == now or len(then) == len(now) == 1:
         return None
@@ -71,6 +81,8 @@ def other_class(then: tuple[str, ...], now: tuple[str, ...]) -> str | None:
 
 
 def other_content(then: DataFacts, now: DataFacts) -> str | None:
-    """Which samples are others, for example `training and validation data`; None where all are the same."""
+    """Which samples are others, for example `training and validation data`; None where all are the
+    same.
+    """
     changed = [name for part, name in PARTS.items() if getattr(then, part) != getattr(now, part)]
     return f"{' and '.join(changed)} data" if changed else None

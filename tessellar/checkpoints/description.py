@@ -1,7 +1,9 @@
-"""The header that our training modules write into Lightning checkpoints, so that a `.ckpt` describes its own model.
+"""The header that our training modules write into Lightning checkpoints, so that a `.ckpt`
+describes its own model.
 
-`checkpoint["tessellar"]` is a JSON string: the format number, the kind, and the config of each part. With it a
-checkpoint is loaded with `weights_only=True`, without the YAML of the run that wrote it.
+`checkpoint["tessellar"]` is a JSON string: the format number, the kind, and the config of each
+part. With it a checkpoint is loaded with `weights_only=True`, without the YAML of the run that
+wrote it.
 """
 
 import json
@@ -19,7 +21,8 @@ from tessellar.protocol.tokenizer import Tokenizer
 HEADER_KEY = "tessellar"
 FORMAT = 1
 PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
-# Where our training modules keep the parts in their state dicts, and which module the EMA callback averages.
+# Where our training modules keep the parts in their state dicts, and which module the EMA callback
+# averages.
 PREFIXES = {
     "tokenizer": {"tokenizer": "tokenizer.", "discriminator": "loss.discriminator."},
     "generator": {part: f"model.{part}." for part in ("tokenizer", "generator", "conditioner")},
@@ -36,10 +39,12 @@ def describe_model(
 ) -> dict[str, Any]:
     """Format, kind and part configs, plain data; what exports and checkpoint headers hold.
 
-    The kind is `generator` where a generator is given (its conditioner is needed then), else `tokenizer`. A
-    discriminator that is not Configured cannot be rebuilt, so it is left out.
+    The kind is `generator` where a generator is given (its conditioner is needed then), else
+    `tokenizer`. A discriminator that is not Configured cannot be rebuilt, so it is left out.
     """
-    assert (generator is None) == (conditioner is None), "a generator and its conditioner come together"
+    assert (generator is None) == (conditioner is None), (
+        "a generator and its conditioner come together"
+    )
     kind = "tokenizer" if generator is None else "generator"
     modules = dict(zip(PARTS, (tokenizer, generator, conditioner, discriminator), strict=True))
     described: dict[str, Any] = {"format": FORMAT, "kind": kind}
@@ -60,8 +65,14 @@ def checkpoint_header(
 
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
-    """The description of a model as read from a file; raises UserError where it is not one, or of a newer format."""
-    if not isinstance(config, dict) or "format" not in config or str(config.get("kind")) not in REQUIRED:
+    """The description of a model as read from a file; raises UserError where it is not one, or of a
+    newer format.
+    """
+    if (
+        not isinstance(config, dict)
+        or "format" not in config
+        or str(config.get("kind")) not in REQUIRED
+    ):
         raise UserError(f"{where} does not describe a tessellar model (no format, or unknown kind)")
     if config["format"] != FORMAT:
         raise UserError(
@@ -76,12 +87,14 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
 def checkpoint_tensors(
     content: dict[str, Any], description: dict[str, Any], raw: bool, where: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Tensors of a Lightning checkpoint under their part's prefix, and which weights they are: `ema` or `raw`.
+    """Tensors of a Lightning checkpoint under their part's prefix, and which weights they are:
+    `ema` or `raw`.
 
-    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for. What belongs to no
-    part (losses, metrics) is left out.
+    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for.
+    What belongs to no part (losses, metrics) is left out.
     """
-    state, kind = content.get("state_dict"), description["kind"]
+    state = content.get("state_dict")
+    kind = description["kind"]
     if not isinstance(state, dict):
         raise UserError(f"{where} has no state_dict")
     averages = {} if raw else _averages(content)
@@ -89,21 +102,33 @@ def checkpoint_tensors(
     tensors = {}
     for part, prefix in PREFIXES[kind].items():
         if part in description:
-            of_part = {name.removeprefix(prefix): t for name, t in merged.items() if name.startswith(prefix)}
+            of_part = {
+                name.removeprefix(prefix): t
+                for name, t in merged.items()
+                if name.startswith(prefix)
+            }
             tensors |= {f"{part}.{name}": tensor for name, tensor in of_part.items()}
     return tensors, "ema" if averages else "raw"
 
 
 def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[str, ...]:
-    """What a Lightning checkpoint holds besides its parts, for example `loss.lecam` and `optimizer states`."""
-    prefixes = tuple(prefix for part, prefix in PREFIXES[description["kind"]].items() if part in description)
+    """What a Lightning checkpoint holds besides its parts, for example `loss.lecam` and `optimizer
+    states`.
+    """
+    prefixes = tuple(
+        prefix for part, prefix in PREFIXES[description["kind"]].items() if part in description
+    )
     others = [name for name in content["state_dict"] if not name.startswith(prefixes)]
     modules = sorted({".".join(name.split(".")[:-1][:2]) or name for name in others})
     return (*modules, "optimizer states") if content.get("optimizer_states") else tuple(modules)
 
 
 def _averages(content: dict[str, Any]) -> dict[str, Tensor]:
-    """What the EMA callback saved, names relative to the module that it averages; empty without one."""
+    """What the EMA callback saved, names relative to the module that it averages; empty without
+    one.
+    """
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, dict) else ()
-    return next((state["average"] for state in states if isinstance(state, dict) and "average" in state), {})
+    return next(
+        (state["average"] for state in states if isinstance(state, dict) and "average" in state), {}
+    )

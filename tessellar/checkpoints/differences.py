@@ -1,4 +1,6 @@
-"""In which constructor arguments two configs differ: what a source was made with, and what takes its weights."""
+"""In which constructor arguments two configs differ: what a source was made with, and what takes
+its weights.
+"""
 
 from typing import Any
 
@@ -6,7 +8,8 @@ SHOWN = 60
 
 
 def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """For example `["width 16 there, 32 here"]`, nested arguments as `quantizer.dim`; empty for equal configs.
+    """For example `["width 16 there, 32 here"]`, nested arguments as `quantizer.dim`; empty for
+    equal configs.
 
     An argument that only one side has is left out: another version wrote it.
     """

@@ -1,8 +1,9 @@
-"""Exports: a folder that holds a model and says what it is, for sharing, sampling and evaluating. No pickle anywhere.
+"""Exports: a folder that holds a model and says what it is, for sharing, sampling and evaluating.
+No pickle anywhere.
 
-`config.yaml` describes the parts; `model.safetensors` holds their tensors under `tokenizer.`, `generator.`,
-`conditioner.` and `discriminator.`, and the same description in its metadata, so that this one file is enough;
-`README.md` is the model card.
+`config.yaml` describes the parts; `model.safetensors` holds their tensors under `tokenizer.`,
+`generator.`, `conditioner.` and `discriminator.`, and the same description in its metadata, so that
+this one file is enough; `README.md` is the model card.
 """
 
 import json
@@ -22,7 +23,9 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tensor_files import write_safetensors
 
-CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
+CONFIG = "config.yaml"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
 
 
 class GeneratorParts(Protocol):
@@ -41,31 +44,47 @@ def export_tokenizer(
     record: Record | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a tokenizer, with the discriminator that it was trained against where one is given (for fine-tuning).
+    """Write a tokenizer, with the discriminator that it was trained against where one is given (for
+    fine-tuning).
 
-    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
+    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else
+    never.
     """
     parts = {"tokenizer": tokenizer, "discriminator": discriminator}
     return export_parts(parts, folder, record=record, overwrite=overwrite)
 
 
 def export_generator(
-    model: GeneratorParts, folder: str | Path, *, record: Record | None = None, overwrite: bool = False
+    model: GeneratorParts,
+    folder: str | Path,
+    *,
+    record: Record | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a generator together with its tokenizer and conditioner, complete in itself.
 
-    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
+    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else
+    never.
     """
-    parts = {"tokenizer": model.tokenizer, "generator": model.generator, "conditioner": model.conditioner}
+    parts = {
+        "tokenizer": model.tokenizer,
+        "generator": model.generator,
+        "conditioner": model.conditioner,
+    }
     return export_parts(parts, folder, record=record, overwrite=overwrite)
 
 
 def export_parts(
-    parts: Mapping[str, nn.Module | None], folder: str | Path, *, record: Record | None = None, overwrite: bool = False
+    parts: Mapping[str, nn.Module | None],
+    folder: str | Path,
+    *,
+    record: Record | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the parts of a model (tokenizer, generator, conditioner, discriminator) by their names.
 
-    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else never.
+    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else
+    never.
     """
     description = describe_model(**parts)  # type: ignore[arg-type]
     kind = description["kind"]
@@ -82,19 +101,28 @@ def _export(
     record: Record | None,
     overwrite: bool,
 ) -> Path:
-    folder, record = Path(folder), record or Record()
-    modules = {part: module for part, module in parts.items() if module is not None and part in description}
+    folder = Path(folder)
+    record = record or Record()
+    modules = {
+        part: module for part, module in parts.items() if module is not None and part in description
+    }
     description = {**description, "record": record.as_dict()}
     tensors = flatten(modules)
     with staged_folder(folder, WEIGHTS, overwrite) as stage:
-        (stage / CONFIG).write_text(yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        (stage / CARD).write_text(card(kind, folder.name, record, _facts(modules)), encoding="utf-8")
+        (stage / CONFIG).write_text(
+            yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        (stage / CARD).write_text(
+            card(kind, folder.name, record, _facts(modules)), encoding="utf-8"
+        )
         write_safetensors(tensors, stage / WEIGHTS, {HEADER_KEY: json.dumps(description)})
     return folder
 
 
 def flatten(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """State dicts in one, names prefixed by their part; contiguous on the CPU, each tensor with memory of its own."""
+    """State dicts in one, names prefixed by their part; contiguous on the CPU, each tensor with
+    memory of its own.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for part, module in modules.items():
@@ -115,7 +143,9 @@ def _facts(modules: Mapping[str, nn.Module]) -> dict[str, str]:
         if isinstance(module, Tokenizer):
             facts["layout"] = str(module.layout)
             facts["image size"] = " x ".join(map(str, module.image_size))
-    facts["dtype"] = ", ".join(sorted({str(p.dtype).removeprefix(f"{torch.__name__}.") for p in _parameters(modules)}))
+    facts["dtype"] = ", ".join(
+        sorted({str(p.dtype).removeprefix(f"{torch.__name__}.") for p in _parameters(modules)})
+    )
     return facts
 
 

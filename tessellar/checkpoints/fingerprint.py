@@ -1,8 +1,9 @@
-"""What identifies a tokenizer for what is made with it (caches of tokens): all that decides how it encodes.
+"""What identifies a tokenizer for what is made with it (caches of tokens): all that decides how it
+encodes.
 
-That is its tensors, its layout, the arguments that are not at their defaults, and the versions raised by hand of the
-classes that it is made of. Names are the first ones that classes and tensors had. So neither a move nor a new argument
-with a default changes a fingerprint.
+That is its tensors, its layout, the arguments that are not at their defaults, and the versions
+raised by hand of the classes that it is made of. Names are the first ones that classes and tensors
+had. So neither a move nor a new argument with a default changes a fingerprint.
 """
 
 import hashlib
@@ -37,7 +38,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def is_made_by(theirs: str, config: dict[str, Any], model: nn.Module) -> bool:
-    """Whether something with fingerprint `theirs`, and with the `config` of its maker, was made by this very `model`.
+    """Whether something with fingerprint `theirs`, and with the `config` of its maker, was made by
+    this very `model`.
 
     Up to 0.1 the fingerprint covered the whole config, as it was spelled, and the tensors.
     """
@@ -60,7 +62,8 @@ def _without_defaults(config: Any) -> Any:
         return [_without_defaults(item) for item in config]
     if not isinstance(config, dict) or set(config) != {"class_path", "init_args"}:
         return config
-    path, given = config["class_path"], config["init_args"]
+    path = config["class_path"]
+    given = config["init_args"]
     defaults = _defaults(path)
     first = {new: old for old, new in reversed(ARGUMENTS.get(path, {}).items()) if new is not None}
     kept = {
@@ -72,12 +75,18 @@ def _without_defaults(config: Any) -> Any:
 
 
 def _defaults(path: str) -> dict[str, Any]:
-    """Described default of each argument that has one; none for a class that this version does not know."""
+    """Described default of each argument that has one; none for a class that this version does not
+    know.
+    """
     try:
         parameters = inspect.signature(resolve(path)).parameters
     except UserError:
         return {}
-    return {name: describe(p.default) for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return {
+        name: describe(p.default)
+        for name, p in parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
 
 
 def _versions(model: nn.Module) -> dict[str, int]:

@@ -1,7 +1,9 @@
-"""Reading a model from an export, one safetensors file, a training checkpoint or a hub id, and building its parts.
+"""Reading a model from an export, one safetensors file, a training checkpoint or a hub id, and
+building its parts.
 
-Strict and safe: every tensor must be there and fit, files are safetensors or opened with `weights_only=True`, and
-classes are built only from this package. A checkpoint gives its averaged (EMA) weights unless `raw` is asked for.
+Strict and safe: every tensor must be there and fit, files are safetensors or opened with
+`weights_only=True`, and classes are built only from this package. A checkpoint gives its averaged
+(EMA) weights unless `raw` is asked for.
 """
 
 import json
@@ -18,7 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 from tessellar.checkpoints.card import Record, record_from
 from tessellar.checkpoints.data_facts import DataFacts, facts_in
-from tessellar.checkpoints.description import HEADER_KEY, PARTS, check_config, checkpoint_tensors, left_out_of
+from tessellar.checkpoints.description import (
+    HEADER_KEY,
+    PARTS,
+    check_config,
+    checkpoint_tensors,
+    left_out_of,
+)
 from tessellar.checkpoints.differences import differences
 from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.checkpoints.hub import fetch, is_hub_id
@@ -29,23 +37,38 @@ from tessellar.protocol.configured import build
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.tensor_files import SHOWN, listing, read_pickle, read_safetensors, require_file, say_unchecked
+from tessellar.tensor_files import (
+    SHOWN,
+    listing,
+    read_pickle,
+    read_safetensors,
+    require_file,
+    say_unchecked,
+)
 
 log = logging.getLogger(__name__)
 
 
-TYPES: dict[str, type] = {"tokenizer": Tokenizer, "generator": Generator, "conditioner": Conditioner}
+TYPES: dict[str, type] = {
+    "tokenizer": Tokenizer,
+    "generator": Generator,
+    "conditioner": Conditioner,
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model as read from a file: its description and its tensors under `tokenizer.`, `generator.`, ..."""
+    """A model as read from a file: its description and its tensors under `tokenizer.`,
+    `generator.`, ...
+    """
 
     where: str
     description: dict[str, Any]
     tensors: dict[str, Tensor]
     weights: str  # raw, ema, official; empty where the file does not say
-    left_out: tuple[str, ...] = ()  # what a checkpoint holds besides the model: losses, optimizer states
+    left_out: tuple[
+        str, ...
+    ] = ()  # what a checkpoint holds besides the model: losses, optimizer states
     data: DataFacts | None = None  # what a checkpoint says it was trained on
 
     @property
@@ -62,7 +85,9 @@ class Source:
         return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
 
     def arguments(self, part: str) -> dict[str, Any]:
-        """Constructor arguments of one part, as the file gives them; raises UserError where it gives none."""
+        """Constructor arguments of one part, as the file gives them; raises UserError where it
+        gives none.
+        """
         config = self.description[part]
         if not isinstance(config, dict) or not isinstance(config.get("init_args"), dict):
             raise UserError(f"{self.where}: the config of the {part} has no init_args")
@@ -81,13 +106,17 @@ class Source:
         return self.build("tokenizer")
 
     def build(self, part: str) -> Any:
-        """One part, rebuilt from its config and filled with its tensors; raises UserError where they do not fit."""
+        """One part, rebuilt from its config and filled with its tensors; raises UserError where
+        they do not fit.
+        """
         expected = TYPES.get(part, nn.Module)
         try:
             with _NoInitialisation():
                 module = build(self.description[part], expected, f"{self.where}: the {part}")
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self.where}: the {part} cannot be built from its config ({error})") from error
+            raise UserError(
+                f"{self.where}: the {part} cannot be built from its config ({error})"
+            ) from error
         if not isinstance(module, expected):
             raise UserError(f"{self.where}: {type(module).__name__} is not a {part}")
         load_strict(module, self.state(part), f"{self.where} ({part})")
@@ -102,11 +131,14 @@ def load_tokenizer(path: str | Path, *, raw: bool = False) -> Tokenizer:
     return source.tokenizer()
 
 
-def init_tokenizer(path: str | Path, tokenizer: Tokenizer, discriminator: nn.Module | None = None) -> None:
-    """Start fine-tuning: weights at `path` into a tokenizer and, where the file has one, its discriminator.
+def init_tokenizer(
+    path: str | Path, tokenizer: Tokenizer, discriminator: nn.Module | None = None
+) -> None:
+    """Start fine-tuning: weights at `path` into a tokenizer and, where the file has one, its
+    discriminator.
 
-    A discriminator that the file lacks stays as it was made. That, settings that differ and whatever else the file
-    holds is logged, in one line each. Raises UserError where sizes differ.
+    A discriminator that the file lacks stays as it was made. That, settings that differ and
+    whatever else the file holds is logged, in one line each. Raises UserError where sizes differ.
     """
     source = read_source(path)
     load_strict(tokenizer, source.state("tokenizer"), f"{source.where} (tokenizer)")
@@ -126,11 +158,12 @@ def init_generator(
     conditioner: Conditioner | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> DataFacts | None:
-    """Start fine-tuning: weights at `path` into a generator, and what its conditioner has learnt into `conditioner`.
+    """Start fine-tuning: weights at `path` into a generator, and what its conditioner has learnt
+    into `conditioner`.
 
-    `tokenizer` is the one whose tokens the run will see: another one than the source's is warned of, as are settings
-    that differ. Returns what the source was trained on, where it tells. Raises UserError where sizes differ, and for a
-    conditioner that means other things by its conditions.
+    `tokenizer` is the one whose tokens the run will see: another one than the source's is warned
+    of, as are settings that differ. Returns what the source was trained on, where it tells. Raises
+    UserError where sizes differ, and for a conditioner that means other things by its conditions.
     """
     source = read_source(path)
     if source.kind != "generator":
@@ -149,35 +182,55 @@ def init_generator(
 
 
 def _init_conditioner(source: Source, conditioner: Conditioner) -> None:
-    """The state of the source's conditioner into this one; raises UserError where they mean different things."""
+    """The state of the source's conditioner into this one; raises UserError where they mean
+    different things.
+    """
     theirs: Conditioner = source.build("conditioner")
-    there, here = type(theirs).__name__, type(conditioner).__name__
+    there = type(theirs).__name__
+    here = type(conditioner).__name__
     if there != here and (theirs.gives != conditioner.gives or not theirs.gives):
         raise UserError(
             f"the generator of {source.where} reads {theirs.gives or 'conditions'} ({there}); this run gives it "
             f"{conditioner.gives or 'conditions'} ({here})"
         )
-    theirs_arguments, arguments = theirs.config["init_args"], conditioner.config["init_args"]
+    theirs_arguments = theirs.config["init_args"]
+    arguments = conditioner.config["init_args"]
     for name in theirs.meaning:
         if name in arguments and theirs_arguments[name] != arguments[name]:
             raise UserError(
                 f"the conditioner of {source.where} ({there}) has {name} {theirs_arguments[name]}, this run's has "
                 f"{arguments[name]}: its {theirs.gives} would mean other things to the generator"
             )
-    _tell_settings(source, "conditioner", conditioner.config, besides=(*theirs.meaning, *theirs.free))
+    _tell_settings(
+        source, "conditioner", conditioner.config, besides=(*theirs.meaning, *theirs.free)
+    )
     if theirs.is_prepared:
         load_strict(conditioner, source.state("conditioner"), f"{source.where} (conditioner)")
     else:
-        log.warning("the conditioner of %s has learnt nothing yet: this run's captions are learnt", source.where)
+        log.warning(
+            "the conditioner of %s has learnt nothing yet: this run's captions are learnt",
+            source.where,
+        )
 
 
 def _compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     """Warn, in one line, where a generator goes on with other tokens than it was trained on."""
     described = source.arguments("generator").get("layout")
-    layout = build(described, Layout, f"{source.where}: the layout") if isinstance(described, dict) else None
+    layout = (
+        build(described, Layout, f"{source.where}: the layout")
+        if isinstance(described, dict)
+        else None
+    )
     if layout is not None and layout != tokenizer.layout:
-        log.warning("%s was trained on %s; this run's tokenizer gives %s", source.where, layout, tokenizer.layout)
-    elif not _equal(with_current_names(tokenizer, source.state("tokenizer")), tokenizer.state_dict()):
+        log.warning(
+            "%s was trained on %s; this run's tokenizer gives %s",
+            source.where,
+            layout,
+            tokenizer.layout,
+        )
+    elif not _equal(
+        with_current_names(tokenizer, source.state("tokenizer")), tokenizer.state_dict()
+    ):
         log.warning(
             "%s was trained on the tokens of another tokenizer than this run's: a token may mean something else here",
             source.where,
@@ -189,10 +242,14 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether all tensors are the same once they have the precision of `b`."""
     if a.keys() != b.keys():
         return False
-    return all(torch.equal(a[name].to(tensor.dtype), tensor.detach().cpu()) for name, tensor in b.items())
+    return all(
+        torch.equal(a[name].to(tensor.dtype), tensor.detach().cpu()) for name, tensor in b.items()
+    )
 
 
-def _tell_settings(source: Source, part: str, config: dict[str, Any], besides: tuple[str, ...] = ()) -> None:
+def _tell_settings(
+    source: Source, part: str, config: dict[str, Any], besides: tuple[str, ...] = ()
+) -> None:
     """One line on arguments in which a source's part differs from this run's, `besides` left aside."""
     kept = {name: value for name, value in source.arguments(part).items() if name not in besides}
     found = differences({**source.description[part], "init_args": kept}, config, part)
@@ -227,7 +284,9 @@ def read_source(path: str | Path, *, raw: bool = False) -> Source:
             f"{path} is none of: export folder, .safetensors, .ckpt. An official file is read by `convert.py import`"
         )
     if raw and source.weights == "ema":
-        raise UserError(f"{path} holds averaged weights only; the raw ones are in the run's checkpoint")
+        raise UserError(
+            f"{path} holds averaged weights only; the raw ones are in the run's checkpoint"
+        )
     return source
 
 
@@ -239,7 +298,9 @@ def _read_folder(folder: Path) -> Source:
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CONFIG} is not YAML ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(
+            f"{folder / CONFIG} is not YAML ({' '.join(str(error).split())[:120]})"
+        ) from error
     tensors, metadata = read_safetensors(folder / WEIGHTS)
     say_unchecked(folder / WEIGHTS, metadata)
     return _source(folder, check_config(config, str(folder / CONFIG)), tensors)
@@ -248,7 +309,9 @@ def _read_folder(folder: Path) -> Source:
 def _read_single(path: Path) -> Source:
     tensors, metadata = read_safetensors(path)
     if HEADER_KEY not in metadata:
-        raise UserError(f"{path} was not exported by tessellar; an official file is read by `convert.py import`")
+        raise UserError(
+            f"{path} was not exported by tessellar; an official file is read by `convert.py import`"
+        )
     say_unchecked(path, metadata)
     return _source(path, _description(metadata[HEADER_KEY], path), tensors)
 
@@ -261,12 +324,17 @@ def _read_checkpoint(path: Path, raw: bool) -> Source:
     require_file(path)
     content = read_pickle(path)
     if not isinstance(content, dict) or HEADER_KEY not in content:
-        raise UserError(f"{path} is not a checkpoint of this project's training: it does not describe its model")
+        raise UserError(
+            f"{path} is not a checkpoint of this project's training: it does not describe its model"
+        )
     description = _description(content[HEADER_KEY], path)
     tensors, weights = checkpoint_tensors(content, description, raw, str(path))
     steps = content.get("global_step")
-    record = {"weights": weights, "steps": steps} if isinstance(steps, int) else {"weights": weights}
-    left_out, data = left_out_of(content, description), facts_in(content, str(path))
+    record = (
+        {"weights": weights, "steps": steps} if isinstance(steps, int) else {"weights": weights}
+    )
+    left_out = left_out_of(content, description)
+    data = facts_in(content, str(path))
     return Source(str(path), {**description, "record": record}, tensors, weights, left_out, data)
 
 
@@ -278,7 +346,9 @@ def _description(text: Any, path: Path) -> dict[str, Any]:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as allocated: `load_strict` fills each of them, and drawing billions of values is slow."""
+    """Leaves parameters as allocated: `load_strict` fills each of them, and drawing billions of
+    values is slow.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == torch.nn.init.__name__:

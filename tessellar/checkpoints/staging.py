@@ -1,6 +1,7 @@
 """Folders that appear complete or not at all: written beside their place, then moved there.
 
-A folder that exists is replaced only where the user allows it and only if it is one of ours (it holds the marker file).
+A folder that exists is replaced only where the user allows it and only if it is one of ours (it
+holds the marker file).
 """
 
 import errno
@@ -15,7 +16,9 @@ from tessellar.errors import UserError, writing
 
 
 def check_target(target: Path, marker: str, overwrite: bool) -> None:
-    """Raise UserError unless `target` may be written: absent, empty, or a folder of ours with `overwrite`."""
+    """Raise UserError unless `target` may be written: absent, empty, or a folder of ours with
+    `overwrite`.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir() or target.is_symlink():
@@ -23,14 +26,18 @@ def check_target(target: Path, marker: str, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not (target / marker).is_file():
-        raise UserError(f"{target} is not empty and holds no {marker}, so it is never replaced; choose another --out")
+        raise UserError(
+            f"{target} is not empty and holds no {marker}, so it is never replaced; choose another --out"
+        )
     if not overwrite:
         raise UserError(f"{target} exists; choose another --out, or give --overwrite to replace it")
 
 
 @contextmanager
 def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder to write into; when the block ends it becomes `target`, when the block raises it is removed."""
+    """A new folder to write into; when the block ends it becomes `target`, when the block raises it
+    is removed.
+    """
     target = Path(os.path.abspath(target))
     check_target(target, marker, overwrite)
     stage = beside(target, "partial")
@@ -50,9 +57,11 @@ def beside(target: Path, what: str) -> Path:
 
 
 def _move(stage: Path, target: Path, marker: str, overwrite: bool) -> None:
-    """Put the folder in its place, as a whole, even where another command writes to the same place at once.
+    """Put the folder in its place, as a whole, even where another command writes to the same place
+    at once.
 
-    A folder moves to a free or an empty place only, which the system decides; of two commands one is the first.
+    A folder moves to a free or an empty place only, which the system decides; of two commands one
+    is the first.
     """
     try:
         stage.rename(target)

@@ -13,7 +13,8 @@ from tessellar.tensor_files import _digest_tensors, listing
 
 
 def with_current_names(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of `module`, of any version, under the names that its tensors have today (`protocol/moved.py`).
+    """A state of `module`, of any version, under the names that its tensors have today
+    (`protocol/moved.py`).
 
     What lies under the names may be anything: weights, averages, gradients.
     """
@@ -36,7 +37,9 @@ def first_names(module: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _moved_tensors(module: nn.Module) -> list[tuple[str, str]]:
-    """Former names of tensors or sub-modules within `module`, and those of today; outer modules first."""
+    """Former names of tensors or sub-modules within `module`, and those of today; outer modules
+    first.
+    """
     moved = []
     for prefix, part in module.named_modules():
         start = f"{prefix}." if prefix else ""
@@ -54,15 +57,20 @@ def _replaced(name: str, former: str, new: str) -> str:
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy `state` into `module`; raises UserError that lists (shortened) what is missing, unknown or misshapen."""
-    own, state = module.state_dict(), with_current_names(module, state)
+    """Copy `state` into `module`; raises UserError that lists (shortened) what is missing, unknown
+    or misshapen.
+    """
+    own = module.state_dict()
+    state = with_current_names(module, state)
     problems = [
         listing("missing", own.keys() - state.keys()),
         listing("unknown", state.keys() - own.keys()),
         listing("of another shape", _misshapen(own, state)),
     ]
     if any(problems):
-        raise UserError(f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}")
+        raise UserError(
+            f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}"
+        )
     module.load_state_dict(state, strict=True)
 
 
@@ -75,7 +83,9 @@ def _misshapen(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[s
 
 
 def fingerprint(module: nn.Module) -> str:
-    """16 hex digits of the SHA-256 over names, shapes and values of all tensors; independent of any file."""
+    """16 hex digits of the SHA-256 over names, shapes and values of all tensors; independent of any
+    file.
+    """
     return digest_of(module.state_dict())
 
 

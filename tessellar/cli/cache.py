@@ -1,4 +1,6 @@
-"""`convert.py cache`: encode a data set with a tokenizer, once, for training generators from its tokens."""
+"""`convert.py cache`: encode a data set with a tokenizer, once, for training generators from its
+tokens.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -45,7 +47,9 @@ def cache(
     """
     trust(package)
     if data is None:
-        raise UserError("say what to encode, for example --data tessellar.data.ImageFolderData --data.root DIR")
+        raise UserError(
+            "say what to encode, for example --data tessellar.data.ImageFolderData --data.root DIR"
+        )
     if not out:
         raise UserError("say where to write: --out FOLDER")
     chosen = parts or list(PARTS)
@@ -55,9 +59,17 @@ def cache(
     model = (loaded if isinstance(loaded, Tokenizer) else loaded.tokenizer).to(pick_device(device))
     for part in chosen:
         dataset = data.train_dataset() if part == "train" else data.val_dataset()
-        options = {"batch_size": batch_size, "num_workers": data.num_workers, "precision": precision}
-        header = encode_dataset(model, dataset, Path(out) / part, name=data.name, overwrite=overwrite, **options)
+        options = {
+            "batch_size": batch_size,
+            "num_workers": data.num_workers,
+            "precision": precision,
+        }
+        header = encode_dataset(
+            model, dataset, Path(out) / part, name=data.name, overwrite=overwrite, **options
+        )
         size = sum(file.stat().st_size for file in (Path(out) / part).iterdir())
         skipped = f", {header.corrupt} of them corrupt and replaced" if header.corrupt else ""
-        print(f"{part}: {header.count} images{skipped}, views of each: {header.views}, {size / 1e6:.2f} MB")
+        print(
+            f"{part}: {header.count} images{skipped}, views of each: {header.views}, {size / 1e6:.2f} MB"
+        )
     print(f"wrote {out}")

@@ -56,7 +56,9 @@ def import_official(
     """
     trust(package)
     _check_out(out, overwrite)
-    record = Record(title=Path(file).stem, weights="official", source=Path(file).name, license=license)
+    record = Record(
+        title=Path(file).stem, weights="official", source=Path(file).name, license=license
+    )
     options = ImportOptions(image_size, num_heads, variant)
     _export(import_model(system, file, tokenizer, key, options), out, record, overwrite)
 
@@ -92,14 +94,21 @@ def export(
     source = read_source(checkpoint, raw=raw)
     given = {"title": title, "data": data, "license": license, "metrics": _metrics(metrics)}
     record = replace(source.record, **{name: value for name, value in given.items() if value})
-    kept = source.build("discriminator") if discriminator and "discriminator" in source.description else None
+    kept = (
+        source.build("discriminator")
+        if discriminator and "discriminator" in source.description
+        else None
+    )
     if discriminator and kept is None:
         raise UserError(f"{checkpoint} has no discriminator")
     _export(assemble(source), out, record, overwrite, kept)
 
 
-def verify_recordings(folders: list[str], case: list[str] | None = None, json: bool = False, package: str = "") -> int:
-    """Replay recorded official outputs with our modules; exit code 1 where anything differs or is left over.
+def verify_recordings(
+    folders: list[str], case: list[str] | None = None, json: bool = False, package: str = ""
+) -> int:
+    """Replay recorded official outputs with our modules; exit code 1 where anything differs or is
+    left over.
 
     Args:
         folders: folders with meta.json, io.safetensors and weights
@@ -108,12 +117,14 @@ def verify_recordings(folders: list[str], case: list[str] | None = None, json: b
         package: packages of others that hold replays and modules, separated by commas
     """
     trust(package)
-    code, reports = 0, []
+    code = 0
+    reports = []
     for folder in folders:
         try:
             report = verify(folder, case, trusted())
         except UnknownSystem as error:
-            report, code = Report(folder, "unknown", leftovers=[str(error)]), 2
+            report = Report(folder, "unknown", leftovers=[str(error)])
+            code = 2
         code = max(code, 0 if report.passed else 1)
         reports.append(report)
         if not json:
@@ -136,7 +147,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _table(report: Report) -> Table:
-    table = Table("case", "output", "worst error", "tolerance", "", title=f"{report.system}: {report.folder}")
+    table = Table(
+        "case", "output", "worst error", "tolerance", "", title=f"{report.system}: {report.folder}"
+    )
     for c in report.comparisons:
         exact = "exact" if c.tolerance == 0 else f"{c.tolerance:.2e}"
         verdict = "ok" if c.passed else f"[red]FAILED[/red] {escape(c.note)}"
@@ -156,9 +169,15 @@ def info(path: str, json: bool = False, package: str = "") -> None:
     source = read_source(path)
     model = assemble(source)
     parts = {"tokenizer": model} if isinstance(model, Tokenizer) else dict(model.named_children())
-    facts = {"kind": source.kind, "weights": source.weights or "not stated", "fingerprint": fingerprint(model)}
+    facts = {
+        "kind": source.kind,
+        "weights": source.weights or "not stated",
+        "fingerprint": fingerprint(model),
+    }
     for name, part in parts.items():
-        facts[name] = f"{type(part).__name__}, {sum(p.numel() for p in part.parameters()):,} parameters"
+        facts[name] = (
+            f"{type(part).__name__}, {sum(p.numel() for p in part.parameters()):,} parameters"
+        )
     facts["layout"] = str(parts["tokenizer"].layout)
     if json:
         print(json_module.dumps({**facts, "description": source.description}, indent=1))
@@ -170,10 +189,16 @@ def info(path: str, json: bool = False, package: str = "") -> None:
 
 
 def _export(
-    model: Tokenizer | ImageGenerator, out: str, record: Record, overwrite: bool, discriminator: nn.Module | None = None
+    model: Tokenizer | ImageGenerator,
+    out: str,
+    record: Record,
+    overwrite: bool,
+    discriminator: nn.Module | None = None,
 ) -> None:
     if isinstance(model, Tokenizer):
-        export_tokenizer(model, out, discriminator=discriminator, record=record, overwrite=overwrite)
+        export_tokenizer(
+            model, out, discriminator=discriminator, record=record, overwrite=overwrite
+        )
     else:
         export_generator(model, out, record=record, overwrite=overwrite)
     print(f"wrote {out}")
@@ -192,7 +217,9 @@ def _metrics(path: str | None) -> dict[str, float]:
         return {}
     try:
         metrics = json_module.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
-        return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+        return {
+            name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an evaluation record with metrics ({error!r})") from error
 

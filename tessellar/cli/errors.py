@@ -1,6 +1,8 @@
-"""How every command ends: a user's mistake is one line on stderr and exit code 2, never a traceback.
+"""How every command ends: a user's mistake is one line on stderr and exit code 2, never a
+traceback.
 
-What nobody foresaw is one line as well, exit code 1, and its traceback goes to a file: of the run where there is one.
+What nobody foresaw is one line as well, exit code 1, and its traceback goes to a file: of the run
+where there is one.
 """
 
 import os
@@ -36,7 +38,9 @@ def run(command: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         return 141  # whoever read our output has gone
     except Exception as error:
-        named = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        named = (
+            isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        )
         if named:
             _say(f"error: {error.filename}: {error.strerror}")  # type: ignore[attr-defined]
             return 2

@@ -1,6 +1,8 @@
-"""`evaluate.py`: measure samples, models and tokenizers; make references and feature networks; compare records.
+"""`evaluate.py`: measure samples, models and tokenizers; make references and feature networks;
+compare records.
 
-A set of images is named by the path of a folder or an npz, or by `train` or `val`, which are those of --data.
+A set of images is named by the path of a folder or an npz, or by `train` or `val`, which are those
+of --data.
 """
 
 import sys
@@ -63,7 +65,9 @@ def samples(
         device: auto, cpu, cuda, ...
         cache: folder of computed references
     """
-    measurement = Measurement(protocols.protocol(protocol), extractor, network, device, cache, batch_size)
+    measurement = Measurement(
+        protocols.protocol(protocol), extractor, network, device, cache, batch_size
+    )
     source = open_images(samples)
     measurement.report(source, measurement.reference(reference, data), metrics, out)
 
@@ -92,7 +96,8 @@ def model(
     device: str = "auto",
     cache: str = CACHE,
 ) -> None:
-    """Measure a generator by class-balanced samples, or a tokenizer by its reconstructions, without files between.
+    """Measure a generator by class-balanced samples, or a tokenizer by its reconstructions, without
+    files between.
 
     Args:
         model: run, export folder, .safetensors, .ckpt or hub id
@@ -119,7 +124,9 @@ def model(
         cache: folder of computed references
     """
     trust(package)
-    measurement = Measurement(protocols.protocol(protocol), extractor, network, device, cache, batch_size)
+    measurement = Measurement(
+        protocols.protocol(protocol), extractor, network, device, cache, batch_size
+    )
     data = data or data_of_run(model)
     made = read_source(model, raw=raw)
     loaded = assemble(made).to(measurement.extractor.device)
@@ -131,14 +138,20 @@ def model(
         if reference:
             against = measurement.reference(reference, data)
         else:  # the very images that were reconstructed
-            against = measurement.reference_of(split_of("val", data, count)) if measurement.extractor.dim else None
+            against = (
+                measurement.reference_of(split_of("val", data, count))
+                if measurement.extractor.dim
+                else None
+            )
         metrics = metrics or (measures if protocol == "free" else None)
     else:
         sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
         generated = _generated(loaded, count, sampling, seed, precision, data, facts)
         source = generated
         against = measurement.reference(reference or "train", data)
-        metrics = metrics or (_free_metrics(generated, measurement.extractor) if protocol == "free" else None)
+        metrics = metrics or (
+            _free_metrics(generated, measurement.extractor) if protocol == "free" else None
+        )
     measurement.report(source, against, metrics, out, lpips_weights)
 
 
@@ -155,7 +168,16 @@ def _generated(
         raise UserError("say how many samples: --count N, or a --protocol that fixes it")
     captions = data.val_dataset() if data else None
     names = data.class_names if data else ()
-    return GeneratedImages(model, count, sampling, seed, captions, precision, facts, class_names=names)
+    return GeneratedImages(
+        model,
+        count,
+        sampling=sampling,
+        seed=seed,
+        data=captions,
+        precision=precision,
+        facts=facts,
+        class_names=names,
+    )
 
 
 def _free_metrics(source: GeneratedImages, extractor: Extractor) -> list[Metric]:

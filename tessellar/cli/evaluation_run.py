@@ -1,4 +1,6 @@
-"""What the commands of `evaluate.py` share: a protocol with its network, references, reports, sets by name."""
+"""What the commands of `evaluate.py` share: a protocol with its network, references, reports, sets
+by name.
+"""
 
 import time
 from collections.abc import Sequence
@@ -59,7 +61,13 @@ class Measurement:
     ) -> None:
         """Measure, write the record, print its line."""
         record = evaluate_samples(
-            source, self.extractor, reference, self.protocol, metrics, self.batch_size, lpips_weights
+            source,
+            self.extractor,
+            reference=reference,
+            protocol=self.protocol,
+            metrics=metrics,
+            batch_size=self.batch_size,
+            lpips_weights=lpips_weights,
         )
         if distributed.rank() == 0:
             path = Path(out) if out else _new_file(record)
@@ -84,7 +92,9 @@ def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) 
             f"{name!r} is a split of a data set; name that too, for example --data tessellar.data.ShapesData"
         )
     if name == "train":
-        return DatasetImages(data.train_dataset(augment=False), data.name, name, limit, data.num_workers)
+        return DatasetImages(
+            data.train_dataset(augment=False), data.name, name, limit, data.num_workers
+        )
     split = HELD_OUT if data.holds_out else name
     return DatasetImages(data.val_dataset(), data.name, split, limit, data.num_workers)
 
@@ -92,7 +102,11 @@ def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) 
 def data_of_run(path: str) -> ImageDataModule | None:
     """The data set in the config of the run that `path` lies in; None outside of runs."""
     for folder in [Path(path), *Path(path).parents][:3]:
-        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else None
+        config = (
+            yaml.safe_load((folder / "config.yaml").read_text())
+            if (folder / "config.yaml").is_file()
+            else None
+        )
         if isinstance(config, dict) and isinstance(config.get("data"), dict):
             parser = ArgumentParser(exit_on_error=False)
             parser.add_subclass_arguments(ImageDataModule, "data")

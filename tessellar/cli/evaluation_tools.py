@@ -36,7 +36,8 @@ def stats(
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Reference statistics of any images: mu, sigma (and mu_s, sigma_s for sFID, features for KID, precision, recall).
+    """Reference statistics of any images: mu, sigma (and mu_s, sigma_s for sFID, features for KID,
+    precision, recall).
 
     Args:
         images: folder or npz with arr_0; or train or val of --data
@@ -54,7 +55,9 @@ def stats(
     """
     if not out:
         raise UserError("say where to write: --out REF.npz")
-    measurement = Measurement(protocols.protocol(protocol), extractor, network, device, None, batch_size)
+    measurement = Measurement(
+        protocols.protocol(protocol), extractor, network, device, None, batch_size
+    )
     source: ImageSource = (
         split_of(images, data, count)
         if images in SPLITS
@@ -64,11 +67,15 @@ def stats(
     )
     if through:
         model = load(through).to(measurement.extractor.device)
-        source = Reconstructions(model.tokenizer if isinstance(model, ImageGenerator) else model, source)
+        source = Reconstructions(
+            model.tokenizer if isinstance(model, ImageGenerator) else model, source
+        )
     reference = reference_from(source, measurement.extractor, None, batch_size)
     if distributed.rank() == 0:
         save_statistics(reference, out)
-        print(f"wrote {out}: {reference.moments.count} images of {reference.name}, hash {reference.hash}")
+        print(
+            f"wrote {out}: {reference.moments.count} images of {reference.name}, hash {reference.hash}"
+        )
         warn(reference.warnings)
 
 
@@ -80,7 +87,8 @@ def extractor(
     purpose: Purpose = PURPOSE,
     device: str = "auto",
 ) -> None:
-    """Train a feature network on a labelled data set; distances measured with it are written FD(name).
+    """Train a feature network on a labelled data set; distances measured with it are written
+    FD(name).
 
     Args:
         out: .safetensors file to write
@@ -91,7 +99,9 @@ def extractor(
         device: auto, cpu, cuda, ...
     """
     if data is None or not out.endswith(".safetensors"):
-        raise UserError("say what to train on and where to write: --data CLASS ... --out NET.safetensors")
+        raise UserError(
+            "say what to train on and where to write: --data CLASS ... --out NET.safetensors"
+        )
     facts = train_extractor(data, out, architecture, recipe, pick_device(device), purpose)
     print(f"wrote {out}: {facts.name}, validation accuracy {facts.training['val_accuracy']:.4f}")
 
@@ -120,10 +130,13 @@ def neighbours(
         batch_size: images at once
         device: auto, cpu, cuda, ...
     """
-    source, train = open_images(samples), split_of("train", data)
+    source = open_images(samples)
+    train = split_of("train", data)
     net = load_extractor(extractor, network).to(pick_device(device)) if extractor else None
     picked = pick_images(source, count)
-    found = nearest_images(picked, train, nearest, (lambda x: net(x).features) if net else pixels, batch_size)
+    found = nearest_images(
+        picked, train, nearest, (lambda x: net(x).features) if net else pixels, batch_size
+    )
     if distributed.rank() == 0:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         save_png(neighbour_grid(picked, found), Path(out))

@@ -1,7 +1,9 @@
-"""Commands from plain functions: jsonargparse's auto_cli with the habits of a shell, and one-line errors.
+"""Commands from plain functions: jsonargparse's auto_cli with the habits of a shell, and one-line
+errors.
 
-A function's signature and docstring are its options and help. Added: dashes in option names, bare and `--no-` flags,
-options and a last positional of several words, and a mistake that is answered by one line with the nearest valid name.
+A function's signature and docstring are its options and help. Added: dashes in option names, bare
+and `--no-` flags, options and a last positional of several words, and a mistake that is answered by
+one line with the nearest valid name.
 """
 
 import importlib
@@ -36,17 +38,23 @@ class Elsewhere:
 
 
 def run_functions(
-    components: Function | Mapping[str, Function | Elsewhere], argv: Sequence[str] | None = None, command: str = ""
+    components: Function | Mapping[str, Function | Elsewhere],
+    argv: Sequence[str] | None = None,
+    command: str = "",
 ) -> Any:
-    """Parse `argv` (default: the command line), call the function or the subcommand it names, return its result.
+    """Parse `argv` (default: the command line), call the function or the subcommand it names,
+    return its result.
 
-    `command` is the name behind `tessellar` in help. Raises UserError, in one line, for arguments that do not fit.
+    `command` is the name behind `tessellar` in help. Raises UserError, in one line, for arguments
+    that do not fit.
     """
     with trusting():  # a command's --package is forgotten at its end
         return _run(components, list(sys.argv[1:] if argv is None else argv), command)
 
 
-def _run(components: Function | Mapping[str, Function | Elsewhere], argv: list[str], command: str) -> Any:
+def _run(
+    components: Function | Mapping[str, Function | Elsewhere], argv: list[str], command: str
+) -> Any:
     script = Path(sys.argv[0]).name
     prog = f"{script} {command}" if script == "tessellar" else script
     settings: Any = {"as_positional": True, "parser_class": FunctionParser, "prog": prog}
@@ -55,7 +63,9 @@ def _run(components: Function | Mapping[str, Function | Elsewhere], argv: list[s
     places = [i for i, word in enumerate(argv) if not word.startswith("-")]
     name = argv[places[0]] if places else None
     if name is None or name not in components:
-        everything: dict[str, Any] = {each: _loaded(function) for each, function in components.items()}
+        everything: dict[str, Any] = {
+            each: _loaded(function) for each, function in components.items()
+        }
         return auto_cli(everything, args=argv, **settings)
     rest = places[0] + 1
     function = _loaded(components[name])
@@ -74,13 +84,17 @@ class FunctionParser(ArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # the parser of a class inside the command's: the outer one says where
+        if (
+            not self.exit_on_error
+        ):  # the parser of a class inside the command's: the outer one says where
             super().error(message, ex)
         raise UserError(_plain(message, _option_names(self))) from ex
 
 
 def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
-    """`argv` of a function in the form that jsonargparse reads; `function`'s annotations say what each option takes."""
+    """`argv` of a function in the form that jsonargparse reads; `function`'s annotations say what
+    each option takes.
+    """
     listing = _asked_listing(function, argv)
     if listing is not None:
         print(listing)
@@ -99,12 +113,18 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
         if name.startswith("no_") and hints.get(name[3:]) is bool and value is None:
             plain.append(f"--{name[3:]}=false")
         elif hints.get(name) is bool and value is None:
-            given = words.pop(0).lower() if words and words[0].lower() in ("true", "false") else "true"
+            given = (
+                words.pop(0).lower() if words and words[0].lower() in ("true", "false") else "true"
+            )
             plain.append(f"--{name}={given}")
         elif _is_list(hints.get(name)):
-            lists.setdefault(name, []).extend(_split([value] if value is not None else _take(words)))
+            lists.setdefault(name, []).extend(
+                _split([value] if value is not None else _take(words))
+            )
         else:
-            takes_next = value is None and words and not words[0].startswith("--") and name != "help"
+            takes_next = (
+                value is None and words and not words[0].startswith("--") and name != "help"
+            )
             value = words.pop(0) if takes_next else value
             plain.append(f"--{name}" if value is None else f"--{name}={value}")
     plain += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
@@ -112,7 +132,9 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
 
 
 def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
-    """What a bare `--algorithm.help` asks for: the classes that can be chosen, with their options and defaults."""
+    """What a bare `--algorithm.help` asks for: the classes that can be chosen, with their options
+    and defaults.
+    """
     hints = get_type_hints(function)
     for word, after in zip(argv, [*argv[1:], "--"], strict=False):
         name = word.removeprefix("--").removesuffix(".help").replace("-", "_")
@@ -126,7 +148,11 @@ def _listed(name: str, cls: type) -> str:
     first = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
     lines = [f"--{name} {cls.__name__}: {first}"]
     for parameter in inspect.signature(cls).parameters.values():
-        default = "required" if parameter.default is inspect.Parameter.empty else f"default {parameter.default}"
+        default = (
+            "required"
+            if parameter.default is inspect.Parameter.empty
+            else f"default {parameter.default}"
+        )
         lines.append(f"    --{name}.{parameter.name} ({default})")
     return "\n".join(lines)
 
@@ -154,7 +180,11 @@ def _is_list(hint: Any) -> bool:
 
 def _gather(function: Function, hints: Mapping[str, Any], positionals: list[str]) -> list[str]:
     """Positional words, those of a last positional list in one."""
-    required = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
+    required = [
+        n
+        for n, p in inspect.signature(function).parameters.items()
+        if p.default is inspect.Parameter.empty
+    ]
     if not required or not _is_list(hints[required[-1]]) or len(positionals) < len(required):
         return positionals
     single = len(required) - 1

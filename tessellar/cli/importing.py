@@ -24,15 +24,22 @@ class Paper:
     tokenizers: list[TokenizerImporter] = field(default_factory=list)
     generators: list[GeneratorImporter] = field(default_factory=list)
 
-    def of_file(self, content: Any, where: str, key: str | None) -> TokenizerImporter | GeneratorImporter:
+    def of_file(
+        self, content: Any, where: str, key: str | None
+    ) -> TokenizerImporter | GeneratorImporter:
         """The importer whose marks a file shows; raises UserError where none does."""
         importers = [*self.generators, *self.tokenizers]
         for importer in importers:
             if importer.is_in(content, where, key):
                 return importer
         entries = [entry for importer in importers for entry in importer.entries]
-        unwrap(content, where, key, entries, evaluated=False)  # raises where there are no weights, or too many
-        wanted = [f"not the weights of {importer.what} (they have {importer.marks[0]})" for importer in importers]
+        unwrap(
+            content, where, key, entries, evaluated=False
+        )  # raises where there are no weights, or too many
+        wanted = [
+            f"not the weights of {importer.what} (they have {importer.marks[0]})"
+            for importer in importers
+        ]
         raise UserError(f"{where} holds nothing of {self.name}: {', '.join(wanted)}")
 
 
@@ -44,7 +51,9 @@ def papers() -> dict[str, Paper]:
             name = importer.paper or room.paper
             paper = found.setdefault(name, Paper(name, room.package))
             if room.package != paper.package:
-                raise UserError(f"{paper.package} and {room.package} both have a paper {name!r}: rename that folder")
+                raise UserError(
+                    f"{paper.package} and {room.package} both have a paper {name!r}: rename that folder"
+                )
             if isinstance(importer, TokenizerImporter):
                 paper.tokenizers.append(importer)
             elif isinstance(importer, GeneratorImporter):
@@ -52,24 +61,33 @@ def papers() -> dict[str, Paper]:
     for paper in found.values():
         for generator in paper.generators:
             if generator.tokenizer and generator.tokenizer not in found:
-                raise UserError(f"{generator.what} reads the tokenizer of {generator.tokenizer!r}, which is no paper")
+                raise UserError(
+                    f"{generator.what} reads the tokenizer of {generator.tokenizer!r}, which is no paper"
+                )
             if generator.tokenizer:
                 paper.tokenizers += found[generator.tokenizer].tokenizers
     return dict(sorted(found.items()))
 
 
 def _declared(module: Any) -> tuple[Importer, ...]:
-    """`OFFICIAL` of a module: one importer or several; none where the folder is no paper's (quantizers)."""
+    """`OFFICIAL` of a module: one importer or several; none where the folder is no paper's
+    (quantizers).
+    """
     official = getattr(module, "OFFICIAL", ())
     return official if isinstance(official, tuple) else (official,)
 
 
 def import_model(
-    name: str, file: str, tokenizer: str | None = None, key: str | None = None, options: ImportOptions | None = None
+    name: str,
+    file: str,
+    tokenizer: str | None = None,
+    key: str | None = None,
+    options: ImportOptions | None = None,
 ) -> Tokenizer | ImageGenerator:
     """The tokenizer, or the generator with its tokenizer, of an official file of a paper.
 
-    Raises UserError where the paper is unknown, the file does not fit, or a generator is given without its tokenizer.
+    Raises UserError where the paper is unknown, the file does not fit, or a generator is given
+    without its tokenizer.
     """
     known = papers()
     if name not in known:
@@ -85,7 +103,12 @@ def import_model(
         if isinstance(importer, TokenizerImporter):
             return importer.build(state, options)
         return _generator(paper, importer, state, tokenizer, options)
-    except (IndexError, TypeError, ValueError, RuntimeError) as error:  # sizes that no model can have
+    except (
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # sizes that no model can have
         reason = " ".join(str(error).split())
         raise UserError(
             f"the tensors of {file} have other shapes than those of a {name} checkpoint ({reason})"
@@ -93,11 +116,17 @@ def import_model(
 
 
 def _generator(
-    paper: Paper, importer: GeneratorImporter, state: Mapping[str, Any], tokenizer: str | None, options: ImportOptions
+    paper: Paper,
+    importer: GeneratorImporter,
+    state: Mapping[str, Any],
+    tokenizer: str | None,
+    options: ImportOptions,
 ) -> ImageGenerator:
     if tokenizer is None:
         file = options.file
-        raise UserError(f"{file} is a generator: give its tokenizer (an export or the official file) as --tokenizer")
+        raise UserError(
+            f"{file} is a generator: give its tokenizer (an export or the official file) as --tokenizer"
+        )
     own = _tokenizer(paper, tokenizer, options)
     generator = importer.build(state, own.layout, options)
     return ImageGenerator(own, generator, generator.make_conditioner())
@@ -107,12 +136,15 @@ def _tokenizer(paper: Paper, path: str, options: ImportOptions) -> Tokenizer:
     """From an export, or an official file; at `image_size` where one is given."""
     if is_official_file(path):
         if not paper.tokenizers:
-            raise UserError(f"{paper.name} has no tokenizer of its own: give an export as --tokenizer")
+            raise UserError(
+                f"{paper.name} has no tokenizer of its own: give an export as --tokenizer"
+            )
         content = read_content(path)
         importer = Paper(paper.name, paper.package, paper.tokenizers).of_file(content, path, None)
         assert isinstance(importer, TokenizerImporter)
         return importer.build(importer.read(content, path), replace(options, file=path))
-    tokenizer, size = load_tokenizer(path), options.image_size
+    tokenizer = load_tokenizer(path)
+    size = options.image_size
     if size is None or tokenizer.image_size == (size, size):
         return tokenizer
     return _resized(tokenizer, size)

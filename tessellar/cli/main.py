@@ -1,6 +1,8 @@
-"""`tessellar train|sample|evaluate|convert ...`, and the entry of the four scripts at the checkout's root.
+"""`tessellar train|sample|evaluate|convert ...`, and the entry of the four scripts at the
+checkout's root.
 
-A command's module is imported only when it is called, so that help and mistakes are answered at once.
+A command's module is imported only when it is called, so that help and mistakes are answered at
+once.
 """
 
 import importlib
@@ -27,7 +29,9 @@ def main(command: str | None = None) -> NoReturn:
 
 
 def show_log() -> None:
-    """Print what our modules log (from INFO up) to stderr, bare; other packages' loggers stay as they are."""
+    """Print what our modules log (from INFO up) to stderr, bare; other packages' loggers stay as
+    they are.
+    """
     log = logging.getLogger("tessellar")
     log.setLevel(logging.INFO)
     if not log.handlers:
@@ -49,7 +53,8 @@ def dispatch(command: str | None, argv: list[str]) -> int | None:
         if not argv or argv[0] in ("-h", "--help"):
             print(usage())
             return 0 if argv else 2
-        command, argv = argv[0], argv[1:]
+        command = argv[0]
+        argv = argv[1:]
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS, listed=0)
         raise UserError(f"{command!r} is not a command; there are {', '.join(COMMANDS)}{hint}")
@@ -59,4 +64,6 @@ def dispatch(command: str | None, argv: list[str]) -> int | None:
 def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:<9} {what}" for name, what in COMMANDS.items()]
-    return "\n".join(["usage: tessellar COMMAND ...", "", *lines, "", "tessellar COMMAND --help says more."])
+    return "\n".join(
+        ["usage: tessellar COMMAND ...", "", *lines, "", "tessellar COMMAND --help says more."]
+    )

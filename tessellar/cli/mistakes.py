@@ -1,6 +1,8 @@
-"""One line for what a parser says in sixty: which file and key, what is wrong, and the nearest valid name.
+"""One line for what a parser says in sixty: which file and key, what is wrong, and the nearest
+valid name.
 
-jsonargparse reports trees: each union, class and key adds a level of indentation. The deepest branch holds the cause.
+jsonargparse reports trees: each union, class and key adds a level of indentation. The deepest
+branch holds the cause.
 """
 
 import importlib
@@ -37,7 +39,9 @@ CHOICES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Cause:
-    """The end of the deepest branch: keys and class on the way to it, its text, and the value it complains of."""
+    """The end of the deepest branch: keys and class on the way to it, its text, and the value it
+    complains of.
+    """
 
     keys: tuple[str, ...]
     class_path: str | None
@@ -50,7 +54,9 @@ class Cause:
 
 
 def explain(message: str, options: Iterable[str], files: Sequence[str], argv: Sequence[str]) -> str:
-    """`message` of a parser in one line; `options` are the parser's names, `files` the configs that it read."""
+    """`message` of a parser in one line; `options` are the parser's names, `files` the configs that
+    it read.
+    """
     if message.startswith(WHOLE):
         cause = Cause((), None, (" ".join(message.split()),), None)
     else:
@@ -64,7 +70,8 @@ def deepest(message: str) -> Cause:
     """The cause in a tree of complaints; siblings that all say `Expected ...` belong together."""
     path: list[tuple[int, str]] = []
     best: tuple[int, list[tuple[int, str]], list[str]] = (-1, [], [])
-    class_path, values = None, {}
+    class_path = None
+    values = {}
     for line in filter(str.strip, message.splitlines()):
         found = GOT_CLASS.search(line)
         class_path = found[1] if found else class_path
@@ -72,7 +79,11 @@ def deepest(message: str) -> Cause:
         level = len(line) - len(line.lstrip(" -"))
         text = line.strip(" -")
         path = [(depth, part) for depth, part in path if depth < level]
-        values |= {level: text.partition("Given value:")[2].strip()} if text.startswith("Given value:") else {}
+        values |= (
+            {level: text.partition("Given value:")[2].strip()}
+            if text.startswith("Given value:")
+            else {}
+        )
         if not text or text.startswith(NOISE):
             continue
         key = KEY.match(text)
@@ -94,9 +105,15 @@ def _say(cause: Cause, options: set[str]) -> str:
     prefix = f"{cause.place}: " if cause.place else ""
     if found := re.match(r"Option '([\w.]+)' is not accepted", text):
         owner = f"{_short(cause.class_path)} ({cause.place})" if cause.class_path else "there"
-        names = _parameters(cause.class_path) if cause.class_path else {o.split(".")[0] for o in options}
+        names = (
+            _parameters(cause.class_path)
+            if cause.class_path
+            else {o.split(".")[0] for o in options}
+        )
         key = found[1].split(".")[0]
-        return f"{owner} {'has' if cause.class_path else 'is'} no option {key!r}{nearest(key, names)}"
+        return (
+            f"{owner} {'has' if cause.class_path else 'is'} no option {key!r}{nearest(key, names)}"
+        )
     if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
         names = _members(cause.class_path, found[1]) | _under(options, found[1])
         owner = ".".join([*cause.keys, found[1]])
@@ -108,7 +125,8 @@ def _say(cause: Cause, options: set[str]) -> str:
     if found := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         return f"{prefix}there is no {found[2]!r} in {found[1]}{nearest(found[2], _contents(found[1]))}"
     if found := re.match(
-        r"(?:Import path|Expected) '?([\w.]+)'? (?:does not correspond|to be).*subclass of (?:<class ')?(\w+)", text
+        r"(?:Import path|Expected) '?([\w.]+)'? (?:does not correspond|to be).*subclass of (?:<class ')?(\w+)",
+        text,
     ):
         return f"{prefix}{_short(found[1])} is not a {found[2]}; a {found[2]} is needed here"
     if found := re.match(r"Expected a (?:path but|dot import path string:) ([\w.+-]+)", text):
@@ -119,7 +137,9 @@ def _say(cause: Cause, options: set[str]) -> str:
     if found := re.match(r"Expected an instantiatable class, but ([\w.]+) is abstract", text):
         return f"{prefix}class_path missing; it names a {_short(found[1])}"
     if text.startswith("Problems parsing config"):
-        return text.replace("Problems parsing config", "not valid YAML").replace(' in "<unicode string>",', " in")
+        return text.replace("Problems parsing config", "not valid YAML").replace(
+            ' in "<unicode string>",', " in"
+        )
     if text.startswith("Unexpected config"):
         return "a config is a mapping of keys (trainer, model, data); this is something else"
     if text.startswith("Expected"):
@@ -129,7 +149,8 @@ def _say(cause: Cause, options: set[str]) -> str:
 
 def _expected(cause: Cause) -> str:
     """`Expected a X. Got value: V` of one or several alternatives in plain words."""
-    wanted, value = [], cause.value
+    wanted = []
+    value = cause.value
     for text in cause.texts:
         kind, _, got = text.partition(". Got value: ")
         value = got or value
@@ -186,7 +207,9 @@ def _under(options: Iterable[str], group: str) -> set[str]:
 
 
 def _contents(module: str) -> set[str]:
-    """Public names and sub-modules of a module of this package; nothing is imported for a foreign one."""
+    """Public names and sub-modules of a module of this package; nothing is imported for a foreign
+    one.
+    """
     if not module.startswith("tessellar"):
         return set()
     found = importlib.import_module(module)
@@ -197,7 +220,9 @@ def _contents(module: str) -> set[str]:
 
 def _given_on_command_line(cause: Cause, argv: Sequence[str]) -> bool:
     words = [w.split(".")[-1] for w in _words(cause)]
-    given = {part for a in argv if a.startswith("--") for part in a[2:].partition("=")[0].split(".")}
+    given = {
+        part for a in argv if a.startswith("--") for part in a[2:].partition("=")[0].split(".")
+    }
     return bool(words) and words[-1] in given
 
 
@@ -213,7 +238,9 @@ def _words(cause: Cause) -> list[str]:
 def _holding(files: Sequence[str], cause: Cause) -> list[str]:
     """The configs that hold the offending word; all of them where that cannot be told."""
     words = [w.split(".")[0] for w in _words(cause)[-1:]] or [""]
-    texts = {f: Path(f).read_text(encoding="utf-8", errors="replace") for f in files if Path(f).is_file()}
+    texts = {
+        f: Path(f).read_text(encoding="utf-8", errors="replace") for f in files if Path(f).is_file()
+    }
     hit = [f for f, text in texts.items() if re.search(rf"\b{re.escape(words[0])}\b", text)]
     return [", ".join(hit or list(texts))] if texts else []
 

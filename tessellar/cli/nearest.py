@@ -1,11 +1,15 @@
-"""The hint behind every unknown name: the valid one that it resembles, or all of them where they are few."""
+"""The hint behind every unknown name: the valid one that it resembles, or all of them where they
+are few.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(wrong: str, names: Iterable[str], listed: int = 10) -> str:
-    """`; did you mean 'x'?` where a name resembles `wrong`, else the names if there are at most `listed`, else ""."""
+    """`; did you mean 'x'?` where a name resembles `wrong`, else the names if there are at most
+    `listed`, else "".
+    """
     names = sorted(names)
     close = difflib.get_close_matches(wrong, names, n=1)
     if close:

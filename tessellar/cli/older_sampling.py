@@ -1,4 +1,6 @@
-"""Answers sampling settings in the older spelling, on a command line and in the YAML that it names, before parsing."""
+"""Answers sampling settings in the older spelling, on a command line and in the YAML that it names,
+before parsing.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +20,20 @@ def refuse_older(argv: Sequence[str]) -> None:
         except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser says it better
         refuse_config(config, path)
-        flat = respell(config) if isinstance(config, dict) else None  # sample.py's own settings are not nested
+        flat = (
+            respell(config) if isinstance(config, dict) else None
+        )  # sample.py's own settings are not nested
         if flat is not None:
-            raise UserError(f"{path}: sampling is in the older spelling; it is now {in_one_line(flat)}")
+            raise UserError(
+                f"{path}: sampling is in the older spelling; it is now {in_one_line(flat)}"
+            )
 
 
 def configs_of(argv: Sequence[str]) -> list[str]:
     """Files behind `--config`."""
     pairs = zip(argv, [*argv[1:], ""], strict=False)
-    return [b if a == "--config" else a.partition("=")[2] for a, b in pairs if a.split("=")[0] == "--config"]
+    return [
+        b if a == "--config" else a.partition("=")[2]
+        for a, b in pairs
+        if a.split("=")[0] == "--config"
+    ]

@@ -1,9 +1,11 @@
-"""Published recipes: what a recording says of a run (`recipe.json`), what a YAML of ours says, and where they differ.
+"""Published recipes: what a recording says of a run (`recipe.json`), what a YAML of ours says, and
+where they differ.
 
-Both become flat lists of facts, `optimizer.lr` or `schedule.factor.50` to a value. A recorded fact is compared with the
-fact of the same name of ours; where it is words, STATEMENTS says which settings they mean. Facts that need the built
-model (dropouts, losses) are added by the caller. What has no fact of ours, equals none and is not listed as meant is a
-mismatch: nothing is left out silently.
+Both become flat lists of facts, `optimizer.lr` or `schedule.factor.50` to a value. A recorded fact
+is compared with the fact of the same name of ours; where it is words, STATEMENTS says which
+settings they mean. Facts that need the built model (dropouts, losses) are added by the caller. What
+has no fact of ours, equals none and is not listed as meant is a mismatch: nothing is left out
+silently.
 """
 
 import json
@@ -23,7 +25,16 @@ from tessellar.training.schedules import Schedule
 
 IMAGES = 1_281_167  # of ImageNet's training set
 PROCESSES = 8  # that the batch sizes of configs/imagenet256 are meant for
-PERCENTS = (0, 5, 10, 25, 50, 75, 90, 99.9)  # of the run, where a recording has the schedule's factor
+PERCENTS = (
+    0,
+    5,
+    10,
+    25,
+    50,
+    75,
+    90,
+    99.9,
+)  # of the run, where a recording has the schedule's factor
 CLASSES = {"adamw": "AdamW", "adam": "Adam", "muon": "Muon"}
 EMA_WARMUP = "min(decay, (1 + t) / (10 + t))"
 
@@ -33,7 +44,11 @@ Facts = dict[str, Any]
 STATEMENTS: dict[str, dict[str, Facts]] = {
     "augmentation.crop": {
         "ADM centre crop 256": {"framing.crop": "adm", "framing.size": 256, "framing.resize": None},
-        "ADM random crop 336": {"framing.crop": "random", "framing.size": 336, "framing.resize": None},
+        "ADM random crop 336": {
+            "framing.crop": "random",
+            "framing.size": 336,
+            "framing.resize": None,
+        },
         "ADM random crop 336: shorter side to a random integer of [336, 420]": {
             "framing.crop": "random",
             "framing.size": 336,
@@ -76,16 +91,25 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
     "augmentation.ten_crop.resize_crop": {
         "ADM centre crop to int(1.1 * size)": {"framing.crop": "ten", "framing.ten_ratios": (1.1,)}
     },
-    "augmentation.ten_crop.crops": {"TenCrop(size): 4 corners + centre, each also mirrored": {"framing.crop": "ten"}},
+    "augmentation.ten_crop.crops": {
+        "TenCrop(size): 4 corners + centre, each also mirrored": {"framing.crop": "ten"}
+    },
     "augmentation.ten_crop.drawn": {"one of 10 a visit, uniform": {"framing.crop": "ten"}},
     "augmentation.pretokenization": {
         "scripts/pretokenization.py: --ten_crop, ADM centre crop int(1.1 * 256), TenCrop(256); "
-        "one of 10 drawn a visit": {"framing.crop": "ten", "framing.size": 256, "framing.ten_ratios": (1.1,)},
+        "one of 10 drawn a visit": {
+            "framing.crop": "ten",
+            "framing.size": 256,
+            "framing.ten_ratios": (1.1,),
+        },
     },
     "epochs": {"counted in updates": {}},
     "trained": {"decoder, pixel_decoder, pixel_quantize": {"trained": ["decoder", "pixels"]}},
     "tail_drop.kept": {
-        "U{1..256}, one draw a forward pass and process": {"tail_drop.shortest": 1, "tail_drop.longest": 256}
+        "U{1..256}, one draw a forward pass and process": {
+            "tail_drop.shortest": 1,
+            "tail_drop.longest": 256,
+        }
     },
     "augment.kind": {
         "DiffAugment in [0, 1], order colour, translation, cutout 0.2, each with probability 0.5, "
@@ -106,7 +130,9 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
     "losses.adversarial.start": {
         "20 % of the run (arg_util.py: ep * 0.2; its comment says 0.22)": {"share.start": 0.2},
     },
-    "losses.adversarial.warmup": {"linear over 2 % of the run from its start": {"share.warmup": 0.02}},
+    "losses.adversarial.warmup": {
+        "linear over 2 % of the run from its start": {"share.warmup": 0.02}
+    },
     "losses.hinge.start": {"20 % of the run": {"share.start": 0.2}},
     "losses.adversarial.adaptive.ratio": {
         "|grad nll| / (|grad g| + 1e-4) at decoder.conv_out.weight, nll summed": {
@@ -232,7 +258,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def facts_of(recipe: Recipe) -> Facts:
-    """Facts of what is trained first: optimizer, schedule, average, batch, and how images are framed."""
+    """Facts of what is trained first: optimizer, schedule, average, batch, and how images are
+    framed.
+    """
     return {
         **optimizer_facts(recipe.optimizer(), recipe.global_batch),
         **schedule_facts(recipe.schedule(), recipe.optimizer(), recipe.updates),
@@ -260,7 +288,9 @@ def optimizer_facts(settings: OptimizerSettings, batch: int) -> Facts:
 def schedule_facts(schedule: Schedule, settings: OptimizerSettings, updates: int) -> Facts:
     """Factors of the peak rate along the run, and the weight decay where it has a schedule."""
     at = {percent: math.floor(percent / 100 * updates) for percent in PERCENTS}
-    facts: Facts = {f"schedule.factor.{p}": schedule.factor(step, updates) for p, step in at.items()}
+    facts: Facts = {
+        f"schedule.factor.{p}": schedule.factor(step, updates) for p, step in at.items()
+    }
     facts |= {
         "schedule.updates": updates,
         "schedule.warmup_updates": schedule.warmup,
@@ -271,7 +301,8 @@ def schedule_facts(schedule: Schedule, settings: OptimizerSettings, updates: int
         return facts | {"weight_decay_schedule": "none"}
     decay = settings.weight_decay
     return facts | {
-        f"weight_decay_schedule.weight_decay.{p}": schedule.weight_decay(decay, step, updates) for p, step in at.items()
+        f"weight_decay_schedule.weight_decay.{p}": schedule.weight_decay(decay, step, updates)
+        for p, step in at.items()
     }
 
 
@@ -289,7 +320,9 @@ def _framing_facts(framing: Framing) -> Facts:
 
 
 def recorded_facts(part: Mapping[str, Any]) -> Facts:
-    """The facts of one part of a `recipe.json` that it states; losses are named, null values left out."""
+    """The facts of one part of a `recipe.json` that it states; losses are named, null values left
+    out.
+    """
     return {name: value for name, value in _flat(part, "") if value is not None}
 
 
@@ -315,7 +348,9 @@ class Mismatch(NamedTuple):
         return f"{self.name}: recorded {self.recorded!r}, ours {self.ours!r}"
 
 
-def compare(recorded: Facts, ours: Facts, elsewhere: Mapping[str, str] = ELSEWHERE) -> list[Mismatch]:
+def compare(
+    recorded: Facts, ours: Facts, elsewhere: Mapping[str, str] = ELSEWHERE
+) -> list[Mismatch]:
     """The recorded facts that ours do not equal, or have nothing to be compared with."""
     found = []
     for name, value in recorded.items():
@@ -330,12 +365,18 @@ def compare(recorded: Facts, ours: Facts, elsewhere: Mapping[str, str] = ELSEWHE
 
 
 def _wanted(name: str, value: Any) -> Facts:
-    """What of ours has to hold for a recorded fact: what its words mean, or the same fact with the same value."""
+    """What of ours has to hold for a recorded fact: what its words mean, or the same fact with the
+    same value.
+    """
     return STATEMENTS.get(name, {}).get(str(value), {name: value})
 
 
 def _equal(name: str, recorded: Any, ours: Any) -> bool:
-    if isinstance(recorded, bool) or isinstance(ours, bool) or not isinstance(recorded, (int, float)):
+    if (
+        isinstance(recorded, bool)
+        or isinstance(ours, bool)
+        or not isinstance(recorded, (int, float))
+    ):
         return _plain(recorded) == _plain(ours)
     if not isinstance(ours, (int, float)):
         return False
@@ -352,7 +393,8 @@ def _plain(value: Any) -> Any:
 class Entry:
     """Which recorded parts a YAML is the recipe of, and with which sampling its result is quoted.
 
-    `parts`: our side (generator, tokenizer, discriminator) to the part of the recording. `result`: in words.
+    `parts`: our side (generator, tokenizer, discriminator) to the part of the recording. `result`:
+    in words.
     """
 
     config: str

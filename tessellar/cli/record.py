@@ -63,20 +63,29 @@ def record(
 def _made(path: str, raw: bool) -> nn.Module | Callable[[Recorder], Any]:
     """The module at a path, or the function that records."""
     names = path.split(".")
-    if Path(path).exists() or "/" in path or not all(name.isidentifier() for name in names) or len(names) < 2:
+    if (
+        Path(path).exists()
+        or "/" in path
+        or not all(name.isidentifier() for name in names)
+        or len(names) < 2
+    ):
         return assemble(read_source(path, raw=raw))
     if not is_trusted(path):
         raise UserError(f"{path} is of the package {names[0]!r}: name it, --package {names[0]}")
     found = _found(path)
     function = getattr(found, "record", None) if inspect.ismodule(found) else found
     if not callable(function):
-        raise UserError(f"{path} is neither a class nor a function, nor a module with a function record")
+        raise UserError(
+            f"{path} is neither a class nor a function, nor a module with a function record"
+        )
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     if len(needed) == 1 and needed[0].annotation in (Recorder, "Recorder"):
         return function
     if needed:
         names_of = ", ".join(parameter.name for parameter in needed)
-        raise UserError(f"{path} needs {names_of}: name a function that makes the module without arguments")
+        raise UserError(
+            f"{path} needs {names_of}: name a function that makes the module without arguments"
+        )
     made = function()
     if not isinstance(made, nn.Module):
         raise UserError(f"{path} made a {type(made).__name__}, not a module")

@@ -1,4 +1,6 @@
-"""`sample.py`: images of classes or prompts from a trained generator, in a folder that says how they were made."""
+"""`sample.py`: images of classes or prompts from a trained generator, in a folder that says how
+they were made.
+"""
 
 import json
 import sys
@@ -61,7 +63,8 @@ def sample(
     grid: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Make images of classes, or of prompts: image i has class classes[i % len(classes)] and its own seed, seed + i.
+    """Make images of classes, or of prompts: image i has class classes[i % len(classes)] and its
+    own seed, seed + i.
 
     Args:
         model: export folder, .safetensors, training checkpoint (.ckpt) or hub id
@@ -98,7 +101,17 @@ def sample(
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
         folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)
-        _draw(generator, labels, texts, sampling, seed, batch_size, precision, folder, recorder)
+        _draw(
+            generator,
+            labels,
+            texts=texts,
+            sampling=sampling,
+            seed=seed,
+            batch_size=batch_size,
+            precision=precision,
+            folder=folder,
+            recorder=recorder,
+        )
         seconds = time.perf_counter() - start
         record = {
             "model": model,
@@ -118,8 +131,14 @@ def sample(
         }
         _write_record(stage, record)
     if distributed.rank() == 0:
-        print(f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}")
-        print(f"this process: {recorder.report()}" if distributed.world_size() > 1 else recorder.report())
+        print(
+            f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}"
+        )
+        print(
+            f"this process: {recorder.report()}"
+            if distributed.world_size() > 1
+            else recorder.report()
+        )
 
 
 def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
@@ -138,11 +157,15 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0][:100]})") from error
+        raise UserError(
+            f"device {name!r} is not available here ({str(error).splitlines()[0][:100]})"
+        ) from error
 
 
 def parse_classes(text: str, model: ImageGenerator) -> list[int]:
-    """Class ids of `all`, `3`, `0,3,5` or `0-9,12`; raises UserError for what is no class of the model."""
+    """Class ids of `all`, `3`, `0,3,5` or `0-9,12`; raises UserError for what is no class of the
+    model.
+    """
     if not isinstance(model.conditioner, ClassConditioner):
         model.class_condition([0])  # raises, saying what the model is conditioned on
     assert isinstance(model.conditioner, ClassConditioner)
@@ -151,13 +174,17 @@ def parse_classes(text: str, model: ImageGenerator) -> list[int]:
     try:
         named = [n for part in text.split(",") for n in _range(part)]
     except ValueError as error:
-        raise UserError(f"--classes {text!r} is not a list of class ids such as 0,3,5 or 0-9, nor `all`") from error
+        raise UserError(
+            f"--classes {text!r} is not a list of class ids such as 0,3,5 or 0-9, nor `all`"
+        ) from error
     model.class_condition(named)
     return named
 
 
 def read_prompts(path: str, model: ImageGenerator) -> list[str]:
-    """Lines of a text file that are not empty; raises UserError where there are none or the model reads no text."""
+    """Lines of a text file that are not empty; raises UserError where there are none or the model
+    reads no text.
+    """
     if not isinstance(model.conditioner, TextConditioner):
         raise UserError("--prompts needs a generator that is conditioned on text; this one is not")
     try:
@@ -215,7 +242,9 @@ def _draw(
     folder: SampleFolder,
     recorder: Recorder,
 ) -> None:
-    """Draw this process's share and write it; the bar shows images/s and is quiet where nobody watches."""
+    """Draw this process's share and write it; the bar shows images/s and is quiet where nobody
+    watches.
+    """
     share = distributed.own_share(len(labels))
     settings = (sampling, seed, batch_size, precision, share, recorder)
     if texts is None:

@@ -1,6 +1,8 @@
-"""`convert.py scale`: measure the scale of a tokenizer's continuous latents on a data set and store it in an export.
+"""`convert.py scale`: measure the scale of a tokenizer's continuous latents on a data set and store
+it in an export.
 
-Training measures the scale too; this is for imported weights on other data, and for averaged weights.
+Training measures the scale too; this is for imported weights on other data, and for averaged
+weights.
 """
 
 from collections.abc import Iterator
@@ -31,7 +33,8 @@ def scale(
     package: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Make an export whose latents have unit variance on a data set: 1 / their standard deviation, no shift.
+    """Make an export whose latents have unit variance on a data set: 1 / their standard deviation,
+    no shift.
 
     Args:
         tokenizer: export folder, .safetensors, .ckpt or hub id of a tokenizer with continuous latents
@@ -46,7 +49,9 @@ def scale(
     """
     trust(package)
     if data is None:
-        raise UserError("say what to measure on, for example --data tessellar.data.ImageFolderData --data.root DIR")
+        raise UserError(
+            "say what to measure on, for example --data tessellar.data.ImageFolderData --data.root DIR"
+        )
     if not out:
         raise UserError("say where to write: --out FOLDER")
     check_target(Path(out), WEIGHTS, overwrite)
@@ -58,7 +63,9 @@ def scale(
     print(f"scale {before:.4f} -> {after:.4f}\nwrote {out}")
 
 
-def _images(data: ImageDataModule, count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+def _images(
+    data: ImageDataModule, count: int, batch_size: int, device: torch.device
+) -> Iterator[Tensor]:
     """Batches [B, 3, H, W] of every k-th training image."""
     dataset = data.train_dataset()
     chosen = torch.arange(0, len(dataset), max(1, len(dataset) // count))[:count]

@@ -3,7 +3,8 @@
     python train.py --config configs/fashion_mnist/tokenizer.yaml --name tok --data.root DIR
     python train.py validate --config configs/fashion_mnist/tokenizer.yaml --name tok --resume auto
 
-Any key of the YAML can be given as an option; `--print_config` shows them all, `--model.help CLASS` explains a class.
+Any key of the YAML can be given as an option; `--print_config` shows them all, `--model.help CLASS`
+explains a class.
 """
 
 import logging
@@ -68,33 +69,63 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--name", type=str | None, default=None, help="folder under runs/ (default: the YAML's name)"
+            "--name",
+            type=str | None,
+            default=None,
+            help="folder under runs/ (default: the YAML's name)",
         )
         parser.add_argument(
-            "--package", type=str | None, default=None, help="packages of others whose classes may be built"
+            "--package",
+            type=str | None,
+            default=None,
+            help="packages of others whose classes may be built",
         )
-        parser.add_argument("--resume", type=str | None, default=None, help="auto, or a checkpoint to continue from")
-        parser.add_argument("--ema", type=float | None, default=None, help="decay of averaged weights; null is none")
-        parser.add_argument("--wandb", type=str | None, default=None, help="a project name switches wandb on")
-        parser.add_argument("--log_every", type=PositiveInt, default=50, help="batches between lines of the logs")
-        parser.add_argument("--save_every", type=PositiveInt, default=1000, help="updates between checkpoints")
         parser.add_argument(
-            "--best_metric", type=str | None, default=None, help="what best.ckpt is chosen by (default: the model's)"
+            "--resume", type=str | None, default=None, help="auto, or a checkpoint to continue from"
         )
-        parser.add_argument("--best_mode", type=Literal["min", "max"], default="min", help="which value of it is best")
-        parser.add_argument("--sampling", type=Sampling, default=Sampling(), help="how sample grids are drawn")
+        parser.add_argument(
+            "--ema", type=float | None, default=None, help="decay of averaged weights; null is none"
+        )
+        parser.add_argument(
+            "--wandb", type=str | None, default=None, help="a project name switches wandb on"
+        )
+        parser.add_argument(
+            "--log_every", type=PositiveInt, default=50, help="batches between lines of the logs"
+        )
+        parser.add_argument(
+            "--save_every", type=PositiveInt, default=1000, help="updates between checkpoints"
+        )
+        parser.add_argument(
+            "--best_metric",
+            type=str | None,
+            default=None,
+            help="what best.ckpt is chosen by (default: the model's)",
+        )
+        parser.add_argument(
+            "--best_mode",
+            type=Literal["min", "max"],
+            default="min",
+            help="which value of it is best",
+        )
+        parser.add_argument(
+            "--sampling", type=Sampling, default=Sampling(), help="how sample grids are drawn"
+        )
 
     def before_instantiate_classes(self) -> None:
         config: Any = self.config
         trust(config.package or "")
-        name = with_teachers(config.name or _default_name(config.config), stand_ins(config.model.as_dict()))
+        name = with_teachers(
+            config.name or _default_name(config.config), stand_ins(config.model.as_dict())
+        )
         self.run_folder = Run(name, resume=config.resume)
         self.asked = self.parser.dump(self.config, skip_unset=False)
         if self.run_folder.checkpoint is not None:
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
 
     def _read_no_start_files(self, model: Any, checkpoint: Path) -> None:
-        """What a checkpoint replaces anyway is not asked for: the source of a fine-tuning, a tokenizer that is gone."""
+        """What a checkpoint replaces anyway is not asked for: the source of a fine-tuning, a
+        tokenizer that is gone.
+        """
         if "init_from" in model:
             model.init_from = None
         path = model.get("tokenizer")
@@ -125,7 +156,11 @@ class TrainCLI(LightningCLI):
             callbacks.insert(0, EMA(config.ema))
         return super().instantiate_trainer(
             **kwargs,
-            **({"strategy": TAKING_TURNS} if config.trainer.strategy == "ddp" and self.model.takes_turns else {}),
+            **(
+                {"strategy": TAKING_TURNS}
+                if config.trainer.strategy == "ddp" and self.model.takes_turns
+                else {}
+            ),
             logger=run.loggers(config.wandb),
             callbacks=[*(config.trainer.callbacks or []), *callbacks],
             default_root_dir=run.folder,
@@ -148,7 +183,9 @@ def main(argv: Sequence[str]) -> int:
     actions = {"fit": fit, "validate": validate}
     word = argv[0] if argv and not argv[0].startswith("-") else "fit"
     if word not in actions:
-        raise UserError(f"{word!r} is not an action; there are {', '.join(actions)}{nearest(word, actions)}")
+        raise UserError(
+            f"{word!r} is not an action; there are {', '.join(actions)}{nearest(word, actions)}"
+        )
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -161,7 +198,9 @@ def main(argv: Sequence[str]) -> int:
             print(signal, file=sys.stderr)
             return 128 + signal.number
         except SystemExit as leaving:
-            if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning's answer before and after training
+            if isinstance(
+                leaving.__context__, KeyboardInterrupt
+            ):  # Lightning's answer before and after training
                 raise KeyboardInterrupt from leaving
             raise
         except MisconfigurationException as error:
@@ -171,7 +210,8 @@ def main(argv: Sequence[str]) -> int:
 
 def fit(cli: TrainCLI) -> None:
     """Train, then write the run's export and what it cost."""
-    run, trainer = cli.run_folder, cli.trainer
+    run = cli.run_folder
+    trainer = cli.trainer
     check(cli)
     if run.checkpoint is not None and trainer.is_global_zero:
         compare_settings(run.checkpoint.parent.parent / CONFIG, cli.asked)
@@ -185,7 +225,9 @@ def fit(cli: TrainCLI) -> None:
         with restoring(run.checkpoint):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
     except NonFiniteGradients as error:
-        raise UserError(f"{error}. Last checkpoint: {last if last.exists() else 'none yet'}") from error
+        raise UserError(
+            f"{error}. Last checkpoint: {last if last.exists() else 'none yet'}"
+        ) from error
     except Interrupted as signal:
         if trainer.is_global_zero:
             run.interrupted(str(signal))
@@ -194,7 +236,9 @@ def fit(cli: TrainCLI) -> None:
         lost = lost_process(error)
         if lost is None:
             raise
-        raise UserError(f"{lost}; {'continue with --resume auto' if last.exists() else 'nothing was saved'}") from error
+        raise UserError(
+            f"{lost}; {'continue with --resume auto' if last.exists() else 'nothing was saved'}"
+        ) from error
     finally:
         if trainer.is_global_zero:
             run.abandon()
@@ -204,9 +248,12 @@ def fit(cli: TrainCLI) -> None:
 
 def validate(cli: TrainCLI) -> None:
     """Print the validation metrics of a checkpoint, of the averaged weights where it has some."""
-    run, trainer = cli.run_folder, cli.trainer
+    run = cli.run_folder
+    trainer = cli.trainer
     if run.checkpoint is None:
-        raise UserError("validate needs --resume auto (this run's last checkpoint) or --resume FILE")
+        raise UserError(
+            "validate needs --resume auto (this run's last checkpoint) or --resume FILE"
+        )
     check(cli, training=False)
     trainer.logger = None
     kept = [c for c in trainer.callbacks if not isinstance(c, (Grids, EMA))]  # type: ignore[attr-defined]
@@ -216,7 +263,11 @@ def validate(cli: TrainCLI) -> None:
             cli.model, cli.datamodule, ckpt_path=run.checkpoint, verbose=False, weights_only=True
         )
     if trainer.is_global_zero:
-        print("\n".join(f"{name} {value:.6g}" for name, value in sorted(metrics.items()) if name != "step"))
+        print(
+            "\n".join(
+                f"{name} {value:.6g}" for name, value in sorted(metrics.items()) if name != "step"
+            )
+        )
 
 
 def parse(argv: Sequence[str]) -> TrainCLI:
@@ -239,7 +290,9 @@ def parse(argv: Sequence[str]) -> TrainCLI:
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except (ArgumentError, ValueError) as error:
-        raise cause_of(error) or UserError(explain(str(error), _options(), _given(argv, "--config"), argv)) from error
+        raise cause_of(error) or UserError(
+            explain(str(error), _options(), _given(argv, "--config"), argv)
+        ) from error
 
 
 def _options() -> list[str]:
@@ -254,7 +307,9 @@ def _options() -> list[str]:
 def _given(argv: Sequence[str], option: str) -> list[str]:
     """Values of an option on the command line."""
     pairs = zip(argv, [*argv[1:], ""], strict=True)
-    return [b if a == option else a.partition("=")[2] for a, b in pairs if a.split("=")[0] == option]
+    return [
+        b if a == option else a.partition("=")[2] for a, b in pairs if a.split("=")[0] == option
+    ]
 
 
 def _default_name(configs: Any) -> str:
@@ -276,19 +331,27 @@ def run_facts(cli: TrainCLI) -> dict[str, Any]:
 
 
 def check(cli: TrainCLI, training: bool = True) -> None:
-    """Raise UserError for what would stop the run later: trainer options we do not take, data that does not fit.
+    """Raise UserError for what would stop the run later: trainer options we do not take, data that
+    does not fit.
 
-    Data of other classes than the checkpoint's may be measured, where no label is read, but not trained on.
+    Data of other classes than the checkpoint's may be measured, where no label is read, but not
+    trained on.
     """
-    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    model = cli.model
+    data = cli.datamodule
+    trainer = cli.trainer
     check_buildable([part.config for part in model.modules() if isinstance(part, Configured)])
     if trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1:
-        raise UserError("set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches")
+        raise UserError(
+            "set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches"
+        )
     precision = trainer.precision
     if str(cli.config.trainer.precision) in ("16", "16-mixed"):  # type: ignore[union-attr]
         precision = "16-mixed"  # on a CPU Lightning takes it for bf16-mixed
     if precision not in PRECISIONS:
-        raise UserError(f"trainer.precision {precision} is not supported: use {' or '.join(PRECISIONS)}")
+        raise UserError(
+            f"trainer.precision {precision} is not supported: use {' or '.join(PRECISIONS)}"
+        )
     data.check_files()  # raises where files are missing, before the run's folder exists
     if cli.run_folder.checkpoint is not None and trainer.is_global_zero:
         check_data(cli.run_folder.checkpoint, data, names_matter=training or model.reads_labels)
@@ -296,18 +359,25 @@ def check(cli: TrainCLI, training: bool = True) -> None:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """What an error says about a data worker or a process of the run that has ended, None where it says nothing."""
+    """What an error says about a data worker or a process of the run that has ended, None where it
+    says nothing.
+    """
     text = str(error)
     if "DataLoader worker" in text:
         return "a data worker was killed or ended by itself (out of memory?)"
-    if any(words in text for words in ("closed by peer", "Connection reset", "remote process exited", "Broken pipe")):
+    if any(
+        words in text
+        for words in ("closed by peer", "Connection reset", "remote process exited", "Broken pipe")
+    ):
         return "another process of this run has ended; its own lines say why"
     return None
 
 
 def _finish(cli: TrainCLI) -> None:
     """Write the export of the run (averaged weights where they are kept) and its costs."""
-    module, run, trainer = cli.model, cli.run_folder, cli.trainer
+    module = cli.model
+    run = cli.run_folder
+    trainer = cli.trainer
     ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     run.write("run.json", {**run_facts(cli), "updates": module.updates, **speed.costs()})

@@ -1,6 +1,8 @@
-"""Data: every set gives `image` [3, H, W] in [-1, 1], `label`, `caption`, `index`, the same to the bit in any worker.
+"""Data: every set gives `image` [3, H, W] in [-1, 1], `label`, `caption`, `index`, the same to the
+bit in any worker.
 
-The names below are looked up on first use, so that `import tessellar.data` stays light (no Lightning).
+The names below are looked up on first use, so that `import tessellar.data` stays light (no
+Lightning).
 """
 
 import importlib

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 class Sample(TypedDict):
-    """One image: `image` float32 [3, H, W] in [-1, 1], its `index` in the set, and what the set knows about it."""
+    """One image: `image` float32 [3, H, W] in [-1, 1], its `index` in the set, and what the set
+    knows about it.
+    """
 
     image: Tensor
     index: int
@@ -16,7 +18,8 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """B samples: `image` float32 [B, 3, H, W], `index` int64 [B], `label` int64 [B], `caption` B strings.
+    """B samples: `image` float32 [B, 3, H, W], `index` int64 [B], `label` int64 [B], `caption` B
+    strings.
 
     Where the samples are the views of one image, `texts` are all its captions.
     """
@@ -29,7 +32,9 @@ class Batch(TypedDict):
 
 
 class TokenBatch(TypedDict):
-    """B samples of a cache: `tokens` as the layout says instead of an image, the rest as in a Batch."""
+    """B samples of a cache: `tokens` as the layout says instead of an image, the rest as in a
+    Batch.
+    """
 
     tokens: Tensor
     index: Tensor
@@ -46,7 +51,9 @@ def collate(samples: "Batch | TokenBatch | list[Sample]") -> Batch | TokenBatch:
         return samples
     keys = set(samples[0])
     if any(set(sample) != keys for sample in samples):
-        raise ValueError(f"samples of one batch have different keys: {sorted({tuple(sorted(s)) for s in samples})}")
+        raise ValueError(
+            f"samples of one batch have different keys: {sorted({tuple(sorted(s)) for s in samples})}"
+        )
     batch: Batch = {
         "image": torch.stack([s["image"] for s in samples]),
         "index": torch.tensor([s["index"] for s in samples]),

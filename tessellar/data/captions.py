@@ -1,4 +1,6 @@
-"""Text of data sets: files as a person reads them, captions that are texts, and one of several drawn at each visit."""
+"""Text of data sets: files as a person reads them, captions that are texts, and one of several
+drawn at each visit.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -29,7 +31,8 @@ class UnreadableText(UserError):
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; line ends become a line feed, no space around it.
+    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; line ends become a line feed,
+    no space around it.
 
     Raises UnreadableText naming the file for bytes that are no text.
     """
@@ -38,16 +41,22 @@ def decode_text(content: bytes, name: str) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         shown = encoding.removesuffix("-sig").upper()
-        raise UnreadableText(f"{name} is not {shown} ({error.reason} at byte {error.start})") from error
+        raise UnreadableText(
+            f"{name} is not {shown} ({error.reason} at byte {error.start})"
+        ) from error
     if "\0" in text:
-        raise UnreadableText(f"{name} holds zero bytes: save it as UTF-8, or as UTF-16 with a byte order mark")
+        raise UnreadableText(
+            f"{name} holds zero bytes: save it as UTF-8, or as UTF-16 with a byte order mark"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def read_captions(value: Any, name: str) -> tuple[str, ...]:
-    """The captions that a text, or a list of texts, holds; empty where there is none (None, empty text).
+    """The captions that a text, or a list of texts, holds; empty where there is none (None, empty
+    text).
 
-    Raises UnreadableText, naming the sample, for anything else, such as a number, bytes or a dictionary.
+    Raises UnreadableText, naming the sample, for anything else, such as a number, bytes or a
+    dictionary.
     """
     if value is None:
         return ()
@@ -60,8 +69,12 @@ def _text(one: Any, value: Any, name: str) -> str:
     if one is None:
         return ""
     if not isinstance(one, str):
-        raise UnreadableText(f"{name}: the caption is {repr(value)[:40]}; it must be text, or a list of texts")
-    if any("\ud800" <= letter <= "\udfff" for letter in one):  # half a pair, which JSON can spell but UTF-8 cannot
+        raise UnreadableText(
+            f"{name}: the caption is {repr(value)[:40]}; it must be text, or a list of texts"
+        )
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in one
+    ):  # half a pair, which JSON can spell but UTF-8 cannot
         raise UnreadableText(f"{name}: the caption cannot be written as UTF-8")
     if SEPARATOR in one:
         raise UnreadableText(f"{name}: the caption holds a zero character, which is no text")
@@ -69,7 +82,9 @@ def _text(one: Any, value: Any, name: str) -> str:
 
 
 def class_text(class_names: Sequence[str], label: int) -> tuple[str, ...]:
-    """The name of a class as its images' caption; none where the set has one class, or the name is a number."""
+    """The name of a class as its images' caption; none where the set has one class, or the name is
+    a number.
+    """
     name = class_names[label]
     if len(class_names) < 2 or are_numbers([name]):
         return ()
@@ -79,7 +94,9 @@ def class_text(class_names: Sequence[str], label: int) -> tuple[str, ...]:
 def draw_captions(
     texts: Sequence[tuple[str, ...]], indices: Sequence[int] | np.ndarray, seed: int, epoch: int
 ) -> list[str]:
-    """One caption of each image, drawn from (seed, epoch, index) alone; empty where an image has none."""
+    """One caption of each image, drawn from (seed, epoch, index) alone; empty where an image has
+    none.
+    """
     draws = uniforms(derive(seed, epoch, CAPTION), indices, 1)[:, 0]
     return [pick(several, draw) for several, draw in zip(texts, draws.tolist(), strict=True)]
 

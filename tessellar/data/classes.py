@@ -1,7 +1,7 @@
 """Which number a class has: one rule for every reader that meets classes by name.
 
-Names that are all whole numbers are ordered by value (2 before 10), any others as text. Numbers of classes are places
-in that order, so two sets compare classes by name, never by number.
+Names that are all whole numbers are ordered by value (2 before 10), any others as text. Numbers of
+classes are places in that order, so two sets compare classes by name, never by number.
 """
 
 import logging
@@ -19,7 +19,9 @@ def are_numbers(names: Iterable[str]) -> bool:
 
 
 def order_classes(names: Iterable[str], where: str) -> tuple[str, ...]:
-    """The distinct names, in the order that numbers them; `where` names the set in the line about their order."""
+    """The distinct names, in the order that numbers them; `where` names the set in the line about
+    their order.
+    """
     as_text = sorted(set(names))
     if not are_numbers(as_text):
         return tuple(as_text)
@@ -37,4 +39,8 @@ def shown(names: Sequence[str], most: int = 5) -> str:
 
 @cache  # a set is listed several times in a run, and said once
 def _tell(where: str, as_text: str) -> None:
-    log.warning("%s: classes are numbered by value; older models may have numbered them as text (%s)", where, as_text)
+    log.warning(
+        "%s: classes are numbered by value; older models may have numbered them as text (%s)",
+        where,
+        as_text,
+    )

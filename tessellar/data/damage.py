@@ -1,8 +1,10 @@
-"""Corrupt images: counted, the first one named, and skipped, up to a share of the set at which a run stops and says so.
+"""Corrupt images: counted, the first one named, and skipped, up to a share of the set at which a
+run stops and says so.
 
-In the place of a corrupt image comes the next readable one of the set, with its own label and caption. So a batch keeps
-its size, ranks stay equally long, and what an index gives depends on the files alone, not on workers or on the order.
-The record lies in shared memory: the workers of a loader and the process that made the set count together.
+In the place of a corrupt image comes the next readable one of the set, with its own label and
+caption. So a batch keeps its size, ranks stay equally long, and what an index gives depends on the
+files alone, not on workers or on the order. The record lies in shared memory: the workers of a
+loader and the process that made the set count together.
 """
 
 import logging
@@ -17,7 +19,9 @@ from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-UNREAD, READABLE, CORRUPT = 0, 1, 2
+UNREAD = 0
+READABLE = 1
+CORRUPT = 2
 SAMPLE = 1000  # the share is taken of at least this many images (or the whole set), so that an early one stops nothing
 
 
@@ -40,7 +44,8 @@ class Damage:
         return (self.state == CORRUPT).nonzero().flatten().tolist()
 
     def read(self, index: int, read: Callable[[int], T]) -> tuple[int, T]:
-        """`read(index)` and `index`, or both of the next readable image behind it (the first follows the last).
+        """`read(index)` and `index`, or both of the next readable image behind it (the first
+        follows the last).
 
         Raises UserError when more images are corrupt than allowed.
         """
@@ -60,7 +65,8 @@ class Damage:
         if self.max_share == 0:
             raise error
         self.state[index] = CORRUPT
-        corrupt, met = self.corrupt, int((self.state != UNREAD).sum())
+        corrupt = self.corrupt
+        met = int((self.state != UNREAD).sum())
         if too_many(len(corrupt), max(met, min(len(self.state), SAMPLE)), self.max_share):
             raise UserError(
                 f"{len(corrupt)} of {met} images read so far are corrupt, more than max_corrupt {self.max_share} "
@@ -76,4 +82,6 @@ def too_many(corrupt: int, total: int, max_share: float) -> bool:
 
 
 def warn_of_first(error: UserError, max_share: float) -> None:
-    log.warning("%s. It is skipped, as others will be in silence, up to a share of %g", error, max_share)
+    log.warning(
+        "%s. It is skipped, as others will be in silence, up to a share of %g", error, max_share
+    )

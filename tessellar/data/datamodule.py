@@ -1,7 +1,9 @@
-"""The data sets as LightningDataModules, to be named in a run's YAML: `class_path: tessellar.data.ShapesData`.
+"""The data sets as LightningDataModules, to be named in a run's YAML: `class_path:
+tessellar.data.ShapesData`.
 
-The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in training, every sample once
-in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
+The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in
+training, every sample once in validation, and no draw from the global random numbers, so that the
+rest of a run does not depend on its loaders.
 """
 
 import logging
@@ -36,7 +38,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"batch_size is {batch_size}, num_workers {num_workers}; at least 1 and 0 are needed")
+            raise ValueError(
+                f"batch_size is {batch_size}, num_workers {num_workers}; at least 1 and 0 are needed"
+            )
         if not 0 <= seed < 2**63:
             raise ValueError(f"data.seed is {seed}; it must be at least 0 and below 2^63")
         self.batch_size = batch_size
@@ -47,7 +51,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def train_dataset(self, augment: bool = True) -> ImageDataset:
-        """The training images; without augmentation (the same at each visit) they serve as a reference."""
+        """The training images; without augmentation (the same at each visit) they serve as a
+        reference.
+        """
 
     @abstractmethod
     def val_dataset(self) -> ImageDataset:
@@ -71,17 +77,25 @@ class ImageDataModule(LightningDataModule, ABC):
 
         Says in one line how many images are held out, if any are.
         """
-        train, val = self.train_dataset(), self.val_dataset()
+        train = self.train_dataset()
+        val = self.val_dataset()
         if self.holds_out:
             total = len(train) + len(val)
-            log.info("%s: %d of %d images are held out for validation, never trained on", self.name, len(val), total)
+            log.info(
+                "%s: %d of %d images are held out for validation, never trained on",
+                self.name,
+                len(val),
+                total,
+            )
 
     def text_datasets(self) -> Sequence[IndexedDataset]:
         """The training and validation sets, whose captions a generator of text reads."""
         return [self.train_dataset(), self.val_dataset()]
 
     def check_captions(self) -> None:
-        """For a run that reads text: raise UserError where there is none, and say where names of classes stand in."""
+        """For a run that reads text: raise UserError where there is none, and say where names of
+        classes stand in.
+        """
         datasets = self.text_datasets()
         if not all(dataset.has_captions for dataset in datasets):
             raise UserError(
@@ -89,7 +103,9 @@ class ImageDataModule(LightningDataModule, ABC):
                 "Hugging Face data sets in a column (data.caption), folders in the names of several classes"
             )
         if not all(dataset.own_captions for dataset in datasets):
-            log.warning("%s has no captions of its own: the names of its classes are the texts", self.name)
+            log.warning(
+                "%s has no captions of its own: the names of its classes are the texts", self.name
+            )
 
     def fingerprint(self) -> str:
         """Hash of the training and validation images, without augmentation."""
@@ -101,7 +117,9 @@ class ImageDataModule(LightningDataModule, ABC):
         return self.train_dataset(augment=False).content(), self.val_dataset().content()
 
     def facts(self) -> DataFacts:
-        """What a run with this data is trained on, for its checkpoints; looked at once, files are not opened."""
+        """What a run with this data is trained on, for its checkpoints; looked at once, files are
+        not opened.
+        """
         if self._facts is None:
             train, val = self.contents()
             self._facts = DataFacts(self.name, tuple(self.class_names), self.image_size, train, val)
@@ -121,11 +139,18 @@ class ImageDataModule(LightningDataModule, ABC):
         damaged = [d for d in self._loaded if isinstance(d, PictureDataset) and d.corrupt]
         for dataset in damaged:
             names = [dataset.where(index) for index in dataset.corrupt]
-            log.warning("%d of %d images are corrupt and were skipped: %s", len(names), len(dataset), _some(names))
+            log.warning(
+                "%d of %d images are corrupt and were skipped: %s",
+                len(names),
+                len(dataset),
+                _some(names),
+            )
         self._loaded.clear()
 
     def _loader(self, dataset: IndexedDataset, train: bool) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         if train and len(dataset) < self.batch_size * world_size:
             raise UserError(
                 f"{self.name} has {len(dataset)} training images, too few for a batch of {self.batch_size} on each of "
@@ -150,13 +175,15 @@ class ImageDataModule(LightningDataModule, ABC):
     def _place(self, total: int) -> tuple[int, int]:
         """Epoch and samples consumed in it, as our training modules count them.
 
-        Lightning starts the first workers before it names the epoch, and after a resume it would give the epoch's first
-        samples again. Raises UserError where this data has fewer samples than were consumed.
+        Lightning starts the first workers before it names the epoch, and after a resume it would
+        give the epoch's first samples again. Raises UserError where this data has fewer samples
+        than were consumed.
         """
         module = getattr(self.trainer, "lightning_module", None)
         if module is None or not hasattr(module, "epoch_samples"):
             return self.trainer.current_epoch if self.trainer else 0, 0
-        epoch, start = int(module.epoch), int(module.epoch_samples)  # type: ignore[arg-type]
+        epoch = int(module.epoch)
+        start = int(module.epoch_samples)  # type: ignore[arg-type]
         if start > total:
             raise UserError(
                 f"the run was at sample {start} of an epoch; {self.name} now has {total}: continue it with its own data"

@@ -1,7 +1,8 @@
-"""What every map-style data set offers: samples by index, whole batches at once, labels, a fingerprint of its content.
+"""What every map-style data set offers: samples by index, whole batches at once, labels, a
+fingerprint of its content.
 
-A set implements `batch`; a single sample is a batch of one, so both are the same to the bit. The loader calls
-`__getitems__`, so sets that live in memory slice a batch instead of collating samples.
+A set implements `batch`; a single sample is a batch of one, so both are the same to the bit. The
+loader calls `__getitems__`, so sets that live in memory slice a batch instead of collating samples.
 """
 
 import hashlib
@@ -38,7 +39,9 @@ class IndexedDataset(Dataset, Generic[B], ABC):
         """Hash of what the samples are; equal for equal content, whatever the folder."""
 
     def content(self) -> str:
-        """`fingerprint` and, in sets with captions of their own, these: what a resumed run has to find again."""
+        """`fingerprint` and, in sets with captions of their own, these: what a resumed run has to
+        find again.
+        """
         return self.fingerprint()
 
     def captions(self, indices: Sequence[int]) -> list[str]:
@@ -73,7 +76,9 @@ class ImageDataset(IndexedDataset[Batch], ABC):
         return 1
 
     def views(self, index: int) -> Batch:
-        """All views of one image, without randomness: view k in row k, each with the same label and caption."""
+        """All views of one image, without randomness: view k in row k, each with the same label and
+        caption.
+        """
         return self.batch([index])
 
     def __getitem__(self, index: int) -> Sample:
@@ -92,13 +97,16 @@ def digest(**facts: Any) -> str:
 
 
 def hold_out(names: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """Places of training and validation samples, both ascending: the latter are the share of the lowest hashes.
+    """Places of training and validation samples, both ascending: the latter are the share of the
+    lowest hashes.
 
-    At least one sample on each side; one keeps its side when others come and go, but for the few at the border. Raises
-    UserError where that cannot be.
+    At least one sample on each side; one keeps its side when others come and go, but for the few at
+    the border. Raises UserError where that cannot be.
     """
     if len(names) < 2 or not 0 < share < 1:
-        raise UserError(f"cannot hold out {share} of {len(names)} images; the share must be between 0 and 1")
+        raise UserError(
+            f"cannot hold out {share} of {len(names)} images; the share must be between 0 and 1"
+        )
     ranked = sorted(range(len(names)), key=lambda place: digest(file=names[place]))
     held_out = min(ceil(share * len(ranked)), len(ranked) - 1)
     return sorted(ranked[held_out:]), sorted(ranked[:held_out])

@@ -1,4 +1,6 @@
-"""Framing: how a whole image becomes a square one in training: crop, mirror image, and the views of it that exist."""
+"""Framing: how a whole image becomes a square one in training: crop, mirror image, and the views of
+it that exist.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +29,12 @@ DRAWS = 4  # random numbers a visit
 class Framing:
     """To `size` x `size` pixels.
 
-    `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at each visit, mirror
-    images included), "center" or "none" (images have the right size). `flip` mirrors with probability 0.5.
+    `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at
+    each visit, mirror images included), "center" or "none" (images have the right size). `flip`
+    mirrors with probability 0.5.
 
-    `resize` is torchvision's resize to a fixed shorter side, before crops "random" (any position: TiTok, VAR) or
-    "center"; without it "random" is LlamaGen's, whose scale is random too.
+    `resize` is torchvision's resize to a fixed shorter side, before crops "random" (any position:
+    TiTok, VAR) or "center"; without it "random" is LlamaGen's, whose scale is random too.
     """
 
     size: int
@@ -42,15 +45,21 @@ class Framing:
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS or self.size < 1:
-            raise ValueError(f"crop is {self.crop!r} and size {self.size}; crop must be one of {CROPS}, size positive")
+            raise ValueError(
+                f"crop is {self.crop!r} and size {self.size}; crop must be one of {CROPS}, size positive"
+            )
         if self.crop == "ten" and (self.flip or not self.ten_ratios or min(self.ten_ratios) < 1):
             raise ValueError(
                 f"ten-crop needs ratios of at least 1, not {self.ten_ratios}, and holds mirror images: flip off"
             )
         if self.resize is not None and self.crop not in RESIZED_CROPS:
-            raise UserError(f"resize goes with crop 'random' or 'center'; crop {self.crop!r} resizes by its own rule")
+            raise UserError(
+                f"resize goes with crop 'random' or 'center'; crop {self.crop!r} resizes by its own rule"
+            )
         if self.resize is None and self.crop == "center":
-            raise UserError("crop 'center' needs a resize, such as {ratio: 1.0, filter: bicubic}; 'adm' needs none")
+            raise UserError(
+                "crop 'center' needs a resize, such as {ratio: 1.0, filter: bicubic}; 'adm' needs none"
+            )
 
     def still(self) -> "Framing":
         """The one view that serves for validation and as a reference."""
@@ -58,9 +67,13 @@ class Framing:
 
     @property
     def num_views(self) -> int:
-        """How many views there are of one image; raises UserError for random crops, which have no end."""
+        """How many views there are of one image; raises UserError for random crops, which have no
+        end.
+        """
         if self.crop == "random":
-            raise UserError("random crops cannot be enumerated; take crop 'adm' or 'ten' for a cache")
+            raise UserError(
+                "random crops cannot be enumerated; take crop 'adm' or 'ten' for a cache"
+            )
         return CROPS_PER_RATIO * len(self.ten_ratios) if self.crop == "ten" else 1 + self.flip
 
     def view(self, image: Image.Image, k: int, where: str) -> Image.Image:
@@ -68,13 +81,17 @@ class Framing:
         if not 0 <= k < self.num_views:
             raise ValueError(f"view is {k}; there are {self.num_views}")
         if self.crop == "ten":
-            return ten_crop(image, self.size, k % CROPS_PER_RATIO, self.ten_ratios[k // CROPS_PER_RATIO])
+            return ten_crop(
+                image, self.size, k % CROPS_PER_RATIO, self.ten_ratios[k // CROPS_PER_RATIO]
+            )
         if self.crop == "adm":
             image = center_crop(image, self.size)
         elif self.resize is not None:
             image = center_square(self.resize(image, self.size), self.size)
         elif image.size != (self.size, self.size):
-            raise UserError(f"{where} is {image.width}x{image.height}; crop 'none' needs {self.size}x{self.size}")
+            raise UserError(
+                f"{where} is {image.width}x{image.height}; crop 'none' needs {self.size}x{self.size}"
+            )
         return ImageOps.mirror(image) if k else image
 
     def draw(self, image: Image.Image, draws: Sequence[float], where: str) -> Image.Image:
@@ -89,7 +106,11 @@ class Framing:
 
     def describe(self) -> list[object]:
         """What distinguishes the views, for fingerprints."""
-        facts: list[object] = [self.crop, self.flip, list(self.ten_ratios) if self.crop == "ten" else None]
+        facts: list[object] = [
+            self.crop,
+            self.flip,
+            list(self.ten_ratios) if self.crop == "ten" else None,
+        ]
         if self.resize is not None:
             facts.append([self.resize.ratio, self.resize.filter])
         return facts

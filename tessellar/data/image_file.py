@@ -1,7 +1,8 @@
-"""One image file to RGB pixels: EXIF rotation, palette, CMYK, 16-bit and alpha (flattened on white) are resolved here.
+"""One image file to RGB pixels: EXIF rotation, palette, CMYK, 16-bit and alpha (flattened on white)
+are resolved here.
 
-Every failure is an UnreadableImage that names the file, also for truncated files and for decompression bombs. Of an
-animation the first frame is taken.
+Every failure is an UnreadableImage that names the file, also for truncated files and for
+decompression bombs. Of an animation the first frame is taken.
 """
 
 import io
@@ -32,7 +33,9 @@ class UnreadableImage(UserError):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image in mode RGB, upright; raises UnreadableImage naming the file if it cannot be decoded completely."""
+    """The image in mode RGB, upright; raises UnreadableImage naming the file if it cannot be
+    decoded completely.
+    """
     return _decode(path, str(path))
 
 
@@ -49,7 +52,11 @@ def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     except _UNREADABLE as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        reason = (
+            "not an image"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error) or type(error).__name__
+        )
         raise UnreadableImage(f"cannot read the image {name}: {reason}") from error
 
 
@@ -64,6 +71,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Grey levels of [0, 65535] to [0, 255]; Pillow's own conversion would clip them at 255 instead."""
+    """Grey levels of [0, 65535] to [0, 255]; Pillow's own conversion would clip them at 255
+    instead.
+    """
     levels = np.asarray(image).astype(np.float64)
     return Image.fromarray(np.rint(np.clip(levels / 257, 0, 255)).astype(np.uint8))

@@ -1,7 +1,9 @@
-"""PictureDataset: what all readers of image files share: framing, views for caches, and the care of corrupt images.
+"""PictureDataset: what all readers of image files share: framing, views for caches, and the care of
+corrupt images.
 
-A reader (folder, tar, Hugging Face) implements `open(index)` and `where(index)`, and `own_texts(index)` where it has
-captions. Random augmentation depends on (seed, epoch, index) alone; corrupt images are treated as `damage.py` says.
+A reader (folder, tar, Hugging Face) implements `open(index)` and `where(index)`, and
+`own_texts(index)` where it has captions. Random augmentation depends on (seed, epoch, index) alone;
+corrupt images are treated as `damage.py` says.
 """
 
 from abc import abstractmethod
@@ -34,10 +36,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 class PictureDataset(ImageDataset):
     """Images as `framing` says, with `labels` int64 [N] below the number of `class_names`.
 
-    A corrupt image gives place to the next readable one; above the share `max_corrupt` of them a UserError is raised.
-    `captioned` bool [N] tells which images have captions of their own; of several, a visit shows one drawn from (seed,
-    epoch, index) with `vary_captions`, else the first. An image without one has the name of its class where that is a
-    text, else an empty one; that some are missing is said once.
+    A corrupt image gives place to the next readable one; above the share `max_corrupt` of them a
+    UserError is raised. `captioned` bool [N] tells which images have captions of their own; of
+    several, a visit shows one drawn from (seed, epoch, index) with `vary_captions`, else the first.
+    An image without one has the name of its class where that is a text, else an empty one; that
+    some are missing is said once.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class PictureDataset(ImageDataset):
         self.damage = Damage(len(labels), max_corrupt, self.where)
         self.vary_captions = vary_captions
         self.own_captions = captioned is not None and bool(captioned.any())
-        self.has_captions = self.own_captions or any(class_text(class_names, k) for k in labels.unique().tolist())
+        self.has_captions = self.own_captions or any(
+            class_text(class_names, k) for k in labels.unique().tolist()
+        )
         if captioned is not None and self.own_captions:
             self._tell_missing(captioned)
 
@@ -84,7 +89,9 @@ class PictureDataset(ImageDataset):
     def captions(self, indices: Sequence[int]) -> list[str]:
         """Captions of samples, whose images are not read; raises UserError for a set without any."""
         if not self.has_captions:
-            raise UserError(f"this data set gives no captions ({self.where(0)} has none, nor any other image)")
+            raise UserError(
+                f"this data set gives no captions ({self.where(0)} has none, nor any other image)"
+            )
         return self._captions(indices, indices)
 
     def _captions(self, indices: Sequence[int], sources: Sequence[int]) -> list[str]:
@@ -127,11 +134,18 @@ class PictureDataset(ImageDataset):
     def batch(self, indices: Sequence[int]) -> Batch:
         draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS).tolist()
         read = [self.damage.read(int(index), self.open) for index in indices]
-        shown = [self.framing.draw(image, row, self.where(i)) for (i, image), row in zip(read, draws, strict=True)]
+        shown = [
+            self.framing.draw(image, row, self.where(i))
+            for (i, image), row in zip(read, draws, strict=True)
+        ]
         return self._batch(indices, [source for source, _ in read], shown)
 
-    def _batch(self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]) -> Batch:
-        """`sources` are the images really shown: others than `indices` where corrupt ones were skipped."""
+    def _batch(
+        self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]
+    ) -> Batch:
+        """`sources` are the images really shown: others than `indices` where corrupt ones were
+        skipped.
+        """
         batch: Batch = {
             "image": to_tensor(shown),
             "label": self.labels[list(sources)],

@@ -1,9 +1,11 @@
-"""The order of an epoch: every sample exactly once over all ranks, another order each epoch, from any sample on.
+"""The order of an epoch: every sample exactly once over all ranks, another order each epoch, from
+any sample on.
 
-Positions are counted over all ranks: rank r takes positions start + r, start + r + R, ... of one global order. So step
-k of R ranks with batch b covers the same samples as step k of one process with batch R b, and a run may resume with
-another number of ranks. It derives from torch's DistributedSampler only so that Lightning recognises it and leaves it
-alone; that class repeats samples to fill up the last round, this one does not.
+Positions are counted over all ranks: rank r takes positions start + r, start + r + R, ... of one
+global order. So step k of R ranks with batch b covers the same samples as step k of one process
+with batch R b, and a run may resume with another number of ranks. It derives from torch's
+DistributedSampler only so that Lightning recognises it and leaves it alone; that class repeats
+samples to fill up the last round, this one does not.
 """
 
 from collections.abc import Iterator, Sized
@@ -16,7 +18,9 @@ from tessellar.randomness import derive
 
 
 class ResumableSampler(DistributedSampler):
-    """Indices of `dataset` for one rank. `drop_last` leaves out N mod R samples, so that ranks are equally long."""
+    """Indices of `dataset` for one rank. `drop_last` leaves out N mod R samples, so that ranks are
+    equally long.
+    """
 
     def __init__(
         self,
@@ -42,7 +46,8 @@ class ResumableSampler(DistributedSampler):
         return generator.permutation(len(self.dataset))[: self.total]  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
-        self.position, self.start = self.start, 0  # a start holds for one pass: the next one begins at the beginning
+        self.position = self.start
+        self.start = 0  # a start holds for one pass: the next one begins at the beginning
         for index in self.order()[self.position + self.rank :: self.num_replicas].tolist():
             self.position = min(self.position + self.num_replicas, self.total)
             yield index
@@ -52,7 +57,9 @@ class ResumableSampler(DistributedSampler):
         return len(range(self.rank, self.total, self.num_replicas))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, for the order and for the data set's augmentation; forgets `start` if it is another one."""
+        """Choose the epoch, for the order and for the data set's augmentation; forgets `start` if
+        it is another one.
+        """
         if epoch != self.epoch:
             self.start = 0
         self.epoch = epoch
@@ -60,19 +67,32 @@ class ResumableSampler(DistributedSampler):
             self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
 
     def seek(self, epoch: int, start: int) -> None:
-        """Let the next pass begin in `epoch` after its first `start` samples, counted over all ranks."""
+        """Let the next pass begin in `epoch` after its first `start` samples, counted over all
+        ranks.
+        """
         if not 0 <= start <= self.total:
             raise ValueError(f"start is {start}; this epoch has {self.total} samples")
         self.set_epoch(epoch)
         self.start = start
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and samples drawn so far over all ranks; a loader with workers draws ahead of what was trained on."""
-        return {"epoch": self.epoch, "start": self.position, "seed": self.seed, "length": len(self.dataset)}  # type: ignore
+        """Epoch and samples drawn so far over all ranks; a loader with workers draws ahead of what
+        was trained on.
+        """
+        return {
+            "epoch": self.epoch,
+            "start": self.position,
+            "seed": self.seed,
+            "length": len(self.dataset),
+        }  # type: ignore
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, on any number of ranks; raises ValueError for another seed or data size."""
+        """Continue where `state` was taken, on any number of ranks; raises ValueError for another
+        seed or data size.
+        """
         ours = {"seed": self.seed, "length": len(self.dataset)}  # type: ignore[arg-type]
         if any(state[key] != value for key, value in ours.items()):
-            raise ValueError(f"the saved order has { ({key: state[key] for key in ours}) }; this one has {ours}")
+            raise ValueError(
+                f"the saved order has { ({key: state[key] for key in ours}) }; this one has {ours}"
+            )
         self.seek(state["epoch"], min(state["start"], self.total))

@@ -1,4 +1,6 @@
-"""Labels of images and classes of a classifier meet by name; where one side has no names, what is assumed is said."""
+"""Labels of images and classes of a classifier meet by name; where one side has no names, what is
+assumed is said.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,16 +25,20 @@ def classes_of(labels: Tensor, ids: Tensor) -> Tensor:
     """The network's classes of int64 `labels` [B]; raises UserError for a label that has none."""
     wrong = labels[(labels < 0) | (labels >= len(ids))]
     if len(wrong):
-        raise UserError(f"images have class {int(wrong[0])}; there are the classes 0 to {len(ids) - 1}")
+        raise UserError(
+            f"images have class {int(wrong[0])}; there are the classes 0 to {len(ids) - 1}"
+        )
     return ids[labels]
 
 
 def match_classes(source: ImageSource, extractor: Extractor) -> ClassMatch:
-    """Which of the network's classes each label of `source` is: by name, or by number where one side has no names.
+    """Which of the network's classes each label of `source` is: by name, or by number where one
+    side has no names.
 
     Raises UserError for a class of `source` that the network does not know.
     """
-    ours, theirs = source.class_names, extractor.class_names
+    ours = source.class_names
+    theirs = extractor.class_names
     if not ours:
         return _bare_labels(source, extractor)
     if ours == theirs:
@@ -40,7 +46,9 @@ def match_classes(source: ImageSource, extractor: Extractor) -> ClassMatch:
     if not theirs:
         return _nameless_network(source, extractor)
     if len(set(theirs)) < len(theirs):
-        raise UserError(f"{extractor.name} has several classes of one name: those of {source.name} cannot be found")
+        raise UserError(
+            f"{extractor.name} has several classes of one name: those of {source.name} cannot be found"
+        )
     missing = [name for name in ours if name not in theirs]
     if not missing:
         return ClassMatch(torch.tensor([theirs.index(name) for name in ours]))
@@ -59,7 +67,9 @@ def _bare_labels(source: ImageSource, extractor: Extractor) -> ClassMatch:
     names = extractor.class_names
     if not names or names == tuple(map(str, ids.tolist())):
         return ClassMatch(ids)
-    said = f"labels of {source.name} are numbers, taken as those of {extractor.name} ({_few(names)})"
+    said = (
+        f"labels of {source.name} are numbers, taken as those of {extractor.name} ({_few(names)})"
+    )
     return ClassMatch(ids, (said,))
 
 
@@ -67,7 +77,9 @@ def _nameless_network(source: ImageSource, extractor: Extractor) -> ClassMatch:
     ours = source.class_names
     unknown = f"{extractor.name} does not say the names of its classes"
     if are_numbers(ours) and _in_range(ours, extractor):
-        said = f"{unknown}: {ours[-1]!r} of {source.name} is taken as its class {ours[-1]}, and so on"
+        said = (
+            f"{unknown}: {ours[-1]!r} of {source.name} is taken as its class {ours[-1]}, and so on"
+        )
         if list(ours) != sorted(ours):
             said += "; one trained on folders in the order of text is to be trained again"
         return ClassMatch(torch.tensor([int(name) for name in ours]), (said,))
@@ -81,8 +93,11 @@ def _nameless_network(source: ImageSource, extractor: Extractor) -> ClassMatch:
 
 
 def other_classes(source: ImageSource, name: str, class_names: Sequence[str]) -> list[str]:
-    """A warning where two sets of several named classes, `source` and the one called `name`, do not have the same."""
-    ours, theirs = source.class_names, tuple(class_names)
+    """A warning where two sets of several named classes, `source` and the one called `name`, do not
+    have the same.
+    """
+    ours = source.class_names
+    theirs = tuple(class_names)
     if min(len(ours), len(theirs)) < 2 or are_numbers(ours) != are_numbers(theirs):
         return []
     only_ours = [one for one in ours if one not in theirs]

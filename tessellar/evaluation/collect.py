@@ -1,8 +1,10 @@
-"""One pass over images: features, statistics, scores, reduced once over ranks. The reference and the samples take it.
+"""One pass over images: features, statistics, scores, reduced once over ranks. The reference and
+the samples take it.
 
-What grows with the number of images is 8 bytes each for a hash of the pixels, and, where KID or precision/recall need
-them, the features of at most `keep` images. Batches are re-cut to one size and the last is filled up, so that a network
-sees one shape and an image's features depend neither on its neighbours' number nor on the number of processes.
+What grows with the number of images is 8 bytes each for a hash of the pixels, and, where KID or
+precision/recall need them, the features of at most `keep` images. Batches are re-cut to one size
+and the last is filled up, so that a network sees one shape and an image's features depend neither
+on its neighbours' number nor on the number of processes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,7 +29,9 @@ from tessellar.measures.statistics import FeatureStatistics, Moments
 
 @dataclass(frozen=True)
 class Needs:
-    """What to collect besides mean and covariance; `keep` is the number of images whose features are kept."""
+    """What to collect besides mean and covariance; `keep` is the number of images whose features
+    are kept.
+    """
 
     spatial: bool = False
     score: SplitRule | None = None
@@ -39,7 +43,9 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """A set of images as metrics see it, over all ranks; `features` [n, D] are in the order of the set."""
+    """A set of images as metrics see it, over all ranks; `features` [n, D] are in the order of the
+    set.
+    """
 
     count: int
     moments: Moments
@@ -56,15 +62,24 @@ class Collector:
     """State of one pass over `total` images; `update` with this rank's share, then `finish`."""
 
     def __init__(self, extractor: Extractor, total: int, needs: Needs) -> None:
-        self.total, self.needs = total, needs
+        self.total = total
+        self.needs = needs
         device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
         self.statistics = FeatureStatistics(extractor.dim, device)
-        self.spatial = FeatureStatistics(extractor.spatial_dim or 0, device) if needs.spatial else None
-        self.score = ScoreSums.empty(total, extractor.num_classes, needs.score) if needs.score else None
+        self.spatial = (
+            FeatureStatistics(extractor.spatial_dim or 0, device) if needs.spatial else None
+        )
+        self.score = (
+            ScoreSums.empty(total, extractor.num_classes, needs.score) if needs.score else None
+        )
         self.paired = PairedSums(needs.lpips) if needs.paired else None
         self.keep = subset(total, needs.keep)
-        self.hits = torch.zeros(2, dtype=torch.float64)  # images whose class the network finds, images with a label
-        self.kept: list[tuple[Tensor, Tensor]] = [(torch.empty(0, extractor.dim), torch.empty(0, dtype=torch.int64))]
+        self.hits = torch.zeros(
+            2, dtype=torch.float64
+        )  # images whose class the network finds, images with a label
+        self.kept: list[tuple[Tensor, Tensor]] = [
+            (torch.empty(0, extractor.dim), torch.empty(0, dtype=torch.int64))
+        ]
         self.hashes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
 
     def update(self, batch: ImageBatch, features: Features) -> None:
@@ -109,16 +124,24 @@ class Collector:
         return gather_rows(features)[gather_rows(index).argsort()]
 
 
-def collect(batches: Iterable[ImageBatch], total: int, extractor: Extractor, needs: Needs, size: int = 64) -> Collected:
-    """Extract features of this rank's `batches` in batches of `size`; `total` counts the images of all ranks."""
+def collect(
+    batches: Iterable[ImageBatch], total: int, extractor: Extractor, needs: Needs, size: int = 64
+) -> Collected:
+    """Extract features of this rank's `batches` in batches of `size`; `total` counts the images of
+    all ranks.
+    """
     collector = Collector(extractor, total, needs)
     # The bar is quiet where nobody watches (no terminal), and on all ranks but the first.
-    with tqdm(total=len(own_share(total)), unit="image", leave=False, disable=True if rank() else None) as bar:
+    with tqdm(
+        total=len(own_share(total)), unit="image", leave=False, disable=True if rank() else None
+    ) as bar:
         for batch in rebatch(batches, size):
             count = len(batch.images)
             filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))
             output = extractor(filled)
-            collector.update(batch, Features(*(None if part is None else part[:count] for part in output)))  # type: ignore
+            collector.update(
+                batch, Features(*(None if part is None else part[:count] for part in output))
+            )  # type: ignore
             bar.update(count)
     return collector.finish()
 
@@ -138,7 +161,9 @@ def rebatch(batches: Iterable[ImageBatch], size: int) -> Iterator[ImageBatch]:
 
 def _join(batches: list[ImageBatch]) -> ImageBatch:
     if len({b.images.shape[1:] for b in batches}) > 1:
-        raise UserError(f"images differ in size: {', '.join(str(tuple(b.images.shape[2:])) for b in batches)}")
+        raise UserError(
+            f"images differ in size: {', '.join(str(tuple(b.images.shape[2:])) for b in batches)}"
+        )
     columns = zip(*batches, strict=True)
     return ImageBatch(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 

@@ -2,7 +2,8 @@
 
     record = evaluate_samples(source, extractor, reference, protocol("fmnist-10k"))
 
-Every rank calls it and gets the same record; each rank extracts features of its own share of the images.
+Every rank calls it and gets the same record; each rank extracts features of its own share of the
+images.
 """
 
 import time
@@ -36,7 +37,12 @@ def evaluate_samples(
     metrics = tuple(protocol.metrics if metrics is None else metrics)
     split = reference.split if reference else None
     unsure = protocol.check(
-        source.count, source.label_plan, extractor.name, extractor.resize, split, measured=source.split
+        source.count,
+        source.label_plan,
+        extractor.name,
+        extractor.resize,
+        split,
+        measured=source.split,
     )
     if reference is not None:
         reference.check(extractor)
@@ -75,9 +81,14 @@ def _warnings(
 ) -> list[str]:
     found = [*source.warnings]
     if reference is not None:
-        found += [*reference.warnings, *other_classes(source, reference.name, reference.class_names)]
+        found += [
+            *reference.warnings,
+            *other_classes(source, reference.name, reference.class_names),
+        ]
     if collected.duplicates:
-        found.append(f"{collected.duplicates} of {collected.count} samples are bit-identical to another one")
+        found.append(
+            f"{collected.duplicates} of {collected.count} samples are bit-identical to another one"
+        )
     if collected.count <= extractor.dim:
         found.append(
             f"{collected.count} samples are no more than the {extractor.dim} features: the distance is biased upwards"

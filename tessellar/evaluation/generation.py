@@ -1,7 +1,8 @@
-"""Images that a model makes while they are measured: class-balanced or data-conditioned samples, and reconstructions.
+"""Images that a model makes while they are measured: class-balanced or data-conditioned samples,
+and reconstructions.
 
-Sample i has seed `seed + i` and, class-conditional, label i mod C, whatever the number of ranks: 1 and 8 processes give
-the same set. Nothing is written to disk and no float image is kept.
+Sample i has seed `seed + i` and, class-conditional, label i mod C, whatever the number of ranks: 1
+and 8 processes give the same set. Nothing is written to disk and no float image is kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ from tessellar.sampling.settings import Sampling
 
 
 class GeneratedImages(ImageSource):
-    """`count` samples; without classes, sample i follows the caption of item i of `data` (again from 0 at its end).
+    """`count` samples; without classes, sample i follows the caption of item i of `data` (again
+    from 0 at its end).
 
     `class_names` are those of the model's classes, where they are known.
     """
@@ -40,44 +42,73 @@ class GeneratedImages(ImageSource):
         facts: dict[str, Any] | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
-        self.model, self.count, self.sampling, self.seed, self.precision = model, count, sampling, seed, precision
-        self.name, self.facts = "samples", facts or {}
+        self.model = model
+        self.count = count
+        self.sampling = sampling
+        self.seed = seed
+        self.precision = precision
+        self.name = "samples"
+        self.facts = facts or {}
         self.data = data
-        classes = model.conditioner.num_classes if isinstance(model.conditioner, ClassConditioner) else None
+        classes = (
+            model.conditioner.num_classes
+            if isinstance(model.conditioner, ClassConditioner)
+            else None
+        )
         self.labels = torch.tensor(balanced_labels(count, classes)) if classes else None
         self.label_plan = "balanced" if classes else "data"
         self.class_names = tuple(class_names) if len(class_names) == classes else ()
         if classes is None and data is None:
-            raise UserError("this generator is conditioned on text: give --data, whose captions its samples follow")
+            raise UserError(
+                "this generator is conditioned on text: give --data, whose captions its samples follow"
+            )
         if classes is None and data is not None and not data.has_captions:
-            raise UserError("this generator is conditioned on text, and the data set given has no captions")
+            raise UserError(
+                "this generator is conditioned on text, and the data set given has no captions"
+            )
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         if self.labels is None:
             yield from self._captioned(batch_size)
             return
         share = own_share(self.count)
-        arguments = (self.model, self.labels.tolist(), self.sampling, self.seed, batch_size, self.precision, share)
+        arguments = (
+            self.model,
+            self.labels.tolist(),
+            self.sampling,
+            self.seed,
+            batch_size,
+            self.precision,
+            share,
+        )
         for places, images in sample_images(*arguments):
             index = torch.tensor(places)
             yield ImageBatch(images, index, self.labels[index])
 
     def _captioned(self, batch_size: int) -> Iterator[ImageBatch]:
-        """Conditions are made batch by batch: the features of 30,000 captions would not fit into memory."""
+        """Conditions are made batch by batch: the features of 30,000 captions would not fit into
+        memory.
+        """
         assert self.data is not None
         device = next(self.model.parameters()).device.type
         for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
             batch: Any = self.data.batch((index % len(self.data)).tolist())
             seeds = [self.seed + i for i in index.tolist()]
             with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
-                tokens = self.model.sample_tokens(self.model.conditioner(batch), self.sampling, seeds)
+                tokens = self.model.sample_tokens(
+                    self.model.conditioner(batch), self.sampling, seeds
+                )
             yield ImageBatch(to_uint8(self.model.decode(tokens)).cpu(), index)
 
     def fingerprint(self) -> str:
         return digest(weights=fingerprint(self.model), **self.describe())
 
     def describe(self) -> dict[str, Any]:
-        made = {"sampling": self.sampling.describe(), "seed": self.seed, "precision": self.precision}
+        made = {
+            "sampling": self.sampling.describe(),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
         return {**super().describe(), **made, **self.facts}
 
 
@@ -86,9 +117,15 @@ class Reconstructions(ImageSource):
 
     has_originals = True
 
-    def __init__(self, tokenizer: Tokenizer, originals: ImageSource, facts: dict[str, Any] | None = None) -> None:
-        self.tokenizer, self.originals, self.facts = tokenizer, originals, facts or {}
-        self.count, self.split, self.label_plan = originals.count, originals.split, originals.label_plan
+    def __init__(
+        self, tokenizer: Tokenizer, originals: ImageSource, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.originals = originals
+        self.facts = facts or {}
+        self.count = originals.count
+        self.split = originals.split
+        self.label_plan = originals.label_plan
         self.class_names = originals.class_names
         self.name = f"reconstructions of {originals.name}"
 
@@ -111,7 +148,9 @@ class Reconstructions(ImageSource):
 
 @torch.no_grad()
 def reconstruct(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] through tokens and back, in eval mode; the tokenizer's mode is as before afterwards."""
+    """Images [B, 3, H, W] through tokens and back, in eval mode; the tokenizer's mode is as before
+    afterwards.
+    """
     mode = tokenizer.training
     tokenizer.eval()
     try:

@@ -1,7 +1,8 @@
 """From collected features to named numbers.
 
-Names carry their network: FID, sFID, IS and KID stand alone only for the published TF-compatible Inception weights
-with TensorFlow's resize, else FD(name), sFD(name), IS(name), KD(name). FID of fewer than 50,000 images carries N.
+Names carry their network: FID, sFID, IS and KID stand alone only for the published TF-compatible
+Inception weights with TensorFlow's resize, else FD(name), sFD(name), IS(name), KD(name). FID of
+fewer than 50,000 images carries N.
 """
 
 from collections.abc import Iterable
@@ -31,7 +32,9 @@ def needs_of(
     lpips_weights: str | None = None,
     classes: Tensor | None = None,
 ) -> Needs:
-    """What one pass over the samples must collect; `classes` are the network's of each label (`class_match.py`)."""
+    """What one pass over the samples must collect; `classes` are the network's of each label
+    (`class_match.py`).
+    """
     chosen = set(metrics)
     return Needs(
         spatial="sfd" in chosen,
@@ -55,19 +58,28 @@ def named(metric: str, extractor: Extractor) -> str:
     """`metric` for the network of FID, `metric(name)` for any other."""
     short = {"sFID": "sFD", "KID": "KD"}.get(metric, metric)
     return (
-        metric if extractor.distance == "FID" else f"{short}{extractor.distance.removeprefix('FD').removeprefix('FID')}"
+        metric
+        if extractor.distance == "FID"
+        else f"{short}{extractor.distance.removeprefix('FD').removeprefix('FID')}"
     )
 
 
 def check_metrics(
-    metrics: Iterable[Metric], extractor: Extractor, reference: Reference | None, has_originals: bool
+    metrics: Iterable[Metric],
+    extractor: Extractor,
+    reference: Reference | None,
+    has_originals: bool,
 ) -> None:
     """Raise UserError, before any image is made, where a metric lacks what it needs."""
     for metric in metrics:
         if not extractor.dim and metric not in ("paired", "lpips"):
-            raise UserError(f"metric {metric!r} needs a feature network, and --extractor {extractor.name} is none")
+            raise UserError(
+                f"metric {metric!r} needs a feature network, and --extractor {extractor.name} is none"
+            )
         if metric == "sfd" and extractor.spatial_dim is None:
-            raise UserError(f"{extractor.name} has no spatial features; only the Inception network serves for sFID")
+            raise UserError(
+                f"{extractor.name} has no spatial features; only the Inception network serves for sFID"
+            )
         if metric in ("fd", "sfd", "kid", "pr") and reference is None:
             raise UserError(f"metric {metric!r} compares with a reference; give --reference")
         if metric in ("kid", "pr") and reference is not None and reference.features is None:
@@ -75,7 +87,9 @@ def check_metrics(
                 f"the reference {reference.name} has statistics only; {metric} needs its images or features"
             )
         if metric == "sfd" and reference is not None and reference.spatial is None:
-            raise UserError(f"the reference {reference.name} has no spatial statistics (mu_s, sigma_s) for sFID")
+            raise UserError(
+                f"the reference {reference.name} has no spatial statistics (mu_s, sigma_s) for sFID"
+            )
         if metric in ("paired", "lpips") and not has_originals:
             raise UserError(
                 f"metric {metric!r} compares reconstructions with their originals; these are no reconstructions"
@@ -92,17 +106,25 @@ def measure(
     return values
 
 
-def _values(metric: Metric, samples: Collected, reference: Reference | None, extractor: Extractor) -> dict[str, float]:
+def _values(
+    metric: Metric, samples: Collected, reference: Reference | None, extractor: Extractor
+) -> dict[str, float]:
     match metric:
         case "fd" if reference is not None:
             name = distance_name(extractor, samples.count, samples.paired is not None)
             return {name: frechet_distance(samples.moments, reference.moments)}
-        case "sfd" if samples.spatial is not None and reference is not None and reference.spatial is not None:
+        case "sfd" if (
+            samples.spatial is not None and reference is not None and reference.spatial is not None
+        ):
             return {named("sFID", extractor): frechet_distance(samples.spatial, reference.spatial)}
         case "is" if samples.score is not None:
             name = named("IS", extractor)
             return {name: samples.score.mean, f"{name} std": samples.score.std}
-        case "kid" | "pr" if samples.features is not None and reference is not None and reference.features is not None:
+        case "kid" | "pr" if (
+            samples.features is not None
+            and reference is not None
+            and reference.features is not None
+        ):
             return _neighbours(metric, samples.features, reference.features, extractor)
         case "accuracy" if samples.accuracy is not None:
             return {"accuracy": samples.accuracy}
@@ -111,14 +133,19 @@ def _values(metric: Metric, samples: Collected, reference: Reference | None, ext
         case "lpips" if samples.paired is not None and samples.paired.lpips is not None:
             return {"LPIPS": samples.paired.lpips}
         case "accuracy":
-            raise UserError("class accuracy needs the labels of the samples (arr_1 in an npz, or a folder a class)")
+            raise UserError(
+                "class accuracy needs the labels of the samples (arr_1 in an npz, or a folder a class)"
+            )
     raise AssertionError(f"{metric} was not checked, or not collected")
 
 
-def _neighbours(metric: str, samples: Tensor, reference: Tensor, extractor: Extractor) -> dict[str, float]:
+def _neighbours(
+    metric: str, samples: Tensor, reference: Tensor, extractor: Extractor
+) -> dict[str, float]:
     features = (samples.to(extractor.device), reference.to(extractor.device))
     if metric == "kid":
-        kid, name = kernel_distance(*features), named("KID", extractor)
+        kid = kernel_distance(*features)
+        name = named("KID", extractor)
         return {name: kid.mean, f"{name} std": kid.std}
     both = precision_recall(*features)
     return {named("precision", extractor): both.precision, named("recall", extractor): both.recall}

@@ -1,4 +1,5 @@
-"""npz files: one array as a stream of rows in constant memory, small arrays at once, and atomic writing. No pickle.
+"""npz files: one array as a stream of rows in constant memory, small arrays at once, and atomic
+writing. No pickle.
 
 They are zip archives: the CRC of an array is compared when its last byte is read.
 """
@@ -47,13 +48,20 @@ def names(path: Path) -> set[str]:
 
 @contextmanager
 def open_rows(path: Path, name: str) -> Iterator[Rows]:
-    """The array `name` of an npz file as a stream of rows; raises UserError for a damaged or foreign file."""
+    """The array `name` of an npz file as a stream of rows; raises UserError for a damaged or
+    foreign file.
+    """
     if name not in names(path):
-        raise UserError(f"{path} holds no array {name!r}; it holds {', '.join(sorted(names(path)))}")
+        raise UserError(
+            f"{path} holds no array {name!r}; it holds {', '.join(sorted(names(path)))}"
+        )
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
             version = np.lib.format.read_magic(stream)
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
             shape, fortran, dtype = header[version](stream)
             if dtype.hasobject or fortran:
                 raise ValueError(f"{name} is not a plain array in C order")
@@ -63,11 +71,16 @@ def open_rows(path: Path, name: str) -> Iterator[Rows]:
 
 
 def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
-    """Small arrays by our name, each under the first of its possible names that the file holds; others are left out."""
+    """Small arrays by our name, each under the first of its possible names that the file holds;
+    others are left out.
+    """
     present = names(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            found = {ours: next((n for n in theirs if n in present), None) for ours, theirs in wanted.items()}
+            found = {
+                ours: next((n for n in theirs if n in present), None)
+                for ours, theirs in wanted.items()
+            }
             return {ours: archive[name] for ours, name in found.items() if name is not None}
     except _UNREADABLE as error:
         raise UserError(f"{path} is truncated or not readable ({error})") from error

@@ -1,4 +1,6 @@
-"""Pictures that tell what numbers hide: the nearest training images of samples (memorisation), and curves of a run."""
+"""Pictures that tell what numbers hide: the nearest training images of samples (memorisation), and
+curves of a run.
+"""
 
 import csv
 from collections.abc import Callable
@@ -20,7 +22,9 @@ Embed = Callable[[Tensor], Tensor]
 
 
 class Neighbours(NamedTuple):
-    """For each of N images its k nearest: `images` uint8 [N, k, 3, H, W], `distances` [N, k] ascending."""
+    """For each of N images its k nearest: `images` uint8 [N, k, 3, H, W], `distances` [N, k]
+    ascending.
+    """
 
     images: Tensor
     distances: Tensor
@@ -32,8 +36,11 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def pick_images(source: ImageSource, count: int) -> Tensor:
-    """A fixed random part of `count` images of a source, the same on every rank; uint8 [n, 3, H, W]."""
-    picked, places = [], subset(source.count, count)
+    """A fixed random part of `count` images of a source, the same on every rank; uint8 [n, 3, H,
+    W].
+    """
+    picked = []
+    places = subset(source.count, count)
     for batch in source.batches(64):
         rows = torch.isin(batch.index, places)
         picked += list(zip(batch.index[rows].tolist(), batch.images[rows], strict=True))
@@ -44,7 +51,8 @@ def pick_images(source: ImageSource, count: int) -> Tensor:
 def nearest(
     queries: Tensor, source: ImageSource, count: int, embed: Embed = pixels, batch_size: int = 256
 ) -> Neighbours:
-    """The `count` images of `source` nearest to each of the uint8 images `queries` [N, 3, H, W], over all ranks.
+    """The `count` images of `source` nearest to each of the uint8 images `queries` [N, 3, H, W],
+    over all ranks.
 
     Distances are Euclidean between `embed(images)` [B, D].
     """
@@ -69,15 +77,19 @@ def _closest(parts: list[Neighbours], count: int) -> Neighbours:
 
 
 def neighbour_grid(queries: Tensor, neighbours: Neighbours) -> Tensor:
-    """One uint8 picture [3, H', W']: each row an image of `queries` and, to its right, its neighbours."""
+    """One uint8 picture [3, H', W']: each row an image of `queries` and, to its right, its
+    neighbours.
+    """
     cells = torch.cat([queries[:, None].cpu(), neighbours.images], dim=1)
     return tile(rearrange(cells, "n k c h w -> (n k) c h w"), cells.shape[1])
 
 
 def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") -> list[str]:
-    """Draw every column of a run's metrics.csv that begins with `prefix` over its steps, a panel each, as one PNG.
+    """Draw every column of a run's metrics.csv that begins with `prefix` over its steps, a panel
+    each, as one PNG.
 
-    Returns the names of the columns drawn; without any, no file is written. Raises UserError for another kind of file.
+    Returns the names of the columns drawn; without any, no file is written. Raises UserError for
+    another kind of file.
     """
     from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
 

@@ -1,4 +1,5 @@
-"""Named protocols: everything that a published number fixes and that a reader cannot see in "FID 2.31".
+"""Named protocols: everything that a published number fixes and that a reader cannot see in "FID
+2.31".
 
 | name           | samples | labels       | network, resize          | reference    | Inception Score |
 |----------------|---------|--------------|--------------------------|--------------|-----------------|
@@ -9,8 +10,8 @@
 | fmnist-10k     | 10,000  | 1,000 a class| fmnist-resnet10t         | train        | 10, shuffled    |
 | free           | any     | any          | any                      | any          | 10, shuffled    |
 
-All of them round to 8 bits in one place (`tessellar.images.to_uint8`) and divide covariances by N - 1. A small set of
-one's own gets a protocol of its own by `small`.
+All of them round to 8 bits in one place (`tessellar.images.to_uint8`) and divide covariances by N -
+1. A small set of one's own gets a protocol of its own by `small`.
 """
 
 from dataclasses import asdict, dataclass
@@ -43,11 +44,19 @@ class Protocol:
         return {key: value for key, value in asdict(self).items() if key != "metrics"}
 
     def check(
-        self, samples: int, labels: str, network: str, resize: str, split: str | None, measured: str | None = None
+        self,
+        samples: int,
+        labels: str,
+        network: str,
+        resize: str,
+        split: str | None,
+        measured: str | None = None,
     ) -> list[str]:
-        """Raise UserError where a known fact disagrees; returns warnings about facts that a file does not tell.
+        """Raise UserError where a known fact disagrees; returns warnings about facts that a file
+        does not tell.
 
-        `split` is the reference's, `measured` that of the images themselves, where they are of a data set.
+        `split` is the reference's, `measured` that of the images themselves, where they are of a
+        data set.
         """
         if self.reference == "val" and HELD_OUT in (split, measured):
             raise UserError(
@@ -58,9 +67,14 @@ class Protocol:
         self._require("network", self.network, network)
         self._require("resize", self.resize, resize)
         warnings = []
-        for what, wanted, given in (("labels", self.labels, labels), ("reference", self.reference, split or "unknown")):
+        for what, wanted, given in (
+            ("labels", self.labels, labels),
+            ("reference", self.reference, split or "unknown"),
+        ):
             if given == "unknown" and wanted != "any":
-                warnings.append(f"protocol {self.name} needs {what}: {wanted}; this cannot be told from the files")
+                warnings.append(
+                    f"protocol {self.name} needs {what}: {wanted}; this cannot be told from the files"
+                )
             else:
                 self._require(what, wanted, given)
         return warnings
@@ -77,7 +91,9 @@ def small(name: str, samples: int, network: str, metrics: tuple[Metric, ...] = (
     return Protocol(name, samples, "balanced", network, "any", "train", metrics=metrics)
 
 
-_GENERATION = Protocol("", 50_000, "balanced", "inception", "tf1-bilinear", "train", metrics=("fd", "is"))
+_GENERATION = Protocol(
+    "", 50_000, "balanced", "inception", "tf1-bilinear", "train", metrics=("fd", "is")
+)
 
 
 def _generation(name: str, **changes: Any) -> Protocol:

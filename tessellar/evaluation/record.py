@@ -1,8 +1,9 @@
-"""One JSON record an evaluation: the numbers, everything that made them, and a fingerprint of what must agree.
+"""One JSON record an evaluation: the numbers, everything that made them, and a fingerprint of what
+must agree.
 
-Two numbers are comparable iff the fingerprints of their records are equal. It covers the network, the reference, the
-number of samples, the label plan, the protocol and the versions of the metrics; not the model, its sampling settings or
-the seeds, which are what one wants to compare.
+Two numbers are comparable iff the fingerprints of their records are equal. It covers the network,
+the reference, the number of samples, the label plan, the protocol and the versions of the metrics;
+not the model, its sampling settings or the seeds, which are what one wants to compare.
 """
 
 import json
@@ -74,10 +75,13 @@ def read_record(path: str | Path) -> Record:
 
 
 def differences(a: Record, b: Record) -> list[str]:
-    """What keeps two records from being comparable, one line each; empty if their fingerprints are equal."""
+    """What keeps two records from being comparable, one line each; empty if their fingerprints are
+    equal.
+    """
     if a["fingerprint"] == b["fingerprint"]:
         return []
-    ours, theirs = _flat(a["comparable"]), _flat(b["comparable"])
+    ours = _flat(a["comparable"])
+    theirs = _flat(b["comparable"])
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     return [f"{key}: {ours.get(key)} / {theirs.get(key)}" for key in keys]
 
@@ -85,22 +89,36 @@ def differences(a: Record, b: Record) -> list[str]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves = {}
     for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        leaves |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return leaves
 
 
 def summary(record: Record) -> str:
-    """One line: `FD(fmnist-resnet10t) 2.23  accuracy 0.920  (N=10000, reference=fashion-mnist train 60000)`."""
+    """One line: `FD(fmnist-resnet10t) 2.23  accuracy 0.920  (N=10000, reference=fashion-mnist train
+    60000)`.
+    """
     values = "  ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
     reference = record["reference"]
-    against = f", reference={reference['name']} {reference['images'] or ''}".rstrip() if reference else ""
+    against = (
+        f", reference={reference['name']} {reference['images'] or ''}".rstrip() if reference else ""
+    )
     return f"{values}  (N={record['samples']['images']}{against})"
 
 
 def compare(a: Record, b: Record, names: tuple[str, str] = ("a", "b")) -> str:
-    """A table of the metrics of two records, headed by whether they are comparable, and if not, why."""
+    """A table of the metrics of two records, headed by whether they are comparable, and if not,
+    why.
+    """
     reasons = differences(a, b)
-    verdict = ["NOT comparable; these differ:", *(f"  {reason}" for reason in reasons)] if reasons else ["comparable"]
+    verdict = (
+        ["NOT comparable; these differ:", *(f"  {reason}" for reason in reasons)]
+        if reasons
+        else ["comparable"]
+    )
     metrics = {**a["metrics"], **b["metrics"]}
     width = max(map(len, metrics), default=0)
     rows = [f"{name:{width}}  {_cell(a, name)}  {_cell(b, name)}" for name in metrics]

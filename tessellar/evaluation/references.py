@@ -1,8 +1,10 @@
-"""Reference statistics: what samples are compared with. From a data set, a folder, an npz of images or of statistics.
+"""Reference statistics: what samples are compared with. From a data set, a folder, an npz of images
+or of statistics.
 
-Computed once for each extractor and kept in a cache folder under a fingerprint of images and extractor. The `hash` that
-records carry is that of the pixels, so a folder of PNG files, an npz and a data set of equal images are one reference.
-Foreign statistics are read under the names that the field uses (`mu`, `ref_mu`, `mu_s`, ...).
+Computed once for each extractor and kept in a cache folder under a fingerprint of images and
+extractor. The `hash` that records carry is that of the pixels, so a folder of PNG files, an npz and
+a data set of equal images are one reference. Foreign statistics are read under the names that the
+field uses (`mu`, `ref_mu`, `mu_s`, ...).
 """
 
 import json
@@ -40,7 +42,9 @@ NAMES = {
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics to compare with; `extractor` is what they were computed with (empty: a foreign file does not say)."""
+    """Statistics to compare with; `extractor` is what they were computed with (empty: a foreign
+    file does not say).
+    """
 
     name: str
     hash: str
@@ -54,10 +58,13 @@ class Reference:
 
     def check(self, extractor: Extractor) -> None:
         """Raise UserError where the statistics were computed with another network or resize."""
-        theirs, ours = self.extractor, extractor.describe()
+        theirs = self.extractor
+        ours = extractor.describe()
         if theirs and theirs != ours:
             different = ", ".join(key for key in ours if theirs.get(key) != ours[key])
-            raise UserError(f"the reference {self.name} was computed with {theirs.get('name')}: other {different}")
+            raise UserError(
+                f"the reference {self.name} was computed with {theirs.get('name')}: other {different}"
+            )
         if self.moments.dim != extractor.dim:
             raise UserError(
                 f"the reference {self.name} has {self.moments.dim} features, {extractor.name} has {extractor.dim}"
@@ -65,15 +72,25 @@ class Reference:
 
     def describe(self) -> dict[str, Any]:
         """Plain data for records."""
-        return {"name": self.name, "hash": self.hash, "images": self.moments.count, "split": self.split}
+        return {
+            "name": self.name,
+            "hash": self.hash,
+            "images": self.moments.count,
+            "split": self.split,
+        }
 
 
 def reference_from(
-    source: ImageSource, extractor: Extractor, cache_dir: str | Path | None = None, batch_size: int = 64
+    source: ImageSource,
+    extractor: Extractor,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 64,
 ) -> Reference:
     """Statistics of a source's images, read from the cache if they are there; all ranks take part."""
     path = None if cache_dir is None else Path(cache_dir) / _cache_name(source, extractor)
-    cached = broadcast(load_statistics(path) if path is not None and rank() == 0 and path.is_file() else None)
+    cached = broadcast(
+        load_statistics(path) if path is not None and rank() == 0 and path.is_file() else None
+    )
     if cached is not None:
         return cached
     needs = Needs(spatial=extractor.spatial_dim is not None, keep=KEPT_FEATURES)
@@ -99,12 +116,20 @@ def _from_collected(collected: Collected, source: ImageSource, extractor: Extrac
 
 
 def _cache_name(source: ImageSource, extractor: Extractor) -> str:
-    key = digest(images=source.fingerprint(), extractor=extractor.describe(), kept=KEPT_FEATURES, version=VERSION)
+    key = digest(
+        images=source.fingerprint(),
+        extractor=extractor.describe(),
+        kept=KEPT_FEATURES,
+        version=VERSION,
+    )
     return re.sub(r"[^\w.-]+", "-", f"{source.name}-{extractor.name}-{key}.npz")
 
 
 def load_reference(
-    path: str | Path, extractor: Extractor, cache_dir: str | Path | None = None, batch_size: int = 64
+    path: str | Path,
+    extractor: Extractor,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 64,
 ) -> Reference:
     """Reference from a file or folder: statistics, images, or both as in an ADM reference batch.
 
@@ -124,9 +149,16 @@ def load_reference(
 
 def save_statistics(reference: Reference, path: str | Path) -> None:
     """Write a reference; `load_statistics` is its inverse, and other tools read `mu` and `sigma`."""
-    meta = {key: getattr(reference, key) for key in ("name", "hash", "split", "extractor", "warnings", "class_names")}
+    meta = {
+        key: getattr(reference, key)
+        for key in ("name", "hash", "split", "extractor", "warnings", "class_names")
+    }
     meta["count"] = reference.moments.count
-    arrays = {"mu": reference.moments.mean, "sigma": reference.moments.cov, "features": reference.features}
+    arrays = {
+        "mu": reference.moments.mean,
+        "sigma": reference.moments.cov,
+        "features": reference.features,
+    }
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.cov}
     plain = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
@@ -134,18 +166,26 @@ def save_statistics(reference: Reference, path: str | Path) -> None:
 
 
 def load_statistics(path: str | Path) -> Reference:
-    """A reference from a statistics file, ours or foreign; raises UserError where `mu` or `sigma` is missing."""
+    """A reference from a statistics file, ours or foreign; raises UserError where `mu` or `sigma`
+    is missing.
+    """
     path = Path(path)
     arrays = npz.read_arrays(path, NAMES)
     if not {"mu", "sigma"} <= set(arrays):
-        raise UserError(f"{path} holds no statistics (mu and sigma); it holds {', '.join(sorted(npz.names(path)))}")
+        raise UserError(
+            f"{path} holds no statistics (mu and sigma); it holds {', '.join(sorted(npz.names(path)))}"
+        )
     meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
     return Reference(
         name=meta.get("name", path.stem),
         hash=meta.get("hash", array_hash([arrays["mu"], arrays["sigma"]])),
         moments=_moments(arrays, "", meta.get("count")),
-        spatial=_moments(arrays, "_s", meta.get("count")) if {"mu_s", "sigma_s"} <= set(arrays) else None,
-        features=torch.from_numpy(arrays["features"]) if "features" in arrays and "meta" in arrays else None,
+        spatial=_moments(arrays, "_s", meta.get("count"))
+        if {"mu_s", "sigma_s"} <= set(arrays)
+        else None,
+        features=torch.from_numpy(arrays["features"])
+        if "features" in arrays and "meta" in arrays
+        else None,
         split=meta.get("split"),
         extractor=meta.get("extractor", {}),
         warnings=tuple(meta.get("warnings", ())),
@@ -154,5 +194,7 @@ def load_statistics(path: str | Path) -> Reference:
 
 
 def _moments(arrays: dict[str, np.ndarray], suffix: str, count: int | None) -> Moments:
-    mean, cov = (torch.from_numpy(arrays[name + suffix].astype(np.float64)) for name in ("mu", "sigma"))
+    mean, cov = (
+        torch.from_numpy(arrays[name + suffix].astype(np.float64)) for name in ("mu", "sigma")
+    )
     return Moments(mean, cov, count)

@@ -1,8 +1,8 @@
-"""Where images to measure come from: a folder of PNG files, an ADM npz, a data set. A model that samples is another
-source (`generation.py`).
+"""Where images to measure come from: a folder of PNG files, an ADM npz, a data set. A model that
+samples is another source (`generation.py`).
 
-A source yields this rank's share in batches of uint8 images with their place in the set; over all ranks every image
-comes exactly once. Its fingerprint is quick to compute and serves as a cache key.
+A source yields this rank's share in batches of uint8 images with their place in the set; over all
+ranks every image comes exactly once. Its fingerprint is quick to compute and serves as a cache key.
 """
 
 import json
@@ -32,11 +32,20 @@ from tessellar.sampling.older import in_one_line, respell
 
 LOSSY = (".jpg", ".jpeg", ".webp")
 SAMPLE_NAME = re.compile(r"\d+_\d+\.png")
-MADE_KEYS = ("model", "weights", "fingerprint", "sampling", "seed", "precision")  # of `sample.py`'s record
+MADE_KEYS = (
+    "model",
+    "weights",
+    "fingerprint",
+    "sampling",
+    "seed",
+    "precision",
+)  # of `sample.py`'s record
 
 
 class ImageBatch(NamedTuple):
-    """uint8 `images` [B, 3, H, W], their place `index` [B] in the set, `labels` [B], `originals` if reconstructed."""
+    """uint8 `images` [B, 3, H, W], their place `index` [B] in the set, `labels` [B], `originals` if
+    reconstructed.
+    """
 
     images: Tensor
     index: Tensor
@@ -45,7 +54,8 @@ class ImageBatch(NamedTuple):
 
 
 class ImageSource(ABC):
-    """`name` and `split` are for records, `label_plan` says how labels were chosen, `warnings` what to be wary of.
+    """`name` and `split` are for records, `label_plan` says how labels were chosen, `warnings` what
+    to be wary of.
 
     `class_names[label]` is the name of a label's class; empty where labels are bare numbers.
     """
@@ -80,16 +90,24 @@ def label_plan_of(labels: Tensor | None) -> str:
 
 
 class DatasetImages(ImageSource):
-    """Images of a data set: all, or a fixed random part of `limit` images (data sets are often sorted by class)."""
+    """Images of a data set: all, or a fixed random part of `limit` images (data sets are often
+    sorted by class).
+    """
 
     label_plan = "data"
 
     def __init__(
-        self, dataset: ImageDataset, name: str, split: str | None = None, limit: int | None = None, num_workers: int = 0
+        self,
+        dataset: ImageDataset,
+        name: str,
+        split: str | None = None,
+        limit: int | None = None,
+        num_workers: int = 0,
     ) -> None:
         if limit is not None and not 1 <= limit <= len(dataset):
             raise UserError(f"{limit} images were asked of {name}, which has {len(dataset)}")
-        self.dataset, self.num_workers = dataset, num_workers
+        self.dataset = dataset
+        self.num_workers = num_workers
         self.count = limit or len(dataset)
         self.name = name if split is None else f"{name} {split}"
         self.split = split
@@ -99,7 +117,11 @@ class DatasetImages(ImageSource):
     def warnings(self) -> tuple[str, ...]:  # type: ignore[override]
         """Corrupt images are known only after they were met."""
         corrupt = len(self.dataset.corrupt)
-        return (f"{corrupt} images of {self.name} are corrupt; others were taken instead",) if corrupt else ()
+        return (
+            (f"{corrupt} images of {self.name} are corrupt; others were taken instead",)
+            if corrupt
+            else ()
+        )
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         places = list(own_share(self.count))
@@ -122,10 +144,11 @@ class DatasetImages(ImageSource):
 
 
 class FolderImages(ImageSource):
-    """PNG files in one folder, or in one sub-folder a class; of a folder that `sample.py` wrote, its samples.
+    """PNG files in one folder, or in one sub-folder a class; of a folder that `sample.py` wrote,
+    its samples.
 
-    Lossy files are refused as samples, since their artefacts are measured too (2.5 points of FID in mage#8); as a
-    reference they give a warning.
+    Lossy files are refused as samples, since their artefacts are measured too (2.5 points of FID in
+    mage#8); as a reference they give a warning.
     """
 
     def __init__(self, root: str | Path, as_samples: bool = True) -> None:
@@ -144,14 +167,20 @@ class FolderImages(ImageSource):
             )
         self.warnings = older_spelling(self.root)
         if lossy:
-            self.warnings = (f"{len(lossy)} images of the reference {self.name} are JPEG or WebP, with artefacts",)
+            self.warnings = (
+                f"{len(lossy)} images of the reference {self.name} are JPEG or WebP, with artefacts",
+            )
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
             images = [self._read(i) for i in index.tolist()]
             if len({image.shape for image in images}) > 1:
-                raise UserError(f"images in {self.root} differ in size; measure one size, or crop: --size N")
-            yield ImageBatch(torch.stack(images), index, None if self.labels is None else self.labels[index])
+                raise UserError(
+                    f"images in {self.root} differ in size; measure one size, or crop: --size N"
+                )
+            yield ImageBatch(
+                torch.stack(images), index, None if self.labels is None else self.labels[index]
+            )
 
     def _read(self, i: int) -> Tensor:
         image = np.array(read_image(self.root / self.files[i]))
@@ -160,7 +189,8 @@ class FolderImages(ImageSource):
     def fingerprint(self) -> str:
         stats = [(self.root / file).stat() for file in self.files]
         return digest(
-            set="folder", files=[(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats, strict=True)]
+            set="folder",
+            files=[(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats, strict=True)],
         )
 
     def describe(self) -> dict[str, Any]:
@@ -176,12 +206,16 @@ def made_by(folder: Path) -> dict[str, Any]:
 
 
 def older_spelling(folder: Path) -> tuple[str, ...]:
-    """A warning where the record of `sample.py` has its settings in an older spelling, with the present one."""
+    """A warning where the record of `sample.py` has its settings in an older spelling, with the
+    present one.
+    """
     now = _respelled(_record(folder))
     if now is None:
         return ()
     spelled = in_one_line(now)
-    return (f"{folder / 'samples.json'}: sampling is in the older spelling; it is now sampling: {spelled}",)
+    return (
+        f"{folder / 'samples.json'}: sampling is in the older spelling; it is now sampling: {spelled}",
+    )
 
 
 def _respelled(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -209,7 +243,9 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 class ListedFiles(NamedTuple):
-    """Files relative to their folder, their labels, and the names of classes as far as they are known."""
+    """Files relative to their folder, their labels, and the names of classes as far as they are
+    known.
+    """
 
     files: list[str]
     labels: Tensor | None
@@ -220,7 +256,9 @@ def _sampled_files(root: Path) -> ListedFiles:
     """Files `<index>_<class>.png` of `sample.py`, and their classes; its grid is no sample."""
     found = sorted(file.name for file in root.iterdir() if SAMPLE_NAME.fullmatch(file.name))
     if not found:
-        raise UserError(f"{root} holds a samples.json but no images <index>_<class>.png; measure its samples.npz")
+        raise UserError(
+            f"{root} holds a samples.json but no images <index>_<class>.png; measure its samples.npz"
+        )
     labels = torch.tensor([int(Path(name).stem.split("_")[1]) for name in found])
     return ListedFiles(found, labels, names_of_record(root))
 
@@ -234,7 +272,8 @@ def _listed_files(root: Path) -> ListedFiles:
 
 
 class ArrayImages(ImageSource):
-    """The array `arr_0` (uint8 [N, H, W, 3]) of an npz file as the ADM suite exchanges them; `arr_1` holds labels.
+    """The array `arr_0` (uint8 [N, H, W, 3]) of an npz file as the ADM suite exchanges them;
+    `arr_1` holds labels.
 
     Read as a stream, so 50,000 images need no 10 GB of memory.
     """
@@ -245,9 +284,13 @@ class ArrayImages(ImageSource):
         with npz.open_rows(self.path, "arr_0") as rows:
             self.count = rows.shape[0] if rows.shape else 0
             if rows.dtype != np.uint8 or len(rows.shape) != 4 or rows.shape[3] != 3:
-                raise UserError(f"arr_0 of {self.path} is {rows.dtype} {rows.shape}; needed is uint8 [N, H, W, 3]")
+                raise UserError(
+                    f"arr_0 of {self.path} is {rows.dtype} {rows.shape}; needed is uint8 [N, H, W, 3]"
+                )
         labels = npz.read_arrays(self.path, {"labels": ("arr_1", "labels")}).get("labels")
-        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
+        self.labels = (
+            None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
+        )
         if self.labels is not None and len(self.labels) != self.count:
             raise UserError(f"{self.path} holds {self.count} images but {len(self.labels)} labels")
         self.label_plan = label_plan_of(self.labels)
@@ -260,9 +303,13 @@ class ArrayImages(ImageSource):
                 stop = min(first + batch_size * world_size(), self.count)
                 images = rows.read(stop - first)  # all ranks read all, each keeps its share
                 index = torch.arange(first, stop)[rank() :: world_size()]
-                own = rearrange(torch.from_numpy(images[rank() :: world_size()]), "b h w c -> b c h w")
+                own = rearrange(
+                    torch.from_numpy(images[rank() :: world_size()]), "b h w c -> b c h w"
+                )
                 if len(index):
-                    yield ImageBatch(own, index, None if self.labels is None else self.labels[index])
+                    yield ImageBatch(
+                        own, index, None if self.labels is None else self.labels[index]
+                    )
 
     def fingerprint(self) -> str:
         stat = self.path.stat()

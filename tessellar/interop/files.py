@@ -9,15 +9,25 @@ from torch import Tensor
 
 from tessellar.checkpoints.description import HEADER_KEY
 from tessellar.errors import UserError
-from tessellar.tensor_files import Weights, listing, read_metadata, read_pickle, read_safetensors, say_unchecked
+from tessellar.tensor_files import (
+    Weights,
+    listing,
+    read_metadata,
+    read_pickle,
+    read_safetensors,
+    say_unchecked,
+)
 
 log = logging.getLogger(__name__)
 
 DEEPEST = 3  # levels at which sets of weights are looked for
 
 
-def read_official(path: str | Path, key: str | None = None, order: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Weights of an official file (safetensors or torch pickle), unwrapped and without DDP or compile prefixes.
+def read_official(
+    path: str | Path, key: str | None = None, order: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Weights of an official file (safetensors or torch pickle), unwrapped and without DDP or
+    compile prefixes.
 
     `key` names the entry to take (`ema`, for example); else `order` decides, as in `unwrap`.
     """
@@ -43,14 +53,20 @@ def read_content(path: str | Path) -> Any:
 
 
 def unwrap(
-    content: Any, where: str, key: str | None = None, order: Sequence[str] = (), evaluated: bool = True
+    content: Any,
+    where: str,
+    key: str | None = None,
+    order: Sequence[str] = (),
+    evaluated: bool = True,
 ) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's content: itself, its entry `key`, or its first entry in `order`.
+    """The state dict inside a checkpoint's content: itself, its entry `key`, or its first entry in
+    `order`.
 
-    The first name in `order` is what the paper evaluates (unless `evaluated` is false: then it is a preference), the
-    others are what else may be taken. Of a file with one entry that is taken, whatever its name. Says in one line which
-    entry was taken where there are several, or where the evaluated one is missing. Raises UserError where there is no
-    state dict, no entry `key`, or several of which `order` names none.
+    The first name in `order` is what the paper evaluates (unless `evaluated` is false: then it is a
+    preference), the others are what else may be taken. Of a file with one entry that is taken,
+    whatever its name. Says in one line which entry was taken where there are several, or where the
+    evaluated one is missing. Raises UserError where there is no state dict, no entry `key`, or
+    several of which `order` names none.
     """
     if key is not None:
         return unwrap(entry_of(content, key, where), f"{where}[{key}]")
@@ -61,9 +77,13 @@ def unwrap(
     if not found:
         raise UserError(f"{where} holds no weights: neither a state dict nor one in an entry")
     if taken is None:
-        raise UserError(f"{where} holds several sets of weights ({', '.join(found)}); choose one with --key")
+        raise UserError(
+            f"{where} holds several sets of weights ({', '.join(found)}); choose one with --key"
+        )
     others = [name for name in found if name != taken]
-    which = f"{taken!r} is taken" + (f", not {', '.join(others)} (--key takes another)" if others else "")
+    which = f"{taken!r} is taken" + (
+        f", not {', '.join(others)} (--key takes another)" if others else ""
+    )
     if evaluated and order and not _is_under(taken, order[0]):
         log.info("%s has no %r, which the paper evaluates; %s", where, order[0], which)
     elif others:
@@ -72,7 +92,9 @@ def unwrap(
 
 
 def sets_of_weights(content: Any) -> list[dict[str, Tensor]]:
-    """All state dicts in a checkpoint's content, itself where it is one, without DDP or compile prefixes."""
+    """All state dicts in a checkpoint's content, itself where it is one, without DDP or compile
+    prefixes.
+    """
     found = list(state_dicts(content).values())
     if isinstance(content, Mapping) and _is_state_dict(content):
         found = [content]
@@ -80,7 +102,9 @@ def sets_of_weights(content: Any) -> list[dict[str, Tensor]]:
 
 
 def state_dicts(content: Any, depth: int = DEEPEST) -> dict[str, Mapping[str, Tensor]]:
-    """All state dicts in a checkpoint's content by the path of their entry, `a.b`; optimizers have none by name."""
+    """All state dicts in a checkpoint's content by the path of their entry, `a.b`; optimizers have
+    none by name.
+    """
     found: dict[str, Mapping[str, Tensor]] = {}
     if not isinstance(content, Mapping) or depth == 0:
         return found
@@ -90,7 +114,9 @@ def state_dicts(content: Any, depth: int = DEEPEST) -> dict[str, Mapping[str, Te
         if _is_state_dict(value):
             found[name] = value
         else:
-            found |= {f"{name}.{inner}": state for inner, state in state_dicts(value, depth - 1).items()}
+            found |= {
+                f"{name}.{inner}": state for inner, state in state_dicts(value, depth - 1).items()
+            }
     return found
 
 
@@ -109,7 +135,8 @@ def _is_under(name: str, entry: str) -> bool:
 
 def entry_of(content: Any, key: str, where: str) -> Any:
     """The entry `key`, or the one at that path (`a.b`)."""
-    inner, rest = content, [key]
+    inner = content
+    rest = [key]
     if not isinstance(content, Mapping) or key not in content:
         rest = key.split(".")
     for name in rest:
@@ -121,12 +148,16 @@ def entry_of(content: Any, key: str, where: str) -> Any:
 
 
 def _is_state_dict(content: Mapping[Any, Any]) -> bool:
-    return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    return bool(content) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    )
 
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of what DDP and compilation wrapped."""
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
-            return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+            return without_prefix(
+                {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+            )
     return state

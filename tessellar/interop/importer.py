@@ -1,9 +1,11 @@
 """What an `official.py` declares: one importer for each kind of file that its authors published.
 
-    OFFICIAL = TokenizerImporter(what="a ReToK tokenizer", marks=..., entries=..., keys=KEYS, own=OWN, build=build)
+    OFFICIAL = TokenizerImporter(what="a ReToK tokenizer", marks=..., entries=..., keys=KEYS,
+    own=OWN, build=build)
 
-`convert.py import` finds importers by their folders: `OFFICIAL` of `tessellar/{models,tokenizers}/<paper>/official.py`,
-an importer or a tuple of them, and the same in packages that `--package` names.
+`convert.py import` finds importers by their folders: `OFFICIAL` of
+`tessellar/{models,tokenizers}/<paper>/official.py`, an importer or a tuple of them, and the same in
+packages that `--package` names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +32,8 @@ FLAT: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the weights do not say: side of the images, attention heads, and the name of a published variant.
+    """What the weights do not say: side of the images, attention heads, and the name of a published
+    variant.
 
     `file` is where the weights were read; a config may lie beside them.
     """
@@ -48,7 +51,8 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Where the buffers are that the evaluated entry lacks: an average often holds parameters alone.
+    """Where the buffers are that the evaluated entry lacks: an average often holds parameters
+    alone.
 
     `names` are patterns of keys: a parameter is never taken from there.
     """
@@ -94,7 +98,9 @@ class Importer(Generic[M]):
     def check(self, state: State) -> None:
         """Raise UserError where a state dict lacks a mark."""
         if absent := self._absent(state):
-            raise UserError(f"these are not the weights of {self.what}: {', '.join(absent)} is absent")
+            raise UserError(
+                f"these are not the weights of {self.what}: {', '.join(absent)} is absent"
+            )
 
     def is_in(self, content: Any, where: str, key: str | None = None) -> bool:
         """Whether a file, or its entry `key`, holds weights of this kind: in any of its entries."""
@@ -109,7 +115,9 @@ class Importer(Generic[M]):
         state = unwrap(content, where, key, self.entries)
         if self.buffers is not None and self.buffers.entry in state_dicts(content):
             there = unwrap(content, where, self.buffers.entry)
-            state = {name: t for name, t in there.items() if matches(name, self.buffers.names)} | state
+            state = {
+                name: t for name, t in there.items() if matches(name, self.buffers.names)
+            } | state
         return Weights(state, where)
 
     def fill(self, module: M, state: State, where: str = "") -> M:
@@ -123,7 +131,9 @@ class Importer(Generic[M]):
         return module.eval()
 
     def to_official(self, module: M) -> dict[str, Tensor]:
-        """The official state dict of a module, without what no official file needs; the inverse of `fill`."""
+        """The official state dict of a module, without what no official file needs; the inverse of
+        `fill`.
+        """
         own = self._own(module)
         state = {name: tensor for name, tensor in module.state_dict().items() if name not in own}
         return dict(self.join(self._table(module).to_official(state, self.what)))
@@ -136,7 +146,9 @@ class Importer(Generic[M]):
         return self.keys if isinstance(self.keys, KeyTable) else self.keys(module)
 
     def _own(self, module: M) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in module.state_dict().items() if matches(name, self.own)}
+        return {
+            name: tensor for name, tensor in module.state_dict().items() if matches(name, self.own)
+        }
 
 
 T = TypeVar("T", bound=Tokenizer)

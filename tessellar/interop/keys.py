@@ -1,8 +1,9 @@
 """Tables of keys theirs <-> ours, read in both directions.
 
-A pattern is a key with placeholders: `{i}` (one letter) stands for a number, a longer name such as `{tensor}` for one
-path component. A rule may carry a pair of inverse tensor functions. Nothing is guessed: a key without a rule is fatal
-and listed, and so is (by `load_strict`) a key of ours that no rule filled.
+A pattern is a key with placeholders: `{i}` (one letter) stands for a number, a longer name such as
+`{tensor}` for one path component. A rule may carry a pair of inverse tensor functions. Nothing is
+guessed: a key without a rule is fatal and listed, and so is (by `load_strict`) a key of ours that
+no rule filled.
 """
 
 import re
@@ -23,7 +24,9 @@ def same(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """Pattern of their key, pattern of ours with the same placeholders, and the tensor functions between them."""
+    """Pattern of their key, pattern of ours with the same placeholders, and the tensor functions
+    between them.
+    """
 
     theirs: str
     ours: str
@@ -33,24 +36,35 @@ class Rule:
 
 @dataclass(frozen=True)
 class KeyTable:
-    """Rules (the first that matches counts) and patterns of their keys that carry nothing of the model's."""
+    """Rules (the first that matches counts) and patterns of their keys that carry nothing of the
+    model's.
+    """
 
     rules: tuple[Rule, ...]
     drop: tuple[str, ...] = field(default=())
 
-    def from_official(self, state: Mapping[str, Tensor], where: str = "the checkpoint") -> dict[str, Tensor]:
+    def from_official(
+        self, state: Mapping[str, Tensor], where: str = "the checkpoint"
+    ) -> dict[str, Tensor]:
         """Our state dict from theirs; raises UserError that lists keys without a rule."""
-        kept = {key: t for key, t in state.items() if all(match_key(p, key) is None for p in self.drop)}
-        return Weights(self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours)), where)
+        kept = {
+            key: t for key, t in state.items() if all(match_key(p, key) is None for p in self.drop)
+        }
+        return Weights(
+            self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours)), where
+        )
 
-    def to_official(self, state: Mapping[str, Tensor], where: str = "the model") -> dict[str, Tensor]:
+    def to_official(
+        self, state: Mapping[str, Tensor], where: str = "the model"
+    ) -> dict[str, Tensor]:
         """Their state dict from ours (without the dropped keys); the inverse of `from_official`."""
         return self._translate(state, where, lambda rule: (rule.ours, rule.theirs, rule.to_theirs))
 
     def _translate(
         self, state: Mapping[str, Tensor], where: str, direction: Callable[[Rule], Any]
     ) -> dict[str, Tensor]:
-        result, unknown = {}, []
+        result = {}
+        unknown = []
         for key, tensor in state.items():
             for source, target, function in map(direction, self.rules):
                 if (values := match_key(source, key)) is not None:
@@ -59,7 +73,9 @@ class KeyTable:
             else:
                 unknown.append(key)
         if unknown:
-            raise UserError(f"{where} has keys that this importer does not know; {listing('unknown', unknown)}")
+            raise UserError(
+                f"{where} has keys that this importer does not know; {listing('unknown', unknown)}"
+            )
         return result
 
 

@@ -1,4 +1,6 @@
-"""Keys of the CNN of the MaskGIT-VQGAN (arXiv 2202.04200), which TiTok decodes with and ResTok begins and ends with."""
+"""Keys of the CNN of the MaskGIT-VQGAN (arXiv 2202.04200), which TiTok decodes with and ResTok
+begins and ends with.
+"""
 
 
 def half(theirs: str, ours: str, group: str) -> dict[str, str]:
@@ -8,7 +10,10 @@ def half(theirs: str, ours: str, group: str) -> dict[str, str]:
         f"{theirs}.{group}.{{i}}.block.{{j}}.{{layer}}.{{tensor}}": f"{ours}.levels.{{i}}.{{j}}.{{layer}}.{{tensor}}",
         f"{theirs}.mid.{{i}}.nin_shortcut.{{tensor}}": f"{ours}.mid.{{i}}.shortcut.{{tensor}}",
         f"{theirs}.mid.{{i}}.{{layer}}.{{tensor}}": f"{ours}.mid.{{i}}.{{layer}}.{{tensor}}",
-        **{f"{theirs}.{name}.{{tensor}}": f"{ours}.{name}.{{tensor}}" for name in ("conv_in", "norm_out", "conv_out")},
+        **{
+            f"{theirs}.{name}.{{tensor}}": f"{ours}.{name}.{{tensor}}"
+            for name in ("conv_in", "norm_out", "conv_out")
+        },
     }
 
 

@@ -1,8 +1,10 @@
-"""Adaptive normalisation: a condition scales, shifts and gates each residual branch (AdaLN, DiT, arXiv 2212.09748).
+"""Adaptive normalisation: a condition scales, shifts and gates each residual branch (AdaLN, DiT,
+arXiv 2212.09748).
 
-xAR, VAR and diffusion decoders share it. Attention and MLP are given, only the wiring is here: one linear layer makes
-six vectors of the condition, in the order gate1, gate2, scale1, scale2, shift1, shift2 (xAR's and VAR's; DiT's rows are
-shift, scale, gate of each branch, an importer permutes them).
+xAR, VAR and diffusion decoders share it. Attention and MLP are given, only the wiring is here: one
+linear layer makes six vectors of the condition, in the order gate1, gate2, scale1, scale2, shift1,
+shift2 (xAR's and VAR's; DiT's rows are shift, scale, gate of each branch, an importer permutes
+them).
 """
 
 from collections.abc import Sequence
@@ -19,21 +21,28 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def spread(vectors: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Vectors [B, E, D] of entities to [B, sum(sizes), D] of their positions; [B, 1, D] stays and broadcasts."""
+    """Vectors [B, E, D] of entities to [B, sum(sizes), D] of their positions; [B, 1, D] stays and
+    broadcasts.
+    """
     if len(sizes) == 1:
         return vectors
     if len(set(sizes)) == 1:
         return vectors.repeat_interleave(sizes[0], dim=1)
-    return vectors.repeat_interleave(torch.tensor(sizes, device=vectors.device), dim=1, output_size=sum(sizes))
+    return vectors.repeat_interleave(
+        torch.tensor(sizes, device=vectors.device), dim=1, output_size=sum(sizes)
+    )
 
 
 class Modulation(nn.Module):
     """`count` vectors [B, E, D] of a condition [B, E, D]: Linear(SiLU(c)).
 
-    With `zero` the layer starts at zero (AdaLN-Zero: every branch is off), else with Xavier weights.
+    With `zero` the layer starts at zero (AdaLN-Zero: every branch is off), else with Xavier
+    weights.
     """
 
-    def __init__(self, width: int, count: int = 6, condition_width: int | None = None, zero: bool = True) -> None:
+    def __init__(
+        self, width: int, count: int = 6, condition_width: int | None = None, zero: bool = True
+    ) -> None:
         super().__init__()
         self.count = count
         self.linear = nn.Linear(condition_width or width, count * width)
@@ -45,28 +54,46 @@ class Modulation(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """x += gate1 Attention(norm1(x) (1 + scale1) + shift1); x += gate2 MLP(norm2(x) (1 + scale2) + shift2).
+    """x += gate1 Attention(norm1(x) (1 + scale1) + shift1); x += gate2 MLP(norm2(x) (1 + scale2) +
+    shift2).
 
-    `attention` is called with the modulated input and the rest of the arguments; the norms should have no weights.
+    `attention` is called with the modulated input and the rest of the arguments; the norms should
+    have no weights.
     """
 
     def __init__(
-        self, attention: nn.Module, mlp: nn.Module, norm: nn.Module, modulation: nn.Module, dropout: float = 0.0
+        self,
+        attention: nn.Module,
+        mlp: nn.Module,
+        norm: nn.Module,
+        modulation: nn.Module,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.dropout: nn.Module = nn.Dropout(dropout)
-        self.norm, self.attention, self.mlp, self.modulation = norm, attention, mlp, modulation
+        self.norm = norm
+        self.attention = attention
+        self.mlp = mlp
+        self.modulation = modulation
 
     def forward(self, x: Tensor, condition: Tensor, sizes: Sequence[int], *rest: Any) -> Tensor:
-        """x [B, n, D]; condition [B, E, D] of E entities that hold `sizes` positions, n in all (E = 1: all of them)."""
+        """x [B, n, D]; condition [B, E, D] of E entities that hold `sizes` positions, n in all (E =
+        1: all of them).
+        """
         vectors = self.modulation(condition)
-        if len(sizes) > 1 and len(set(sizes)) == 1:  # broadcasting over [B, E, n / E, D] is cheaper than repeating
-            vectors, shape = [v[:, :, None] for v in vectors], (len(sizes), sizes[0])
+        if (
+            len(sizes) > 1 and len(set(sizes)) == 1
+        ):  # broadcasting over [B, E, n / E, D] is cheaper than repeating
+            vectors = [v[:, :, None] for v in vectors]
+            shape = (len(sizes), sizes[0])
         else:
-            vectors, shape = [spread(v, sizes) for v in vectors], (x.shape[1],)
+            vectors = [spread(v, sizes) for v in vectors]
+            shape = (x.shape[1],)
         gate1, gate2, scale1, scale2, shift1, shift2 = vectors
         x = x.unflatten(1, shape)
-        branch = self.dropout(self.attention(modulate(self.norm(x), scale1, shift1).flatten(1, -2), *rest))
+        branch = self.dropout(
+            self.attention(modulate(self.norm(x), scale1, shift1).flatten(1, -2), *rest)
+        )
         x = x + gate1 * branch.unflatten(1, shape)
         x = x + gate2 * self.dropout(self.mlp(modulate(self.norm(x), scale2, shift2)))
         return x.flatten(1, -2)

@@ -1,8 +1,9 @@
-"""Attention behind one function: SDPA, or an explicit matmul-softmax that is faster on CPU for short sequences.
+"""Attention behind one function: SDPA, or an explicit matmul-softmax that is faster on CPU for
+short sequences.
 
-On two CPU cores the backward pass of SDPA in bfloat16 is half of a training step at 16 to 64 tokens; the explicit form
-makes the whole step 1.5 times faster, also at VAR's 130 tokens with a mask. Both give the same values
-(tests/layers/test_attention.py).
+On two CPU cores the backward pass of SDPA in bfloat16 is half of a training step at 16 to 64
+tokens; the explicit form makes the whole step 1.5 times faster, also at VAR's 130 tokens with a
+mask. Both give the same values (tests/layers/test_attention.py).
 """
 
 from functools import lru_cache
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 IMPLEMENTATIONS = ("auto", "explicit", "sdpa")
-EXPLICIT_UP_TO = 160  # keys, so that VAR's 130 are in; in bfloat16 SDPA with a mask wins from about 200 on
+EXPLICIT_UP_TO = (
+    160  # keys, so that VAR's 130 are in; in bfloat16 SDPA with a mask wins from about 200 on
+)
 
 
 def attention(
@@ -30,34 +33,55 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend q [B, H, n, D] to k, v [B, H, S, D]; `mask` (True = visible) broadcasts to [B, H, n, S].
+    """Attend q [B, H, n, D] to k, v [B, H, S, D]; `mask` (True = visible) broadcasts to [B, H, n,
+    S].
 
-    `is_causal` hides keys after the query of the same index and needs n = S. `scale` defaults to D^-0.5. `dropout` is
-    the share of attention weights that are dropped: 0 outside training. A FlexAttention block mask takes that kernel,
-    which is compiled on a GPU and drops nothing.
+    `is_causal` hides keys after the query of the same index and needs n = S. `scale` defaults to
+    D^-0.5. `dropout` is the share of attention weights that are dropped: 0 outside training. A
+    FlexAttention block mask takes that kernel, which is compiled on a GPU and drops nothing.
     """
     if mask is not None and not isinstance(mask, Tensor):
         assert not dropout and not is_causal, "FlexAttention has no dropout; its mask says all"
         return _flex(q.device.type)(q, k, v, block_mask=mask, scale=scale)
     if implementation == "auto":
-        implementation = "explicit" if q.device.type == "cpu" and k.shape[-2] <= EXPLICIT_UP_TO else "sdpa"
+        implementation = (
+            "explicit" if q.device.type == "cpu" and k.shape[-2] <= EXPLICIT_UP_TO else "sdpa"
+        )
     if implementation == "sdpa":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=dropout
         )
     if implementation != "explicit":
-        raise ValueError(f"attention implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}")
-    return _explicit(q, k, v, mask, is_causal, scale or 1 / sqrt(q.shape[-1]), dropout)
+        raise ValueError(
+            f"attention implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
+        )
+    return _explicit(
+        q,
+        k,
+        v=v,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale or 1 / sqrt(q.shape[-1]),
+        dropout=dropout,
+    )
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
 ) -> Tensor:
     scores = (q * scale) @ k.transpose(-1, -2)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -torch.inf)
+        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(
+            ~mask, -torch.inf
+        )
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
 

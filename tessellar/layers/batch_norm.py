@@ -1,8 +1,9 @@
 """Batch norm over the batch of all processes, on any device.
 
-torch's SyncBatchNorm refuses CPUs, and it must be asked for. Statistics of one process's share would make a run depend
-on how many processes it has, so this layer always takes those of the global batch; alone it is nn.BatchNorm2d. Running
-statistics are left as they are by a batch that is not finite.
+torch's SyncBatchNorm refuses CPUs, and it must be asked for. Statistics of one process's share
+would make a run depend on how many processes it has, so this layer always takes those of the global
+batch; alone it is nn.BatchNorm2d. Running statistics are left as they are by a batch that is not
+finite.
 """
 
 import torch
@@ -14,7 +15,9 @@ from tessellar.layers.precision import at_least_float32
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Maps [B, C, H, W]; same parameters, buffers and names as torch's. Every process calls it equally often."""
+    """Maps [B, C, H, W]; same parameters, buffers and names as torch's. Every process calls it
+    equally often.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -26,9 +29,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _alone(self, x: Tensor) -> Tensor:
         """As torch's, which writes into the running statistics that it is given: copies of them."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if (
+            self.running_mean is None
+            or self.running_var is None
+            or self.num_batches_tracked is None
+        ):
             return super().forward(x)
-        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        mean = self.running_mean.clone()
+        variance = self.running_var.clone()
         y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, self._share(), self.eps)
         self._keep(mean, variance)
         return y
@@ -49,7 +57,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Running statistics, with the unbiased variance as torch has them."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if (
+            self.running_mean is None
+            or self.running_var is None
+            or self.num_batches_tracked is None
+        ):
             return
         share = self._share()
         self._keep(
@@ -67,7 +79,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _keep(self, mean: Tensor, variance: Tensor) -> None:
         """Take over new running statistics, unless they are not finite."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        )
         finite = torch.isfinite(torch.stack([mean, variance])).all()
         self.num_batches_tracked += finite
         self.running_mean.copy_(torch.where(finite, mean, self.running_mean))

@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of the VQGAN family (arXiv 2012.09841, LDM's layout).
 
-Residual blocks behind GroupNorm and SiLU, downsampling padded at the right and bottom only, attention over the whole
-map at chosen levels and in the middle. Shared by LlamaGen's VQGAN and MAR's KL VAE.
+Residual blocks behind GroupNorm and SiLU, downsampling padded at the right and bottom only,
+attention over the whole map at chosen levels and in the middle. Shared by LlamaGen's VQGAN and
+MAR's KL VAE.
 """
 
 from collections.abc import Collection
@@ -19,10 +20,14 @@ def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """Two convolutions behind norms and SiLU, added to the input (1x1 where the channels change)."""
 
-    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32
+    ) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(channels, groups), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels, groups), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = group_norm(channels, groups)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
@@ -43,7 +48,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v)
+        )
         out = F.scaled_dot_product_attention(q, k, v)
         # contiguous: GroupNorm on CPU loses precision on transposed memory
         return x + self.proj(rearrange(out, "b (h w) c -> b c h w", h=x.shape[2]).contiguous())
@@ -86,8 +93,12 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
-        self.res = nn.ModuleList(ResBlock(a, b, dropout, groups) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(SpatialAttention(out_channels, groups) for _ in range(blocks if attention else 0))
+        self.res = nn.ModuleList(
+            ResBlock(a, b, dropout, groups) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.attn = nn.ModuleList(
+            SpatialAttention(out_channels, groups) for _ in range(blocks if attention else 0)
+        )
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,13 +109,19 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-def middle(channels: int, dropout: float, attention: bool = True, groups: int = 32) -> nn.Sequential:
+def middle(
+    channels: int, dropout: float, attention: bool = True, groups: int = 32
+) -> nn.Sequential:
     blocks = [ResBlock(channels, channels, dropout, groups) for _ in range(2)]
-    return nn.Sequential(blocks[0], *([SpatialAttention(channels, groups)] if attention else []), blocks[1])
+    return nn.Sequential(
+        blocks[0], *([SpatialAttention(channels, groups)] if attention else []), blocks[1]
+    )
 
 
 class Sizes(NamedTuple):
-    """What encoder and decoder share; `z_channels` leave the encoder or enter the decoder; norms have `groups`."""
+    """What encoder and decoder share; `z_channels` leave the encoder or enter the decoder; norms
+    have `groups`.
+    """
 
     channels: int
     multipliers: tuple[int, ...]
@@ -118,23 +135,31 @@ class Sizes(NamedTuple):
         return [self.channels * m for m in self.multipliers]
 
     def decoding(self, multipliers: tuple[int, ...] | None) -> "Sizes":
-        """The decoder's, with other multipliers (None: the same); raises ValueError for another number of levels."""
+        """The decoder's, with other multipliers (None: the same); raises ValueError for another
+        number of levels.
+        """
         if multipliers is None:
             return self
         if len(multipliers) != len(self.multipliers):
-            raise ValueError(f"decoder_multipliers {tuple(multipliers)} must be {len(self.multipliers)} levels")
+            raise ValueError(
+                f"decoder_multipliers {tuple(multipliers)} must be {len(self.multipliers)} levels"
+            )
         return self._replace(multipliers=tuple(multipliers))
 
 
 class Encoder(nn.Module):
     """Images [B, 3, H, W] to features [B, z_channels, H / f, W / f], f = 2^(levels - 1).
 
-    `attention` are the levels with attention after each block, 0 the finest; None: the coarsest alone.
+    `attention` are the levels with attention after each block, 0 the finest; None: the coarsest
+    alone.
     """
 
-    def __init__(self, sizes: Sizes, attention: Collection[int] | None = None, middle_attention: bool = True) -> None:
+    def __init__(
+        self, sizes: Sizes, attention: Collection[int] | None = None, middle_attention: bool = True
+    ) -> None:
         super().__init__()
-        widths, last = sizes.widths, len(sizes.widths) - 1
+        widths = sizes.widths
+        last = len(sizes.widths) - 1
         attention = (last,) if attention is None else attention
         self.conv_in = nn.Conv2d(3, sizes.channels, 3, padding=1)
         self.levels = nn.ModuleList(
@@ -147,7 +172,9 @@ class Encoder(nn.Module):
                 dropout=sizes.dropout,
                 groups=sizes.groups,
             )
-            for i, (previous, width) in enumerate(zip([sizes.channels, *widths], widths, strict=False))
+            for i, (previous, width) in enumerate(
+                zip([sizes.channels, *widths], widths, strict=False)
+            )
         )
         self.mid = middle(widths[-1], sizes.dropout, middle_attention, sizes.groups)
         self.norm_out = group_norm(widths[-1], sizes.groups)
@@ -161,7 +188,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, z_channels, h, w] to images; levels run from the coarsest to the finest, `attention` as above."""
+    """Features [B, z_channels, h, w] to images; levels run from the coarsest to the finest,
+    `attention` as above.
+    """
 
     def __init__(self, sizes: Sizes, attention: Collection[int] | None = None) -> None:
         super().__init__()
@@ -182,7 +211,8 @@ class Decoder(nn.Module):
             )
             for i, (previous, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
-        self.norm_out, self.conv_out = group_norm(widths[-1], sizes.groups), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = group_norm(widths[-1], sizes.groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.mid(self.conv_in(features))

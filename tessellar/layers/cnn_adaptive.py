@@ -1,7 +1,9 @@
-"""Convolutional decoder with adaptive GroupNorm and depth-to-space upsampling (MAGVIT-v2, arXiv 2310.05737; GigaTok).
+"""Convolutional decoder with adaptive GroupNorm and depth-to-space upsampling (MAGVIT-v2, arXiv
+2310.05737; GigaTok).
 
-At each resolution the decoder's input modulates: its spatial deviation scales, its mean shifts. GroupNorm on the CPU
-loses precision on memory that is not contiguous, so what comes out of a rearrangement is made contiguous.
+At each resolution the decoder's input modulates: its spatial deviation scales, its mean shifts.
+GroupNorm on the CPU loses precision on memory that is not contiguous, so what comes out of a
+rearrangement is made contiguous.
 """
 
 from einops import rearrange
@@ -19,7 +21,8 @@ class AdaptiveGroupNorm(nn.Module):
     def __init__(self, channels: int, style_channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=EPS, affine=False)
-        self.gamma, self.beta = nn.Linear(style_channels, channels), nn.Linear(style_channels, channels)
+        self.gamma = nn.Linear(style_channels, channels)
+        self.beta = nn.Linear(style_channels, channels)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """x [B, C, H, W], style [B, S, h, w]; the variance over positions is the unbiased one."""
@@ -30,7 +33,9 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class DepthToSpace(nn.Module):
-    """A convolution to four times the channels, which become 2 x 2 pixels; channel order (dy, dx, c)."""
+    """A convolution to four times the channels, which become 2 x 2 pixels; channel order (dy, dx,
+    c).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,7 +48,9 @@ class DepthToSpace(nn.Module):
 class AdaptiveLevel(nn.Module):
     """Adaptive norm, residual blocks, and upsampling but at the finest level."""
 
-    def __init__(self, channels: int, out_channels: int, style_channels: int, blocks: int, upsample: bool) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, style_channels: int, blocks: int, upsample: bool
+    ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
         self.adaptive = AdaptiveGroupNorm(channels, style_channels)
@@ -66,10 +73,13 @@ class AdaptiveDecoder(nn.Module):
         self.conv_in = nn.Conv2d(sizes.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], sizes.dropout, attention=False)
         self.levels = nn.ModuleList(
-            AdaptiveLevel(previous, width, sizes.z_channels, sizes.num_res_blocks + 1, i < len(widths) - 1)
+            AdaptiveLevel(
+                previous, width, sizes.z_channels, sizes.num_res_blocks + 1, i < len(widths) - 1
+            )
             for i, (previous, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.mid(self.conv_in(features))

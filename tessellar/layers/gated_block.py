@@ -1,4 +1,6 @@
-"""Pre-norm transformer block with a gated MLP of packed weights (DINOv2's SwiGLU), bidirectional or causal: Hita's."""
+"""Pre-norm transformer block with a gated MLP of packed weights (DINOv2's SwiGLU), bidirectional or
+causal: Hita's.
+"""
 
 from einops import rearrange
 from timm.layers.mlp import GluMlp
@@ -16,20 +18,29 @@ def packed_hidden(mlp_dim: int) -> int:
 class GatedAttention(nn.Module):
     """Multi-head attention; queries, keys and values have biases if `bias`, the output always."""
 
-    def __init__(self, width: int, num_heads: int, bias: bool, attention_dropout: float, dropout: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, bias: bool, attention_dropout: float, dropout: float
+    ) -> None:
         super().__init__()
-        self.num_heads, self.rate = num_heads, attention_dropout
+        self.num_heads = num_heads
+        self.rate = attention_dropout
         self.q, self.k, self.v = (nn.Linear(width, width, bias=bias) for _ in range(3))
-        self.out, self.dropout = nn.Linear(width, width), nn.Dropout(dropout)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        q, k, v = (rearrange(f(x), "b n (h d) -> b h n d", h=self.num_heads) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(f(x), "b n (h d) -> b h n d", h=self.num_heads)
+            for f in (self.q, self.k, self.v)
+        )
         out = attend(q, k, v, mask, is_causal, dropout=self.rate if self.training else 0.0)
         return self.dropout(self.out(rearrange(out, "b h n d -> b n (h d)")))
 
 
 class GatedBlock(nn.Module):
-    """x += Attention(LN x); x += SwiGLU(LN x), on [B, n, D]; `mask` [n, n] is True where a row sees a column."""
+    """x += Attention(LN x); x += SwiGLU(LN x), on [B, n, D]; `mask` [n, n] is True where a row sees
+    a column.
+    """
 
     def __init__(
         self,
@@ -41,7 +52,8 @@ class GatedBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.attention = GatedAttention(width, num_heads, bias, attention_dropout, dropout)
         self.mlp = GluMlp(width, 2 * hidden, act_layer=nn.SiLU, gate_last=False)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):

@@ -1,8 +1,10 @@
-"""Keys and values of what was read so far: one preallocated buffer with lengths, roll-back and visibility by number.
+"""Keys and values of what was read so far: one preallocated buffer with lengths, roll-back and
+visibility by number.
 
-Masks are data: every slot carries a block number and a query sees the filled slots whose block is at most its own, and
-itself. Causal, level, scale and entity masks, padding (`NEVER`), cached and uncached passes all follow from that rule.
-Block numbers and lengths stay on the CPU, so nothing here waits for an accelerator.
+Masks are data: every slot carries a block number and a query sees the filled slots whose block is
+at most its own, and itself. Causal, level, scale and entity masks, padding (`NEVER`), cached and
+uncached passes all follow from that rule. Block numbers and lengths stay on the CPU, so nothing
+here waits for an accelerator.
 """
 
 from typing import NamedTuple
@@ -19,18 +21,28 @@ class Slots(NamedTuple):
     index: Tensor  # [R, n] slots
     start: int | None  # first slot where it is the same for all rows
     stop: int  # slots from here on are not attended to
-    mask: Tensor | None  # [R or 1, 1, n, stop], True = visible; None: everything visible, or `is_causal`
+    mask: (
+        Tensor | None
+    )  # [R or 1, 1, n, stop], True = visible; None: everything visible, or `is_causal`
     is_causal: bool
 
 
 class KVCache:
     """Buffer [layers, 2, R, heads, capacity, dim] with per-row lengths.
 
-    A pass is `reserve`, one `write` a layer, then `commit`; without the commit the next pass overwrites it.
+    A pass is `reserve`, one `write` a layer, then `commit`; without the commit the next pass
+    overwrites it.
     """
 
     def __init__(
-        self, layers: int, rows: int, heads: int, capacity: int, dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        capacity: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         # Zeros, not empty: a hidden slot has weight 0, but 0 times a stray NaN would be NaN.
         self.data = torch.zeros(layers, 2, rows, heads, capacity, dim, dtype=dtype, device=device)
@@ -56,11 +68,19 @@ class KVCache:
         self._reserved = n
         start = int(self.lengths[0]) if bool((self.lengths == self.lengths[0]).all()) else None
         mask = self._visible(block, index, stop)
-        is_causal = start == 0 and n == stop and bool((mask == torch.ones(n, n, dtype=torch.bool).tril()).all())
+        is_causal = (
+            start == 0
+            and n == stop
+            and bool((mask == torch.ones(n, n, dtype=torch.bool).tril()).all())
+        )
         everything = bool(mask.all())
         device = self.data.device
         return Slots(
-            index.to(device), start, stop, None if is_causal or everything else mask.to(device), is_causal and n > 1
+            index.to(device),
+            start,
+            stop,
+            None if is_causal or everything else mask.to(device),
+            is_causal and n > 1,
         )
 
     def _visible(self, block: Tensor, index: Tensor, stop: int) -> Tensor:
@@ -70,7 +90,9 @@ class KVCache:
         return (seen | (slots == index[..., None]))[:, None]
 
     def write(self, layer: int, slots: Slots, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [R, H, n, D] of this pass; returns views of the keys and values to attend to [R, H, stop, D]."""
+        """Store k, v [R, H, n, D] of this pass; returns views of the keys and values to attend to
+        [R, H, stop, D].
+        """
         keys, values = self.data[layer]
         if slots.start is not None:
             keys[:, :, slots.start : slots.stop] = k
@@ -89,19 +111,25 @@ class KVCache:
     def truncate(self, lengths: Tensor) -> None:
         """Roll each row back to `lengths` [R]; raises ValueError where a row would grow."""
         if bool((lengths > self.lengths).any()):
-            raise ValueError(f"cannot roll back to {lengths.tolist()}: the rows hold {self.lengths.tolist()}")
+            raise ValueError(
+                f"cannot roll back to {lengths.tolist()}: the rows hold {self.lengths.tolist()}"
+            )
         self.lengths = lengths.clone()
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of copies of `rows` [r]: fork, reorder, drop."""
         chosen = object.__new__(KVCache)
         chosen.data = self.data[:, :, rows.to(self.data.device)]
-        chosen.lengths, chosen.block, chosen._reserved = self.lengths[rows], self.block[rows], 0
+        chosen.lengths = self.lengths[rows]
+        chosen.block = self.block[rows]
+        chosen._reserved = 0
         return chosen
 
 
 class NoCache:
-    """The same interface over the keys of one pass only: training and scoring run the decoding code."""
+    """The same interface over the keys of one pass only: training and scoring run the decoding
+    code.
+    """
 
     lengths = torch.zeros(1, dtype=torch.int64)
 
@@ -111,10 +139,16 @@ class NoCache:
     def reserve(self, block: Tensor) -> Slots:
         n = block.shape[-1]
         index = torch.arange(n)[None]
-        if bool((block == block[:1]).all()) and bool((block[0].diff() > 0).all()) and int(block[0, -1]) < NEVER:
+        if (
+            bool((block == block[:1]).all())
+            and bool((block[0].diff() > 0).all())
+            and int(block[0, -1]) < NEVER
+        ):
             return Slots(index, 0, n, None, n > 1)
         mask = (block[:, None, :] <= block[..., None]) | torch.eye(n, dtype=torch.bool)
-        return Slots(index, 0, n, None if bool(mask.all()) else mask[:, None].to(self.device), False)
+        return Slots(
+            index, 0, n, None if bool(mask.all()) else mask[:, None].to(self.device), False
+        )
 
     def write(self, layer: int, slots: Slots, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v

@@ -1,4 +1,6 @@
-"""The Llama block: RMSNorm, attention with rotary positions, SwiGLU; no biases (arXiv 2302.13971, LlamaGen's sizes)."""
+"""The Llama block: RMSNorm, attention with rotary positions, SwiGLU; no biases (arXiv 2302.13971,
+LlamaGen's sizes).
+"""
 
 from typing import NamedTuple
 
@@ -14,7 +16,9 @@ from tessellar.layers.tags import tag
 
 
 class Positions(NamedTuple):
-    """Rotation cos, sin [R or 1, n, head_dim / 2]; `bias` [R or 1, n, D] is added to q and k (Hita)."""
+    """Rotation cos, sin [R or 1, n, head_dim / 2]; `bias` [R or 1, n, D] is added to q and k
+    (Hita).
+    """
 
     cos: Tensor
     sin: Tensor
@@ -50,7 +54,8 @@ class SwiGLU(nn.Module):
 class LlamaAttention(nn.Module):
     """Multi-head attention with a fused projection, rows q | k | v, each head-major.
 
-    With `num_kv_heads` below `num_heads`, groups of queries share a key and a value (arXiv 2305.13245).
+    With `num_kv_heads` below `num_heads`, groups of queries share a key and a value (arXiv
+    2305.13245).
     """
 
     def __init__(
@@ -63,7 +68,9 @@ class LlamaAttention(nn.Module):
         num_kv_heads: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.implementation, self.dropout = num_heads, implementation, dropout
+        self.num_heads = num_heads
+        self.implementation = implementation
+        self.dropout = dropout
         self.group = num_heads // (num_kv_heads or num_heads)
         self.sizes = (width, width // self.group, width // self.group)
         self.wqkv = nn.Linear(width, sum(self.sizes), bias=bias)
@@ -73,15 +80,22 @@ class LlamaAttention(nn.Module):
         positions = shared.positions
         q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
         if positions.bias is not None:
-            q, k = q + positions.bias, k + positions.bias
+            q = q + positions.bias
+            k = k + positions.bias
         q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
-        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads // self.group) for t in (k, v))
-        q, k = rotate(q, positions.cos, positions.sin), rotate(k, positions.cos, positions.sin)
+        k, v = (
+            rearrange(t, "b n (h d) -> b h n d", h=self.num_heads // self.group) for t in (k, v)
+        )
+        q = rotate(q, positions.cos, positions.sin)
+        k = rotate(k, positions.cos, positions.sin)
         k, v = shared.cache.write(layer, shared.slots, k, v)
         if self.group > 1:
-            k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
+            k = k.repeat_interleave(self.group, dim=1)
+            v = v.repeat_interleave(self.group, dim=1)
         dropout = self.dropout if self.training else 0.0
-        out = attention(q, k, v, shared.slots.mask, shared.slots.is_causal, self.implementation, dropout=dropout)
+        out = attention(
+            q, k, v, shared.slots.mask, shared.slots.is_causal, self.implementation, dropout=dropout
+        )
         return self.wo(rearrange(out, "b h n d -> b n (h d)"))
 
 

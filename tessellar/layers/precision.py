@@ -13,10 +13,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class ExactTables(nn.Module):
-    """A module whose tables (buffers that are no part of a checkpoint) are never rounded below float32.
+    """A module whose tables (buffers that are no part of a checkpoint) are never rounded below
+    float32.
 
-    A cast of the module to bfloat16 leaves them as they are, so that a cast back gives what was there: no checkpoint
-    could restore them.
+    A cast of the module to bfloat16 leaves them as they are, so that a cast back gives what was
+    there: no checkpoint could restore them.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,7 +1,8 @@
-"""Q-Former layers: queries read a memory through cross-attention (GigaTok, arXiv 2504.08736; DETR's placement).
+"""Q-Former layers: queries read a memory through cross-attention (GigaTok, arXiv 2504.08736; DETR's
+placement).
 
-Pre-norm self-attention, cross-attention and MLP. Positions are added to queries and keys of each attention only: never
-to values or to the residual stream.
+Pre-norm self-attention, cross-attention and MLP. Positions are added to queries and keys of each
+attention only: never to values or to the residual stream.
 """
 
 from einops import rearrange
@@ -13,20 +14,27 @@ from tessellar.layers.tags import tag
 
 
 class QKVAttention(nn.Module):
-    """Multi-head attention whose queries, keys and values come from different inputs; weight rows q | k | v."""
+    """Multi-head attention whose queries, keys and values come from different inputs; weight rows q
+    | k | v.
+    """
 
     def __init__(self, width: int, num_heads: int, attention: str = "auto") -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
-        self.num_heads, self.implementation = num_heads, attention
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.num_heads = num_heads
+        self.implementation = attention
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         for linear in (self.qkv, self.proj):
             tag(linear.weight, "hidden")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q [B, n, D] attends to k, v [B, S, D] where `mask` (broadcasting to [B, H, n, S]) is True."""
-        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        """q [B, n, D] attends to k, v [B, S, D] where `mask` (broadcasting to [B, H, n, S]) is
+        True.
+        """
+        weights = self.qkv.weight.chunk(3)
+        biases = self.qkv.bias.chunk(3)
         projected = (F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=True))
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.num_heads) for x in projected)
         out = attend(q, k, v, mask, implementation=self.implementation)
@@ -34,26 +42,39 @@ class QKVAttention(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """x += SelfAttention(LN x); x += CrossAttention(LN x, memory); x += MLP(LN x), with an exact GELU."""
+    """x += SelfAttention(LN x); x += CrossAttention(LN x, memory); x += MLP(LN x), with an exact
+    GELU.
+    """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int = 4, attention: str = "auto") -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: int = 4, attention: str = "auto"
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.self_attention = QKVAttention(width, num_heads, attention)
         self.cross_attention = QKVAttention(width, num_heads, attention)
-        self.fc1, self.fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
+        self.fc1 = nn.Linear(width, mlp_ratio * width)
+        self.fc2 = nn.Linear(mlp_ratio * width, width)
         for linear in (self.fc1, self.fc2):
             tag(linear.weight, "hidden")
 
     def forward(
-        self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        memory_positions: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Queries x [B, n, D] at `positions` [n, D] read `memory` [B, S, D] at `memory_positions` [S, D].
+        """Queries x [B, n, D] at `positions` [n, D] read `memory` [B, S, D] at `memory_positions`
+        [S, D].
 
         `mask` [B, S] hides parts of the memory (True = visible).
         """
         h = self.norm1(x)
         x = x + self.self_attention(h + positions, h + positions, h)
         visible = None if mask is None else mask[:, None, None]
-        x = x + self.cross_attention(self.norm2(x) + positions, memory + memory_positions, memory, visible)
+        x = x + self.cross_attention(
+            self.norm2(x) + positions, memory + memory_positions, memory, visible
+        )
         return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))

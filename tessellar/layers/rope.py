@@ -1,7 +1,7 @@
 """Rotary position embedding over pairs of adjacent channels, with LlamaGen's two-dimensional table.
 
-RoFormer (arXiv 2104.09864); the 2D table as in LlamaGen (arXiv 2406.06525): the first half of the rotation pairs turns
-with the row, the second half with the column.
+RoFormer (arXiv 2104.09864); the 2D table as in LlamaGen (arXiv 2406.06525): the first half of the
+rotation pairs turns with the row, the second half with the column.
 """
 
 import torch
@@ -23,10 +23,13 @@ def grid_angles(rows: Tensor, columns: Tensor, head_dim: int, base: float = 1000
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (2j, 2j + 1) of x [B, H, n, D] by cos, sin [B or 1, n, D / 2]; computed in float32.
+    """Rotate pairs (2j, 2j + 1) of x [B, H, n, D] by cos, sin [B or 1, n, D / 2]; computed in
+    float32.
 
     One complex product: a third of the memory traffic of the four real ones.
     """
-    pairs = torch.view_as_complex(rearrange(x.float(), "b h n (d two) -> b h n d two", two=2).contiguous())
+    pairs = torch.view_as_complex(
+        rearrange(x.float(), "b h n (d two) -> b h n d two", two=2).contiguous()
+    )
     rotated = torch.view_as_real(pairs * torch.complex(cos, sin)[:, None])
     return rearrange(rotated, "b h n d two -> b h n (d two)").to(x.dtype)

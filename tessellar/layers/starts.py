@@ -1,4 +1,6 @@
-"""How layers start: the published constant at published widths, and a rule that follows the width below them."""
+"""How layers start: the published constant at published widths, and a rule that follows the width
+below them.
+"""
 
 from torch import nn
 
@@ -6,7 +8,8 @@ STD = 0.02  # of ViT, GPT-2 and of the tokenizers that follow them
 
 
 def start_layers(module: nn.Module, kinds: tuple[type, ...], small: bool) -> None:
-    """Weights of the layers of `kinds` within: truncated normal of 0.02, in a `small` model torch's default; biases 0.
+    """Weights of the layers of `kinds` within: truncated normal of 0.02, in a `small` model torch's
+    default; biases 0.
 
     A constant suits the widths that it was published for. A layer multiplies its input's deviation by about
     std * sqrt(fan_in): 0.45 for 0.02 and 512 inputs, but 0.2 for 96, and after a few such layers latents of different

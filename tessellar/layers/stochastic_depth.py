@@ -1,6 +1,7 @@
 """Stochastic depth (arXiv 1603.09382): a residual branch is dropped for whole samples in training.
 
-timm's DropPath would serve, but importing timm loads torchvision, which costs seconds where only a generator is needed.
+timm's DropPath would serve, but importing timm loads torchvision, which costs seconds where only a
+generator is needed.
 """
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 
 class StochasticDepth(nn.Module):
-    """Zero a branch [B, ...] with probability `rate` a sample and scale the others by 1 / (1 - rate)."""
+    """Zero a branch [B, ...] with probability `rate` a sample and scale the others by 1 / (1 -
+    rate).
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""Embedding of a diffusion or flow time: sinusoids, then a small MLP (ADM, arXiv 2105.05233; MAR, xAR, DiT).
+"""Embedding of a diffusion or flow time: sinusoids, then a small MLP (ADM, arXiv 2105.05233; MAR,
+xAR, DiT).
 
-At t = 1000 the last bit of a frequency moves the embedding by 1e-5, and the float32 exp of different processors rounds
-near ties differently. So frequencies are made in float64: correctly rounded to float32, which all agree on, except near
-ties, where the exact value is at most half a bit from either neighbour. The result is the same on every machine.
+At t = 1000 the last bit of a frequency moves the embedding by 1e-5, and the float32 exp of
+different processors rounds near ties differently. So frequencies are made in float64: correctly
+rounded to float32, which all agree on, except near ties, where the exact value is at most half a
+bit from either neighbour. The result is the same on every machine.
 """
 
 import math
@@ -26,7 +28,9 @@ def frequencies(count: int, period: float, device: torch.device) -> Tensor:
 
 
 def sinusoid(t: Tensor, channels: int, period: float = 10000.0) -> Tensor:
-    """[..., channels] of times [...]: cosines, then sines, of t period^(-i / half); float32. `channels` is even."""
+    """[..., channels] of times [...]: cosines, then sines, of t period^(-i / half); float32.
+    `channels` is even.
+    """
     angles = (t[..., None].double() * frequencies(channels // 2, period, t.device)).float()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -36,9 +40,13 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, channels: int = 256, period: float = 10000.0) -> None:
         super().__init__()
-        self.channels, self.period = channels, period
-        self.fc1, self.fc2 = nn.Linear(channels, width), nn.Linear(width, width)
+        self.channels = channels
+        self.period = period
+        self.fc1 = nn.Linear(channels, width)
+        self.fc2 = nn.Linear(width, width)
         self.act = nn.SiLU()
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(sinusoid(t, self.channels, self.period).to(self.fc1.weight.dtype))))
+        return self.fc2(
+            self.act(self.fc1(sinusoid(t, self.channels, self.period).to(self.fc1.weight.dtype)))
+        )

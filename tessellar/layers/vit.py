@@ -1,4 +1,6 @@
-"""The plain pre-norm vision transformer block (ViT, arXiv 2010.11929), with residual outputs that start at zero."""
+"""The plain pre-norm vision transformer block (ViT, arXiv 2010.11929), with residual outputs that
+start at zero.
+"""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,26 +11,40 @@ from tessellar.layers.tags import tag
 
 
 class ViTBlock(nn.Module):
-    """x += Attention(LN x); x += MLP(LN x), on [B, N, D]; `gelu` is its approximation ("none": exact)."""
+    """x += Attention(LN x); x += MLP(LN x), on [B, N, D]; `gelu` is its approximation ("none":
+    exact).
+    """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float = 4.0, attention: str = "auto", gelu: str = "tanh"
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        attention: str = "auto",
+        gelu: str = "tanh",
     ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
-        self.num_heads, self.implementation, self.gelu = num_heads, attention, gelu
+        self.num_heads = num_heads
+        self.implementation = attention
+        self.gelu = gelu
         hidden = int(mlp_ratio * width)
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         for linear in (self.qkv, self.proj, self.fc1, self.fc2):
             tag(linear.weight, "hidden")
         for linear in (self.proj, self.fc2):
             nn.init.zeros_(linear.weight)
 
     def _attention(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
         out = attend(q, k, v, implementation=self.implementation)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 

@@ -1,8 +1,10 @@
-"""Inception Score (arXiv 1606.03498): exp of the mean KL of p(y | x) from p(y), over splits; kept as sums by split.
+"""Inception Score (arXiv 1606.03498): exp of the mean KL of p(y | x) from p(y), over splits; kept
+as sums by split.
 
-Two conventions are in use and differ in the second decimal: the ADM suite takes blocks of 5,000 images in order,
-torch-fidelity shuffles (numpy RandomState(2020)) and cuts into 10 parts. Both know from an image's index which split it
-belongs to, so the images may pass by in any order and on any rank, and the state has splits x classes numbers.
+Two conventions are in use and differ in the second decimal: the ADM suite takes blocks of 5,000
+images in order, torch-fidelity shuffles (numpy RandomState(2020)) and cuts into 10 parts. Both know
+from an image's index which split it belongs to, so the images may pass by in any order and on any
+rank, and the state has splits x classes numbers.
 """
 
 from dataclasses import dataclass
@@ -34,14 +36,18 @@ def split_of(total: int, rule: SplitRule) -> Tensor:
         return torch.arange(total) // BLOCK
     splits = min(SPLITS, total)
     bounds = [i * total // splits for i in range(1, splits)]
-    by_position = torch.bucketize(torch.arange(total), torch.tensor(bounds, dtype=torch.int64), right=True)
+    by_position = torch.bucketize(
+        torch.arange(total), torch.tensor(bounds, dtype=torch.int64), right=True
+    )
     order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(total))
     return torch.empty_like(by_position).scatter_(0, order, by_position)
 
 
 @dataclass
 class ScoreSums:
-    """Sums over the images of each split: their number [S], p(y|x) [S, C], and the sum of p log p [S]; float64."""
+    """Sums over the images of each split: their number [S], p(y|x) [S, C], and the sum of p log p
+    [S]; float64.
+    """
 
     splits: Tensor
     counts: Tensor
@@ -51,7 +57,10 @@ class ScoreSums:
     @classmethod
     def empty(cls, total: int, num_classes: int, rule: SplitRule) -> "ScoreSums":
         splits = split_of(total, rule)
-        zeros = [torch.zeros(int(splits.max()) + 1, *s, dtype=torch.float64) for s in ((), (num_classes,), ())]
+        zeros = [
+            torch.zeros(int(splits.max()) + 1, *s, dtype=torch.float64)
+            for s in ((), (num_classes,), ())
+        ]
         return cls(splits, *zeros)
 
     def update(self, logits: Tensor, index: Tensor) -> None:
@@ -64,11 +73,14 @@ class ScoreSums:
 
     def compute(self) -> InceptionScore:
         """Score over all ranks; raises UserError if a split has no image."""
-        counts, p = all_reduce_sum(self.counts), all_reduce_sum(self.probabilities)
+        counts = all_reduce_sum(self.counts)
+        p = all_reduce_sum(self.probabilities)
         if not bool((counts > 0).all()):
             raise UserError(f"the Inception Score needs images in each of its {len(counts)} splits")
         marginal = p / counts[:, None]
         # mean KL(p(y|x) || p(y)) = mean sum p log p - sum p(y) log p(y)
-        divergence = all_reduce_sum(self.negative_entropy) / counts - torch.special.xlogy(marginal, marginal).sum(dim=1)
+        divergence = all_reduce_sum(self.negative_entropy) / counts - torch.special.xlogy(
+            marginal, marginal
+        ).sum(dim=1)
         scores = divergence.exp()
         return InceptionScore(float(scores.mean()), float(scores.std(correction=0)))

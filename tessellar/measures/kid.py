@@ -1,8 +1,10 @@
-"""Kernel Inception Distance (arXiv 1801.01401): unbiased squared MMD with the kernel (x.y / D + 1)^3, over subsets.
+"""Kernel Inception Distance (arXiv 1801.01401): unbiased squared MMD with the kernel (x.y / D +
+1)^3, over subsets.
 
-Mean and deviation over 100 random subsets of 1,000 images a side. The subsets come from numpy's RandomState(2020),
-drawn in the same order as torch-fidelity draws them, so that both give the same number on the same features. Its own
-function is not called: it computes in numpy on the CPU, in the features' float32, and refuses sets below `subset_size`.
+Mean and deviation over 100 random subsets of 1,000 images a side. The subsets come from numpy's
+RandomState(2020), drawn in the same order as torch-fidelity draws them, so that both give the same
+number on the same features. Its own function is not called: it computes in numpy on the CPU, in the
+features' float32, and refuses sets below `subset_size`.
 """
 
 from typing import NamedTuple
@@ -34,16 +36,30 @@ def unbiased_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kernel_distance(
-    samples: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    samples: Tensor,
+    reference: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
 ) -> KID:
-    """KID of features [N, D] and [M, D]; sets smaller than `subset_size` lower it. Computed in float64."""
+    """KID of features [N, D] and [M, D]; sets smaller than `subset_size` lower it. Computed in
+    float64.
+    """
     size = min(subset_size, len(samples), len(reference))
     if size < 2:
-        raise UserError(f"KID needs at least 2 images a side; there are {len(samples)} and {len(reference)}")
+        raise UserError(
+            f"KID needs at least 2 images a side; there are {len(samples)} and {len(reference)}"
+        )
     draw = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        rows = [torch.from_numpy(draw.choice(len(side), size, replace=False)) for side in (samples, reference)]
-        x, y = (side[r.to(side.device)].double() for side, r in zip((samples, reference), rows, strict=True))
+        rows = [
+            torch.from_numpy(draw.choice(len(side), size, replace=False))
+            for side in (samples, reference)
+        ]
+        x, y = (
+            side[r.to(side.device)].double()
+            for side, r in zip((samples, reference), rows, strict=True)
+        )
         values.append(float(unbiased_mmd(x, y)))
     return KID(float(np.mean(values)), float(np.std(values)))

@@ -1,8 +1,10 @@
-"""PSNR, SSIM and LPIPS of reconstructions against their originals, summed over images and reduced once.
+"""PSNR, SSIM and LPIPS of reconstructions against their originals, summed over images and reduced
+once.
 
-Conventions, since papers differ: 8-bit pixels, data range 255; PSNR of each image, then the mean (not the PSNR of the
-mean error); SSIM with the 11 x 11 Gaussian window of its authors, mean over channels (LlamaGen's table passes a data
-range of 2 for [0, 1] pixels, which gives higher values); LPIPS of pixels in [-1, 1] with the given network.
+Conventions, since papers differ: 8-bit pixels, data range 255; PSNR of each image, then the mean
+(not the PSNR of the mean error); SSIM with the 11 x 11 Gaussian window of its authors, mean over
+channels (LlamaGen's table passes a data range of 2 for [0, 1] pixels, which gives higher values);
+LPIPS of pixels in [-1, 1] with the given network.
 """
 
 from typing import NamedTuple
@@ -28,14 +30,22 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of each pair of uint8 images [B, 3, H, W], mean over channels, float64 [B]."""
+    """Structural similarity of each pair of uint8 images [B, 3, H, W], mean over channels, float64
+    [B].
+    """
     if min(images.shape[-2:]) < SSIM_WINDOW:
-        raise UserError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side; these are {images.shape[-2:]}")
+        raise UserError(
+            f"SSIM needs images of at least {SSIM_WINDOW} pixels a side; these are {images.shape[-2:]}"
+        )
     # Imported here: torchmetrics takes seconds, which the other metrics need not wait for.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     value = structural_similarity_index_measure(
-        images.double(), originals.double(), data_range=255.0, reduction="none", kernel_size=SSIM_WINDOW
+        images.double(),
+        originals.double(),
+        data_range=255.0,
+        reduction="none",
+        kernel_size=SSIM_WINDOW,
     )
     assert isinstance(value, Tensor)
     return value.reshape(len(images))
@@ -50,7 +60,9 @@ class PairedScores(NamedTuple):
 
 
 class PairedSums:
-    """Sums of the scores seen so far. `lpips` maps two batches in [-1, 1] to distances that flatten to [B]."""
+    """Sums of the scores seen so far. `lpips` maps two batches in [-1, 1] to distances that flatten
+    to [B].
+    """
 
     def __init__(self, lpips: nn.Module | None = None) -> None:
         self.lpips = lpips
@@ -59,8 +71,13 @@ class PairedSums:
     def update(self, images: Tensor, originals: Tensor) -> None:
         """Add pairs of uint8 images [B, 3, H, W]."""
         if images.shape != originals.shape:
-            raise UserError(f"reconstructions are {tuple(images.shape)}, originals {tuple(originals.shape)}")
-        scores = [torch.ones(len(images)), *(score(images, originals) for score in (psnr, ssim, self._lpips))]
+            raise UserError(
+                f"reconstructions are {tuple(images.shape)}, originals {tuple(originals.shape)}"
+            )
+        scores = [
+            torch.ones(len(images)),
+            *(score(images, originals) for score in (psnr, ssim, self._lpips)),
+        ]
         self.sums += torch.stack([score.sum().cpu().double() for score in scores])
 
     @torch.inference_mode()

@@ -1,4 +1,6 @@
-"""Hashes of pixels: which images are bit-identical, and one hash of a whole set that any file format shares."""
+"""Hashes of pixels: which images are bit-identical, and one hash of a whole set that any file
+format shares.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,7 +14,9 @@ def image_hashes(images: Tensor) -> Tensor:
     """A 64-bit hash of each uint8 image [B, 3, H, W], int64 [B]."""
     pixels = images.cpu().contiguous().numpy()
     salt = repr(tuple(images.shape[1:])).encode()
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=8, key=salt).digest() for image in pixels]
+    digests = [
+        hashlib.blake2b(image.tobytes(), digest_size=8, key=salt).digest() for image in pixels
+    ]
     return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
 

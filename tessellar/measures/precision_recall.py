@@ -1,9 +1,11 @@
-"""Precision and recall by k-nearest-neighbour manifolds (arXiv 1904.06991), k = 3 as in the ADM suite.
+"""Precision and recall by k-nearest-neighbour manifolds (arXiv 1904.06991), k = 3 as in the ADM
+suite.
 
-Precision: share of samples inside the ball of a reference image that reaches to its k-th neighbour; recall: the
-reverse. A model that memorises few images shows here: precision near 1, recall low. Distances are taken in blocks of
-rows, in float64, of features centred on the reference, so no block size changes the result. torch-fidelity's function
-is not called: its float32 `cdist` takes another path for large sets, and its answer moves with the size of the batch.
+Precision: share of samples inside the ball of a reference image that reaches to its k-th neighbour;
+recall: the reverse. A model that memorises few images shows here: precision near 1, recall low.
+Distances are taken in blocks of rows, in float64, of features centred on the reference, so no block
+size changes the result. torch-fidelity's function is not called: its float32 `cdist` takes another
+path for large sets, and its answer moves with the size of the batch.
 """
 
 from collections.abc import Iterator
@@ -25,16 +27,22 @@ class PrecisionRecall(NamedTuple):
 
 
 def squared_distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-    """Blocks [b, M] of the squared distances between rows [N, D] and columns [M, D], from the first row to the last."""
+    """Blocks [b, M] of the squared distances between rows [N, D] and columns [M, D], from the first
+    row to the last.
+    """
     norms = columns.square().sum(dim=1)
     for block in rows.split(max(1, BLOCK_ELEMENTS // len(columns))):
-        yield torch.addmm(norms + block.square().sum(dim=1, keepdim=True), block, columns.T, alpha=-2).clamp(min=0)
+        yield torch.addmm(
+            norms + block.square().sum(dim=1, keepdim=True), block, columns.T, alpha=-2
+        ).clamp(min=0)
 
 
 def radii(features: Tensor, k: int = 3) -> Tensor:
     """Squared distance of each row to its k-th nearest other row, [N]."""
     # The nearest row is the row itself, so its k-th neighbour is the (k + 1)-th smallest distance.
-    return torch.cat([block.kthvalue(k + 1, dim=1).values for block in squared_distances(features, features)])
+    return torch.cat(
+        [block.kthvalue(k + 1, dim=1).values for block in squared_distances(features, features)]
+    )
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> PrecisionRecall:
@@ -44,9 +52,12 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> Precisio
             f"precision and recall need more than {k} images a side; there are {len(samples)} and {len(reference)}"
         )
     centre = reference.double().mean(dim=0)
-    samples, reference = samples.double() - centre, reference.double() - centre
-    sample_radii, reference_radii = radii(samples, k), radii(reference, k)
-    inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    samples = samples.double() - centre
+    reference = reference.double() - centre
+    sample_radii = radii(samples, k)
+    reference_radii = radii(reference, k)
+    inside = 0
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     first = 0
     for block in squared_distances(samples, reference):
         inside += int((block <= reference_radii).any(dim=1).sum())

@@ -1,7 +1,9 @@
-"""Mean and covariance of features, summed in float64 while images pass by; memory does not grow with their number.
+"""Mean and covariance of features, summed in float64 while images pass by; memory does not grow
+with their number.
 
-Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which loses no digits where the mean is
-large against the spread, as sums of squares do. The covariance divides by N - 1, as numpy.cov and all FID scripts do.
+Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), which loses no digits
+where the mean is large against the spread, as sums of squares do. The covariance divides by N - 1,
+as numpy.cov and all FID scripts do.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ COLUMNS = 256
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Gaussian summary of `count` feature vectors (None: not known): `mean` float64 [D], `cov` float64 [D, D]."""
+    """Gaussian summary of `count` feature vectors (None: not known): `mean` float64 [D], `cov`
+    float64 [D, D].
+    """
 
     mean: Tensor
     cov: Tensor
@@ -28,7 +32,9 @@ class Moments:
     def __post_init__(self) -> None:
         dim = self.mean.shape[0]
         if self.mean.ndim != 1 or self.cov.shape != (dim, dim):
-            raise UserError(f"statistics have mean {tuple(self.mean.shape)} and covariance {tuple(self.cov.shape)}")
+            raise UserError(
+                f"statistics have mean {tuple(self.mean.shape)} and covariance {tuple(self.cov.shape)}"
+            )
         if not bool(torch.isfinite(self.mean).all() and torch.isfinite(self.cov).all()):
             raise UserError("the statistics hold values that are not finite; compute them again")
 
@@ -43,7 +49,8 @@ class Moments:
 
     @cached_property
     def factor(self) -> Tensor:
-        """A [D, r] with A A^T = cov and r its rank; computed once, so a reference may serve many distances.
+        """A [D, r] with A A^T = cov and r its rank; computed once, so a reference may serve many
+        distances.
 
         By Cholesky where the covariance is positive definite, else by its eigenvectors.
         """
@@ -64,7 +71,9 @@ class Moments:
 
 
 def rank_tolerance(values: Tensor) -> Tensor:
-    """Eigenvalues [D] of a covariance below it are rounding errors, whose roots would add up to a visible sum."""
+    """Eigenvalues [D] of a covariance below it are rounding errors, whose roots would add up to a
+    visible sum.
+    """
     return values.clamp(min=0).max() * len(values) * torch.finfo(values.dtype).eps
 
 
@@ -88,14 +97,17 @@ class FeatureStatistics:
                 f"features have shape {tuple(features.shape)}; these statistics need [B, {len(self.mean)}]"
             )
         if not bool(torch.isfinite(features).all()):
-            raise UserError("a feature is NaN or infinite: the images or the feature network's weights are broken")
+            raise UserError(
+                "a feature is NaN or infinite: the images or the feature network's weights are broken"
+            )
         self.pending.append(features.to(self.mean, copy=True))
         if sum(map(len, self.pending)) >= BLOCK:
             self.flush()
 
     def flush(self) -> None:
         """Add what is pending to mean and scatter."""
-        x, self.pending = torch.cat([*self.pending, self.mean.new_empty(0, len(self.mean))]), []
+        x = torch.cat([*self.pending, self.mean.new_empty(0, len(self.mean))])
+        self.pending = []
         if len(x):
             mean = x.mean(dim=0)
             self._shift(len(x), mean)
@@ -139,7 +151,9 @@ class FeatureStatistics:
 
 
 def _add_outer(scatter: Tensor, x: Tensor) -> None:
-    """Add x^T x to `scatter` [D, D] in blocks from the diagonal to the right; what is left of them mirrors the rest."""
+    """Add x^T x to `scatter` [D, D] in blocks from the diagonal to the right; what is left of them
+    mirrors the rest.
+    """
     for start in range(0, x.shape[1], COLUMNS):
         columns = slice(start, start + COLUMNS)
         scatter[columns, start:].addmm_(x[:, columns].T, x[:, start:])

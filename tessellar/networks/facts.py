@@ -1,4 +1,6 @@
-"""What a network is: architecture, input, purpose, hash; and that an evaluation network never teaches."""
+"""What a network is: architecture, input, purpose, hash; and that an evaluation network never
+teaches.
+"""
 
 import hashlib
 import json
@@ -9,7 +11,8 @@ from typing import Any, Literal
 from tessellar.errors import UserError
 from tessellar.tensor_files import read_metadata
 
-# Class names of the sets that the published networks were trained on (tests compare them with the sets').
+# Class names of the sets that the published networks were trained on (tests compare them with the
+# sets').
 FASHION_MNIST = (
     "t-shirt",
     "trouser",
@@ -22,7 +25,18 @@ FASHION_MNIST = (
     "bag",
     "ankle boot",
 )
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "hexagon", "heart", "crescent")
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "cross",
+    "ring",
+    "diamond",
+    "hexagon",
+    "heart",
+    "crescent",
+)
 
 Purpose = Literal["evaluator", "teacher"]
 
@@ -37,10 +51,10 @@ KEY = "tessellar.evaluator"
 class NetworkFacts:
     """A timm network and its input.
 
-    `arch` and `options` are a network of `timm_networks.py`; images are brought to `image_size` by `resize`
-    ("none": they must have that size), scaled to [0, 1], then (x - mean) / std. `training` says how the network came
-    about, `purpose` whether it measures or teaches: never both. `class_names` are those of its
-    classes, in their order; empty where they are not known.
+    `arch` and `options` are a network of `timm_networks.py`; images are brought to `image_size` by
+    `resize` ("none": they must have that size), scaled to [0, 1], then (x - mean) / std. `training`
+    says how the network came about, `purpose` whether it measures or teaches: never both.
+    `class_names` are those of its classes, in their order; empty where they are not known.
     """
 
     name: str
@@ -61,7 +75,9 @@ class NetworkFacts:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "NetworkFacts":
-        """Inverse of `to_metadata`; raises UserError, naming the file, where the metadata says nothing."""
+        """Inverse of `to_metadata`; raises UserError, naming the file, where the metadata says
+        nothing.
+        """
         if KEY not in metadata:
             raise UserError(
                 f"{path} does not say what network it holds; describe it: --network.name NAME --network.arch ARCH "
@@ -69,8 +85,12 @@ class NetworkFacts:
             )
         try:
             content = json.loads(metadata[KEY])
-            known: dict[str, Any] = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-            tuples: dict[str, Any] = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+            known: dict[str, Any] = {
+                f.name: content[f.name] for f in fields(cls) if f.name in content
+            }
+            tuples: dict[str, Any] = {
+                key: tuple(value) for key, value in known.items() if isinstance(value, list)
+            }
             return cls(**(known | tuples))
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"the metadata of {path} cannot be read: {error}") from error
@@ -107,12 +127,16 @@ def sha256_of(path: Path) -> str:
 
 
 def refuse_evaluator(path: str | Path) -> None:
-    """Raise UserError if a weights file is a network that measures: it may not teach, select or reject samples.
+    """Raise UserError if a weights file is a network that measures: it may not teach, select or
+    reject samples.
 
-    Whatever loads a teacher, a feature loss or a scorer calls this first; else a model is trained for its own exam.
+    Whatever loads a teacher, a feature loss or a scorer calls this first; else a model is trained
+    for its own exam.
     """
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return
     if read_metadata(path).get("purpose") == PURPOSE or sha256_of(path) in PUBLISHED:
-        raise UserError(f"{path} is a network for evaluation; a loss, a teacher or a filter of samples may not use it")
+        raise UserError(
+            f"{path} is a network for evaluation; a loss, a teacher or a filter of samples may not use it"
+        )

@@ -1,9 +1,11 @@
 """Networks of timm, by name and options: the only door to `timm.create_model`.
 
-Both may come from a file that others wrote: an export, or the metadata of an evaluation network or a teacher. But timm
-takes options that open a file, reach the network or unpickle (`checkpoint_path`, `pretrained_cfg`, `cache_dir`), and
-names that do (`hf-hub:...`, `local-dir:...`). So only options that say what a network looks like pass, and only names
-of timm's own list. A user's own config is held to the same: else a run could end in an export that nothing reads.
+Both may come from a file that others wrote: an export, or the metadata of an evaluation network or
+a teacher. But timm takes options that open a file, reach the network or unpickle
+(`checkpoint_path`, `pretrained_cfg`, `cache_dir`), and names that do (`hf-hub:...`,
+`local-dir:...`). So only options that say what a network looks like pass, and only names of timm's
+own list. A user's own config is held to the same: else a run could end in an export that nothing
+reads.
 """
 
 import re
@@ -39,9 +41,13 @@ WORD = re.compile(r"[\w.-]*", re.ASCII)
 
 
 def check_network(name: str, options: Mapping[str, object]) -> None:
-    """Raise UserError, in one line, unless `name` and `options` describe one of timm's networks and nothing else."""
+    """Raise UserError, in one line, unless `name` and `options` describe one of timm's networks and
+    nothing else.
+    """
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{str(name)[:80]!r} is not the name of a timm network, such as vit_small_patch16_224")
+        raise UserError(
+            f"{str(name)[:80]!r} is not the name of a timm network, such as vit_small_patch16_224"
+        )
     if not isinstance(options, Mapping):
         raise UserError(f"the options of {name} are a {type(options).__name__}, not a mapping")
     unknown = sorted(str(key) for key in options if key not in OPTIONS)
@@ -51,12 +57,18 @@ def check_network(name: str, options: Mapping[str, object]) -> None:
             f"{', '.join(sorted(OPTIONS))}"
         )
     for key, value in options.items():
-        plain = isinstance(value, (bool, int, float)) or (isinstance(value, str) and WORD.fullmatch(value))
+        plain = isinstance(value, (bool, int, float)) or (
+            isinstance(value, str) and WORD.fullmatch(value)
+        )
         if not plain:
-            raise UserError(f"the option {key} of {name} is {str(value)[:80]!r}; a number or a plain word is needed")
+            raise UserError(
+                f"the option {key} of {name} is {str(value)[:80]!r}; a number or a plain word is needed"
+            )
 
 
-def create_network(name: str, options: Mapping[str, object], *, num_classes: int, download: bool = False) -> nn.Module:
+def create_network(
+    name: str, options: Mapping[str, object], *, num_classes: int, download: bool = False
+) -> nn.Module:
     """The network, with random weights, or with timm's own where `download` is set.
 
     Raises UserError as `check_network` does; whatever timm raises passes.

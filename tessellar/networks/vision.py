@@ -1,9 +1,10 @@
 """Vision foundation models: frozen timm networks that teach a tokenizer, or that its encoder reads.
 
-A network by timm's name, with weights from a file (safetensors or torch, opened with `weights_only`), or downloaded
-when asked; or a small one that `evaluate.py extractor --purpose teacher` trained here, whose file says what it is.
-Two ways to use one: as a part of a model (`VisionModel`: its weights are in the export, which needs no other file), or
-for training alone (`Teacher`: neither in the state dict nor in the config of the model that it teaches).
+A network by timm's name, with weights from a file (safetensors or torch, opened with
+`weights_only`), or downloaded when asked; or a small one that `evaluate.py extractor --purpose
+teacher` trained here, whose file says what it is. Two ways to use one: as a part of a model
+(`VisionModel`: its weights are in the export, which needs no other file), or for training alone
+(`Teacher`: neither in the state dict nor in the config of the model that it teaches).
 """
 
 import sys
@@ -24,7 +25,13 @@ from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.networks.facts import KEY, NetworkFacts, refuse_evaluator
 from tessellar.networks.timm_networks import Options, check_network, create_network
 from tessellar.protocol.configured import Configured, LossOnly, describe, refuse_outside
-from tessellar.tensor_files import read_metadata, read_pickle, read_safetensors, require_file, say_unchecked
+from tessellar.tensor_files import (
+    read_metadata,
+    read_pickle,
+    read_safetensors,
+    require_file,
+    say_unchecked,
+)
 
 DOWNLOAD = "download"
 ENTRIES = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
@@ -32,7 +39,9 @@ ENTRIES = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
 
 
 class VisionFeatures(NamedTuple):
-    """What precedes the patches (class token, registers) [B, P, D], and the patches in raster order [B, h * w, D]."""
+    """What precedes the patches (class token, registers) [B, P, D], and the patches in raster order
+    [B, h * w, D].
+    """
 
     prefix: Tensor
     patches: Tensor
@@ -40,7 +49,9 @@ class VisionFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From images in [-1, 1] to a network's input; `mean` and `std` are of images in [0, 1], None is the network's."""
+    """From images in [-1, 1] to a network's input; `mean` and `std` are of images in [0, 1], None
+    is the network's.
+    """
 
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -52,10 +63,10 @@ class VisionModel(Configured, ExactTables):
     """A frozen timm network `name`, always in eval mode.
 
     `weights`: a file, "download" (timm's own), or None where a state dict will fill it. A file that
-    `evaluate.py extractor` wrote tells `name`, `image_size`, `options` and `preprocessing` itself. `layers`: blocks or
-    stages whose normed outputs are the features, side by side in channels, in order of depth (negative: from the last).
-    Raises UserError for a network that timm does not know, for weights that are not there or do not fit, and for an
-    evaluation network.
+    `evaluate.py extractor` wrote tells `name`, `image_size`, `options` and `preprocessing` itself.
+    `layers`: blocks or stages whose normed outputs are the features, side by side in channels, in
+    order of depth (negative: from the last). Raises UserError for a network that timm does not
+    know, for weights that are not there or do not fit, and for an evaluation network.
     """
 
     def __init__(
@@ -72,7 +83,9 @@ class VisionModel(Configured, ExactTables):
         if weights is not None:
             refuse_outside(f"weights of a vision model, {weights}")
         downloads = weights == DOWNLOAD
-        file = None if weights is None or downloads or (_on_meta() and name) else read_weights(weights)
+        file = (
+            None if weights is None or downloads or (_on_meta() and name) else read_weights(weights)
+        )
         facts = file.facts if file else None
         self.name = _one_name(name, facts, weights)
         self.label = label or (facts.name if facts else self.name)
@@ -94,13 +107,17 @@ class VisionModel(Configured, ExactTables):
         self.eval().requires_grad_(False)
 
     def fill(self, state: Mapping[str, Tensor], where: str) -> None:
-        """Weights as timm or the network's authors publish them; raises UserError where they do not fit."""
+        """Weights as timm or the network's authors publish them; raises UserError where they do not
+        fit.
+        """
         _fill(self.network, state, where)
         self.filled = True
 
     @property
     def config(self) -> dict[str, Any]:
-        """Without the weights' path and with what their file told: a rebuilt model is filled from a state dict."""
+        """Without the weights' path and with what their file told: a rebuilt model is filled from a
+        state dict.
+        """
         recorded = super().config
         found = {
             "name": self.name,
@@ -138,21 +155,33 @@ class VisionModel(Configured, ExactTables):
         images = at_least_float32(images)
         if images.shape[-2:] != self.input_size:
             how = self.preprocessing
-            images = F.interpolate(images, self.input_size, mode=how.interpolation, antialias=how.antialias)
+            images = F.interpolate(
+                images, self.input_size, mode=how.interpolation, antialias=how.antialias
+            )
         normalised = ((images + 1) / 2 - self.mean) / self.std
         return normalised.to(images.dtype)
 
     def features(self, images: Tensor) -> VisionFeatures:
-        """Prefix tokens and patches of images [B, 3, H, W] in [-1, 1]; gradients reach images that take them."""
+        """Prefix tokens and patches of images [B, 3, H, W] in [-1, 1]; gradients reach images that
+        take them.
+        """
         self.check_filled()
         has_prefix = bool(getattr(self.network, "num_prefix_tokens", 0))
         arguments: dict[str, Any] = {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
         if has_prefix:
             arguments["return_prefix_tokens"] = True
-        found = self.network.forward_intermediates(self.preprocess(images), list(self.layers), **arguments)  # type: ignore[operator]
+        found = self.network.forward_intermediates(
+            self.preprocess(images), list(self.layers), **arguments
+        )  # type: ignore[operator]
         maps = [item[0] if has_prefix else item for item in found]
-        patches = torch.cat([rearrange(at_least_float32(m), "b c h w -> b (h w) c") for m in maps], dim=-1)
-        prefix = torch.cat([at_least_float32(item[1]) for item in found], dim=-1) if has_prefix else patches[:, :0]
+        patches = torch.cat(
+            [rearrange(at_least_float32(m), "b c h w -> b (h w) c") for m in maps], dim=-1
+        )
+        prefix = (
+            torch.cat([at_least_float32(item[1]) for item in found], dim=-1)
+            if has_prefix
+            else patches[:, :0]
+        )
         return VisionFeatures(prefix, patches)
 
     def patch_features(self, images: Tensor) -> Tensor:
@@ -180,7 +209,8 @@ class VisionModel(Configured, ExactTables):
 class Teacher(LossOnly, nn.Module):
     """A vision model that only a training loss reads.
 
-    It moves with the module that holds it, but is no part of it: not in its parameters, state dict, config or export.
+    It moves with the module that holds it, but is no part of it: not in its parameters, state dict,
+    config or export.
     """
 
     def __init__(self, model: VisionModel) -> None:
@@ -219,7 +249,17 @@ def teacher(
     label: str | None = None,
 ) -> Teacher:
     """A Teacher in one line of YAML; arguments as VisionModel's."""
-    return Teacher(VisionModel(name, weights, image_size, options, preprocessing, layers, label))
+    return Teacher(
+        VisionModel(
+            name,
+            weights,
+            image_size=image_size,
+            options=options,
+            preprocessing=preprocessing,
+            layers=layers,
+            label=label,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -231,7 +271,9 @@ class WeightsFile:
 
 
 def read_weights(path: str) -> WeightsFile:
-    """Weights of a timm network; raises UserError where the file is missing, holds code or is an evaluation network."""
+    """Weights of a timm network; raises UserError where the file is missing, holds code or is an
+    evaluation network.
+    """
     file = Path(path).expanduser()
     if not file.exists():
         raise UserError(
@@ -243,14 +285,22 @@ def read_weights(path: str) -> WeightsFile:
         return WeightsFile(unwrap(read_pickle(file), path, order=ENTRIES, evaluated=False))
     state, metadata = read_safetensors(file)
     say_unchecked(file, metadata)
-    return WeightsFile(state, NetworkFacts.from_metadata(metadata, file) if KEY in metadata else None)
+    return WeightsFile(
+        state, NetworkFacts.from_metadata(metadata, file) if KEY in metadata else None
+    )
 
 
 def stand_ins(config: Any) -> list[str]:
-    """Names of the networks trained here that a run's config (plain data) lets teach, for the name of the run."""
+    """Names of the networks trained here that a run's config (plain data) lets teach, for the name
+    of the run.
+    """
     if isinstance(config, Mapping):
         path = config.get("weights")
-        own = [] if not isinstance(path, str) or path == DOWNLOAD else _stand_in(Path(path).expanduser())
+        own = (
+            []
+            if not isinstance(path, str) or path == DOWNLOAD
+            else _stand_in(Path(path).expanduser())
+        )
         return own + [name for value in config.values() for name in stand_ins(value)]
     if isinstance(config, (list, tuple)):
         return [name for value in config for name in stand_ins(value)]
@@ -273,7 +323,9 @@ def _one_name(name: str | None, facts: NetworkFacts | None, weights: str | None)
     if facts and name not in (None, facts.arch):
         raise UserError(f"{weights} holds the network {facts.arch}, not {name}")
     if name is None and facts is None:
-        raise UserError("a vision model needs the name of a timm network: its weights file does not tell it")
+        raise UserError(
+            "a vision model needs the name of a timm network: its weights file does not tell it"
+        )
     return facts.arch if facts else str(name)
 
 
@@ -282,7 +334,9 @@ def _create(name: str, image_size: int | None, options: Options, download: bool)
     sized: Options = {**options, "img_size": image_size} if image_size else options
     for arguments in (sized, options):  # convolutional networks take no img_size
         try:
-            with torch.random.fork_rng(devices=[]):  # a run with a teacher draws the same numbers as one without
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # a run with a teacher draws the same numbers as one without
                 return create_network(name, arguments, num_classes=0, download=download)
         except TypeError as error:
             reason: Exception = error
@@ -291,18 +345,24 @@ def _create(name: str, image_size: int | None, options: Options, download: bool)
             break
     what = "download" if download else "make"
     hint = "; give a file of its weights instead" if download else ""
-    raise UserError(f"timm cannot {what} {name!r} ({' '.join(str(reason).split())[:200]}){hint}") from reason
+    raise UserError(
+        f"timm cannot {what} {name!r} ({' '.join(str(reason).split())[:200]}){hint}"
+    ) from reason
 
 
 def _checked_layers(network: nn.Module, layers: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """Layers counted from the first, in order; raises UserError where one is not there or has a map of another size."""
+    """Layers counted from the first, in order; raises UserError where one is not there or has a map
+    of another size.
+    """
     info: Any = network.feature_info
     bad = [layer for layer in layers if not -len(info) <= layer < len(info)]
     if bad or not layers:
         raise UserError(f"{name} has {len(info)} layers; layers is {list(layers)}")
     counted = tuple(sorted(layer % len(info) for layer in layers))
     if len({info[layer]["reduction"] for layer in counted}) > 1:
-        raise UserError(f"the layers {list(layers)} of {name} have maps of unequal size; take layers of one size")
+        raise UserError(
+            f"the layers {list(layers)} of {name} have maps of unequal size; take layers of one size"
+        )
     return counted
 
 
@@ -320,10 +380,15 @@ def _input_size(network: nn.Module) -> tuple[int, int]:
 
 
 def _fill(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Weights as timm or the network's authors publish them: converted by timm, without the classifier, strictly."""
-    own, kept = network.state_dict(), _without_classifier(network, state)
+    """Weights as timm or the network's authors publish them: converted by timm, without the
+    classifier, strictly.
+    """
+    own = network.state_dict()
+    kept = _without_classifier(network, state)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert and (kept.keys() != own.keys() or any(kept[key].shape != own[key].shape for key in own)):
+    if convert and (
+        kept.keys() != own.keys() or any(kept[key].shape != own[key].shape for key in own)
+    ):
         kept = _without_classifier(network, convert(dict(state), network))
     load_strict(network, kept, where)
 

@@ -1,4 +1,6 @@
-"""How recordings hold what we hold otherwise: pictures in [0, 1], vectors as maps or as rows, the channels first."""
+"""How recordings hold what we hold otherwise: pictures in [0, 1], vectors as maps or as rows, the
+channels first.
+"""
 
 from einops import rearrange
 from torch import Tensor

@@ -1,7 +1,9 @@
-"""Recordings of modules of this project's shape: a tokenizer, a generator, or both, whoever wrote them.
+"""Recordings of modules of this project's shape: a tokenizer, a generator, or both, whoever wrote
+them.
 
-`record_module` gives a module inputs and records what it makes of them; the replay builds the module anew from its
-config (`--package` names a package that is not ours), fills it with the recorded weights and does the same again.
+`record_module` gives a module inputs and records what it makes of them; the replay builds the
+module anew from its config (`--package` names a package that is not ours), fills it with the
+recorded weights and does the same again.
 """
 
 from collections.abc import Mapping
@@ -64,29 +66,38 @@ def parts_of(module: nn.Module) -> Parts:
 
 
 def record_module(module: nn.Module, count: int = 2, seed: int = 0) -> tuple[Recorder, list[str]]:
-    """A recording of `count` images or samples, and the cases that were left out because chance enters them.
+    """A recording of `count` images or samples, and the cases that were left out because chance
+    enters them.
 
     Inputs are drawn from `seed`; the module is in eval mode, on the CPU, in float32.
     """
     module = module.cpu().float().eval()
     parts = parts_of(module)
-    recorder = Recorder(SYSTEM, _config(parts), f"{type(module).__module__}.{type(module).__qualname__}")
+    recorder = Recorder(
+        SYSTEM, _config(parts), f"{type(module).__module__}.{type(module).__qualname__}"
+    )
     recorder.weights("model", flatten(parts.modules()))
     left_out: list[str] = []
     inputs: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(seed)
     if parts.tokenizer is not None:
         images = torch.rand(count, 3, *parts.tokenizer.image_size, generator=draw) * 2 - 1
-        inputs["encode/images"] = recorder.input("encode/images", images, "encode", "images in [-1, 1]")
+        inputs["encode/images"] = recorder.input(
+            "encode/images", images, "encode", "images in [-1, 1]"
+        )
         made = _record(recorder, parts, "encode", inputs, {}, left_out)
         if "encode/tokens" in made:
-            inputs["decode/tokens"] = recorder.input("decode/tokens", made["encode/tokens"], "decode", "tokens")
+            inputs["decode/tokens"] = recorder.input(
+                "decode/tokens", made["encode/tokens"], "decode", "tokens"
+            )
             _record(recorder, parts, "decode", inputs, {}, left_out)
     if parts.generator is not None:
         settings = _conditions(recorder, parts, inputs, count, draw)
         made = _record(recorder, parts, "sample", inputs, settings, left_out)
         if "sample/tokens" in made:
-            inputs["loss/tokens"] = recorder.input("loss/tokens", made["sample/tokens"], "loss", "tokens")
+            inputs["loss/tokens"] = recorder.input(
+                "loss/tokens", made["sample/tokens"], "loss", "tokens"
+            )
             _record(recorder, parts, "loss", inputs, settings, left_out)
     return recorder, left_out
 
@@ -103,13 +114,17 @@ def _conditions(
     recorder: Recorder, parts: Parts, inputs: dict[str, Tensor], count: int, draw: torch.Generator
 ) -> dict[str, Any]:
     """Labels among the inputs and seeds of samples, or prompts as settings of both cases."""
-    inputs["sample/seeds"] = recorder.input("sample/seeds", torch.arange(count), "sample", "seed of each sample")
+    inputs["sample/seeds"] = recorder.input(
+        "sample/seeds", torch.arange(count), "sample", "seed of each sample"
+    )
     if isinstance(parts.conditioner, ClassConditioner):
         labels = torch.randint(parts.conditioner.num_classes, (count,), generator=draw)
         inputs["sample/labels"] = recorder.input("sample/labels", labels, "sample", "class ids")
         return {}
     if not isinstance(parts.conditioner, TextConditioner):
-        raise UserError(f"a {type(parts.conditioner).__name__} reads neither class ids nor texts: nothing to record")
+        raise UserError(
+            f"a {type(parts.conditioner).__name__} reads neither class ids nor texts: nothing to record"
+        )
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     for case in ("sample", "loss"):
         recorder.settings(case, prompts=prompts)
@@ -124,7 +139,9 @@ def _record(
     settings: Mapping[str, Any],
     left_out: list[str],
 ) -> dict[str, Tensor]:
-    """Run a case twice; outputs that are the same both times are recorded and returned, others left out."""
+    """Run a case twice; outputs that are the same both times are recorded and returned, others left
+    out.
+    """
     first = run_case(parts, case, inputs, settings)
     second = run_case(parts, case, inputs, settings)
     kept = {name: tensor for name, tensor in first.items() if torch.equal(tensor, second[name])}
@@ -135,7 +152,9 @@ def _record(
 
 
 @torch.no_grad()
-def run_case(parts: Parts, case: str, inputs: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def run_case(
+    parts: Parts, case: str, inputs: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """What the parts make of the inputs of a case."""
     if case == "encode":
         assert parts.tokenizer is not None
@@ -146,15 +165,25 @@ def run_case(parts: Parts, case: str, inputs: Mapping[str, Tensor], settings: Ma
     assert parts.generator is not None
     condition = parts.condition(settings, inputs)
     if case == "sample":  # the most likely tokens, or (of continuous tokens) those of the seeds
-        return {"sample/tokens": GREEDY.tokens(parts.generator, condition, inputs["sample/seeds"].tolist())}
+        return {
+            "sample/tokens": GREEDY.tokens(
+                parts.generator, condition, inputs["sample/seeds"].tolist()
+            )
+        }
     losses = parts.generator.loss(inputs["loss/tokens"], condition)
     return {f"loss/{name}": loss for name, loss in losses.items()}
 
 
 def _rebuilt(recording: Recording) -> Parts:
-    """The recorded module, made anew; raises UserError for a class of a package that is not trusted."""
+    """The recorded module, made anew; raises UserError for a class of a package that is not
+    trusted.
+    """
     source = Source(str(recording.folder), recording.config, dict(recording.weights["model"]), "")
-    found = {name: source.build(name) for name in ("tokenizer", "generator", "conditioner") if name in recording.config}
+    found = {
+        name: source.build(name)
+        for name in ("tokenizer", "generator", "conditioner")
+        if name in recording.config
+    }
     if len(found) == 3:
         return parts_of(ImageGenerator(**found).eval())
     return Parts(**found)

@@ -1,11 +1,13 @@
-"""Making a recording: the folder that `convert.py verify` reads (`meta.json`, `io.safetensors`, weights).
+"""Making a recording: the folder that `convert.py verify` reads (`meta.json`, `io.safetensors`,
+weights).
 
     def record(recorder: Recorder) -> None:  # of official code, or of anything that gives tensors
         recorder.weights("model", model.state_dict())
         images = recorder.input("images", torch.rand(2, 3, 16, 16), case="encode", meaning="images in [0, 1]")
         recorder.output("tokens", model.encode(images), case="encode")
 
-Whatever is random in an output is an input, or greedy decoding is used: a recording is compared on other machines.
+Whatever is random in an output is an input, or greedy decoding is used: a recording is compared on
+other machines.
 """
 
 import json
@@ -22,17 +24,21 @@ from tessellar.errors import UserError
 from tessellar.parity.recording import dtype_name
 from tessellar.tensor_files import write_safetensors
 
-META, IO = "meta.json", "io.safetensors"
+META = "meta.json"
+IO = "io.safetensors"
 TOLERANCE = 1e-4  # of floating outputs, absolute and relative, where none is given
 
 
 class Recorder:
     """Collects the weights, inputs and outputs of one system, then writes them.
 
-    `config` are the options that a replay builds its module from; `source` says whose code gave the outputs.
+    `config` are the options that a replay builds its module from; `source` says whose code gave the
+    outputs.
     """
 
-    def __init__(self, system: str, config: Mapping[str, Any] | None = None, source: str = "") -> None:
+    def __init__(
+        self, system: str, config: Mapping[str, Any] | None = None, source: str = ""
+    ) -> None:
         self.system = system
         self.config: dict[str, Any] = dict(config or {})
         self.source = source
@@ -65,11 +71,16 @@ class Recorder:
     ) -> None:
         """Record what a replay has to give: within atol + rtol |recorded|, integers exactly."""
         default = TOLERANCE if tensor.is_floating_point() else 0.0
-        tolerances = {"atol": default if atol is None else atol, "rtol": default if rtol is None else rtol}
+        tolerances = {
+            "atol": default if atol is None else atol,
+            "rtol": default if rtol is None else rtol,
+        }
         self._add(name, tensor, {"role": "output", "case": case, "meaning": meaning, **tolerances})
 
     def write(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write the folder, complete or not at all; raises UserError where it exists or nothing was recorded."""
+        """Write the folder, complete or not at all; raises UserError where it exists or nothing was
+        recorded.
+        """
         if not any(entry["role"] == "output" for entry in self._entries.values()):
             raise UserError("nothing was recorded: no output")
         files = {part: _file(part) for part in self._parts}

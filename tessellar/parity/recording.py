@@ -1,7 +1,9 @@
-"""A folder of recorded official outputs: config, weights, inputs and what was measured, all access tracked.
+"""A folder of recorded official outputs: config, weights, inputs and what was measured, all access
+tracked.
 
-`meta.json` says what every tensor of `io.safetensors` is (role, case, tolerance, meaning) and which weight file holds
-which part. What a replay never reads, and what nothing compares, is known afterwards.
+`meta.json` says what every tensor of `io.safetensors` is (role, case, tolerance, meaning) and which
+weight file holds which part. What a replay never reads, and what nothing compares, is known
+afterwards.
 """
 
 import json
@@ -37,7 +39,8 @@ class TrackedTensors(Mapping[str, Tensor]):
     """Tensors by name that remember which of them were read."""
 
     def __init__(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        self._tensors, self._what = dict(tensors), what
+        self._tensors = dict(tensors)
+        self._what = what
         self.used: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -57,10 +60,14 @@ class TrackedTensors(Mapping[str, Tensor]):
 
 
 class WeightFiles(Mapping[str, dict[str, Tensor]]):
-    """State dicts by part (`vq`, `c2i`, ...), read at first use; files that `storage` names are cast to float32."""
+    """State dicts by part (`vq`, `c2i`, ...), read at first use; files that `storage` names are
+    cast to float32.
+    """
 
     def __init__(self, folder: Path, files: Mapping[str, str], storage: Mapping[str, str]) -> None:
-        self.folder, self.files, self.storage = folder, dict(files), storage
+        self.folder = folder
+        self.files = dict(files)
+        self.storage = storage
         self._read: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -69,7 +76,9 @@ class WeightFiles(Mapping[str, dict[str, Tensor]]):
 
     def __getitem__(self, part: str) -> dict[str, Tensor]:
         if part not in self.files:
-            raise UserError(f"{self.folder} records no weights of part {part!r}; it has {', '.join(self.files)}")
+            raise UserError(
+                f"{self.folder} records no weights of part {part!r}; it has {', '.join(self.files)}"
+            )
         if part not in self._read:
             state, _ = read_safetensors(self.folder / self.files[part])
             if self.files[part] in self.storage:
@@ -85,7 +94,9 @@ class WeightFiles(Mapping[str, dict[str, Tensor]]):
 
 
 class Settings(dict[str, Any]):
-    """Settings of the tensor `name`; one that is asked for and not recorded is a mistake of the recording."""
+    """Settings of the tensor `name`; one that is asked for and not recorded is a mistake of the
+    recording.
+    """
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -115,7 +126,11 @@ class Recording:
 
     def names(self, role: str, cases: set[str] | None = None) -> list[str]:
         """Names of a role's tensors, of all cases or of some."""
-        return [n for n, e in self.entries.items() if e.role == role and (cases is None or e.case in cases)]
+        return [
+            n
+            for n, e in self.entries.items()
+            if e.role == role and (cases is None or e.case in cases)
+        ]
 
     @property
     def output_cases(self) -> set[str]:
@@ -127,7 +142,9 @@ class Recording:
         return [name for name in self.names("output", self.cases) if fnmatchcase(name, pattern)]
 
     def settings(self, name: str) -> Settings:
-        """What the replay of a tensor needs beyond `config`: its case's settings, overridden by its own."""
+        """What the replay of a tensor needs beyond `config`: its case's settings, overridden by its
+        own.
+        """
         if name not in self.entries:
             raise UserError(f"meta.json describes no tensor {name!r}")
         entry = self.entries[name]
@@ -156,10 +173,16 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path.parent} is not a folder of recorded outputs: it has no readable meta.json") from error
+        raise UserError(
+            f"{path.parent} is not a folder of recorded outputs: it has no readable meta.json"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    missing = [key for key in ("system", "config", "tensors") if not isinstance(meta, dict) or key not in meta]
+    missing = [
+        key
+        for key in ("system", "config", "tensors")
+        if not isinstance(meta, dict) or key not in meta
+    ]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
     return meta
@@ -169,7 +192,9 @@ def _case_settings(cases: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     try:
         return {case: dict(facts.get("settings", {})) for case, facts in cases.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"meta.json: `cases` is not a table of settings by case ({error})") from error
+        raise UserError(
+            f"meta.json: `cases` is not a table of settings by case ({error})"
+        ) from error
 
 
 def _entry(name: str, facts: Mapping[str, Any]) -> Entry:
@@ -185,7 +210,9 @@ def _entry(name: str, facts: Mapping[str, Any]) -> Entry:
             settings=dict(facts.get("settings", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"meta.json: tensor {name!r} is not described as it should be ({error!r})") from error
+        raise UserError(
+            f"meta.json: tensor {name!r} is not described as it should be ({error!r})"
+        ) from error
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -1,11 +1,13 @@
-"""Which recorded systems can be replayed, and by what: functions say it themselves, nothing lists them.
+"""Which recorded systems can be replayed, and by what: functions say it themselves, nothing lists
+them.
 
     @replays("mar", "gen_shared", "gen_train")
     def training(recording: Recording) -> dict[str, Tensor]: ...
 
-A replay computes the outputs of some cases of a recording with our modules: it reads the official config, the weights
-through an importer, and the inputs. It lies in `parity.py` of its paper's package; the packages are looked through at
-the first question. Replays of decoding algorithms, which belong to no paper here, lie in `tessellar/parity/decoding/`.
+A replay computes the outputs of some cases of a recording with our modules: it reads the official
+config, the weights through an importer, and the inputs. It lies in `parity.py` of its paper's
+package; the packages are looked through at the first question. Replays of decoding algorithms,
+which belong to no paper here, lie in `tessellar/parity/decoding/`.
 """
 
 import importlib
@@ -55,7 +57,8 @@ def replays(system: str, *cases: str) -> Callable[[ReplayFunction], ReplayFuncti
 
 
 def replays_of(system: str, packages: Sequence[str] = ()) -> list[Replay]:
-    """Replays of a system, of our papers and of the named packages of others; none where it is unknown.
+    """Replays of a system, of our papers and of the named packages of others; none where it is
+    unknown.
 
     Only those modules are imported whose text names the system.
     """
@@ -73,13 +76,21 @@ def systems(packages: Sequence[str] = ()) -> list[str]:
 
 
 def _of_packages(system: str, packages: Sequence[str]) -> list[Replay]:
-    """Registered replays of a system, without those of packages that were only named in an earlier question."""
+    """Registered replays of a system, without those of packages that were only named in an earlier
+    question.
+    """
     roots = (OWN, *(f"{root}." for root in (*PAPERS, DECODING, *packages)))
-    return [replay for replay in REGISTERED.get(system, []) if replay.function.__module__.startswith(roots)]
+    return [
+        replay
+        for replay in REGISTERED.get(system, [])
+        if replay.function.__module__.startswith(roots)
+    ]
 
 
 def _modules(packages: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Names and files of the modules in which replays lie: `parity.py` of a package or of a package inside it."""
+    """Names and files of the modules in which replays lie: `parity.py` of a package or of a package
+    inside it.
+    """
     for root in (*PAPERS, *packages):
         for folder in _folders(root):
             if (folder / "parity.py").is_file():

@@ -1,4 +1,5 @@
-"""What replays of several systems need in place of chance, of networks that were not recorded, and of a training step.
+"""What replays of several systems need in place of chance, of networks that were not recorded, and
+of a training step.
 
 Shapes: B images, N tokens, T tokens of an entity, V vocabulary.
 """
@@ -30,9 +31,13 @@ class RecordedNoise(Noise):
     def _next(self, *shape: int) -> Tensor:
         drawn = next(self.draws, None)
         if drawn is None:
-            raise UserError(f"noise of shape {shape} is asked for, but all that was recorded is used")
+            raise UserError(
+                f"noise of shape {shape} is asked for, but all that was recorded is used"
+            )
         if drawn.shape[1:] != shape:
-            raise UserError(f"noise of shape {shape} is asked for, recorded is {tuple(drawn.shape[1:])}")
+            raise UserError(
+                f"noise of shape {shape} is asked for, recorded is {tuple(drawn.shape[1:])}"
+            )
         return drawn
 
     def uniform(self, *shape: int) -> Tensor:
@@ -104,13 +109,17 @@ def greedy(
     first: int = 0,
     last: int | None = None,
 ) -> Decoded:
-    """Most likely tokens of entities `first` .. `last` (exclusive; all), behind those given in `tokens` [B, N]."""
+    """Most likely tokens of entities `first` .. `last` (exclusive; all), behind those given in
+    `tokens` [B, N].
+    """
     state = generator.start(condition, guidance)
     if tokens is None:
         tokens = generator.layout.blank(condition.batch)
     noise = Noise(range(condition.batch))
     logits = []
-    for step in decode_from(generator, state, GREEDY, noise, tokens, first, last):
+    for step in decode_from(
+        generator, state, settings=GREEDY, noise=noise, tokens=tokens, first=first, last=last
+    ):
         tokens = step.tokens
         logits.append(logits_of(step.distribution))
     return Decoded(tokens, torch.cat(logits, dim=1))
@@ -126,11 +135,17 @@ def choice_of(settings: Mapping[str, Any]) -> Choice:
 
 
 def gradient_norm(loss: Tensor, module: nn.Module) -> Tensor:
-    """2-norm of the gradient of `loss` with respect to all parameters of a module that it depends on."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
+    """2-norm of the gradient of `loss` with respect to all parameters of a module that it depends
+    on.
+    """
+    gradients = torch.autograd.grad(
+        loss, list(module.parameters()), retain_graph=True, allow_unused=True
+    )
     return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
+    }

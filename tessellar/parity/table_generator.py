@@ -1,7 +1,9 @@
-"""A generator that is a table: every conditional distribution is stored, so the law of whole images is known exactly.
+"""A generator that is a table: every conditional distribution is stored, so the law of whole images
+is known exactly.
 
-For testing decoding algorithms against the truth (`joint`) and for trying them out; nothing to train. Any categorical
-layout with one small vocabulary; entities of one size, whose tokens are independent given the entities before them.
+For testing decoding algorithms against the truth (`joint`) and for trying them out; nothing to
+train. Any categorical layout with one small vocabulary; entities of one size, whose tokens are
+independent given the entities before them.
 """
 
 from itertools import product
@@ -25,31 +27,51 @@ MOST_ROWS = 2**22
 class TableGenerator(Generator):
     """Random logits, normal with standard deviation `spread`, for every class, place and prefix.
 
-    `num_classes` classes and a null class; `entity_size` tokens an entity. Raises UserError where the table would be
-    too large.
+    `num_classes` classes and a null class; `entity_size` tokens an entity. Raises UserError where
+    the table would be too large.
     """
 
     def __init__(
-        self, layout: Layout, num_classes: int = 3, entity_size: int = 1, spread: float = 1.5, seed: int = 0
+        self,
+        layout: Layout,
+        num_classes: int = 3,
+        entity_size: int = 1,
+        spread: float = 1.5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        self.layout, self.num_classes, self.entity_size = layout, num_classes, entity_size
+        self.layout = layout
+        self.num_classes = num_classes
+        self.entity_size = entity_size
         self.codes = require_categorical(layout, "a table")
         self.conditioning = ClassConditioning(num_classes)
         if layout.length % entity_size:
             raise ValueError(f"{layout.length} tokens do not divide into entities of {entity_size}")
-        self.entities = Entities(token_order(layout).order, (entity_size,) * (layout.length // entity_size))
+        self.entities = Entities(
+            token_order(layout).order, (entity_size,) * (layout.length // entity_size)
+        )
         prefixes = [self.codes ** (rank - rank % entity_size) for rank in range(layout.length)]
         if sum(prefixes) * self.codes > MOST_ROWS:
             raise UserError(f"a table of {layout} would have {sum(prefixes)} rows of {self.codes}")
         self.register_buffer("starts", torch.tensor([0, *prefixes[:-1]]).cumsum(0))
         self.starts: Tensor
-        noise = torch.randn(num_classes + 1, sum(prefixes), self.codes, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(
+            num_classes + 1,
+            sum(prefixes),
+            self.codes,
+            generator=torch.Generator().manual_seed(seed),
+        )
         self.table = torch.nn.Parameter(spread * noise)
 
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         state = self.start(self.drop_condition(condition))
-        return {"cross_entropy": self.predict(state, tokens, state.entities.count).cross_entropy(tokens, weight)}
+        return {
+            "cross_entropy": self.predict(state, tokens, state.entities.count).cross_entropy(
+                tokens, weight
+            )
+        }
 
     def nats(self, tokens: Tensor, condition: Condition) -> Tensor:
         state = self.start(condition)
@@ -64,33 +86,52 @@ class TableGenerator(Generator):
         window: int = 1,
     ) -> State:
         rows = self.stack_branches(condition, guidance)
-        return State(rows, guidance, entities or self.entities, torch.zeros(condition.batch, dtype=torch.int64))
+        return State(
+            rows,
+            guidance,
+            entities or self.entities,
+            torch.zeros(condition.batch, dtype=torch.int64),
+        )
 
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Logits:
+    def predict(
+        self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
+    ) -> Logits:
         want = count if want is None else want
         state.fed = state.fed + count
         first = state.fed - want
         rank = state.entities.steps(first, want).clamp(max=self.layout.length - 1).to(tokens.device)
-        logits = self._logits(state.rows(_generated(tokens, state.entities)), state.rows(rank), state.condition)
+        logits = self._logits(
+            state.rows(_generated(tokens, state.entities)), state.rows(rank), state.condition
+        )
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
     def _logits(self, generated: Tensor, rank: Tensor, condition: Condition) -> Tensor:
         """Logits [R, T, V] at generation ranks [R, T], given tokens [R, N] in generation order."""
         assert condition.ids is not None
         weights = self.codes ** torch.arange(self.layout.length, device=generated.device)
-        before = torch.cat([generated.new_zeros(len(generated), 1), (generated * weights).cumsum(1)], dim=1)
+        before = torch.cat(
+            [generated.new_zeros(len(generated), 1), (generated * weights).cumsum(1)], dim=1
+        )
         prefix = before.gather(1, rank - rank % self.entity_size)
         return self.table[condition.ids[:, None], self.starts[rank] + prefix]
 
     @torch.no_grad()
-    def joint(self, condition: Condition, sampler: Choice, guidance: Guidance = NO_GUIDANCE) -> Tensor:
-        """Exact law [B, V^N] of whole images under processing and guidance; images in the order of `outcomes`."""
+    def joint(
+        self, condition: Condition, sampler: Choice, guidance: Guidance = NO_GUIDANCE
+    ) -> Tensor:
+        """Exact law [B, V^N] of whole images under processing and guidance; images in the order of
+        `outcomes`.
+        """
         images = self.outcomes()
-        state = self.start(condition.select(torch.arange(condition.batch).repeat_interleave(len(images))), guidance)
+        state = self.start(
+            condition.select(torch.arange(condition.batch).repeat_interleave(len(images))), guidance
+        )
         tokens = images.repeat(condition.batch, 1)
         laws = sampler.probs(self.predict(state, tokens, state.entities.count).logits)
         generated = _generated(tokens, state.entities)
-        return laws.double().gather(-1, generated[..., None]).prod(1)[:, 0].view(condition.batch, -1)
+        return (
+            laws.double().gather(-1, generated[..., None]).prod(1)[:, 0].view(condition.batch, -1)
+        )
 
     def outcomes(self) -> Tensor:
         """All V^N images [V^N, N]; the first token varies slowest."""

@@ -1,4 +1,5 @@
-"""Replay a folder of recorded official outputs with our modules and compare every one of them within its tolerance.
+"""Replay a folder of recorded official outputs with our modules and compare every one of them
+within its tolerance.
 
 |ours - theirs| <= atol + rtol |theirs|; both zero means exactly equal. A replay must read every recorded input and
 weight file and produce every output: what is left over is listed and counts as a failure.
@@ -23,7 +24,9 @@ class UnknownSystem(UserError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output: its largest error in terms of the tolerance at that place, and what is wrong beyond numbers."""
+    """One output: its largest error in terms of the tolerance at that place, and what is wrong
+    beyond numbers.
+    """
 
     name: str
     case: str
@@ -35,7 +38,9 @@ class Comparison:
 
 @dataclass
 class Report:
-    """What came of one folder; `leftovers` are lines about anything unread, uncompared or unrecorded."""
+    """What came of one folder; `leftovers` are lines about anything unread, uncompared or
+    unrecorded.
+    """
 
     folder: str
     system: str
@@ -58,10 +63,13 @@ class Report:
         }
 
 
-def verify(folder: str | Path, cases: Iterable[str] | None = None, packages: Sequence[str] = ()) -> Report:
+def verify(
+    folder: str | Path, cases: Iterable[str] | None = None, packages: Sequence[str] = ()
+) -> Report:
     """Replay and compare a folder, or some of its cases; `packages` are others' that hold replays.
 
-    Raises UnknownSystem for a system without a replay, UserError for an unknown case or what is not a recording.
+    Raises UnknownSystem for a system without a replay, UserError for an unknown case or what is not
+    a recording.
     """
     recording = read_recording(folder)
     known = replays_of(recording.system, packages)
@@ -90,18 +98,23 @@ def _select(recording: Recording, cases: list[str]) -> None:
         raise UserError(f"{recording.folder} has no case {', '.join(unknown)}; there are {there}")
     recording.cases = set(cases) or recording.cases
     if not recording.output_cases:
-        raise UserError(f"{recording.folder}: {', '.join(cases) or 'the recording'} has no outputs, only inputs")
+        raise UserError(
+            f"{recording.folder}: {', '.join(cases) or 'the recording'} has no outputs, only inputs"
+        )
 
 
 def _replay(recording: Recording, known: Sequence[Replay], report: Report) -> dict[str, Tensor]:
-    """Outputs of all replays that have a selected case; a replay that fails is a leftover, and the others still run."""
+    """Outputs of all replays that have a selected case; a replay that fails is a leftover, and the
+    others still run.
+    """
     outputs: dict[str, Tensor] = {}
     for replay in known:
         if not replay.covers_any(recording.output_cases):
             continue
         try:
             outputs.update(replay.function(recording))
-        # whatever goes wrong in a replay is a finding about the recording, to be reported with the rest
+        # whatever goes wrong in a replay is a finding about the recording, to be reported with the
+        # rest
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             report.leftovers.append(f"replay of {', '.join(replay.cases)} failed: {kind}{error}")
@@ -109,20 +122,29 @@ def _replay(recording: Recording, known: Sequence[Replay], report: Report) -> di
 
 
 def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> Comparison:
-    """One output of ours against the recorded one; reports the value that is worst in terms of its tolerance."""
+    """One output of ours against the recorded one; reports the value that is worst in terms of its
+    tolerance.
+    """
     problem = _problem(entry, ours, theirs)
     if problem:
         return Comparison(name, entry.case, float("inf"), entry.atol, False, problem)
     assert ours is not None and theirs is not None
-    ours64, theirs64 = ours.detach().to(torch.float64), theirs.to(torch.float64)
-    error = torch.where(ours64 == theirs64, 0.0, (ours64 - theirs64).abs()).flatten().nan_to_num(nan=torch.inf)
+    ours64 = ours.detach().to(torch.float64)
+    theirs64 = theirs.to(torch.float64)
+    error = (
+        torch.where(ours64 == theirs64, 0.0, (ours64 - theirs64).abs())
+        .flatten()
+        .nan_to_num(nan=torch.inf)
+    )
     tolerance = (entry.atol + entry.rtol * theirs64.abs()).flatten().nan_to_num(nan=0.0, posinf=0.0)
     if error.numel() == 0:
         return Comparison(name, entry.case, 0.0, entry.atol, True)
     outside = int((error > tolerance).sum())
     worst = int(torch.where(error == 0, 0.0, error / tolerance).argmax())
     note = f"{outside} of {error.numel()} values outside" if outside else ""
-    return Comparison(name, entry.case, float(error[worst]), float(tolerance[worst]), not outside, note)
+    return Comparison(
+        name, entry.case, float(error[worst]), float(tolerance[worst]), not outside, note
+    )
 
 
 def _problem(entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> str:
@@ -144,7 +166,9 @@ def _leftovers(recording: Recording, outputs: dict[str, Tensor], complete: bool)
     recorded = set(recording.names("output"))
     undescribed = set(recording.tensors) - set(recording.entries)
     odd = {n for n, e in recording.entries.items() if e.role not in ("input", "output", "info")}
-    absent = {n for n, e in recording.entries.items() if e.role != "output"} - set(recording.tensors)
+    absent = {n for n, e in recording.entries.items() if e.role != "output"} - set(
+        recording.tensors
+    )
     unread = set(recording.weights) - recording.weights.used if complete else set()
     groups = {
         "input not used": inputs - recording.inputs.used - absent,

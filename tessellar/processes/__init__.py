@@ -1,1 +1,3 @@
-"""Processes: flow matching, diffusion and adaptive projected guidance, mathematics and drawing of each in one file."""
+"""Processes: flow matching, diffusion and adaptive projected guidance, mathematics and drawing of
+each in one file.
+"""

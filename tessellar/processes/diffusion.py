@@ -1,9 +1,11 @@
-"""Gaussian diffusion with a learned variance: schedule, respacing, losses, one reverse step (arXiv 2102.09672).
+"""Gaussian diffusion with a learned variance: schedule, respacing, losses, one reverse step (arXiv
+2102.09672).
 
-What MAR's diffusion loss uses (arXiv 2406.11838): cosine betas, noise prediction, and a variance interpolated between
-beta_t and the posterior's. Tables are float64 and read as float32.
+What MAR's diffusion loss uses (arXiv 2406.11838): cosine betas, noise prediction, and a variance
+interpolated between beta_t and the posterior's. Tables are float64 and read as float32.
 
-Ancestral diffusion sampling of an entity: from noise to data in respaced reverse steps (MAR, arXiv 2406.11838).
+Ancestral diffusion sampling of an entity: from noise to data in respaced reverse steps (MAR, arXiv
+2406.11838).
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +25,9 @@ TRAINING_STEPS = 1000
 
 
 def cosine_betas(steps: int = TRAINING_STEPS) -> Tensor:
-    """beta_i = min(1 - abar((i + 1) / T) / abar(i / T), 0.999), abar(s) = cos^2(pi / 2 (s + 0.008) / 1.008)."""
+    """beta_i = min(1 - abar((i + 1) / T) / abar(i / T), 0.999), abar(s) = cos^2(pi / 2 (s + 0.008)
+    / 1.008).
+    """
 
     def survival(s: float) -> float:
         return cos((s + 0.008) / 1.008 * pi / 2) ** 2
@@ -33,7 +37,9 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> Tensor:
 
 
 def kept_steps(count: int, total: int = TRAINING_STEPS) -> list[int]:
-    """`count` of `total` steps, evenly from the first to the last; raises UserError where there are not that many."""
+    """`count` of `total` steps, evenly from the first to the last; raises UserError where there are
+    not that many.
+    """
     if not 1 <= count <= total:
         raise UserError(f"{count} diffusion steps; give 1 to {total}")
     stride = (total - 1) / (count - 1) if count > 1 else 1.0
@@ -41,7 +47,9 @@ def kept_steps(count: int, total: int = TRAINING_STEPS) -> list[int]:
 
 
 def strided_steps(count: int, total: int = TRAINING_STEPS) -> list[int]:
-    """`count` steps at the smallest integer stride that gives them, from 0 (`ddimN` of the official option string)."""
+    """`count` steps at the smallest integer stride that gives them, from 0 (`ddimN` of the official
+    option string).
+    """
     for stride in range(1, total):
         if len(range(0, total, stride)) == count:
             return list(range(0, total, stride))
@@ -86,7 +94,10 @@ class Diffusion:
 
     def noisy(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(. | x_0): clean and noise [n, C], t [n] indices of this process."""
-        return self._at(self.survival.sqrt(), t) * clean + self._at((1 - self.survival).sqrt(), t) * noise
+        return (
+            self._at(self.survival.sqrt(), t) * clean
+            + self._at((1 - self.survival).sqrt(), t) * noise
+        )
 
     def posterior_mean(self, clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return self._at(self.coefficient_clean, t) * clean + self._at(self.coefficient_noisy, t) * x
@@ -99,9 +110,13 @@ class Diffusion:
     def log_variance(self, v: Tensor, t: Tensor) -> Tensor:
         """f log beta + (1 - f) log posterior variance, f = (v + 1) / 2."""
         share = (v + 1) / 2
-        return share * self._at(self.betas.log(), t) + (1 - share) * self._at(self.posterior_log_variance, t)
+        return share * self._at(self.betas.log(), t) + (1 - share) * self._at(
+            self.posterior_log_variance, t
+        )
 
-    def reverse(self, x: Tensor, t: int, eps: Tensor, v: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+    def reverse(
+        self, x: Tensor, t: int, eps: Tensor, v: Tensor, noise: Tensor | None, temperature: float
+    ) -> Tensor:
         """x_{t-1} from x_t; `temperature` scales the standard deviation, no noise means the mean."""
         index = torch.tensor(t, device=x.device)
         mean = self.posterior_mean(self.clean_of(x, index, eps), x, index)
@@ -109,17 +124,26 @@ class Diffusion:
             return mean
         return mean + temperature * (0.5 * self.log_variance(v, index)).exp() * noise
 
-    def losses(self, eps: Tensor, v: Tensor, clean: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, eps: Tensor, v: Tensor, clean: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Squared error of the noise and variational bound in bits, both [n], means over channels.
 
-        The bound teaches the variance alone: `eps` is detached in it. At t = 0 it is the likelihood of a bin of half
-        width 1 / 255.
+        The bound teaches the variance alone: `eps` is detached in it. At t = 0 it is the likelihood
+        of a bin of half width 1 / 255.
         """
         x = self.noisy(clean, t, noise)
-        mean, log_variance = self.posterior_mean(clean, x, t), self._at(self.posterior_log_variance, t)
+        mean = self.posterior_mean(clean, x, t)
+        log_variance = self._at(self.posterior_log_variance, t)
         own_mean = self.posterior_mean(self.clean_of(x, t, eps.detach()), x, t)
         own = self.log_variance(v, t)
-        divergence = 0.5 * (own - log_variance - 1 + (log_variance - own).exp() + (mean - own_mean) ** 2 * (-own).exp())
+        divergence = 0.5 * (
+            own
+            - log_variance
+            - 1
+            + (log_variance - own).exp()
+            + (mean - own_mean) ** 2 * (-own).exp()
+        )
         surprise = -bin_log_likelihood(clean, own_mean, 0.5 * own)
         bound = torch.where(t[:, None] == 0, surprise, divergence).mean(-1) / log(2)
         return (noise - eps).square().mean(-1), bound
@@ -135,20 +159,25 @@ def full_process() -> Diffusion:
 
 
 def respaced(process: Diffusion, steps: list[int]) -> Diffusion:
-    """The process over some steps only: betas of their cumulative products; networks still see original numbers."""
+    """The process over some steps only: betas of their cumulative products; networks still see
+    original numbers.
+    """
     survival = process.survival[steps]
     before = torch.cat([torch.ones(1, dtype=torch.float64), survival[:-1]])
     return Diffusion(1 - survival / before, tuple(process.steps[s] for s in steps))
 
 
 def bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability of the bin of half width 1 / 255 around x; open outside of +-0.999 (tanh form of the normal)."""
+    """Log probability of the bin of half width 1 / 255 around x; open outside of +-0.999 (tanh form
+    of the normal).
+    """
 
     def below(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(sqrt(2 / pi) * (z + 0.044715 * z**3)))
 
     scale = (-log_std).exp()
-    upper, lower = below(scale * (x - mean + 1 / 255)), below(scale * (x - mean - 1 / 255))
+    upper = below(scale * (x - mean + 1 / 255))
+    lower = below(scale * (x - mean - 1 / 255))
     floor = 1e-12
     inside = (upper - lower).clamp(min=floor).log()
     ends = torch.where(x > 0.999, (1 - lower).clamp(min=floor).log(), inside)
@@ -159,7 +188,8 @@ def bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 class DiffusionSampler(ABC):
     """How an entity is drawn by a diffusion head, in `steps` evaluations of it.
 
-    `last_steps` anneals the steps linearly to that number at the last entity (DiSA, arXiv 2505.20297).
+    `last_steps` anneals the steps linearly to that number at the last entity (DiSA, arXiv
+    2505.20297).
     """
 
     steps: int = 100
@@ -177,7 +207,9 @@ class DiffusionSampler(ABC):
         return round(self.steps + (self.last_steps - self.steps) * entity / (count - 1))
 
     @abstractmethod
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
+    def integrate(
+        self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
+    ) -> Tensor:
         """Draw [B, *shape]; `model(x, t)` gives predicted noise and variance share in 2 C channels."""
 
 
@@ -194,7 +226,9 @@ class AncestralDiffusion(DiffusionSampler):
         super().__post_init__()
         check_number("diffusion temperature", self.temperature, least=0)
 
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
+    def integrate(
+        self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
+    ) -> Tensor:
         process = _process(self.steps_of(entity, count))
         return ancestral_diffusion(model, process, shape, noise, temperature=self.temperature)
 

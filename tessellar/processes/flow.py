@@ -1,9 +1,11 @@
-"""Flow matching on straight paths (rectified flow, arXiv 2209.03003): F_t = (1 - t) x + t noise, velocity noise - x.
+"""Flow matching on straight paths (rectified flow, arXiv 2209.03003): F_t = (1 - t) x + t noise,
+velocity noise - x.
 
-t = 1 is pure noise. Times of training are logit-normal, as in xAR, or drawn by a mode (both arXiv 2403.03206); their
-draws may be stratified over the batch. A solver (`Flow`) goes from noise (t = 1) to data (t = 0), as xAR draws an
-entity (arXiv 2502.20388): `EulerMaruyama` takes the reverse SDE of the straight path, with score -((1 - t) v + x) / t
-and diffusion 2 t: as exact as the ODE in the limit of many steps, better with few. The state is kept in float64.
+t = 1 is pure noise. Times of training are logit-normal, as in xAR, or drawn by a mode (both arXiv
+2403.03206); their draws may be stratified over the batch. A solver (`Flow`) goes from noise (t = 1)
+to data (t = 0), as xAR draws an entity (arXiv 2502.20388): `EulerMaruyama` takes the reverse SDE of
+the straight path, with score -((1 - t) v + x) / t and diffusion 2 t: as exact as the ODE in the
+limit of many steps, better with few. The state is kept in float64.
 """
 
 from abc import ABC, abstractmethod
@@ -37,15 +39,19 @@ def logit_normal(*shape: int, device: torch.device | str | None = None) -> Tenso
 
 
 def mode_times(u: Tensor, scale: float) -> Tensor:
-    """Times of uniform draws u: 1 - u - scale (cos^2(pi u / 2) - 1 + u); even at scale 0 (arXiv 2403.03206)."""
+    """Times of uniform draws u: 1 - u - scale (cos^2(pi u / 2) - 1 + u); even at scale 0 (arXiv
+    2403.03206).
+    """
     return 1 - u - scale * (torch.cos(torch.pi * u / 2).square() - 1 + u)
 
 
 @dataclass(frozen=True)
 class Times:
-    """How the times of training are drawn; `stratified`: one from each of B equal parts, for a batch of B.
+    """How the times of training are drawn; `stratified`: one from each of B equal parts, for a
+    batch of B.
 
-    `mean` of the normal shifts logit-normal times towards noise, where redundant data (pixels) are still uncertain.
+    `mean` of the normal shifts logit-normal times towards noise, where redundant data (pixels) are
+    still uncertain.
     """
 
     law: TimeLaw = "logit_normal"
@@ -55,7 +61,9 @@ class Times:
 
     def __post_init__(self) -> None:
         if self.law not in get_args(TimeLaw):
-            raise ValueError(f"law of times is {self.law!r}; it must be one of {', '.join(get_args(TimeLaw))}")
+            raise ValueError(
+                f"law of times is {self.law!r}; it must be one of {', '.join(get_args(TimeLaw))}"
+            )
 
     def draw(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Times in (0, 1), [B], of the global stream."""
@@ -67,7 +75,9 @@ class Times:
         if self.law == "mode":
             return mode_times(u, self.mode_scale)
         tiny = torch.finfo(u.dtype).eps
-        return (sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny)) + self.mean).sigmoid()
+        return (
+            sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny)) + self.mean
+        ).sigmoid()
 
 
 LAST_TIME = 0.04  # where the noise of the SDE ends; one step without noise goes on to 0
@@ -75,10 +85,12 @@ LAST_TIME = 0.04  # where the noise of the SDE ends; one step without noise goes
 
 @dataclass(frozen=True)
 class Flow(ABC):
-    """How an entity of a flow is drawn, from noise (t = 1) to data (t = 0): a solver with its `steps`.
+    """How an entity of a flow is drawn, from noise (t = 1) to data (t = 0): a solver with its
+    `steps`.
 
-    `steps` counts network evaluations. `last_steps` anneals them linearly from `steps` at the first entity to that at
-    the last (DiSA, arXiv 2505.20297): later entities are nearly determined by what they see.
+    `steps` counts network evaluations. `last_steps` anneals them linearly from `steps` at the first
+    entity to that at the last (DiSA, arXiv 2505.20297): later entities are nearly determined by
+    what they see.
     """
 
     steps: int = 50
@@ -99,9 +111,13 @@ class Flow(ABC):
         """Evaluations for entity number `entity` of `count`."""
         if self.last_steps is None or count == 1:
             return self.steps
-        return int((count - 1 - entity) / (count - 1) * (self.steps - self.last_steps) + self.last_steps)
+        return int(
+            (count - 1 - entity) / (count - 1) * (self.steps - self.last_steps) + self.last_steps
+        )
 
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1) -> Tensor:
+    def integrate(
+        self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
+    ) -> Tensor:
         """Draw [B, *shape], float32, with the velocities `model(x, t)`."""
         start = noise.normal(*shape).double()
         return self.solve(model, start, self.steps_of(entity, count), noise).float()
@@ -120,7 +136,8 @@ class Euler(Flow):
 
 @dataclass(frozen=True)
 class EulerMaruyama(Flow):
-    """Euler-Maruyama on the reverse SDE dx = (v - t score) dt + sqrt(2 t) dw, whose drift is (2 - t) v + x.
+    """Euler-Maruyama on the reverse SDE dx = (v - t score) dt + sqrt(2 t) dw, whose drift is (2 -
+    t) v + x.
 
     An even grid from 1 to LAST_TIME, then one step to 0 without noise.
     """
@@ -140,4 +157,9 @@ class EulerMaruyama(Flow):
 
 def sde_times(steps: int) -> Tensor:
     """The grid of `EulerMaruyama`, [steps + 1], float64."""
-    return torch.cat([torch.linspace(1, LAST_TIME, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat(
+        [
+            torch.linspace(1, LAST_TIME, steps, dtype=torch.float64),
+            torch.zeros(1, dtype=torch.float64),
+        ]
+    )

@@ -1,7 +1,9 @@
-"""Choice: from logits to processed probabilities to a token. Temperature, top-k, top-p and min-p are defined here once.
+"""Choice: from logits to processed probabilities to a token. Temperature, top-k, top-p and min-p
+are defined here once.
 
-Order of processing (LlamaGen, arXiv 2406.06525, `generate.py`): temperature, then top-k keeping every logit >= the k-th
-largest (ties stay), then top-p keeping the smallest set of largest probabilities whose mass exceeds p, then min-p.
+Order of processing (LlamaGen, arXiv 2406.06525, `generate.py`): temperature, then top-k keeping
+every logit >= the k-th largest (ties stay), then top-p keeping the smallest set of largest
+probabilities whose mass exceeds p, then min-p.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ from tessellar.protocol.ranges import check_number, check_whole
 
 @dataclass(frozen=True)
 class Choice:
-    """How a token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+    """How a token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter
+    off.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -33,13 +37,17 @@ class Choice:
             raise UserError(f"min_p is {self.min_p}; it must be below 1")
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Processed probabilities [..., V], float32, of `logits` [..., V]. Greedy gives a one-hot at the argmax."""
+        """Processed probabilities [..., V], float32, of `logits` [..., V]. Greedy gives a one-hot
+        at the argmax.
+        """
         logits = logits.float()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         logits = logits / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], -torch.inf)
+            logits = logits.masked_fill(
+                logits < logits.topk(self.top_k).values[..., -1:], -torch.inf
+            )
         if self.top_p < 1:
             logits = top_p_filter(logits, self.top_p)
         probs = logits.softmax(-1)
@@ -49,12 +57,16 @@ class Choice:
         return probs
 
     def draw(self, logits: Tensor, noise: Noise) -> Tensor:
-        """Token ids [B, ...] of logits [B, ..., V]; one Exp(1) value a vocabulary entry is drawn from `noise`."""
+        """Token ids [B, ...] of logits [B, ..., V]; one Exp(1) value a vocabulary entry is drawn
+        from `noise`.
+        """
         return race(self.probs(logits), noise.exponential(*logits.shape[1:]))
 
 
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
-    """Logits with everything outside the nucleus at -inf (arXiv 1904.09751); at least one entry stays."""
+    """Logits with everything outside the nucleus at -inf (arXiv 1904.09751); at least one entry
+    stays.
+    """
     ordered, index = logits.sort(dim=-1, descending=True)
     mass_before = F.pad(ordered.softmax(-1).cumsum(-1)[..., :-1], (1, 0))
     outside = mass_before > top_p

@@ -1,4 +1,6 @@
-"""Condition: what an image is generated from (a class label, or caption features), and its null for guidance."""
+"""Condition: what an image is generated from (a class label, or caption features), and its null for
+guidance.
+"""
 
 from typing import NamedTuple
 
@@ -7,7 +9,9 @@ from torch import Tensor
 
 
 class Condition(NamedTuple):
-    """Labels `ids` [B], or left-padded text `ids` [B, P] / `features` [B, P, D] with `valid` [B, P] (True = real)."""
+    """Labels `ids` [B], or left-padded text `ids` [B, P] / `features` [B, P, D] with `valid` [B, P]
+    (True = real).
+    """
 
     ids: Tensor | None = None
     valid: Tensor | None = None
@@ -25,7 +29,9 @@ class Condition(NamedTuple):
         return Condition(*(None if t is None else t.to(device) for t in self))
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
-        """Rows of this condition where `keep` [B] is True, rows of `other` elsewhere (classifier-free dropout)."""
+        """Rows of this condition where `keep` [B] is True, rows of `other` elsewhere
+        (classifier-free dropout).
+        """
         both = cat([self, other])
         rows = torch.arange(self.batch, device=keep.device)
         return both.select(torch.where(keep, rows, rows + self.batch))
@@ -36,7 +42,11 @@ def cat(conditions: list[Condition]) -> Condition:
     fields = []
     for values in zip(*conditions, strict=True):
         present = [v for v in values if v is not None]
-        fields.append(torch.cat([_pad_left(v, max(map(_width, present))) for v in present]) if present else None)
+        fields.append(
+            torch.cat([_pad_left(v, max(map(_width, present))) for v in present])
+            if present
+            else None
+        )
     return Condition(*fields)
 
 

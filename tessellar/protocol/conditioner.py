@@ -1,4 +1,6 @@
-"""Conditioners: from a batch of data to the condition that a generator reads; class labels here, captions in `text`."""
+"""Conditioners: from a batch of data to the condition that a generator reads; class labels here,
+captions in `text`.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -14,9 +16,9 @@ from tessellar.protocol.configured import Configured
 class Conditioner(Configured, nn.Module, ABC):
     """Reads what it needs from a batch.
 
-    `gives` names what its conditions hold, where other conditioners give the same; a generator reads one kind.
-    `meaning` are the constructor arguments that decide what a condition means to a trained generator, `free` those that
-    never matter to it.
+    `gives` names what its conditions hold, where other conditioners give the same; a generator
+    reads one kind. `meaning` are the constructor arguments that decide what a condition means to a
+    trained generator, `free` those that never matter to it.
     """
 
     gives: ClassVar[str] = ""
@@ -52,5 +54,7 @@ class ClassConditioner(Conditioner):
         """Condition of int64 labels [B]; raises UserError for a label outside [0, num_classes)."""
         bad = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(bad):
-            raise UserError(f"class id {int(bad[0])} does not exist; classes are 0 to {self.num_classes - 1}")
+            raise UserError(
+                f"class id {int(bad[0])} does not exist; classes are 0 to {self.num_classes - 1}"
+            )
         return Condition(ids=labels.to(torch.int64))

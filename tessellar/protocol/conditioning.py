@@ -9,7 +9,9 @@ from tessellar.protocol.conditioner import ClassConditioner, Conditioner
 
 
 class Conditioning(ABC):
-    """The one place of a generator that knows its conditions; a module where it has weights or buffers of its own."""
+    """The one place of a generator that knows its conditions; a module where it has weights or
+    buffers of its own.
+    """
 
     @abstractmethod
     def conditioner(self) -> Conditioner:
@@ -21,7 +23,9 @@ class Conditioning(ABC):
 
 
 class ClassConditioning(Conditioning):
-    """One of `num_classes` labels; `null_class` (default: the number of classes) stands for none of them."""
+    """One of `num_classes` labels; `null_class` (default: the number of classes) stands for none of
+    them.
+    """
 
     def __init__(self, num_classes: int, null_class: int | None = None) -> None:
         super().__init__()

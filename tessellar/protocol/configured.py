@@ -1,12 +1,13 @@
-"""Configured: objects that remember how they were constructed, so that exports and checkpoints can rebuild them.
+"""Configured: objects that remember how they were constructed, so that exports and checkpoints can
+rebuild them.
 
-`obj.config` is plain data (`class_path`, `init_args`) and `build` turns it back into an object. Class paths are
-accepted only from this package and from those that the user named, so a hostile config cannot name an arbitrary
-callable.
+`obj.config` is plain data (`class_path`, `init_args`) and `build` turns it back into an object.
+Class paths are accepted only from this package and from those that the user named, so a hostile
+config cannot name an arbitrary callable.
 
-There are two sources of configs. A user's own YAML is trusted: its classes are made by the command line, and may name
-files and downloads. What `build` reads comes from a file that others may have written (an export, a checkpoint, a
-cache): it may name neither, which `refuse_outside` enforces.
+There are two sources of configs. A user's own YAML is trusted: its classes are made by the command
+line, and may name files and downloads. What `build` reads comes from a file that others may have
+written (an export, a checkpoint, a cache): it may name neither, which `refuse_outside` enforces.
 """
 
 import functools
@@ -39,13 +40,17 @@ class Configured:
 
     @property
     def config(self) -> dict[str, Any]:
-        """`{"class_path": ..., "init_args": {...}}`, JSON-able; `build(config)` makes an equal object."""
+        """`{"class_path": ..., "init_args": {...}}`, JSON-able; `build(config)` makes an equal
+        object.
+        """
         made_as = self.__dict__.get("_class", type(self))  # sharding gives a module another class
         return {"class_path": class_path(made_as), "init_args": self.__dict__.get("_config", {})}
 
 
 class LossOnly:
-    """Mixin of what only a training loss reads (a teacher); configs hold None in its place: exports do without it."""
+    """Mixin of what only a training loss reads (a teacher); configs hold None in its place: exports
+    do without it.
+    """
 
 
 def _recording(init: Any) -> Any:
@@ -63,7 +68,8 @@ def _recording(init: Any) -> Any:
 
 
 def class_path(cls: type) -> str:
-    """Public path of a class or function, as YAML names it: of the outermost package that has it under its name.
+    """Public path of a class or function, as YAML names it: of the outermost package that has it
+    under its name.
 
     `tessellar.models.xar.XAR`, not `tessellar.models.xar.model.XAR`: files may move, names stay.
     """
@@ -74,7 +80,9 @@ def class_path(cls: type) -> str:
 
 
 def _exports(module: str, cls: type) -> bool:
-    return vars(sys.modules[module]).get(cls.__qualname__) is cls if module in sys.modules else False
+    return (
+        vars(sys.modules[module]).get(cls.__qualname__) is cls if module in sys.modules else False
+    )
 
 
 def describe(value: Any) -> Any:
@@ -86,7 +94,9 @@ def describe(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {
             "class_path": class_path(type(value)),
-            "init_args": {f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init},
+            "init_args": {
+                f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init
+            },
         }
     if isinstance(value, (tuple, list)):
         return [describe(item) for item in value]
@@ -94,17 +104,19 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"a constructor argument of type {type(value).__name__} cannot be written into a config")
+    raise TypeError(
+        f"a constructor argument of type {type(value).__name__} cannot be written into a config"
+    )
 
 
 def build(config: Any, expected: Any = object, where: str = "this config") -> Any:
     """The object that `config` describes (nested); sequences become tuples.
 
-    `expected` is the annotation that the object has to fit, `where` names it in messages. Nothing is made before its
-    place is known to take it: first the names of the arguments are compared with the signature, and each nested class
-    with its parameter's annotation. Raises UserError for a class path of a package that is neither this one nor a
-    trusted one, an unknown class, a class or arguments that are not taken, and for what would open a file or a
-    connection (`refuse_outside`).
+    `expected` is the annotation that the object has to fit, `where` names it in messages. Nothing
+    is made before its place is known to take it: first the names of the arguments are compared with
+    the signature, and each nested class with its parameter's annotation. Raises UserError for a
+    class path of a package that is neither this one nor a trusted one, an unknown class, a class or
+    arguments that are not taken, and for what would open a file or a connection (`refuse_outside`).
     """
     with _from_a_file():
         return _build(config, expected, where)
@@ -132,7 +144,9 @@ def _build(config: Any, expected: Any, where: str) -> Any:
     except TypeError as error:
         raise UserError(f"config of {path}: {error}") from error
     hints = get_type_hints(target.__init__)
-    arguments = {key: _build(item, hints.get(key), f"{key} of {path}") for key, item in given.items()}
+    arguments = {
+        key: _build(item, hints.get(key), f"{key} of {path}") for key, item in given.items()
+    }
     return target(**arguments)
 
 
@@ -147,7 +161,8 @@ def _classes(annotation: Any) -> list[type]:
 
 
 def _item(annotation: Any, kind: type) -> Any:
-    """Annotation of what the sequences (or mappings, their values) of an annotation hold; None where it has none.
+    """Annotation of what the sequences (or mappings, their values) of an annotation hold; None
+    where it has none.
 
     `object` holds objects, so that a list at the top may hold anything.
     """
@@ -174,17 +189,22 @@ def _from_a_file() -> Iterator[None]:
 
 
 def from_a_file() -> bool:
-    """Whether `build` is making an object from the config of a file, not the command line from the user's own YAML."""
+    """Whether `build` is making an object from the config of a file, not the command line from the
+    user's own YAML.
+    """
     return _reading_a_file.get()
 
 
 def refuse_outside(what: str) -> None:
-    """Raise UserError where `build` is making an object: exports are complete in themselves and open nothing.
+    """Raise UserError where `build` is making an object: exports are complete in themselves and
+    open nothing.
 
     A constructor calls this before it opens a file or a connection that one of its arguments names.
     """
     if from_a_file():
-        raise UserError(f"this config, read from a file, names {what}; only a run's own YAML may do that")
+        raise UserError(
+            f"this config, read from a file, names {what}; only a run's own YAML may do that"
+        )
 
 
 def check_buildable(config: Any) -> None:
@@ -200,7 +220,9 @@ def check_buildable(config: Any) -> None:
 
 
 def resolve(path: str) -> Any:
-    """The class behind a class path of this package or a trusted one; all else is refused before it is imported."""
+    """The class behind a class path of this package or a trusted one; all else is refused before it
+    is imported.
+    """
     path = current_path(str(path))
     module, _, name = str(path).rpartition(".")
     if not all(part.isidentifier() for part in str(path).split(".")) or not module:

@@ -1,12 +1,14 @@
 """Distributions: what a generator predicts of an entity, guidance included, and how it is drawn.
 
-Each kind picks what draws it from the sampling settings (`Draws`), so that no loop and no generator names one.
+Each kind picks what draws it from the sampling settings (`Draws`), so that no loop and no generator
+names one.
 
-`Logits`: tokens that are independent given what came before; speculative decoding and search need this kind.
-`FactorLogits`: tokens of several sub-tokens, one after the other (TokenBridge's channels, Open-MAGVIT2's two halves).
-`Bits`: tokens of bits, sets of them one after the other (BAR), or all independent.
-`Implicit`: known only through a network that a solver integrates: `ImplicitFlow` (a velocity), `ImplicitDiffusion`
-(noise and variance of a diffusion head). It has no likelihood.
+`Logits`: tokens that are independent given what came before; speculative decoding and search need
+this kind. `FactorLogits`: tokens of several sub-tokens, one after the other (TokenBridge's
+channels, Open-MAGVIT2's two halves). `Bits`: tokens of bits, sets of them one after the other
+(BAR), or all independent. `Implicit`: known only through a network that a solver integrates:
+`ImplicitFlow` (a velocity), `ImplicitDiffusion` (noise and variance of a diffusion head). It has no
+likelihood.
 """
 
 from abc import ABC, abstractmethod
@@ -28,8 +30,12 @@ Model = Callable[[Tensor, Tensor], Tensor]
 class Solver(Protocol):
     """What draws from an Implicit: a `Flow`, a `DiffusionSampler`, or anything with this method."""
 
-    def integrate(self, model: Model, shape: tuple[int, int], noise: Noise, entity: int, count: int) -> Tensor:
-        """[B, T, C] of `shape` (T, C), for entity number `entity` of `count`: solvers may spend less on later ones."""
+    def integrate(
+        self, model: Model, shape: tuple[int, int], noise: Noise, entity: int, count: int
+    ) -> Tensor:
+        """[B, T, C] of `shape` (T, C), for entity number `entity` of `count`: solvers may spend
+        less on later ones.
+        """
         ...
 
 
@@ -49,18 +55,23 @@ class Draws(Protocol):
 class Distribution(ABC):
     """Prediction of T tokens of each image, guidance included.
 
-    `hidden` [B, T, D] are the hidden states that it was made from, where the generator gives them along: drafters on
-    hidden states read them. D and T are the generator's own (one state may stand for several tokens).
+    `hidden` [B, T, D] are the hidden states that it was made from, where the generator gives them
+    along: drafters on hidden states read them. D and T are the generator's own (one state may stand
+    for several tokens).
     """
 
     hidden: Tensor | None = None
 
     @abstractmethod
     def sample(self, settings: Draws, noise: Noise) -> Tensor:
-        """Tokens [B, T], [B, T, F] or [B, T, C], drawn as the part of `settings` for this kind says."""
+        """Tokens [B, T], [B, T, F] or [B, T, C], drawn as the part of `settings` for this kind
+        says.
+        """
 
     def log_prob(self, tokens: Tensor) -> Tensor | None:
-        """Log-probability [B, T] of each token of `tokens` [B, T, ...]; None where there is no likelihood."""
+        """Log-probability [B, T] of each token of `tokens` [B, T, ...]; None where there is no
+        likelihood.
+        """
         return None
 
     def probs(self) -> Tensor | None:
@@ -106,7 +117,9 @@ class ImplicitFlow(Implicit):
 
 @dataclass(frozen=True)
 class ImplicitDiffusion(Implicit):
-    """The model gives noise and variance share [B, T, 2 C] at original step numbers (a diffusion head)."""
+    """The model gives noise and variance share [B, T, 2 C] at original step numbers (a diffusion
+    head).
+    """
 
     def solver(self, settings: Draws) -> Solver:
         return settings.diffusion
@@ -129,19 +142,26 @@ class Logits(Distribution):
         return self.logits.float().softmax(-1)
 
     def cross_entropy(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token of `tokens` [B, T]; `weight` [B] weighs (or drops) whole samples."""
-        loss = F.cross_entropy(self.logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        """Mean cross-entropy in nats a token of `tokens` [B, T]; `weight` [B] weighs (or drops)
+        whole samples.
+        """
+        loss = F.cross_entropy(self.logits.flatten(0, 1), tokens.flatten(), reduction="none").view(
+            tokens.shape
+        )
         if weight is None:
             return loss.mean()
-        return (loss * weight[:, None]).sum() / (weight.sum() * tokens.shape[1]).clamp(min=torch.finfo(loss.dtype).eps)
+        return (loss * weight[:, None]).sum() / (weight.sum() * tokens.shape[1]).clamp(
+            min=torch.finfo(loss.dtype).eps
+        )
 
 
 @dataclass(frozen=True)
 class FactorLogits(Distribution):
-    """T tokens of F sub-tokens each, drawn one after the other in `order`, each given those before it.
+    """T tokens of F sub-tokens each, drawn one after the other in `order`, each given those before
+    it.
 
-    `head(known, factor)` gives the logits [B, T, V] of sub-token `factor`, guidance included; in `known` [B, T, F] the
-    sub-tokens before it in `order` hold their values, all others 0.
+    `head(known, factor)` gives the logits [B, T, V] of sub-token `factor`, guidance included; in
+    `known` [B, T, F] the sub-tokens before it in `order` hold their values, all others 0.
     """
 
     head: Callable[[Tensor, int], Tensor]
@@ -168,10 +188,12 @@ class FactorLogits(Distribution):
 
 @dataclass(frozen=True)
 class Bits(Distribution):
-    """T tokens of n bits each: `sets` of bits one after the other, the bits of a set independent given the sets before.
+    """T tokens of n bits each: `sets` of bits one after the other, the bits of a set independent
+    given the sets before.
 
-    `head(known, shown)` gives the log-odds [B, T, n] that bits are 1, guidance included; in `known` [B, T, n] the bits
-    of earlier sets, those that are True in `shown` [n], hold their values, all others 0.
+    `head(known, shown)` gives the log-odds [B, T, n] that bits are 1, guidance included; in `known`
+    [B, T, n] the bits of earlier sets, those that are True in `shown` [n], hold their values, all
+    others 0.
     """
 
     head: Callable[[Tensor, Tensor], Tensor]
@@ -184,7 +206,9 @@ class Bits(Distribution):
     def independent(cls, log_odds: Tensor) -> "Bits":
         """All bits at once, from log-odds [B, T, n]."""
         batch, length, count = log_odds.shape
-        return cls(lambda known, shown: log_odds, (tuple(range(count)),), (batch, length), log_odds.device)
+        return cls(
+            lambda known, shown: log_odds, (tuple(range(count)),), (batch, length), log_odds.device
+        )
 
     @property
     def count(self) -> int:

@@ -1,7 +1,8 @@
 """Entities: the "X" of next-X prediction, an ordered partition of a layout's N tokens.
 
-An entity is the set of tokens that a generator predicts at once: a token, a cell, a subsample, a level, a scale, the
-whole image. It is only data (an order and sizes), so decoding loops index with it and know nothing of what X is.
+An entity is the set of tokens that a generator predicts at once: a token, a cell, a subsample, a
+level, a scale, the whole image. It is only data (an order and sizes), so decoding loops index with
+it and know nothing of what X is.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 class Entities:
     """Ordered partition of N tokens.
 
-    `order` [N], or [B, N] where every image has its own: `order[i]` is the place on the layout's token axis of the i-th
-    token generated. `sizes` are the tokens of each entity, in the same order. Lives on the CPU: host code reads it.
+    `order` [N], or [B, N] where every image has its own: `order[i]` is the place on the layout's
+    token axis of the i-th token generated. `sizes` are the tokens of each entity, in the same
+    order. Lives on the CPU: host code reads it.
     """
 
     order: Tensor
@@ -33,10 +35,16 @@ class Entities:
 
     def __post_init__(self) -> None:
         if sum(self.sizes) != self.order.shape[-1] or min(self.sizes, default=0) < 1:
-            raise ValueError(f"entity sizes {self.sizes} must be positive and sum to {self.order.shape[-1]} tokens")
+            raise ValueError(
+                f"entity sizes {self.sizes} must be positive and sum to {self.order.shape[-1]} tokens"
+            )
         ends = torch.tensor((0, *self.sizes), device="cpu").cumsum(0)
         object.__setattr__(self, "ends", ends)
-        object.__setattr__(self, "_entity", torch.arange(len(self.sizes), device="cpu").repeat_interleave(ends.diff()))
+        object.__setattr__(
+            self,
+            "_entity",
+            torch.arange(len(self.sizes), device="cpu").repeat_interleave(ends.diff()),
+        )
         object.__setattr__(self, "uniform", len(set(self.sizes)) == 1)
 
     ends: Tensor = None  # type: ignore[assignment]  # [count + 1] tokens before each entity, and N
@@ -52,28 +60,39 @@ class Entities:
         return int(self.order.shape[-1])
 
     def span(self, first: Tensor, count: int) -> tuple[Tensor, int]:
-        """First generated token of each row [B] and the number of tokens T of `count` entities from `first` [B].
+        """First generated token of each row [B] and the number of tokens T of `count` entities from
+        `first` [B].
 
-        Past the end, entities continue with the last size. Raises ValueError where rows would get unequal T.
+        Past the end, entities continue with the last size. Raises ValueError where rows would get
+        unequal T.
         """
         if self.uniform:
             return first * self.sizes[0], count * self.sizes[0]
         past = (first - self.count).clamp(min=0) * self.sizes[-1]
         starts = self.ends[first.clamp(max=self.count)] + past
         last = first + count
-        stops = self.ends[last.clamp(max=self.count)] + (last - self.count).clamp(min=0) * self.sizes[-1]
+        stops = (
+            self.ends[last.clamp(max=self.count)]
+            + (last - self.count).clamp(min=0) * self.sizes[-1]
+        )
         lengths = (stops - starts).unique()
         if len(lengths) > 1:
-            raise ValueError(f"rows stand at entities {first.tolist()} of unequal size; they must be in step")
+            raise ValueError(
+                f"rows stand at entities {first.tolist()} of unequal size; they must be in step"
+            )
         return starts, int(lengths)
 
     def steps(self, first: Tensor, count: int) -> Tensor:
-        """[B, T] generation ranks of the tokens of `count` entities from `first` [B]; not clamped past the end."""
+        """[B, T] generation ranks of the tokens of `count` entities from `first` [B]; not clamped
+        past the end.
+        """
         starts, length = self.span(first, count)
         return starts[:, None] + torch.arange(length)
 
     def indices(self, first: Tensor, count: int) -> Tensor:
-        """[B, T] places on the token axis of `count` entities from `first` [B]; clamped to the last token."""
+        """[B, T] places on the token axis of `count` entities from `first` [B]; clamped to the last
+        token.
+        """
         steps = self.steps(first, count).clamp(max=self.length - 1)
         return self.order.expand(len(first), -1).gather(1, steps)
 
@@ -87,11 +106,16 @@ class Entities:
         return torch.where(steps < self.length, inside, past)
 
     def get(self, tokens: Tensor, first: Tensor, count: int) -> Tensor:
-        """Tokens [B, T, ...] of `count` entities from `first` [B], read from the token buffer [B, N, ...]."""
+        """Tokens [B, T, ...] of `count` entities from `first` [B], read from the token buffer [B,
+        N, ...].
+        """
         return take(tokens, self.indices(first, count))
 
-    def put(self, tokens: Tensor, first: Tensor, count: int, values: Tensor, keep: Tensor | None = None) -> Tensor:
-        """A copy of the buffer with `values` [B, T, ...] in place; where `keep` [B, T] is False nothing is written.
+    def put(
+        self, tokens: Tensor, first: Tensor, count: int, values: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """A copy of the buffer with `values` [B, T, ...] in place; where `keep` [B, T] is False
+        nothing is written.
 
         Tokens past the end are never written.
         """
@@ -119,11 +143,15 @@ class Entities:
         return self.order.argsort(-1)
 
     def mask(self) -> Tensor:
-        """[N, N] block-causal visibility in generation order: row i sees column j iff entity(j) <= entity(i)."""
+        """[N, N] block-causal visibility in generation order: row i sees column j iff entity(j) <=
+        entity(i).
+        """
         return self._entity[None, :] <= self._entity[:, None]
 
     def block_mask(self, device: torch.device | str = "cpu") -> "BlockMask":
-        """`mask` for FlexAttention, which skips the blocks that are hidden and stores no N x N table."""
+        """`mask` for FlexAttention, which skips the blocks that are hidden and stores no N x N
+        table.
+        """
         from torch.nn.attention.flex_attention import create_block_mask
 
         entity = self._entity.to(device)
@@ -146,7 +174,9 @@ def token_order(layout: Layout) -> Entities:
 
 
 def ordered(order: Sequence[int] | Tensor, sizes: Sequence[int]) -> Entities:
-    """Entities from a list of places and their sizes; raises ValueError unless `order` is a permutation."""
+    """Entities from a list of places and their sizes; raises ValueError unless `order` is a
+    permutation.
+    """
     order = torch.as_tensor(order, dtype=torch.int64)
     if not torch.equal(order.sort(-1).values, torch.arange(order.shape[-1]).expand_as(order)):
         raise ValueError(f"an order must contain each of its {order.shape[-1]} places exactly once")
@@ -159,7 +189,8 @@ def image_entity(layout: Layout) -> Entities:
 
 
 def cells(layout: Layout, h: int, w: int) -> Entities:
-    """Cells of `h` rows x `w` columns of a grid, cells in raster order and raster order inside (xAR's default X).
+    """Cells of `h` rows x `w` columns of a grid, cells in raster order and raster order inside
+    (xAR's default X).
 
     On one sequence, cells of a single row are `w` consecutive tokens.
     """
@@ -168,62 +199,96 @@ def cells(layout: Layout, h: int, w: int) -> Entities:
             raise UserError(f"windows of {w} do not divide the sequence of {layout.length} tokens")
         return Entities(torch.arange(layout.length, device="cpu"), (w,) * (layout.length // w))
     rows, columns = _grid(layout, "cells", h, w)
-    order = rearrange(torch.arange(rows * columns, device="cpu"), "(r h c w) -> (r c h w)", h=h, c=columns // w, w=w)
+    order = rearrange(
+        torch.arange(rows * columns, device="cpu"),
+        "(r h c w) -> (r c h w)",
+        h=h,
+        c=columns // w,
+        w=w,
+    )
     return Entities(order, (h * w,) * (rows * columns // (h * w)))
 
 
 def subsamples(layout: Layout, down: int, across: int | None = None) -> Entities:
-    """`down` x `across` tokens spread evenly over the grid at once (xAR, arXiv 2502.20388, algorithm 1).
+    """`down` x `across` tokens spread evenly over the grid at once (xAR, arXiv 2502.20388,
+    algorithm 1).
 
-    Neighbours inside an entity are (height / down, width / across) apart: the numbers count tokens, not distances.
+    Neighbours inside an entity are (height / down, width / across) apart: the numbers count tokens,
+    not distances.
     """
     across = across or down
     h, w = _grid(layout, "subsamples", down, across)
-    order = rearrange(torch.arange(h * w, device="cpu"), "(i h j w) -> (h w i j)", i=down, j=across, w=w // across)
+    order = rearrange(
+        torch.arange(h * w, device="cpu"), "(i h j w) -> (h w i j)", i=down, j=across, w=w // across
+    )
     return Entities(order, (down * across,) * (h * w // (down * across)))
 
 
 def levels(layout: Layout, sizes: Sequence[int] | None = None) -> Entities:
-    """Runs of tokens in the layout's own order: of the given sizes, or one a segment (levels, scales)."""
+    """Runs of tokens in the layout's own order: of the given sizes, or one a segment (levels,
+    scales).
+    """
     sizes = tuple(sizes or (segment.length for segment in layout.segments))
     if sum(sizes) != layout.length or min(sizes) < 1:
-        raise UserError(f"levels of {sizes} tokens must be positive and sum to the {layout.length} tokens of {layout}")
+        raise UserError(
+            f"levels of {sizes} tokens must be positive and sum to the {layout.length} tokens of {layout}"
+        )
     return Entities(torch.arange(layout.length, device="cpu"), sizes)
 
 
 def scales(layout: Layout) -> Entities:
     """One entity a scale of a pyramid of grids that grow; raises UserError for any other layout."""
     sides = [segment.shape for segment in layout.segments]
-    grow = all(a[0] <= b[0] and a[1] <= b[1] for a, b in zip(sides, sides[1:], strict=False) if len(a) == len(b) == 2)
+    grow = all(
+        a[0] <= b[0] and a[1] <= b[1]
+        for a, b in zip(sides, sides[1:], strict=False)
+        if len(a) == len(b) == 2
+    )
     if len(sides) < 2 or not grow or any(len(side) != 2 for side in sides):
-        raise UserError(f"scales need a layout of grids from coarse to fine; this tokenizer gives {layout}")
+        raise UserError(
+            f"scales need a layout of grids from coarse to fine; this tokenizer gives {layout}"
+        )
     return levels(layout)
 
 
 def random_order(
-    layout: Layout, generator: torch.Generator, batch: int | None = None, sizes: Sequence[int] | None = None
+    layout: Layout,
+    generator: torch.Generator,
+    batch: int | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> Entities:
-    """Tokens in random order, [N] or one order an image [B, N]; entities of `sizes` (default: one token each)."""
-    orders = [torch.randperm(layout.length, generator=generator, device="cpu") for _ in range(batch or 1)]
-    return Entities(orders[0] if batch is None else torch.stack(orders), tuple(sizes or (1,) * layout.length))
+    """Tokens in random order, [N] or one order an image [B, N]; entities of `sizes` (default: one
+    token each).
+    """
+    orders = [
+        torch.randperm(layout.length, generator=generator, device="cpu") for _ in range(batch or 1)
+    ]
+    return Entities(
+        orders[0] if batch is None else torch.stack(orders), tuple(sizes or (1,) * layout.length)
+    )
 
 
 def shuffled(entities: Entities, generator: torch.Generator) -> Entities:
-    """The same entities in random order, each with its tokens as they were; every image shares the order."""
+    """The same entities in random order, each with its tokens as they were; every image shares the
+    order.
+    """
     parts = entities.order.split(entities.sizes)
     chosen = torch.randperm(entities.count, generator=generator, device="cpu").tolist()
     return Entities(torch.cat([parts[n] for n in chosen]), tuple(entities.sizes[n] for n in chosen))
 
 
 def local_order(layout: Layout, steps: int, seed: int = 0) -> Entities:
-    """Tokens of a grid in LPD's locality-aware order (models/local_order.py), in `steps` entities that grow."""
+    """Tokens of a grid in LPD's locality-aware order (models/local_order.py), in `steps` entities
+    that grow.
+    """
     rows, columns = _grid(layout, "local orders", 1, 1)
     sizes = local_sizes(rows * columns, steps)
     return Entities(torch.tensor(near_and_apart(rows, columns, sizes, seed), device="cpu"), sizes)
 
 
 def parse_entities(text: str, layout: Layout) -> Entities:
-    """X as a flag: token, image, level, scale, cell:4 (4x4), cell:2x8, subsample:2, level:1,1,2,4, random:SEED.
+    """X as a flag: token, image, level, scale, cell:4 (4x4), cell:2x8, subsample:2, level:1,1,2,4,
+    random:SEED.
 
     `local:STEPS` or `local:STEPS,SEED` is LPD's order.
 
@@ -264,9 +329,13 @@ def parse_entities(text: str, layout: Layout) -> Entities:
 
 
 def _grid(layout: Layout, name: str, height: int, width: int) -> tuple[int, int]:
-    """Sides of a layout that is one grid and divides into height x width; raises UserError for any other."""
+    """Sides of a layout that is one grid and divides into height x width; raises UserError for any
+    other.
+    """
     if layout.grid is None:
         raise UserError(f"{name} need a layout of one grid; this tokenizer gives {layout}")
     if height < 1 or width < 1 or layout.grid[0] % height or layout.grid[1] % width:
-        raise UserError(f"{name} of {height}x{width} do not divide the grid of {layout.grid[0]}x{layout.grid[1]}")
+        raise UserError(
+            f"{name} of {height}x{width} do not divide the grid of {layout.grid[0]}x{layout.grid[1]}"
+        )
     return layout.grid

@@ -1,11 +1,14 @@
-"""The generator protocol: what a decoding algorithm may ask of a generator, and the state that it drives.
+"""The generator protocol: what a decoding algorithm may ask of a generator, and the state that it
+drives.
 
-`start` makes a State (prefix prefilled, guidance branches stacked), `predict` feeds the inputs of the next entities and
-returns the distribution of the same entities, `State.rollback` takes entities back. The input of an entity is a pure
-function of the tokens before it, the entities and the condition: no decoded value lives in the state, so drafts,
-roll-back, forks and resuming need no code in any generator.
+`start` makes a State (prefix prefilled, guidance branches stacked), `predict` feeds the inputs of
+the next entities and returns the distribution of the same entities, `State.rollback` takes entities
+back. The input of an entity is a pure function of the tokens before it, the entities and the
+condition: no decoded value lives in the state, so drafts, roll-back, forks and resuming need no
+code in any generator.
 
-Shapes: B images, R = B x branches rows (all conditional rows, then all null rows), T tokens of a span, n positions.
+Shapes: B images, R = B x branches rows (all conditional rows, then all null rows), T tokens of a
+span, n positions.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +36,9 @@ from tessellar.protocol.work import Work, linear_macs
 
 
 class Prefix(NamedTuple):
-    """Condition as a generator reads it: embeddings [R, P, D], `valid` [R, P] on the CPU (False = padding) or None."""
+    """Condition as a generator reads it: embeddings [R, P, D], `valid` [R, P] on the CPU (False =
+    padding) or None.
+    """
 
     embeddings: Tensor
     valid: Tensor | None = None
@@ -44,9 +49,11 @@ class Prefix(NamedTuple):
 
 
 class TokenizerPart(Protocol):
-    """What a tokenizer inside the loop keeps of the tokens so far (maps, a cache of a decoder), of B images.
+    """What a tokenizer inside the loop keeps of the tokens so far (maps, a cache of a decoder), of
+    B images.
 
-    A pure function of the tokens of the first `fed` entities, so it can be forgotten and forked with them.
+    A pure function of the tokens of the first `fed` entities, so it can be forgotten and forked
+    with them.
     """
 
     def rollback(self, fed: Tensor) -> None:
@@ -68,7 +75,9 @@ class State:
     fed: Tensor  # [B] entities whose input is in the cache = entities predicted so far; on the CPU
     prefix: Prefix | None = None
     cache: KVCache | NoCache | None = None
-    input_ends: Tensor | None = None  # [count + 1] cache length after the inputs of the first n entities; on the CPU
+    input_ends: Tensor | None = (
+        None  # [count + 1] cache length after the inputs of the first n entities; on the CPU
+    )
 
     part: TokenizerPart | None = None  # of a tokenizer that is asked in the loop
 
@@ -79,7 +88,11 @@ class State:
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, ...] of images to [R, ...] of rows; batch-independent data [1, ...] stays as it is."""
-        return x if len(x) != self.batch or self.guidance.branches == 1 else torch.cat([x] * self.guidance.branches)
+        return (
+            x
+            if len(x) != self.batch or self.guidance.branches == 1
+            else torch.cat([x] * self.guidance.branches)
+        )
 
     def merge(self, x: Tensor, entity: Tensor) -> Tensor:
         """Guidance: predictions [R, T, ...] of entities [B, T] to [B, T, ...]."""
@@ -87,19 +100,24 @@ class State:
 
     def _input_end(self, entity: Tensor) -> Tensor:
         assert self.input_ends is not None
-        count, step = self.entities.count, int(self.input_ends[-1] - self.input_ends[-2])
+        count = self.entities.count
+        step = int(self.input_ends[-1] - self.input_ends[-2])
         return self.input_ends[entity.clamp(max=count)] + (entity - count).clamp(min=0) * step
 
     def places(self, count: int) -> Tensor:
-        """[R, n] sequence places of the next inputs ([1, n] where all images agree), extrapolated past the end.
+        """[R, n] sequence places of the next inputs ([1, n] where all images agree), extrapolated
+        past the end.
 
         Raises ValueError where images stand at entities with inputs of unequal length.
         """
         first = self.fed[:1] if bool((self.fed == self.fed[0]).all()) else self.fed
-        starts, stops = self._input_end(first), self._input_end(first + count)
+        starts = self._input_end(first)
+        stops = self._input_end(first + count)
         lengths = (stops - starts).unique()
         if len(lengths) > 1:
-            raise ValueError(f"images stand at entities {first.tolist()} of unequal inputs; they must be in step")
+            raise ValueError(
+                f"images stand at entities {first.tolist()} of unequal inputs; they must be in step"
+            )
         places = starts[:, None] + torch.arange(int(lengths))
         return places if len(places) == 1 else self.rows(places)
 
@@ -109,7 +127,9 @@ class State:
         if self.part is not None:
             self.part.rollback(self.fed)
         if isinstance(self.cache, KVCache):
-            self.cache.truncate(self.rows(self._input_end(self.fed)) if self.batch > 1 else self._rows_of_one())
+            self.cache.truncate(
+                self.rows(self._input_end(self.fed)) if self.batch > 1 else self._rows_of_one()
+            )
 
     def _rows_of_one(self) -> Tensor:
         return self._input_end(self.fed).expand(self.guidance.branches)
@@ -119,7 +139,8 @@ class State:
         index = index.cpu()
         rows = torch.cat([index + branch * self.batch for branch in range(self.guidance.branches)])
         prefix = self.prefix and Prefix(
-            self.prefix.embeddings[rows], None if self.prefix.valid is None else self.prefix.valid[rows]
+            self.prefix.embeddings[rows],
+            None if self.prefix.valid is None else self.prefix.valid[rows],
         )
         cache = self.cache.select(rows) if isinstance(self.cache, KVCache) else self.cache
         return replace(
@@ -134,7 +155,9 @@ class State:
 
 
 class Evaluation(NamedTuple):
-    """What validation measures of a batch: named losses, and nats [B] of each image where there is a likelihood."""
+    """What validation measures of a batch: named losses, and nats [B] of each image where there is
+    a likelihood.
+    """
 
     losses: dict[str, Tensor]
     nats: Tensor | None
@@ -143,9 +166,9 @@ class Evaluation(NamedTuple):
 class Generator(Configured, ExactTables, ABC):
     """Tokens from a condition, entity by entity.
 
-    The constructor sets `layout`, `entities` (the default partition) and `conditioning` (what is read as a condition,
-    and which one stands for none). `condition_dropout` is the probability with which training replaces a sample's
-    condition by the null condition.
+    The constructor sets `layout`, `entities` (the default partition) and `conditioning` (what is
+    read as a condition, and which one stands for none). `condition_dropout` is the probability with
+    which training replaces a sample's condition by the null condition.
     """
 
     layout: Layout
@@ -158,15 +181,23 @@ class Generator(Configured, ExactTables, ABC):
         return self.conditioning.null(condition)
 
     @abstractmethod
-    def loss(self, tokens: Tensor, condition: Condition, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Named training losses of tokens [B, N, ...]; their sum is minimised. `weight` [B] weighs samples."""
+    def loss(
+        self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Named training losses of tokens [B, N, ...]; their sum is minimised. `weight` [B] weighs
+        samples.
+        """
 
     def nats(self, tokens: Tensor, condition: Condition) -> Tensor | None:
-        """-log p [B] in nats of whole images [B, N, ...] under their condition; None where there is no likelihood."""
+        """-log p [B] in nats of whole images [B, N, ...] under their condition; None where there is
+        no likelihood.
+        """
         return None
 
     def evaluate(self, tokens: Tensor, condition: Condition) -> Evaluation:
-        """Losses and nats of a batch in validation; a generator that has both from one pass overrides this."""
+        """Losses and nats of a batch in validation; a generator that has both from one pass
+        overrides this.
+        """
         return Evaluation(self.loss(tokens, condition), self.nats(tokens, condition))
 
     @abstractmethod
@@ -180,22 +211,28 @@ class Generator(Configured, ExactTables, ABC):
         """A state with nothing predicted; `window` entities past the end fit into its cache."""
 
     @abstractmethod
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Distribution:
-        """Feed the inputs of `count` entities, read from the token buffer [B, N, ...] (committed or drafted alike).
+    def predict(
+        self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
+    ) -> Distribution:
+        """Feed the inputs of `count` entities, read from the token buffer [B, N, ...] (committed or
+        drafted alike).
 
-        Advances `state.fed` and returns the guided distribution of the last `want` (default: all) of those entities.
+        Advances `state.fed` and returns the guided distribution of the last `want` (default: all)
+        of those entities.
         """
 
     def predict_places(self, state: State, tokens: Tensor, places: Tensor) -> Distribution:
-        """Distribution of the tokens at `places` [B, T] of the layout, any set of them, given those that are known.
+        """Distribution of the tokens at `places` [B, T] of the layout, any set of them, given those
+        that are known.
 
-        For algorithms whose window is no run of entities (several fronts in one image). Raises UserError, naming the
-        generator, where positions are not found by place.
+        For algorithms whose window is no run of entities (several fronts in one image). Raises
+        UserError, naming the generator, where positions are not found by place.
         """
         raise UserError(f"{type(self).__name__} predicts runs of entities, not any set of places")
 
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
-        """The partition to decode in; generators of random order draw one for each image, in `steps` entities.
+        """The partition to decode in; generators of random order draw one for each image, in
+        `steps` entities.
 
         Raises UserError for a number of steps that is not this generator's to choose.
         """
@@ -204,10 +241,14 @@ class Generator(Configured, ExactTables, ABC):
         return self.entities
 
     def bind(self, tokenizer: Tokenizer) -> None:
-        """Told once whose tokens these are; for generators that read more of the tokenizer than its layout (VAR)."""
+        """Told once whose tokens these are; for generators that read more of the tokenizer than its
+        layout (VAR).
+        """
 
     def work(self) -> Work:
-        """Positions and MACs of one image, an estimate: every linear layer once a token, without attention."""
+        """Positions and MACs of one image, an estimate: every linear layer once a token, without
+        attention.
+        """
         return Work(self.layout.length, linear_macs(self) * self.layout.length, 0)
 
     def make_conditioner(self) -> Conditioner:
@@ -228,7 +269,9 @@ class Generator(Configured, ExactTables, ABC):
 
 
 def require_categorical(layout: Layout, generator: str) -> int:
-    """The one vocabulary size of a categorical layout; raises UserError, naming the generator, for any other layout."""
+    """The one vocabulary size of a categorical layout; raises UserError, naming the generator, for
+    any other layout.
+    """
     if not layout.is_categorical:
         raise UserError(f"{generator} predicts categorical tokens; this tokenizer gives {layout}")
     sizes: Sequence[int] = layout.vocab().unique().tolist()

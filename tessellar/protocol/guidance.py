@@ -1,8 +1,9 @@
 """Guidance: classifier-free guidance and its schedules over entities.
 
-g = u + w (c - u) (arXiv 2207.12598 in LlamaGen's convention: w = 1 is the conditional prediction alone). A schedule
-gives w for entity n of N; the generator places the one call to `Guidance.merge` where its paper applies guidance. A
-user chooses a schedule by its class: `--guidance PowerCosine --guidance.scale 16 --guidance.power 2.75`.
+g = u + w (c - u) (arXiv 2207.12598 in LlamaGen's convention: w = 1 is the conditional prediction
+alone). A schedule gives w for entity n of N; the generator places the one call to `Guidance.merge`
+where its paper applies guidance. A user chooses a schedule by its class: `--guidance PowerCosine
+--guidance.scale 16 --guidance.power 2.75`.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,9 @@ Schedule = Callable[[Tensor, Entities], Tensor]
 
 
 def _progress(entity: Tensor, entities: Entities, reach_end: bool = True) -> Tensor:
-    """n / (N - 1), 1 where there is a single entity; without `reach_end` n / N, which stays below 1."""
+    """n / (N - 1), 1 where there is a single entity; without `reach_end` n / N, which stays below
+    1.
+    """
     if not reach_end:
         return entity.clamp(max=entities.count - 1) / entities.count
     if entities.count == 1:
@@ -40,9 +43,11 @@ class Guidance:
         return 1 if self.schedule is None else 2
 
     def merge(self, x: Tensor, entity: Tensor, entities: Entities) -> Tensor:
-        """Predictions [R, T, ...] of all branches (conditional rows first) to guided ones [B, T, ...].
+        """Predictions [R, T, ...] of all branches (conditional rows first) to guided ones [B, T,
+        ...].
 
-        `entity` [B, T] are the entity numbers. Exactly the conditional prediction where the scale is 1.
+        `entity` [B, T] are the entity numbers. Exactly the conditional prediction where the scale
+        is 1.
         """
         if self.schedule is None:
             return x
@@ -88,7 +93,9 @@ class Constant(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class Linear(GuidanceSchedule):
-    """From `start` at the first entity to w at the last (xAR, VAR), or short of it (MaskGIT: `reach_end` False)."""
+    """From `start` at the first entity to w at the last (xAR, VAR), or short of it (MaskGIT:
+    `reach_end` False).
+    """
 
     start: float = 1.0
     reach_end: bool = True
@@ -134,7 +141,9 @@ class PowerCosine(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class HalfLinear(GuidanceSchedule):
-    """1 + (w - 1) min(1, 2r) over progress r: linear up to the middle, w from there on (Token-Shuffle's default)."""
+    """1 + (w - 1) min(1, 2r) over progress r: linear up to the middle, w from there on
+    (Token-Shuffle's default).
+    """
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
         return 1 + (self.scale - 1) * (2 * _progress(entity, entities)).clamp(max=1)
@@ -151,7 +160,9 @@ class HalfCosine(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class Step(GuidanceSchedule):
-    """`before` (1: none) until entity `first`, w from there on (HAR: from a quarter of the steps on)."""
+    """`before` (1: none) until entity `first`, w from there on (HAR: from a quarter of the steps
+    on).
+    """
 
     first: int = 0
     before: float = 1.0
@@ -171,7 +182,8 @@ class Step(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class LateStep(GuidanceSchedule):
-    """w at the first entity and where progress n / (N - 1) has reached `start`, 1 between them (GigaTok, ReToK).
+    """w at the first entity and where progress n / (N - 1) has reached `start`, 1 between them
+    (GigaTok, ReToK).
 
     `between` is the scale in between; the official code has 1.0001 there.
     """
@@ -195,7 +207,8 @@ class LateStep(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class LateLinear(GuidanceSchedule):
-    """w at the first entity, behind it `start` + (w - 1) r over progress r = n / (N - 1) (GigaTok, ReToK).
+    """w at the first entity, behind it `start` + (w - 1) r over progress r = n / (N - 1) (GigaTok,
+    ReToK).
 
     The official code has 1.0001 for `start`. With `falling` it is 1 - r in place of r.
     """
@@ -219,7 +232,9 @@ class LateLinear(GuidanceSchedule):
 
 @dataclass(frozen=True)
 class Interval(GuidanceSchedule):
-    """w for entities in [first, last], 1 elsewhere (arXiv 2404.07724; LlamaGen's cfg_interval m is last = m + 1)."""
+    """w for entities in [first, last], 1 elsewhere (arXiv 2404.07724; LlamaGen's cfg_interval m is
+    last = m + 1).
+    """
 
     first: int = 0
     last: int | None = None
@@ -231,14 +246,20 @@ class Interval(GuidanceSchedule):
             check_whole("guidance last", self.last, least=self.first)
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        inside = (entity >= self.first) & (entity <= (entities.count if self.last is None else self.last))
+        inside = (entity >= self.first) & (
+            entity <= (entities.count if self.last is None else self.last)
+        )
         return torch.where(inside, float(self.scale), 1.0)
 
 
 @dataclass(frozen=True)
 class Revealed(GuidanceSchedule):
-    """1 + (w - 1) k / N for k of N tokens known behind the entity, one less behind the last (MAR, arXiv 2406.11838)."""
+    """1 + (w - 1) k / N for k of N tokens known behind the entity, one less behind the last (MAR,
+    arXiv 2406.11838).
+    """
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        known = entities.ends[entity.clamp(max=entities.count - 1) + 1].clamp(max=entities.length - 1)
+        known = entities.ends[entity.clamp(max=entities.count - 1) + 1].clamp(
+            max=entities.length - 1
+        )
         return 1 + (self.scale - 1) * known / entities.length

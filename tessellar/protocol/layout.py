@@ -1,8 +1,9 @@
 """Layout: what the tokens of a tokenizer are and in which order they are generated.
 
-A tokenizer declares one layout; generators are built from it, the trainer counts code usage with it, caches and exports
-store it. So no vocabulary size and no grid side is ever typed twice. A layout is a sequence of segments (a grid, a 1D
-sequence, holistic tokens then a grid, levels, scales), each with its shape and with what one position holds.
+A tokenizer declares one layout; generators are built from it, the trainer counts code usage with
+it, caches and exports store it. So no vocabulary size and no grid side is ever typed twice. A
+layout is a sequence of segments (a grid, a 1D sequence, holistic tokens then a grid, levels,
+scales), each with its shape and with what one position holds.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         if not self.shape or any(side < 1 for side in self.shape):
-            raise ValueError(f"segment {self.name!r} has shape {self.shape}; every side must be at least 1")
+            raise ValueError(
+                f"segment {self.name!r} has shape {self.shape}; every side must be at least 1"
+            )
 
     @property
     def length(self) -> int:
@@ -64,8 +67,8 @@ class Segment:
 class Layout:
     """Segments in generation order.
 
-    `min_prefix` is the length of the shortest prefix that the tokenizer can decode; None means that only the complete
-    sequence can be decoded. Token ids are local to their segment.
+    `min_prefix` is the length of the shortest prefix that the tokenizer can decode; None means that
+    only the complete sequence can be decoded. Token ids are local to their segment.
     """
 
     segments: tuple[Segment, ...]
@@ -75,11 +78,17 @@ class Layout:
         if not self.segments:
             raise ValueError("a layout needs at least one segment")
         if len({self._trailing(s.kind) for s in self.segments}) > 1:
-            raise ValueError("all segments of a layout must hold the same number of values a position")
+            raise ValueError(
+                "all segments of a layout must hold the same number of values a position"
+            )
         if len({isinstance(s.kind, Continuous) for s in self.segments}) > 1:
-            raise ValueError("segments of real vectors and of ids cannot share one tensor of tokens")
+            raise ValueError(
+                "segments of real vectors and of ids cannot share one tensor of tokens"
+            )
         if self.min_prefix is not None and not 1 <= self.min_prefix <= self.length:
-            raise ValueError(f"min_prefix is {self.min_prefix}; it must be in [1, {self.length}] or None")
+            raise ValueError(
+                f"min_prefix is {self.min_prefix}; it must be in [1, {self.length}] or None"
+            )
 
     @staticmethod
     def _trailing(kind: Kind) -> tuple[int, ...]:
@@ -121,23 +130,33 @@ class Layout:
         return (shape[0], shape[1]) if len(self.segments) == 1 and len(shape) == 2 else None
 
     def vocab(self) -> Tensor:
-        """Vocabulary size of each position, int64 [N]; raises TypeError unless the layout is categorical."""
+        """Vocabulary size of each position, int64 [N]; raises TypeError unless the layout is
+        categorical.
+        """
         sizes = [(s.kind.vocab, s.length) for s in self.segments if isinstance(s.kind, Categorical)]
         if not self.is_categorical:
             raise TypeError(f"only a categorical layout has vocabularies; this one is {self}")
         return torch.cat([torch.full((n,), v, device="cpu") for v, n in sizes])
 
     def blank(self, batch: int) -> Tensor:
-        """Zeroed tokens of a batch: int64 [B, N] or [B, N, F], float32 [B, N, C] for continuous layouts."""
+        """Zeroed tokens of a batch: int64 [B, N] or [B, N, F], float32 [B, N, C] for continuous
+        layouts.
+        """
         dtype = torch.float32 if self.is_continuous else torch.int64
-        return torch.zeros(batch, self.length, *self._trailing(self.segments[0].kind), dtype=dtype, device="cpu")
+        return torch.zeros(
+            batch, self.length, *self._trailing(self.segments[0].kind), dtype=dtype, device="cpu"
+        )
 
     def check(self, tokens: Tensor) -> None:
-        """Raise ValueError unless `tokens` [B, n <= N, ...] fit: shape, type, and what each segment's kind may hold."""
+        """Raise ValueError unless `tokens` [B, n <= N, ...] fit: shape, type, and what each
+        segment's kind may hold.
+        """
         trailing = self._trailing(self.segments[0].kind)
         shortest = self.length if self.min_prefix is None else self.min_prefix
         if tokens.shape[2:] != trailing or not shortest <= tokens.shape[1] <= self.length:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; {self} needs [B, {self.length}, *{trailing}]")
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; {self} needs [B, {self.length}, *{trailing}]"
+            )
         if self.is_continuous:
             self._check_vectors(tokens)
             return
@@ -172,7 +191,9 @@ def _check_range(tokens: Tensor, segment: Segment) -> None:
     outside = (tokens < 0) | (tokens >= sizes.to(tokens.device))
     if bool(outside.any()):
         wrong = int(tokens[outside][0])
-        raise ValueError(f"the {segment.name} hold {wrong}, outside the vocabulary of {segment.kind}")
+        raise ValueError(
+            f"the {segment.name} hold {wrong}, outside the vocabulary of {segment.kind}"
+        )
 
 
 def grid_layout(height: int, width: int, kind: Kind, name: str = "tokens") -> Layout:
@@ -180,6 +201,8 @@ def grid_layout(height: int, width: int, kind: Kind, name: str = "tokens") -> La
     return Layout((Segment((height, width), kind, name),))
 
 
-def sequence_layout(length: int, kind: Kind, min_prefix: int | None = None, name: str = "tokens") -> Layout:
+def sequence_layout(
+    length: int, kind: Kind, min_prefix: int | None = None, name: str = "tokens"
+) -> Layout:
     """One sequence of `length` positions."""
     return Layout((Segment((length,), kind, name),), min_prefix)

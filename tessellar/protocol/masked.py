@@ -1,7 +1,9 @@
-"""Masked generators: every prediction is made anew from the known tokens, in any order, without a cache.
+"""Masked generators: every prediction is made anew from the known tokens, in any order, without a
+cache.
 
-The known tokens are those of the entities before `state.fed`; where they stand is `state.entities.order`, which a
-decoding algorithm may write as it goes (`tessellar/sampling/confidence.py`) or draw beforehand.
+The known tokens are those of the entities before `state.fed`; where they stand is
+`state.entities.order`, which a decoding algorithm may write as it goes
+(`tessellar/sampling/confidence.py`) or draw beforehand.
 """
 
 from abc import abstractmethod
@@ -21,8 +23,11 @@ class MaskedGenerator(Generator):
     """A subclass says how unknown tokens follow from known ones (`fill`)."""
 
     @abstractmethod
-    def fill(self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor) -> Distribution:
-        """Distribution of the tokens at `places` [B, T] of the buffer [B, N, ...], whose `known` [B, N] count.
+    def fill(
+        self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor
+    ) -> Distribution:
+        """Distribution of the tokens at `places` [B, T] of the buffer [B, N, ...], whose `known`
+        [B, N] count.
 
         `entity` [B, T] is what guidance takes them for.
         """
@@ -35,10 +40,16 @@ class MaskedGenerator(Generator):
         window: int = 1,
     ) -> State:
         fed = torch.zeros(condition.batch, dtype=torch.int64)
-        return State(self.stack_branches(condition, guidance), guidance, entities or self.entities, fed)
+        return State(
+            self.stack_branches(condition, guidance), guidance, entities or self.entities, fed
+        )
 
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Distribution:
-        """One pass for each wanted entity; raises UserError for several where the head is not of logits."""
+    def predict(
+        self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
+    ) -> Distribution:
+        """One pass for each wanted entity; raises UserError for several where the head is not of
+        logits.
+        """
         want = count if want is None else want
         state.fed = state.fed + count
         parts = [self._entity(state, tokens, state.fed - want + i) for i in range(want)]
@@ -52,10 +63,17 @@ class MaskedGenerator(Generator):
     def predict_rest(self, state: State, tokens: Tensor) -> Distribution:
         """All N tokens, given those of the entities before `state.fed`; guided as entity `fed`."""
         places = torch.arange(self.layout.length).expand(state.batch, -1)
-        return self.fill(state, tokens, known_before(state, state.fed), places, state.fed[:, None].expand_as(places))
+        return self.fill(
+            state,
+            tokens,
+            known_before(state, state.fed),
+            places,
+            state.fed[:, None].expand_as(places),
+        )
 
     def _entity(self, state: State, tokens: Tensor, number: Tensor) -> Distribution:
-        places, entity = state.entities.indices(number, 1), state.entities.entity_of(number, 1)
+        places = state.entities.indices(number, 1)
+        entity = state.entities.entity_of(number, 1)
         return self.fill(state, tokens, known_before(state, number), places, entity)
 
 

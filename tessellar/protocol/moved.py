@@ -1,7 +1,8 @@
-"""Names that moved: classes, constructor arguments and tensors in files of older versions, and what they are now.
+"""Names that moved: classes, constructor arguments and tensors in files of older versions, and what
+they are now.
 
-Exports, checkpoints and headers of caches hold such names. One is written here once and never taken out: files live
-longer than trees.
+Exports, checkpoints and headers of caches hold such names. One is written here once and never taken
+out: files live longer than trees.
 """
 
 from typing import Any
@@ -70,7 +71,10 @@ ARGUMENTS: dict[str, dict[str, str | None]] = {}
 """Public class path of today: former constructor argument: its name of today, None where it means nothing any more."""
 
 TENSORS: dict[str, dict[str, str]] = {
-    "tessellar.models.flextok.FlexAR": {"empty": "conditioning.empty", "empty_valid": "conditioning.empty_valid"},
+    "tessellar.models.flextok.FlexAR": {
+        "empty": "conditioning.empty",
+        "empty_valid": "conditioning.empty_valid",
+    },
 }
 """Public class path of today: former name of a tensor or a sub-module, within that class: its name of today."""
 

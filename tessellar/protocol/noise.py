@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 class Noise:
-    """Draws of shape [B, *shape], row b from its own generator seeded `seeds[b]`; made on the CPU, given on `device`.
+    """Draws of shape [B, *shape], row b from its own generator seeded `seeds[b]`; made on the CPU,
+    given on `device`.
 
-    Every draw takes the same number of values from each stream, so image b is the same alone and in any batch, on one
-    process and on several, on CPU and on GPU.
+    Every draw takes the same number of values from each stream, so image b is the same alone and in
+    any batch, on one process and on several, on CPU and on GPU.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -36,7 +37,9 @@ class Noise:
         return (-torch.log1p(-self.uniform(*shape))).clamp(min=torch.finfo(torch.float32).tiny)
 
     def select(self, index: Tensor) -> "Noise":
-        """Streams of images `index` [b], continuing where they are; an image named twice gets two equal streams."""
+        """Streams of images `index` [b], continuing where they are; an image named twice gets two
+        equal streams.
+        """
         chosen = Noise([], self.device)
         chosen.streams = [self.streams[i].clone_state() for i in index.tolist()]
         return chosen

@@ -1,8 +1,10 @@
-"""Packages whose classes may be built and whose papers are found: this one, and those that a command names.
+"""Packages whose classes may be built and whose papers are found: this one, and those that a
+command names.
 
-A paper is a folder with the modules of its kind: `tessellar/models/xar/official.py`. A package of the same shape
-outside of this tree is found the same way once it is named (`--package mypackage`, `tessellar.load(trust=...)`): the
-package itself is a paper, or the folders in it are. Whoever names a package lets its code run, as `import` does.
+A paper is a folder with the modules of its kind: `tessellar/models/xar/official.py`. A package of
+the same shape outside of this tree is found the same way once it is named (`--package mypackage`,
+`tessellar.load(trust=...)`): the package itself is a paper, or the folders in it are. Whoever names
+a package lets its code run, as `import` does.
 """
 
 import importlib
@@ -29,9 +31,11 @@ def trusted() -> tuple[str, ...]:
 
 
 def trust(packages: str | Iterable[str]) -> None:
-    """Import packages (a comma-separated text, or names) and trust their classes until the command ends.
+    """Import packages (a comma-separated text, or names) and trust their classes until the command
+    ends.
 
-    One that is not installed is looked for in the current folder. Raises UserError for what cannot be imported.
+    One that is not installed is looked for in the current folder. Raises UserError for what cannot
+    be imported.
     """
     names = packages.split(",") if isinstance(packages, str) else list(packages)
     for name in [name.strip() for name in names if name.strip()]:
@@ -53,7 +57,9 @@ def trusting(packages: str | Iterable[str] = ()) -> Iterator[None]:
 
 def is_trusted(module: str) -> bool:
     """Whether a module, or a class path, is of this package or of a trusted one."""
-    return any(module == package or module.startswith(f"{package}.") for package in (OURS, *trusted()))
+    return any(
+        module == package or module.startswith(f"{package}.") for package in (OURS, *trusted())
+    )
 
 
 def _import(name: str) -> None:
@@ -75,7 +81,9 @@ def _import(name: str) -> None:
 
 @dataclass(frozen=True)
 class Room:
-    """A module of a paper: the paper's name, its package, and the path of the module, imported when asked for."""
+    """A module of a paper: the paper's name, its package, and the path of the module, imported when
+    asked for.
+    """
 
     paper: str
     package: str
@@ -92,13 +100,17 @@ def rooms(name: str) -> Iterator[Room]:
 
 
 def _rooms_in(root: str, name: str) -> Iterator[Room]:
-    """The modules called `name` of a package and of the packages in it, in the order of their names."""
+    """The modules called `name` of a package and of the packages in it, in the order of their
+    names.
+    """
     package = importlib.import_module(root)
     folders = [Path(folder) for folder in getattr(package, "__path__", ())]
     owner = root.partition(".")[0]
     if _has(folders, name):
         yield Room(root.rpartition(".")[2], owner, f"{root}.{name}")
-    for info in sorted(pkgutil.iter_modules([str(folder) for folder in folders]), key=lambda info: info.name):
+    for info in sorted(
+        pkgutil.iter_modules([str(folder) for folder in folders]), key=lambda info: info.name
+    ):
         if info.ispkg and _has([folder / info.name for folder in folders], name):
             yield Room(info.name, owner, f"{root}.{info.name}.{name}")
 

@@ -1,4 +1,6 @@
-"""Ranges of numbers that a user gives: NaN and infinity are in none, which comparisons alone do not say."""
+"""Ranges of numbers that a user gives: NaN and infinity are in none, which comparisons alone do not
+say.
+"""
 
 from math import inf, isfinite
 from typing import Any
@@ -6,17 +8,23 @@ from typing import Any
 from tessellar.errors import UserError
 
 
-def check_number(name: str, value: Any, least: float = -inf, most: float = inf, above: float = -inf) -> None:
+def check_number(
+    name: str, value: Any, least: float = -inf, most: float = inf, above: float = -inf
+) -> None:
     """Raise UserError unless `value` is a finite number in [least, most] and greater than `above`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not isfinite(value) or not least <= value <= most or value <= above:
-        raise UserError(f"{name} is {value!r}; it must be {_spelled('a finite number', least, most, above)}")
+        raise UserError(
+            f"{name} is {value!r}; it must be {_spelled('a finite number', least, most, above)}"
+        )
 
 
 def check_whole(name: str, value: Any, least: float = -inf, most: float = inf) -> None:
     """Raise UserError unless `value` is an integer in [least, most]."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise UserError(f"{name} is {value!r}; it must be {_spelled('an integer', least, most, -inf)}")
+        raise UserError(
+            f"{name} is {value!r}; it must be {_spelled('an integer', least, most, -inf)}"
+        )
 
 
 def check_name(name: str, value: Any, names: tuple[str, ...]) -> None:

@@ -1,4 +1,6 @@
-"""What every tokenizer is: images to tokens and back, and a training forward with named auxiliary losses."""
+"""What every tokenizer is: images to tokens and back, and a training forward with named auxiliary
+losses.
+"""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -12,10 +14,11 @@ from tessellar.protocol.layout import Layout
 
 
 class TokenizerOutput(NamedTuple):
-    """What a training forward gives: reconstruction [B, 3, H, W], tokens, and auxiliary losses already weighted.
+    """What a training forward gives: reconstruction [B, 3, H, W], tokens, and auxiliary losses
+    already weighted.
 
-    `shorter` is a second reconstruction, from fewer tokens, where the tokenizer trains on both. A training pass whose
-    losses read no image draws none: its reconstruction is empty, [B, 0, H, W].
+    `shorter` is a second reconstruction, from fewer tokens, where the tokenizer trains on both. A
+    training pass whose losses read no image draws none: its reconstruction is empty, [B, 0, H, W].
     """
 
     reconstruction: Tensor
@@ -25,7 +28,9 @@ class TokenizerOutput(NamedTuple):
 
 
 class Tokenizer(Configured, ExactTables, ABC):
-    """Images [B, 3, H, W] in [-1, 1] to tokens ([B, N], [B, N, F] or [B, N, C] as `layout` says) and back."""
+    """Images [B, 3, H, W] in [-1, 1] to tokens ([B, N], [B, N, F] or [B, N, C] as `layout` says)
+    and back.
+    """
 
     layout: Layout
     image_size: tuple[int, int]
@@ -35,7 +40,9 @@ class Tokenizer(Configured, ExactTables, ABC):
         """Tokens of the images."""
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens of the images as a generator is trained on them: a draw where encoding is random, else `encode`."""
+        """Tokens of the images as a generator is trained on them: a draw where encoding is random,
+        else `encode`.
+        """
         return self.encode(images)
 
     @abstractmethod
@@ -49,7 +56,9 @@ class Tokenizer(Configured, ExactTables, ABC):
     @property
     @abstractmethod
     def last_layer(self) -> Tensor:
-        """Weight of the last layer, where the adaptive adversarial weight compares gradients (arXiv 2012.09841)."""
+        """Weight of the last layer, where the adaptive adversarial weight compares gradients (arXiv
+        2012.09841).
+        """
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are [B, 3, H, W] of this tokenizer's size."""

@@ -1,7 +1,9 @@
-"""Work: how many positions a generator's sequence has, and the multiply-accumulates (MACs) of one image in training.
+"""Work: how many positions a generator's sequence has, and the multiply-accumulates (MACs) of one
+image in training.
 
-Counted from sizes alone, so that it can be said before anything is allocated: a linear layer takes as many MACs as it
-has weights at each position that it sees, causal attention n (n + 1) D of scores and mixed values a layer.
+Counted from sizes alone, so that it can be said before anything is allocated: a linear layer takes
+as many MACs as it has weights at each position that it sees, causal attention n (n + 1) D of scores
+and mixed values a layer.
 """
 
 from typing import NamedTuple
@@ -10,7 +12,9 @@ from torch import nn
 
 
 class Work(NamedTuple):
-    """Positions of the sequence; MACs of a forward pass over one image: in the blocks, and around them."""
+    """Positions of the sequence; MACs of a forward pass over one image: in the blocks, and around
+    them.
+    """
 
     positions: int
     backbone: int

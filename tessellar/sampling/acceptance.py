@@ -1,9 +1,11 @@
-"""Acceptance: how likely a drafted token stays, given the law p that it should have and the law q it was drawn from.
+"""Acceptance: how likely a drafted token stays, given the law p that it should have and the law q
+it was drawn from.
 
-`plain_ratio` is speculative sampling (arXiv 2211.17192, 2302.01318) and exact. `GroupedRatio` is GSD (2508.07747), an
-approximation: it compares the mass of a cluster of similar tokens around the draft. Different from the released code:
-any group size, clusters cut off at both ends of the order, tokens that the filters removed are never admitted, and the
-neighbours of all positions come from two partial selections. `exact_official` restores the released rules.
+`plain_ratio` is speculative sampling (arXiv 2211.17192, 2302.01318) and exact. `GroupedRatio` is
+GSD (2508.07747), an approximation: it compares the mass of a cluster of similar tokens around the
+draft. Different from the released code: any group size, clusters cut off at both ends of the order,
+tokens that the filters removed are never admitted, and the neighbours of all positions come from
+two partial selections. `exact_official` restores the released rules.
 """
 
 from collections.abc import Callable
@@ -33,17 +35,21 @@ def mass(law: Tensor, token: Tensor) -> Tensor:
 
 
 class Neighbours(NamedTuple):
-    """Tokens next to the draft in ascending order of p: below, the draft, above; -1 where there is none."""
+    """Tokens next to the draft in ascending order of p: below, the draft, above; -1 where there is
+    none.
+    """
 
     tokens: Tensor  # [..., below + 1 + above]
     rank: Tensor  # [...] how many tokens stand below the draft
 
 
 def neighbours(p: Tensor, draft: Tensor, below: int, above: int) -> Neighbours:
-    """The `below` and `above` nearest tokens of drafts [...] in the order of p [..., V]; equal values by index.
+    """The `below` and `above` nearest tokens of drafts [...] in the order of p [..., V]; equal
+    values by index.
 
-    One sortable integer a token (the bits of a float >= 0, then the index) makes the order strict, so two partial
-    selections give what a stable sort would, at a fifth of its time for 16,384 codes.
+    One sortable integer a token (the bits of a float >= 0, then the index) makes the order strict,
+    so two partial selections give what a stable sort would, at a fifth of its time for 16,384
+    codes.
     """
     index = torch.arange(p.shape[-1], device=p.device)
     key = (p.float().contiguous().view(torch.int32).to(torch.int64) << 32) | index
@@ -51,7 +57,9 @@ def neighbours(p: Tensor, draft: Tensor, below: int, above: int) -> Neighbours:
     under = key < own
     largest = torch.iinfo(torch.int64).max
     lower = torch.where(under, key, -1).topk(min(below, p.shape[-1]), -1).values.flip(-1)
-    upper = torch.where(key > own, key, largest).topk(min(above, p.shape[-1]), -1, largest=False).values
+    upper = (
+        torch.where(key > own, key, largest).topk(min(above, p.shape[-1]), -1, largest=False).values
+    )
     keys = torch.cat([lower, own, upper], -1)
     absent = (keys == -1) | (keys == largest)
     return Neighbours(torch.where(absent, -1, keys & 0xFFFFFFFF), under.sum(-1))
@@ -59,12 +67,14 @@ def neighbours(p: Tensor, draft: Tensor, below: int, above: int) -> Neighbours:
 
 @dataclass(frozen=True)
 class GroupedRatio:
-    """min(1, p(C) / q(C)) over the cluster C of the draft: those of its neighbours in p's order that pass both filters.
+    """min(1, p(C) / q(C)) over the cluster C of the draft: those of its neighbours in p's order
+    that pass both filters.
 
-    `group_size` counts the neighbours and the draft; `p_threshold` bounds |p(x) - p(d)|, `d_threshold` the squared
-    distance of embeddings `table` [V, D] (None: no distance filter). `exact_official`: drafts of rank below
-    group_size // 2 use the plain ratio, and removed tokens count. Otherwise the cluster is cut off at both ends, and a
-    draft with p(d) = 0 is never accepted.
+    `group_size` counts the neighbours and the draft; `p_threshold` bounds |p(x) - p(d)|,
+    `d_threshold` the squared distance of embeddings `table` [V, D] (None: no distance filter).
+    `exact_official`: drafts of rank below group_size // 2 use the plain ratio, and removed tokens
+    count. Otherwise the cluster is cut off at both ends, and a draft with p(d) = 0 is never
+    accepted.
     """
 
     group_size: int = 14
@@ -76,18 +86,23 @@ class GroupedRatio:
     def __call__(self, p: Tensor, q: Tensor, draft: Tensor) -> Tensor:
         near, inside = self.cluster(p, draft)
         known = near.tokens.clamp(min=0)
-        grouped = ratio((p.gather(-1, known) * inside).sum(-1), (q.gather(-1, known) * inside).sum(-1))
+        grouped = ratio(
+            (p.gather(-1, known) * inside).sum(-1), (q.gather(-1, known) * inside).sum(-1)
+        )
         grouped = torch.where(mass(q, draft) > 0, grouped, 0.0)
         if self.exact_official:
             return torch.where(near.rank < self.group_size // 2, plain_ratio(p, q, draft), grouped)
         return torch.where(mass(p, draft) > 0, grouped, 0.0)
 
     def cluster(self, p: Tensor, draft: Tensor) -> tuple[Neighbours, Tensor]:
-        """Ranks r - G // 2 .. r + ceil(G / 2) - 1 around the draft, and which of them are in the cluster [..., G]."""
+        """Ranks r - G // 2 .. r + ceil(G / 2) - 1 around the draft, and which of them are in the
+        cluster [..., G].
+        """
         below = self.group_size // 2
         near = neighbours(p, draft, below, self.group_size - below - 1)
         known = near.tokens.clamp(min=0)
-        values, own = p.gather(-1, known), mass(p, draft)[..., None]
+        values = p.gather(-1, known)
+        own = mass(p, draft)[..., None]
         inside = (near.tokens >= 0) & ((values - own).abs() < self.p_threshold)
         if self.d_threshold is not None and self.table is not None:
             distance = (self.table[known] - self.table[draft][..., None, :]).square().sum(-1)
@@ -98,7 +113,9 @@ class GroupedRatio:
 
 
 def distance_quantile(table: Tensor, quantile: float, rows: int = 2048) -> float:
-    """Quantile of the squared distances of pairs of different embeddings [V, D]; from `rows` evenly spaced ones."""
+    """Quantile of the squared distances of pairs of different embeddings [V, D]; from `rows` evenly
+    spaced ones.
+    """
     step = max(1, -(-len(table) // rows))
     chosen = table[::step].float()
     distances = torch.cdist(chosen, chosen).square()

@@ -37,7 +37,8 @@ class Algorithm(ABC):
         guidance: Guidance = NO_GUIDANCE,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        """Tokens [B, N, ...] of a batch of conditions; image b depends on its own noise and condition alone.
+        """Tokens [B, N, ...] of a batch of conditions; image b depends on its own noise and
+        condition alone.
 
         `settings` say how tokens are drawn; a `recorder` counts what is done.
         """
@@ -46,4 +47,6 @@ class Algorithm(ABC):
 def check_in_order(generator: Generator) -> None:
     """Raise UserError for a generator that cannot judge several drafts in one evaluation."""
     if isinstance(generator, MaskedGenerator):
-        raise UserError(f"{type(generator).__name__} does not predict in order, so drafts gain nothing: use MaskGIT")
+        raise UserError(
+            f"{type(generator).__name__} does not predict in order, so drafts gain nothing: use MaskGIT"
+        )

@@ -1,8 +1,9 @@
-"""Decoding by confidence: predict all unknown tokens, keep those that the generator is surest of, repeat (MaskGIT).
+"""Decoding by confidence: predict all unknown tokens, keep those that the generator is surest of,
+repeat (MaskGIT).
 
-arXiv 2202.04200 with TiTok's arccos schedule (arXiv 2406.07550): behind step n of T a share arccos((n + 1) / T) 2 / pi
-of the tokens is still unknown. Gumbel noise of a falling temperature goes into the draw and into the confidence, so the
-law is not the generator's own: approximate.
+arXiv 2202.04200 with TiTok's arccos schedule (arXiv 2406.07550): behind step n of T a share
+arccos((n + 1) / T) 2 / pi of the tokens is still unknown. Gumbel noise of a falling temperature
+goes into the draw and into the confidence, so the law is not the generator's own: approximate.
 """
 
 from dataclasses import dataclass
@@ -35,16 +36,20 @@ def planned_sizes(length: int, steps: int) -> tuple[int, ...]:
         left = floor(length * acos(n / steps) * 2 / pi)
         unknown.append(max(1, min(left, unknown[-1] - 1)))
     if min(unknown) < 1 or len(set(unknown)) < len(unknown):
-        raise UserError(f"{steps} steps are too many for {length} tokens in MaskGIT's schedule; give fewer")
+        raise UserError(
+            f"{steps} steps are too many for {length} tokens in MaskGIT's schedule; give fewer"
+        )
     return tuple(before - after for before, after in zip(unknown, [*unknown[1:], 0], strict=True))
 
 
 @dataclass(frozen=True)
 class MaskGIT(Algorithm):
-    """Decoding by confidence (arXiv 2202.04200) of a masked generator, in `steps` evaluations. Approximate.
+    """Decoding by confidence (arXiv 2202.04200) of a masked generator, in `steps` evaluations.
+    Approximate.
 
-    Draws and confidences have noise of (1 - r) times `temperature` at progress r = (n + 1) / T; `anneal` divides the
-    logits by 0.5 + 0.8 (1 - r). The temperature and filters of `choice` have no part in it.
+    Draws and confidences have noise of (1 - r) times `temperature` at progress r = (n + 1) / T;
+    `anneal` divides the logits by 0.5 + 0.8 (1 - r). The temperature and filters of `choice` have
+    no part in it.
     """
 
     steps: int = 8
@@ -68,14 +73,20 @@ class MaskGIT(Algorithm):
         recorder: Recorder | None = None,
     ) -> Tensor:
         if not isinstance(generator, MaskedGenerator):
-            raise UserError(f"algorithm MaskGIT needs a masked generator; {type(generator).__name__} predicts in order")
+            raise UserError(
+                f"algorithm MaskGIT needs a masked generator; {type(generator).__name__} predicts in order"
+            )
         if settings.choice != Choice():
-            raise UserError("algorithm MaskGIT has a temperature of its own: set it there, and leave choice as it is")
+            raise UserError(
+                "algorithm MaskGIT has a temperature of its own: set it there, and leave choice as it is"
+            )
         batch = condition.batch
         length = generator.layout.length
         sizes = planned_sizes(length, self.steps)
         step_of = torch.full((batch, length), self.steps)  # the step at which a token became known
-        state = generator.start(condition, guidance, Entities(torch.arange(length).expand(batch, -1), sizes))
+        state = generator.start(
+            condition, guidance, Entities(torch.arange(length).expand(batch, -1), sizes)
+        )
         tokens = generator.layout.blank(batch).to(noise.device)
         with running(recorder, batch, length, noise.device):
             for n, size in enumerate(sizes):

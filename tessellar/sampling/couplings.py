@@ -1,7 +1,9 @@
-"""Couplings: what becomes of the drafts behind the first rejection of a window; and the verification of a window.
+"""Couplings: what becomes of the drafts behind the first rejection of a window; and the
+verification of a window.
 
-Before the rejection drafts stay, at the rejection a token is drawn from the residual (p - q)+. Behind it every slot
-gets a token y ~ p and the stored law q := p, so the next pass judges it fairly. How y depends on the old draft is free:
+Before the rejection drafts stay, at the rejection a token is drawn from the residual (p - q)+.
+Behind it every slot gets a token y ~ p and the stored law q := p, so the next pass judges it
+fairly. How y depends on the old draft is free:
 
 | coupling   | y                                                                                  | exact |
 |------------|------------------------------------------------------------------------------------|-------|
@@ -11,8 +13,8 @@ gets a token y ~ p and the stored law q := p, so the next pass judges it fairly.
 | `gumbel`   | argmax of log p + Gumbel noise that stays with its token until that is committed   | yes   |
 | `reuse`    | the draft where p / q exceeds a threshold, else a fresh sample (SJD++, 2512.07503)  | no    |
 
-Different from SCD's released code: that keeps the old q for drafts that it retains, which biases the samples.
-Shapes: B images, W slots of a window, s tokens an entity, V codes.
+Different from SCD's released code: that keeps the old q for drafts that it retains, which biases
+the samples. Shapes: B images, W slots of a window, s tokens an entity, V codes.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,9 @@ from tessellar.sampling.acceptance import Acceptance, mass
 
 
 class Judged(NamedTuple):
-    """A window after the acceptance tests: laws p, q and exponential noise [B, W, s, V]; draft, kept [B, W, s]."""
+    """A window after the acceptance tests: laws p, q and exponential noise [B, W, s, V]; draft,
+    kept [B, W, s].
+    """
 
     p: Tensor
     q: Tensor  # zero where a slot has no draft
@@ -61,7 +65,9 @@ def gumbel(window: Judged) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Reuse:
-    """SJD++: keep the draft where p / q exceeds `threshold`. Approximate: what is kept is no sample of p."""
+    """SJD++: keep the draft where p / q exceeds `threshold`. Approximate: what is kept is no sample
+    of p.
+    """
 
     threshold: float = 0.5
 
@@ -75,7 +81,9 @@ COUPLINGS: dict[str, Coupling] = {"none": fresh, "maximal": maximal, "gumbel": g
 
 
 class Verdict(NamedTuple):
-    """Tokens [B, W, s] of all slots and their laws [B, W, s, V]; `accepted` [B] entities stand before the rejection."""
+    """Tokens [B, W, s] of all slots and their laws [B, W, s, V]; `accepted` [B] entities stand
+    before the rejection.
+    """
 
     tokens: Tensor
     law: Tensor
@@ -92,11 +100,12 @@ def verify(
     coupling: Coupling,
     tied: Tensor | None = None,
 ) -> Verdict:
-    """Judge drafts [B, W, s] of law q by p [B, W, s, V], with `uniform` [B, W, s] and `exponential` [B, W, s, V].
+    """Judge drafts [B, W, s] of law q by p [B, W, s, V], with `uniform` [B, W, s] and `exponential`
+    [B, W, s, V].
 
-    An entity is kept iff all its tokens are. In the first entity that is not, rejected tokens are redrawn from the
-    residual; if every entity is kept, `accepted` is W. A slot without a draft has q = 0: it is never kept and its
-    residual is p, so it gives a fresh sample.
+    An entity is kept iff all its tokens are. In the first entity that is not, rejected tokens are
+    redrawn from the residual; if every entity is kept, `accepted` is W. A slot without a draft has
+    q = 0: it is never kept and its residual is p, so it gives a fresh sample.
     """
     residual = (p - q).clamp_(min=0)
     kept = uniform < acceptance(p, q, draft)
@@ -104,9 +113,15 @@ def verify(
     whole = kept.all(-1)
     accepted = torch.where(whole.all(-1), p.shape[1], (~whole).to(torch.int8).argmax(-1))
     slot = torch.arange(p.shape[1], device=p.device)[None, :, None]
-    before, at = slot < accepted[:, None, None], slot == accepted[:, None, None]
-    behind, law = coupling(Judged(p, q, draft, kept, residual, exponential, tied))
-    rows, first = torch.arange(len(p), device=p.device), accepted.clamp(max=p.shape[1] - 1)
-    redrawn = torch.where(kept[rows, first], draft[rows, first], race(residual[rows, first], exponential[rows, first]))
+    before = slot < accepted[:, None, None]
+    at = slot == accepted[:, None, None]
+    behind, law = coupling(
+        Judged(p, q, draft=draft, kept=kept, residual=residual, exponential=exponential, tied=tied)
+    )
+    rows = torch.arange(len(p), device=p.device)
+    first = accepted.clamp(max=p.shape[1] - 1)
+    redrawn = torch.where(
+        kept[rows, first], draft[rows, first], race(residual[rows, first], exponential[rows, first])
+    )
     tokens = torch.where(before, draft, torch.where(at, redrawn[:, None], behind))
     return Verdict(tokens, law, accepted)

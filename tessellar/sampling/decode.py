@@ -1,6 +1,8 @@
-"""The decoding loop: predict the next entity, draw it, put it into the buffer. It knows no generator.
+"""The decoding loop: predict the next entity, draw it, put it into the buffer. It knows no
+generator.
 
-Exact: tokens follow the guided, processed distribution of the generator. One network evaluation an entity.
+Exact: tokens follow the guided, processed distribution of the generator. One network evaluation an
+entity.
 """
 
 from collections.abc import Iterator
@@ -38,9 +40,11 @@ def decode_from(
     last: int | None = None,
     recorder: Recorder | None = None,
 ) -> Iterator[Step]:
-    """Decode entities `first` .. `last` (exclusive; default: all). Tokens before `first` are taken as given.
+    """Decode entities `first` .. `last` (exclusive; default: all). Tokens before `first` are taken
+    as given.
 
-    In-painting and prompts are that: a filled buffer and a `first`; the given entities are fed in one evaluation.
+    In-painting and prompts are that: a filled buffer and a `first`; the given entities are fed in
+    one evaluation.
     """
     for n in range(first, state.entities.count if last is None else last):
         with forward(recorder, tokens.device):

@@ -1,7 +1,8 @@
-"""Speculative decoding with a draft model: a small generator drafts, the target judges (arXiv 2211.17192, 2302.01318).
+"""Speculative decoding with a draft model: a small generator drafts, the target judges (arXiv
+2211.17192, 2302.01318).
 
-Exact: tokens follow the target's guided, processed distribution, whatever the draft model is. Both are driven through
-the generator protocol and roll back to what is committed, image by image.
+Exact: tokens follow the target's guided, processed distribution, whatever the draft model is. Both
+are driven through the generator protocol and roll back to what is committed, image by image.
 """
 
 from dataclasses import dataclass
@@ -40,10 +41,11 @@ def draft_model(
     drafts: int = 4,
     recorder: Recorder | None = None,
 ) -> Tensor:
-    """Tokens [B, N] of the target, from windows of `drafts` entities that the draft model draws one after the other.
+    """Tokens [B, N] of the target, from windows of `drafts` entities that the draft model draws one
+    after the other.
 
-    `draft_guidance` defaults to the target's. Raises UserError where the two have different layouts or entities, or
-    where either has no independent categorical tokens.
+    `draft_guidance` defaults to the target's. Raises UserError where the two have different layouts
+    or entities, or where either has no independent categorical tokens.
     """
     require_same_tokens(target, draft)
     with running(recorder, condition.batch, target.layout.length, noise.device):
@@ -51,9 +53,19 @@ def draft_model(
         drafting = draft.start(condition, draft_guidance or guidance, window=drafts + 1)
         for generator, started in ((target, state), (draft, drafting)):
             require_windows(started, generator, "speculative decoding with a draft model")
-        tokens, done = target.layout.blank(condition.batch).to(noise.device), torch.zeros_like(state.fed)
+        tokens = target.layout.blank(condition.batch).to(noise.device)
+        done = torch.zeros_like(state.fed)
         while bool((done < state.entities.count).any()):
-            tokens, q = _drafted(draft, drafting, tokens, done, choice, noise, drafts, recorder)
+            tokens, q = _drafted(
+                draft,
+                drafting,
+                tokens=tokens,
+                done=done,
+                choice=choice,
+                noise=noise,
+                drafts=drafts,
+                recorder=recorder,
+            )
             verdict = _judged(target, state, tokens, q, choice, noise, recorder)
             accepted = verdict.accepted.cpu()
             committed = torch.minimum(accepted + 1, state.entities.count - done)
@@ -93,10 +105,19 @@ def _drafted(
 
 
 def _judged(
-    target: Generator, state: State, tokens: Tensor, q: Tensor, choice: Choice, noise: Noise, recorder: Recorder | None
+    target: Generator,
+    state: State,
+    tokens: Tensor,
+    q: Tensor,
+    choice: Choice,
+    noise: Noise,
+    recorder: Recorder | None,
 ) -> Verdict:
-    """The target's verdict on all drafts in one pass; the last slot has no draft and is a fresh sample."""
-    slots, size = q.shape[1] + 1, q.shape[2]
+    """The target's verdict on all drafts in one pass; the last slot has no draft and is a fresh
+    sample.
+    """
+    slots = q.shape[1] + 1
+    size = q.shape[2]
     window = rearrange(state.entities.get(tokens, state.fed, slots), "b (w s) -> b w s", s=size)
     with forward(recorder, tokens.device):
         distribution = target.predict(state, tokens, count=slots)
@@ -106,8 +127,12 @@ def _judged(
     return verify(p, F.pad(q, (0, 0, 0, 0, 0, 1)), window, uniform, exponential, plain_ratio, fresh)
 
 
-def _catch_up(draft: Generator, state: State, tokens: Tensor, done: Tensor, recorder: Recorder | None) -> None:
-    """Roll the draft model back; where all drafts were accepted it has not read the last of them, so it does first."""
+def _catch_up(
+    draft: Generator, state: State, tokens: Tensor, done: Tensor, recorder: Recorder | None
+) -> None:
+    """Roll the draft model back; where all drafts were accepted it has not read the last of them,
+    so it does first.
+    """
     while bool((state.fed < done).any()):
         with forward(recorder, tokens.device):
             draft.predict(state, tokens, count=1)
@@ -117,18 +142,24 @@ def _catch_up(draft: Generator, state: State, tokens: Tensor, done: Tensor, reco
 def require_same_tokens(target: Generator, draft: Generator) -> None:
     """Raise UserError unless the draft model predicts the same tokens in the same order."""
     if target.layout != draft.layout:
-        raise UserError(f"the draft model was built for {draft.layout}, the generator for {target.layout}")
-    ours, theirs = target.entities, draft.entities
+        raise UserError(
+            f"the draft model was built for {draft.layout}, the generator for {target.layout}"
+        )
+    ours = target.entities
+    theirs = draft.entities
     if ours.sizes != theirs.sizes or not torch.equal(ours.order, theirs.order):
-        raise UserError("the draft model generates its tokens in another order, or in other groups, than the generator")
+        raise UserError(
+            "the draft model generates its tokens in another order, or in other groups, than the generator"
+        )
 
 
 @dataclass(frozen=True)
 class DraftModel(Algorithm):
-    """Speculative decoding (arXiv 2211.17192) with the generator at `model`: an export of the same layout. Exact.
+    """Speculative decoding (arXiv 2211.17192) with the generator at `model`: an export of the same
+    layout. Exact.
 
-    `drafts` entities are drafted for each evaluation; `guidance_scale` guides the draft model alone (default: as the
-    generator).
+    `drafts` entities are drafted for each evaluation; `guidance_scale` guides the draft model alone
+    (default: as the generator).
     """
 
     model: str
@@ -153,7 +184,17 @@ class DraftModel(Algorithm):
         parameter = next(generator.parameters())
         draft = _load_generator(self.model).to(parameter.device, parameter.dtype)
         own = None if self.guidance_scale is None else Constant(self.guidance_scale).guidance()
-        return draft_model(generator, draft, condition, settings.choice, noise, guidance, own, self.drafts, recorder)
+        return draft_model(
+            generator,
+            draft,
+            condition=condition,
+            choice=settings.choice,
+            noise=noise,
+            guidance=guidance,
+            draft_guidance=own,
+            drafts=self.drafts,
+            recorder=recorder,
+        )
 
 
 @lru_cache(maxsize=2)

@@ -1,7 +1,9 @@
-"""Initial drafts: what the end of a speculative window is filled with before the generator has seen it.
+"""Initial drafts: what the end of a speculative window is filled with before the generator has seen
+it.
 
-The schemes of SJD (arXiv 2410.01699), on any layout: neighbours are taken inside a segment, a sequence is one row. A
-source that is not known yet is replaced by the last known token, as in the official code, so one fill copies one token.
+The schemes of SJD (arXiv 2410.01699), on any layout: neighbours are taken inside a segment, a
+sequence is one row. A source that is not known yet is replaced by the last known token, as in the
+official code, so one fill copies one token.
 
 | scheme        | token                                             | law q it is judged by |
 |---------------|---------------------------------------------------|-----------------------|
@@ -12,9 +14,10 @@ source that is not known yet is replaced by the last known token, as in the offi
 | `argmax-left` | the likeliest token of the left neighbour's law   | one-hot               |
 | `sample-left` | a sample of the left neighbour's law              | that law              |
 
-Where there is no neighbour (first column, first row, nothing known) the token is `random`. In the official code
-`repeat_horizon` and `sample_horizon` are our repeat-left and argmax-left; its laws are always one-hot, which `uniform`
-and `sample-left` improve on: a draft judged by the law it was drawn from is accepted more often.
+Where there is no neighbour (first column, first row, nothing known) the token is `random`. In the
+official code `repeat_horizon` and `sample_horizon` are our repeat-left and argmax-left; its laws
+are always one-hot, which `uniform` and `sample-left` improve on: a draft judged by the law it was
+drawn from is accepted more often.
 """
 
 from dataclasses import dataclass
@@ -32,7 +35,9 @@ SCHEMES = ("random", "uniform", "repeat-left", "repeat-up", "argmax-left", "samp
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
-    """What drafts need of a layout: the place to the left and above (-1: none) and the vocabulary, each [N]."""
+    """What drafts need of a layout: the place to the left and above (-1: none) and the vocabulary,
+    each [N].
+    """
 
     left: Tensor
     up: Tensor
@@ -40,17 +45,23 @@ class Neighbourhood:
 
     @staticmethod
     def of(layout: Layout) -> "Neighbourhood":
-        left, up = [], []
+        left = []
+        up = []
         for start, segment in zip(layout.starts, layout.segments, strict=False):
             place = torch.arange(segment.length, device="cpu")
             width = segment.shape[-1]
             left.append(torch.where(place % width > 0, start + place - 1, -1))
-            up.append(torch.where((place >= width) & (len(segment.shape) > 1), start + place - width, -1))
+            up.append(
+                torch.where((place >= width) & (len(segment.shape) > 1), start + place - width, -1)
+            )
         return Neighbourhood(torch.cat(left), torch.cat(up), layout.vocab())
 
 
-def sources(scheme: str, hood: Neighbourhood, entities: Entities, ranks: Tensor, last: Tensor) -> Tensor:
-    """Places [B, K] that the tokens of generation ranks `ranks` [B, K] copy; -1: none, the token is random.
+def sources(
+    scheme: str, hood: Neighbourhood, entities: Entities, ranks: Tensor, last: Tensor
+) -> Tensor:
+    """Places [B, K] that the tokens of generation ranks `ranks` [B, K] copy; -1: none, the token is
+    random.
 
     Ranks up to `last` [B] are known.
     """
@@ -65,7 +76,9 @@ def sources(scheme: str, hood: Neighbourhood, entities: Entities, ranks: Tensor,
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` [B, K] of a table [N] that all images share, or of one [B, N] with a row an image."""
+    """Entries `index` [B, K] of a table [N] that all images share, or of one [B, N] with a row an
+    image.
+    """
     return table[index] if table.ndim == 1 else table.gather(1, index)
 
 
@@ -77,12 +90,19 @@ class Fill(NamedTuple):
 
 
 def fill(
-    scheme: str, source: Tensor, known: Tensor, vocab: Tensor, law: Tensor, uniform: Tensor, exponential: Tensor
+    scheme: str,
+    source: Tensor,
+    known: Tensor,
+    vocab: Tensor,
+    law: Tensor,
+    uniform: Tensor,
+    exponential: Tensor,
 ) -> Fill:
-    """Drafts of K places, of which `source` [B, K] says what to copy from the buffer `known` [B, N] (-1: random).
+    """Drafts of K places, of which `source` [B, K] says what to copy from the buffer `known` [B, N]
+    (-1: random).
 
-    `vocab` [B, K] are their vocabularies, `law` [B, V] is the law of the last known token, `uniform` [B, K] and
-    `exponential` [B, K, V] are noise (the latter only for sample-left).
+    `vocab` [B, K] are their vocabularies, `law` [B, V] is the law of the last known token,
+    `uniform` [B, K] and `exponential` [B, K, V] are noise (the latter only for sample-left).
     """
     random = torch.minimum((uniform * vocab).long(), vocab - 1)
     if scheme == "argmax-left":

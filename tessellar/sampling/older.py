@@ -1,7 +1,8 @@
-"""The older spelling of sampling settings (names and dicts of options), and how the same is written now.
+"""The older spelling of sampling settings (names and dicts of options), and how the same is written
+now.
 
-It stands in YAML, on command lines and in records of version 0.1; nothing is drawn by it any more. What a user wrote is
-answered by one line with the new spelling.
+It stands in YAML, on command lines and in records of version 0.1; nothing is drawn by it any more.
+What a user wrote is answered by one line with the new spelling.
 """
 
 import shlex
@@ -52,7 +53,9 @@ def refuse_words(argv: Sequence[str]) -> None:
 
 
 def refuse_config(config: Any, where: str) -> None:
-    """Raise UserError with the new spelling where a YAML holds sampling settings in the older one, at any depth."""
+    """Raise UserError with the new spelling where a YAML holds sampling settings in the older one,
+    at any depth.
+    """
     if isinstance(config, Mapping):
         for key, value in config.items():
             if key == "sampling" and isinstance(value, Mapping):
@@ -71,8 +74,11 @@ def respell(sampling: Mapping[str, Any]) -> dict[str, Any] | None:
     """Settings of a YAML or a record in the new spelling; None where they are in it already."""
     if any(key in sampling for key in FLAT):
         return _respelled_record(sampling)
-    guidance, flow = sampling.get("guidance"), sampling.get("flow")
-    old_guidance = isinstance(guidance, Mapping) and ("schedule" in guidance or "options" in guidance)
+    guidance = sampling.get("guidance")
+    flow = sampling.get("flow")
+    old_guidance = isinstance(guidance, Mapping) and (
+        "schedule" in guidance or "options" in guidance
+    )
     old_flow = isinstance(flow, Mapping) and "solver" in flow
     named = sampling.get("algorithm")
     old_algorithm = "options" in sampling or (isinstance(named, str) and named in ALGORITHMS)
@@ -99,12 +105,16 @@ def _respelled_record(record: Mapping[str, Any]) -> dict[str, Any]:
     options = {k: v for k, v in record.items() if k not in known and not k.startswith(prefixes)}
     scale = record.get("guidance_scale", 1.0)
     result: dict[str, Any] = {
-        "guidance": _chosen(SCHEDULES, record.get("guidance_schedule", "constant"), {"scale": scale} | options)
+        "guidance": _chosen(
+            SCHEDULES, record.get("guidance_schedule", "constant"), {"scale": scale} | options
+        )
     }
     choice = {key: record[key] for key in CHOICE if key in record}
     if choice:
         result["choice"] = choice
-    result["algorithm"] = _chosen(ALGORITHMS, record.get("algorithm", "ancestral"), _under("algorithm_", record))
+    result["algorithm"] = _chosen(
+        ALGORITHMS, record.get("algorithm", "ancestral"), _under("algorithm_", record)
+    )
     flow = _under("flow_", record)
     if flow:
         result["flow"] = _chosen(SOLVERS, flow.pop("solver", "sde"), flow)
@@ -115,7 +125,9 @@ def _respelled_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _under(prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)
+    }
 
 
 def _chosen(names: Mapping[str, str], name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,4 +183,8 @@ def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
 
 def in_one_line(value: Any) -> str:
     """YAML in one line."""
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+        .removesuffix("...\n")
+        .strip()
+    )

@@ -1,6 +1,8 @@
-"""Writing a set of samples: numbered PNG files, one grid with a row a class, and the npz that ADM's evaluator reads.
+"""Writing a set of samples: numbered PNG files, one grid with a row a class, and the npz that ADM's
+evaluator reads.
 
-Works in several processes that share a file system: each writes its own images, the first one the grid and the npz.
+Works in several processes that share a file system: each writes its own images, the first one the
+grid and the npz.
 """
 
 import os
@@ -17,7 +19,8 @@ from torch import Tensor
 from tessellar import distributed
 from tessellar.errors import writing
 
-GRID_CLASSES, GRID_PER_CLASS = 20, 10
+GRID_CLASSES = 20
+GRID_PER_CLASS = 10
 
 
 def save_png(image: Tensor, path: Path) -> None:
@@ -27,14 +30,18 @@ def save_png(image: Tensor, path: Path) -> None:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """uint8 images [n, 3, H, W] side by side, `columns` a row, as one image; black where the last row is short."""
+    """uint8 images [n, 3, H, W] side by side, `columns` a row, as one image; black where the last
+    row is short.
+    """
     missing = -len(images) % columns
     images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
     return rearrange(images, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
 def grid_rows(labels: Sequence[int]) -> list[list[int]]:
-    """Indices of the images in a grid: a row a class (at most 20, 10 images each), or a square for a single class."""
+    """Indices of the images in a grid: a row a class (at most 20, 10 images each), or a square for
+    a single class.
+    """
     by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         by_class.setdefault(label, []).append(index)
@@ -54,15 +61,26 @@ def tile_rows(images: Mapping[int, Tensor], rows: Sequence[Sequence[int]]) -> Te
 
 
 class SampleFolder:
-    """Takes samples in any order and writes them into `folder`; `labels` are the classes of all images.
+    """Takes samples in any order and writes them into `folder`; `labels` are the classes of all
+    images.
 
-    Files: `<index>_<class>.png`, `grid.png`, `samples.npz` (`arr_0` uint8 [N, H, W, 3], `arr_1` int64 [N]).
+    Files: `<index>_<class>.png`, `grid.png`, `samples.npz` (`arr_0` uint8 [N, H, W, 3], `arr_1`
+    int64 [N]).
     """
 
     def __init__(
-        self, folder: Path, labels: Sequence[int], image_size: tuple[int, int], png: bool, npz: bool, grid: bool
+        self,
+        folder: Path,
+        labels: Sequence[int],
+        image_size: tuple[int, int],
+        png: bool,
+        npz: bool,
+        grid: bool,
     ) -> None:
-        self.folder, self.labels, self.png, self.npz = folder, labels, png, npz
+        self.folder = folder
+        self.labels = labels
+        self.png = png
+        self.npz = npz
         self.rows = grid_rows(labels) if grid else []
         self.shown: dict[int, Tensor] = {}
         self._wanted = {index for row in self.rows for index in row}
@@ -70,11 +88,14 @@ class SampleFolder:
 
     def _open(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
         """An array on disk that all processes write their rows into."""
-        path, shape = self.folder / "pixels.npy", (count, *image_size, 3)
+        path = self.folder / "pixels.npy"
+        shape = (count, *image_size, 3)
         if distributed.rank() == 0:
             with writing(path, unfinished=path):
                 np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-                with path.open("r+b") as file:  # a full disk is met here, not as SIGBUS at a later access
+                with path.open(
+                    "r+b"
+                ) as file:  # a full disk is met here, not as SIGBUS at a later access
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         distributed.barrier()
         return np.lib.format.open_memmap(path, mode="r+")
@@ -93,7 +114,11 @@ class SampleFolder:
         """Write what needs all images; every process calls it."""
         if isinstance(self._pixels, np.memmap):
             self._pixels.flush()
-        shown = {index: image for part in distributed.all_gather(self.shown) for index, image in part.items()}
+        shown = {
+            index: image
+            for part in distributed.all_gather(self.shown)
+            for index, image in part.items()
+        }
         distributed.barrier()
         if distributed.rank() > 0:
             return

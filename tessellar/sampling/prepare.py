@@ -1,8 +1,10 @@
-"""Prepared generators: Llama blocks as decoding wants them, with fewer kernels a step and weights packed for few rows.
+"""Prepared generators: Llama blocks as decoding wants them, with fewer kernels a step and weights
+packed for few rows.
 
-A step of one or two rows reads every weight once and is otherwise bound by the number of small operations, so a block
-runs as two fused projections (q | k | v and w1 | w3) with one rotation of q and k together. Values agree with the
-block's own forward up to rounding (tests/sampling/test_prepare.py).
+A step of one or two rows reads every weight once and is otherwise bound by the number of small
+operations, so a block runs as two fused projections (q | k | v and w1 | w3) with one rotation of q
+and k together. Values agree with the block's own forward up to rounding
+(tests/sampling/test_prepare.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +21,9 @@ from tessellar.layers.attention import attention
 from tessellar.layers.llama import LlamaBlock, Pass
 from tessellar.protocol.generator import Generator
 
-PACKED_FOR_ROWS = 32  # the layout that oneDNN chooses for 32 rows is also the fastest one for 2 to 256
+PACKED_FOR_ROWS = (
+    32  # the layout that oneDNN chooses for 32 rows is also the fastest one for 2 to 256
+)
 
 
 WeightLayout = Literal["auto", "plain", "transposed", "packed"]
@@ -28,9 +32,10 @@ WeightLayout = Literal["auto", "plain", "transposed", "packed"]
 class Product:
     """x @ weight.T on a copy of `weight` [out, in] in `dtype`, laid out for few rows.
 
-    `packed` is oneDNN's order: in bfloat16 the plain product rearranges the weight at every call, which takes half of
-    its time at two rows. `auto` packs bfloat16 weights on CPUs and leaves others as they are: float32 products of few
-    rows run at the speed of memory already. Which is fastest depends on the processor (benchmarks/decoding.py).
+    `packed` is oneDNN's order: in bfloat16 the plain product rearranges the weight at every call,
+    which takes half of its time at two rows. `auto` packs bfloat16 weights on CPUs and leaves
+    others as they are: float32 products of few rows run at the speed of memory already. Which is
+    fastest depends on the processor (benchmarks/decoding.py).
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
@@ -42,7 +47,8 @@ class Product:
                 f"{dtype} weights on this {weight.device} cannot be packed; "
                 "layout 'plain' or 'transposed' works anywhere"
             )
-        self.weight, self.is_packed = weight.detach().to(dtype), layout == "packed"
+        self.weight = weight.detach().to(dtype)
+        self.is_packed = layout == "packed"
         if layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
         elif layout == "transposed":
@@ -56,7 +62,9 @@ class Product:
 
 @cache
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this processor's oneDNN packs weights of `dtype`: bfloat16 needs instructions that older ones lack."""
+    """Whether this processor's oneDNN packs weights of `dtype`: bfloat16 needs instructions that
+    older ones lack.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -67,15 +75,24 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class FusedBlock:
-    """The forward pass of a `LlamaBlock` without dropout and gradients, on copies of its weights in `dtype`."""
+    """The forward pass of a `LlamaBlock` without dropout and gradients, on copies of its weights in
+    `dtype`.
+    """
 
-    def __init__(self, block: LlamaBlock, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
-        own, feed = block.attention, block.feed_forward
+    def __init__(
+        self, block: LlamaBlock, dtype: torch.dtype, layout: WeightLayout = "auto"
+    ) -> None:
+        own = block.attention
+        feed = block.feed_forward
         self.norms = (block.attention_norm, block.ffn_norm)
-        self.num_heads, self.dtype = own.num_heads, dtype
-        # `auto` prefers the explicit form on CPU for its backward pass; going forward SDPA is up to 7 times faster.
+        self.num_heads = own.num_heads
+        self.dtype = dtype
+        # `auto` prefers the explicit form on CPU for its backward pass; going forward SDPA is up to
+        # 7 times faster.
         self.implementation = "sdpa" if own.implementation == "auto" else own.implementation
-        self.wqkv, self.wo, self.w2 = (Product(m.weight, dtype, layout) for m in (own.wqkv, own.wo, feed.w2))
+        self.wqkv, self.wo, self.w2 = (
+            Product(m.weight, dtype, layout) for m in (own.wqkv, own.wo, feed.w2)
+        )
         self.w13 = Product(torch.cat([feed.w1.weight, feed.w3.weight]), dtype, layout)
 
     def __call__(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
@@ -86,11 +103,14 @@ class FusedBlock:
 
     def _normed(self, x: Tensor, which: int) -> Tensor:
         norm = self.norms[which]
-        return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps).to(self.dtype)
+        return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps).to(
+            self.dtype
+        )
 
     def _attend(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """Attention output [R, n, D] before the last projection."""
-        positions, heads = shared.positions, self.num_heads
+        positions = shared.positions
+        heads = self.num_heads
         qkv = self.wqkv(x).float().unflatten(-1, (3, heads, -1))  # [R, n, 3, H, d]
         if positions.bias is not None:
             qkv[:, :, :2] += positions.bias.unflatten(-1, (1, heads, -1))
@@ -99,15 +119,22 @@ class FusedBlock:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [R, H, n, d]
         keys, values = shared.cache.write(layer, shared.slots, k, v)
         slots = shared.slots
-        out = attention(q.to(keys.dtype), keys, values, slots.mask, slots.is_causal, self.implementation)
+        out = attention(
+            q.to(keys.dtype), keys, values, slots.mask, slots.is_causal, self.implementation
+        )
         return out.transpose(1, 2).flatten(2).to(self.dtype)
 
 
 class FusedLinear:
-    """A linear layer without bias on a copy of its weight in `dtype`; the output has the precision of the input."""
+    """A linear layer without bias on a copy of its weight in `dtype`; the output has the precision
+    of the input.
+    """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
-        self.product, self.dtype = Product(linear.weight, dtype, layout), dtype
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, layout: WeightLayout = "auto"
+    ) -> None:
+        self.product = Product(linear.weight, dtype, layout)
+        self.dtype = dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.product(x.to(self.dtype)).to(x.dtype)
@@ -115,28 +142,40 @@ class FusedLinear:
 
 @contextmanager
 def prepared(
-    generator: Generator, dtype: torch.dtype | None = None, compile: bool = False, layout: WeightLayout = "auto"
+    generator: Generator,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    layout: WeightLayout = "auto",
 ) -> Iterator[None]:
     """Within it, the generator's Llama blocks and other linear layers run fused, in `dtype`.
 
     The default is autocast's precision where that is on, else the weights'.
 
-    `compile` hands the fused blocks to torch.compile (worth it on a GPU; minutes of start-up). For sampling only:
-    weights are copied when it is entered, and dropout and gradients are gone until it is left. `layout` is that of the
-    weights (`Product`).
+    `compile` hands the fused blocks to torch.compile (worth it on a GPU; minutes of start-up). For
+    sampling only: weights are copied when it is entered, and dropout and gradients are gone until
+    it is left. `layout` is that of the weights (`Product`).
     """
     replaced: list[nn.Module] = []
     kind = next(generator.parameters()).device.type
     if dtype is None and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    inside = {id(m) for block in generator.modules() if isinstance(block, LlamaBlock) for m in block.modules()}
+    inside = {
+        id(m)
+        for block in generator.modules()
+        if isinstance(block, LlamaBlock)
+        for m in block.modules()
+    }
     try:
         for module in generator.modules():
             fused = (
-                _fused(module, dtype, layout) if isinstance(module, LlamaBlock) or id(module) not in inside else None
+                _fused(module, dtype, layout)
+                if isinstance(module, LlamaBlock) or id(module) not in inside
+                else None
             )
             if fused is not None:
-                object.__setattr__(module, "forward", torch.compile(fused, dynamic=True) if compile else fused)
+                object.__setattr__(
+                    module, "forward", torch.compile(fused, dynamic=True) if compile else fused
+                )
                 replaced.append(module)
         yield
     finally:
@@ -144,7 +183,9 @@ def prepared(
             object.__delattr__(module, "forward")
 
 
-def _fused(module: nn.Module, dtype: torch.dtype | None, layout: WeightLayout) -> Callable[..., Tensor] | None:
+def _fused(
+    module: nn.Module, dtype: torch.dtype | None, layout: WeightLayout
+) -> Callable[..., Tensor] | None:
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=True)):
         return None  # sharded over processes: gathered by the module's own forward
     if type(module) is LlamaBlock and module.attention.group == 1:

@@ -1,6 +1,8 @@
-"""Report: what a decoding algorithm did. Evaluations of the network, what each of them committed, and where time went.
+"""Report: what a decoding algorithm did. Evaluations of the network, what each of them committed,
+and where time went.
 
-An algorithm is handed a `Recorder` (or none) and tells it of every evaluation; `Recorder.report()` sums up.
+An algorithm is handed a `Recorder` (or none) and tells it of every evaluation; `Recorder.report()`
+sums up.
 """
 
 import time
@@ -15,7 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of one sampling run. Network evaluations count windows of an image: guidance does not double them."""
+    """Numbers of one sampling run. Network evaluations count windows of an image: guidance does not
+    double them.
+    """
 
     images: int
     tokens: int  # committed
@@ -65,11 +69,17 @@ class Report:
             f"{self.seconds:.2f} s: {self.network_seconds:.2f} s in the network, {outside:.2f} s outside it",
         ]
         if self.solver_evaluations:
-            lines.append(f"{self.solver_evaluations / max(self.images, 1):.1f} evaluations of the solver an image")
+            lines.append(
+                f"{self.solver_evaluations / max(self.images, 1):.1f} evaluations of the solver an image"
+            )
         if self.draft_evaluations:
-            lines.append(f"{self.draft_evaluations / max(self.images, 1):.1f} draft evaluations an image")
+            lines.append(
+                f"{self.draft_evaluations / max(self.images, 1):.1f} draft evaluations an image"
+            )
         if any(self.tried):
-            lines.append("acceptance by window slot: " + " ".join(f"{a:.2f}" for a in self.acceptance))
+            lines.append(
+                "acceptance by window slot: " + " ".join(f"{a:.2f}" for a in self.acceptance)
+            )
         return "\n".join(lines)
 
 
@@ -78,7 +88,9 @@ ENTROPY_FLOOR = 0.5  # nat; tokens above it are "uncertain": flat backgrounds fl
 
 @dataclass
 class Recorder:
-    """Collects what a run does; may be handed to several runs one after the other. `entropy` costs one pass over p."""
+    """Collects what a run does; may be handed to several runs one after the other. `entropy` costs
+    one pass over p.
+    """
 
     entropy: bool = False
     images: int = 0
@@ -115,7 +127,9 @@ class Recorder:
         self.network_seconds += _now(device) - started
         self.passes += 1
 
-    def solved(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def solved(
+        self, model: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """The model of a solver, of (x [B, ...], time), whose calls count as time in the network."""
 
         def call(x: Tensor, time: Tensor) -> Tensor:
@@ -128,7 +142,8 @@ class Recorder:
     def window(self, first: Tensor, accepted: Tensor, committed: Tensor, drafted: Tensor) -> None:
         """One evaluation of images that are not finished, each [b], on the CPU.
 
-        Windows begin at entities `first`; `accepted` of their `drafted` drafts stand before the first rejection.
+        Windows begin at entities `first`; `accepted` of their `drafted` drafts stand before the
+        first rejection.
         """
         self.evaluations += len(first)
         self.committed = _add(self.committed, torch.bincount(committed))
@@ -144,7 +159,9 @@ class Recorder:
         self.window(first, torch.zeros_like(first), torch.ones_like(first), torch.zeros_like(first))
 
     def certainty(self, p: Tensor, drafted: Tensor, committed: Tensor) -> None:
-        """Entropy of committed tokens: laws p [..., V], flags [...] of accepted drafts and of committed tokens."""
+        """Entropy of committed tokens: laws p [..., V], flags [...] of accepted drafts and of
+        committed tokens.
+        """
         if self.entropy:
             entropy = torch.special.entr(p).sum(-1)
             uncertain = (entropy > ENTROPY_FLOOR) & committed
@@ -172,7 +189,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def running(recorder: Recorder | None, images: int, tokens: int, device: torch.device) -> AbstractContextManager[None]:
+def running(
+    recorder: Recorder | None, images: int, tokens: int, device: torch.device
+) -> AbstractContextManager[None]:
     """`recorder.run`, or nothing to do without a recorder."""
     return nullcontext() if recorder is None else recorder.run(images, tokens, device)
 

@@ -1,7 +1,8 @@
-"""Sampling a set of images: label plans, batches, seeds. What `sample.py`, the evaluation and the callbacks share.
+"""Sampling a set of images: label plans, batches, seeds. What `sample.py`, the evaluation and the
+callbacks share.
 
-Image i is drawn with the stream seeded `seed + i`, so it is the same in any batch and on any number of processes. Two
-runs of N images share no stream where their seeds lie at least N apart.
+Image i is drawn with the stream seeded `seed + i`, so it is the same in any batch and on any number
+of processes. Two runs of N images share no stream where their seeds lie at least N apart.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,11 @@ class ImageModel(Protocol):
     def class_condition(self, labels: Sequence[int]) -> Condition: ...
 
     def sample_tokens(
-        self, condition: Condition, sampling: Sampling, seeds: Sequence[int], recorder: Recorder | None = None
+        self,
+        condition: Condition,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        recorder: Recorder | None = None,
     ) -> Tensor: ...
 
     def decode(self, tokens: Tensor) -> Tensor: ...
@@ -39,7 +44,9 @@ class ImageModel(Protocol):
 
 
 def balanced_labels(count: int, classes: int | Sequence[int]) -> list[int]:
-    """`count` labels that go round the classes (0 .. classes - 1, or those named), so that any prefix is balanced."""
+    """`count` labels that go round the classes (0 .. classes - 1, or those named), so that any
+    prefix is balanced.
+    """
     names = range(classes) if isinstance(classes, int) else classes
     if not len(names):
         raise UserError("no classes to sample from")
@@ -56,13 +63,23 @@ def sample_images(
     indices: Sequence[int] | None = None,
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches (indices, uint8 images [b, 3, H, W] on the CPU); image i has class `labels[i]` and seed `seed + i`.
+    """Batches (indices, uint8 images [b, 3, H, W] on the CPU); image i has class `labels[i]` and
+    seed `seed + i`.
 
-    `indices` (default: all) are the images to make: a process makes every world-th. A `recorder` counts evaluations.
-    Raises UserError for unknown class ids before anything is drawn.
+    `indices` (default: all) are the images to make: a process makes every world-th. A `recorder`
+    counts evaluations. Raises UserError for unknown class ids before anything is drawn.
     """
     condition = model.class_condition(labels)
-    return sample_conditions(model, condition, sampling, seed, batch_size, precision, indices, recorder)
+    return sample_conditions(
+        model,
+        condition,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        indices=indices,
+        recorder=recorder,
+    )
 
 
 def sample_conditions(
@@ -78,7 +95,14 @@ def sample_conditions(
     """As `sample_images`, image i from row i of any condition."""
     todo = range(condition.batch) if indices is None else indices
     return _checked(
-        model, lambda rows: condition.select(torch.tensor(rows)), sampling, seed, batch_size, precision, todo, recorder
+        model,
+        lambda rows: condition.select(torch.tensor(rows)),
+        sampling,
+        seed,
+        batch_size,
+        precision,
+        todo,
+        recorder,
     )
 
 
@@ -92,7 +116,8 @@ def sample_texts(
     indices: Sequence[int] | None = None,
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """As `sample_images`, image i of `texts[i]`; texts are read batch by batch, since their features are large.
+    """As `sample_images`, image i of `texts[i]`; texts are read batch by batch, since their
+    features are large.
 
     Raises UserError for a generator that is not conditioned on text.
     """
@@ -126,7 +151,9 @@ def _checked(
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}; it must be at least 1")
     if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}")
+        raise UserError(
+            f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}"
+        )
     return _batches(model, condition_of, sampling, seed, batch_size, precision, indices, recorder)
 
 

@@ -1,4 +1,6 @@
-"""Sampling settings: everything that decides how tokens are drawn, one object in Python, in YAML and in records."""
+"""Sampling settings: everything that decides how tokens are drawn, one object in Python, in YAML
+and in records.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -29,8 +31,8 @@ ALGORITHMS = (Ancestral, SpeculativeJacobi, ReusingJacobi, GroupedJacobi, DraftM
 class Sampling:
     """Guidance, the decoding algorithm, and the draw of a token.
 
-    What a generator predicts picks how it is drawn: by `choice` (logits), `flow` (velocities) or `diffusion` (a
-    diffusion head).
+    What a generator predicts picks how it is drawn: by `choice` (logits), `flow` (velocities) or
+    `diffusion` (a diffusion head).
     """
 
     guidance: GuidanceSchedule = Constant()
@@ -47,7 +49,11 @@ class Sampling:
                 raise UserError(f"{name} is {given!r}; it must be a {kind.__name__}")
 
     def tokens(
-        self, generator: Generator, condition: Condition, seeds: Sequence[int], recorder: Recorder | None = None
+        self,
+        generator: Generator,
+        condition: Condition,
+        seeds: Sequence[int],
+        recorder: Recorder | None = None,
     ) -> Tensor:
         """Tokens [B, N, ...]; image b depends on `seeds[b]` and its condition alone.
 
@@ -57,10 +63,14 @@ class Sampling:
             raise ValueError(f"{condition.batch} images need as many seeds, not {len(seeds)}")
         device = next(generator.parameters()).device
         guidance = self.guidance.guidance()
-        return self.algorithm(generator, condition.to(device), self, Noise(seeds, device), guidance, recorder)
+        return self.algorithm(
+            generator, condition.to(device), self, Noise(seeds, device), guidance, recorder
+        )
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for records: what stands under `sampling` in a YAML that draws in the same way."""
+        """Plain data for records: what stands under `sampling` in a YAML that draws in the same
+        way.
+        """
         described = {part.name: describe(getattr(self, part.name)) for part in fields(self)}
         return {**described, "choice": asdict(self.choice)}
 

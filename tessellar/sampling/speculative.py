@@ -1,15 +1,19 @@
-"""Speculative Jacobi decoding: judge a window of drafts in one pass, commit its accepted head, draft the rest anew.
+"""Speculative Jacobi decoding: judge a window of drafts in one pass, commit its accepted head,
+draft the rest anew.
 
-SJD (arXiv 2410.01699): the tokens that one pass samples behind its first rejection are the next pass's drafts, so no
-draft model is needed. Exact with `plain_ratio` and the couplings `none`, `maximal`, `gumbel`: tokens follow the guided,
-processed distribution of the generator. Approximate with `GroupedRatio` (GSD, arXiv 2508.07747) or `Reuse` (SJD++).
+SJD (arXiv 2410.01699): the tokens that one pass samples behind its first rejection are the next
+pass's drafts, so no draft model is needed. Exact with `plain_ratio` and the couplings `none`,
+`maximal`, `gumbel`: tokens follow the guided, processed distribution of the generator. Approximate
+with `GroupedRatio` (GSD, arXiv 2508.07747) or `Reuse` (SJD++).
 
-Different from the official code: every image of a batch commits its own number of tokens (committing the minimum and
-testing accepted drafts again with their old law is biased), filters are applied once, and any layout, entity order and
-batch is taken, entities of several tokens included if all are equally large.
+Different from the official code: every image of a batch commits its own number of tokens
+(committing the minimum and testing accepted drafts again with their old law is biased), filters are
+applied once, and any layout, entity order and batch is taken, entities of several tokens included
+if all are equally large.
 
-Shapes: B images, W slots of a window (one entity each), s tokens an entity, V codes. Slot j of the window that begins
-behind m committed entities is entity m + j; all slots but the last of a full window hold drafts.
+Shapes: B images, W slots of a window (one entity each), s tokens an entity, V codes. Slot j of the
+window that begins behind m committed entities is entity m + j; all slots but the last of a full
+window hold drafts.
 """
 
 from abc import abstractmethod
@@ -44,7 +48,9 @@ LARGEST_WINDOW = 64
 
 @dataclass(frozen=True)
 class Rules:
-    """What a run does with a window: number of slots, initial drafts, acceptance test, coupling behind a rejection."""
+    """What a run does with a window: number of slots, initial drafts, acceptance test, coupling
+    behind a rejection.
+    """
 
     window: int = 16
     init: str = "random"
@@ -57,19 +63,25 @@ DEFAULT_RULES = Rules()
 
 @dataclass
 class Window:
-    """Drafts [B, W, s] by slot with the law [B, W, s, V] that each was drawn from; a slot without a draft has law 0."""
+    """Drafts [B, W, s] by slot with the law [B, W, s, V] that each was drawn from; a slot without a
+    draft has law 0.
+    """
 
     draft: Tensor
     law: Tensor
     tied: Tensor | None  # [B, W, s, V] exponential noise of the Gumbel coupling
 
     def select(self, index: Tensor) -> "Window":
-        return Window(self.draft[index], self.law[index], None if self.tied is None else self.tied[index])
+        return Window(
+            self.draft[index], self.law[index], None if self.tied is None else self.tied[index]
+        )
 
 
 @dataclass
 class Batch:
-    """Images being decoded: where they go in the result, committed entities [b] (on the CPU), buffer [b, N], drafts."""
+    """Images being decoded: where they go in the result, committed entities [b] (on the CPU),
+    buffer [b, N], drafts.
+    """
 
     image: Tensor
     state: State
@@ -103,7 +115,8 @@ def speculative_jacobi(
 ) -> Tensor:
     """Tokens [B, N] of a batch of conditions; image b depends on its own noise and condition alone.
 
-    Raises UserError for generators without categorical tokens that are independent given the entities before them.
+    Raises UserError for generators without categorical tokens that are independent given the
+    entities before them.
     """
     with running(recorder, condition.batch, generator.layout.length, noise.device):
         state = generator.start(condition, guidance, window=rules.window)
@@ -134,24 +147,35 @@ class _Decoder:
 
     def begin(self, state: State, noise: Noise) -> Batch:
         """Nothing committed, a window of initial drafts."""
-        layout, slots = self.generator.layout, self.rules.window
-        size, codes = state.entities.sizes[0], int(layout.vocab().max())
+        layout = self.generator.layout
+        slots = self.rules.window
+        size = state.entities.sizes[0]
+        codes = int(layout.vocab().max())
         tokens = layout.blank(state.batch).to(noise.device)
         done = torch.zeros(state.batch, dtype=torch.int64)
         draft = tokens.new_zeros(state.batch, slots, size)
         law = torch.zeros(*draft.shape, codes, device=noise.device)
         tied = noise.exponential(slots, size, codes) if self.rules.coupling is gumbel else None
-        batch = Batch(torch.arange(state.batch), state, noise, done, tokens, Window(draft, law, tied))
-        return replace(batch, window=self._filled(batch, done, law[:, 0, 0], torch.zeros(state.batch, slots) > 0))
+        batch = Batch(
+            torch.arange(state.batch), state, noise, done, tokens, Window(draft, law, tied)
+        )
+        return replace(
+            batch,
+            window=self._filled(batch, done, law[:, 0, 0], torch.zeros(state.batch, slots) > 0),
+        )
 
     def step(self, batch: Batch) -> Batch:
         """One evaluation of the generator: predict the window, judge it, commit, shift."""
-        state, first = batch.state, batch.done
+        state = batch.state
+        first = batch.done
         remaining = state.entities.count - first
         width = min(self.rules.window, int(remaining.max()))
-        tokens, drafts = batch.tokens, min(self.rules.window - 1, width)
+        tokens = batch.tokens
+        drafts = min(self.rules.window - 1, width)
         if drafts:
-            tokens = state.entities.put(tokens, first, drafts, batch.window.draft[:, :drafts].flatten(1))
+            tokens = state.entities.put(
+                tokens, first, drafts, batch.window.draft[:, :drafts].flatten(1)
+            )
         state.rollback(first)
         with forward(self.recorder, tokens.device):
             distribution = self.generator.predict(state, tokens, count=width)
@@ -166,18 +190,23 @@ class _Decoder:
         return replace(batch, window=self._shifted(batch, verdict, committed))
 
     def _judge(self, batch: Batch, p: Tensor) -> Verdict:
-        """Noise is always drawn for the full window, so that it does not depend on the other images."""
+        """Noise is always drawn for the full window, so that it does not depend on the other
+        images.
+        """
         (_, width, size, codes), slots = p.shape, self.rules.window
         uniform = F.pad(batch.noise.uniform(slots - 1, size), (0, 0, 0, 1))[:, :width]
         exponential = batch.noise.exponential(slots, size, codes)[:, :width]
-        window, rules = batch.window, self.rules
+        window = batch.window
+        rules = self.rules
         tied = None if window.tied is None else window.tied[:, :width]
-        law, draft = window.law[:, :width], window.draft[:, :width]
+        law = window.law[:, :width]
+        draft = window.draft[:, :width]
         return verify(p, law, draft, uniform, exponential, rules.acceptance, rules.coupling, tied)
 
     def _shifted(self, batch: Batch, verdict: Verdict, committed: Tensor) -> Window:
         """The next window: tokens behind the committed ones with their laws, then initial drafts."""
-        width, slots = verdict.tokens.shape[1], self.rules.window
+        width = verdict.tokens.shape[1]
+        slots = self.rules.window
         source = committed[:, None] + torch.arange(slots)
         there = source < width
         index = source.clamp(max=width - 1).to(verdict.tokens.device)
@@ -191,34 +220,64 @@ class _Decoder:
         return self._filled(replace(batch, window=window), last, verdict.law[:, -1, -1], there)
 
     def _filled(self, batch: Batch, last: Tensor, law: Tensor, there: Tensor) -> Window:
-        """Initial drafts where `there` [B, W] is False; `law` [B, V] is that of the last known token, rank `last`."""
-        window, entities, scheme = batch.window, batch.state.entities, self.rules.init
-        device, size, drafts = law.device, entities.sizes[0], self.rules.window - 1
-        new_law, draft = window.law, window.draft
+        """Initial drafts where `there` [B, W] is False; `law` [B, V] is that of the last known
+        token, rank `last`.
+        """
+        window = batch.window
+        entities = batch.state.entities
+        scheme = self.rules.init
+        device = law.device
+        size = entities.sizes[0]
+        drafts = self.rules.window - 1
+        new_law = window.law
+        draft = window.draft
         if drafts:
             ranks = entities.steps(batch.done, drafts)
             source = sources(scheme, self.hood, entities, ranks, last)
             place = look_up(entities.order, ranks.clamp(max=entities.length - 1))
             uniform = batch.noise.uniform(drafts * size)
-            exponential = batch.noise.exponential(drafts * size, law.shape[-1]) if scheme == "sample-left" else uniform
+            exponential = (
+                batch.noise.exponential(drafts * size, law.shape[-1])
+                if scheme == "sample-left"
+                else uniform
+            )
             vocab = self.hood.vocab[place].to(device)
-            new = fill(scheme, source.to(device), batch.tokens, vocab, law, uniform, exponential)
+            new = fill(
+                scheme,
+                source.to(device),
+                known=batch.tokens,
+                vocab=vocab,
+                law=law,
+                uniform=uniform,
+                exponential=exponential,
+            )
             keep = there[:, :drafts, None].to(device)
-            draft[:, :drafts] = torch.where(keep, draft[:, :drafts], rearrange(new.tokens, "b (w s) -> b w s", s=size))
+            draft[:, :drafts] = torch.where(
+                keep, draft[:, :drafts], rearrange(new.tokens, "b (w s) -> b w s", s=size)
+            )
             fresh_law = rearrange(new.law, "b (w s) v -> b w s v", s=size)
             new_law[:, :drafts] = torch.where(keep[..., None], new_law[:, :drafts], fresh_law)
         new_law[:, drafts:] = 0  # the last slot of a window has no draft
         return Window(draft, new_law, window.tied)
 
     def _record(
-        self, recorder: Recorder, first: Tensor, remaining: Tensor, accepted: Tensor, committed: Tensor, p: Tensor
+        self,
+        recorder: Recorder,
+        first: Tensor,
+        remaining: Tensor,
+        accepted: Tensor,
+        committed: Tensor,
+        p: Tensor,
     ) -> None:
         alive = remaining > 0
         drafted = remaining.clamp(max=self.rules.window - 1)
         accepted = torch.minimum(accepted, drafted)
         recorder.window(first[alive], accepted[alive], committed[alive], drafted[alive])
         slot = torch.arange(p.shape[1])
-        flags = [(slot < n[:, None])[..., None].to(p.device) for n in (torch.minimum(accepted, committed), committed)]
+        flags = [
+            (slot < n[:, None])[..., None].to(p.device)
+            for n in (torch.minimum(accepted, committed), committed)
+        ]
         recorder.certainty(p, *flags)
 
 
@@ -228,19 +287,29 @@ def require_windows(state: State, generator: Generator, algorithm: str) -> None:
     if not generator.layout.is_categorical:
         raise UserError(f"{algorithm} needs categorical tokens; {name} predicts {generator.layout}")
     if not state.entities.uniform:
-        raise UserError(f"{algorithm} needs entities of one size; {name} predicts {sorted(set(state.entities.sizes))}")
+        raise UserError(
+            f"{algorithm} needs entities of one size; {name} predicts {sorted(set(state.entities.sizes))}"
+        )
 
 
 def probabilities(distribution: Distribution, choice: Choice, state: State) -> Tensor:
-    """Processed probabilities [B, W, s, V]; raises UserError for a head whose tokens depend on each other."""
+    """Processed probabilities [B, W, s, V]; raises UserError for a head whose tokens depend on each
+    other.
+    """
     if not isinstance(distribution, Logits):
-        raise UserError(f"speculative decoding needs a head of independent logits, not {type(distribution).__name__}")
-    return rearrange(choice.probs(distribution.logits), "b (w s) v -> b w s v", s=state.entities.sizes[0])
+        raise UserError(
+            f"speculative decoding needs a head of independent logits, not {type(distribution).__name__}"
+        )
+    return rearrange(
+        choice.probs(distribution.logits), "b (w s) v -> b w s v", s=state.entities.sizes[0]
+    )
 
 
 @dataclass(frozen=True)
 class Windows(Algorithm):
-    """What judges windows of drafts, which begin as `init` says, in the loop of SJD; a subclass gives the rules."""
+    """What judges windows of drafts, which begin as `init` says, in the loop of SJD; a subclass
+    gives the rules.
+    """
 
     window: int = 16
     init: Init = "random"
@@ -264,7 +333,15 @@ class Windows(Algorithm):
     ) -> Tensor:
         check_in_order(generator)
         rules = self.rules(generator)
-        return speculative_jacobi(generator, condition, settings.choice, noise, guidance, rules, recorder)
+        return speculative_jacobi(
+            generator,
+            condition,
+            choice=settings.choice,
+            noise=noise,
+            guidance=guidance,
+            rules=rules,
+            recorder=recorder,
+        )
 
 
 @dataclass(frozen=True)
@@ -283,7 +360,9 @@ class SpeculativeJacobi(Windows):
 
 @dataclass(frozen=True)
 class ReusingJacobi(Windows):
-    """SJD++ (arXiv 2512.07503): drafts behind a rejection stay where p / q exceeds `threshold`. Approximate."""
+    """SJD++ (arXiv 2512.07503): drafts behind a rejection stay where p / q exceeds `threshold`.
+    Approximate.
+    """
 
     threshold: float = 0.5
 
@@ -299,10 +378,12 @@ class ReusingJacobi(Windows):
 
 @dataclass(frozen=True)
 class GroupedJacobi(SpeculativeJacobi):
-    """GSD (arXiv 2508.07747): SJD that accepts by the mass of clusters of similar tokens. Approximate.
+    """GSD (arXiv 2508.07747): SJD that accepts by the mass of clusters of similar tokens.
+    Approximate.
 
-    The published `d_threshold` 0.5 fits Chameleon's embeddings: for other models give `d_quantile`, the share of pairs
-    of codes that pass for near, which replaces it. `d_threshold` None switches the distance filter off.
+    The published `d_threshold` 0.5 fits Chameleon's embeddings: for other models give `d_quantile`,
+    the share of pairs of codes that pass for near, which replaces it. `d_threshold` None switches
+    the distance filter off.
     """
 
     group_size: int = 14
@@ -324,7 +405,8 @@ class GroupedJacobi(SpeculativeJacobi):
 
     def acceptance(self, generator: Generator) -> GroupedRatio:
         """The acceptance rule with the generator's embeddings; raises UserError where it has none."""
-        threshold, table = self.d_threshold, None
+        threshold = self.d_threshold
+        table = None
         if self.d_quantile is not None or threshold is not None:
             embedding = getattr(generator, "token_embedding", None)
             if not isinstance(embedding, nn.Embedding):
@@ -333,8 +415,12 @@ class GroupedJacobi(SpeculativeJacobi):
                     f"GSD's distance filter needs one embedding a code, {name} has none; set d_threshold null"
                 )
             table = embedding.weight.detach().float()
-            threshold = threshold if self.d_quantile is None else distance_quantile(table, self.d_quantile)
-        return GroupedRatio(self.group_size, self.p_threshold, threshold, table, self.exact_official)
+            threshold = (
+                threshold if self.d_quantile is None else distance_quantile(table, self.d_quantile)
+            )
+        return GroupedRatio(
+            self.group_size, self.p_threshold, threshold, table, self.exact_official
+        )
 
     def rules(self, generator: Generator) -> Rules:
         return Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])

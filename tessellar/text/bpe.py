@@ -1,7 +1,8 @@
 """A byte-level BPE trained on a run's own captions.
 
-Hugging Face's `tokenizers` and `transformers` come with the extra `text`; they are imported where they are used. A BPE
-is a table of pairs of ids [M, 2] and nothing else: id 0 begins a text, 1 .. 256 are the bytes, 257 + m is pair m.
+Hugging Face's `tokenizers` and `transformers` come with the extra `text`; they are imported where
+they are used. A BPE is a table of pairs of ids [M, 2] and nothing else: id 0 begins a text, 1 ..
+256 are the bytes, 257 + m is pair m.
 """
 
 import json
@@ -18,14 +19,16 @@ from tessellar.errors import UserError
 log = logging.getLogger(__name__)
 
 
-BOS, BYTES = 0, 256
+BOS = 0
+BYTES = 256
 
 
 FIRST_PAIR = 1 + BYTES
 
 
 def require(package: str) -> Any:
-    """Hugging Face's `tokenizers` or `transformers`; raises UserError, naming the extra, where it is not installed.
+    """Hugging Face's `tokenizers` or `transformers`; raises UserError, naming the extra, where it
+    is not installed.
 
     From a checkout, without the package, `import tokenizers` finds our folder of that name.
     """
@@ -36,7 +39,9 @@ def require(package: str) -> Any:
     except ImportError:
         module = None
     if module is None or getattr(module, "__version__", None) is None:
-        raise UserError(f"captions need Hugging Face's package {package}: pip install 'tessellar[text]'")
+        raise UserError(
+            f"captions need Hugging Face's package {package}: pip install 'tessellar[text]'"
+        )
     return module
 
 
@@ -45,14 +50,22 @@ def train_bpe(captions: Iterable[str], pairs: int, lowercase: bool = True) -> Te
     library = require("tokenizers")
     learner = _pipeline(library, library.models.BPE(), lowercase)
     trainer = library.trainers.BpeTrainer(
-        vocab_size=BYTES + pairs, min_frequency=2, initial_alphabet=sorted(_alphabet(library)), show_progress=False
+        vocab_size=BYTES + pairs,
+        min_frequency=2,
+        initial_alphabet=sorted(_alphabet(library)),
+        show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [m.split(" ") if isinstance(m, str) else m for m in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [
+        m.split(" ") if isinstance(m, str) else m
+        for m in json.loads(learner.to_str())["model"]["merges"]
+    ]
     ids = {letter: 1 + place for place, letter in enumerate(sorted(_alphabet(library)))}
     for number, (left, right) in enumerate(merges):
         ids.setdefault(left + right, FIRST_PAIR + number)
-    return torch.tensor([(ids[left], ids[right]) for left, right in merges], dtype=torch.int64).view(-1, 2)
+    return torch.tensor(
+        [(ids[left], ids[right]) for left, right in merges], dtype=torch.int64
+    ).view(-1, 2)
 
 
 class BPE:
@@ -99,7 +112,9 @@ def bpe_of(merges: tuple[tuple[int, int], ...], lowercase: bool) -> BPE:
 
 
 def pad_left(rows: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rows [n_i, ...] as one tensor [B, P, ...] with padding on the left, and which places are real [B, P]."""
+    """Rows [n_i, ...] as one tensor [B, P, ...] with padding on the left, and which places are real
+    [B, P].
+    """
     longest = max((len(row) for row in rows), default=0) if length is None else length
     padded = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
     valid = torch.zeros(len(rows), longest, dtype=torch.bool, device=padded.device)

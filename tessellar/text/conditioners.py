@@ -1,4 +1,6 @@
-"""Conditioners of captions: ids of a byte-level BPE, features of a frozen encoder, features that the data set gives."""
+"""Conditioners of captions: ids of a byte-level BPE, features of a frozen encoder, features that
+the data set gives.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,7 +30,9 @@ class FeatureConditioner(Conditioner):
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         if "caption_features" not in batch or "caption_valid" not in batch:
-            raise UserError("the data set gives no caption_features and caption_valid, which this generator reads")
+            raise UserError(
+                "the data set gives no caption_features and caption_valid, which this generator reads"
+            )
         return Condition(valid=batch["caption_valid"].bool(), features=batch["caption_features"])
 
 
@@ -40,7 +44,9 @@ class TextConditioner(Conditioner):
         """Condition of B texts."""
 
     def prepare(self, captions: Callable[[], list[str]]) -> None:
-        """Told once before training how to get the captions of the training set; for what is learnt from them."""
+        """Told once before training how to get the captions of the training set; for what is learnt
+        from them.
+        """
 
     def forward(self, batch: dict[str, Any]) -> Condition:
         if "caption" not in batch:
@@ -49,10 +55,11 @@ class TextConditioner(Conditioner):
 
 
 class CaptionConditioner(TextConditioner):
-    """Caption tokens [B, P], left-padded, of a byte-level BPE with `vocab_size` ids learnt from the run's captions.
+    """Caption tokens [B, P], left-padded, of a byte-level BPE with `vocab_size` ids learnt from the
+    run's captions.
 
-    The BPE is a buffer, so checkpoints and exports carry it. Texts are cut off at `length` tokens, the first of which
-    begins the text.
+    The BPE is a buffer, so checkpoints and exports carry it. Texts are cut off at `length` tokens,
+    the first of which begins the text.
     """
 
     gives = "caption tokens"
@@ -61,8 +68,11 @@ class CaptionConditioner(TextConditioner):
     def __init__(self, vocab_size: int = 1024, length: int = 64, lowercase: bool = True) -> None:
         super().__init__()
         if vocab_size < FIRST_PAIR or length < 2:
-            raise UserError(f"vocab_size {vocab_size} and length {length} must be at least {FIRST_PAIR} and 2")
-        self.length, self.lowercase = length, lowercase
+            raise UserError(
+                f"vocab_size {vocab_size} and length {length} must be at least {FIRST_PAIR} and 2"
+            )
+        self.length = length
+        self.lowercase = lowercase
         self.register_buffer("merges", torch.full((vocab_size - FIRST_PAIR, 2), UNTRAINED))
         self.register_buffer("trained", torch.tensor(False))
         self.merges: Tensor
@@ -75,7 +85,11 @@ class CaptionConditioner(TextConditioner):
     def prepare(self, captions: Callable[[], list[str]]) -> None:
         if self.is_prepared:
             return
-        learnt = train_bpe(captions(), len(self.merges), self.lowercase) if distributed.rank() == 0 else None
+        learnt = (
+            train_bpe(captions(), len(self.merges), self.lowercase)
+            if distributed.rank() == 0
+            else None
+        )
         merges = distributed.broadcast(learnt)
         self.merges[: len(merges)] = merges.to(self.merges.device)
         self.trained.fill_(True)
@@ -84,7 +98,9 @@ class CaptionConditioner(TextConditioner):
     def bpe(self) -> BPE:
         """Raises UserError before `prepare`."""
         if not bool(self.trained):
-            raise UserError("this generator's BPE has not been learnt yet: train.py does so from the run's captions")
+            raise UserError(
+                "this generator's BPE has not been learnt yet: train.py does so from the run's captions"
+            )
         pairs = [(a, b) for a, b in self.merges.tolist() if a != UNTRAINED]
         return bpe_of(tuple(pairs), self.lowercase)
 
@@ -95,11 +111,12 @@ class CaptionConditioner(TextConditioner):
 
 
 class EncoderConditioner(TextConditioner):
-    """Features [B, length, F] of a frozen T5 or CLIP (a local folder or hub id), left-padded; kept in `cache`.
+    """Features [B, length, F] of a frozen T5 or CLIP (a local folder or hub id), left-padded; kept
+    in `cache`.
 
-    The encoder is no part of checkpoints: it is read again from `source`, which is the one thing that an export reaches
-    outside of itself (at the first prompt, as tensors, never as code). `cache` is the user's own: from an export's
-    config the default is taken.
+    The encoder is no part of checkpoints: it is read again from `source`, which is the one thing
+    that an export reaches outside of itself (at the first prompt, as tensors, never as code).
+    `cache` is the user's own: from an export's config the default is taken.
     """
 
     gives = "caption features"

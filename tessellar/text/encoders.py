@@ -1,4 +1,6 @@
-"""Frozen text encoders (T5, CLIP) through Hugging Face's `transformers`, with their features kept on disk."""
+"""Frozen text encoders (T5, CLIP) through Hugging Face's `transformers`, with their features kept
+on disk.
+"""
 
 import hashlib
 import json
@@ -18,22 +20,30 @@ from tessellar.text.bpe import log, require
 class FrozenEncoder:
     """Hidden states of a frozen T5 encoder or CLIP text model through `transformers`, float32.
 
-    `source` is a local folder or a hub id. Nothing is read or downloaded before the first text that no cache holds.
+    `source` is a local folder or a hub id. Nothing is read or downloaded before the first text that
+    no cache holds.
     """
 
     def __init__(self, source: str, length: int) -> None:
-        self.source, self.length = source, length
+        self.source = source
+        self.length = length
         self._loaded: tuple[Any, Any] | None = None
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[Tensor]:
         """Features [n, F] of each text, n <= length its tokens (no padding)."""
         tokenizer, model = self._load(device)
         read = tokenizer(
-            list(texts), max_length=self.length, padding="longest", truncation=True, return_tensors="pt"
+            list(texts),
+            max_length=self.length,
+            padding="longest",
+            truncation=True,
+            return_tensors="pt",
         ).to(device)
         mask = read["attention_mask"]
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            states = model(input_ids=read["input_ids"], attention_mask=mask).last_hidden_state.float()
+            states = model(
+                input_ids=read["input_ids"], attention_mask=mask
+            ).last_hidden_state.float()
         return [row[keep.bool()] for row, keep in zip(states, mask, strict=True)]
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
@@ -41,16 +51,27 @@ class FrozenEncoder:
             library = require("transformers")
             log.info("texts are read by %s", self.source)
             try:
-                # Without the argument transformers asks the user whether to run code that came with the encoder.
+                # Without the argument transformers asks the user whether to run code that came with
+                # the encoder.
                 config = library.AutoConfig.from_pretrained(self.source, trust_remote_code=False)
-                tokenizer = library.AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
-                kind = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
+                tokenizer = library.AutoTokenizer.from_pretrained(
+                    self.source, trust_remote_code=False
+                )
+                kind = {
+                    "t5": "T5EncoderModel",
+                    "clip": "CLIPTextModel",
+                    "clip_text_model": "CLIPTextModel",
+                }
                 if config.model_type not in kind:
-                    raise UserError(f"{self.source} is a {config.model_type}; T5 and CLIP text models can be read")
+                    raise UserError(
+                        f"{self.source} is a {config.model_type}; T5 and CLIP text models can be read"
+                    )
                 model = getattr(library, kind[config.model_type]).from_pretrained(self.source)
             except (OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0][:160]
-                raise UserError(f"the text encoder {self.source} cannot be loaded ({first})") from error
+                raise UserError(
+                    f"the text encoder {self.source} cannot be loaded ({first})"
+                ) from error
             self._loaded = tokenizer, model.float().eval().requires_grad_(False)
         tokenizer, model = self._loaded
         return tokenizer, model.to(device)
@@ -59,16 +80,20 @@ class FrozenEncoder:
 class FeatureCache:
     """Features by text in bfloat16 files under `folder`, one a text; None keeps nothing.
 
-    Features are rounded to bfloat16 whether they were read or made, so that a run does not depend on what was cached.
+    Features are rounded to bfloat16 whether they were read or made, so that a run does not depend
+    on what was cached.
     """
 
     def __init__(self, encoder: FrozenEncoder, folder: str | None) -> None:
-        self.encoder, self.folder = encoder, folder
+        self.encoder = encoder
+        self.folder = folder
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[Tensor]:
         found = {text: self._read(text) for text in dict.fromkeys(texts)}
         missing = [text for text, features in found.items() if features is None]
-        for text, made in zip(missing, self.encoder(missing, device) if missing else [], strict=True):
+        for text, made in zip(
+            missing, self.encoder(missing, device) if missing else [], strict=True
+        ):
             found[text] = rounded = made.to(torch.bfloat16).cpu()
             self._write(text, rounded)
         return [found[text].to(device, torch.float32) for text in texts]  # type: ignore[union-attr]

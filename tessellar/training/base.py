@@ -1,11 +1,13 @@
 """TrainingModule: one training loop body for all systems, under manual optimisation.
 
-Lightning's automatic optimisation takes one optimizer and, with two, refuses clipping and accumulation and counts every
-optimizer's step. Here each *update* accumulates `accumulate` batches, clips, skips non-finite gradients and steps;
-only the first optimizer goes through Lightning, so `global_step` and `max_steps` count updates, not optimizers.
+Lightning's automatic optimisation takes one optimizer and, with two, refuses clipping and
+accumulation and counts every optimizer's step. Here each *update* accumulates `accumulate` batches,
+clips, skips non-finite gradients and steps; only the first optimizer goes through Lightning, so
+`global_step` and `max_steps` count updates, not optimizers.
 
-A checkpoint also holds what Lightning leaves out: the samples consumed, the random numbers' states, gradients of an
-update that is under way. So a resumed run equals an uninterrupted one bit for bit, wherever it was interrupted.
+A checkpoint also holds what Lightning leaves out: the samples consumed, the random numbers' states,
+gradients of an update that is under way. So a resumed run equals an uninterrupted one bit for bit,
+wherever it was interrupted.
 """
 
 import logging
@@ -60,7 +62,8 @@ class NonFiniteGradients(RuntimeError):
 
 
 class Player(NamedTuple):
-    """Who trains together: modules, what of them is trained, optimizers and schedule (a generator, a discriminator).
+    """Who trains together: modules, what of them is trained, optimizers and schedule (a generator,
+    a discriminator).
 
     The schedule counts updates of the run from `start`, and lasts to the run's end.
     """
@@ -76,11 +79,12 @@ class Player(NamedTuple):
 class TrainingModule(L.LightningModule, ABC):
     """Base of the tokenizer and the generator module.
 
-    `batches` and `updates` count what the run has seen, `epoch` and `epoch_samples` (over all processes) where it is in
-    the data; `skipped` are the updates of one player that were left out because its loss or gradient was not finite,
-    and `max_skipped` of them in a row stop the run. A skipped update is counted, and leaves weights, optimizers and
-    what forward passes write (codes, statistics) as they were. A subclass returns its loss under `loss` and its tokens
-    under `tokens` from `training_step`.
+    `batches` and `updates` count what the run has seen, `epoch` and `epoch_samples` (over all
+    processes) where it is in the data; `skipped` are the updates of one player that were left out
+    because its loss or gradient was not finite, and `max_skipped` of them in a row stop the run. A
+    skipped update is counted, and leaves weights, optimizers and what forward passes write (codes,
+    statistics) as they were. A subclass returns its loss under `loss` and its tokens under `tokens`
+    from `training_step`.
     """
 
     #: The validation metric that the best checkpoint is chosen by, and whether the `min` or `max` of it is best.
@@ -101,11 +105,18 @@ class TrainingModule(L.LightningModule, ABC):
                 "clip above 0 or null"
             )
         self.automatic_optimization = False
-        self.clip, self.accumulate, self.max_skipped = clip, accumulate, max_skipped
-        self.batches, self.updates, self.skipped = 0, 0, 0
-        self.epoch, self.epoch_samples = 0, 0
+        self.clip = clip
+        self.accumulate = accumulate
+        self.max_skipped = max_skipped
+        self.batches = 0
+        self.updates = 0
+        self.skipped = 0
+        self.epoch = 0
+        self.epoch_samples = 0
         self._skipped_in_a_row: dict[str, int] = {}
-        self._written_before: dict[str, list[Tensor]] = {}  # of each player, at the start of the update under way
+        self._written_before: dict[
+            str, list[Tensor]
+        ] = {}  # of each player, at the start of the update under way
         self._to_restore: dict[str, Any] = {}
         self._loaded_optimizers: dict[str, Any] | None = None
         self._random_before_validation: list[random_state.State] | None = None
@@ -121,7 +132,9 @@ class TrainingModule(L.LightningModule, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module | None]:
-        """What an export and the header of a checkpoint hold, by the names of `checkpoints/description.py`."""
+        """What an export and the header of a checkpoint hold, by the names of
+        `checkpoints/description.py`.
+        """
 
     def export(self, folder: str | Path, record: Record) -> Path:
         """Write the export of the model as it is now, in the place of an older one."""
@@ -138,7 +151,9 @@ class TrainingModule(L.LightningModule, ABC):
         """Raise UserError, before a run begins, for data that this module cannot be trained on."""
         size = self.tokenizer.image_size
         if tuple(size) != tuple(data.image_size):
-            raise UserError(f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}")
+            raise UserError(
+                f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}"
+            )
 
     @abstractmethod
     def make_players(self) -> list[Player]:
@@ -153,7 +168,9 @@ class TrainingModule(L.LightningModule, ABC):
 
     def shard_over(self, mesh: DeviceMesh) -> None:
         """Shard what is trained over the processes of `mesh` (FSDP2)."""
-        raise UserError(f"{type(self).__name__} cannot be sharded; train it with --trainer.strategy ddp")
+        raise UserError(
+            f"{type(self).__name__} cannot be sharded; train it with --trainer.strategy ddp"
+        )
 
     def configure_model(self) -> None:
         mesh = mesh_of(self.trainer.strategy)
@@ -165,7 +182,8 @@ class TrainingModule(L.LightningModule, ABC):
             self.is_sharded = True
 
     def on_fit_start(self) -> None:
-        """Draws of dropout differ between processes; the first one draws as a run of one process does.
+        """Draws of dropout differ between processes; the first one draws as a run of one process
+        does.
 
         It also looks at the data, since it is the one that writes checkpoints.
         """
@@ -179,7 +197,8 @@ class TrainingModule(L.LightningModule, ABC):
     @property
     def total_updates(self) -> int:
         """Length of the run in updates, for schedules; huge where the run has no end."""
-        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        steps = self.trainer.max_steps
+        epochs = self.trainer.max_epochs
         limits = [steps] if steps >= 0 else []
         batches = self.trainer.num_training_batches
         if epochs is not None and epochs >= 0 and batches != float("inf"):
@@ -194,7 +213,8 @@ class TrainingModule(L.LightningModule, ABC):
     def backward_and_step(self, player: Player, loss: Tensor) -> None:
         """Add the gradient of `loss`; on the last batch of an update clip and step.
 
-        A loss that is not finite makes the whole gradient NaN, so that every process skips the same update.
+        A loss that is not finite makes the whole gradient NaN, so that every process skips the same
+        update.
         """
         weight = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self.manual_backward(loss * weight / self.accumulate)
@@ -203,8 +223,12 @@ class TrainingModule(L.LightningModule, ABC):
         if not self.at_boundary:
             return
         norm = clip_gradients(player.parameters, self.clip or float("inf"))
-        factor = player.schedule.factor(self.updates - player.start, self.total_updates - player.start)
-        self.log_train({f"train/grad_norm_{player.name}": norm, f"train/lr_factor_{player.name}": factor})
+        factor = player.schedule.factor(
+            self.updates - player.start, self.total_updates - player.start
+        )
+        self.log_train(
+            {f"train/grad_norm_{player.name}": norm, f"train/lr_factor_{player.name}": factor}
+        )
         if bool(torch.isfinite(norm)):
             self._skipped_in_a_row[player.name] = 0
             set_factor(player.optimizers, factor)
@@ -219,11 +243,17 @@ class TrainingModule(L.LightningModule, ABC):
     def _schedule_weight_decay(self, player: Player) -> None:
         step = self.updates - player.start
         total = self.total_updates - player.start
-        set_weight_decay(player.optimizers, lambda initial: player.schedule.weight_decay(initial, step, total))
+        set_weight_decay(
+            player.optimizers, lambda initial: player.schedule.weight_decay(initial, step, total)
+        )
 
     def _step(self, player: Player) -> None:
         for number, optimizer in enumerate(player.optimizers):
-            through = self._lightning_optimizer() if player is self.players[0] and number == 0 else optimizer
+            through = (
+                self._lightning_optimizer()
+                if player is self.players[0] and number == 0
+                else optimizer
+            )
             through.step()
 
     def _lightning_optimizer(self) -> LightningOptimizer:
@@ -231,11 +261,15 @@ class TrainingModule(L.LightningModule, ABC):
         return first[0] if isinstance(first, list) else first  # type: ignore[return-value]
 
     def _skip(self, player: Player) -> None:
-        """Leave the update out: codes and statistics are put back; Lightning counts it all the same."""
+        """Leave the update out: codes and statistics are put back; Lightning counts it all the
+        same.
+        """
         name = player.name
         self.skipped += 1
         with torch.no_grad():
-            for tensor, before in zip(written(player), self._written_before.get(name, []), strict=False):
+            for tensor, before in zip(
+                written(player), self._written_before.get(name, []), strict=False
+            ):
                 tensor.copy_(before)
         if player is self.players[0]:
             counting = self._lightning_optimizer()
@@ -243,7 +277,10 @@ class TrainingModule(L.LightningModule, ABC):
             counting._on_after_step()
         in_a_row = self._skipped_in_a_row[name] = self._skipped_in_a_row.get(name, 0) + 1
         log.warning(
-            "update %d: gradient of the %s is not finite, skipped (%d so far)", self.updates, name, self.skipped
+            "update %d: gradient of the %s is not finite, skipped (%d so far)",
+            self.updates,
+            name,
+            self.skipped,
         )
         if in_a_row >= self.max_skipped:
             raise NonFiniteGradients(
@@ -252,17 +289,22 @@ class TrainingModule(L.LightningModule, ABC):
             )
 
     def finish_batch(self, samples: int) -> None:
-        """Count the batch of `samples` (in this process), the update where it ends one, and the place in the data."""
+        """Count the batch of `samples` (in this process), the update where it ends one, and the
+        place in the data.
+        """
         if self.at_boundary:
             self.updates += 1
         self.batches += 1
         self.epoch_samples += samples * distributed.world_size()
         if self.trainer.is_last_batch:
-            self.epoch, self.epoch_samples = self.epoch + 1, 0
+            self.epoch = self.epoch + 1
+            self.epoch_samples = 0
 
     @property
     def logs_now(self) -> bool:
-        """Whether the current batch is one whose metrics are written; others are not even handed to Lightning."""
+        """Whether the current batch is one whose metrics are written; others are not even handed to
+        Lightning.
+        """
         return (self.batches + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def log_train(self, values: Mapping[str, Tensor | float]) -> None:
@@ -271,20 +313,25 @@ class TrainingModule(L.LightningModule, ABC):
             values = {"step": float(self.updates + self.at_boundary), **values}
             self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
-    def log_terms(self, stage: Literal["train", "val"], terms: Mapping[str, Tensor], size: int) -> None:
+    def log_terms(
+        self, stage: Literal["train", "val"], terms: Mapping[str, Tensor], size: int
+    ) -> None:
         """Log named terms of a batch of `size`; in validation as a mean over samples and processes."""
         values = {f"{stage}/{name}": value.detach() for name, value in terms.items()}
         if stage == "train":
             self.log_train(values)
         else:
-            # Lightning rounds the mean over processes of the number of samples down; of a multiple it is exact.
+            # Lightning rounds the mean over processes of the number of samples down; of a multiple
+            # it is exact.
             self.log_dict(values, batch_size=size * self.trainer.world_size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         self.log("step", float(self.updates))  # where loggers place the validation's metrics
 
     def on_validation_model_zero_grad(self) -> None:
-        """Lightning frees gradients before a validation; those of an update that is under way have to stay."""
+        """Lightning frees gradients before a validation; those of an update that is under way have
+        to stay.
+        """
         if self.batches % self.accumulate == 0:
             super().on_validation_model_zero_grad()
 
@@ -301,7 +348,9 @@ class TrainingModule(L.LightningModule, ABC):
             self._random_before_validation = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put back what has to be in place when the first batch after a resume begins, and not earlier."""
+        """Put back what has to be in place when the first batch after a resume begins, and not
+        earlier.
+        """
         gradients = self._to_restore.pop("gradients", {})
         for name, parameter in self.named_parameters() if gradients else ():
             if name in gradients:
@@ -309,7 +358,9 @@ class TrainingModule(L.LightningModule, ABC):
         if "random" in self._to_restore:
             random_state.restore_own(self._to_restore.pop("random"))
         if self.batches % self.accumulate == 0:
-            self._written_before = {p.name: [t.detach().clone() for t in written(p)] for p in self.players}
+            self._written_before = {
+                p.name: [t.detach().clone() for t in written(p)] for p in self.players
+            }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[STATE_KEY] = {
@@ -334,14 +385,20 @@ class TrainingModule(L.LightningModule, ABC):
         state = dict(checkpoint.get(STATE_KEY, {}))
         if STATE_KEY in checkpoint and "optimizer_states" in checkpoint:
             self._loaded_optimizers = checkpoint
-        if self.is_sharded:  # then a checkpoint is read after the optimizers are made; else before, and before a fit
+        if (
+            self.is_sharded
+        ):  # then a checkpoint is read after the optimizers are made; else before, and before a fit
             self._arrange_optimizer_states()
         self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
-        self._to_restore = {name: state.pop(name) for name in ("random", "gradients") if name in state}
+        self._to_restore = {
+            name: state.pop(name) for name in ("random", "gradients") if name in state
+        }
         if "gradients" in self._to_restore:
             self._to_restore["gradients"] = with_current_names(self, self._to_restore["gradients"])
         before = state.get("written_before", {})
-        self._written_before = {name: [t.to(self.device) for t in tensors] for name, tensors in before.items()}
+        self._written_before = {
+            name: [t.to(self.device) for t in tensors] for name, tensors in before.items()
+        }
         for name in COUNTERS:
             setattr(self, name, state.get(name, 0))
         if STATE_KEY in checkpoint and "loops" in checkpoint:
@@ -352,18 +409,22 @@ class TrainingModule(L.LightningModule, ABC):
         return [optimizer for player in self.players for optimizer in player.optimizers]
 
     def _arrange_optimizer_states(self) -> None:
-        """Put the states of a loaded checkpoint in the order of this run's optimizers, before Lightning restores them.
+        """Put the states of a loaded checkpoint in the order of this run's optimizers, before
+        Lightning restores them.
 
         Those from before names were listed are in the order that the groups had then.
         """
-        checkpoint, self._loaded_optimizers = self._loaded_optimizers, None
+        checkpoint = self._loaded_optimizers
+        self._loaded_optimizers = None
         if checkpoint is None:
             return
         names = checkpoint[STATE_KEY].get("parameters")
         if names is None:
             names = former_names(self._all_optimizers, self)
         names = [current_names(self, of_one) for of_one in names]
-        checkpoint["optimizer_states"] = arrange(checkpoint["optimizer_states"], names, self._all_optimizers, self)
+        checkpoint["optimizer_states"] = arrange(
+            checkpoint["optimizer_states"], names, self._all_optimizers, self
+        )
 
     def _place_loops(self, loop: dict[str, Any]) -> None:
         """Tell Lightning's loops where the run is: over several resumes they lose count of epochs, and at the end of
@@ -380,11 +441,15 @@ class TrainingModule(L.LightningModule, ABC):
 
 
 def written(player: Player) -> list[Tensor]:
-    """What forward passes of a player's modules may write: buffers that a checkpoint holds, parameters tagged so."""
+    """What forward passes of a player's modules may write: buffers that a checkpoint holds,
+    parameters tagged so.
+    """
     found: list[Tensor] = []
     for part in (part for module in player.modules for part in module.modules()):
         kept = part._buffers.keys() - part._non_persistent_buffers_set
-        found += [buffer for name, buffer in part._buffers.items() if name in kept and buffer is not None]
+        found += [
+            buffer for name, buffer in part._buffers.items() if name in kept and buffer is not None
+        ]
         found += [p for p in part._parameters.values() if p is not None and "written" in tags(p)]
     return found
 

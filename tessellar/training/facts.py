@@ -1,4 +1,6 @@
-"""Facts of a run that are said before it begins: tokens, positions, parameters, memory, operations an image."""
+"""Facts of a run that are said before it begins: tokens, positions, parameters, memory, operations
+an image.
+"""
 
 from typing import NamedTuple
 

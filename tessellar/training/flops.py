@@ -1,7 +1,9 @@
-"""Floating-point operations of a training batch, and the peak rates of known GPUs to hold them against (MFU).
+"""Floating-point operations of a training batch, and the peak rates of known GPUs to hold them
+against (MFU).
 
-PaLM (arXiv 2204.02311, appendix B) defines model FLOPs utilisation. Matrix products, convolutions and attention are
-counted by torch's own formulas as they run, forward and backward; so recomputed activations count too.
+PaLM (arXiv 2204.02311, appendix B) defines model FLOPs utilisation. Matrix products, convolutions
+and attention are counted by torch's own formulas as they run, forward and backward; so recomputed
+activations count too.
 """
 
 from types import TracebackType
@@ -46,7 +48,10 @@ class CountFlops(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.active = False
         super().__exit__(kind, error, trace)
@@ -58,7 +63,9 @@ def countable(module: nn.Module) -> bool:
 
 
 def peak(device: torch.device, precision: str) -> float | None:
-    """Peak operations per second of a device in a precision of Lightning's; None where it is not known."""
+    """Peak operations per second of a device in a precision of Lightning's; None where it is not
+    known.
+    """
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), precision)
@@ -67,7 +74,12 @@ def peak(device: torch.device, precision: str) -> float | None:
 def peak_of(name: str, precision: str) -> float | None:
     """Peak by a GPU's name, such as `NVIDIA H100 80GB HBM3`."""
     known = next(
-        (rates for part, rates in PEAKS.items() if set(part.split()) <= set(name.replace("-", " ").split())), None
+        (
+            rates
+            for part, rates in PEAKS.items()
+            if set(part.split()) <= set(name.replace("-", " ").split())
+        ),
+        None,
     )
     if known is None or precision.startswith("64"):
         return None

@@ -48,10 +48,11 @@ class GeneratorModule(TrainingModule):
 
     Its conditioner is the generator's own choice unless one is given.
 
-    A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32. `checkpointing` trades
-    compute for memory, `compile_blocks` compiles each block on its own. `init_from` starts from the generator and the
-    conditioner of an export or checkpoint. A generator trained by teacher forcing may read
-    a noisy context (`context_noise`) and also learn code vectors (`recovery`), in training alone; together: reAR.
+    A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32.
+    `checkpointing` trades compute for memory, `compile_blocks` compiles each block on its own.
+    `init_from` starts from the generator and the conditioner of an export or checkpoint. A
+    generator trained by teacher forcing may read a noisy context (`context_noise`) and also learn
+    code vectors (`recovery`), in training alone; together: reAR.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class GeneratorModule(TrainingModule):
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         made = generator(loaded.layout)
         self.model = ImageGenerator(loaded, made, conditioner or made.make_conditioner())
-        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.optimizer_settings = optimizer
+        self.schedule = schedule
         self.context_noise = context_noise
         self.recovery = None if recovery is None else EmbeddingRecovery(recovery, made, loaded)
         if context_noise is not None:
@@ -91,7 +93,8 @@ class GeneratorModule(TrainingModule):
     def setup(self, stage: str) -> None:
         """A conditioner that learns from captions reads those of the training set, unless it came with `init_from`; a
         checkpoint's replaces it later."""
-        conditioner, data = self.model.conditioner, getattr(self.trainer, "datamodule", None)
+        conditioner = self.model.conditioner
+        data = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(data, ImageDataModule):
             return
         if isinstance(conditioner, TextConditioner):
@@ -127,14 +130,20 @@ class GeneratorModule(TrainingModule):
 
     def parts(self) -> dict[str, nn.Module | None]:
         model = self.model
-        return {"tokenizer": model.tokenizer, "generator": model.generator, "conditioner": model.conditioner}
+        return {
+            "tokenizer": model.tokenizer,
+            "generator": model.generator,
+            "conditioner": model.conditioner,
+        }
 
     def facts(self) -> Facts:
         """With the work of the generator."""
         generator = self.model.generator
         work = generator.work()
         facts = super().facts()
-        return facts._replace(entities=generator.entities.count, positions=work.positions, flops=work.training_flops)
+        return facts._replace(
+            entities=generator.entities.count, positions=work.positions, flops=work.training_flops
+        )
 
     def check_data(self, data: ImageDataModule) -> None:
         conditioner = self.model.conditioner
@@ -142,7 +151,9 @@ class GeneratorModule(TrainingModule):
             data.check_captions()
         wanted = getattr(conditioner, "num_classes", None)
         if wanted is not None and wanted != data.num_classes:
-            raise UserError(f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}")
+            raise UserError(
+                f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}"
+            )
         super().check_data(data)
 
     def make_players(self) -> list[Player]:
@@ -158,7 +169,9 @@ class GeneratorModule(TrainingModule):
 
     @torch.no_grad()
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens of a batch, encoded in float32 whatever the precision of training; drawn anew where that is random."""
+        """Tokens of a batch, encoded in float32 whatever the precision of training; drawn anew
+        where that is random.
+        """
         if "tokens" in batch:
             return batch["tokens"]
         with torch.autocast(self.device.type, enabled=False):
@@ -174,7 +187,8 @@ class GeneratorModule(TrainingModule):
 
     def _regularised(self, tokens: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Losses under a noisy context, and that of the recovery of code vectors."""
-        generator, recovery = self.model.generator, self.recovery
+        generator = self.model.generator
+        recovery = self.recovery
         assert isinstance(generator, PrefixTransformer)
         with nullcontext(Trace()) if recovery is None else recovery.watch(generator) as trace:
 
@@ -182,7 +196,9 @@ class GeneratorModule(TrainingModule):
                 trace.entities = entities
                 if self.context_noise is None:
                     return tokens
-                return self.context_noise.corrupt(tokens, generator.layout, self.updates / self.total_updates)
+                return self.context_noise.corrupt(
+                    tokens, generator.layout, self.updates / self.total_updates
+                )
 
             with reading(generator, read):
                 terms = generator.loss(tokens, condition)

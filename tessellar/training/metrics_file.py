@@ -1,9 +1,10 @@
-"""metrics.csv: one row per logged step, one column per metric, complete again after any kill and any resume.
+"""metrics.csv: one row per logged step, one column per metric, complete again after any kill and
+any resume.
 
-Every metric is on the disk as soon as it is logged: the last row is written anew until the next one begins. So a
-checkpoint never knows of more than the file does. A resumed run cuts the file to the checkpoint's update and fills the
-row of that update further, as the uninterrupted run does (batches that are accumulated share it). Lightning's CSV
-logger deletes the file when a run is resumed.
+Every metric is on the disk as soon as it is logged: the last row is written anew until the next one
+begins. So a checkpoint never knows of more than the file does. A resumed run cuts the file to the
+checkpoint's update and fills the row of that update further, as the uninterrupted run does (batches
+that are accumulated share it). Lightning's CSV logger deletes the file when a run is resumed.
 """
 
 import csv
@@ -37,12 +38,16 @@ class MetricsFile(Logger):
     def version(self) -> str:
         return ""
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """The run's config.yaml holds them."""
 
     @rank_zero_only
     def begin(self, step: int) -> None:
-        """Keep the rows of an earlier part of this run up to `step`, where it goes on; none of a run that starts."""
+        """Keep the rows of an earlier part of this run up to `step`, where it goes on; none of a
+        run that starts.
+        """
         self._started = True
         rows = [row for row in self._read() if int(row["step"]) <= step] if step > 0 else []
         self._columns = list(rows[0]) if rows else ["step"]
@@ -76,12 +81,16 @@ class MetricsFile(Logger):
         lines = text.rpartition("\n")[0].splitlines()
         table = list(csv.reader(lines))
         columns = table[0] if table else []
-        return [dict(zip(columns, row, strict=True)) for row in table[1:] if _is_whole(row, columns)]
+        return [
+            dict(zip(columns, row, strict=True)) for row in table[1:] if _is_whole(row, columns)
+        ]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Put the header, `rows` and the last row in place of the file."""
         staged = self.path.with_suffix(".part")
-        before = _lines(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
+        before = _lines(
+            self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows]
+        )
         last = _lines(self._columns, [self._row] if self._row else [])
         with writing(self.path, unfinished=staged):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Optimizers from settings, with groups made from tags on parameters (tessellar/layers/tags.py).
 
-Matrices decay unless they are tagged `no_decay`; vectors and scalars do not, unless they are tagged `decay`. With
-`name: muon` the matrices tagged `hidden` go to Muon (Keller Jordan, 2024: orthogonalised momentum, step scaled by
-max(1, rows / columns)^0.5) and AdamW takes the rest. No published recipe in this project uses Muon; short runs on a CPU
-gain from it.
+Matrices decay unless they are tagged `no_decay`; vectors and scalars do not, unless they are tagged
+`decay`. With `name: muon` the matrices tagged `hidden` go to Muon (Keller Jordan, 2024:
+orthogonalised momentum, step scaled by max(1, rows / columns)^0.5) and AdamW takes the rest. No
+published recipe in this project uses Muon; short runs on a CPU gain from it.
 """
 
 import math
@@ -22,8 +22,8 @@ from tessellar.layers.tags import tags
 class OptimizerSettings:
     """Peak learning rates and what else an optimizer needs.
 
-    `decayed`: weight decay acts on what the model's tags say (`tagged`), or on `all` parameters, as an official
-    optimizer of a single group does.
+    `decayed`: weight decay acts on what the model's tags say (`tagged`), or on `all` parameters, as
+    an official optimizer of a single group does.
     """
 
     name: Literal["adamw", "adam", "muon"] = "adamw"
@@ -39,24 +39,38 @@ class OptimizerSettings:
         """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
         for name in ("lr", "muon_lr", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be finite, at least 0")
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be finite, at least 0"
+                )
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay is {self.weight_decay}; it must be at least 0 and finite")
-        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("muon_momentum", self.muon_momentum)):
+            raise ValueError(
+                f"optimizer.weight_decay is {self.weight_decay}; it must be at least 0 and finite"
+            )
+        for name, value in (
+            ("betas", self.betas[0]),
+            ("betas", self.betas[1]),
+            ("muon_momentum", self.muon_momentum),
+        ):
             if not 0 <= value < 1:
                 raise ValueError(f"optimizer.{name} holds {value}; it must be in [0, 1)")
 
     def make(self, *modules: nn.Module) -> list[Optimizer]:
         """Optimizers over the trainable parameters of `modules`: one, or Muon and AdamW."""
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        hidden = [p for p in parameters if self.name == "muon" and p.ndim == 2 and "hidden" in tags(p)]
+        hidden = [
+            p for p in parameters if self.name == "muon" and p.ndim == 2 and "hidden" in tags(p)
+        ]
         chosen = {id(p) for p in hidden}
         rest = [p for p in parameters if id(p) not in chosen]
         made: list[Optimizer] = [self._adam(rest)] if rest else []
         if hidden:
             made.append(
                 torch.optim.Muon(
-                    hidden, lr=self.muon_lr, momentum=self.muon_momentum, weight_decay=0.0, adjust_lr_fn="original"
+                    hidden,
+                    lr=self.muon_lr,
+                    momentum=self.muon_momentum,
+                    weight_decay=0.0,
+                    adjust_lr_fn="original",
                 )
             )
         for group in (group for optimizer in made for group in optimizer.param_groups):
@@ -73,7 +87,9 @@ class OptimizerSettings:
             if group
         ]
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
-        return kind(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=parameters[0].is_cuda or None)
+        return kind(
+            groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=parameters[0].is_cuda or None
+        )
 
 
 def decays(parameter: nn.Parameter) -> bool:

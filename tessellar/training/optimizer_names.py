@@ -1,8 +1,8 @@
 """States of optimizers, found again by the names of their parameters.
 
-A torch optimizer numbers its states by a parameter's place in its groups, so a parameter that changes its group would
-take the moments of another. Checkpoints therefore list names, and the groups themselves (learning rate, decay, betas)
-are always those of the run that resumes.
+A torch optimizer numbers its states by a parameter's place in its groups, so a parameter that
+changes its group would take the moments of another. Checkpoints therefore list names, and the
+groups themselves (learning rate, decay, betas) are always those of the run that resumes.
 """
 
 import logging
@@ -23,10 +23,20 @@ OPTIONS = ("peak_lr", "betas", "eps", "weight_decay", "momentum")
 
 FORMERLY_DECAYED: dict[str, dict[str, bool]] = {
     "RAR": {"embedding.weight": True, "last_modulation.linear.weight": True, "start_token": False},
-    "MaskGIT": {f"backbone.{table}.weight": True for table in ("embedding", "position", "token_type")},
-    "HAR": {f"{table}.weight": True for table in ("conditioning.embedding", "token_embedding", "special_embedding")},
+    "MaskGIT": {
+        f"backbone.{table}.weight": True for table in ("embedding", "position", "token_type")
+    },
+    "HAR": {
+        f"{table}.weight": True
+        for table in ("conditioning.embedding", "token_embedding", "special_embedding")
+    },
     "VAR": {"scale_embedding.weight": True, "layers.*.attention.log_scale": True},
-    "MAR": {"class_embedding.weight": False, "null_embedding": False, "*_positions": False, "mask_token": False},
+    "MAR": {
+        "class_embedding.weight": False,
+        "null_embedding": False,
+        "*_positions": False,
+        "mask_token": False,
+    },
     "ReToKGPT": {"position_embedding": False},
     "PixelDecoder": {"codebook.weight": True},
     "OneDPiece": {"encoder.patch_in.weight": False, "decoder.from_code.weight": False},
@@ -38,13 +48,17 @@ FORMERLY_DECAYED: dict[str, dict[str, bool]] = {
 
 
 def names_by_place(optimizers: Sequence[Optimizer], module: nn.Module) -> list[list[str]]:
-    """For each optimizer the names in `module` of its parameters, in the order in which their states are numbered."""
+    """For each optimizer the names in `module` of its parameters, in the order in which their
+    states are numbered.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(p)] for p in _parameters(optimizer)] for optimizer in optimizers]
 
 
 def former_names(optimizers: Sequence[Optimizer], module: nn.Module) -> list[list[str]]:
-    """The same of a checkpoint from before names were listed: what decayed came first, each part as in the module."""
+    """The same of a checkpoint from before names were listed: what decayed came first, each part as
+    in the module.
+    """
     formerly = _formerly_decayed(module)
     orders = []
     for optimizer in optimizers:
@@ -62,15 +76,21 @@ def arrange(
 ) -> list[dict[str, Any]]:
     """The `saved` states of parameters `names` in the order and with the groups of `optimizers`.
 
-    Options that differ are logged, a line each. Raises UserError where the optimizers hold other parameters.
+    Options that differ are logged, a line each. Raises UserError where the optimizers hold other
+    parameters.
     """
     own_names = names_by_place(optimizers, module)
     if not len(saved) == len(names) == len(own_names):
-        raise UserError(f"the checkpoint has states of {len(saved)} optimizers, this run has {len(own_names)}")
+        raise UserError(
+            f"the checkpoint has states of {len(saved)} optimizers, this run has {len(own_names)}"
+        )
     arranged = []
     for states, there, optimizer, here in zip(saved, names, optimizers, own_names, strict=True):
         _check_names(states, there, here)
-        place = {name: number for number, name in zip(_numbers(states["param_groups"]), there, strict=True)}
+        place = {
+            name: number
+            for number, name in zip(_numbers(states["param_groups"]), there, strict=True)
+        }
         own = optimizer.state_dict()
         moved = {
             number: states["state"][place[name]]
@@ -78,7 +98,9 @@ def arrange(
             if place[name] in states["state"]
         }
         if distributed.rank() == 0:
-            _log_changes(_options(states["param_groups"], there), _options(own["param_groups"], here))
+            _log_changes(
+                _options(states["param_groups"], there), _options(own["param_groups"], here)
+            )
         arranged.append({**states, "state": moved, "param_groups": own["param_groups"]})
     return arranged
 
@@ -91,7 +113,10 @@ def _check_names(states: Mapping[str, Any], there: Sequence[str], here: Sequence
     if len(there) != count:
         problem = f"{count} of its parameters have states, {len(there)} are expected"
     else:
-        lists = (listing("missing", set(here) - set(there)), listing("unknown", set(there) - set(here)))
+        lists = (
+            listing("missing", set(here) - set(there)),
+            listing("unknown", set(there) - set(here)),
+        )
         problem = "; ".join(part for part in lists if part)
     raise UserError(
         f"the checkpoint's optimizer has other parameters than this run's ({problem}): resume with the model and the "
@@ -108,7 +133,9 @@ def _numbers(groups: Sequence[Mapping[str, Any]]) -> Iterator[int]:
         yield from group["params"]
 
 
-def _options(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _options(
+    groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """By parameter: the options of its group that change what an update does."""
     each: list[dict[str, Any]] = []
     for group in groups:
@@ -119,13 +146,17 @@ def _options(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
     return dict(zip(names, each, strict=True))
 
 
-def _log_changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> None:
+def _log_changes(
+    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> None:
     changes: dict[str, list[str]] = {}
     for name, options in now.items():
         for option, value in options.items():
             former = before[name].get(option)
             if former is not None and _plain(former) != _plain(value):
-                changes.setdefault(f"{option} is now {value}, in the checkpoint {former}", []).append(name)
+                changes.setdefault(
+                    f"{option} is now {value}, in the checkpoint {former}", []
+                ).append(name)
     for change, names in changes.items():
         log.warning("resumed: %s, for %s", change, listing("parameters", names))
 
@@ -136,10 +167,14 @@ def _plain(value: Any) -> Any:
 
 
 def _formerly_decayed(module: nn.Module) -> dict[str, bool]:
-    former = {name: p.ndim >= 2 and "no_decay" not in tags(p) for name, p in module.named_parameters()}
+    former = {
+        name: p.ndim >= 2 and "no_decay" not in tags(p) for name, p in module.named_parameters()
+    }
     for prefix, part in module.named_modules():
         start = f"{prefix}." if prefix else ""
         for kind in type(part).__mro__:
             for pattern, decayed in FORMERLY_DECAYED.get(kind.__name__, {}).items():
-                former.update({name: decayed for name in former if fnmatchcase(name, start + pattern)})
+                former.update(
+                    {name: decayed for name in former if fnmatchcase(name, start + pattern)}
+                )
     return former

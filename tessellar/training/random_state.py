@@ -1,6 +1,8 @@
-"""The states of all global random numbers (python, numpy, torch, every GPU), as tensors and plain data.
+"""The states of all global random numbers (python, numpy, torch, every GPU), as tensors and plain
+data.
 
-Lightning saves none of them. A checkpoint is opened without unpickling code, so numpy's state is kept as a tensor.
+Lightning saves none of them. A checkpoint is opened without unpickling code, so numpy's state is
+kept as a tensor.
 """
 
 import random
@@ -18,7 +20,9 @@ State = dict[str, Any]
 
 def capture() -> State:
     """The states of this process."""
-    name, keys, position, has_gauss, gauss = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
+    name, keys, position, has_gauss, gauss = cast(
+        tuple[str, np.ndarray, int, int, float], np.random.get_state()
+    )
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),

@@ -1,9 +1,11 @@
-"""A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is written elsewhere.
+"""A run's folder, runs/<name>/: its config, checkpoints, pictures, metrics and export. Nothing is
+written elsewhere.
 
 Checkpoints of a run: `last.ckpt`, the one before it, and `best.ckpt` by a validation metric.
 
-Each is written beside its place and then moved into it, so that a kill or a full disk during the write leaves the
-previous one usable. Lightning's own callback writes in place, and warns about manual optimisation at every run.
+Each is written beside its place and then moved into it, so that a kill or a full disk during the
+write leaves the previous one usable. Lightning's own callback writes in place, and warns about
+manual optimisation at every run.
 """
 
 import fcntl
@@ -60,8 +62,8 @@ LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
 class Run:
     """The folder of one run. A run never writes into another run's folder.
 
-    `resume` is a checkpoint's path, `auto` (continue this run where it has a checkpoint, else start it) or None. Raises
-    UserError where the name is taken or the checkpoint does not exist.
+    `resume` is a checkpoint's path, `auto` (continue this run where it has a checkpoint, else start
+    it) or None. Raises UserError where the name is taken or the checkpoint does not exist.
     """
 
     def __init__(self, name: str, root: str | Path = "runs", resume: str | None = None) -> None:
@@ -70,15 +72,20 @@ class Run:
                 f"--name {name!r} must be a plain folder name"
             )  # a surrogate is no UTF-8, and not printable
         if len(os.fsencode(name)) > LONGEST_NAME:
-            raise UserError(f"--name {name[:20]!r}... is longer than the {LONGEST_NAME} bytes of a folder's name")
-        self.name, self.folder = name, Path(root) / name
+            raise UserError(
+                f"--name {name[:20]!r}... is longer than the {LONGEST_NAME} bytes of a folder's name"
+            )
+        self.name = name
+        self.folder = Path(root) / name
         self._wandb_id: str | None = None
         self._damaged: list[Path] = []
         self._lock: IO[str] | None = None
         self.parts: list[dict[str, Any]] = []
         self.checkpoint = self._find(resume)
         self.begun = False
-        self._made: list[Path] = []  # folders that are taken away again where the run does not begin
+        self._made: list[
+            Path
+        ] = []  # folders that are taken away again where the run does not begin
         own = self.checkpoint is not None and self.folder in self.checkpoint.parents
         if not own and rank_zero_only.rank == 0:
             self._require_free(resume)
@@ -89,7 +96,9 @@ class Run:
         return self.checkpoint is not None and self.folder in self.checkpoint.parents
 
     def _require_free(self, resume: str | None) -> None:
-        """Raise UserError where the folder holds anything that a start would replace; a run without results is free."""
+        """Raise UserError where the folder holds anything that a start would replace; a run without
+        results is free.
+        """
         results = [self.folder / "export", *sorted((self.folder / CHECKPOINTS).glob("*"))]
         found = next((path for path in results if path.exists() and path.suffix != ".part"), None)
         if resume == "auto" and found is not None:
@@ -100,12 +109,16 @@ class Run:
         others = self.folder.iterdir() if self.folder.is_dir() else []
         foreign = [path for path in others if re.fullmatch(OF_A_BEGINNING, path.name) is None]
         if found is not None or foreign or (self.folder.exists() and not self.folder.is_dir()):
-            raise UserError(f"{self.folder} exists; choose another --name, or continue that run with --resume auto")
+            raise UserError(
+                f"{self.folder} exists; choose another --name, or continue that run with --resume auto"
+            )
 
     def _find(self, resume: str | None) -> Path | None:
-        """The checkpoint to continue from; for `auto` the one before the last where the last is damaged.
+        """The checkpoint to continue from; for `auto` the one before the last where the last is
+        damaged.
 
-        Raises UserError where all are damaged: to start anew would overwrite what is left of the run.
+        Raises UserError where all are damaged: to start anew would overwrite what is left of the
+        run.
         """
         if resume is None:
             return None
@@ -123,11 +136,15 @@ class Run:
                 self._damaged.append(path)
         if self._damaged:
             names = " and ".join(str(path) for path in self._damaged)
-            raise UserError(f"{names} cannot be read: remove them to start this run from its beginning, or use --name")
+            raise UserError(
+                f"{names} cannot be read: remove them to start this run from its beginning, or use --name"
+            )
         return None
 
     def loggers(self, wandb: str | None = None) -> list[Logger]:
-        """CSV always, TensorBoard where it is installed, wandb where a project is named. Nothing is written yet."""
+        """CSV always, TensorBoard where it is installed, wandb where a project is named. Nothing is
+        written yet.
+        """
         loggers: list[Logger] = [MetricsFile(self.folder / "metrics.csv")]
         if find_spec("tensorboard") is not None:
             loggers.append(LateTensorBoard(self, name="", version="tensorboard"))
@@ -136,7 +153,9 @@ class Run:
         return loggers
 
     def _wandb(self, project: str) -> Logger:
-        """Offline unless a key is set; its id lies in the run's folder, so that a resumed run continues its page."""
+        """Offline unless a key is set; its id lies in the run's folder, so that a resumed run
+        continues its page.
+        """
         if find_spec("wandb") is None:
             raise UserError("--wandb needs the package wandb: pip install wandb")
         from lightning.pytorch.loggers import WandbLogger
@@ -144,24 +163,38 @@ class Run:
         kept = self.folder / WANDB_ID
         self._wandb_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
         online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
-        return WandbLogger(project=project, name=self.name, id=self._wandb_id, save_dir=self.folder, offline=not online)
+        return WandbLogger(
+            project=project,
+            name=self.name,
+            id=self._wandb_id,
+            save_dir=self.folder,
+            offline=not online,
+        )
 
     def create(self) -> None:
-        """Make the folder and lock it: this process alone writes there. Raises UserError where another one does."""
+        """Make the folder and lock it: this process alone writes there. Raises UserError where
+        another one does.
+        """
         checkpoints = self.folder / CHECKPOINTS
-        self._made = [path for path in (checkpoints, self.folder, self.folder.parent) if not path.exists()]
+        self._made = [
+            path for path in (checkpoints, self.folder, self.folder.parent) if not path.exists()
+        ]
         with writing(self.folder):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / LOCK).open("w")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+            fcntl.lockf(
+                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system lets go of it however the process ends
         except OSError as error:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it or use another --name"
             ) from error
 
     def abandon(self) -> None:
-        """Take away what `create` made, where training did not begin: a refused run leaves no trace."""
+        """Take away what `create` made, where training did not begin: a refused run leaves no
+        trace.
+        """
         if self.begun or self._lock is None:
             return
         self._lock.close()
@@ -188,8 +221,16 @@ class Run:
                 path.unlink()  # of a start that came to nothing
         number = keep_config(self.folder, config, facts["command"])
         since = None if self.checkpoint is None else str(self.checkpoint)
-        part = {"config": CONFIG, "command": facts["command"], "commit": facts["commit"], "from": since}
-        self.parts = [{**p, "config": f"config.{n}.yaml"} for n, p in enumerate(self._earlier_parts()[:number])]
+        part = {
+            "config": CONFIG,
+            "command": facts["command"],
+            "commit": facts["commit"],
+            "from": since,
+        }
+        self.parts = [
+            {**p, "config": f"config.{n}.yaml"}
+            for n, p in enumerate(self._earlier_parts()[:number])
+        ]
         self.parts.append(part)
         self.write("run.json", facts)
 
@@ -199,12 +240,16 @@ class Run:
             return []
         try:
             said = json.loads((self.folder / "run.json").read_text())
-            return said.get("parts") or [{name: said.get(name) for name in ("config", "command", "commit", "from")}]
+            return said.get("parts") or [
+                {name: said.get(name) for name in ("config", "command", "commit", "from")}
+            ]
         except (OSError, ValueError, AttributeError, RecursionError):
             return []
 
     def interrupted(self, line: str) -> None:
-        """Leave a mark that the run was ended by a signal and wants to be continued; it goes when that is done."""
+        """Leave a mark that the run was ended by a signal and wants to be continued; it goes when
+        that is done.
+        """
         self._write_text(INTERRUPTED, f"{line}\n")
 
     def write(self, file: str, content: dict[str, Any]) -> None:
@@ -232,7 +277,9 @@ class Run:
 
 
 class LateTensorBoard(TensorBoardLogger):
-    """Makes its file when training begins, not when a trainer is set up: a refused run writes nothing."""
+    """Makes its file when training begins, not when a trainer is set up: a refused run writes
+    nothing.
+    """
 
     def __init__(self, run: Run, **options: Any) -> None:
         super().__init__(run.folder, **options)
@@ -254,25 +301,33 @@ def restoring(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        raise UserError(f"{checkpoint} holds more than tensors and plain data; it is not opened") from error
+        raise UserError(
+            f"{checkpoint} holds more than tensors and plain data; it is not opened"
+        ) from error
     except RuntimeError as error:
         first, _, rest = str(error).partition("\n")
         if checkpoint is None or "loading state_dict" not in first:
             raise
-        raise UserError(f"{checkpoint} is of another model: {' '.join(rest.split())[:160]}") from error
+        raise UserError(
+            f"{checkpoint} is of another model: {' '.join(rest.split())[:160]}"
+        ) from error
 
 
 def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = True) -> None:
     """Compare the data with what the run of `checkpoint` was trained on.
 
-    Raises UserError where a class has another id or name, which without `names_matter` is only warned of, as is other
-    content and a checkpoint that does not tell.
+    Raises UserError where a class has another id or name, which without `names_matter` is only
+    warned of, as is other content and a checkpoint that does not tell.
     """
     with restoring(checkpoint):
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
+        content = torch.load(
+            checkpoint, map_location="cpu", weights_only=True, mmap=True
+        )  # reads no tensor
     then = facts_in(content, str(checkpoint))
     if then is None:
-        log.warning("%s does not say what it was trained on: classes and data are not compared", checkpoint)
+        log.warning(
+            "%s does not say what it was trained on: classes and data are not compared", checkpoint
+        )
         return
     difference = other_class(then.class_names, tuple(data.class_names))
     if difference is not None and names_matter:
@@ -285,5 +340,8 @@ def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = Tru
         log.warning("%s was trained on other classes: %s", checkpoint, difference)
     elif changed is not None:
         log.warning(
-            "%s: the %s is not what it was trained on (%s): other files or rows", checkpoint, changed, then.name
+            "%s: the %s is not what it was trained on (%s): other files or rows",
+            checkpoint,
+            changed,
+            then.name,
         )

@@ -1,4 +1,6 @@
-"""Schedules of the learning rate and of weight decay: pure functions of a step and the length of the run."""
+"""Schedules of the learning rate and of weight decay: pure functions of a step and the length of
+the run.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +9,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up over `warmup` steps, then constant, and from `decay_start` (a share of the run) on a decay.
+    """Linear warm-up over `warmup` steps, then constant, and from `decay_start` (a share of the
+    run) on a decay.
 
-    `final` is the factor at the end: constant keeps 1, the others fall to it: linear, cosine, or sqrt, which is
-    1 - sqrt(progress) (warm-up, stable, decay: arXiv 2405.18392). The warm-up begins at 1 / `warmup`, so that no update
-    is lost, unless `warmup_from` says at which factor the first update is. `final_weight_decay` is what the optimizer's
-    weight decay changes to along half a cosine over the whole run (VAR); null keeps it. `length`: updates that the
-    decay is spread over, where that is not the run's length (a run that stops before does not reach `final`).
+    `final` is the factor at the end: constant keeps 1, the others fall to it: linear, cosine, or
+    sqrt, which is 1 - sqrt(progress) (warm-up, stable, decay: arXiv 2405.18392). The warm-up begins
+    at 1 / `warmup`, so that no update is lost, unless `warmup_from` says at which factor the first
+    update is. `final_weight_decay` is what the optimizer's weight decay changes to along half a
+    cosine over the whole run (VAR); null keeps it. `length`: updates that the decay is spread over,
+    where that is not the run's length (a run that stops before does not reach `final`).
     """
 
     decay: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
@@ -33,7 +37,9 @@ class Schedule:
             if not 0 <= value <= 1:
                 raise ValueError(f"schedule.{name} is {value}; it must be in [0, 1]")
         if self.warmup < 0:
-            raise ValueError(f"schedule.warmup is {self.warmup}; it is a number of updates, at least 0")
+            raise ValueError(
+                f"schedule.warmup is {self.warmup}; it is a number of updates, at least 0"
+            )
         if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
             raise ValueError(
                 f"schedule.final_weight_decay is {self.final_weight_decay}; it must be at least 0 and finite"
@@ -44,7 +50,9 @@ class Schedule:
         return self._warmup(step) * self._decay(step, self.length or total)
 
     def weight_decay(self, initial: float, step: int, total: int) -> float:
-        """Weight decay at update `step` (0-based) of `total`, of a group that begins with `initial`; 0 stays 0."""
+        """Weight decay at update `step` (0-based) of `total`, of a group that begins with
+        `initial`; 0 stays 0.
+        """
         if self.final_weight_decay is None or initial == 0:
             return initial
         progress = min(1.0, step / max(1, total - 1))

@@ -1,8 +1,10 @@
-"""FSDP2: parameters, gradients and optimizer state of a model spread over the processes, block by block.
+"""FSDP2: parameters, gradients and optimizer state of a model spread over the processes, block by
+block.
 
-Training gathers one block at a time. Outside of it a model is used through other methods than its forward (sampling,
-encoding), by one process alone or by processes with unequal shares; so `gathered` puts all parameters in place there.
-Checkpoints hold full tensors and load in any number of processes.
+Training gathers one block at a time. Outside of it a model is used through other methods than its
+forward (sampling, encoding), by one process alone or by processes with unequal shares; so
+`gathered` puts all parameters in place there. Checkpoints hold full tensors and load in any number
+of processes.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -42,10 +44,11 @@ def mesh_of(strategy: Any) -> DeviceMesh | None:
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy with the checkpoints of a plain run: one file, full tensors, states as optimizers have them.
+    """Lightning's strategy with the checkpoints of a plain run: one file, full tensors, states as
+    optimizers have them.
 
-    Lightning's own look parameters up by their place in the model, refuse optimizers that have not stepped, and count a
-    step of theirs when they are saved.
+    Lightning's own look parameters up by their place in the model, refuse optimizers that have not
+    stepped, and count a step of theirs when they are saved.
     """
 
     lightning_restore_optimizer = True  # type: ignore[assignment]
@@ -56,7 +59,9 @@ class Sharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         saved = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        state = {n: {k: self._kept(v) for k, v in values.items()} for n, values in saved["state"].items()}
+        state = {
+            n: {k: self._kept(v) for k, v in values.items()} for n, values in saved["state"].items()
+        }
         return {**saved, "state": state}
 
     def _kept(self, value: Any) -> Any:
@@ -66,18 +71,26 @@ class Sharded(ModelParallelStrategy):
         full = value.full_tensor()
         return full.cpu() if self.global_rank == 0 else full[:0]
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         self.checkpoint_io.save_checkpoint(checkpoint, filepath) if self.global_rank == 0 else None
         self.barrier()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         require_intact(Path(checkpoint_path))  # torch.load compares no checksums
-        return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
+        return torch.load(
+            checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only is not False
+        )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
         own = self.model.state_dict()
-        placed = {n: like(t, own[n]) if n in own else t for n, t in checkpoint["state_dict"].items()}
+        placed = {
+            n: like(t, own[n]) if n in own else t for n, t in checkpoint["state_dict"].items()
+        }
         self.model.load_state_dict(placed, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -86,7 +99,10 @@ class Sharded(ModelParallelStrategy):
             ids = [n for group in saved["param_groups"] for n in group["params"]]
             model = dict(zip(ids, parameters, strict=True))
             state = {
-                n: {k: like(v, model[n]) if k != "step" and isinstance(v, Tensor) else v for k, v in values.items()}
+                n: {
+                    k: like(v, model[n]) if k != "step" and isinstance(v, Tensor) else v
+                    for k, v in values.items()
+                }
                 for n, values in saved["state"].items()
             }
             settings = [
@@ -96,18 +112,26 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state, "param_groups": settings})
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, methods: Collection[str] = (), whole: nn.Module | None = None) -> None:
-    """Shard a module: each of its blocks, and the rest of it together. Its parameters are replaced and lose their tags.
+def shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    methods: Collection[str] = (),
+    whole: nn.Module | None = None,
+) -> None:
+    """Shard a module: each of its blocks, and the rest of it together. Its parameters are replaced
+    and lose their tags.
 
-    `methods` are entered in training as `forward` is. The parameters of `whole` stay whole on every process.
+    `methods` are entered in training as `forward` is. The parameters of `whole` stay whole on every
+    process.
     """
     kept = set() if whole is None else set(whole.parameters())
     chosen = [block for block in blocks(module) if not kept & set(block.parameters())]
     for block in chosen:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
-    # By default a backward pass gathers ahead in the order of the forward passes before it. Those of validation are
-    # among them, and processes make unequal numbers of these: they would wait for each other for ever.
+    # By default a backward pass gathers ahead in the order of the forward passes before it. Those
+    # of validation are among them, and processes make unequal numbers of these: they would wait for
+    # each other for ever.
     for before, part in zip([*chosen[-1:], module, *chosen], [module, *chosen], strict=False):
         part.set_modules_to_backward_prefetch([before])  # type: ignore[operator, list-item]
     for method in methods:
@@ -116,7 +140,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, methods: Collection[str] = (), wh
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """All parameters on every process inside, for whatever use without gradients; all processes enter and leave."""
+    """All parameters on every process inside, for whatever use without gradients; all processes
+    enter and leave.
+    """
     gather(module)
     try:
         yield
@@ -160,11 +186,15 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     """`tensor` on the device of `model`, and sharded as it is."""
     if not isinstance(model, DTensor) or isinstance(tensor, DTensor):
         return tensor.to(model.device)
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
+    )
 
 
 def average_gradients(parameters: Collection[nn.Parameter]) -> None:
-    """Mean over processes of the gradients of parameters that stay whole, which no wrapper averages."""
+    """Mean over processes of the gradients of parameters that stay whole, which no wrapper
+    averages.
+    """
     for parameter in parameters:
         if parameter.grad is not None:
             gradient = parameter.grad / dist.get_world_size()
@@ -174,11 +204,16 @@ def average_gradients(parameters: Collection[nn.Parameter]) -> None:
 
 def clip_gradients(parameters: Collection[nn.Parameter], clip: float) -> Tensor:
     """As `clip_grad_norm_`, also of sharded and whole parameters together; the norm before."""
-    kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+    kinds = [
+        [p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)
+    ]
     kinds = [kind for kind in kinds if kind]
     if len(kinds) == 1:
         return whole(nn.utils.clip_grad_norm_(kinds[0], clip))
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norms = [
+        whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
+        for kind in kinds
+    ]
     norm = torch.stack(norms).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, clip, norm)
@@ -186,7 +221,9 @@ def clip_gradients(parameters: Collection[nn.Parameter], clip: float) -> Tensor:
 
 
 def settle(optimizers: Collection[Optimizer]) -> None:
-    """Have optimizers of sharded and whole parameters update them one by one: torch cannot do both in one call."""
+    """Have optimizers of sharded and whole parameters update them one by one: torch cannot do both
+    in one call.
+    """
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if len({isinstance(p, DTensor) for p in group["params"]}) == 2 and "foreach" in group:
             group["foreach"] = group["fused"] = False

@@ -1,4 +1,6 @@
-"""Speed and memory switches of a run: compiled blocks, recomputed activations. Both leave results as they are."""
+"""Speed and memory switches of a run: compiled blocks, recomputed activations. Both leave results
+as they are.
+"""
 
 from collections.abc import Iterator
 
@@ -8,14 +10,17 @@ from tessellar.errors import UserError
 
 
 def compile_each_block(module: nn.Module) -> int:
-    """`torch.compile` every member of the module's lists of blocks on its own (regional); returns their number.
+    """`torch.compile` every member of the module's lists of blocks on its own (regional); returns
+    their number.
 
-    Members of one list share their code, so a deep model compiles about as fast as a shallow one. Raises UserError for
-    a module without lists.
+    Members of one list share their code, so a deep model compiles about as fast as a shallow one.
+    Raises UserError for a module without lists.
     """
     found = list(blocks(module))
     if not found:
-        raise UserError(f"{type(module).__name__} has no repeated blocks to compile; leave compile_blocks off")
+        raise UserError(
+            f"{type(module).__name__} has no repeated blocks to compile; leave compile_blocks off"
+        )
     for block in found:
         block.compile()
     return len(found)
@@ -31,7 +36,11 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Have a generator recompute its blocks' activations in the backward pass; raises UserError where it cannot."""
+    """Have a generator recompute its blocks' activations in the backward pass; raises UserError
+    where it cannot.
+    """
     if not hasattr(module, "activation_checkpointing"):
-        raise UserError(f"{type(module).__name__} cannot recompute activations; leave checkpointing off")
+        raise UserError(
+            f"{type(module).__name__} cannot recompute activations; leave checkpointing off"
+        )
     module.activation_checkpointing = True  # type: ignore[assignment]

@@ -1,4 +1,6 @@
-"""Tokenizer training: reconstruction, perceptual, adversarial and auxiliary losses of any tokenizer."""
+"""Tokenizer training: reconstruction, perceptual, adversarial and auxiliary losses of any
+tokenizer.
+"""
 
 from typing import Any
 
@@ -18,9 +20,10 @@ from tessellar.training.speed import compile_each_block
 class TokenizerModule(TrainingModule):
     """Train `tokenizer` with `loss`.
 
-    `discriminator_schedule` runs on the discriminator's own clock, from the loss's start to the end of the run, as
-    TiTok's and ResTok's; None: the tokenizer's schedule, on the run's clock, as LlamaGen's. `init_from` starts from the
-    weights of an export or checkpoint; where that has no discriminator a fresh one is used.
+    `discriminator_schedule` runs on the discriminator's own clock, from the loss's start to the end
+    of the run, as TiTok's and ResTok's; None: the tokenizer's schedule, on the run's clock, as
+    LlamaGen's. `init_from` starts from the weights of an export or checkpoint; where that has no
+    discriminator a fresh one is used.
     """
 
     best_by = ("val/psnr", "max")
@@ -41,8 +44,10 @@ class TokenizerModule(TrainingModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
-        self.tokenizer, self.loss = tokenizer, loss
-        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.tokenizer = tokenizer
+        self.loss = loss
+        self.optimizer_settings = optimizer
+        self.schedule = schedule
         self.discriminator_settings = discriminator_optimizer or optimizer
         self.discriminator_schedule = discriminator_schedule
         if init_from is not None:
@@ -67,18 +72,26 @@ class TokenizerModule(TrainingModule):
 
     def make_players(self) -> list[Player]:
         optimizers = self.optimizer_settings.make(self.tokenizer)
-        players = [Player("tokenizer", [self.tokenizer], trainable(self.tokenizer), optimizers, self.schedule)]
+        players = [
+            Player(
+                "tokenizer", [self.tokenizer], trainable(self.tokenizer), optimizers, self.schedule
+            )
+        ]
         if self.discriminator is not None:
             optimizers = self.discriminator_settings.make(self.discriminator)
             modules = [part for part in (self.discriminator, self.loss.lecam) if part is not None]
             own = self.discriminator_schedule
             start = 0 if own is None else self.loss.adversarial_start
             schedule = own or self.schedule
-            players.append(Player("discriminator", modules, trainable(*modules), optimizers, schedule, start))
+            players.append(
+                Player("discriminator", modules, trainable(*modules), optimizers, schedule, start)
+            )
         return players
 
     def shard_over(self, mesh: DeviceMesh) -> None:
-        """The quantizer stays whole, since it writes its codes itself; so does the discriminator, which is small."""
+        """The quantizer stays whole, since it writes its codes itself; so does the discriminator,
+        which is small.
+        """
         shard(self.tokenizer, mesh, whole=getattr(self.tokenizer, "quantizer", None))
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
@@ -88,7 +101,9 @@ class TokenizerModule(TrainingModule):
         self.backward_and_step(self.players[0], terms.total)
         self.log_terms("train", {"loss": terms.total, **terms.terms}, len(images))
         if self.discriminator is not None and self.loss.adversarial_active(self.updates):
-            against = self.loss.discriminator_loss(images, output.reconstruction.detach(), self.updates)
+            against = self.loss.discriminator_loss(
+                images, output.reconstruction.detach(), self.updates
+            )
             self.backward_and_step(self.players[1], against.total)
             self.log_terms("train", against.terms, len(images))
         self.finish_batch(len(images))

@@ -16,7 +16,12 @@ class Trainer(SimpleNamespace):
     def __init__(self, module: SimpleNamespace) -> None:
         state = SimpleNamespace(fn="fit")
         super().__init__(
-            is_global_zero=True, sanity_checking=False, callback_metrics={}, state=state, full=False, module=module
+            is_global_zero=True,
+            sanity_checking=False,
+            callback_metrics={},
+            state=state,
+            full=False,
+            module=module,
         )
         self.lightning_module = torch.nn.Linear(1, 1)
         self.loggers = []
@@ -64,12 +69,17 @@ def test_a_failed_write_leaves_the_previous_one(parts) -> None:
     callback, trainer, _ = parts
     step(*parts, count=2)
     trainer.full = True
-    with pytest.raises(UserError, match="last.ckpt could not be written: No space.*Last whole checkpoint: .*last.ckpt"):
+    with pytest.raises(
+        UserError,
+        match="last.ckpt could not be written: No space.*Last whole checkpoint: .*last.ckpt",
+    ):
         step(*parts, count=2)
     assert content(callback) == {"last.ckpt": "2"}  # and the space is free again
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("min", ["1", "2", "2", "2"]), ("max", ["1", "1", "3", "3"])])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("min", ["1", "2", "2", "2"]), ("max", ["1", "1", "3", "3"])]
+)
 def test_best(parts, mode, expected: list[str]) -> None:
     callback, trainer, module = parts
     callback.mode, best = mode, []
@@ -84,7 +94,9 @@ def test_best(parts, mode, expected: list[str]) -> None:
     assert again.best == callback.best
 
 
-def test_other_metrics_are_looked_at_between_validations_and_none_outside_of_training(parts) -> None:
+def test_other_metrics_are_looked_at_between_validations_and_none_outside_of_training(
+    parts,
+) -> None:
     callback, trainer, module = parts
     trainer.callback_metrics |= {"val/loss": 0.1, "val/distance": 0.1}
     step(*parts)

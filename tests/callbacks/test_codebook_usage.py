@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from tessellar.callbacks.codebook_usage import CodebookUsage, add_counts, codebooks, usage
-from tessellar.protocol.layout import Bits, Categorical, Continuous, Factorized, Layout, Segment, sequence_layout
+from tessellar.protocol.layout import (
+    Bits,
+    Categorical,
+    Continuous,
+    Factorized,
+    Layout,
+    Segment,
+    sequence_layout,
+)
 
 
 class Module:
@@ -31,10 +39,15 @@ def test_numbers_of_known_frequencies() -> None:
 
 
 def test_each_segment_has_its_own_codebook() -> None:
-    layout = Layout((Segment((2,), Categorical(4), "coarse"), Segment((2, 2), Categorical(8), "fine")))
+    layout = Layout(
+        (Segment((2,), Categorical(4), "coarse"), Segment((2, 2), Categorical(8), "fine"))
+    )
     module, callback = Module(layout), CodebookUsage(every=1)
     batch_end(callback, module, torch.tensor([[0, 1, 0, 1, 2, 3], [2, 3, 3, 2, 1, 0]]))
-    assert module.logged["train/codebook_coarse_usage"] == 1.0 and module.logged["train/codebook_coarse_dead"] == 0
+    assert (
+        module.logged["train/codebook_coarse_usage"] == 1.0
+        and module.logged["train/codebook_coarse_dead"] == 0
+    )
     assert module.logged["train/codebook_fine_usage"] == 0.5
     assert module.logged["train/codebook_fine_perplexity"] == pytest.approx(4.0)
 
@@ -77,7 +90,9 @@ def test_validation_counts_all_its_batches() -> None:
     assert module.logged["val/codebook_usage"] == 0.5
 
 
-def test_a_collapse_is_warned_of_once_and_not_before_its_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_collapse_is_warned_of_once_and_not_before_its_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     module, callback = Module(sequence_layout(1, Categorical(100))), CodebookUsage(every=1, grace=3)
     with caplog.at_level(logging.WARNING):
         for _ in range(6):
@@ -91,7 +106,10 @@ def test_a_collapse_is_warned_of_once_and_not_before_its_time(caplog: pytest.Log
 
 
 def test_a_frozen_tokenizer_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    module, callback = Module(sequence_layout(1, Categorical(100))), CodebookUsage(every=1, warn_below=0, grace=0)
+    module, callback = (
+        Module(sequence_layout(1, Categorical(100))),
+        CodebookUsage(every=1, warn_below=0, grace=0),
+    )
     with caplog.at_level(logging.WARNING):
         batch_end(callback, module, torch.tensor([[7]]))
     assert caplog.messages == [] and module.logged["train/codebook_usage"] == pytest.approx(0.01)

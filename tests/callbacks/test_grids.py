@@ -27,7 +27,10 @@ class TensorBoardLogger:
 def make(tmp_path: Path, columns: int):
     (tmp_path / "run").mkdir()
     trainer = SimpleNamespace(
-        is_global_zero=True, sanity_checking=False, loggers=[TensorBoardLogger(), object()], callbacks=[]
+        is_global_zero=True,
+        sanity_checking=False,
+        loggers=[TensorBoardLogger(), object()],
+        callbacks=[],
     )
     return Grids(SimpleNamespace(folder=tmp_path / "run"), Sampling(), columns), trainer  # type: ignore[arg-type]
 
@@ -44,7 +47,9 @@ def test_originals_stand_above_their_reconstructions(tmp_path: Path) -> None:
     grids, trainer = make(tmp_path, columns=2)
     images, reconstruction = grey([-1.0, -0.5, 0.0, 0.5]), grey([1.0, 0.75, 0.25, 2.0])
     module = SimpleNamespace(updates=7)
-    grids.on_validation_batch_end(trainer, module, {"reconstruction": reconstruction}, {"image": images}, 0)  # type: ignore[arg-type]
+    grids.on_validation_batch_end(
+        trainer, module, {"reconstruction": reconstruction}, {"image": images}, 0
+    )  # type: ignore[arg-type]
     grids.on_validation_batch_end(trainer, module, {"reconstruction": images}, {"image": images}, 1)  # type: ignore[arg-type]
     grids.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
     cells = picture(tmp_path, "reconstructions_0000007.png")[::4, ::4, 0]

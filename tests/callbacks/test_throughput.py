@@ -64,7 +64,12 @@ def test_rates_and_costs(clock: SimpleNamespace) -> None:
         assert values["speed/images_per_second"] == pytest.approx(2.0)
         assert values["speed/tokens_per_second"] == pytest.approx(16.0)
         assert values["speed/data_wait_share"] == pytest.approx(0.25)
-    assert callback.costs() == {"samples_seen": 32, "tokens_seen": 256, "cpu_seconds": 8.0, "wall_seconds": 16.0}
+    assert callback.costs() == {
+        "samples_seen": 32,
+        "tokens_seen": 256,
+        "cpu_seconds": 8.0,
+        "wall_seconds": 16.0,
+    }
 
 
 def test_totals_go_on_after_a_resume(clock: SimpleNamespace) -> None:
@@ -74,10 +79,17 @@ def test_totals_go_on_after_a_resume(clock: SimpleNamespace) -> None:
     again.load_state_dict(first.state_dict())
     clock.wall, clock.cpu = 0.0, 0.0  # another process
     train(again, Module(), clock, 2)
-    assert again.costs() == {"samples_seen": 32, "tokens_seen": 256, "cpu_seconds": 8.0, "wall_seconds": 16.0}
+    assert again.costs() == {
+        "samples_seen": 32,
+        "tokens_seen": 256,
+        "cpu_seconds": 8.0,
+        "wall_seconds": 16.0,
+    }
 
 
-def test_progress_is_said_where_no_bar_shows_it(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_is_said_where_no_bar_shows_it(
+    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO"):
         train(Throughput(every=2), Module(), clock, 4)
     assert [m for m in caplog.messages if m.startswith("update")] == [

@@ -18,7 +18,9 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 def tokenizer(tmp_path: Path) -> str:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(vocab_size=300, dim=4)
-    model = ViTVQ(quantizer, 16, patch_size=4, width=16, encoder_depth=1, decoder_depth=1, num_heads=2)
+    model = ViTVQ(
+        quantizer, 16, patch_size=4, width=16, encoder_depth=1, decoder_depth=1, num_heads=2
+    )
     return str(export_tokenizer(model.eval(), tmp_path / "tokenizer"))
 
 
@@ -77,6 +79,15 @@ def test_what_is_missing_is_asked_for(tokenizer: str, pictures: str):
 def test_images_of_another_size_are_refused(tokenizer: str, tmp_path: Path):
     with pytest.raises(UserError, match="images of 32x32, the tokenizer takes 16x16"):
         main(
-            ["cache", tokenizer, "--data", "tessellar.data.ShapesData", "--out", str(tmp_path / "c"), "--device", "cpu"]
+            [
+                "cache",
+                tokenizer,
+                "--data",
+                "tessellar.data.ShapesData",
+                "--out",
+                str(tmp_path / "c"),
+                "--device",
+                "cpu",
+            ]
         )
     assert not (tmp_path / "c" / "train").exists()

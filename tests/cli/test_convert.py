@@ -38,18 +38,32 @@ def official(tmp_path: Path) -> Path:
     """A training checkpoint as the official code writes it."""
     state, _ = read_safetensors(GOLDEN / "weights_c2i.safetensors")
     ema = {name: tensor + 1 for name, tensor in state.items()}
-    torch.save({"model": state, "ema": ema, "args": argparse.Namespace(lr=1e-4), "steps": 3}, tmp_path / "c2i_T.pt")
+    torch.save(
+        {"model": state, "ema": ema, "args": argparse.Namespace(lr=1e-4), "steps": 3},
+        tmp_path / "c2i_T.pt",
+    )
     return tmp_path / "c2i_T.pt"
 
 
 def test_an_official_generator_becomes_an_export(official: Path, tmp_path: Path) -> None:
     vq = export_tokenizer(tokenizer(), tmp_path / "vq")
-    words = ["import", "llamagen", str(official), "--tokenizer", str(vq), "--num-heads", "3", "--out"]
+    words = [
+        "import",
+        "llamagen",
+        str(official),
+        "--tokenizer",
+        str(vq),
+        "--num-heads",
+        "3",
+        "--out",
+    ]
     main([*words, str(tmp_path / "plain"), "--license", "mit"])
     model = tessellar.load(tmp_path / "plain")
     assert isinstance(model, ImageGenerator) and isinstance(model.generator, LlamaGen)
     state, _ = read_safetensors(GOLDEN / "weights_c2i.safetensors")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in to_official(model.generator).items())
+    assert all(
+        torch.equal(tensor, state[name]) for name, tensor in to_official(model.generator).items()
+    )
     assert fingerprint(model.tokenizer) == fingerprint(tokenizer())
     assert model.conditioner.config["init_args"] == {"num_classes": 10}
     card = yaml.safe_load((tmp_path / "plain" / "README.md").read_text().split("---")[1])
@@ -72,7 +86,15 @@ def test_an_official_tokenizer_becomes_an_export_or_part_of_one(tmp_path: Path) 
     torch.manual_seed(0)
     llama = LlamaGen(tokenizer.layout, 16, 1, 2, num_classes=3, ffn_multiple_of=8)
     torch.save(to_official(llama), tmp_path / "gpt.pt")
-    words = ["import", "llamagen", str(tmp_path / "gpt.pt"), "--num-heads", "2", "--image-size", "16"]
+    words = [
+        "import",
+        "llamagen",
+        str(tmp_path / "gpt.pt"),
+        "--num-heads",
+        "2",
+        "--image-size",
+        "16",
+    ]
     for name, source in (("a", file), ("b", str(vq))):
         main([*words, "--tokenizer", source, "--out", str(tmp_path / name)])
         model = tessellar.load(tmp_path / name)
@@ -83,7 +105,19 @@ def test_an_official_tokenizer_becomes_an_export_or_part_of_one(tmp_path: Path) 
 def test_a_text_conditional_generator_reads_features(tmp_path: Path) -> None:
     vq = export_tokenizer(tokenizer(80), tmp_path / "vq")
     file = str(GOLDEN / "weights_t2i.safetensors")
-    main(["import", "llamagen", file, "--tokenizer", str(vq), "--num-heads", "2", "--out", str(tmp_path / "t2i")])
+    main(
+        [
+            "import",
+            "llamagen",
+            file,
+            "--tokenizer",
+            str(vq),
+            "--num-heads",
+            "2",
+            "--out",
+            str(tmp_path / "t2i"),
+        ]
+    )
     model = tessellar.load(tmp_path / "t2i")
     assert isinstance(model, ImageGenerator) and isinstance(model.conditioner, FeatureConditioner)
 
@@ -91,7 +125,10 @@ def test_a_text_conditional_generator_reads_features(tmp_path: Path) -> None:
 def test_the_image_size_decides_the_grid(official: Path, tmp_path: Path) -> None:
     vq = export_tokenizer(tokenizer(), tmp_path / "vq")
     words = ["import", "llamagen", str(official), "--tokenizer", str(vq), "--num-heads", "3"]
-    with pytest.raises(UserError, match="at image size 24, does not fit ViTVQ: 2 of another shape: decoder.positions"):
+    with pytest.raises(
+        UserError,
+        match="at image size 24, does not fit ViTVQ: 2 of another shape: decoder.positions",
+    ):
         main([*words, "--image-size", "24", "--out", str(tmp_path / "large")])
     assert not (tmp_path / "large").exists()
 
@@ -102,17 +139,23 @@ def test_import_says_what_is_missing(official: Path, tmp_path: Path) -> None:
         main(["import", "llamagen", str(official), *out])
     vq = export_tokenizer(tokenizer(80), tmp_path / "vq")
     with pytest.raises(UserError, match="predicts 96 codes, but the tokenizer gives"):
-        main(["import", "llamagen", str(official), "--tokenizer", str(vq), "--num-heads", "3", *out])
+        main(
+            ["import", "llamagen", str(official), "--tokenizer", str(vq), "--num-heads", "3", *out]
+        )
     with pytest.raises(UserError, match="--out FOLDER"):
         main(["import", "llamagen", str(official), "--tokenizer", str(vq)])
-    with pytest.raises(UserError, match="there is no importer for 'dalle'; there are flextok, hita, "):
+    with pytest.raises(
+        UserError, match="there is no importer for 'dalle'; there are flextok, hita, "
+    ):
         main(["import", "dalle", str(official), *out])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    module = TokenizerModule(tokenizer(), TokenizerLoss(perceptual_weight=0, discriminator=PatchGAN(4, 1)))
+    module = TokenizerModule(
+        tokenizer(), TokenizerLoss(perceptual_weight=0, discriminator=PatchGAN(4, 1))
+    )
     content: dict = {"state_dict": module.state_dict(), "global_step": 7}
     module.on_save_checkpoint(content)
     torch.save(content, tmp_path / "last.ckpt")
@@ -122,10 +165,26 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_checkpoint_becomes_an_export(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps({"metrics": {"rFD(x)": 1.5, "note": "text"}}))
     out = tmp_path / "vq"
-    main(["export", str(checkpoint), "--out", str(out), "--data", "shapes", "--metrics", str(tmp_path / "eval.json")])
+    main(
+        [
+            "export",
+            str(checkpoint),
+            "--out",
+            str(out),
+            "--data",
+            "shapes",
+            "--metrics",
+            str(tmp_path / "eval.json"),
+        ]
+    )
     assert fingerprint(tessellar.load(out)) == fingerprint(tokenizer())
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["record"] == {"weights": "raw", "steps": 7, "data": "shapes", "metrics": {"rFD(x)": 1.5}}
+    assert config["record"] == {
+        "weights": "raw",
+        "steps": 7,
+        "data": "shapes",
+        "metrics": {"rFD(x)": 1.5},
+    }
     assert "discriminator" not in config
     main(["export", str(checkpoint), "--out", str(out), "--overwrite", "--discriminator"])
     assert "discriminator" in yaml.safe_load((out / "config.yaml").read_text())

@@ -52,7 +52,17 @@ def copy_of(root: Path) -> Path:
 
 
 def importing(root: Path, file: Path) -> list[Any]:
-    return ["import", "llamagen", file, "--tokenizer", root / "vq", "--num-heads", 3, "--out", root / "out"]
+    return [
+        "import",
+        "llamagen",
+        file,
+        "--tokenizer",
+        root / "vq",
+        "--num-heads",
+        3,
+        "--out",
+        root / "out",
+    ]
 
 
 def test_the_untouched_files_are_taken(root: Path) -> None:
@@ -62,7 +72,10 @@ def test_the_untouched_files_are_taken(root: Path) -> None:
 
 
 @EXAMPLES
-@given(content=st.binary(max_size=200), suffix=st.sampled_from([".pt", ".ckpt", ".safetensors", ".bin"]))
+@given(
+    content=st.binary(max_size=200),
+    suffix=st.sampled_from([".pt", ".ckpt", ".safetensors", ".bin"]),
+)
 def test_any_bytes_are_refused(root: Path, content: bytes, suffix: str) -> None:
     file = root / f"any{suffix}"
     file.write_bytes(content)
@@ -83,7 +96,9 @@ def test_weights_cut_anywhere_are_refused(root: Path, share: float) -> None:
 
 @EXAMPLES
 @given(data=st.data())
-def test_a_tensor_lost_renamed_reshaped_or_no_number_is_named(root: Path, data: st.DataObject) -> None:
+def test_a_tensor_lost_renamed_reshaped_or_no_number_is_named(
+    root: Path, data: st.DataObject
+) -> None:
     state, _ = read_safetensors(GOLDEN / "weights_c2i.safetensors")
     name = data.draw(st.sampled_from(sorted(name for name in state if "freqs" not in name)))
     match data.draw(st.sampled_from(["lost", "renamed", "reshaped", "text"])):
@@ -101,13 +116,21 @@ def test_a_tensor_lost_renamed_reshaped_or_no_number_is_named(root: Path, data: 
 
 
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 10**12), st.floats(), st.text(max_size=8), st.just([]), st.just({})
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 10**12),
+    st.floats(),
+    st.text(max_size=8),
+    st.just([]),
+    st.just({}),
 )
 
 
 @EXAMPLES
 @given(data=st.data(), value=VALUES)
-def test_any_value_in_an_exports_description_is_taken_or_refused(root: Path, data: st.DataObject, value: Any) -> None:
+def test_any_value_in_an_exports_description_is_taken_or_refused(
+    root: Path, data: st.DataObject, value: Any
+) -> None:
     folder = copy_of(root)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     node = config

@@ -14,7 +14,9 @@ class Inner:
     scale: float = 1.0
 
 
-def single(model: str, per_class: int = 4, inner: Inner = Inner(), grid: bool = True, npz: bool = False) -> tuple:  # noqa: B008
+def single(
+    model: str, per_class: int = 4, inner: Inner = Inner(), grid: bool = True, npz: bool = False
+) -> tuple:  # noqa: B008
     """Do one thing.
 
     Args:
@@ -30,7 +32,9 @@ def many(folders: list[str], case: list[str] | None = None, json: bool = False) 
 
 
 def choose(
-    which: Literal["one", "two"] = "one", several: list[Literal["one", "two"]] | None = None, count: int | None = None
+    which: Literal["one", "two"] = "one",
+    several: list[Literal["one", "two"]] | None = None,
+    count: int | None = None,
 ) -> tuple:
     """Choose."""
     return which, several, count
@@ -61,7 +65,11 @@ def test_a_single_function_needs_no_subcommand() -> None:
 
 
 def test_paths_behind_a_list_option_are_positional(tmp_path) -> None:
-    assert run_functions(many, ["--case", "x", "y", str(tmp_path)]) == ([str(tmp_path)], ["x", "y"], False)
+    assert run_functions(many, ["--case", "x", "y", str(tmp_path)]) == (
+        [str(tmp_path)],
+        ["x", "y"],
+        False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    assert run(lambda: None) == 0 and run(lambda: 1) == 1 and run(mistake) == 2 and run(interrupt) == 130
+    assert (
+        run(lambda: None) == 0
+        and run(lambda: 1) == 1
+        and run(mistake) == 2
+        and run(interrupt) == 130
+    )
     assert capsys.readouterr().err.splitlines()[0] == "error: no such thing"
     assert run(lambda: 1 // 0) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
@@ -58,10 +63,17 @@ def test_scripts_hand_over_to_their_command(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "convert.py"), "verify", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == f"error: {tmp_path} is not a folder of recorded outputs: it has no readable meta.json\n"
+    assert (
+        result.stderr
+        == f"error: {tmp_path} is not a folder of recorded outputs: it has no readable meta.json\n"
+    )
 
 
 @pytest.mark.parametrize("command", list(dispatcher.COMMANDS))
 def test_every_script_is_a_shim(command: str) -> None:
     lines = [line for line in (ROOT / f"{command}.py").read_text().splitlines() if line]
-    assert lines == ["from tessellar.cli.main import main", 'if __name__ == "__main__":', f'    main("{command}")']
+    assert lines == [
+        "from tessellar.cli.main import main",
+        'if __name__ == "__main__":',
+        f'    main("{command}")',
+    ]

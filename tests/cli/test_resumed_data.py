@@ -33,7 +33,10 @@ TOKENIZER = {
                 },
             },
         },
-        "loss": {"class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss", "init_args": {}},
+        "loss": {
+            "class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss",
+            "init_args": {},
+        },
     },
 }
 GENERATOR = {
@@ -42,7 +45,13 @@ GENERATOR = {
         "tokenizer": "runs/tok/export",
         "generator": {
             "class_path": "tessellar.models.llamagen.LlamaGen",
-            "init_args": {"width": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "ffn_multiple_of": 8},
+            "init_args": {
+                "width": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "num_classes": 3,
+                "ffn_multiple_of": 8,
+            },
         },
     },
 }
@@ -58,24 +67,41 @@ LAST = "checkpoints/last.ckpt"
 
 def picture(path: Path, size: int = 20) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(abs(hash(path.name)) % 100).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(abs(hash(path.name)) % 100).integers(
+        0, 256, (size, size, 3), dtype=np.uint8
+    )
     Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog) -> Callable[..., tuple[int, str]]:
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
+) -> Callable[..., tuple[int, str]]:
     """Run train.py over the folder `d`; gives the exit code, and what it said on stderr and in its log."""
     monkeypatch.chdir(tmp_path)
     for name in CLASSES:
         for number in range(12):
             picture(Path("d") / name / f"{number}.png")
 
-    def command(model: dict[str, Any], name: str, steps: int, *options: str, action: str = "fit") -> tuple[int, str]:
-        data = {"class_path": "tessellar.data.ImageFolderData", "init_args": {"root": "d", "size": 16, "batch_size": 8}}
+    def command(
+        model: dict[str, Any], name: str, steps: int, *options: str, action: str = "fit"
+    ) -> tuple[int, str]:
+        data = {
+            "class_path": "tessellar.data.ImageFolderData",
+            "init_args": {"root": "d", "size": 16, "batch_size": 8},
+        }
         config = {"trainer": TRAINER, "log_every": 1, "model": model, "data": data}
         Path("run.yaml").write_text(yaml.safe_dump(config))
         caplog.clear()
-        arguments = ["--config", "run.yaml", "--name", name, "--trainer.max_steps", str(steps), *options]
+        arguments = [
+            "--config",
+            "run.yaml",
+            "--name",
+            name,
+            "--trainer.max_steps",
+            str(steps),
+            *options,
+        ]
         code = run(lambda: train.main([action, *arguments]))
         warned = [r.getMessage() for r in caplog.records if r.name.startswith("tessellar")]
         return code, capsys.readouterr().err + "".join(f"{line}\n" for line in warned)
@@ -100,15 +126,25 @@ def test_classes_that_changed_are_refused_and_content_that_changed_is_said(call)
     said = "was trained on other classes: class 0 was 'circle' and is now 'square'; continue it with the data of d"
     for name, model in (("tok", TOKENIZER), ("gen", GENERATOR)):
         code, printed = call(model, name, 4, "--resume", "auto")
-        assert code == 2 and printed.startswith(f"error: runs/{name}/{LAST} {said}") and printed.count("\n") == 1
+        assert (
+            code == 2
+            and printed.startswith(f"error: runs/{name}/{LAST} {said}")
+            and printed.count("\n") == 1
+        )
     code, printed = call(GENERATOR, "new", 4, "--resume", f"runs/gen/{LAST}")
     assert code == 2 and said in printed and not Path("runs/new").exists()
     assert written("runs") == before
 
     code, printed = call(GENERATOR, "gen", 2, "--resume", "auto", action="validate")
     assert code == 2 and said in printed
-    code, printed = call(TOKENIZER, "tok", 2, "--resume", "auto", action="validate")  # reads no label
-    assert code == 0 and printed.count("was trained on other classes") == 1 and printed.count("\n") == 1
+    code, printed = call(
+        TOKENIZER, "tok", 2, "--resume", "auto", action="validate"
+    )  # reads no label
+    assert (
+        code == 0
+        and printed.count("was trained on other classes") == 1
+        and printed.count("\n") == 1
+    )
 
     Path("d/zebra").rename("d/circle")
     picture(Path("d/oval/0.png"))
@@ -132,9 +168,15 @@ def test_an_old_checkpoint_goes_on_unchecked_and_says_so(call, tmp_path: Path) -
     torch.save(content, path)
     Path("d/circle").rename("d/zebra")
     code, printed = call(TOKENIZER, "tok", 4, "--resume", "auto")
-    line = f"runs/tok/{LAST} does not say what it was trained on: classes and data are not compared\n"
+    line = (
+        f"runs/tok/{LAST} does not say what it was trained on: classes and data are not compared\n"
+    )
     assert (code, printed) == (0, line)
-    assert torch.load(path, weights_only=True)[DATA_KEY]["class_names"] == ["square", "triangle", "zebra"]
+    assert torch.load(path, weights_only=True)[DATA_KEY]["class_names"] == [
+        "square",
+        "triangle",
+        "zebra",
+    ]
     torch.save({**content, DATA_KEY: {**kept, "class_names": 5}}, path)
     code, printed = call(TOKENIZER, "tok", 6, "--resume", "auto")
     assert code == 2 and "what it says of its data (training_data) cannot be read" in printed
@@ -147,4 +189,7 @@ def test_fine_tuning_on_other_classes_says_so(call) -> None:
     source = f"runs/gen/{LAST}"
     code, printed = call(GENERATOR, "fine", 1, "--model.init_from", source)
     assert code == 0
-    assert f"{source} was trained on other classes: class 0 was 'circle' and is now 'square'\n" in printed
+    assert (
+        f"{source} was trained on other classes: class 0 was 'circle' and is now 'square'\n"
+        in printed
+    )

@@ -41,25 +41,51 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_samples_are_written_with_their_record(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+def test_samples_are_written_with_their_record(
+    model: tuple[str, ImageGenerator], tmp_path: Path
+) -> None:
     out = tmp_path / "deep" / "set"
-    main([model[0], "--out", str(out), "--classes", "0,2", "--per-class", "2", "--npz", "--guidance.scale", "1.5"])
+    main(
+        [
+            model[0],
+            "--out",
+            str(out),
+            "--classes",
+            "0,2",
+            "--per-class",
+            "2",
+            "--npz",
+            "--guidance.scale",
+            "1.5",
+        ]
+    )
     pngs = ["000000_0000.png", "000001_0002.png", "000002_0000.png", "000003_0002.png"]
     assert names(out) == [*pngs, "grid.png", "samples.json", "samples.npz"]
     assert np.load(out / "samples.npz")["arr_1"].tolist() == [0, 2, 0, 2]
     record = json.loads((out / "samples.json").read_text())
     assert record["count"] == 4 and record["classes"] == [0, 2] and record["seed"] == 0
-    assert record["sampling"]["guidance"]["init_args"] == {"scale": 1.5} and record["fingerprint"] == fingerprint(
-        model[1]
-    )
+    assert record["sampling"]["guidance"]["init_args"] == {"scale": 1.5} and record[
+        "fingerprint"
+    ] == fingerprint(model[1])
     assert names(out.parent) == ["set"]
 
 
 def test_algorithms_have_options_and_are_reported(
     model: tuple[str, ImageGenerator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [model[0], "--count", "3", "--algorithm", "SpeculativeJacobi", "--out", str(tmp_path / "set")]
-    with pytest.raises(UserError, match="SpeculativeJacobi .algorithm. has no option 'windows'; did you mean 'window'"):
+    words = [
+        model[0],
+        "--count",
+        "3",
+        "--algorithm",
+        "SpeculativeJacobi",
+        "--out",
+        str(tmp_path / "set"),
+    ]
+    with pytest.raises(
+        UserError,
+        match="SpeculativeJacobi .algorithm. has no option 'windows'; did you mean 'window'",
+    ):
         main([*words, "--algorithm.windows", "3"])
     main([*words, "--algorithm.window", "3", "--algorithm.coupling", "maximal"])
     record = json.loads((tmp_path / "set" / "samples.json").read_text())
@@ -68,14 +94,33 @@ def test_algorithms_have_options_and_are_reported(
         "init_args": {"window": 3, "init": "random", "coupling": "maximal"},
     }
     decoding = record["decoding"]
-    assert decoding["images"] == 3 and decoding["tokens"] == 12 and 6 <= decoding["evaluations"] <= 12
-    assert f"{decoding['evaluations_per_image']:.1f} network evaluations an image" in capsys.readouterr().out
+    assert (
+        decoding["images"] == 3 and decoding["tokens"] == 12 and 6 <= decoding["evaluations"] <= 12
+    )
+    assert (
+        f"{decoding['evaluations_per_image']:.1f} network evaluations an image"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_same_set_in_other_batches(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
     for size in ("1", "5"):
-        main([model[0], "--out", str(tmp_path / size), "--count", "5", "--batch-size", size, "--npz", "--no-png"])
-    one, five = (np.load(tmp_path / size / "samples.npz")["arr_0"].astype(int) for size in ("1", "5"))
+        main(
+            [
+                model[0],
+                "--out",
+                str(tmp_path / size),
+                "--count",
+                "5",
+                "--batch-size",
+                size,
+                "--npz",
+                "--no-png",
+            ]
+        )
+    one, five = (
+        np.load(tmp_path / size / "samples.npz")["arr_0"].astype(int) for size in ("1", "5")
+    )
     assert one.shape == (5, 8, 8, 3) and abs(one - five).max() <= 1
 
 
@@ -87,14 +132,20 @@ def test_the_same_set_in_other_batches(model: tuple[str, ImageGenerator], tmp_pa
         (["--count", "4", "--per-class", "2"], "either --count or --per-class"),
         (["--count", "0"], "0 images were asked for"),
         (["--guidance", "Cosin"], "--guidance: there is no 'Cosin'; did you mean 'Cosine'"),
-        (["--guidance", "PowerCosine", "--guidance.powr", "3"], "no option 'powr'; did you mean 'power'"),
+        (
+            ["--guidance", "PowerCosine", "--guidance.powr", "3"],
+            "no option 'powr'; did you mean 'power'",
+        ),
         (["--guidance.power", "3"], "Constant .guidance. has no option 'power'; there are scale"),
         (["--guidance.scale", ".nan"], "guidance scale is nan; it must be a finite number"),
         (["--guidance.scale", ".inf"], "guidance scale is inf"),
         (["--choice.temperature", ".nan"], "temperature is nan"),
         (["--choice.top_p", "0"], "top_p is 0.0; it must be"),
         (["--algorithm", "magic"], "--algorithm: there is no 'magic'; there are Ancestral, "),
-        (["--algorithm", "GroupedJacobi", "--algorithm.window", "x"], "--algorithm.window: expected int, not 'x'"),
+        (
+            ["--algorithm", "GroupedJacobi", "--algorithm.window", "x"],
+            "--algorithm.window: expected int, not 'x'",
+        ),
         (["--algorithm", "GroupedJacobi", "--algorithm.window", "99"], "window is 99"),
         (["--flow", "Heun"], "--flow: there is no 'Heun'; there are Euler, EulerMaruyama"),
         (["--flow.steps", "1"], "flow steps is 1"),
@@ -130,7 +181,12 @@ OLDER = [
         "--algorithm SpeculativeJacobi --algorithm.window 3 --algorithm.coupling maximal",
     ),
     (
-        ["--guidance.schedule", "power_cosine", "--guidance.options", "{power: 2.75, reach_end: false}"],
+        [
+            "--guidance.schedule",
+            "power_cosine",
+            "--guidance.options",
+            "{power: 2.75, reach_end: false}",
+        ],
         "--guidance PowerCosine --guidance.power 2.75 --guidance.reach_end false",
     ),
     (["--guidance.options.power=3"], "--guidance.power 3"),
@@ -148,10 +204,14 @@ def test_the_older_spelling_is_answered_by_the_new_one(
     assert str(caught.value).endswith(f"it is now {now}")
 
 
-def test_an_older_yaml_is_answered_by_the_new_one(model: tuple[str, ImageGenerator], tmp_path: Path) -> None:
+def test_an_older_yaml_is_answered_by_the_new_one(
+    model: tuple[str, ImageGenerator], tmp_path: Path
+) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("algorithm: gsd\noptions: {group_size: 3}\n")
-    with pytest.raises(UserError, match=r"algorithm: \{class_path: GroupedJacobi, init_args: \{group_size: 3\}\}"):
+    with pytest.raises(
+        UserError, match=r"algorithm: \{class_path: GroupedJacobi, init_args: \{group_size: 3\}\}"
+    ):
         main(["--config", str(file), model[0], "--out", str(tmp_path / "set")])
 
 
@@ -177,7 +237,9 @@ def test_only_an_older_set_is_replaced(model: tuple[str, ImageGenerator], tmp_pa
     assert names(out) == ["000000_0000.png", "samples.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(UserError, match="is not empty and holds no samples.json, so it is never replaced"):
+    with pytest.raises(
+        UserError, match="is not empty and holds no samples.json, so it is never replaced"
+    ):
         main([model[0], "--out", str(tmp_path / "mine"), "--overwrite"])
 
 
@@ -189,10 +251,17 @@ def test_two_processes_make_the_same_set(model: tuple[str, ImageGenerator], tmp_
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, str(ROOT / "sample.py"), model[0], *words, str(tmp_path / "two")]
-    ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}, cwd=ROOT) for r in range(2)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}, cwd=ROOT)
+        for r in range(2)
+    ]
     assert [process.wait(60) for process in ranks] == [0, 0]
     assert names(tmp_path / "one") == names(tmp_path / "two")
-    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two"))
+    one, two = (
+        np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("one", "two")
+    )
     assert abs(one - two).max() <= 1
-    grids = [np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int) for name in ("one", "two")]
+    grids = [
+        np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int) for name in ("one", "two")
+    ]
     assert abs(grids[0] - grids[1]).max() <= 1

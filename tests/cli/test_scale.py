@@ -48,7 +48,9 @@ def test_latents_of_the_data_get_unit_variance(
     mean, std = after.posterior(images)  # type: ignore[attr-defined]
     spread = (mean.var(correction=0) + std.square().mean()).sqrt()
     assert float(spread.detach()) == pytest.approx(1, abs=0.05)
-    torch.testing.assert_close(after.decode(after.encode(images)), before.decode(before.encode(images)))
+    torch.testing.assert_close(
+        after.decode(after.encode(images)), before.decode(before.encode(images))
+    )
 
 
 def test_what_is_missing_is_asked_for(tokenizer: str, tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ TOKENIZER: dict[str, Any] = {
                     },
                 },
             },
-            "loss": {"class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss", "init_args": {}},
+            "loss": {
+                "class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss",
+                "init_args": {},
+            },
             "schedule": {"decay": "linear"},
         },
     },
@@ -68,14 +71,22 @@ GENERATOR: dict[str, Any] = {
             "tokenizer": "runs/tok/export",
             "generator": {
                 "class_path": "tessellar.models.llamagen.LlamaGen",
-                "init_args": {"width": 16, "depth": 1, "num_heads": 2, "num_classes": 10, "ffn_multiple_of": 8},
+                "init_args": {
+                    "width": 16,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "num_classes": 10,
+                    "ffn_multiple_of": 8,
+                },
             },
         },
     },
 }
 
 
-def changed(config: dict[str, Any], path: str, value: Any = None, delete: bool = False) -> dict[str, Any]:
+def changed(
+    config: dict[str, Any], path: str, value: Any = None, delete: bool = False
+) -> dict[str, Any]:
     """A copy of a config with one key (dots between its parts) set or taken away; `init_args` are left out of it."""
     new = copy.deepcopy(config)
     node, (*parts, last) = new, path.split(".")
@@ -94,7 +105,9 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """Run train.py in an empty folder; gives exit code and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def command(config: dict[str, Any] | str, *options: str, name: str | None = "tok", action: str = "fit"):
+    def command(
+        config: dict[str, Any] | str, *options: str, name: str | None = "tok", action: str = "fit"
+    ):
         Path("run.yaml").write_text(config if isinstance(config, str) else yaml.safe_dump(config))
         named = [] if name is None else ["--name", name]
         code = run(lambda: train.main([action, "--config", "run.yaml", *named, *options]))
@@ -168,7 +181,9 @@ CLASSES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "options", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("config", "options", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_a_mistake_is_one_line(call, config, options: tuple[str, ...], message: str) -> None:
     code, printed = call(config, *options)
     assert code == 2 and message in printed
@@ -176,7 +191,9 @@ def test_a_mistake_is_one_line(call, config, options: tuple[str, ...], message: 
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("config", "key", "class_path", "message"), CLASSES, ids=lambda x: x if "." in x else "")
+@pytest.mark.parametrize(
+    ("config", "key", "class_path", "message"), CLASSES, ids=lambda x: x if "." in x else ""
+)
 def test_a_wrong_class_is_one_line(call, config, key: str, class_path: str, message: str) -> None:
     code, printed = call(changed(config, key, {"class_path": class_path}))
     assert code == 2 and message in printed and printed.count("\n") == 1
@@ -188,12 +205,21 @@ def test_missing_config_and_missing_data(call) -> None:
     config = changed(tokenizer("data", data), f"{MODEL}.image_size", 32)
     code, printed = call(config, "--data.root", "elsewhere")
     assert code == 2 and "elsewhere" in printed and not Path("runs").exists()
-    assert call(TOKENIZER, action="fitt")[1].startswith("error: 'fitt' is not an action; there are fit, validate; did")
+    assert call(TOKENIZER, action="fitt")[1].startswith(
+        "error: 'fitt' is not an action; there are fit, validate; did"
+    )
 
 
 def validate_psnr(capsys: pytest.CaptureFixture) -> float:
     """What `validate` prints of the run `tok`."""
-    assert run(lambda: train.main(["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"])) == 0
+    assert (
+        run(
+            lambda: train.main(
+                ["validate", "--config", "run.yaml", "--name", "tok", "--resume", "auto"]
+            )
+        )
+        == 0
+    )
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     return float(printed["val/psnr"])
 
@@ -201,33 +227,51 @@ def validate_psnr(capsys: pytest.CaptureFixture) -> float:
 def test_a_run_from_tokenizer_to_generator(call, capsys) -> None:
     assert call(TOKENIZER, "--ema", "0.5")[0] == 0
     assert isinstance(tessellar.load("runs/tok/export"), ViTVQ)
-    for path in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "config.yaml", "pictures", "tensorboard"):
+    for path in (
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "config.yaml",
+        "pictures",
+        "tensorboard",
+    ):
         assert (Path("runs/tok") / path).exists(), path
     facts = json.loads(Path("runs/tok/run.json").read_text())
     assert (facts["updates"], facts["samples_seen"], facts["tokens_seen"]) == (4, 32, 32 * 16)
     with open("runs/tok/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert all(row["train/loss"] for row in rows) and [bool(row["val/psnr"]) for row in rows] == [False, True] * 2
+    assert (
+        all(row["train/loss"] for row in rows)
+        and [bool(row["val/psnr"]) for row in rows] == [False, True] * 2
+    )
     averaged = tessellar.load("runs/tok/checkpoints/last.ckpt").state_dict()
     raw = tessellar.load("runs/tok/checkpoints/last.ckpt", raw=True).state_dict()
     exported = tessellar.load("runs/tok/export").state_dict()
     assert all(torch.equal(exported[key], averaged[key]) for key in averaged)
     assert any(not torch.equal(raw[key], averaged[key]) for key in raw)
 
-    assert validate_psnr(capsys) == pytest.approx(float(rows[-1]["val/psnr"]), rel=1e-5)  # of averaged weights, both
+    assert validate_psnr(capsys) == pytest.approx(
+        float(rows[-1]["val/psnr"]), rel=1e-5
+    )  # of averaged weights, both
 
     assert call(GENERATOR, "--trainer.max_steps", "2", name="gen")[0] == 0
     model = tessellar.load("runs/gen/export")
     assert isinstance(model, ImageGenerator)
     assert all(torch.equal(model.tokenizer.state_dict()[key], exported[key]) for key in exported)
-    assert sorted(Path("runs/gen/pictures").iterdir()) == [Path("runs/gen/pictures/samples_0000002.png")]
+    assert sorted(Path("runs/gen/pictures").iterdir()) == [
+        Path("runs/gen/pictures/samples_0000002.png")
+    ]
     code, printed = call(generator("model.generator.num_classes", 3), name="three")
     assert code == 2 and "the generator has 3 classes; the data set shapes has 10" in printed
     code, printed = call(GENERATOR, "--model.tokenizer", "runs/gen/export", name="three")
-    assert code == 2 and printed == "error: runs/gen/export is a generator; a tokenizer is needed here\n"
+    assert (
+        code == 2
+        and printed == "error: runs/gen/export is a generator; a tokenizer is needed here\n"
+    )
     code, printed = call(GENERATOR, "--resume", "runs/tok/checkpoints/last.ckpt", name="three")
-    assert code == 2 and printed.startswith("error: runs/tok/checkpoints/last.ckpt is of another model: Missing key")
+    assert code == 2 and printed.startswith(
+        "error: runs/tok/checkpoints/last.ckpt is of another model: Missing key"
+    )
     assert printed.count("\n") == 1 and len(printed) < 300
 
 
@@ -251,13 +295,19 @@ def test_a_run_never_writes_into_another_and_continues_when_asked(call, capsys) 
 
 def test_a_run_that_diverges_stops_and_names_its_last_checkpoint(call) -> None:
     diverging = tokenizer("model.optimizer", {"lr": 1.0e30})
-    code, printed = call(diverging, "--model.max_skipped", "2", "--save_every", "1", "--trainer.max_steps", "50")
-    assert code == 2 and printed.splitlines()[-1].startswith("error: 2 updates in a row of the tokenizer had no finite")
+    code, printed = call(
+        diverging, "--model.max_skipped", "2", "--save_every", "1", "--trainer.max_steps", "50"
+    )
+    assert code == 2 and printed.splitlines()[-1].startswith(
+        "error: 2 updates in a row of the tokenizer had no finite"
+    )
     assert printed.endswith("Last checkpoint: runs/tok/checkpoints/last.ckpt\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_run_in_one_line_and_resume_auto_finishes_it(call, monkeypatch, number) -> None:
+def test_a_signal_ends_the_run_in_one_line_and_resume_auto_finishes_it(
+    call, monkeypatch, number
+) -> None:
     assert call(TOKENIZER, name="whole")[0] == 0
     start = Throughput.on_train_batch_start
 
@@ -270,14 +320,20 @@ def test_a_signal_ends_the_run_in_one_line_and_resume_auto_finishes_it(call, mon
     run_before = None
     code, printed = call(TOKENIZER)
     assert code == 128 + number and not Path("runs/tok/export").exists()
-    assert printed.splitlines()[-1] == f"{number.name}: saved and stopped after update 2; continue with --resume auto"
+    assert (
+        printed.splitlines()[-1]
+        == f"{number.name}: saved and stopped after update 2; continue with --resume auto"
+    )
     run_before = "signalled"
     assert call(TOKENIZER, "--resume", "auto")[0] == 0
-    whole, resumed = (tessellar.load(f"runs/{name}/export").state_dict() for name in ("whole", "tok"))
+    whole, resumed = (
+        tessellar.load(f"runs/{name}/export").state_dict() for name in ("whole", "tok")
+    )
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     with open("runs/tok/metrics.csv") as ours, open("runs/whole/metrics.csv") as theirs:
         rows = [
-            [(row["step"], row["train/loss"], row["val/psnr"]) for row in csv.DictReader(f)] for f in (ours, theirs)
+            [(row["step"], row["train/loss"], row["val/psnr"]) for row in csv.DictReader(f)]
+            for f in (ours, theirs)
         ]
     assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
 
@@ -305,8 +361,12 @@ def test_fine_tuning_takes_weights_and_starts_a_fresh_discriminator(call, caplog
     options = ("--model.init_from", "runs/tok/export", "--model.optimizer.lr", "0")
     with caplog.at_level("INFO"):
         assert call(with_critic, *options, name="fine")[0] == 0
-    assert sum("no discriminator: training starts with a fresh one" in m for m in caplog.messages) == 1
-    before, after = (list(tessellar.load(f"runs/{name}/export").parameters()) for name in ("tok", "fine"))
+    assert (
+        sum("no discriminator: training starts with a fresh one" in m for m in caplog.messages) == 1
+    )
+    before, after = (
+        list(tessellar.load(f"runs/{name}/export").parameters()) for name in ("tok", "fine")
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     code, printed = call(tokenizer(f"{MODEL}.width", 32), *options, name="wider")
     assert code == 2 and printed.count("\n") == 1 and "runs/tok/export (tokenizer)" in printed
@@ -325,7 +385,9 @@ def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:
         ("retok(teacher=a)", ["a"], "retok(teacher=a)"),
     ],
 )
-def test_the_name_says_which_network_of_our_own_teaches(name: str, teachers: list[str], expected: str) -> None:
+def test_the_name_says_which_network_of_our_own_teaches(
+    name: str, teachers: list[str], expected: str
+) -> None:
     assert train.with_teachers(name, teachers) == expected
 
 
@@ -339,8 +401,20 @@ def test_a_stand_in_teaches_and_is_not_needed_afterwards(call) -> None:
         "class_path": "tessellar.tokenizers.retok.ReToK",
         "init_args": {
             "quantizer": TOKENIZER["model"]["init_args"]["tokenizer"]["init_args"]["quantizer"],
-            **{"image_size": 16, "num_tokens": 8, "always": 2, "channels": 32, "multipliers": [1, 1], "z_channels": 8},
-            **{"encoder_size": small, "decoder_size": small, "semantic_dim": 16, "semantic_layer": 1},
+            **{
+                "image_size": 16,
+                "num_tokens": 8,
+                "always": 2,
+                "channels": 32,
+                "multipliers": [1, 1],
+                "z_channels": 8,
+            },
+            **{
+                "encoder_size": small,
+                "decoder_size": small,
+                "semantic_dim": 16,
+                "semantic_layer": 1,
+            },
             "teacher": {
                 "class_path": "tessellar.networks.vision.teacher",
                 "init_args": {"weights": "teacher.safetensors"},
@@ -358,4 +432,8 @@ def test_a_stand_in_teaches_and_is_not_needed_afterwards(call) -> None:
     assert isinstance(back, ReToK) and back.teacher is None
     assert isinstance(tessellar.load(run_folder / "checkpoints" / "last.ckpt"), ReToK)
     code, error = call(config, name="again")
-    assert code != 0 and "there are no weights teacher.safetensors" in error and "Traceback" not in error
+    assert (
+        code != 0
+        and "there are no weights teacher.safetensors" in error
+        and "Traceback" not in error
+    )

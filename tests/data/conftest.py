@@ -24,7 +24,10 @@ def idx_root(tmp_path: Path) -> Path:
     for prefix, count in (("train", 70), ("t10k", 30)):
         images = idx_bytes(generator.integers(0, 256, (count, 28, 28)))
         labels = idx_bytes(np.arange(count) % 10)
-        for name, content in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
+        for name, content in (
+            (f"{prefix}-images-idx3-ubyte", images),
+            (f"{prefix}-labels-idx1-ubyte", labels),
+        ):
             if prefix == "train":
                 (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
             else:
@@ -38,7 +41,9 @@ def image_root(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     root = tmp_path / "pictures"
     for i in range(12):
-        path = root / ("red_fox", "cat", "dog")[i % 3] / ("deeper" if i == 5 else "") / f"{i:02}.png"
+        path = (
+            root / ("red_fox", "cat", "dog")[i % 3] / ("deeper" if i == 5 else "") / f"{i:02}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         height, width = generator.integers(20, 90, 2)
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
@@ -69,7 +74,11 @@ def sample_members(first: int, count: int) -> dict[str, bytes]:
     """Samples of a WebDataset tar: picture i has the colour i, class i % 3 and the caption `picture i`."""
     members = {}
     for i in range(first, first + count):
-        facts = {"caption": f"picture {i}", "class": i % 3, "class_name": ("cat", "dog", "owl")[i % 3]}
+        facts = {
+            "caption": f"picture {i}",
+            "class": i % 3,
+            "class_name": ("cat", "dog", "owl")[i % 3],
+        }
         members |= {f"{i:06}.png": png(i), f"{i:06}.json": json.dumps(facts).encode()}
     return members
 

@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tessellar.data import CachedTokens, CachedTokensData, FashionMNIST, ImageFolder, ImageFolderData, Shapes
+from tessellar.data import (
+    CachedTokens,
+    CachedTokensData,
+    FashionMNIST,
+    ImageFolder,
+    ImageFolderData,
+    Shapes,
+)
 from tessellar.data.dataset import ImageDataset
 from tessellar.data.token_cache.files import read_header
 from tessellar.data.token_cache.writing import encode, encode_dataset
@@ -29,7 +36,10 @@ class Pixels(Tokenizer):
         self.gain = nn.Parameter(torch.ones(()))
 
     def encode(self, images: Tensor) -> Tensor:
-        mean = nn.functional.adaptive_avg_pool2d((images + 1) / 2, 2).flatten(2).transpose(1, 2) * self.gain
+        mean = (
+            nn.functional.adaptive_avg_pool2d((images + 1) / 2, 2).flatten(2).transpose(1, 2)
+            * self.gain
+        )
         match self.layout.segments[0].kind:
             case Categorical(vocab):
                 return (mean.mean(2) * (vocab - 1)).long()
@@ -59,8 +69,12 @@ class Fuzzy(Pixels):
         return mean, 0.5 * torch.ones_like(mean)
 
 
-def write(dataset: ImageDataset, folder: Path, tokenizer: Tokenizer | None = None, **options: Any) -> CachedTokens:
-    encode_dataset(tokenizer or Pixels(Categorical(700)), dataset, folder, name="pictures", **options)
+def write(
+    dataset: ImageDataset, folder: Path, tokenizer: Tokenizer | None = None, **options: Any
+) -> CachedTokens:
+    encode_dataset(
+        tokenizer or Pixels(Categorical(700)), dataset, folder, name="pictures", **options
+    )
     return CachedTokens(folder)
 
 
@@ -105,7 +119,9 @@ def test_each_visit_gives_the_tokens_of_the_view_that_the_images_would_show(
         seen.add(tuple(expected.flatten().tolist()))
     assert len(seen) > 1
     still = CachedTokens(tmp_path / "cache", augment=False).batch(range(12))["tokens"]
-    assert torch.equal(still, encode(tokenizer, torch.cat([dataset.views(i)["image"][:1] for i in range(12)])))
+    assert torch.equal(
+        still, encode(tokenizer, torch.cat([dataset.views(i)["image"][:1] for i in range(12)]))
+    )
 
 
 def test_random_crops_cannot_be_cached(tmp_path: Path, image_root: Path):
@@ -139,7 +155,9 @@ def test_corrupt_images_are_replaced_as_in_training_and_counted(tmp_path: Path, 
 
 def test_workers_and_batches_change_nothing(tmp_path: Path, image_root: Path):
     dataset = ImageFolder(image_root, 16, flip=True)
-    parts = [write(dataset, tmp_path / f"{n}", num_workers=n, batch_size=b) for n, b in ((0, 64), (2, 5))]
+    parts = [
+        write(dataset, tmp_path / f"{n}", num_workers=n, batch_size=b) for n, b in ((0, 64), (2, 5))
+    ]
     files = [sorted(p.name for p in part.folder.iterdir()) for part in parts]
     assert files[0] == files[1]
     for name in files[0]:
@@ -195,7 +213,9 @@ def test_what_a_kill_leaves_behind_is_not_taken_for_a_cache(tmp_path: Path):
         CachedTokens(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "labels.npy", "captions.npy", "captions.bin", "header.json"])
+@pytest.mark.parametrize(
+    "name", ["tokens.npy", "labels.npy", "captions.npy", "captions.bin", "header.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "zip", "pickle"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str):
     folder = write(Shapes(16, 10), tmp_path / "cache").folder
@@ -262,14 +282,20 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, name: str):
         CachedTokens(folder).batch(range(10))
 
 
-def test_a_cache_without_checksums_is_read_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_cache_without_checksums_is_read_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     cache = write(Shapes(16, 10), tmp_path / "cache")
     header = cache.folder / "header.json"
-    header.write_text(json.dumps({k: v for k, v in json.loads(header.read_text()).items() if k != "checksums"}))
+    header.write_text(
+        json.dumps({k: v for k, v in json.loads(header.read_text()).items() if k != "checksums"})
+    )
     (cache.folder / "checksums.npy").unlink()
     caplog.set_level("INFO", "tessellar")
     older = CachedTokens(cache.folder)
-    assert caplog.messages == [f"{cache.folder} carries no checksums, so damage to it would not be noticed"]
+    assert caplog.messages == [
+        f"{cache.folder} carries no checksums, so damage to it would not be noticed"
+    ]
     assert torch.equal(older.batch(range(10))["tokens"], cache.batch(range(10))["tokens"])
 
 
@@ -278,19 +304,29 @@ def test_a_cache_travels_to_workers_without_its_tokens(tmp_path: Path):
     cache.batch([0])
     content = pickle.dumps(cache)
     moved = pickle.loads(content)
-    assert len(content) < 800 * (8 + 4)  # labels travel, tokens of two bytes each and captions do not
+    assert len(content) < 800 * (
+        8 + 4
+    )  # labels travel, tokens of two bytes each and captions do not
     assert torch.equal(moved.batch([799])["tokens"], cache.batch([799])["tokens"])
 
 
-def test_the_data_module_reads_both_parts_and_the_facts_of_the_header(tmp_path: Path, image_root: Path):
+def test_the_data_module_reads_both_parts_and_the_facts_of_the_header(
+    tmp_path: Path, image_root: Path
+):
     images = ImageFolderData(str(image_root), 16, val_share=0.25, batch_size=3, seed=2)
     for part, dataset in (("train", images.train_dataset()), ("val", images.val_dataset())):
         encode_dataset(Pixels(Categorical(700)), dataset, tmp_path / part, name=images.name)
     data = CachedTokensData(str(tmp_path), batch_size=3, seed=2)
-    assert (data.name, data.image_size, data.class_names) == ("pictures", (16, 16), images.class_names)
+    assert (data.name, data.image_size, data.class_names) == (
+        "pictures",
+        (16, 16),
+        images.class_names,
+    )
     assert data.fingerprint() == CachedTokensData(str(tmp_path)).fingerprint()
     for ours, theirs in zip(data.train_dataloader(), images.train_dataloader(), strict=True):
-        assert torch.equal(ours["index"], theirs["index"]) and torch.equal(ours["label"], theirs["label"])
+        assert torch.equal(ours["index"], theirs["index"]) and torch.equal(
+            ours["label"], theirs["label"]
+        )
         assert torch.equal(ours["tokens"], Pixels(Categorical(700)).encode(theirs["image"]))
     assert [len(batch["index"]) for batch in data.val_dataloader()] == [3]
     with pytest.raises(UserError, match="holds tokens, not images"):
@@ -317,15 +353,27 @@ def test_images_of_another_size_are_refused_before_anything_is_written(tmp_path:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just("tessellar.protocol.layout.Layout"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["class_path", "init_args"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.just("tessellar.protocol.layout.Layout"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["class_path", "init_args"]), inner)
+    ),
     max_leaves=6,
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    key=st.sampled_from(["storage", "layout", "count", "views", "class_names", "image_size", "captions"]), value=values
+    key=st.sampled_from(
+        ["storage", "layout", "count", "views", "class_names", "image_size", "captions"]
+    ),
+    value=values,
 )
 def test_any_header_is_read_or_refused(tmp_path: Path, key: str, value: Any):
     path = tmp_path / "cache" / "header.json"
@@ -336,6 +384,8 @@ def test_any_header_is_read_or_refused(tmp_path: Path, key: str, value: Any):
     try:
         header = read_header(path.parent)
     except UserError as error:
-        assert "header.json" in str(error) or "class path" in str(error) or "config of" in str(error)
+        assert (
+            "header.json" in str(error) or "class path" in str(error) or "config of" in str(error)
+        )
     else:
         assert header.count > 0 and header.token_layout.length == 4

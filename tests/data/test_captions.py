@@ -33,7 +33,9 @@ def pictures(make_tar, make_png, path: Path, texts: list, field: str = "json") -
     members = {}
     for i, text in enumerate(texts):
         content = json.dumps({"caption": text}).encode() if field == "json" else text
-        members |= {f"{i:03}.png": make_png(i)} | ({} if text is None else {f"{i:03}.{field}": content})
+        members |= {f"{i:03}.png": make_png(i)} | (
+            {} if text is None else {f"{i:03}.{field}": content}
+        )
     return str(make_tar(path, members))
 
 
@@ -74,19 +76,34 @@ def test_what_is_no_text_is_named(content: bytes, why: str):
 
 
 def test_a_caption_is_a_text_or_a_list_of_texts():
-    assert read_captions(" a\r\n", "x") == ("a",) and read_captions(None, "x") == read_captions(" ", "x") == ()
-    assert read_captions(["a", None, "", "b "], "x") == read_captions(np.array(["a", "b"]), "x") == ("a", "b")
+    assert (
+        read_captions(" a\r\n", "x") == ("a",)
+        and read_captions(None, "x") == read_captions(" ", "x") == ()
+    )
+    assert (
+        read_captions(["a", None, "", "b "], "x")
+        == read_captions(np.array(["a", "b"]), "x")
+        == ("a", "b")
+    )
     for wrong in (5, 1.5, True, b"a", {"raw": "a"}, [1], [["a"]], [{"raw": "a"}]):
-        with pytest.raises(UnreadableText, match="x: the caption is .*must be text, or a list of texts"):
+        with pytest.raises(
+            UnreadableText, match="x: the caption is .*must be text, or a list of texts"
+        ):
             read_captions(wrong, "x")
 
 
 def test_of_several_captions_of_a_tar_each_visit_draws_one(tmp_path: Path, make_tar, make_png):
-    data = WebDatasetData(pictures(make_tar, make_png, tmp_path / "t.tar", [SEVERAL] * 8), 12, val_share=0.25)
+    data = WebDatasetData(
+        pictures(make_tar, make_png, tmp_path / "t.tar", [SEVERAL] * 8), 12, val_share=0.25
+    )
     train_set, again = data.train_dataset(), data.train_dataset()
     assert set(seen(train_set, 20)) == set(SEVERAL) and seen(train_set, 20) == seen(again, 20)
     assert len(set(train_set.captions(range(6)))) > 1  # images draw for themselves
-    assert set(seen(data.val_dataset(), 5)) == set(seen(data.train_dataset(augment=False), 5)) == {"a cat"}
+    assert (
+        set(seen(data.val_dataset(), 5))
+        == set(seen(data.train_dataset(augment=False), 5))
+        == {"a cat"}
+    )
 
 
 def test_of_several_captions_of_a_stream_each_visit_draws_one(tmp_path: Path, make_tar, make_png):
@@ -103,12 +120,19 @@ def tokenizer() -> ViTVQ:
     return ViTVQ(VectorQuantizer(16, 4), 12, 4, 16, 1, 1, 2).eval()
 
 
-def test_a_cache_keeps_all_captions_and_draws_those_that_its_images_draw(tmp_path: Path, make_tar, make_png, tokenizer):
+def test_a_cache_keeps_all_captions_and_draws_those_that_its_images_draw(
+    tmp_path: Path, make_tar, make_png, tokenizer
+):
     texts = [SEVERAL, "a dog", ["x", "y"], None]
-    images = WebDatasetData(pictures(make_tar, make_png, tmp_path / "t.tar", texts), 12, val_share=0.25, flip=True)
+    images = WebDatasetData(
+        pictures(make_tar, make_png, tmp_path / "t.tar", texts), 12, val_share=0.25, flip=True
+    )
     dataset = images.train_dataset()
     encode_dataset(tokenizer, dataset, tmp_path / "cache/train", name="t")
-    cache, first = CachedTokens(tmp_path / "cache/train"), CachedTokens(tmp_path / "cache/train", augment=False)
+    cache, first = (
+        CachedTokens(tmp_path / "cache/train"),
+        CachedTokens(tmp_path / "cache/train", augment=False),
+    )
     for index in range(len(dataset)):
         assert seen(cache, 12, index) == seen(dataset, 12, index)
     assert first.captions(range(3)) == images.train_dataset(augment=False).captions(range(3))
@@ -118,25 +142,39 @@ def test_missing_captions_are_empty_and_their_share_is_said_once(
     tmp_path: Path, make_tar, make_png, caplog: pytest.LogCaptureFixture
 ):
     texts = [b"cap %d" % i if i % 2 else None for i in range(20)]
-    data = WebDatasetData(pictures(make_tar, make_png, tmp_path / "half.tar", texts, "txt"), 12, name="my set")
+    data = WebDatasetData(
+        pictures(make_tar, make_png, tmp_path / "half.tar", texts, "txt"), 12, name="my set"
+    )
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             captions = data.train_dataset().captions(range(19))
     missing = captions.count("")
     assert missing >= 9 and all(text == "" or text.startswith("cap ") for text in captions)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"{missing} of 19 images (") and "half.tar:000: an empty text is taken" in said
+    assert (
+        said.startswith(f"{missing} of 19 images (")
+        and "half.tar:000: an empty text is taken" in said
+    )
 
 
-def test_a_stream_says_that_captions_are_missing(tmp_path: Path, make_tar, make_png, caplog: pytest.LogCaptureFixture):
+def test_a_stream_says_that_captions_are_missing(
+    tmp_path: Path, make_tar, make_png, caplog: pytest.LogCaptureFixture
+):
     url = pictures(make_tar, make_png, tmp_path / "t.tar", ["a", None, "b", None])
     data = WebDatasetStreamData(url, url, size=12, epoch_length=4, batch_size=2)
     with caplog.at_level(logging.WARNING):
-        assert [c for batch in data.val_dataloader() for c in batch["caption"]] == ["a", "", "b", ""]
+        assert [c for batch in data.val_dataloader() for c in batch["caption"]] == [
+            "a",
+            "",
+            "b",
+            "",
+        ]
     assert caplog.text.count("no caption") == 1 and "t.tar:001" in caplog.text
 
 
-def test_sets_without_any_caption_are_refused_by_whatever_reads_text(tmp_path: Path, make_tar, make_png, tokenizer):
+def test_sets_without_any_caption_are_refused_by_whatever_reads_text(
+    tmp_path: Path, make_tar, make_png, tokenizer
+):
     tar = pictures(make_tar, make_png, tmp_path / "t.tar", [None] * 4)
     data = WebDatasetData(tar, 12, val_share=0.25, name="my set")
     assert "caption" not in data.train_dataset()[0]  # and not the name of the set
@@ -178,16 +216,29 @@ def test_a_text_to_image_run_on_a_set_without_captions_stops_before_it_begins(
     monkeypatch.chdir(tmp_path)
     export_tokenizer(tokenizer, tmp_path / "tok")
     tar = pictures(make_tar, make_png, tmp_path / "t.tar", [None] * 8)
-    sizes = {"width": 16, "depth": 1, "num_heads": 2, "window": 1, "text_vocab": 300, "caption_length": 8}
+    sizes = {
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "window": 1,
+        "text_vocab": 300,
+        "caption_length": 8,
+    }
     config = {
         "model": {
             "class_path": "tessellar.training.generator_module.GeneratorModule",
             "init_args": {
                 "tokenizer": str(tmp_path / "tok"),
-                "generator": {"class_path": "tessellar.models.token_shuffle.TokenShuffle", "init_args": sizes},
+                "generator": {
+                    "class_path": "tessellar.models.token_shuffle.TokenShuffle",
+                    "init_args": sizes,
+                },
             },
         },
-        "data": {"class_path": "tessellar.data.WebDatasetData", "init_args": {"shards": tar, "size": 12}},
+        "data": {
+            "class_path": "tessellar.data.WebDatasetData",
+            "init_args": {"shards": tar, "size": 12},
+        },
         "trainer": {"max_steps": 1, "accelerator": "cpu", "precision": "32-true"},
     }
     Path("run.yaml").write_text(json.dumps(config))

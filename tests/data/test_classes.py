@@ -23,7 +23,9 @@ from tessellar.evaluation.sources import FolderImages
         (["dog", "Cat", "élan"], ("Cat", "dog", "élan")),
     ],
 )
-def test_whole_numbers_are_ordered_by_value_and_all_else_as_text(names: list[str], ordered: tuple[str, ...]):
+def test_whole_numbers_are_ordered_by_value_and_all_else_as_text(
+    names: list[str], ordered: tuple[str, ...]
+):
     assert order_classes(names, "here") == ordered
 
 
@@ -33,7 +35,10 @@ def test_that_the_order_is_by_value_is_said_once_where_it_matters(caplog: pytest
         order_classes(["1", "2", "10"], "a set of its own")
         order_classes(["1", "2", "3"], "another set")
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("a set of its own: classes are numbered by value") and "'1', '10', '2'" in said
+    assert (
+        said.startswith("a set of its own: classes are numbered by value")
+        and "'1', '10', '2'" in said
+    )
 
 
 class Column(dict):
@@ -56,5 +61,8 @@ def test_readers_and_evaluation_number_the_same_names_alike(tmp_path: Path):
     trained, measured = ImageFolder(tmp_path / "num", 8), FolderImages(tmp_path / "num")
     labels, hf_names = classes_of(Column(kind=sorted(names)), "kind", "hub")
     assert trained.class_names == measured.class_names == hf_names == tuple(names)
-    assert measured.labels is not None and measured.labels.tolist() == trained.labels.tolist() == list(range(12))
+    assert (
+        measured.labels is not None
+        and measured.labels.tolist() == trained.labels.tolist() == list(range(12))
+    )
     assert [hf_names[label] for label in labels] == sorted(names)

@@ -7,7 +7,15 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from tessellar.data.crops import Filter, Resize, center_crop, center_square, random_crop, resize_shorter, ten_crop
+from tessellar.data.crops import (
+    Filter,
+    Resize,
+    center_crop,
+    center_square,
+    random_crop,
+    resize_shorter,
+    ten_crop,
+)
 from tessellar.data.framing import Framing
 from tessellar.errors import UserError
 
@@ -16,7 +24,9 @@ draws = st.floats(0, 1, exclude_max=True)
 
 
 def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -31,7 +41,9 @@ def test_the_centre_crop_has_its_size(width: int, height: int, size: int):
 
 
 @given(sides, sides, sizes, draws, draws, draws)
-def test_the_random_crop_has_its_size(width: int, height: int, size: int, a: float, b: float, c: float):
+def test_the_random_crop_has_its_size(
+    width: int, height: int, size: int, a: float, b: float, c: float
+):
     assert random_crop(Image.new("RGB", (width, height)), size, (a, b, c)).size == (size, size)
 
 
@@ -56,7 +68,8 @@ def test_an_image_of_the_right_size_is_left_alone():
 
 def test_a_shorter_side_of_twice_the_size_is_halved_only():
     assert np.array_equal(
-        np.asarray(resize_shorter(noise(40, 60), 20)), np.asarray(noise(40, 60).resize((20, 30), Image.Resampling.BOX))
+        np.asarray(resize_shorter(noise(40, 60), 20)),
+        np.asarray(noise(40, 60).resize((20, 30), Image.Resampling.BOX)),
     )
 
 
@@ -70,7 +83,8 @@ def test_the_centre_crop_is_central():
 def test_random_crops_span_scales_and_positions():
     image, size = gradient(160, 160), 64
     widths = {
-        scale: int(np.asarray(random_crop(image, size, (scale, 0.0, 0.0)))[0, -1, 0]) for scale in (0.0, 0.5, 0.999)
+        scale: int(np.asarray(random_crop(image, size, (scale, 0.0, 0.0)))[0, -1, 0])
+        for scale in (0.0, 0.5, 0.999)
     }
     # One pixel of the crop covers 160 / shorter pixels: 64 of them reach as far as the shorter side says.
     for scale, shorter in ((0.0, 64), (0.5, 72), (0.999, 80)):
@@ -84,7 +98,9 @@ def test_ten_crops_are_torchvisions():
     image = noise(70, 90)
     enlarged = center_crop(image, 35)
     for view, expected in enumerate(F.ten_crop(enlarged, [32, 32])):
-        assert np.array_equal(np.asarray(ten_crop(image, 32, view, 1.1)), np.asarray(expected)), view
+        assert np.array_equal(np.asarray(ten_crop(image, 32, view, 1.1)), np.asarray(expected)), (
+            view
+        )
     views = torch.stack([torch.from_numpy(np.array(ten_crop(image, 32, v))) for v in range(10)])
     assert len(views.flatten(1).unique(dim=0)) == 10
 
@@ -94,9 +110,13 @@ def test_an_eleventh_crop_is_refused():
         ten_crop(noise(40, 40), 32, 10)
 
 
-@pytest.mark.parametrize(("ratio", "name"), [(1.0, "bicubic"), (1.125, "lanczos"), (1.0, "bilinear")])
+@pytest.mark.parametrize(
+    ("ratio", "name"), [(1.0, "bicubic"), (1.125, "lanczos"), (1.0, "bilinear")]
+)
 @given(st.integers(8, 150), st.integers(8, 150), st.integers(1, 40))
-def test_a_fixed_resize_is_torchvisions(ratio: float, name: Filter, width: int, height: int, size: int):
+def test_a_fixed_resize_is_torchvisions(
+    ratio: float, name: Filter, width: int, height: int, size: int
+):
     image = noise(width, height)
     expected = F.resize(image, round(ratio * size), InterpolationMode[name.upper()])  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(Resize(ratio, name)(image, size)), np.asarray(expected))
@@ -105,16 +125,23 @@ def test_a_fixed_resize_is_torchvisions(ratio: float, name: Filter, width: int, 
 @given(sides, sides, sizes)
 def test_the_centre_of_a_resized_image_is_torchvisions(width: int, height: int, size: int):
     image = Resize()(gradient(width, height), size)
-    assert np.array_equal(np.asarray(center_square(image, size)), np.asarray(F.center_crop(image, [size, size])))
+    assert np.array_equal(
+        np.asarray(center_square(image, size)), np.asarray(F.center_crop(image, [size, size]))
+    )
 
 
 def test_a_crop_of_a_resized_image_has_one_scale_and_every_place():
     """VAR's: the shorter side is 1.125 times the size at every visit, the position uniform."""
     image = gradient(90, 72)
-    framing = Framing(64, "random", resize=Resize(1.125, "lanczos"))  # a shorter side of 72: the image itself
+    framing = Framing(
+        64, "random", resize=Resize(1.125, "lanczos")
+    )  # a shorter side of 72: the image itself
     corners = [(0.0, 0.0), (0.999, 0.0), (0.0, 0.999), (0.5, 0.5)]
     for scale in (0.0, 0.5, 0.999):
-        seen = [np.asarray(framing.draw(image, (0.9, scale, x, y), "here"))[0, 0, :2].tolist() for x, y in corners]
+        seen = [
+            np.asarray(framing.draw(image, (0.9, scale, x, y), "here"))[0, 0, :2].tolist()
+            for x, y in corners
+        ]
         assert seen == [[0, 0], [26, 0], [0, 8], [13, 4]]
 
 
@@ -138,4 +165,9 @@ def test_a_resize_that_no_crop_fits_in_is_refused():
 
 def test_fingerprints_tell_resizes_apart_and_keep_those_from_before():
     assert Framing(16, "random", True).describe() == ["random", True, None]
-    assert Framing(16, "random", True, resize=Resize()).describe() == ["random", True, None, [1.0, "bicubic"]]
+    assert Framing(16, "random", True, resize=Resize()).describe() == [
+        "random",
+        True,
+        None,
+        [1.0, "bicubic"],
+    ]

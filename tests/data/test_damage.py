@@ -45,18 +45,24 @@ def test_the_first_is_named_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         images(3)
         images(4)
-    assert [record.getMessage() for record in caplog.records if "image-3 is torn" in record.getMessage()]
+    assert [
+        record.getMessage() for record in caplog.records if "image-3 is torn" in record.getMessage()
+    ]
     assert len(caplog.records) == 1
 
 
 def test_above_the_share_the_run_stops_and_says_so():
     images = Images(200, set(range(50)), 0.05)
-    with pytest.raises(UserError, match="11 of 11 .* max_corrupt 0.05 allows; one is image-0, the last: image-10"):
+    with pytest.raises(
+        UserError, match="11 of 11 .* max_corrupt 0.05 allows; one is image-0, the last: image-10"
+    ):
         images(0)
 
 
 def test_a_large_set_is_judged_by_what_was_read():
-    images = Images(100_000, set(range(0, 100_000, 50)), 0.01)  # every fiftieth is twice what is allowed
+    images = Images(
+        100_000, set(range(0, 100_000, 50)), 0.01
+    )  # every fiftieth is twice what is allowed
     with pytest.raises(UserError, match="allows"):
         for i in range(3000):
             images(i)

@@ -69,11 +69,14 @@ def test_all_sets_offer_the_same_facts(data: ImageDataModule, request: pytest.Fi
     assert torch.equal(data.test_dataset()[1]["image"], data.val_dataset()[1]["image"])
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         batch = next(iter(loader))
-        assert batch["image"].shape[1:] == (3, *data.image_size) and batch["image"].dtype == torch.float32
-        assert batch["label"].dtype == batch["index"].dtype == torch.int64
-        assert all(isinstance(caption, str) for caption in batch["caption"]) and len(batch["caption"]) == len(
-            batch["image"]
+        assert (
+            batch["image"].shape[1:] == (3, *data.image_size)
+            and batch["image"].dtype == torch.float32
         )
+        assert batch["label"].dtype == batch["index"].dtype == torch.int64
+        assert all(isinstance(caption, str) for caption in batch["caption"]) and len(
+            batch["caption"]
+        ) == len(batch["image"])
 
 
 def test_training_drops_the_last_partial_batch_and_validation_keeps_it(data: ImageDataModule):
@@ -99,7 +102,10 @@ def test_reference_images_are_not_augmented(data: ImageDataModule):
 
 
 def test_every_epoch_has_another_order_which_the_seed_repeats(tmp_path: Path):
-    first, second = (fit(ShapesData(size=8, length=24, val_length=10, batch_size=4), 2, tmp_path) for _ in range(2))
+    first, second = (
+        fit(ShapesData(size=8, length=24, val_length=10, batch_size=4), 2, tmp_path)
+        for _ in range(2)
+    )
     assert first.train_indices == second.train_indices
     assert first.train_indices[0] != first.train_indices[1]
     assert sorted(first.train_indices[0]) == sorted(first.train_indices[1]) == list(range(24))
@@ -117,13 +123,17 @@ def test_a_run_resumed_between_epochs_sees_the_order_of_its_epoch(tmp_path: Path
     trainer.fit(module, data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     resumed = Recorder()
-    Trainer(max_epochs=2, **QUIET, default_root_dir=tmp_path).fit(resumed, data(), ckpt_path=tmp_path / "last.ckpt")
+    Trainer(max_epochs=2, **QUIET, default_root_dir=tmp_path).fit(
+        resumed, data(), ckpt_path=tmp_path / "last.ckpt"
+    )
     assert resumed.train_indices == {1: whole.train_indices[1]}
 
 
 def test_workers_change_nothing(image_root: Path, tmp_path: Path):
     def images(num_workers: int) -> list[torch.Tensor]:
-        data = ImageFolderData(str(image_root), 16, crop="random", batch_size=4, num_workers=num_workers)
+        data = ImageFolderData(
+            str(image_root), 16, crop="random", batch_size=4, num_workers=num_workers
+        )
         loader = data.train_dataloader()
         loader.sampler.set_epoch(3)
         return [batch["image"] for batch in loader]
@@ -148,10 +158,14 @@ def test_corrupt_images_are_counted_over_workers_and_named_at_the_end(
 ):
     for name in ("cat/01.png", "dog/02.png"):
         (image_root / name).write_bytes(b"")
-    data = ImageFolderData(str(image_root), 16, val_share=0.01, batch_size=2, num_workers=num_workers, max_corrupt=0.5)
+    data = ImageFolderData(
+        str(image_root), 16, val_share=0.01, batch_size=2, num_workers=num_workers, max_corrupt=0.5
+    )
     seen = fit(data, 2, tmp_path).train_indices
     assert all(len(set(epoch)) == len(epoch) == 10 for epoch in seen.values())
-    (line,) = [record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()
+    ]
     assert line.startswith("2 of 11 images") and "01.png" in line and "02.png" in line
 
 
@@ -161,7 +175,9 @@ def test_ranks_see_different_images():
 
         @property
         def trainer(self):
-            return type("Trainer", (), {"global_rank": self.rank, "world_size": 2, "current_epoch": 1})
+            return type(
+                "Trainer", (), {"global_rank": self.rank, "world_size": 2, "current_epoch": 1}
+            )
 
         @trainer.setter
         def trainer(self, value) -> None: ...
@@ -177,13 +193,17 @@ def test_ranks_see_different_images():
 
 
 def test_too_few_images_for_a_batch_are_refused():
-    with pytest.raises(UserError, match="shapes has 5 training images, too few for a batch of 6 .*batch_size"):
+    with pytest.raises(
+        UserError, match="shapes has 5 training images, too few for a batch of 6 .*batch_size"
+    ):
         ShapesData(length=5, batch_size=6).train_dataloader()
     with pytest.raises(ValueError, match="batch_size is 0"):
         ShapesData(batch_size=0)
 
 
-def test_validation_folders_are_read_and_must_have_the_same_classes(image_root: Path, tmp_path: Path):
+def test_validation_folders_are_read_and_must_have_the_same_classes(
+    image_root: Path, tmp_path: Path
+):
     val = tmp_path / "val"
     for name in ("cat", "dog", "wolf"):
         (val / name).mkdir(parents=True)
@@ -198,7 +218,9 @@ def test_validation_folders_are_read_and_must_have_the_same_classes(image_root: 
 
 
 def test_the_fingerprint_ignores_augmentation_and_follows_content(image_root: Path):
-    one, other = (ImageFolderData(str(image_root), 16, crop=crop, flip=False) for crop in ("adm", "random"))
+    one, other = (
+        ImageFolderData(str(image_root), 16, crop=crop, flip=False) for crop in ("adm", "random")
+    )
     assert one.fingerprint() == other.fingerprint()
     assert one.fingerprint() != ImageFolderData(str(image_root), 8).fingerprint()
     assert ShapesData().fingerprint() != ShapesData(seed=1).fingerprint()
@@ -209,19 +231,37 @@ def test_the_fingerprint_ignores_augmentation_and_follows_content(image_root: Pa
     [
         ("ShapesData", {"size": 16}),
         ("FashionMNISTData", {"root": "somewhere"}),
-        ("ImageFolderData", {"root": "somewhere", "size": 16, "crop": "ten", "ten_ratios": [1.1, 1.05]}),
-        ("WebDatasetData", {"shards": "somewhere/{00..11}.tar", "size": 16, "val_shards": ["a.tar", "b.tar"]}),
-        ("WebDatasetStreamData", {"shards": "a", "val_shards": "b", "size": 16, "epoch_length": 1000}),
+        (
+            "ImageFolderData",
+            {"root": "somewhere", "size": 16, "crop": "ten", "ten_ratios": [1.1, 1.05]},
+        ),
+        (
+            "WebDatasetData",
+            {"shards": "somewhere/{00..11}.tar", "size": 16, "val_shards": ["a.tar", "b.tar"]},
+        ),
+        (
+            "WebDatasetStreamData",
+            {"shards": "a", "val_shards": "b", "size": 16, "epoch_length": 1000},
+        ),
         ("HFData", {"path": "owner/name", "size": 16, "label": None, "caption": "text"}),
-        ("CachedTokensData", {"root": "somewhere", "images": {"class_path": "tessellar.data.ShapesData"}}),
+        (
+            "CachedTokensData",
+            {"root": "somewhere", "images": {"class_path": "tessellar.data.ShapesData"}},
+        ),
     ],
 )
 def test_sets_are_built_from_yaml_without_touching_files(name: str, arguments: dict):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
-    config = parser.parse_object({"data": {"class_path": f"tessellar.data.{name}", "init_args": arguments}})
+    config = parser.parse_object(
+        {"data": {"class_path": f"tessellar.data.{name}", "init_args": arguments}}
+    )
     built = parser.instantiate(config).data
-    assert type(built).__name__ == name and isinstance(built, ImageDataModule) and built.batch_size == 64
+    assert (
+        type(built).__name__ == name
+        and isinstance(built, ImageDataModule)
+        and built.batch_size == 64
+    )
 
 
 def test_importing_the_package_is_light_and_unknown_names_are_errors():

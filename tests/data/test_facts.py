@@ -39,7 +39,10 @@ def test_shapes() -> None:
     facts = ShapesData(16, 20, 10).facts()
     assert facts == ShapesData(16, 20, 10).facts() and len(facts.class_names) == 10
     assert other_content(facts, ShapesData(16, 20, 11).facts()) == "validation data"
-    assert other_content(facts, ShapesData(16, 20, 10, seed=1).facts()) == "training and validation data"
+    assert (
+        other_content(facts, ShapesData(16, 20, 10, seed=1).facts())
+        == "training and validation data"
+    )
 
 
 def test_folders(image_root: Path, tmp_path: Path) -> None:
@@ -53,9 +56,9 @@ def test_folders(image_root: Path, tmp_path: Path) -> None:
 
     assert make().facts().class_names == ("cat", "dog", "red_fox")
     assert changed(make, lambda: (val / "dog" / "b.png").write_bytes(b"more")) == "validation data"
-    assert changed(make, lambda: (image_root / "cat" / "01.png").rename(image_root / "dog" / "01.png")) == (
-        "training data"
-    )
+    assert changed(
+        make, lambda: (image_root / "cat" / "01.png").rename(image_root / "dog" / "01.png")
+    ) == ("training data")
 
 
 def test_a_link_to_nowhere_is_left_to_the_reader(image_root: Path) -> None:
@@ -69,7 +72,10 @@ def test_a_flat_folder_may_move(image_root: Path, tmp_path: Path) -> None:
     (image_root / "cat").rename(tmp_path / "cats")
     there = ImageFolderData(str(tmp_path / "cats"), 16, val_share=0.4).facts()
     assert here.class_names != there.class_names
-    assert other_class(here.class_names, there.class_names) is None and other_content(here, there) is None
+    assert (
+        other_class(here.class_names, there.class_names) is None
+        and other_content(here, there) is None
+    )
 
 
 def test_idx_files(idx_root: Path) -> None:
@@ -86,13 +92,23 @@ def test_tars_and_their_captions(shards: Path, make_tar, make_samples) -> None:
         return WebDatasetData(str(shards / "train-*.tar"), 12, val_shards=str(shards / "val.tar"))
 
     assert make().facts().class_names == ("cat", "dog", "owl")
-    assert changed(make, lambda: make_tar(shards / "val.tar", make_samples(31, 6))) == "validation data"
-    told = {name: content.replace(b"picture", b"a photo of") for name, content in make_samples(20, 10).items()}
+    assert (
+        changed(make, lambda: make_tar(shards / "val.tar", make_samples(31, 6)))
+        == "validation data"
+    )
+    told = {
+        name: content.replace(b"picture", b"a photo of")
+        for name, content in make_samples(20, 10).items()
+    }
     assert changed(make, lambda: make_tar(shards / "train-0001.tar", told)) == "training data"
 
 
-def test_validation_tars_that_name_classes_otherwise_are_refused(shards: Path, make_tar, make_samples) -> None:
-    renamed = {name: content.replace(b'"owl"', b'"emu"') for name, content in make_samples(30, 6).items()}
+def test_validation_tars_that_name_classes_otherwise_are_refused(
+    shards: Path, make_tar, make_samples
+) -> None:
+    renamed = {
+        name: content.replace(b'"owl"', b'"emu"') for name, content in make_samples(30, 6).items()
+    }
     make_tar(shards / "val.tar", renamed)
     data = WebDatasetData(str(shards / "train-*.tar"), 12, val_shards=str(shards / "val.tar"))
     with pytest.raises(UserError, match=r"val.tar: class 2 is 'emu' here, 'owl' in .*train"):
@@ -101,12 +117,17 @@ def test_validation_tars_that_name_classes_otherwise_are_refused(shards: Path, m
 
 def test_streams_are_known_by_their_shards() -> None:
     def facts(shards: str, classes: int = 3) -> DataFacts:
-        return WebDatasetStreamData(shards, "http://host/val.tar", 12, 100, num_classes=classes).facts()
+        return WebDatasetStreamData(
+            shards, "http://host/val.tar", 12, 100, num_classes=classes
+        ).facts()
 
     here = facts("http://host/{0..3}.tar")
     assert other_content(here, facts("http://host/{0..4}.tar")) == "training data"
     more = facts("http://host/{0..3}.tar", classes=4)
-    assert other_class(here.class_names, more.class_names) == "class 3 is new: '3' (3 classes then, 4 now)"
+    assert (
+        other_class(here.class_names, more.class_names)
+        == "class 3 is new: '3' (3 classes then, 4 now)"
+    )
 
 
 def test_hugging_face_sets(make_png, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -132,7 +153,10 @@ def test_hugging_face_sets(make_png, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert changed(make, lambda: content.update(train=("c", ("cat", "dog")))) == "training data"
     before = make().facts()
     content.update(train=("c", ("dog", "cat")), val=("b", ("dog", "cat")))
-    assert other_class(before.class_names, make().facts().class_names) == "class 0 was 'cat' and is now 'dog'"
+    assert (
+        other_class(before.class_names, make().facts().class_names)
+        == "class 0 was 'cat' and is now 'dog'"
+    )
 
 
 def test_token_caches(tmp_path: Path) -> None:
@@ -157,7 +181,9 @@ def test_token_caches(tmp_path: Path) -> None:
         path.write_text(path.read_text().replace('"circle"', '"disc"'))
 
     other_names()
-    with pytest.raises(UserError, match="have different classes: class 0 was 'circle' and is now 'disc'"):
+    with pytest.raises(
+        UserError, match="have different classes: class 0 was 'circle' and is now 'disc'"
+    ):
         make().check_files()
 
 
@@ -172,5 +198,7 @@ def test_token_caches(tmp_path: Path) -> None:
         (("a", "b", "c"), ("a", "c"), "class 1 was 'b' and is now 'c' (3 classes then, 2 now)"),
     ],
 )
-def test_the_first_difference_of_classes(then: tuple[str, ...], now: tuple[str, ...], expected: str | None) -> None:
+def test_the_first_difference_of_classes(
+    then: tuple[str, ...], now: tuple[str, ...], expected: str | None
+) -> None:
     assert other_class(then, now) == expected

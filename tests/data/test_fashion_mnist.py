@@ -33,7 +33,10 @@ def test_splits_are_read_from_gzipped_and_plain_files(idx_root: Path):
 
 
 def test_a_flip_is_a_coin_of_seed_epoch_and_index(idx_root: Path):
-    data, plain = FashionMNIST(idx_root, flip=True, seed=1), FashionMNIST(idx_root).batch(range(70))["image"]
+    data, plain = (
+        FashionMNIST(idx_root, flip=True, seed=1),
+        FashionMNIST(idx_root).batch(range(70))["image"],
+    )
 
     def mirrored(epoch: int) -> list[bool]:
         data.set_epoch(epoch)
@@ -60,7 +63,11 @@ def replace(path: Path, content: bytes) -> None:
         ("t10k-images-idx3-ubyte", lambda b: b + b"x", "23537 bytes"),
         ("t10k-images-idx3-ubyte", lambda b: b"", "begins with"),
         ("t10k-images-idx3-ubyte", lambda b: b[:6], "needs"),
-        ("t10k-labels-idx1-ubyte", lambda b: b"PK" + b[2:], "begins with 504b0801.*begins with 00000801"),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda b: b"PK" + b[2:],
+            "begins with 504b0801.*begins with 00000801",
+        ),
         ("t10k-labels-idx1-ubyte", lambda b: b[:7] + b"\x1d" + b[8:-1], "no match"),
         ("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0b", "label 11"),
     ],

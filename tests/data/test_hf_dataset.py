@@ -19,7 +19,9 @@ from tessellar.images import to_uint8
 class Table:
     """Columns of a `datasets.Dataset`; images read as their decoded form unless decoding was switched off."""
 
-    def __init__(self, columns: dict[str, list], features: dict[str, Any], stored: bool = False) -> None:
+    def __init__(
+        self, columns: dict[str, list], features: dict[str, Any], stored: bool = False
+    ) -> None:
         self.columns, self.features, self.stored = columns, features, stored
         self.column_names = list(columns)
         self._fingerprint = str(columns)
@@ -38,7 +40,9 @@ class Table:
         return Table(self.columns, self.features, stored=True)
 
     def select(self, places: Sequence[int]) -> "Table":
-        return Table({n: [c[i] for i in places] for n, c in self.columns.items()}, self.features, self.stored)
+        return Table(
+            {n: [c[i] for i in places] for n, c in self.columns.items()}, self.features, self.stored
+        )
 
     def select_columns(self, names: list[str]) -> "Table":
         return Table({name: self.columns[name] for name in names}, self.features, stored=True)
@@ -54,7 +58,9 @@ def stand_in(tables: dict[str, Table]) -> types.ModuleType:
         raise FileNotFoundError(f"Couldn't find any data file at {path}.\nMore lines")
 
     vars(module).update(
-        Image=lambda decode: ("Image", decode), load_from_disk=load_from_disk, load_dataset=load_dataset
+        Image=lambda decode: ("Image", decode),
+        load_from_disk=load_from_disk,
+        load_dataset=load_dataset,
     )
     return module
 
@@ -70,9 +76,13 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
         def table(columns: dict[str, list]):
             made = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-            return made.cast_column("label", datasets.ClassLabel(names=list(names))) if names else made
+            return (
+                made.cast_column("label", datasets.ClassLabel(names=list(names))) if names else made
+            )
 
-        datasets.DatasetDict({name: table(columns) for name, columns in splits.items()}).save_to_disk(folder)
+        datasets.DatasetDict(
+            {name: table(columns) for name, columns in splits.items()}
+        ).save_to_disk(folder)
         return str(folder)
 
     def without(names: Sequence[str] = (), **splits: dict[str, list]) -> str:
@@ -89,7 +99,9 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 def rows(make_png, first: int, count: int, **columns) -> dict[str, list]:
-    return {"image": [{"bytes": make_png(i), "path": None} for i in range(first, first + count)]} | columns
+    return {
+        "image": [{"bytes": make_png(i), "path": None} for i in range(first, first + count)]
+    } | columns
 
 
 def shown(data: HFImages) -> list[int]:
@@ -108,7 +120,9 @@ def test_images_labels_and_captions_are_those_of_the_columns(save, make_png):
     assert batch["label"].tolist() == [0, 1, 1] and batch["caption"] == ["cat", "two", "three"]
     assert data.train_dataset().captions(range(3)) == ["one", "two", "three"]
     assert data.class_names == ("cat", "red_fox") and data.name == "pictures"
-    assert shown(data.val_dataset()) == [9, 10] and data.val_dataset().where(1) == "pictures test[1]"
+    assert (
+        shown(data.val_dataset()) == [9, 10] and data.val_dataset().where(1) == "pictures test[1]"
+    )
 
 
 def test_without_a_column_of_classes_there_is_one(save, make_png):
@@ -119,7 +133,9 @@ def test_without_a_column_of_classes_there_is_one(save, make_png):
 
 
 def test_classes_may_be_names_or_bare_numbers(save, make_png):
-    data = HFData(save(train=rows(make_png, 0, 4, kind=["dog", "cat", "dog", "cat"])), 12, label="kind")
+    data = HFData(
+        save(train=rows(make_png, 0, 4, kind=["dog", "cat", "dog", "cat"])), 12, label="kind"
+    )
     assert data.class_names == ("cat", "dog")
     labels = {
         int(c): int(y)
@@ -131,7 +147,11 @@ def test_classes_may_be_names_or_bare_numbers(save, make_png):
 
 @pytest.mark.parametrize(
     "labels, why",
-    [([0, -2], r"train\[1\] has class -2; there are 1"), ([0, 10**9], "below"), ([0, None], "class None")],
+    [
+        ([0, -2], r"train\[1\] has class -2; there are 1"),
+        ([0, 10**9], "below"),
+        ([0, None], "class None"),
+    ],
 )
 def test_what_is_no_class_is_refused(save, make_png, labels: list, why: str):
     data = HFData(save(train=rows(make_png, 0, 2, label=labels)), 12)
@@ -159,7 +179,9 @@ def test_unknown_columns_splits_and_paths_are_named(save, make_png, tmp_path: Pa
 
 
 def test_classes_of_both_splits_must_agree(save, make_png):
-    path = save(train=rows(make_png, 0, 2, label=["a", "b"]), test=rows(make_png, 0, 2, label=["a", "c"]))
+    path = save(
+        train=rows(make_png, 0, 2, label=["a", "b"]), test=rows(make_png, 0, 2, label=["a", "c"])
+    )
     with pytest.raises(UserError, match="different classes"):
         HFData(path, 12, val_split="test").train_dataset()
 
@@ -182,7 +204,9 @@ def test_of_several_captions_each_visit_draws_one(save, make_png):
 def test_a_missing_caption_is_the_name_of_its_class_where_that_is_a_text(
     save, make_png, caplog: pytest.LogCaptureFixture
 ):
-    path = save(train=rows(make_png, 0, 4, kind=["dog", "red_fox"] * 2, text=["one", None, "three", None]))
+    path = save(
+        train=rows(make_png, 0, 4, kind=["dog", "red_fox"] * 2, text=["one", None, "three", None])
+    )
     data = HFData(path, 12, label="kind", caption="text", val_share=0.25)
     with caplog.at_level(logging.WARNING):
         assert set(data.train_dataset().captions(range(3))) <= {"one", "three", "red fox"}
@@ -200,7 +224,9 @@ def test_a_missing_caption_is_the_name_of_its_class_where_that_is_a_text(
     ],
 )
 def test_a_named_column_that_holds_no_text_is_refused(save, make_png, texts: list, why: str):
-    data = HFData(save(train=rows(make_png, 0, 2, text=texts)), 12, label=None, caption="text", val_share=0.5)
+    data = HFData(
+        save(train=rows(make_png, 0, 2, text=texts)), 12, label=None, caption="text", val_share=0.5
+    )
     with pytest.raises(UserError, match=why):
         data.check_files()
 

@@ -33,7 +33,9 @@ def test_palettes_with_and_without_transparency(tmp_path: Path):
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
     assert saved(tmp_path / "a.png", image).tolist() == [[[10, 20, 30], [40, 50, 60]]]
-    assert saved(tmp_path / "b.png", image, transparency=1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert saved(tmp_path / "b.png", image, transparency=1).tolist() == [
+        [[10, 20, 30], [255, 255, 255]]
+    ]
 
 
 def test_16_bit_grey_levels_are_scaled_and_not_clipped(tmp_path: Path):
@@ -59,7 +61,9 @@ def test_exif_rotation_is_applied(tmp_path: Path):
 
 def test_webp_and_the_first_frame_of_an_animation(tmp_path: Path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
-    pixels = saved(tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
+    pixels = saved(
+        tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:], lossless=True
+    )
     assert (pixels == (255, 0, 0)).all()
 
 
@@ -88,9 +92,12 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 @given(
-    st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x20\0\0\0WEBP"])
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x20\0\0\0WEBP"]),
 )
-def test_random_bytes_end_in_a_user_error(tmp_path_factory: pytest.TempPathFactory, content: bytes, magic: bytes):
+def test_random_bytes_end_in_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, magic: bytes
+):
     path = tmp_path_factory.mktemp("bytes") / "x.png"
     path.write_bytes(magic + content)
     with pytest.raises(UserError):

@@ -34,7 +34,8 @@ def test_the_adm_crop_is_deterministic(image_root: Path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"flip": True}, {"crop": "random"}, {"crop": "random", "flip": True}, {"crop": "ten"}]
+    "options",
+    [{"flip": True}, {"crop": "random"}, {"crop": "random", "flip": True}, {"crop": "ten"}],
 )
 def test_augmentation_is_a_function_of_seed_epoch_and_index(image_root: Path, options: dict):
     def epoch(number: int, seed: int = 0) -> torch.Tensor:
@@ -94,7 +95,11 @@ def test_a_flat_folder_is_one_class_of_its_own_name(tmp_path: Path):
     for name in ("b.PNG", "a.webp"):
         Image.new("RGB", (8, 8)).save(root / name)
     data = ImageFolder(root, 8)
-    assert data.files == ("a.webp", "b.PNG") and data.class_names == ("faces",) and data.labels.tolist() == [0, 0]
+    assert (
+        data.files == ("a.webp", "b.PNG")
+        and data.class_names == ("faces",)
+        and data.labels.tolist() == [0, 0]
+    )
 
 
 def test_a_damaged_image_gives_place_to_the_next_or_is_refused_by_name(image_root: Path):
@@ -103,7 +108,9 @@ def test_a_damaged_image_gives_place_to_the_next_or_is_refused_by_name(image_roo
     data, sound = ImageFolder(image_root, 16), ImageFolder(image_root, 16)
     batch = data.batch(range(12))
     assert data.files[3] == "cat/10.png" and data.corrupt == [3]
-    assert torch.equal(batch["image"][3], sound[4]["image"]) and batch["index"].tolist() == list(range(12))
+    assert torch.equal(batch["image"][3], sound[4]["image"]) and batch["index"].tolist() == list(
+        range(12)
+    )
     assert batch["label"][3] == 1 and batch["caption"][3] == "dog"
     with pytest.raises(UserError, match="cat/10.png: .*truncated"):
         ImageFolder(image_root, 16, max_corrupt=0).batch(range(12))
@@ -142,7 +149,9 @@ def test_a_held_out_share_is_disjoint_complete_and_stable(image_root: Path):
     for part in (train, val):
         for file, label in zip(part.files, part.labels, strict=True):
             assert file.startswith(listing.class_names[label] + "/")
-    assert set(split_listing(listing.take(range(11)), 0.25)[1].files) <= set(split_listing(listing, 0.5)[1].files)
+    assert set(split_listing(listing.take(range(11)), 0.25)[1].files) <= set(
+        split_listing(listing, 0.5)[1].files
+    )
     assert len(split_listing(listing, 0.0001)[1].files) == 1
     assert len(split_listing(listing, 0.9999)[0].files) == 1
     for share, count in ((0.0, 12), (1.0, 12), (0.5, 1)):

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessellar.data.image_file import UnreadableImage
-from tessellar.data.tars.members import FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
+from tessellar.data.tars.members import (
+    FIELDS,
+    UnreadableMember,
+    captions_of,
+    decode,
+    label_of,
+    split_name,
+)
 from tessellar.errors import UserError
 
 
@@ -45,19 +52,26 @@ def test_other_fields_are_not_decoded():
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.sampled_from(["..", ".", "", "a", "b.png", "/", "\\", "c.pkl", "\0"]), max_size=5).map("/".join))
+@given(
+    st.lists(
+        st.sampled_from(["..", ".", "", "a", "b.png", "/", "\\", "c.pkl", "\0"]), max_size=5
+    ).map("/".join)
+)
 def test_no_key_leads_out_of_the_tar(name: str):
     try:
         parts = split_name(name)
     except UserError:
         return
     if parts is not None:
-        assert ".." not in parts[0].split("/") and not parts[0].startswith("/") and parts[1] in FIELDS
+        assert (
+            ".." not in parts[0].split("/") and not parts[0].startswith("/") and parts[1] in FIELDS
+        )
 
 
 @settings(deadline=None, max_examples=100)
 @given(
-    st.sampled_from(FIELDS), st.one_of(st.binary(max_size=60), st.binary(max_size=60).map(lambda b: b"\x93NUMPY" + b))
+    st.sampled_from(FIELDS),
+    st.one_of(st.binary(max_size=60), st.binary(max_size=60).map(lambda b: b"\x93NUMPY" + b)),
 )
 def test_any_content_is_decoded_or_named(field: str, content: bytes):
     try:
@@ -66,7 +80,9 @@ def test_any_content_is_decoded_or_named(field: str, content: bytes):
         assert "shard.tar:x" in str(error) and "\n" not in str(error)
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4
+)
 
 
 @settings(deadline=None, max_examples=50)

@@ -53,7 +53,9 @@ def test_recipes_of_tars_train_on_all_shards(path: Path, shards: Path) -> None:
     assert (len(data.train_dataset()), len(data.val_dataset()), data.holds_out) == (30, 6, False)
 
 
-def test_what_is_held_out_is_said_and_never_passes_for_a_validation_set(tmp_path: Path, caplog) -> None:
+def test_what_is_held_out_is_said_and_never_passes_for_a_validation_set(
+    tmp_path: Path, caplog
+) -> None:
     data = ImageFolderData(folder(tmp_path / "mine", 40), 32)
     with caplog.at_level(logging.INFO):
         data.check_files()
@@ -62,7 +64,10 @@ def test_what_is_held_out_is_said_and_never_passes_for_a_validation_set(tmp_path
     assert source.split == HELD_OUT and split_of("train", data).split == "train"
     facts = (50_000, "data", "inception", "tf1-bilinear")
     for split, measured in ((HELD_OUT, None), ("val", HELD_OUT)):
-        with pytest.raises(UserError, match="rfid-val needs the validation images .* held out of its training images"):
+        with pytest.raises(
+            UserError,
+            match="rfid-val needs the validation images .* held out of its training images",
+        ):
             PROTOCOLS["rfid-val"].check(*facts, split, measured)
     assert PROTOCOLS["rfid-val"].check(*facts, "val", "val") == []
     assert PROTOCOLS["free"].check(*facts, HELD_OUT, HELD_OUT) == []
@@ -70,6 +75,9 @@ def test_what_is_held_out_is_said_and_never_passes_for_a_validation_set(tmp_path
 
 def test_every_data_set_knows_whether_it_holds_images_out(tmp_path: Path) -> None:
     assert HFData("some", 32).holds_out and not HFData("some", 32, val_split="validation").holds_out
-    assert WebDatasetData("some", 32).holds_out and not WebDatasetData("some", 32, val_shards="other").holds_out
+    assert (
+        WebDatasetData("some", 32).holds_out
+        and not WebDatasetData("some", 32, val_shards="other").holds_out
+    )
     folders = ImageFolderData(str(tmp_path), 32)
     assert CachedTokensData("some", folders).holds_out and not CachedTokensData("some").holds_out

@@ -9,11 +9,15 @@ lengths, worlds = st.integers(1, 60), st.integers(1, 5)
 
 
 def ranks(length: int, world: int, **options) -> list[ResumableSampler]:
-    return [ResumableSampler(range(length), rank=r, world_size=world, **options) for r in range(world)]
+    return [
+        ResumableSampler(range(length), rank=r, world_size=world, **options) for r in range(world)
+    ]
 
 
 @given(lengths, worlds, st.integers(0, 3), st.booleans())
-def test_every_sample_comes_exactly_once_an_epoch(length: int, world: int, epoch: int, shuffle: bool):
+def test_every_sample_comes_exactly_once_an_epoch(
+    length: int, world: int, epoch: int, shuffle: bool
+):
     samplers = ranks(length, world, shuffle=shuffle)
     for sampler in samplers:
         sampler.set_epoch(epoch)
@@ -30,7 +34,9 @@ def test_drop_last_makes_ranks_equally_long_without_repeats(length: int, world: 
 
 
 @given(lengths, worlds, worlds, st.data())
-def test_another_number_of_ranks_continues_after_the_samples_that_were_seen(length, before, after, data):
+def test_another_number_of_ranks_continues_after_the_samples_that_were_seen(
+    length, before, after, data
+):
     rounds = data.draw(st.integers(0, length // before))
     samplers = ranks(length, before, seed=7)
     iterators = [iter(sampler) for sampler in samplers]
@@ -38,7 +44,9 @@ def test_another_number_of_ranks_continues_after_the_samples_that_were_seen(leng
     resumed = ranks(length, after, seed=7)
     for sampler in resumed:
         sampler.load_state_dict(
-            samplers[0].state_dict() if rounds else {"epoch": 0, "start": 0, "seed": 7, "length": length}
+            samplers[0].state_dict()
+            if rounds
+            else {"epoch": 0, "start": 0, "seed": 7, "length": length}
         )
     rest = [list(sampler) for sampler in resumed]
     assert sorted(seen + sum(rest, [])) == list(range(length))

@@ -37,14 +37,22 @@ def test_images_labels_and_captions_have_the_promised_form():
 
 def test_a_sample_depends_on_its_seed_and_index_only():
     data = Shapes(size=16, length=50, seed=3)
-    forward, backward = data.batch([4, 17, 30]), Shapes(size=16, length=500, seed=3).batch([30, 17, 4])
+    forward, backward = (
+        data.batch([4, 17, 30]),
+        Shapes(size=16, length=500, seed=3).batch([30, 17, 4]),
+    )
     assert torch.equal(forward["image"], backward["image"].flip(0))
-    assert torch.equal(data[17]["image"], forward["image"][1]) and data[17]["caption"] == forward["caption"][1]
+    assert (
+        torch.equal(data[17]["image"], forward["image"][1])
+        and data[17]["caption"] == forward["caption"][1]
+    )
     assert not torch.equal(Shapes(size=16, length=50, seed=4)[17]["image"], data[17]["image"])
 
 
 def test_splits_share_no_image():
-    train, val = (Shapes(size=32, length=300, split=s).batch(range(300))["image"] for s in ("train", "val"))
+    train, val = (
+        Shapes(size=32, length=300, split=s).batch(range(300))["image"] for s in ("train", "val")
+    )
     every = torch.cat([train, val]).flatten(1).unique(dim=0)
     assert len(every) == 600
 

@@ -24,7 +24,13 @@ def test_members_are_found_where_they_are(shards: Path):
 
 
 def test_members_of_a_sample_may_lie_apart_and_in_folders(tmp_path: Path, make_tar, make_png):
-    members = {"a/x.PNG": make_png(1), "b/x.png": make_png(2), "a/x.cls": b"1", "b/x.cls": b"0", "README": b"hi"}
+    members = {
+        "a/x.PNG": make_png(1),
+        "b/x.png": make_png(2),
+        "a/x.cls": b"1",
+        "b/x.cls": b"0",
+        "README": b"hi",
+    }
     index = build_index(make_tar(tmp_path / "t.tar", members))
     assert [index.name(i) for i in range(2)] == ["a/x", "b/x"] and index.labels.tolist() == [1, 0]
     assert index.read(0, "png") == members["a/x.PNG"] and index.read(1, "cls") == b"0"
@@ -81,7 +87,9 @@ def test_a_kept_index_that_makes_no_sense_is_not_trusted(shards: Path, damage: s
     assert np.array_equal(index.offsets, expected.offsets) and len(index) == len(expected) == 6
 
 
-def test_an_index_that_cannot_be_kept_stays_in_memory(shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_index_that_cannot_be_kept_stays_in_memory(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*_, **__):
         raise PermissionError("read-only")
 
@@ -91,7 +99,9 @@ def test_an_index_that_cannot_be_kept_stays_in_memory(shards: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("name", ["../x.png", "/etc/x.png", "a/../../x.json", "a\\..\\x.png"])
-def test_a_member_that_leads_out_of_the_tar_is_refused_by_name(tmp_path: Path, make_tar, make_png, name: str):
+def test_a_member_that_leads_out_of_the_tar_is_refused_by_name(
+    tmp_path: Path, make_tar, make_png, name: str
+):
     path = make_tar(tmp_path / "t.tar", {"ok.png": make_png(0), name: make_png(1)})
     with pytest.raises(UserError) as caught:
         build_index(path)
@@ -170,8 +180,12 @@ def test_a_compressed_tar_is_refused(tmp_path: Path, make_png):
         ({"x.json": b"[" * 100_000}, "x.json is not json"),
     ],
 )
-def test_a_sample_whose_text_cannot_be_read_is_left_out_and_named(tmp_path: Path, make_tar, make_png, members, why):
-    index = build_index(make_tar(tmp_path / "t.tar", {"x.png": make_png(0), **members, "y.png": make_png(1)}))
+def test_a_sample_whose_text_cannot_be_read_is_left_out_and_named(
+    tmp_path: Path, make_tar, make_png, members, why
+):
+    index = build_index(
+        make_tar(tmp_path / "t.tar", {"x.png": make_png(0), **members, "y.png": make_png(1)})
+    )
     assert len(index) == 1 and index.name(0) == "y"
     assert len(index.left_out) == 1 and why in index.left_out[0]
 
@@ -188,7 +202,9 @@ def test_two_names_of_one_class_are_refused(tmp_path: Path, make_tar, make_png):
         build_index(make_tar(tmp_path / "t.tar", members))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(place=st.integers(0, 12_000), content=st.binary(min_size=1, max_size=40))
 def test_any_damage_ends_in_an_index_or_a_user_error(shards: Path, place: int, content: bytes):
     original = (shards / "val.tar").read_bytes()

@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessellar.data.token_cache.storage import pack, sample_posterior, storage_of, unpack
-from tessellar.protocol.layout import Bits, Categorical, Continuous, Factorized, Layout, Segment, grid_layout
+from tessellar.protocol.layout import (
+    Bits,
+    Categorical,
+    Continuous,
+    Factorized,
+    Layout,
+    Segment,
+    grid_layout,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +46,23 @@ def test_unpacking_inverts_packing(data: st.DataObject):
     kind = data.draw(
         st.one_of(
             st.integers(1, 2**20).map(Categorical),
-            st.lists(st.integers(1, 1000), min_size=1, max_size=4).map(lambda v: Factorized(tuple(v))),
+            st.lists(st.integers(1, 1000), min_size=1, max_size=4).map(
+                lambda v: Factorized(tuple(v))
+            ),
             st.integers(1, 40).map(Bits),
         )
     )
     layout = grid_layout(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), kind)
     blank = layout.blank(data.draw(st.integers(1, 3)))
-    sizes = {Categorical: lambda k: k.vocab, Factorized: lambda k: torch.tensor(k.vocabs), Bits: lambda k: 2}
+    sizes = {
+        Categorical: lambda k: k.vocab,
+        Factorized: lambda k: torch.tensor(k.vocabs),
+        Bits: lambda k: 2,
+    }
     seed = data.draw(st.integers(0, 1000))
-    draws = torch.rand(blank.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = torch.rand(
+        blank.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     tokens = (draws * sizes[type(kind)](kind)).long()
     storage = storage_of(layout)
     array = pack(tokens, storage)

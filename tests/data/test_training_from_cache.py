@@ -28,14 +28,27 @@ QUIET: dict[str, Any] = {
 def make_tokenizer(seed: int = 0) -> ViTVQ:
     torch.manual_seed(seed)
     quantizer = VectorQuantizer(vocab_size=300, dim=4)
-    return ViTVQ(quantizer, image_size=16, patch_size=4, width=16, encoder_depth=1, decoder_depth=1, num_heads=2).eval()
+    return ViTVQ(
+        quantizer,
+        image_size=16,
+        patch_size=4,
+        width=16,
+        encoder_depth=1,
+        decoder_depth=1,
+        num_heads=2,
+    ).eval()
 
 
-def train(data: ImageDataModule, tokenizer: ViTVQ, root: Path) -> tuple[dict[str, torch.Tensor], float]:
+def train(
+    data: ImageDataModule, tokenizer: ViTVQ, root: Path
+) -> tuple[dict[str, torch.Tensor], float]:
     """Weights and validation loss after three epochs."""
     torch.manual_seed(1)
     module = GeneratorModule(
-        tokenizer, lambda layout: LlamaGen(layout, width=16, depth=1, num_heads=2, num_classes=3, ffn_multiple_of=8)
+        tokenizer,
+        lambda layout: LlamaGen(
+            layout, width=16, depth=1, num_heads=2, num_classes=3, ffn_multiple_of=8
+        ),
     )
     trainer = Trainer(max_epochs=3, default_root_dir=root, **QUIET)
     trainer.fit(module, data)
@@ -45,7 +58,9 @@ def train(data: ImageDataModule, tokenizer: ViTVQ, root: Path) -> tuple[dict[str
 
 @pytest.fixture
 def images(image_root: Path) -> ImageFolderData:
-    return ImageFolderData(str(image_root), 16, val_share=0.2, crop="ten", flip=False, batch_size=4, seed=3)
+    return ImageFolderData(
+        str(image_root), 16, val_share=0.2, crop="ten", flip=False, batch_size=4, seed=3
+    )
 
 
 @pytest.fixture
@@ -57,7 +72,9 @@ def cache(images: ImageFolderData, tmp_path: Path) -> str:
 
 def test_the_weights_are_the_same_to_the_bit(images: ImageFolderData, cache: str, tmp_path: Path):
     from_images, val_images = train(images, make_tokenizer(), tmp_path)
-    from_cache, val_cache = train(CachedTokensData(cache, batch_size=4, seed=3), make_tokenizer(), tmp_path)
+    from_cache, val_cache = train(
+        CachedTokensData(cache, batch_size=4, seed=3), make_tokenizer(), tmp_path
+    )
     assert from_images.keys() == from_cache.keys()
     assert all(torch.equal(tensor, from_cache[name]) for name, tensor in from_images.items())
     assert val_images == val_cache

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from tessellar.data.framing import Framing
-from tessellar.data.tars.webdataset_stream import WebDatasetStream, WebDatasetStreamData, stream_samples
+from tessellar.data.tars.webdataset_stream import (
+    WebDatasetStream,
+    WebDatasetStreamData,
+    stream_samples,
+)
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 
@@ -28,7 +32,9 @@ def test_samples_hold_what_local_tars_hold(shards: Path):
 
 
 def test_an_epoch_is_the_declared_number_of_samples_in_another_order_each_time(shards: Path):
-    data = stream(shards / "train-0000.tar", shards / "train-0001.tar", length=48, batch_size=4, buffer=10)
+    data = stream(
+        shards / "train-0000.tar", shards / "train-0001.tar", length=48, batch_size=4, buffer=10
+    )
     first, again = colours(data), colours(data)
     assert len(first) == 48 and first == again and set(first) <= set(range(30))
     data.epoch = 1
@@ -61,11 +67,15 @@ def test_loaders_have_the_declared_length_over_ranks_and_workers(shards: Path):
 
 
 def test_ranks_share_validation_exactly(shards: Path):
-    parts = [colours(stream(shards / "train-0000.tar", rank=rank, world_size=3)) for rank in range(3)]
+    parts = [
+        colours(stream(shards / "train-0000.tar", rank=rank, world_size=3)) for rank in range(3)
+    ]
     assert Counter(sum(parts, [])) == Counter(range(20))
 
 
-def test_corrupt_samples_are_skipped_and_counted_and_too_many_stop(tmp_path: Path, make_tar, make_samples):
+def test_corrupt_samples_are_skipped_and_counted_and_too_many_stop(
+    tmp_path: Path, make_tar, make_samples
+):
     members = make_samples(0, 12)
     members["000003.png"], members["000005.json"] = b"", b"\xff"
     path = make_tar(tmp_path / "t.tar", members)
@@ -97,7 +107,9 @@ def test_streams_that_break_off_are_named(tmp_path: Path, shards: Path):
 
 @pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", " pipe:", "htgs://", "nothing://"])
 def test_an_address_that_runs_a_command_is_refused(tmp_path: Path, scheme: str):
-    with pytest.raises(UserError, match="is not opened: it must be a path or begin with file, http"):
+    with pytest.raises(
+        UserError, match="is not opened: it must be a path or begin with file, http"
+    ):
         list(stream_samples(f"{scheme}touch {tmp_path / 'ran'}"))
     assert not (tmp_path / "ran").exists()
 
@@ -108,14 +120,21 @@ def test_a_resumed_run_draws_other_samples(shards: Path):
 
         @property
         def trainer(self):
-            facts = {"global_rank": 0, "world_size": 1, "current_epoch": 1, "global_step": self.step}
+            facts = {
+                "global_rank": 0,
+                "world_size": 1,
+                "current_epoch": 1,
+                "global_step": self.step,
+            }
             return type("Trainer", (), facts)
 
         @trainer.setter
         def trainer(self, value) -> None: ...
 
     def images(step: int) -> torch.Tensor:
-        data = Resumed(str(shards / "train-0000.tar"), "unused", 12, 16, 3, batch_size=4, buffer=8, flip=False)
+        data = Resumed(
+            str(shards / "train-0000.tar"), "unused", 12, 16, 3, batch_size=4, buffer=8, flip=False
+        )
         data.step = step
         return torch.cat([batch["image"] for batch in data.train_dataloader()])
 
@@ -123,14 +142,19 @@ def test_a_resumed_run_draws_other_samples(shards: Path):
 
 
 def test_a_compressed_stream_is_read(tmp_path: Path, shards: Path):
-    with tarfile.open(tmp_path / "t.tar.gz", "w:gz") as out, tarfile.open(shards / "val.tar") as tar:
+    with (
+        tarfile.open(tmp_path / "t.tar.gz", "w:gz") as out,
+        tarfile.open(shards / "val.tar") as tar,
+    ):
         for member in tar:
             out.addfile(member, tar.extractfile(member))
     assert colours(stream(tmp_path / "t.tar.gz")) == list(range(30, 36))
 
 
 def test_a_stream_has_no_images_by_index_and_says_so(shards: Path):
-    data = WebDatasetStreamData(str(shards / "val.tar"), str(shards / "val.tar"), 12, 8, batch_size=4)
+    data = WebDatasetStreamData(
+        str(shards / "val.tar"), str(shards / "val.tar"), 12, 8, batch_size=4
+    )
     with pytest.raises(UserError, match="is a stream, without images by index"):
         data.val_dataset()
     with pytest.raises(UserError, match="an epoch of 8 is too short for a batch of 9"):

@@ -7,7 +7,12 @@ import torch
 from PIL import Image
 
 from tessellar.data.framing import Framing
-from tessellar.data.tars.webdataset_tar import WebDatasetData, WebDatasetTars, name_classes, read_shards
+from tessellar.data.tars.webdataset_tar import (
+    WebDatasetData,
+    WebDatasetTars,
+    name_classes,
+    read_shards,
+)
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 
@@ -21,14 +26,25 @@ def test_samples_are_numbered_through_the_shards(shards: Path):
     data = dataset(str(shards / "train-{0000,0001}.tar"))
     assert len(data) == 30 and data.class_names == ("cat", "dog", "owl")
     batch = data.batch([29, 0, 19, 20])
-    assert to_uint8(batch["image"])[:, 0, 0, 0].tolist() == [29, 0, 19, 20] == batch["index"].tolist()
+    assert (
+        to_uint8(batch["image"])[:, 0, 0, 0].tolist() == [29, 0, 19, 20] == batch["index"].tolist()
+    )
     assert batch["label"].tolist() == [2, 0, 1, 2] and batch["caption"][0] == "picture 29"
     assert data.where(20) == f"{shards / 'train-0001.tar'}:000020"
 
 
-def test_captions_and_classes_from_members_of_their_own_go_first(tmp_path: Path, make_tar, make_png):
-    members = {"x.png": make_png(0), "x.json": b'{"caption": "no", "class": 0}', "x.txt": b" yes\n", "x.cls": b"1"}
-    data = dataset(str(make_tar(tmp_path / "t.tar", members | {"y.png": make_png(1), "y.cls": b"0"})))
+def test_captions_and_classes_from_members_of_their_own_go_first(
+    tmp_path: Path, make_tar, make_png
+):
+    members = {
+        "x.png": make_png(0),
+        "x.json": b'{"caption": "no", "class": 0}',
+        "x.txt": b" yes\n",
+        "x.cls": b"1",
+    }
+    data = dataset(
+        str(make_tar(tmp_path / "t.tar", members | {"y.png": make_png(1), "y.cls": b"0"}))
+    )
     assert [data.caption(i) for i in range(2)] == ["yes", ""] and data.labels.tolist() == [1, 0]
 
 
@@ -36,7 +52,12 @@ def test_arrays_are_read_without_pickles(tmp_path: Path, make_tar, make_png):
     np.save(tmp_path / "a.npy", np.arange(4.0))
     np.save(tmp_path / "b.npy", np.array([print], dtype=object))
     arrays = {name: (tmp_path / f"{name}.npy").read_bytes() for name in ("a", "b")}
-    members = {"a.png": make_png(5), "a.npy": arrays["a"], "b.png": make_png(6), "b.npy": arrays["b"]}
+    members = {
+        "a.png": make_png(5),
+        "a.npy": arrays["a"],
+        "b.png": make_png(6),
+        "b.npy": arrays["b"],
+    }
     data = dataset(str(make_tar(tmp_path / "t.tar", members)))
     read = data.members(0)
     assert read["npy"].tolist() == [0, 1, 2, 3] and np.asarray(read["png"]).max() == 5
@@ -60,7 +81,9 @@ def test_a_corrupt_image_gives_place_to_the_next(tmp_path: Path, make_tar, make_
     members["000002.png"] = members["000002.png"][:50]
     data = dataset(str(make_tar(tmp_path / "t.tar", members)))
     batch = data.batch(range(6))
-    assert to_uint8(batch["image"])[:, 0, 0, 0].tolist() == [0, 1, 3, 3, 4, 5] and data.corrupt == [2]
+    assert to_uint8(batch["image"])[:, 0, 0, 0].tolist() == [0, 1, 3, 3, 4, 5] and data.corrupt == [
+        2
+    ]
     assert batch["label"].tolist() == [0, 1, 0, 0, 1, 2] and batch["caption"][2] == "picture 3"
     with pytest.raises(UserError, match="t.tar:000002.png"):
         dataset(str(tmp_path / "t.tar"), max_corrupt=0).batch([2])
@@ -80,8 +103,15 @@ def test_a_tar_that_lost_its_end_after_indexing_is_noticed(shards: Path):
 def test_too_many_samples_left_out_are_an_error_and_few_a_warning(
     tmp_path: Path, make_tar, make_samples, caplog: pytest.LogCaptureFixture
 ):
-    path = str(make_tar(tmp_path / "t.tar", {**make_samples(0, 8), "bad.png": b"", "bad.txt": b"\xff", "x.txt": b""}))
-    with pytest.raises(UserError, match="2 of 10 samples .* max_corrupt 0.1 .*bad.txt is not UTF-8"):
+    path = str(
+        make_tar(
+            tmp_path / "t.tar",
+            {**make_samples(0, 8), "bad.png": b"", "bad.txt": b"\xff", "x.txt": b""},
+        )
+    )
+    with pytest.raises(
+        UserError, match="2 of 10 samples .* max_corrupt 0.1 .*bad.txt is not UTF-8"
+    ):
         read_shards(path, max_corrupt=0.1)
     with caplog.at_level(logging.WARNING):
         assert len(read_shards(path, max_corrupt=0.2)) == 8
@@ -140,7 +170,9 @@ def test_a_held_out_share_is_complete_and_disjoint(shards: Path):
     assert again.val_dataset().fingerprint() == data.val_dataset().fingerprint()
 
 
-def test_a_decompression_bomb_in_a_tar_is_refused_by_name(shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_decompression_bomb_in_a_tar_is_refused_by_name(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
     with pytest.raises(UserError, match="000030.png: .*decompression bomb"):
         dataset(str(shards / "val.tar"), max_corrupt=0).batch([0])

@@ -29,7 +29,9 @@ TINY = NetworkFacts(
 def blurry_noise(count: int, size: int = 32, seed: int = 0, smooth: int = 8) -> Tensor:
     """uint8 [count, 3, size, size]: blurry noise, so that images differ in more than their grain."""
     noise = torch.rand(count, 3, smooth, smooth, generator=torch.Generator().manual_seed(seed))
-    return (255 * torch.nn.functional.interpolate(noise, (size, size), mode="bilinear")).to(torch.uint8)
+    return (255 * torch.nn.functional.interpolate(noise, (size, size), mode="bilinear")).to(
+        torch.uint8
+    )
 
 
 def write_png_files(images: Tensor, folder: Path) -> Path:
@@ -83,15 +85,24 @@ def tiny(tiny_file: Path) -> Extractor:
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of torch-fidelity's Inception, as it would save them; scaled so that activations do not vanish."""
-    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch("torch.load"):
+    with (
+        mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
+        mock.patch("torch.load"),
+    ):
         with torch.device("meta"):
-            network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+            network = FeatureExtractorInceptionV3(
+                "random", ["2048"], feature_extractor_weights_path="none"
+            )
     draw = torch.Generator().manual_seed(0)
     state = {}
     for name, tensor in network.state_dict().items():
         if tensor.ndim > 1:
-            gain = 2 if tensor.ndim == 4 else 10_000  # logits that differ by class, else all are equally likely
-            state[name] = torch.randn(tensor.shape, generator=draw) * (gain / tensor[0].numel()) ** 0.5
+            gain = (
+                2 if tensor.ndim == 4 else 10_000
+            )  # logits that differ by class, else all are equally likely
+            state[name] = (
+                torch.randn(tensor.shape, generator=draw) * (gain / tensor[0].numel()) ** 0.5
+            )
         elif name.endswith(("running_var", "bn.weight")):
             state[name] = torch.ones(tensor.shape)
         else:

@@ -21,7 +21,9 @@ METRICS = ("fd", "is", "kid", "pr", "accuracy")
 
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world
+    )
     record = evaluate(folder, f"cache-{world}")
     uneven = distributed.gather_rows(torch.arange(3 * (1 - rank)))  # 3 rows and none
     result = {
@@ -38,8 +40,12 @@ def main(rank: int, world: int, folder: Path) -> None:
 def evaluate(folder: Path, cache: str) -> dict:
     """The record of FOLDER/samples.npz against FOLDER/reference.npz."""
     extractor = load_extractor(folder / "tiny.safetensors")
-    reference = reference_from(ArrayImages(folder / "reference.npz"), extractor, folder / cache, batch_size=16)
-    return evaluate_samples(ArrayImages(folder / "samples.npz"), extractor, reference, metrics=METRICS, batch_size=16)
+    reference = reference_from(
+        ArrayImages(folder / "reference.npz"), extractor, folder / cache, batch_size=16
+    )
+    return evaluate_samples(
+        ArrayImages(folder / "samples.npz"), extractor, reference, metrics=METRICS, batch_size=16
+    )
 
 
 if __name__ == "__main__":

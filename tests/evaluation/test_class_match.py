@@ -38,7 +38,14 @@ def paint(root: Path, names: dict[str, str], count: int = 12) -> Path:
 
 def learn(root: Path, out: Path) -> Path:
     """A classifier of the colours of a folder, right on all of them."""
-    data = ["--data", "tessellar.data.ImageFolderData", "--data.root", str(root), "--data.size", "24"]
+    data = [
+        "--data",
+        "tessellar.data.ImageFolderData",
+        "--data.root",
+        str(root),
+        "--data.size",
+        "24",
+    ]
     recipe = ["--recipe.epochs", "12", "--recipe.ema", "0.5", "--architecture.arch", "test_resnet"]
     main(["extractor", *data, "--data.batch_size", "8", *recipe, "--out", str(out)])
     return out
@@ -70,9 +77,23 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
     def run(samples: Path, net: Path, *options: str) -> tuple[float, list[str]]:
-        main(["samples", str(samples), "--extractor", str(net), "--metrics", "accuracy", "--out", "a.json", *options])
+        main(
+            [
+                "samples",
+                str(samples),
+                "--extractor",
+                str(net),
+                "--metrics",
+                "accuracy",
+                "--out",
+                "a.json",
+                *options,
+            ]
+        )
         record = json.loads(Path("a.json").read_text())
-        return record["metrics"]["accuracy"], [w for w in record["warnings"] if "class" in w or "label" in w]
+        return record["metrics"]["accuracy"], [
+            w for w in record["warnings"] if "class" in w or "label" in w
+        ]
 
     return run
 
@@ -87,7 +108,9 @@ def nameless(net: Path, out: Path) -> Path:
     return out
 
 
-def test_a_folder_is_numbered_as_the_training_of_the_classifier_numbered_it(numbers, of_numbers, measure):
+def test_a_folder_is_numbered_as_the_training_of_the_classifier_numbered_it(
+    numbers, of_numbers, measure
+):
     assert measure(numbers, of_numbers) == (1.0, [])
 
 
@@ -101,7 +124,9 @@ def test_a_folder_that_is_no_class_is_refused(of_words, measure, tmp_path: Path)
         measure(paint(tmp_path / "other", WORDS | {"10": "azure"}), of_words)
 
 
-def test_folders_of_numbers_against_a_classifier_of_names_are_said(words, of_words, measure, tmp_path: Path):
+def test_folders_of_numbers_against_a_classifier_of_names_are_said(
+    words, of_words, measure, tmp_path: Path
+):
     """They are the numbers that its classes have: blue 0, green 1, red 2."""
     ids = paint(tmp_path / "ids", {"10": "0", "2": "1", "1": "2"})
     accuracy, (said,) = measure(ids, of_words)
@@ -109,7 +134,9 @@ def test_folders_of_numbers_against_a_classifier_of_names_are_said(words, of_wor
 
 
 def test_labels_of_an_npz_are_numbers_and_said(of_words, measure, tmp_path: Path):
-    images = np.stack([np.full((24, 24, 3), COLOURS[key], dtype=np.uint8) for key in ("10", "2", "1")])
+    images = np.stack(
+        [np.full((24, 24, 3), COLOURS[key], dtype=np.uint8) for key in ("10", "2", "1")]
+    )
     np.savez(tmp_path / "a.npz", images, np.arange(3))
     accuracy, (said,) = measure(tmp_path / "a.npz", of_words)
     assert accuracy == 1.0 and "labels of a are numbers" in said
@@ -118,17 +145,30 @@ def test_labels_of_an_npz_are_numbers_and_said(of_words, measure, tmp_path: Path
         measure(tmp_path / "b.npz", of_words)
 
 
-def test_a_classifier_without_names_still_measures_and_says_what_it_assumes(words, of_words, measure, tmp_path: Path):
+def test_a_classifier_without_names_still_measures_and_says_what_it_assumes(
+    words, of_words, measure, tmp_path: Path
+):
     old = nameless(of_words, tmp_path / "old.safetensors")
     accuracy, (said,) = measure(words, old)
-    assert accuracy == 1.0 and "does not say the names of its classes: 'blue' of word is taken as its class 0" in said
-    with pytest.raises(UserError, match="of which there are 3, and some has 2: .*--network.class_names"):
+    assert (
+        accuracy == 1.0
+        and "does not say the names of its classes: 'blue' of word is taken as its class 0" in said
+    )
+    with pytest.raises(
+        UserError, match="of which there are 3, and some has 2: .*--network.class_names"
+    ):
         measure(paint(tmp_path / "some", {"2": "green", "1": "red"}), old)
 
 
 def test_names_can_be_given_to_a_network_that_has_none(words, of_words, measure, tmp_path: Path):
     facts = NetworkFacts.from_metadata(read_safetensors(of_words)[1], of_words)
-    told = {"name": facts.name, "arch": facts.arch, "num_classes": 3, "image_size": [24, 24], "options": facts.options}
+    told = {
+        "name": facts.name,
+        "arch": facts.arch,
+        "num_classes": 3,
+        "image_size": [24, 24],
+        "options": facts.options,
+    }
     old = nameless(of_words, tmp_path / "old.safetensors")
     options = ["--network", json.dumps({**told, "class_names": list(facts.class_names)})]
     assert measure(words, old, *options) == (1.0, [])
@@ -136,7 +176,9 @@ def test_names_can_be_given_to_a_network_that_has_none(words, of_words, measure,
         measure(words, old, "--network", json.dumps({**told, "class_names": ["red"]}))
 
 
-def test_samples_of_sample_py_have_the_ids_they_were_drawn_with(of_numbers, numbers, measure, tmp_path: Path):
+def test_samples_of_sample_py_have_the_ids_they_were_drawn_with(
+    of_numbers, numbers, measure, tmp_path: Path
+):
     """Class 2 of the data set is folder 10: a sample of it counts as that class."""
     torch.manual_seed(0)
     tokenizer = ViTVQ(VectorQuantizer(16, 4), 24, 8, 16, 1, 1, 2)
@@ -146,7 +188,9 @@ def test_samples_of_sample_py_have_the_ids_they_were_drawn_with(of_numbers, numb
     sample(str(tmp_path / "export"), out=str(tmp_path / "drawn"), classes="2", count=4, npz=True)
     data = ImageFolder(numbers, 24)
     assert data.class_names[2] == "10"
-    for file in (tmp_path / "drawn").glob("*_*.png"):  # as a perfect generator would have painted them
+    for file in (tmp_path / "drawn").glob(
+        "*_*.png"
+    ):  # as a perfect generator would have painted them
         Image.new("RGB", (24, 24), COLOURS["10"]).save(file)
     accuracy, (said,) = measure(tmp_path / "drawn", of_numbers)
     assert accuracy == 1.0 and "2 is '10'" in said

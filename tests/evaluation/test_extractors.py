@@ -68,7 +68,9 @@ def test_tf32_is_off_inside_and_as_before_outside() -> None:
         conv.fp32_precision = before
 
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)]
+)
 def test_only_uint8_colour_images_are_measured(images: Tensor, tiny: Extractor) -> None:
     with pytest.raises(UserError, match="uint8 images"):
         tiny(images)
@@ -81,18 +83,25 @@ def test_a_declared_resize_is_used(tiny: TimmNetwork, random_images: Images) -> 
     assert resizing.describe() != tiny.describe()
 
 
-def test_a_file_without_metadata_is_described_by_arguments(tiny: TimmNetwork, tiny_file: Path, tmp_path: Path) -> None:
+def test_a_file_without_metadata_is_described_by_arguments(
+    tiny: TimmNetwork, tiny_file: Path, tmp_path: Path
+) -> None:
     save_file(load_file(tiny_file), tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="does not say what network it holds.*--network.arch"):
         load_extractor(tmp_path / "bare.safetensors")
-    assert load_extractor(tmp_path / "bare.safetensors", replace(tiny.facts, name="mine")).distance == "FD(mine)"
+    assert (
+        load_extractor(tmp_path / "bare.safetensors", replace(tiny.facts, name="mine")).distance
+        == "FD(mine)"
+    )
 
 
 def test_published_files_are_known_by_their_hash(
     tiny: TimmNetwork, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(load_file(tiny_file), tmp_path / "x.safetensors")
-    monkeypatch.setitem(PUBLISHED, sha256_of(tmp_path / "x.safetensors"), replace(tiny.facts, name="published"))
+    monkeypatch.setitem(
+        PUBLISHED, sha256_of(tmp_path / "x.safetensors"), replace(tiny.facts, name="published")
+    )
     assert load_extractor(tmp_path / "x.safetensors").distance == "FD(published)"
 
 
@@ -104,7 +113,9 @@ def test_the_published_networks_can_be_made() -> None:
 
 
 def test_facts_survive_the_metadata() -> None:
-    facts = NetworkFacts("n", "resnet10t", 3, (32, 16), "tf1-bilinear", (0.1, 0.2, 0.3), options={"output_stride": 8})
+    facts = NetworkFacts(
+        "n", "resnet10t", 3, (32, 16), "tf1-bilinear", (0.1, 0.2, 0.3), options={"output_stride": 8}
+    )
     assert NetworkFacts.from_metadata(facts.to_metadata(), Path("f")) == facts
     with pytest.raises(UserError, match="metadata of f cannot be read"):
         NetworkFacts.from_metadata({"tessellar.evaluator": "{"}, Path("f"))
@@ -112,7 +123,9 @@ def test_facts_survive_the_metadata() -> None:
 
 def test_weights_that_do_not_fit_are_refused(tiny: TimmNetwork, tmp_path: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in tiny.network.state_dict().items()}
-    save_file({"other": torch.zeros(1), **state}, tmp_path / "x.safetensors", tiny.facts.to_metadata())
+    save_file(
+        {"other": torch.zeros(1), **state}, tmp_path / "x.safetensors", tiny.facts.to_metadata()
+    )
     with pytest.raises(UserError, match="1 unknown: other"):
         load_extractor(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="timm cannot make 'resnet9000'"):

@@ -26,7 +26,9 @@ def test_kid_equals_torch_fidelity() -> None:
 def test_kid_is_unbiased() -> None:
     """The mean over many pairs of sets from one distribution is 0, that of the plain estimate is not."""
     draw = torch.Generator().manual_seed(0)
-    values = [kernel_distance(*torch.randn(2, 20, 4, generator=draw), subsets=1).mean for _ in range(300)]
+    values = [
+        kernel_distance(*torch.randn(2, 20, 4, generator=draw), subsets=1).mean for _ in range(300)
+    ]
     mean, error = torch.tensor(values).mean(), torch.tensor(values).std() / 300**0.5
     assert abs(mean) < 3 * error
 

@@ -32,7 +32,9 @@ class Brush(ImageGenerator):
         self.conditioner, self.generator = ClassConditioner(10), nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.generator.weight)
 
-    def sample_tokens(self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None) -> Tensor:
+    def sample_tokens(
+        self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None
+    ) -> Tensor:
         noise = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return 0.2 * torch.stack(noise) + self.generator.weight[0, 0]
 
@@ -96,18 +98,28 @@ def settings(tiny_file: Path, tmp_path: Path) -> dict[str, Any]:
     return {"extractor": str(tiny_file), "num_samples": 20, "cache": str(tmp_path / "cache")}
 
 
-def test_every_epoch_is_measured_logged_and_monitored(settings: dict[str, Any], tmp_path: Path) -> None:
-    best = ModelCheckpoint(tmp_path / "best", "{step}-{val/distance:.3f}", monitor="val/distance", mode="min")
+def test_every_epoch_is_measured_logged_and_monitored(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    best = ModelCheckpoint(
+        tmp_path / "best", "{step}-{val/distance:.3f}", monitor="val/distance", mode="min"
+    )
     trainer = fit(Painter(Brush()), tmp_path, [FID(**settings), best])
     values = [record["metrics"]["FD(tiny)"] for record in records(tmp_path)]
     assert len(values) == 2 and values[0] != values[1]
     assert float(trainer.callback_metrics["val/distance"]) == pytest.approx(values[1])
     assert float(trainer.callback_metrics["val/FD(tiny)"]) == pytest.approx(values[1])
-    assert best.best_model_score is not None and float(best.best_model_score) == pytest.approx(min(values))
+    assert best.best_model_score is not None and float(best.best_model_score) == pytest.approx(
+        min(values)
+    )
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [4, 8] and float(rows[0]["val/evaluation_seconds"]) > 0
-    assert [float(row["val/distance"]) for row in rows] == [pytest.approx(value, rel=1e-5) for value in values]
+    assert [int(row["step"]) for row in rows] == [4, 8] and float(
+        rows[0]["val/evaluation_seconds"]
+    ) > 0
+    assert [float(row["val/distance"]) for row in rows] == [
+        pytest.approx(value, rel=1e-5) for value in values
+    ]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -116,11 +128,15 @@ def test_it_counts_updates(settings: dict[str, Any], tmp_path: Path) -> None:
     assert [record["samples"]["updates"] for record in records(tmp_path)] == [3, 6]
 
 
-def test_it_measures_averaged_weights_and_gives_the_raw_ones_back(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_it_measures_averaged_weights_and_gives_the_raw_ones_back(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     seen = []
 
     class Watched(Brush):
-        def sample_tokens(self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None) -> Tensor:
+        def sample_tokens(
+            self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None
+        ) -> Tensor:
             seen.append(self.generator.weight.item())
             return super().sample_tokens(condition, sampling, seeds)
 
@@ -131,7 +147,9 @@ def test_it_measures_averaged_weights_and_gives_the_raw_ones_back(settings: dict
     assert records(tmp_path)[0]["samples"]["weights"] == "ema"
 
 
-def test_training_draws_the_same_numbers_with_and_without_it(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_training_draws_the_same_numbers_with_and_without_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     plain, measured = Painter(Brush()), Painter(Brush())
     fit(plain, tmp_path / "a", [])
     fit(measured, tmp_path / "b", [FID(**settings, every_n_epochs=None, every_n_updates=1)])
@@ -163,7 +181,10 @@ def test_what_is_missing_is_said_before_training(settings: dict[str, Any], tmp_p
 
 def test_pictures_at_the_end(tmp_path: Path) -> None:
     fit(Painter(Brush()), tmp_path, [Pictures(samples=3, neighbours=2), Logged()], epochs=1)
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["curves.png", "neighbours.png"]
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
+        "curves.png",
+        "neighbours.png",
+    ]
 
 
 class Logged(L.Callback):

@@ -25,7 +25,9 @@ def gaussian(mean: float, deviations: list[float], turn: Tensor | None = None) -
 
 def oracle(a: Moments, b: Moments) -> float:
     root = scipy.linalg.sqrtm((a.cov @ b.cov).numpy())
-    return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * np.trace(root).real)
+    return float(
+        (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * np.trace(root).real
+    )
 
 
 def test_closed_form_of_commuting_covariances() -> None:
@@ -33,12 +35,18 @@ def test_closed_form_of_commuting_covariances() -> None:
     turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
     a, b = [1.0, 2.0, 0.5, 3.0], [2.0, 2.0, 1.5, 0.25]
     expected = 4 * 0.3**2 + sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
-    assert frechet_distance(gaussian(0.3, a, turn), gaussian(0, b, turn)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(gaussian(0.3, a, turn), gaussian(0, b, turn)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_closed_form_of_singular_covariances() -> None:
-    assert frechet_distance(gaussian(0, [1, 0, 0]), gaussian(0, [0, 2, 0])) == pytest.approx(1 + 4, rel=1e-12)
-    assert frechet_distance(gaussian(0, [1, 2, 0]), gaussian(0, [3, 2, 0])) == pytest.approx(4, rel=1e-12)
+    assert frechet_distance(gaussian(0, [1, 0, 0]), gaussian(0, [0, 2, 0])) == pytest.approx(
+        1 + 4, rel=1e-12
+    )
+    assert frechet_distance(gaussian(0, [1, 2, 0]), gaussian(0, [3, 2, 0])) == pytest.approx(
+        4, rel=1e-12
+    )
     assert frechet_distance(gaussian(2, [0, 0]), gaussian(0, [0, 0])) == 8
 
 
@@ -46,7 +54,10 @@ def test_closed_form_of_singular_covariances() -> None:
 def test_equals_sqrtm(images: int, dim: int) -> None:
     """Also with fewer images than features, where the covariances are singular."""
     mixing = torch.randn(dim, dim) / dim**0.5
-    a, b = moments_of(torch.randn(images, dim) @ mixing + 0.2), moments_of(torch.randn(images + 3, dim))
+    a, b = (
+        moments_of(torch.randn(images, dim) @ mixing + 0.2),
+        moments_of(torch.randn(images + 3, dim)),
+    )
     assert frechet_distance(a, b) == pytest.approx(oracle(a, b), rel=1e-6)
 
 

@@ -47,7 +47,9 @@ class Words(Conditioner):
 
 def painted(batches: list[ImageBatch]) -> list[tuple[int, int, int]]:
     """(place, token 0, token 1) of each image."""
-    rows = [torch.stack([b.index, b.images[:, 0, 0, 0], b.images[:, 1, 0, 0]], dim=1) for b in batches]
+    rows = [
+        torch.stack([b.index, b.images[:, 0, 0, 0], b.images[:, 1, 0, 0]], dim=1) for b in batches
+    ]
     return [tuple(row) for row in torch.cat(rows).tolist()]
 
 
@@ -55,7 +57,15 @@ def test_sample_i_has_class_i_mod_c_and_seed_plus_i() -> None:
     source = GeneratedImages(Paint(ClassConditioner(3)), 7, Sampling(), seed=40)
     batches = list(source.batches(3))
     assert painted(batches) == [(i, i % 3, 40 + i) for i in range(7)]
-    assert torch.cat([b.labels for b in batches if b.labels is not None]).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.cat([b.labels for b in batches if b.labels is not None]).tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+        0,
+    ]
     assert source.label_plan == "balanced" and source.describe()["seed"] == 40
     assert source.describe()["sampling"] == Sampling().describe()
 
@@ -73,7 +83,10 @@ def test_text_conditions_follow_the_captions_of_the_data() -> None:
 def test_the_fingerprint_knows_how_samples_are_made(change: dict[str, int]) -> None:
     settings = {"count": 7, "seed": 0, **change}
     model = Paint(ClassConditioner(3))
-    sources = [GeneratedImages(model, s["count"], Sampling(), s["seed"]) for s in ({"count": 7, "seed": 0}, settings)]
+    sources = [
+        GeneratedImages(model, s["count"], Sampling(), s["seed"])
+        for s in ({"count": 7, "seed": 0}, settings)
+    ]
     assert sources[0].fingerprint() != sources[1].fingerprint()
 
 
@@ -85,10 +98,14 @@ def test_reconstructions_stand_beside_their_originals() -> None:
     batches = list(source.batches(4))
     originals = data.batch(range(9))["image"]
     assert tokenizer.training and source.count == 9 and source.split == "val"
-    assert torch.equal(torch.cat([b.originals for b in batches if b.originals is not None]), to_uint8(originals))
+    assert torch.equal(
+        torch.cat([b.originals for b in batches if b.originals is not None]), to_uint8(originals)
+    )
     expected = to_uint8(tokenizer.eval().decode(tokenizer.encode(originals)).detach())
     got = torch.cat([b.images for b in batches])
-    assert int((got.int() - expected.int()).abs().max()) <= 1 and not torch.equal(got, to_uint8(originals))
+    assert int((got.int() - expected.int()).abs().max()) <= 1 and not torch.equal(
+        got, to_uint8(originals)
+    )
 
 
 def test_reconstructions_are_measured_against_their_originals(
@@ -107,7 +124,10 @@ def test_reconstructions_are_measured_against_their_originals(
     source = DatasetImages(data.val_dataset(), data.name, "val")
     tokenizer = Perfect(VectorQuantizer(16, 4), 32, 4, 16, 1, 1, 2)
     record = evaluate_samples(
-        Reconstructions(tokenizer, source), tiny, reference_from(source, tiny), metrics=["fd", "paired"]
+        Reconstructions(tokenizer, source),
+        tiny,
+        reference_from(source, tiny),
+        metrics=["fd", "paired"],
     )
     assert set(record["metrics"]) == {"rFD(tiny)", "PSNR", "SSIM"}
     assert record["metrics"]["rFD(tiny)"] == pytest.approx(0, abs=1e-9)

@@ -44,10 +44,16 @@ def test_sums_do_not_depend_on_batches(random_images: Images) -> None:
     assert parts.compute() == pytest.approx(whole.compute()) and whole.compute().lpips is None
 
 
-def test_lpips_takes_torchvisions_backbone_from_a_file(random_images: Images, tmp_path: Path) -> None:
+def test_lpips_takes_torchvisions_backbone_from_a_file(
+    random_images: Images, tmp_path: Path
+) -> None:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in alexnet().state_dict().items()}
-    state = {name: 0.05 * torch.randn(shape) for name, shape in shapes.items() if name.startswith("features")}
+    state = {
+        name: 0.05 * torch.randn(shape)
+        for name, shape in shapes.items()
+        if name.startswith("features")
+    }
     torch.save(state, tmp_path / "alexnet.pth")
     sums = PairedSums(load_lpips(tmp_path / "alexnet.pth", "alex"))
     sums.update(random_images(2, size=64), random_images(2, size=64))
@@ -59,7 +65,9 @@ def test_lpips_takes_torchvisions_backbone_from_a_file(random_images: Images, tm
 
 @pytest.mark.usefixtures("offline")
 def test_missing_lpips_weights_are_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="alex weights of LPIPS cannot be downloaded.*--lpips_weights FILE"):
+    with pytest.raises(
+        UserError, match="alex weights of LPIPS cannot be downloaded.*--lpips_weights FILE"
+    ):
         load_lpips(backbone="alex")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="x.pth does not fit"):

@@ -35,7 +35,9 @@ def folder(
 def two(folder: Path) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     commands = [[sys.executable, str(SCRIPT), str(rank), "2", str(folder)] for rank in (0, 1)]
-    processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    processes = [
+        subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands
+    ]
     for process in processes:
         assert process.wait(timeout=120) == 0, process.communicate()[1]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
@@ -46,7 +48,9 @@ def test_two_processes_give_the_record_of_one(two: list[dict], folder: Path) -> 
     for rank in two:
         record = rank["record"]
         assert record["fingerprint"] == one["fingerprint"] and record["samples"] == one["samples"]
-        assert record["reference"] == one["reference"] and record["reference"]["images"] == REFERENCE
+        assert (
+            record["reference"] == one["reference"] and record["reference"]["images"] == REFERENCE
+        )
         assert record["metrics"].keys() == one["metrics"].keys()
         for name, value in one["metrics"].items():
             assert record["metrics"][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name

@@ -6,13 +6,24 @@ from pathlib import Path
 import pytest
 
 from tessellar.errors import UserError
-from tessellar.evaluation.record import compare, differences, make_record, read_record, summary, write_record
+from tessellar.evaluation.record import (
+    compare,
+    differences,
+    make_record,
+    read_record,
+    summary,
+    write_record,
+)
 
 
 def record(samples: int = 10, seed: int = 0, value: float = 2.5) -> dict:
     return make_record(
         metrics={"FD(net)": value},
-        comparable={"extractor": {"name": "net", "sha256": "ab"}, "reference": "r", "samples": samples},
+        comparable={
+            "extractor": {"name": "net", "sha256": "ab"},
+            "reference": "r",
+            "samples": samples,
+        },
         samples={"name": "s", "images": samples, "seed": seed},
         reference={"name": "data train", "hash": "r", "images": 60, "split": "train"},
         warnings=[],

@@ -13,7 +13,12 @@ from tessellar.errors import UserError
 from tessellar.evaluation import references
 from tessellar.evaluation.engine import evaluate_samples
 from tessellar.evaluation.networks.extractors import Extractor
-from tessellar.evaluation.references import load_reference, load_statistics, reference_from, save_statistics
+from tessellar.evaluation.references import (
+    load_reference,
+    load_statistics,
+    reference_from,
+    save_statistics,
+)
 from tessellar.evaluation.sources import ArrayImages, FolderImages
 
 Images = Callable[..., Tensor]
@@ -30,14 +35,24 @@ def test_the_cache_saves_the_second_pass(tiny: Extractor, npz: Path, tmp_path: P
     with mock.patch.object(references, "collect", side_effect=AssertionError("computed again")):
         second = reference_from(ArrayImages(npz), tiny, tmp_path / "cache")
     assert torch.equal(first.moments.cov, second.moments.cov) and first.hash == second.hash
-    assert first.features is not None and second.features is not None and torch.equal(first.features, second.features)
+    assert (
+        first.features is not None
+        and second.features is not None
+        and torch.equal(first.features, second.features)
+    )
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".npz"]
 
 
 def test_changed_images_and_another_network_miss_the_cache(
-    tiny: Extractor, random_images: Images, write_npz: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Extractor,
+    random_images: Images,
+    write_npz: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = reference_from(ArrayImages(write_npz(random_images(30), tmp_path / "a.npz")), tiny, tmp_path / "cache")
+    first = reference_from(
+        ArrayImages(write_npz(random_images(30), tmp_path / "a.npz")), tiny, tmp_path / "cache"
+    )
     changed = write_npz(random_images(31, seed=3), tmp_path / "a.npz")
     assert reference_from(ArrayImages(changed), tiny, tmp_path / "cache").hash != first.hash
     monkeypatch.setattr(tiny, "sha256", "0" * 64)
@@ -56,14 +71,22 @@ def test_saving_and_loading_are_inverse(tiny: Extractor, npz: Path, tmp_path: Pa
     reference = reference_from(ArrayImages(npz), tiny)
     save_statistics(reference, tmp_path / "deep" / "ref.npz")
     loaded = load_statistics(tmp_path / "deep" / "ref.npz")
-    assert (loaded.name, loaded.hash, loaded.extractor) == (reference.name, reference.hash, reference.extractor)
+    assert (loaded.name, loaded.hash, loaded.extractor) == (
+        reference.name,
+        reference.hash,
+        reference.extractor,
+    )
     assert loaded.moments.count == 30 and torch.equal(loaded.moments.mean, reference.moments.mean)
 
 
 @pytest.mark.parametrize("names", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
-def test_foreign_statistics_are_read(names: tuple[str, str], tiny: Extractor, npz: Path, tmp_path: Path) -> None:
+def test_foreign_statistics_are_read(
+    names: tuple[str, str], tiny: Extractor, npz: Path, tmp_path: Path
+) -> None:
     moments = reference_from(ArrayImages(npz), tiny).moments
-    np.savez(tmp_path / "foreign.npz", **{names[0]: moments.mean.numpy(), names[1]: moments.cov.numpy()})  # type: ignore
+    np.savez(
+        tmp_path / "foreign.npz", **{names[0]: moments.mean.numpy(), names[1]: moments.cov.numpy()}
+    )  # type: ignore
     reference = load_reference(tmp_path / "foreign.npz", tiny)
     assert reference.moments.count is None and reference.name == "foreign"
     record = evaluate_samples(ArrayImages(npz), tiny, reference)
@@ -106,13 +129,20 @@ def test_broken_statistics_are_refused(tiny: Extractor, tmp_path: Path) -> None:
     np.savez(tmp_path / "nan.npz", mu=np.full(96, np.nan), sigma=np.eye(96))
     np.savez(tmp_path / "shape.npz", mu=np.zeros(96), sigma=np.zeros(96))
     np.savez(tmp_path / "half.npz", mu=np.zeros(96))
-    for name, message in (("nan", "not finite"), ("shape", "covariance"), ("half", "no statistics")):
+    for name, message in (
+        ("nan", "not finite"),
+        ("shape", "covariance"),
+        ("half", "no statistics"),
+    ):
         with pytest.raises(UserError, match=message):
             load_reference(tmp_path / f"{name}.npz", tiny)
 
 
 def test_a_failed_write_leaves_no_file(tiny: Extractor, npz: Path, tmp_path: Path) -> None:
     reference = reference_from(ArrayImages(npz), tiny)
-    with mock.patch("numpy.savez", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
+    with (
+        mock.patch("numpy.savez", side_effect=OSError("disk full")),
+        pytest.raises(OSError, match="disk full"),
+    ):
         save_statistics(reference, tmp_path / "cache" / "ref.npz")
     assert list((tmp_path / "cache").iterdir()) == []

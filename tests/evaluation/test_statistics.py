@@ -28,7 +28,11 @@ def test_any_cut_into_batches_gives_numpys_moments(sizes: list[int]) -> None:
 
 def test_merging_equals_one_pass() -> None:
     features = torch.randn(50, 4)
-    whole, first, second = collected(features, [50]), collected(features[:13], [13]), collected(features[13:], [37])
+    whole, first, second = (
+        collected(features, [50]),
+        collected(features[:13], [13]),
+        collected(features[13:], [37]),
+    )
     for part in (FeatureStatistics(4), second):
         first.merge(part)
     torch.testing.assert_close(first.moments().cov, whole.moments().cov, rtol=1e-12, atol=0)
@@ -53,7 +57,9 @@ def test_state_does_not_grow_with_images() -> None:
 
 def test_many_features_are_summed_in_blocks_of_columns() -> None:
     features = torch.randn(700, 600)
-    np.testing.assert_allclose(collected(features, [300, 400]).moments().cov, np.cov(features.double().T), atol=1e-12)
+    np.testing.assert_allclose(
+        collected(features, [300, 400]).moments().cov, np.cov(features.double().T), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -39,7 +39,10 @@ TOKENIZER: dict[str, Any] = {
                     },
                 },
             },
-            "loss": {"class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss", "init_args": {}},
+            "loss": {
+                "class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss",
+                "init_args": {},
+            },
         },
     },
     "data": {

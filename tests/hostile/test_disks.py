@@ -69,13 +69,17 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "pixels.npy": pixels,
     "weights.safetensors": lambda path: write_safetensors({"w": torch.zeros(5000)}, path),
     "record.json": lambda path: write_record({"text": "x" * 5000}, path),  # type: ignore[arg-type]
-    "statistics.npz": lambda path: write_arrays(path, {"mu": np.random.default_rng(0).normal(size=5000)}),
+    "statistics.npz": lambda path: write_arrays(
+        path, {"mu": np.random.default_rng(0).normal(size=5000)}
+    ),
     "export": staged,
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "x"
     folder.mkdir()
     with full_disk():
@@ -86,14 +90,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, name: str, c
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["run.json", "config.yaml", "weights.safetensors", "record.json", "statistics.npz"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "weights.safetensors", "record.json", "statistics.npz"]
+)
 def test_what_was_there_before_a_failed_write_is_still_there(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / name).write_text("as it was")
     with full_disk(), pytest.raises(UserError, match="could not be written"):
         WRITERS[name](folder / name)
-    assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == "as it was"
+    assert [path.name for path in folder.iterdir()] == [name] and (
+        folder / name
+    ).read_text() == "as it was"
 
 
 def test_errors_that_are_no_failed_writes_keep_their_own_words(tmp_path: Path) -> None:
@@ -104,7 +112,10 @@ def test_errors_that_are_no_failed_writes_keep_their_own_words(tmp_path: Path) -
     ):
         with pytest.raises(type(error), match="network|truncated|a.png"), writing(tmp_path / "x"):
             raise error
-    with pytest.raises(UserError, match="x could not be written: No space left on device"), writing(tmp_path / "x"):
+    with (
+        pytest.raises(UserError, match="x could not be written: No space left on device"),
+        writing(tmp_path / "x"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

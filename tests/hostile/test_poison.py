@@ -115,12 +115,20 @@ def poison_batches(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> list[dict[
 @pytest.mark.parametrize(
     "quantizer",
     [
-        {"class_path": "tessellar.tokenizers.quantizers.ema_vq.EMAVectorQuantizer", "init_args": {"init_step": 3}},
+        {
+            "class_path": "tessellar.tokenizers.quantizers.ema_vq.EMAVectorQuantizer",
+            "init_args": {"init_step": 3},
+        },
         {"class_path": "tessellar.tokenizers.quantizers.clustering.ClusteringVQ", "init_args": {}},
-        {"class_path": "tessellar.tokenizers.quantizers.vq.VectorQuantizer", "init_args": {"init_step": 3}},
+        {
+            "class_path": "tessellar.tokenizers.quantizers.vq.VectorQuantizer",
+            "init_args": {"init_step": 3},
+        },
     ],
 )
-def test_a_run_recovers_on_the_next_batch(call, config, folder: Path, monkeypatch, quantizer: dict[str, Any]) -> None:
+def test_a_run_recovers_on_the_next_batch(
+    call, config, folder: Path, monkeypatch, quantizer: dict[str, Any]
+) -> None:
     """Also with a discriminator of batch norms and LeCam; the poisoned update counts, and changed no tensor."""
     states = poison_batches(monkeypatch, 2)
     quantizer["init_args"] |= {"vocab_size": 16, "dim": 4}
@@ -128,7 +136,10 @@ def test_a_run_recovers_on_the_next_batch(call, config, folder: Path, monkeypatc
     model["tokenizer"]["init_args"]["quantizer"] = quantizer
     losses = "tessellar.tokenizers.losses"
     model["loss"]["init_args"] = {
-        "discriminator": {"class_path": f"{losses}.discriminator.PatchGAN", "init_args": {"channels": 8, "depth": 1}},
+        "discriminator": {
+            "class_path": f"{losses}.discriminator.PatchGAN",
+            "init_args": {"channels": 8, "depth": 1},
+        },
         "lecam": {"class_path": f"{losses}.lecam.LeCam", "init_args": {}},
         "adversarial_start": 0,
     }
@@ -153,7 +164,9 @@ def test_an_update_of_several_batches_is_left_out_whole(call, config, monkeypatc
     assert same(states[2], states[4]) == [] and same(states[2], states[3]) != []
 
 
-def test_a_run_whose_batches_are_all_poisoned_ends_and_keeps_a_whole_checkpoint(call, config, monkeypatch) -> None:
+def test_a_run_whose_batches_are_all_poisoned_ends_and_keeps_a_whole_checkpoint(
+    call, config, monkeypatch
+) -> None:
     poison_batches(monkeypatch, *range(3, 100))
     config["trainer"]["max_steps"] = 50
     code, said = call(config)
@@ -180,7 +193,10 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         module.bias[1] = math.inf
     module.updates = 2
-    for attempt in (lambda: callback.save(trainer, module), lambda: callback.on_validation_end(trainer, module)):
+    for attempt in (
+        lambda: callback.save(trainer, module),
+        lambda: callback.on_validation_end(trainer, module),
+    ):
         with pytest.raises(Exception, match="bias is not finite any more, so nothing is saved"):
             attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

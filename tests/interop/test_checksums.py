@@ -43,10 +43,14 @@ def checkpoint(tmp_path: Path, tokenizer: Callable[..., ViTVQ]) -> Path:
     content: dict = {"state_dict": module.state_dict(), "global_step": 7, "callbacks": {}}
     module.on_save_checkpoint(content)
     torch.save(content, tmp_path / "last.ckpt")
-    return flip(tmp_path / "last.ckpt", content["state_dict"]["tokenizer.patch_in.weight"], "flipped.ckpt")
+    return flip(
+        tmp_path / "last.ckpt", content["state_dict"]["tokenizer.patch_in.weight"], "flipped.ckpt"
+    )
 
 
-def test_a_damaged_checkpoint_is_refused_by_all_that_read_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_all_that_read_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     message = r"flipped.ckpt is damaged: its part \S+ does not have its checksum"
     assert intact(checkpoint.with_name("last.ckpt")) and not intact(checkpoint)
     with pytest.raises(UserError, match=message):
@@ -56,7 +60,13 @@ def test_a_damaged_checkpoint_is_refused_by_all_that_read_it(checkpoint: Path, t
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=message):
         convert.main(
-            ["import", "titok", str(checkpoint.rename(tmp_path / "flipped.ckpt")), "--out", str(tmp_path / "o")]
+            [
+                "import",
+                "titok",
+                str(checkpoint.rename(tmp_path / "flipped.ckpt")),
+                "--out",
+                str(tmp_path / "o"),
+            ]
         )
     with pytest.raises(UserError, match=message):
         Sharded().load_checkpoint(checkpoint)
@@ -77,13 +87,17 @@ def test_weights_of_losses_are_checked(tmp_path: Path) -> None:
         _read(tmp_path / "vgg.pth")
 
 
-def test_old_torch_files_load_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_old_torch_files_load_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from tessellar.tensor_files import read_pickle
 
     caplog.set_level("INFO", "tessellar")
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(read_pickle(tmp_path / "old.pt")["a"], torch.ones(2))
-    assert caplog.messages == [f"{tmp_path / 'old.pt'} carries no checksums, so damage to it would not be noticed"]
+    assert caplog.messages == [
+        f"{tmp_path / 'old.pt'} carries no checksums, so damage to it would not be noticed"
+    ]
 
 
 @pytest.fixture
@@ -92,7 +106,10 @@ def export(tmp_path: Path, generator: Callable[..., ImageGenerator]) -> Path:
 
 
 def test_a_damaged_export_is_refused_by_every_command(export: Path, tmp_path: Path) -> None:
-    flip(export / "model.safetensors", load_file(export / "model.safetensors")["generator.output.weight"])
+    flip(
+        export / "model.safetensors",
+        load_file(export / "model.safetensors")["generator.output.weight"],
+    )
     message = "model.safetensors is damaged: its tensors do not have its checksum"
     for path in (export, export / "model.safetensors"):
         with pytest.raises(UserError, match=message):
@@ -102,7 +119,18 @@ def test_a_damaged_export_is_refused_by_every_command(export: Path, tmp_path: Pa
     with pytest.raises(UserError, match=message):
         convert.main(["info", str(export)])
     with pytest.raises(UserError, match=message):
-        evaluate.main(["model", str(export), "--extractor", "none", "--reference", str(tmp_path), "--count", "2"])
+        evaluate.main(
+            [
+                "model",
+                str(export),
+                "--extractor",
+                "none",
+                "--reference",
+                str(tmp_path),
+                "--count",
+                "2",
+            ]
+        )
 
 
 def test_a_changed_description_is_noticed_too(export: Path) -> None:
@@ -132,7 +160,9 @@ def test_tensors_of_every_type_have_a_checksum(tmp_path: Path) -> None:
     tensors |= {"scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4)}
     write_safetensors(tensors, tmp_path / "all.safetensors")
     found, _ = read_safetensors(tmp_path / "all.safetensors")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], tensors[name]) for name in tensors
+    )
 
 
 def test_networks_that_measure_are_checked(tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_the_way_back_has_no_counters_of_ours() -> None:
 def test_marks_are_looked_for_in_every_entry() -> None:
     other = {"weight": torch.zeros(1)}
     assert AVERAGED.is_in({"model": RAW, "discriminator": other}, "file")
-    assert AVERAGED.is_in({"module": {f"module.{name}": tensor for name, tensor in RAW.items()}}, "file")
+    assert AVERAGED.is_in(
+        {"module": {f"module.{name}": tensor for name, tensor in RAW.items()}}, "file"
+    )
     assert not AVERAGED.is_in({"model": RAW, "discriminator": other}, "file", "discriminator")
     assert not AVERAGED.is_in({"steps": 3}, "file")
     with pytest.raises(UserError, match=r"these are not the weights of a toy: fc\.\* is absent"):

@@ -50,17 +50,22 @@ def test_generator_comes_back_complete(tmp_path: Path, generator: MakeGenerator)
     assert isinstance(back, ImageGenerator) and fingerprint(back) == fingerprint(ours)
     condition = ours.class_condition([0, 2])
     assert torch.equal(
-        back.sample(condition, Sampling(), seeds=[4, 5]), ours.sample(condition, Sampling(), seeds=[4, 5])
+        back.sample(condition, Sampling(), seeds=[4, 5]),
+        ours.sample(condition, Sampling(), seeds=[4, 5]),
     )
 
 
 def test_export_is_readable_by_people_and_hubs(tmp_path: Path, generator: MakeGenerator) -> None:
-    record = Record(title="Small", weights="ema", license="cc-by-4.0", data="shapes", metrics={"rFD(x)": 1.25})
+    record = Record(
+        title="Small", weights="ema", license="cc-by-4.0", data="shapes", metrics={"rFD(x)": 1.25}
+    )
     folder = export_generator(generator(), tmp_path / "small", record=record)
     text = (folder / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "tessellar" and front["license"] == "cc-by-4.0"
-    assert front["pipeline_tag"] == "unconditional-image-generation" and front["metrics"] == ["rFD(x)"]
+    assert front["pipeline_tag"] == "unconditional-image-generation" and front["metrics"] == [
+        "rFD(x)"
+    ]
     assert "# Small" in text and "| rFD(x) | 1.25 |" in text and "8 x 8" in text
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["kind"] == "generator" and config["record"]["data"] == "shapes"
@@ -101,7 +106,9 @@ def test_an_export_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_discriminator_that_cannot_be_rebuilt_is_left_out(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+def test_a_discriminator_that_cannot_be_rebuilt_is_left_out(
+    tmp_path: Path, tokenizer: MakeTokenizer
+) -> None:
     folder = export_tokenizer(tokenizer(), tmp_path / "vq", discriminator=nn.Conv2d(3, 1, 4))
     assert fingerprint(tessellar.load(folder)) == fingerprint(tokenizer())
 

@@ -29,7 +29,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export: a tokenizer of 16 codes, 96 in its book."""
     torch.manual_seed(0)
     return export_tokenizer(
-        ViTVQ(VectorQuantizer(96, 4), 16, 4, 16, 1, 1, 2).eval(), tmp_path_factory.mktemp("vq") / "export"
+        ViTVQ(VectorQuantizer(96, 4), 16, 4, 16, 1, 1, 2).eval(),
+        tmp_path_factory.mktemp("vq") / "export",
     )
 
 
@@ -52,7 +53,9 @@ def test_weights_of_another_system_are_refused_in_one_line(system: str, tokenize
 
 @pytest.mark.parametrize("key", ["embeddings.weight", "pos_embed", "blocks.0.mlp.fc1.weight"])
 @pytest.mark.parametrize("change", [torch.flatten, torch.sum, lambda t: t[None]])
-def test_tensors_of_another_rank_are_refused_in_one_line(key: str, change, tokenizer: Path, tmp_path: Path) -> None:
+def test_tensors_of_another_rank_are_refused_in_one_line(
+    key: str, change, tokenizer: Path, tmp_path: Path
+) -> None:
     state, _ = read_safetensors(GOLDEN / "titok_rar/weights.safetensors")
     save_file({**state, key: change(state[key])}, tmp_path / "other.safetensors")
     assert len(refusal("rar", tmp_path / "other.safetensors", tokenizer).splitlines()) == 1
@@ -69,10 +72,14 @@ def test_tensors_of_another_rank_are_refused_in_one_line(key: str, change, token
         ("mar", "mar/vae_weights"),
     ],
 )
-def test_a_lost_tensor_is_told_in_one_line(system: str, file: str, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_lost_tensor_is_told_in_one_line(
+    system: str, file: str, tokenizer: Path, tmp_path: Path
+) -> None:
     state, _ = read_safetensors(GOLDEN / f"{file}.safetensors")
     save_file(state, tmp_path / "whole.safetensors")
     assert refusal(system, tmp_path / "whole.safetensors", tokenizer, 2) == ""
     for key in sorted(state)[::11]:
         save_file({k: t for k, t in state.items() if k != key}, tmp_path / "lost.safetensors")
-        assert len(refusal(system, tmp_path / "lost.safetensors", tokenizer, 2).splitlines()) == 1, key
+        assert (
+            len(refusal(system, tmp_path / "lost.safetensors", tokenizer, 2).splitlines()) == 1
+        ), key

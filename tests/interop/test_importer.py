@@ -27,7 +27,9 @@ def state(*names: str) -> dict[str, Tensor]:
 
 
 def test_table_reads_both_ways() -> None:
-    theirs = state("blocks.0.attn.weight", "blocks.11.attn.bias", "head.weight", "blocks.3.mlp.weight")
+    theirs = state(
+        "blocks.0.attn.weight", "blocks.11.attn.bias", "head.weight", "blocks.3.mlp.weight"
+    )
     ours = TABLE.from_official(theirs)
     assert set(ours) == {
         "layers.0.attention.weight",
@@ -42,7 +44,9 @@ def test_table_reads_both_ways() -> None:
 
 
 def test_dropped_keys_vanish_and_unknown_keys_are_fatal() -> None:
-    assert TABLE.from_official(state("rope", "blocks.0.cache.k", "head.weight")).keys() == {"output.weight"}
+    assert TABLE.from_official(state("rope", "blocks.0.cache.k", "head.weight")).keys() == {
+        "output.weight"
+    }
     with pytest.raises(UserError, match=r"2 unknown: blocks\.x\.attn\.weight, head\.bias"):
         TABLE.from_official(state("head.bias", "head.weight", "blocks.x.attn.weight"))
 
@@ -55,14 +59,20 @@ def test_unwrap_finds_the_weights(wrapper: str) -> None:
 
 def test_unwrap_takes_the_entry_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tessellar")
-    content = {"model": state("a"), "ema": {"a": torch.full((2, 3), 9.0)}, "optimizer": {"state": {0: state("m")}}}
+    content = {
+        "model": state("a"),
+        "ema": {"a": torch.full((2, 3), 9.0)},
+        "optimizer": {"state": {0: state("m")}},
+    }
     assert unwrap(content, "file", order=("model", "ema"))["a"][0, 0] == 0
     assert caplog.messages == ["file: 'model' is taken, not ema (--key takes another)"]
     assert unwrap(content, "file", "ema")["a"][0, 0] == 9
     assert unwrap({"trainer": content}, "file", "trainer.ema")["a"][0, 0] == 9
     with pytest.raises(UserError, match="has no entry 'emma'"):
         unwrap(content, "file", "emma")
-    with pytest.raises(UserError, match="several sets of weights .model, ema.; choose one with --key"):
+    with pytest.raises(
+        UserError, match="several sets of weights .model, ema.; choose one with --key"
+    ):
         unwrap(content, "file")
     with pytest.raises(UserError, match="holds no weights"):
         unwrap({"steps": 3}, "file")
@@ -71,7 +81,9 @@ def test_unwrap_takes_the_entry_that_is_asked_for(caplog: pytest.LogCaptureFixtu
 def test_unwrap_says_where_the_evaluated_entry_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tessellar")
     unwrap({"model": state("a")}, "file", order=("model_ema", "model"))
-    assert caplog.messages == ["file has no 'model_ema', which the paper evaluates; 'model' is taken"]
+    assert caplog.messages == [
+        "file has no 'model_ema', which the paper evaluates; 'model' is taken"
+    ]
     caplog.clear()
     unwrap({"model_ema": state("a")}, "file", order=("model_ema", "model"))
     unwrap(state("a"), "file", order=("model_ema", "model"))
@@ -79,7 +91,10 @@ def test_unwrap_says_where_the_evaluated_entry_is_missing(caplog: pytest.LogCapt
 
 
 def test_training_checkpoint_with_namespace_is_read(tmp_path: Path) -> None:
-    torch.save({"model": state("a"), "args": argparse.Namespace(lr=1e-4), "steps": 3}, tmp_path / "official.pt")
+    torch.save(
+        {"model": state("a"), "args": argparse.Namespace(lr=1e-4), "steps": 3},
+        tmp_path / "official.pt",
+    )
     assert torch.equal(read_official(tmp_path / "official.pt")["a"], state("a")["a"])
 
 
@@ -106,7 +121,11 @@ def test_pickle_with_code_is_refused_unrun(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     torch.save(state("a"), tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:700])
-    for name, content in {"empty.pt": b"", "page.pt": b"<!doctype html>", "text.safetensors": b"no header"}.items():
+    for name, content in {
+        "empty.pt": b"",
+        "page.pt": b"<!doctype html>",
+        "text.safetensors": b"no header",
+    }.items():
         (tmp_path / name).write_bytes(content)
     for name in ("cut.pt", "empty.pt", "page.pt"):
         with pytest.raises(UserError, match=rf"{name} is truncated or not a torch file"):

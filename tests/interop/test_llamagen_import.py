@@ -90,7 +90,10 @@ def test_import_inverts_export(part: str) -> None:
 
 
 def test_saved_tables_and_caches_are_dropped_and_tell_the_heads() -> None:
-    extra = {"freqs_cis": torch.zeros(17, 8, 2), "layers.0.attention.kv_cache.k_cache": torch.zeros(2, 3, 24, 16)}
+    extra = {
+        "freqs_cis": torch.zeros(17, 8, 2),
+        "layers.0.attention.kv_cache.k_cache": torch.zeros(2, 3, 24, 16),
+    }
     assert from_official({**official("c2i"), **extra}, layout("c2i")).num_heads == 3
 
 
@@ -108,11 +111,15 @@ def test_what_cannot_be_inferred_is_asked_for() -> None:
         from_official(official("c2i"), layout("c2i"))
     with pytest.raises(UserError, match="predicts 96 codes, but the tokenizer gives"):
         from_official(official("c2i"), layout("t2i"), 3)
-    with pytest.raises(UserError, match="not the weights of a LlamaGen generator: tok_embeddings.weight"):
+    with pytest.raises(
+        UserError, match="not the weights of a LlamaGen generator: tok_embeddings.weight"
+    ):
         from_official({"encoder.weight": torch.zeros(1)}, layout("c2i"))
 
 
-@pytest.mark.parametrize(("preset", "parameters", "keys"), [("vq_16", 71_883_403, 344), ("vq_8", 70_109_835, 300)])
+@pytest.mark.parametrize(
+    ("preset", "parameters", "keys"), [("vq_16", 71_883_403, 344), ("vq_8", 70_109_835, 300)]
+)
 def test_published_tokenizers(preset: str, parameters: int, keys: int) -> None:
     """The official files have one key more, the queue of recent codes."""
     with torch.device("meta"):

@@ -18,7 +18,12 @@ from tessellar.checkpoints import reading as loading
 from tessellar.checkpoints.card import Record
 from tessellar.checkpoints.description import HEADER_KEY
 from tessellar.checkpoints.export import export_generator, export_tokenizer
-from tessellar.checkpoints.reading import init_generator, init_tokenizer, load_tokenizer, read_source
+from tessellar.checkpoints.reading import (
+    init_generator,
+    init_tokenizer,
+    load_tokenizer,
+    read_source,
+)
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, load_generator
@@ -45,7 +50,9 @@ def checkpoint(module: L.LightningModule, path: Path, ema: EMA | None = None) ->
 def averaged(module: nn.Module) -> EMA:
     """A callback whose average is twice the weights."""
     ema = EMA()
-    ema.average = {name: t * 2 if t.is_floating_point() else t for name, t in module.state_dict().items()}
+    ema.average = {
+        name: t * 2 if t.is_floating_point() else t for name, t in module.state_dict().items()
+    }
     return ema
 
 
@@ -60,7 +67,9 @@ def test_checkpoint_of_a_generator(tmp_path: Path, generator: MakeGenerator) -> 
     loaded, raw = load_generator(both), load_generator(both, raw=True)
     assert fingerprint(raw) == fingerprint(ours)
     assert fingerprint(loaded.tokenizer) == fingerprint(ours.tokenizer)
-    assert torch.equal(loaded.generator.state_dict()["norm.weight"], 2 * ours.generator.state_dict()["norm.weight"])
+    assert torch.equal(
+        loaded.generator.state_dict()["norm.weight"], 2 * ours.generator.state_dict()["norm.weight"]
+    )
 
 
 def test_checkpoint_of_a_tokenizer(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
@@ -75,8 +84,12 @@ def test_checkpoint_of_a_tokenizer(tmp_path: Path, tokenizer: MakeTokenizer) -> 
     assert fingerprint(fresh) == fingerprint(critic)
 
 
-def test_checkpoint_with_a_discriminator_that_cannot_be_rebuilt(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
-    module = TokenizerModule(tokenizer(), TokenizerLoss(perceptual_weight=0, discriminator=nn.Conv2d(3, 1, 4)))
+def test_checkpoint_with_a_discriminator_that_cannot_be_rebuilt(
+    tmp_path: Path, tokenizer: MakeTokenizer
+) -> None:
+    module = TokenizerModule(
+        tokenizer(), TokenizerLoss(perceptual_weight=0, discriminator=nn.Conv2d(3, 1, 4))
+    )
     source = read_source(checkpoint(module, tmp_path / "last.ckpt"))
     assert "discriminator" not in source.description and source.state("discriminator") == {}
     assert fingerprint(tessellar.load(source.where)) == fingerprint(tokenizer())
@@ -92,7 +105,9 @@ class Hostile:
         return os.mkdir, (str(self.target),)
 
 
-def test_hostile_or_damaged_checkpoints_are_refused(tmp_path: Path, generator: MakeGenerator) -> None:
+def test_hostile_or_damaged_checkpoints_are_refused(
+    tmp_path: Path, generator: MakeGenerator
+) -> None:
     ours = generator()
     module = GeneratorModule(ours.tokenizer, lambda _: ours.generator, ours.conditioner)
     good = checkpoint(module, tmp_path / "good.ckpt")
@@ -109,13 +124,17 @@ def test_hostile_or_damaged_checkpoints_are_refused(tmp_path: Path, generator: M
         tessellar.load(tmp_path / "header.ckpt")
     del content["state_dict"]["model.generator.norm.weight"]
     torch.save(content, tmp_path / "hole.ckpt")
-    with pytest.raises(UserError, match=r"hole.ckpt \(generator\) does not fit LlamaGen: 1 missing: norm.weight"):
+    with pytest.raises(
+        UserError, match=r"hole.ckpt \(generator\) does not fit LlamaGen: 1 missing: norm.weight"
+    ):
         tessellar.load(tmp_path / "hole.ckpt")
 
 
 def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="other.ckpt is not a checkpoint of this project's training"):
+    with pytest.raises(
+        UserError, match="other.ckpt is not a checkpoint of this project's training"
+    ):
         tessellar.load(tmp_path / "other.ckpt")
 
 
@@ -137,7 +156,9 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "class path 'subprocess.Popen' is not from this package",
     ),
     "function instead of a class": (
-        lambda f: edit_config(f, lambda c: c["tokenizer"].update(class_path="tessellar.protocol.configured.build")),
+        lambda f: edit_config(
+            f, lambda c: c["tokenizer"].update(class_path="tessellar.protocol.configured.build")
+        ),
         "is not something that a config may build",
     ),
     "another kind of class": (
@@ -160,12 +181,18 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, lambda c: c["tokenizer"]["init_args"].update(patch_size=3)),
         "patch_size 3 does not divide",
     ),
-    "newer format": (lambda f: edit_config(f, lambda c: c.update(format=99)), "format 99; this version reads format 1"),
+    "newer format": (
+        lambda f: edit_config(f, lambda c: c.update(format=99)),
+        "format 99; this version reads format 1",
+    ),
     "no description": (
         lambda f: (f / "config.yaml").write_text("- a\n- b\n"),
         "config.yaml does not describe a tessellar model",
     ),
-    "config that is no YAML": (lambda f: (f / "config.yaml").write_text("a: [b"), "config.yaml is not YAML"),
+    "config that is no YAML": (
+        lambda f: (f / "config.yaml").write_text("a: [b"),
+        "config.yaml is not YAML",
+    ),
     "YAML that builds objects": (
         lambda f: (f / "config.yaml").write_text("!!python/object/apply:os.system ['true']"),
         "config.yaml is not YAML",
@@ -175,7 +202,9 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "describes a tokenizer without its tokenizer",
     ),
     "truncated weights": (
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-40]),
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-40]
+        ),
         "model.safetensors is truncated or not a safetensors file",
     ),
     "pickle under the name of safetensors": (
@@ -198,7 +227,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_tensors(f, lambda t: t.update({"tokenizer.to_code.bias": torch.zeros(5)})),
         r"1 of another shape: to_code.bias \(5,\) for \(4,\)",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is not an export: it needs config.yaml and model"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "is not an export: it needs config.yaml and model",
+    ),
 }
 
 
@@ -228,8 +260,13 @@ def test_a_name_that_is_nothing(tmp_path: Path, tokenizer: MakeTokenizer) -> Non
         tessellar.load(tmp_path / "run")
 
 
-def test_kinds_are_not_confused(tmp_path: Path, tokenizer: MakeTokenizer, generator: MakeGenerator) -> None:
-    vq, llama = export_tokenizer(tokenizer(), tmp_path / "vq"), export_generator(generator(), tmp_path / "llama")
+def test_kinds_are_not_confused(
+    tmp_path: Path, tokenizer: MakeTokenizer, generator: MakeGenerator
+) -> None:
+    vq, llama = (
+        export_tokenizer(tokenizer(), tmp_path / "vq"),
+        export_generator(generator(), tmp_path / "llama"),
+    )
     with pytest.raises(UserError, match="llama is a generator; a tokenizer is needed here"):
         load_tokenizer(llama)
     with pytest.raises(UserError, match="vq is a tokenizer; a generator is needed here"):
@@ -266,10 +303,14 @@ def test_fine_tuning_without_a_discriminator_starts_a_fresh_one(
     with caplog.at_level(logging.INFO, loading.__name__):
         init_tokenizer(folder, target, critic)
     assert fingerprint(target) == fingerprint(tokenizer(0)) and fingerprint(critic) == before
-    assert [r.message for r in caplog.records] == [f"{folder} has no discriminator: training starts with a fresh one"]
+    assert [r.message for r in caplog.records] == [
+        f"{folder} has no discriminator: training starts with a fresh one"
+    ]
 
 
-def test_fine_tuning_takes_the_discriminator_along(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+def test_fine_tuning_takes_the_discriminator_along(
+    tmp_path: Path, tokenizer: MakeTokenizer
+) -> None:
     critic, fresh = tokenizer(5), tokenizer(6)
     folder = export_tokenizer(tokenizer(0), tmp_path / "vq", discriminator=critic)
     assert fingerprint(tessellar.load(folder)) == fingerprint(tokenizer(0))
@@ -277,7 +318,9 @@ def test_fine_tuning_takes_the_discriminator_along(tmp_path: Path, tokenizer: Ma
     assert fingerprint(fresh) == fingerprint(critic)
 
 
-def test_fine_tuning_a_model_of_other_size_is_refused(tmp_path: Path, tokenizer: MakeTokenizer) -> None:
+def test_fine_tuning_a_model_of_other_size_is_refused(
+    tmp_path: Path, tokenizer: MakeTokenizer
+) -> None:
     folder = export_tokenizer(tokenizer(), tmp_path / "vq")
     with pytest.raises(UserError, match="of another shape: quantizer.codebook.weight"):
         init_tokenizer(folder, tokenizer(vocab=32))
@@ -307,13 +350,17 @@ def test_hub_id_fetches_only_an_export(
     assert calls == [("someone/vq", {"revision": "v2", "allow_patterns": files})]
 
 
-def test_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_that_cannot_be_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def snapshot(*_: object, **__: object) -> str:
         raise OSError("We couldn't connect\nand a long explanation")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"someone/vq is no local path, and the hub .* \(We couldn't connect\)$"):
+    with pytest.raises(
+        UserError, match=r"someone/vq is no local path, and the hub .* \(We couldn't connect\)$"
+    ):
         tessellar.load("someone/vq")
 
 

@@ -173,7 +173,10 @@ CONFIGS: dict[str, Any] = {
     },
     "ar": {
         "class_path": "tessellar.training.generator_module.GeneratorModule",
-        "init_args": {"tokenizer": "runs/tok/export", "generator": {"class_path": "toypaper.ToyAR"}},
+        "init_args": {
+            "tokenizer": "runs/tok/export",
+            "generator": {"class_path": "toypaper.ToyAR"},
+        },
     },
 }
 PACKAGE = ["--package", NAME]
@@ -226,7 +229,16 @@ def test_trained_sampled_and_measured(stranger: Path, capsys: pytest.CaptureFixt
         sample.main(words)
     sample.main([*words, *PACKAGE])
     assert len(list(Path("samples").glob("**/*.png"))) >= 4
-    measured = ["model", "runs/tok/export", "--extractor", "none", "--metrics", "paired", "--count", "8"]
+    measured = [
+        "model",
+        "runs/tok/export",
+        "--extractor",
+        "none",
+        "--metrics",
+        "paired",
+        "--count",
+        "8",
+    ]
     with pytest.raises(UserError, match=REFUSED):
         evaluate.main([*measured, "--out", "record.json"])
     evaluate.main([*measured, "--out", "record.json", *PACKAGE])
@@ -281,14 +293,18 @@ def test_imported(stranger: Path) -> None:
     convert.main(["import", NAME, "tok.pt", "--out", "tok", *PACKAGE])
     loaded = tessellar.load("tok", trust=(NAME,))
     images = torch.rand(1, 3, 16, 16)
-    assert isinstance(loaded, Tokenizer) and torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert isinstance(loaded, Tokenizer) and torch.equal(
+        loaded.encode(images), tokenizer.encode(images)
+    )
     convert.main(["import", NAME, "ar.pt", "--tokenizer", "tok.pt", "--out", "ar", *PACKAGE])
     model = tessellar.load("ar", trust=(NAME,))
     assert isinstance(model, ImageGenerator)
     assert torch.equal(model.generator.state_dict()["output.weight"], generator.output.weight)
 
 
-def test_official_outputs_recorded_and_verified(stranger: Path, capsys: pytest.CaptureFixture) -> None:
+def test_official_outputs_recorded_and_verified(
+    stranger: Path, capsys: pytest.CaptureFixture
+) -> None:
     convert.main(["record", f"{NAME}.recording", "--out", "recorded", *PACKAGE])
     meta = json.loads(Path("recorded/meta.json").read_text())
     assert meta["system"] == NAME and meta["files"] == {"model": "weights.safetensors"}
@@ -301,7 +317,9 @@ def test_official_outputs_recorded_and_verified(stranger: Path, capsys: pytest.C
     assert convert.main(["verify", "recorded", *PACKAGE]) == 1
 
 
-def test_a_module_of_ones_own_is_recorded_and_verified_by_others(stranger: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_module_of_ones_own_is_recorded_and_verified_by_others(
+    stranger: Path, capsys: pytest.CaptureFixture
+) -> None:
     from tessellar.checkpoints.export import export_generator
 
     tokenizer, generator = make()

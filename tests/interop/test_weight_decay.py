@@ -43,7 +43,9 @@ class Named(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        names = frozenset().union(*(value.names for value in _flat((args, kwargs or {})) if isinstance(value, Named)))
+        names = frozenset().union(
+            *(value.names for value in _flat((args, kwargs or {})) if isinstance(value, Named))
+        )
         result = super().__torch_function__(func, types, args, kwargs or {})
         for value in _flat(result):
             if isinstance(value, Named):
@@ -66,7 +68,10 @@ class NamedWeights(WeightFiles):
 
     def __getitem__(self, part: str) -> dict[str, Tensor]:
         file = self.files[part]
-        return {name: Named.of(t, frozenset({f"{file}/{name}"})) for name, t in super().__getitem__(part).items()}
+        return {
+            name: Named.of(t, frozenset({f"{file}/{name}"}))
+            for name, t in super().__getitem__(part).items()
+        }
 
 
 class Imported(NamedTuple):
@@ -111,13 +116,20 @@ def import_until(system: str, enough: Callable[[list[Imported]], bool]) -> list[
 @cache
 def imported(system: str) -> list[Imported]:
     """Modules that hold every recorded parameter."""
-    return import_until(system, lambda found: listed(system) <= {name for item in found for name in item.all_names})
+    return import_until(
+        system, lambda found: listed(system) <= {name for item in found for name in item.all_names}
+    )
 
 
 def listed(system: str) -> set[str]:
     """File and name of every parameter that a recipe lists."""
     lists = [part["decay"] for part in recipe(system).values() if part["decay"] is not None]
-    return {f"{some['file']}/{name}" for some in lists for name, value in some["names"].items() if value is not None}
+    return {
+        f"{some['file']}/{name}"
+        for some in lists
+        for name, value in some["names"].items()
+        if value is not None
+    }
 
 
 def decaying(module: nn.Module) -> dict[str, bool]:
@@ -147,7 +159,10 @@ OTHERWISE = {
     ("hita", "discriminator"): "Adam without weight decay: configs/imagenet256/hita_u.yaml",
     ("mar", "discriminator"): "Adam without weight decay: configs/imagenet256/kl16.yaml",
     ("one_d_piece", "stage2_discriminator"): "TiTok's class and rule: titok/stage2_discriminator",
-    ("one_d_piece", "generator"): "TiTok's MaskGIT with a ViT, whose tables hold `embedding`: generator_vit",
+    (
+        "one_d_piece",
+        "generator",
+    ): "TiTok's MaskGIT with a ViT, whose tables hold `embedding`: generator_vit",
     ("restok", "discriminator"): "vectors do not decay, matrices do: see STATED",
     ("retok", "tokenizer_main_stage"): "as retok/tokenizer",
     ("retok", "discriminator"): "one group: `decayed: all` in configs/imagenet256/retok_s_*.yaml",
@@ -161,7 +176,11 @@ def test_weight_decay_acts_on_what_it_acts_on_officially(system: str, part: str)
     """Null names (buffers, frozen or absent parts) are not compared; without decay there is nothing to compare."""
     facts = recipe(system)[part]
     file = facts["decay"]["file"]
-    official = {f"{file}/{name}": value for name, value in facts["decay"]["names"].items() if value is not None}
+    official = {
+        f"{file}/{name}": value
+        for name, value in facts["decay"]["names"].items()
+        if value is not None
+    }
     has_decay = bool((facts.get("optimizer") or {}).get("weight_decay"))
     assert has_decay or not any(official.values())
     met, wrong = set(), []
@@ -171,7 +190,9 @@ def test_weight_decay_acts_on_what_it_acts_on_officially(system: str, part: str)
             met |= sources
             said = {official[source] for source in sources & official.keys()}
             if has_decay and said and said != {ours[name]}:
-                wrong.append(f"{type(item.module).__name__}.{name} {ours[name]}, official {sorted(sources)} {said}")
+                wrong.append(
+                    f"{type(item.module).__name__}.{name} {ours[name]}, official {sorted(sources)} {said}"
+                )
     assert sorted(set(wrong)) == []
     assert sorted(official.keys() - met) == [], "recorded names that no importer puts anywhere"
 
@@ -219,14 +240,20 @@ def made(name: str) -> nn.Module:
             vision = VisionModel("vit_tiny_patch16_224", image_size=32, options=sizes)
             return DinoDiscriminator(Teacher(vision), layers=(0, 2), kernel=3)
     systems = {"TokenShuffle": "token_shuffle", "FlexAR": "flextok_ar", "FlexTok": "flextok"}
-    found = import_until(systems[name], lambda found: any(type(item.module).__name__ == name for item in found))
+    found = import_until(
+        systems[name], lambda found: any(type(item.module).__name__ == name for item in found)
+    )
     return found[-1].module
 
 
 @pytest.mark.parametrize("name", STATED)
 def test_weight_decay_follows_the_stated_rule(name: str) -> None:
     module = made(name)
-    dimensions = {key: parameter.ndim for key, parameter in module.named_parameters() if parameter.requires_grad}
+    dimensions = {
+        key: parameter.ndim
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
     left_out = {key for key, decays in decaying(module).items() if key in dimensions and not decays}
     assert {key for key in left_out if dimensions[key] > 1} == STATED[name]
     assert {key for key, ndim in dimensions.items() if ndim < 2} <= left_out

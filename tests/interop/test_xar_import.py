@@ -44,7 +44,9 @@ def test_keys_there_and_back() -> None:
 def test_unequal_stacks_and_odd_sizes() -> None:
     made = XAR(LAYOUT, "cell:8", 24, 2, 2, 7, mlp_ratio=3.0, decoder_depth=1).eval()
     again = from_official(to_official(made), LAYOUT, num_heads=2)
-    assert len(again.encoder.blocks) == 2 and len(again.decoder.blocks) == 1 and again.num_classes == 7
+    assert (
+        len(again.encoder.blocks) == 2 and len(again.decoder.blocks) == 1 and again.num_classes == 7
+    )
     x, t = torch.randn(1, 256, 16), torch.rand(1, 4)
     condition = made.make_conditioner().of_labels(torch.tensor([3]))
     assert torch.equal(made.velocity(x, t, condition), again.velocity(x, t, condition))
@@ -57,8 +59,12 @@ def test_vae_and_generator_from_their_files(tmp_path: Path) -> None:
     save_file(official(), tmp_path / "xar.safetensors")
     options = ImportOptions(image_size=16)
     tokenizer = import_model("xar", str(tmp_path / "kl.pth"), options=options)
-    assert isinstance(tokenizer, KLVAE) and float(tokenizer.quantizer.scale) == pytest.approx(KL16_SCALE)
-    model = import_model("xar", str(tmp_path / "xar.safetensors"), str(tmp_path / "kl.pth"), options=options)
+    assert isinstance(tokenizer, KLVAE) and float(tokenizer.quantizer.scale) == pytest.approx(
+        KL16_SCALE
+    )
+    model = import_model(
+        "xar", str(tmp_path / "xar.safetensors"), str(tmp_path / "kl.pth"), options=options
+    )
     assert isinstance(model, ImageGenerator) and isinstance(model.generator, XAR)
     images = model.sample(model.class_condition([1]), Sampling(flow=EulerMaruyama(2)), [0])
     assert images.shape == (1, 3, 16, 16) and bool(images.isfinite().all())

@@ -9,7 +9,9 @@ from tessellar.layers.attention import attention
 @pytest.mark.parametrize("kind", ["full", "causal", "mask"])
 def test_explicit_equals_sdpa(kind: str) -> None:
     torch.manual_seed(0)
-    mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool) if kind == "mask" else None
+    mask = (
+        (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool) if kind == "mask" else None
+    )
     results = []
     for implementation in ("explicit", "sdpa"):
         torch.manual_seed(1)

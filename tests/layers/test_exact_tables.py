@@ -45,7 +45,9 @@ def test_tables_of_tokenizers_survive(name: str) -> None:
 def test_a_model_in_bfloat16_samples(name: str) -> None:
     tokenizer = TOKENIZERS[PAIRS[name]]()
     generator = GENERATORS[name](tokenizer.layout)
-    model = ImageGenerator(tokenizer, generator, generator.make_conditioner()).eval().to(torch.bfloat16)
+    model = (
+        ImageGenerator(tokenizer, generator, generator.make_conditioner()).eval().to(torch.bfloat16)
+    )
     images = model.sample(model.class_condition([0, 1]), Sampling(), [1, 2])
     assert images.shape == (2, 3, *tokenizer.image_size) and bool(images.isfinite().all())
 

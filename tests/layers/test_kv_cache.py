@@ -29,7 +29,10 @@ def test_rows_of_unequal_length_write_and_see_their_own_slots() -> None:
     slots = cache.reserve(torch.tensor([[3], [1]]))
     k, _ = cache.write(0, slots, keys(9.0), keys(9.0))
     assert slots.index.tolist() == [[3], [1]]
-    assert slots.mask is not None and slots.mask[:, 0, 0].tolist() == [[True] * 4, [True, True, False, False]]
+    assert slots.mask is not None and slots.mask[:, 0, 0].tolist() == [
+        [True] * 4,
+        [True, True, False, False],
+    ]
     assert k[0, 0, 3, 0] == 9 and k[1, 0, 1, 0] == 9 and k[1, 0, 2, 0] == 1
 
 
@@ -44,7 +47,11 @@ def test_padding_is_hidden_but_sees_itself() -> None:
 def test_blocks_of_equal_number_see_each_other() -> None:
     slots = NoCache(torch.device("cpu")).reserve(torch.tensor([[0, 1, 1]]))
     assert slots.mask is not None
-    assert slots.mask[0, 0].tolist() == [[True, False, False], [True, True, True], [True, True, True]]
+    assert slots.mask[0, 0].tolist() == [
+        [True, False, False],
+        [True, True, True],
+        [True, True, True],
+    ]
 
 
 def test_overflow_and_growing_are_refused() -> None:

@@ -118,7 +118,11 @@ def test_greedy_takes_the_likeliest_step_by_step(kind: str) -> None:
 def test_independent_bits_are_bernoulli() -> None:
     log_odds = torch.tensor([[[0.0, 1.0, -2.0]]])
     made = Bits.independent(log_odds).log_prob(torch.tensor([[[1, 0, 1]]]))
-    expected = torch.tensor([0.5, 1 - torch.sigmoid(torch.tensor(1.0)), torch.sigmoid(torch.tensor(-2.0))]).log().sum()
+    expected = (
+        torch.tensor([0.5, 1 - torch.sigmoid(torch.tensor(1.0)), torch.sigmoid(torch.tensor(-2.0))])
+        .log()
+        .sum()
+    )
     torch.testing.assert_close(made, expected.view(1, 1))
 
 
@@ -129,7 +133,8 @@ def test_logits_answer_log_prob_and_probs() -> None:
     distribution = Logits(logits)
     torch.testing.assert_close(distribution.probs().sum(-1), torch.ones(2, 3))
     torch.testing.assert_close(
-        distribution.log_prob(tokens), distribution.probs().gather(-1, tokens[..., None])[..., 0].log()
+        distribution.log_prob(tokens),
+        distribution.probs().gather(-1, tokens[..., None])[..., 0].log(),
     )
     nats = distribution.nats(tokens)
     assert nats is not None
@@ -139,7 +144,11 @@ def test_logits_answer_log_prob_and_probs() -> None:
 def test_what_a_solver_integrates_has_no_likelihood() -> None:
     implicit = ImplicitFlow(lambda x, t: x, (3, 4))
     tokens = torch.zeros(1, 3, 4)
-    assert implicit.log_prob(tokens) is None and implicit.nats(tokens) is None and implicit.probs() is None
+    assert (
+        implicit.log_prob(tokens) is None
+        and implicit.nats(tokens) is None
+        and implicit.probs() is None
+    )
 
 
 def test_hidden_states_ride_along() -> None:

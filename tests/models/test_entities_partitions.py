@@ -73,7 +73,10 @@ def test_cells_and_subsamples_of_every_size(h: int, w: int) -> None:
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(0, 99))
 def test_levels_random_orders_and_shuffled_entities(sizes: list[int], seed: int) -> None:
-    layout, stream = sequence_layout(sum(sizes), Categorical(2)), torch.Generator().manual_seed(seed)
+    layout, stream = (
+        sequence_layout(sum(sizes), Categorical(2)),
+        torch.Generator().manual_seed(seed),
+    )
     runs = levels(layout, sizes)
     check(runs)
     assert runs.order.tolist() == list(range(sum(sizes))) and runs.sizes == tuple(sizes)
@@ -83,14 +86,20 @@ def test_levels_random_orders_and_shuffled_entities(sizes: list[int], seed: int)
     check(random_order(layout, stream, sizes=sizes))
     several = random_order(layout, stream, batch=3)
     assert several.order.shape == (3, sum(sizes)) and several.sizes == (1,) * sum(sizes)
-    assert torch.equal(several.order.gather(1, several.inverse), torch.arange(sum(sizes)).expand(3, -1))
+    assert torch.equal(
+        several.order.gather(1, several.inverse), torch.arange(sum(sizes)).expand(3, -1)
+    )
 
 
 def test_segments_are_levels_and_growing_grids_are_scales() -> None:
     pyramid = Layout(tuple(Segment((side, side), Categorical(2)) for side in (1, 2, 4)))
     assert scales(pyramid).sizes == levels(pyramid).sizes == (1, 4, 16)
     check(scales(pyramid))
-    for other in (grid(4, 4), Layout((*pyramid.segments[::-1],)), sequence_layout(5, Categorical(2))):
+    for other in (
+        grid(4, 4),
+        Layout((*pyramid.segments[::-1],)),
+        sequence_layout(5, Categorical(2)),
+    ):
         with pytest.raises(UserError, match="coarse to fine"):
             scales(other)
 
@@ -106,7 +115,9 @@ def test_block_mask_is_the_dense_mask(sizes: tuple[int, ...]) -> None:
     tiles = rearrange(dense, "(a p) (b q) -> a b (p q)", p=128, q=128)
     assert torch.equal(made.to_dense()[0, 0].bool(), tiles.any(-1))
     index = torch.arange(n)
-    assert torch.equal(made.mask_mod(index * 0, index * 0, index[:, None], index[None, :]), entities.mask())
+    assert torch.equal(
+        made.mask_mod(index * 0, index * 0, index[:, None], index[None, :]), entities.mask()
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +140,9 @@ def test_an_entity_as_a_flag(text: str, same) -> None:
     assert torch.equal(ours.order, expected.order) and ours.sizes == expected.sizes
 
 
-@pytest.mark.parametrize("text", ["", "cells", "cell", "cell:2x2x2", "cell:a", "token:2", "random", "scale:1,2"])
+@pytest.mark.parametrize(
+    "text", ["", "cells", "cell", "cell:2x2x2", "cell:a", "token:2", "random", "scale:1,2"]
+)
 def test_unknown_entities_are_listed(text: str) -> None:
     with pytest.raises(UserError, match="none of token, image"):
         parse_entities(text, grid(4, 4))
@@ -137,7 +150,11 @@ def test_unknown_entities_are_listed(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text, message",
-    [("cell:3", "3x3 do not divide the grid of 4x6"), ("subsample:4", "do not divide"), ("level:1,2", "sum to the 24")],
+    [
+        ("cell:3", "3x3 do not divide the grid of 4x6"),
+        ("subsample:4", "do not divide"),
+        ("level:1,2", "sum to the 24"),
+    ],
 )
 def test_entities_that_do_not_fit(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

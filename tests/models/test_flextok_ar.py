@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.models.flextok import FlexAR, flexar_1b_t2i, flexar_3b_t2i, flexar_113m_t2i, flexar_382m_t2i
+from tessellar.models.flextok import (
+    FlexAR,
+    flexar_1b_t2i,
+    flexar_3b_t2i,
+    flexar_113m_t2i,
+    flexar_382m_t2i,
+)
 from tessellar.models.flextok.model import positions_1d
 from tessellar.models.flextok.official import MODEL, OFFICIAL, generator_from_official, to_official
 from tessellar.protocol.condition import Condition
@@ -39,7 +45,9 @@ def tokens() -> Tensor:
 @pytest.fixture
 def prompt() -> Condition:
     features = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
-    return Condition(valid=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]).bool(), features=features)
+    return Condition(
+        valid=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]).bool(), features=features
+    )
 
 
 def scores(generator: FlexAR, tokens: Tensor, condition: Condition) -> Tensor:
@@ -54,7 +62,9 @@ def test_text_is_read_where_it_is_real(tokens: Tensor, prompt: Condition) -> Non
     padding = torch.where(prompt.valid[..., None], prompt.features, 9.0)
     first = scores(generator, tokens, prompt)
     torch.testing.assert_close(first, scores(generator, tokens, prompt._replace(features=padding)))
-    assert not torch.allclose(first, scores(generator, tokens, prompt._replace(features=prompt.features + 1)))
+    assert not torch.allclose(
+        first, scores(generator, tokens, prompt._replace(features=prompt.features + 1))
+    )
 
 
 @torch.no_grad()
@@ -66,7 +76,9 @@ def test_guidance_against_the_empty_prompt(tokens: Tensor, prompt: Condition) ->
     generator.set_empty_prompt(empty, valid)
     state = generator.start(prompt, Guidance(Constant(2.0)))
     guided = generator.predict(state, tokens, 8)
-    null = scores(generator, tokens, Condition(valid=valid.expand(2, -1), features=empty.expand(2, -1, -1)))
+    null = scores(
+        generator, tokens, Condition(valid=valid.expand(2, -1), features=empty.expand(2, -1, -1))
+    )
     conditional = scores(generator, tokens, prompt)
     assert isinstance(guided, Logits)
     torch.testing.assert_close(guided.logits, null + 2 * (conditional - null), atol=1e-4, rtol=1e-4)
@@ -82,7 +94,9 @@ def test_no_class_adds_nothing(tokens: Tensor) -> None:
     assert slip.null(labels).ids is not None and slip.null(labels).ids.tolist() == [0, 0]  # type: ignore[union-attr]
 
 
-def test_gradients_reach_every_parameter_of_the_text_model(tokens: Tensor, prompt: Condition) -> None:
+def test_gradients_reach_every_parameter_of_the_text_model(
+    tokens: Tensor, prompt: Condition
+) -> None:
     generator = make_text().train()
     generator.set_empty_prompt(torch.randn(3, 6), torch.ones(3, dtype=torch.bool))
     generator.loss(tokens, prompt)["cross_entropy"].backward()
@@ -103,8 +117,12 @@ def test_positions_are_a_column_of_a_grid() -> None:
 
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_export_to_official_is_the_inverse_of_import(tokens: Tensor, text: bool, qk_norm: bool) -> None:
-    options: dict[str, Any] = {"num_classes": None, "text_dim": 6, "text_hidden": 10} if text else {"num_classes": 5}
+def test_export_to_official_is_the_inverse_of_import(
+    tokens: Tensor, text: bool, qk_norm: bool
+) -> None:
+    options: dict[str, Any] = (
+        {"num_classes": None, "text_dim": 6, "text_hidden": 10} if text else {"num_classes": 5}
+    )
     generator = make(qk_norm=qk_norm, **options)
     state = to_official(generator)
     extra = {"models.image_tokenizer.flextok_model.x": torch.zeros(1)}

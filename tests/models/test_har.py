@@ -28,7 +28,15 @@ def model() -> HAR:
 
 
 def test_levels_double() -> None:
-    assert level_sizes(128, 4) == (1, 1, 1, 1, 4, 8, 16, 32, 64) and level_sizes(32, 4) == (1, 1, 1, 1, 4, 8, 16)
+    assert level_sizes(128, 4) == (1, 1, 1, 1, 4, 8, 16, 32, 64) and level_sizes(32, 4) == (
+        1,
+        1,
+        1,
+        1,
+        4,
+        8,
+        16,
+    )
 
 
 @pytest.mark.parametrize(("length", "first"), [(12, 4), (16, 3), (4, 4), (16, 0)])
@@ -39,7 +47,10 @@ def test_other_lengths_are_refused(length: int, first: int) -> None:
 
 def test_a_level_reads_the_one_before_it_then_special_tokens() -> None:
     token, special = input_sources(16, 4)
-    read = [f"t{t}" if t >= 0 else f"s{s}" for t, s in zip(token.tolist(), special.tolist(), strict=True)]
+    read = [
+        f"t{t}" if t >= 0 else f"s{s}"
+        for t, s in zip(token.tolist(), special.tolist(), strict=True)
+    ]
     assert read == "t0 t1 t2 t3 s0 s1 s2 t4 t5 t6 t7 s3 s4 s5 s6".split()
 
 
@@ -69,7 +80,9 @@ def test_a_picture_takes_as_many_evaluations_as_levels() -> None:
 def test_official_keys_there_and_back() -> None:
     made = model()
     again = from_official(to_official(made), LINE, 4)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True)
+    )
     with pytest.raises(UserError, match="is for 16 tokens of 11 codes, but the tokenizer gives 32"):
         from_official(to_official(made), sequence_layout(32, Categorical(11)), 4)
     with pytest.raises(UserError, match="HAR predicts categorical tokens"):
@@ -77,7 +90,8 @@ def test_official_keys_there_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "count"), [(har_b, 98_403_072), (har_l, 326_263_808), (har_xl, 753_890_560), (har_xxl, 1_386_001_920)]
+    ("preset", "count"),
+    [(har_b, 98_403_072), (har_l, 326_263_808), (har_xl, 753_890_560), (har_xxl, 1_386_001_920)],
 )
 def test_published_sizes(preset: Any, count: int) -> None:
     with torch.device("meta"):

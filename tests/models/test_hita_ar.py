@@ -20,7 +20,12 @@ LABELS = Condition(ids=torch.tensor([0, 3]))
 
 
 def layout(first: int = 11, second: int = 17) -> Layout:
-    return Layout((Segment((3,), Categorical(first), "holistic"), Segment((2, 3), Categorical(second), "patches")))
+    return Layout(
+        (
+            Segment((3,), Categorical(first), "holistic"),
+            Segment((2, 3), Categorical(second), "patches"),
+        )
+    )
 
 
 def model(lookup: Any = "train_consistent", first: int = 11, second: int = 17) -> HitaAR:
@@ -33,7 +38,13 @@ def model(lookup: Any = "train_consistent", first: int = 11, second: int = 17) -
 
 def tokens(seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randint(0, 11, (2, 3), generator=draw), torch.randint(0, 17, (2, 6), generator=draw)], 1)
+    return torch.cat(
+        [
+            torch.randint(0, 11, (2, 3), generator=draw),
+            torch.randint(0, 17, (2, 6), generator=draw),
+        ],
+        1,
+    )
 
 
 def scores(made: HitaAR, ids: Tensor) -> Tensor:
@@ -47,7 +58,11 @@ def cached(made: HitaAR, ids: Tensor) -> Tensor:
     for _ in range(9):
         predicted = made.predict(state, ids)
         assert isinstance(predicted, Logits)
-        parts.append(torch.nn.functional.pad(predicted.logits, (0, 17 - predicted.logits.shape[-1]), value=-torch.inf))
+        parts.append(
+            torch.nn.functional.pad(
+                predicted.logits, (0, 17 - predicted.logits.shape[-1]), value=-torch.inf
+            )
+        )
     return torch.cat(parts, 1)
 
 
@@ -91,7 +106,10 @@ def test_official_keys_there_and_back() -> None:
     official = to_official(made)
     assert official["output.weight"].shape == (28, 32)
     again = from_official(official, layout(), 4)
-    assert torch.equal(again.holistic_output.weight, made.holistic_output.weight) and again.lookup == "official"
+    assert (
+        torch.equal(again.holistic_output.weight, made.holistic_output.weight)
+        and again.lookup == "official"
+    )
     with pytest.raises(UserError, match=r"predicts \(11, 17\) codes, but the tokenizer gives"):
         from_official(official, layout(second=18), 4)
 
@@ -114,5 +132,7 @@ def test_other_layouts_are_refused() -> None:
 def test_published_sizes(preset: Any, count: int) -> None:
     kind = Categorical(16384)
     with torch.device("meta"):
-        made = preset(Layout((Segment((128,), kind, "holistic"), Segment((21, 21), kind, "patches"))))
+        made = preset(
+            Layout((Segment((128,), kind, "holistic"), Segment((21, 21), kind, "patches")))
+        )
     assert sum(p.numel() for p in made.parameters()) == count

@@ -10,7 +10,14 @@ from tessellar.protocol.condition import Condition, cat
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Interval
-from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Layout,
+    Segment,
+    grid_layout,
+    sequence_layout,
+)
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import Ancestral, decode_from
 from tessellar.sampling.settings import GREEDY, Sampling
@@ -20,7 +27,9 @@ GRID = grid_layout(3, 4, Categorical(23))
 
 def model(text: bool = False, layout: Layout = GRID) -> LlamaGen:
     torch.manual_seed(0)
-    kind = {"num_classes": None, "caption_dim": 6, "caption_length": 5} if text else {"num_classes": 7}
+    kind = (
+        {"num_classes": None, "caption_dim": 6, "caption_length": 5} if text else {"num_classes": 7}
+    )
     generator = LlamaGen(layout, 32, 2, 4, ffn_multiple_of=8, **kind)  # type: ignore[arg-type]
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -59,7 +68,9 @@ def test_causality_and_prefix_consistency(text: bool) -> None:
 
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("guidance", [NO_GUIDANCE, Guidance(Constant(2.5)), Guidance(Interval(2.0, 2, 6))])
+@pytest.mark.parametrize(
+    "guidance", [NO_GUIDANCE, Guidance(Constant(2.5)), Guidance(Interval(2.0, 2, 6))]
+)
 @torch.no_grad()
 def test_cached_equals_uncached(text: bool, batch: int, guidance: Guidance) -> None:
     """float32: greedy tokens equal; logits of every step within 1e-4 of a teacher-forced pass without a cache."""
@@ -110,14 +121,19 @@ def test_an_image_does_not_depend_on_its_batch(text: bool) -> None:
     generator, cond, guidance = model(text), condition(text, 3), Guidance(Constant(1.7))
     together = Ancestral()(generator, cond, Sampling(), Noise([5, 6, 7]), guidance)
     for b in range(3):
-        alone = Ancestral()(generator, cond.select(torch.tensor([b])), Sampling(), Noise([5 + b]), guidance)
+        alone = Ancestral()(
+            generator, cond.select(torch.tensor([b])), Sampling(), Noise([5 + b]), guidance
+        )
         assert torch.equal(together[b], alone[0])
 
 
 @torch.no_grad()
 def test_guidance_scales_one_and_zero() -> None:
     generator, cond, tokens = model(), condition(False, 2), tokens_of(2)
-    conditional, null = scores(generator, tokens, cond), scores(generator, tokens, generator.null(cond))
+    conditional, null = (
+        scores(generator, tokens, cond),
+        scores(generator, tokens, generator.null(cond)),
+    )
     for scale, expected in ((1.0, conditional), (0.0, null)):
         state = generator.start(cond, Guidance(Constant(scale)))
         guided = generator.predict(state, tokens, 12)
@@ -182,7 +198,9 @@ def test_dropped_condition_is_the_null_condition() -> None:
     for module in generator.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    losses = [generator.loss(tokens, Condition(ids=torch.full((4,), c)))["cross_entropy"] for c in (1, 5)]
+    losses = [
+        generator.loss(tokens, Condition(ids=torch.full((4,), c)))["cross_entropy"] for c in (1, 5)
+    ]
     null = generator.loss(tokens, generator.null(condition(False, 4)))["cross_entropy"]
     assert losses[0] == losses[1] == null
 
@@ -203,7 +221,9 @@ def test_activation_checkpointing_changes_nothing() -> None:
 
 
 def test_a_sequence_and_several_segments_train() -> None:
-    two = Layout((Segment((4,), Categorical(23), "holistic"), Segment((2, 4), Categorical(23), "grid")))
+    two = Layout(
+        (Segment((4,), Categorical(23), "holistic"), Segment((2, 4), Categorical(23), "grid"))
+    )
     for layout in (sequence_layout(12, Categorical(23)), two):
         loss: dict[str, Tensor] = model(layout=layout).loss(tokens_of(2), condition(False, 2))
         assert torch.isfinite(loss["cross_entropy"])
@@ -211,7 +231,10 @@ def test_a_sequence_and_several_segments_train() -> None:
 
 def test_layouts_that_do_not_fit_are_refused_in_one_line() -> None:
     unequal = Layout((Segment((4,), Categorical(8)), Segment((4,), Categorical(9))))
-    for layout, reason in ((sequence_layout(4, Continuous(3)), "categorical"), (unequal, "one vocabulary")):
+    for layout, reason in (
+        (sequence_layout(4, Continuous(3)), "categorical"),
+        (unequal, "one vocabulary"),
+    ):
         with pytest.raises(UserError, match=reason):
             LlamaGen(layout, 32, 1, 4)
 

@@ -32,7 +32,22 @@ FAST = AncestralDiffusion(steps=4)
 
 def model(patch: int = 1, scale: float = 0.2) -> MAR:
     torch.manual_seed(0)
-    generator = MAR(GRID, 16, 2, 2, 24, 20, 2, 5, patch, 3, condition_dropout=0.0, dropout=0.0, repeats=2, steps=4)
+    generator = MAR(
+        GRID,
+        16,
+        2,
+        2,
+        24,
+        20,
+        2,
+        5,
+        patch,
+        3,
+        condition_dropout=0.0,
+        dropout=0.0,
+        repeats=2,
+        steps=4,
+    )
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=scale)
     return generator.eval()
@@ -75,8 +90,12 @@ def test_only_masked_tokens_and_weighed_samples_count(patch: int) -> None:
 def test_training_reaches_every_parameter() -> None:
     generator = model().train()
     generator.condition_dropout = 0.5
-    sum(generator.loss(latents().repeat(8, 1, 1), Condition(ids=torch.arange(16) % 5)).values()).backward()  # type: ignore[union-attr]
-    assert [n for n, p in generator.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
+    sum(
+        generator.loss(latents().repeat(8, 1, 1), Condition(ids=torch.arange(16) % 5)).values()
+    ).backward()  # type: ignore[union-attr]
+    assert [
+        n for n, p in generator.named_parameters() if p.grad is None or not bool(p.grad.any())
+    ] == []
 
 
 @pytest.mark.parametrize(("patches", "steps"), [(256, 64), (256, 256), (64, 10), (16, 1), (9, 9)])
@@ -113,7 +132,9 @@ def test_guidance_moves_the_noise_and_not_the_variance() -> None:
     generator, entities = model(), model().plan(Noise([0, 1]), 2)
     x, t = torch.randn(2, entities.sizes[0], 3), torch.tensor(300.0)
     plain = generator.predict(generator.start(LABELS, entities=entities), GRID.blank(2))
-    guided = generator.predict(generator.start(LABELS, Guidance(Revealed(3.0)), entities), GRID.blank(2))
+    guided = generator.predict(
+        generator.start(LABELS, Guidance(Revealed(3.0)), entities), GRID.blank(2)
+    )
     (eps, v), (eps_guided, v_guided) = (d.model(x, t).chunk(2, -1) for d in (plain, guided))  # type: ignore[attr-defined]
     torch.testing.assert_close(v, v_guided, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(eps, eps_guided)
@@ -130,13 +151,19 @@ def test_variance_between_posterior_and_beta() -> None:
     process, t = full_process(), torch.tensor([5, 500])
     one = torch.ones(2, 1)
     torch.testing.assert_close(process.log_variance(one, t)[:, 0].exp(), process.betas[t].float())
-    torch.testing.assert_close(process.log_variance(-one, t)[:, 0].exp(), process.posterior_variance[t].float())
+    torch.testing.assert_close(
+        process.log_variance(-one, t)[:, 0].exp(), process.posterior_variance[t].float()
+    )
     assert float(process.survival[-1]) < 3e-9 and float(cosine_betas().max()) <= 0.999
 
 
 def test_respaced_processes() -> None:
     steps = kept_steps(100)
-    assert steps[:4] == [0, 10, 20, 30] and steps[-1] == 999 and strided_steps(8) == list(range(0, 1000, 125))
+    assert (
+        steps[:4] == [0, 10, 20, 30]
+        and steps[-1] == 999
+        and strided_steps(8) == list(range(0, 1000, 125))
+    )
     process = respaced(full_process(), steps)
     torch.testing.assert_close(process.survival, full_process().survival[steps])
     assert bool(((process.betas > 0) & (process.betas <= 1)).all())
@@ -158,7 +185,9 @@ def test_without_temperature_the_start_decides() -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("preset", "count"), [(mar_b, 207_924_768), (mar_l, 478_326_304), (mar_h, 942_403_104)])
+@pytest.mark.parametrize(
+    ("preset", "count"), [(mar_b, 207_924_768), (mar_l, 478_326_304), (mar_h, 942_403_104)]
+)
 def test_published_sizes(preset: Any, count: int) -> None:
     with torch.device("meta"):
         generator = preset(grid_layout(16, 16, Continuous(16)))
@@ -173,7 +202,11 @@ def test_what_does_not_fit_is_refused() -> None:
     official = to_official(model())
     assert all(
         torch.equal(a, b)
-        for a, b in zip(from_official(official, GRID, 2).parameters(), model().parameters(), strict=True)
+        for a, b in zip(
+            from_official(official, GRID, 2).parameters(), model().parameters(), strict=True
+        )
     )
-    with pytest.raises(UserError, match="is for 16 tokens of 3 channels, but the tokenizer gives 8x8"):
+    with pytest.raises(
+        UserError, match="is for 16 tokens of 3 channels, but the tokenizer gives 8x8"
+    ):
         from_official(official, grid_layout(8, 8, Continuous(3)), 2)

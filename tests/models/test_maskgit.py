@@ -41,7 +41,11 @@ def tokens_of(seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("backbone", ["vit", "uvit"])
 @torch.no_grad()
 def test_masked_tokens_are_not_looked_at(backbone: str) -> None:
-    generator, tokens, masked = model(backbone), tokens_of(), torch.arange(12).expand(3, -1) % 3 == 0
+    generator, tokens, masked = (
+        model(backbone),
+        tokens_of(),
+        torch.arange(12).expand(3, -1) % 3 == 0,
+    )
     other = torch.where(masked, tokens_of(1), tokens)
     before = generator.logits(tokens, masked, LABELS)
     torch.testing.assert_close(before, generator.logits(other, masked, LABELS))
@@ -52,7 +56,9 @@ def test_masked_tokens_are_not_looked_at(backbone: str) -> None:
 @torch.no_grad()
 def test_loss_of_a_generator_that_knows_nothing_is_the_entropy_of_the_vocabulary() -> None:
     generator = model(scale=0.0)
-    assert float(generator.loss(tokens_of(), LABELS)["cross_entropy"]) == pytest.approx(log(9), abs=1e-5)
+    assert float(generator.loss(tokens_of(), LABELS)["cross_entropy"]) == pytest.approx(
+        log(9), abs=1e-5
+    )
 
 
 @torch.no_grad()
@@ -61,7 +67,10 @@ def test_weights_of_known_tokens_and_samples() -> None:
     masked = torch.zeros(3, 12, dtype=torch.bool)
     masked[:, :4] = True
     losses = torch.nn.functional.cross_entropy(
-        generator.logits(tokens, masked, LABELS).transpose(1, 2), tokens, reduction="none", label_smoothing=0.1
+        generator.logits(tokens, masked, LABELS).transpose(1, 2),
+        tokens,
+        reduction="none",
+        label_smoothing=0.1,
     )
     expected = (losses[1, :4].sum() + 0.1 * losses[1, 4:].sum()) / (4 + 0.1 * 8)
     given = generator.masked_loss(tokens, masked, LABELS, torch.tensor([0.0, 2.0, 0.0]))
@@ -82,21 +91,34 @@ def test_accuracy_is_of_each_sample_then_of_all() -> None:
     assert generator.masked_accuracy(tokens, masked, condition) == 0.5
 
 
-@pytest.mark.parametrize(("length", "steps"), [(32, 8), (64, 8), (128, 64), (12, 1), (12, 6), (256, 16)])
+@pytest.mark.parametrize(
+    ("length", "steps"), [(32, 8), (64, 8), (128, 64), (12, 1), (12, 6), (256, 16)]
+)
 def test_every_step_makes_some_token_known(length: int, steps: int) -> None:
     sizes = planned_sizes(length, steps)
     assert len(sizes) == steps and min(sizes) >= 1 and sum(sizes) == length
 
 
 def test_first_steps_are_small() -> None:
-    assert planned_sizes(32, 8) == (3, 3, 2, 3, 3, 4, 4, 10)  # floor(32 arccos(n / 8) 2 / pi): 29, 26, 24, ..
+    assert planned_sizes(32, 8) == (
+        3,
+        3,
+        2,
+        3,
+        3,
+        4,
+        4,
+        10,
+    )  # floor(32 arccos(n / 8) 2 / pi): 29, 26, 24, ..
 
 
 @torch.no_grad()
 def test_the_highest_confidence_comes_first_and_is_kept() -> None:
     """Without noise each kept token is the argmax of the step at which it was the surest of the unknown ones."""
     generator, sizes = model(), planned_sizes(12, 4)
-    final = confidence.MaskGIT(4, 0.0, anneal=False)(generator, LABELS, Sampling(), Noise([0, 1, 2]))
+    final = confidence.MaskGIT(4, 0.0, anneal=False)(
+        generator, LABELS, Sampling(), Noise([0, 1, 2])
+    )
     known = torch.zeros(3, 12, dtype=torch.bool)
     for size in sizes:
         logits = generator.logits(final, ~known, LABELS)
@@ -113,7 +135,9 @@ def test_an_image_depends_on_its_own_seed() -> None:
     together = algorithm(generator, LABELS, Sampling(), Noise([5, 6, 7]), guidance)
     alone = algorithm(generator, LABELS.select(torch.tensor([1])), Sampling(), Noise([6]), guidance)
     assert torch.equal(together[1:2], alone)
-    assert not torch.equal(together, algorithm(generator, LABELS, Sampling(), Noise([8, 9, 10]), guidance))
+    assert not torch.equal(
+        together, algorithm(generator, LABELS, Sampling(), Noise([8, 9, 10]), guidance)
+    )
 
 
 def test_through_settings() -> None:
@@ -142,12 +166,18 @@ def test_other_generators_and_other_temperatures_are_refused() -> None:
     with pytest.raises(UserError, match="needs a masked generator; LlamaGen predicts in order"):
         Sampling(algorithm=confidence.MaskGIT()).tokens(in_order, LABELS, [0, 1, 2])
     with pytest.raises(UserError, match="has a temperature of its own"):
-        Sampling(choice=Choice(temperature=0.5), algorithm=confidence.MaskGIT()).tokens(model(), LABELS, [0, 1, 2])
+        Sampling(choice=Choice(temperature=0.5), algorithm=confidence.MaskGIT()).tokens(
+            model(), LABELS, [0, 1, 2]
+        )
 
 
 @pytest.mark.parametrize(
     ("preset", "length", "count"),
-    [(maskgit_vit, 32, 177_202_432), (maskgit_vit, 64, 177_227_008), (maskgit_uvit, 128, 294_990_848)],
+    [
+        (maskgit_vit, 32, 177_202_432),
+        (maskgit_vit, 64, 177_227_008),
+        (maskgit_uvit, 128, 294_990_848),
+    ],
 )
 def test_published_sizes(preset: Any, length: int, count: int) -> None:
     with torch.device("meta"):
@@ -159,6 +189,8 @@ def test_published_sizes(preset: Any, length: int, count: int) -> None:
 def test_official_keys_there_and_back(backbone: str) -> None:
     generator = model(backbone)
     again = from_official(to_official(generator), LINE, 4)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), generator.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), generator.parameters(), strict=True)
+    )
     with pytest.raises(UserError, match="is for 12 tokens, but the tokenizer gives 5"):
         from_official(to_official(generator), sequence_layout(5, Categorical(9)), 4)

@@ -8,7 +8,14 @@ from tessellar.models.next_entity import NextEntity
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import Entities, local_order, parse_entities
 from tessellar.protocol.guidance import Constant, Guidance
-from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Layout,
+    Segment,
+    grid_layout,
+    sequence_layout,
+)
 from tessellar.protocol.local_order import local_sizes
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
@@ -73,7 +80,9 @@ def test_images_with_orders_of_their_own_decode_as_alone() -> None:
     for i in range(2):
         one = labels(2).select(torch.tensor([i]))
         alone = generator.start(one, Guidance(Constant(2.0)), Entities(orders[i], (4,) * 4))
-        expected = torch.cat([generator.predict(alone, tokens[i : i + 1]).logits for _ in range(4)], 1)
+        expected = torch.cat(
+            [generator.predict(alone, tokens[i : i + 1]).logits for _ in range(4)], 1
+        )
         torch.testing.assert_close(got[i : i + 1], expected, atol=1e-4, rtol=1e-5)
 
 
@@ -105,7 +114,9 @@ def test_vocabularies_of_segments_are_kept_apart() -> None:
     for guidance in (Guidance(), Guidance(Constant(3.0))):
         state = generator.start(labels(2), guidance)
         logits = generator.predict(state, tokens_of(layout, 2), 2).logits
-        assert bool((logits[:, :2, 7:] == -torch.inf).all()) and bool(logits[:, :2, :7].isfinite().all())
+        assert bool((logits[:, :2, 7:] == -torch.inf).all()) and bool(
+            logits[:, :2, :7].isfinite().all()
+        )
         assert bool(logits[:, 2:].isfinite().all())
 
 
@@ -140,9 +151,13 @@ def test_tokens_without_categories_are_refused() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
 @pytest.mark.parametrize("shape", [(4, 4), (2, 8), (3, 7)])
-def test_a_local_order_is_a_partition_of_growing_entities(shape: tuple[int, int], steps: int) -> None:
+def test_a_local_order_is_a_partition_of_growing_entities(
+    shape: tuple[int, int], steps: int
+) -> None:
     entities = local_order(grid_layout(*shape, Categorical(2)), steps)
-    assert entities.count == steps and sorted(entities.order.tolist()) == list(range(shape[0] * shape[1]))
+    assert entities.count == steps and sorted(entities.order.tolist()) == list(
+        range(shape[0] * shape[1])
+    )
     assert local_sizes(64, 16)[0] == 1 and local_sizes(64, 16)[-1] > local_sizes(64, 16)[1]
 
 

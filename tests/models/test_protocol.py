@@ -27,14 +27,23 @@ from tessellar.protocol.distribution import Distribution, Implicit, Logits
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
-from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Layout,
+    Segment,
+    grid_layout,
+    sequence_layout,
+)
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 
 CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))
 
 LATENTS = grid_layout(4, 4, Continuous(3))
-HITA = Layout((Segment((4,), Categorical(23), "holistic"), Segment((2, 3), Categorical(23), "patches")))
+HITA = Layout(
+    (Segment((4,), Categorical(23), "holistic"), Segment((2, 3), Categorical(23), "patches"))
+)
 
 
 def next_entity(layout: Layout, x: str) -> NextEntity:
@@ -69,7 +78,9 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "flextok-ar": lambda: FlexAR(LINE, 32, 2, 4, CLASSES, learned_positions=True),
-    "har": lambda: HAR(sequence_layout(16, Categorical(19)), 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
+    "har": lambda: HAR(
+        sequence_layout(16, Categorical(19)), 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8
+    ),
     "har-first-2": lambda: HAR(LINE, 32, 2, 4, CLASSES, 2, dropout=0.0, ffn_multiple_of=8),
     "hita": lambda: HitaAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
@@ -133,7 +144,9 @@ def values(distribution: Distribution, batch: int) -> Tensor:
     return distribution.model(noisy.expand(batch, -1, -1), torch.tensor(0.5))
 
 
-def fresh(generator: Generator, condition: Condition, guidance: Guidance, tokens: Tensor, entity: int) -> Tensor:
+def fresh(
+    generator: Generator, condition: Condition, guidance: Guidance, tokens: Tensor, entity: int
+) -> Tensor:
     """Prediction of one entity by a state that has seen nothing before."""
     return predicted(generator, generator.start(condition, guidance), tokens, entity + 1, 1)
 
@@ -148,7 +161,9 @@ def test_cached_equals_fresh(name: str, guidance: str, batch: int) -> None:
     state = generator.start(labels(batch), rule)
     for entity in range(generator.entities.count):
         cached = predicted(generator, state, tokens, 1, 1)
-        torch.testing.assert_close(cached, fresh(generator, labels(batch), rule, tokens, entity), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            cached, fresh(generator, labels(batch), rule, tokens, entity), atol=1e-4, rtol=1e-5
+        )
 
 
 @every_generator
@@ -178,7 +193,11 @@ def replaced_from(entities: Entities, tokens: Tensor, other: Tensor, entity: int
 @torch.no_grad()
 def test_images_of_a_batch_do_not_touch_each_other(name: str) -> None:
     generator = make(name)
-    count, tokens, guidance = generator.entities.count, tokens_of(generator.layout, 3), GUIDANCES["guided"]
+    count, tokens, guidance = (
+        generator.entities.count,
+        tokens_of(generator.layout, 3),
+        GUIDANCES["guided"],
+    )
     together = predicted(generator, generator.start(labels(3), guidance), tokens, count, count)
     for i in range(3):
         state = generator.start(labels(3).select(torch.tensor([i])), guidance)
@@ -191,7 +210,9 @@ def test_images_of_a_batch_do_not_touch_each_other(name: str) -> None:
 def test_what_is_rolled_back_is_forgotten(name: str) -> None:
     generator = make(name)
     count, tokens = generator.entities.count, tokens_of(generator.layout, 2)
-    drafted = replaced_from(generator.entities, tokens, tokens_of(generator.layout, 2, seed=1), count // 2 - 1)
+    drafted = replaced_from(
+        generator.entities, tokens, tokens_of(generator.layout, 2, seed=1), count // 2 - 1
+    )
     state = generator.start(labels(2), GUIDANCES["guided"])
     predicted(generator, state, drafted, count, 1)
     state.rollback(torch.full((2,), count // 2))
@@ -208,7 +229,9 @@ def test_training_reaches_every_parameter(name: str) -> None:
     for seed in range(3):  # masks and dropped conditions are drawn anew
         losses = generator.loss(tokens_of(generator.layout, 8, seed), labels(8))
         torch.stack(list(losses.values())).sum().backward()
-    without = [n for n, p in generator.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    without = [
+        n for n, p in generator.named_parameters() if p.grad is None or not bool(p.grad.any())
+    ]
     assert without == []
 
 

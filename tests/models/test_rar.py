@@ -38,7 +38,10 @@ def scores(generator: RAR, tokens: Tensor, order: list[list[int]]) -> Tensor:
 @torch.no_grad()
 def test_two_orders_differ_from_where_their_targets_differ() -> None:
     """The same tokens are read up to the fifth prediction, but it is asked for another place."""
-    generator, tokens = model(), torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(0))
+    generator, tokens = (
+        model(),
+        torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(0)),
+    )
     one = scores(generator, tokens, [[4, 0, 2, 1, 3, 5]] * 2)
     other = scores(generator, tokens, [[4, 0, 2, 1, 5, 3]] * 2)
     torch.testing.assert_close(one[:, :4], other[:, :4])
@@ -47,11 +50,16 @@ def test_two_orders_differ_from_where_their_targets_differ() -> None:
 
 @torch.no_grad()
 def test_images_may_have_orders_of_their_own() -> None:
-    generator, tokens = model(), torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(1))
+    generator, tokens = (
+        model(),
+        torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(1)),
+    )
     orders = [[5, 4, 3, 2, 1, 0], [2, 0, 1, 4, 3, 5]]
     mixed = scores(generator, tokens, orders)
     for i in range(2):
-        torch.testing.assert_close(mixed[i], scores(generator, tokens, [orders[i]] * 2)[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            mixed[i], scores(generator, tokens, [orders[i]] * 2)[i], atol=1e-5, rtol=1e-5
+        )
 
 
 def test_orders_of_training() -> None:
@@ -62,10 +70,14 @@ def test_orders_of_training() -> None:
     orders = generator.training_order(400).order
     assert torch.equal(orders.sort(1).values, torch.arange(6).expand(400, -1))
     first = orders[:, 0].bincount(minlength=6).double()
-    assert float(((first - 400 / 6) ** 2 / (400 / 6)).sum()) < 35  # chi-square, 5 degrees: false alarms 2e-6
+    assert (
+        float(((first - 400 / 6) ** 2 / (400 / 6)).sum()) < 35
+    )  # chi-square, 5 degrees: false alarms 2e-6
 
 
-@pytest.mark.parametrize(("update", "share"), [(0, 1.0), (10, 1.0), (15, 0.5), (20, 0.0), (99, 0.0)])
+@pytest.mark.parametrize(
+    ("update", "share"), [(0, 1.0), (10, 1.0), (15, 0.5), (20, 0.0), (99, 0.0)]
+)
 def test_annealing(update: int, share: float) -> None:
     generator = model()
     module: Any = SimpleNamespace(model=SimpleNamespace(generator=generator), updates=update)
@@ -100,7 +112,9 @@ def test_official_keys_there_and_back() -> None:
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            from_official(official, GRID).state_dict().values(), generator.state_dict().values(), strict=True
+            from_official(official, GRID).state_dict().values(),
+            generator.state_dict().values(),
+            strict=True,
         )
     )
     with pytest.raises(UserError, match="is for 6 tokens, but the tokenizer gives 4x4"):

@@ -22,7 +22,9 @@ from tessellar.sampling.settings import GREEDY
 
 def make(length: int = 8, seed: int = 0) -> ReToKGPT:
     torch.manual_seed(seed)
-    generator = ReToKGPT(sequence_layout(length, Categorical(13)), 16, 2, 2, 5, ffn_multiple_of=8).eval()
+    generator = ReToKGPT(
+        sequence_layout(length, Categorical(13)), 16, 2, 2, 5, ffn_multiple_of=8
+    ).eval()
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return generator
@@ -61,10 +63,14 @@ def test_order_matters_only_through_positions() -> None:
     """Without position embeddings a causal sum over earlier tokens: swapping two leaves the later ones almost alone."""
     generator, tokens, ids = make(), torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]), torch.tensor([0])
     swapped = tokens[:, [1, 0, 2, 3, 4, 5, 6, 7]]
-    assert not torch.allclose(logits(generator, tokens, ids)[:, -1], logits(generator, swapped, ids)[:, -1])
+    assert not torch.allclose(
+        logits(generator, tokens, ids)[:, -1], logits(generator, swapped, ids)[:, -1]
+    )
     generator.position_embedding.zero_()
     generator.layers = generator.layers[:1]  # the tokens before the last are read once, in no order
-    assert torch.allclose(logits(generator, tokens, ids)[:, -1], logits(generator, swapped, ids)[:, -1], atol=1e-5)
+    assert torch.allclose(
+        logits(generator, tokens, ids)[:, -1], logits(generator, swapped, ids)[:, -1], atol=1e-5
+    )
 
 
 @torch.no_grad()

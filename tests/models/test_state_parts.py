@@ -24,11 +24,15 @@ class Counts:
 
 
 def test_a_part_is_rolled_back_and_forked_with_the_state() -> None:
-    state = TableGenerator(sequence_layout(3, Categorical(2))).start(Condition(ids=torch.tensor([0, 1])))
+    state = TableGenerator(sequence_layout(3, Categorical(2))).start(
+        Condition(ids=torch.tensor([0, 1]))
+    )
     state.part = Counts(torch.tensor([3, 3]))
     forked = state.select(torch.tensor([1, 0, 1]))
     state.rollback(torch.tensor([1, 2]))
-    assert isinstance(state.part, Counts) and state.part.read.tolist() == [1, 2] == state.fed.tolist()
+    assert (
+        isinstance(state.part, Counts) and state.part.read.tolist() == [1, 2] == state.fed.tolist()
+    )
     assert isinstance(forked.part, Counts) and forked.part.read.tolist() == [3, 3, 3]
     forked.rollback(torch.tensor([0, 1, 2]))
     assert forked.part.read.tolist() == [0, 1, 2] and state.part.read.tolist() == [1, 2]
@@ -38,4 +42,6 @@ def test_a_window_of_places_is_refused_by_name() -> None:
     generator = TableGenerator(sequence_layout(3, Categorical(2)))
     state = generator.start(Condition(ids=torch.tensor([0])))
     with pytest.raises(UserError, match="TableGenerator predicts runs of entities"):
-        generator.predict_places(state, torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 2]]))
+        generator.predict_places(
+            state, torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 2]])
+        )

@@ -113,7 +113,9 @@ def test_tokenizers_that_do_not_fit() -> None:
     made = VAR(vqvae().layout, 32, 1, 4, 5, 8)
     with pytest.raises(UserError, match="built for latents of 8 channels, the tokenizer has 4"):
         made.bind(vqvae())
-    with pytest.raises(UserError, match="reads the summed maps of a multi-scale tokenizer; ViTVQ has none"):
+    with pytest.raises(
+        UserError, match="reads the summed maps of a multi-scale tokenizer; ViTVQ has none"
+    ):
         made.bind(ViTVQ(VectorQuantizer(8, 4), 8, 4, 16, 1, 1, 2))
     with pytest.raises(UserError, match="scales need a layout of grids from coarse to fine"):
         VAR(grid_layout(4, 4, Categorical(9)), 32, 1, 4)
@@ -124,7 +126,9 @@ def test_tokenizers_that_do_not_fit() -> None:
 def test_official_keys_there_and_back() -> None:
     made = model(shared=True)
     again = from_official(to_official(made), made.layout)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True)
+    )
     with pytest.raises(UserError, match="is for 21 tokens, but the tokenizer gives"):
         from_official(to_official(made), grid_layout(4, 4, Categorical(30)))
 

@@ -17,7 +17,14 @@ from tessellar.processes.flow import Euler, EulerMaruyama, Flow
 from tessellar.protocol.condition import Condition, cat
 from tessellar.protocol.entities import Entities, random_order
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
-from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Layout,
+    Segment,
+    grid_layout,
+    sequence_layout,
+)
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import Ancestral, decode_from
 from tessellar.sampling.report import Recorder
@@ -26,7 +33,16 @@ from tessellar.sampling.speculative import SpeculativeJacobi
 
 GRID = grid_layout(4, 4, Continuous(3))
 PYRAMID = Layout(tuple(Segment((side, side), Continuous(3)) for side in (1, 2, 4)))
-EVERY_X = ["token", "cell:2", "cell:1x2", "subsample:2", "image", "level:1,3,4,8", "random:5", "scale"]
+EVERY_X = [
+    "token",
+    "cell:2",
+    "cell:1x2",
+    "subsample:2",
+    "image",
+    "level:1,3,4,8",
+    "random:5",
+    "scale",
+]
 GUIDANCES = {"plain": NO_GUIDANCE, "ramp": Guidance(Linear(2.5))}
 FEW = EulerMaruyama(3)
 DRAWS = Sampling(flow=FEW)
@@ -49,8 +65,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(generator: XAR, batch: int, guidance: Guidance = NO_GUIDANCE, sampler: Flow = FEW) -> Tensor:
-    return Ancestral()(generator, labels(batch), Sampling(flow=sampler), Noise(range(batch)), guidance)
+def sample(
+    generator: XAR, batch: int, guidance: Guidance = NO_GUIDANCE, sampler: Flow = FEW
+) -> Tensor:
+    return Ancestral()(
+        generator, labels(batch), Sampling(flow=sampler), Noise(range(batch)), guidance
+    )
 
 
 @torch.no_grad()
@@ -64,13 +84,17 @@ def uncached(generator: XAR, batch: int, guidance: Guidance, sampler: Flow) -> T
         start, stop = entities.ends[n : n + 2].tolist()
         number = torch.full((batch, stop - start), n)
 
-        def velocity(x: Tensor, t: Tensor, n=n, start=start, stop=stop, number=number, known=tokens) -> Tensor:
+        def velocity(
+            x: Tensor, t: Tensor, n=n, start=start, stop=stop, number=number, known=tokens
+        ) -> Tensor:
             sequence = generator.in_order(known)
             sequence[:, start:stop] = x.float()
             sequence[:, stop:] = 9.0
             times = torch.zeros(1, entities.count)
             times[0, n] = t
-            both = generator.velocity(sequence.repeat(guidance.branches, 1, 1), times, rows)[:, start:stop]
+            both = generator.velocity(sequence.repeat(guidance.branches, 1, 1), times, rows)[
+                :, start:stop
+            ]
             return guidance.merge(both, number, entities)
 
         drawn = sampler.integrate(velocity, (stop - start, 3), noise, n, entities.count)
@@ -85,7 +109,9 @@ def test_cached_equals_uncached(entity: str, batch: int, guidance: str) -> None:
     generator = model(entity)
     ours = sample(generator, batch, GUIDANCES[guidance])
     assert float(ours.abs().max()) > 0.5
-    torch.testing.assert_close(ours, uncached(generator, batch, GUIDANCES[guidance], FEW), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours, uncached(generator, batch, GUIDANCES[guidance], FEW), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("sampler", [Euler(4), EulerMaruyama(4, last_steps=2)])
@@ -97,13 +123,21 @@ def test_other_samplers_too(sampler: Flow) -> None:
 
 @torch.no_grad()
 def test_every_image_may_have_its_own_order() -> None:
-    generator, orders = model("token"), random_order(GRID, torch.Generator().manual_seed(3), batch=2)
+    generator, orders = (
+        model("token"),
+        random_order(GRID, torch.Generator().manual_seed(3), batch=2),
+    )
     for b in range(2):
         state = generator.start(labels(2), entities=orders)
-        together = [step.tokens for step in decode_from(generator, state, DRAWS, Noise([0, 1]), GRID.blank(2))][-1]
+        together = [
+            step.tokens
+            for step in decode_from(generator, state, DRAWS, Noise([0, 1]), GRID.blank(2))
+        ][-1]
         alone_order = Entities(orders.order[b], orders.sizes)
         state = generator.start(labels(2).select(torch.tensor([b])), entities=alone_order)
-        alone = [step.tokens for step in decode_from(generator, state, DRAWS, Noise([b]), GRID.blank(1))][-1]
+        alone = [
+            step.tokens for step in decode_from(generator, state, DRAWS, Noise([b]), GRID.blank(1))
+        ][-1]
         torch.testing.assert_close(together[b], alone[0], atol=1e-5, rtol=0)
 
 
@@ -130,7 +164,9 @@ def test_first_entities_alone_give_the_same() -> None:
     generator, x, t = model("level:1,3,4,8"), normal(2, 16, 3), flow.logit_normal(2, 4)
     whole = generator.velocity(x, t, labels(2))
     generator.entities = Entities(torch.arange(8), (1, 3, 4))
-    torch.testing.assert_close(generator.velocity(x[:, :8], t[:, :3], labels(2)), whole[:, :8], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        generator.velocity(x[:, :8], t[:, :3], labels(2)), whole[:, :8], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("entity", ["cell:2", "level:1,3,4,8"])
@@ -138,7 +174,11 @@ def test_first_entities_alone_give_the_same() -> None:
 def test_clean_context_is_what_sampling_sees(entity: str) -> None:
     """Two streams: entity n of the noisy one equals a pass with clean entities before it, at time 0."""
     generator = model(entity, context_noise="clean")
-    clean, noisy, t = normal(2, 16, 3), normal(2, 16, 3, seed=1), flow.logit_normal(2, generator.entities.count)
+    clean, noisy, t = (
+        normal(2, 16, 3),
+        normal(2, 16, 3, seed=1),
+        flow.logit_normal(2, generator.entities.count),
+    )
     both = generator.velocity(noisy, t, labels(2), clean)
     for n in range(generator.entities.count):
         start, stop = generator.entities.ends[n : n + 2].tolist()
@@ -149,7 +189,10 @@ def test_clean_context_is_what_sampling_sees(entity: str) -> None:
 
 
 def test_orders_of_context_noise() -> None:
-    steps = {mode: model(context_noise=mode).draw_times(64).diff(dim=1) for mode in ("increasing", "decreasing")}
+    steps = {
+        mode: model(context_noise=mode).draw_times(64).diff(dim=1)
+        for mode in ("increasing", "decreasing")
+    }
     assert bool((steps["increasing"] > 0).all()) and bool((steps["decreasing"] < 0).all())
     t = model().draw_times(4000)
     assert t.shape == (4000, 4) and bool(((t > 0) & (t < 1)).all())
@@ -160,13 +203,19 @@ def test_orders_of_context_noise() -> None:
 
 @torch.no_grad()
 def test_loss_of_a_zero_prediction() -> None:
-    generator, tokens, noise = model("level:1,3,4,8", context_noise="clean"), normal(3, 16, 3), normal(3, 16, 3, seed=1)
+    generator, tokens, noise = (
+        model("level:1,3,4,8", context_noise="clean"),
+        normal(3, 16, 3),
+        normal(3, 16, 3, seed=1),
+    )
     for parameter in generator.output.parameters():
         torch.nn.init.zeros_(parameter)
     error, t = (noise - tokens).square(), torch.rand(3, 4)
     torch.testing.assert_close(generator.flow_loss(tokens, labels(3), t, noise), error.mean())
     weighted = generator.flow_loss(tokens, labels(3), t, noise, torch.tensor([1.0, 0.0, 3.0]))
-    torch.testing.assert_close(weighted, (error.mean((1, 2)) * torch.tensor([1.0, 0.0, 3.0])).sum() / 4)
+    torch.testing.assert_close(
+        weighted, (error.mean((1, 2)) * torch.tensor([1.0, 0.0, 3.0])).sum() / 4
+    )
     generator.loss_over = "entities"
     parts = error.mean(-1).split([1, 3, 4, 8], dim=1)
     expected = torch.stack([part.mean(1) for part in parts]).mean()
@@ -190,7 +239,9 @@ def test_gradients_reach_every_parameter(checkpointing: bool) -> None:
     generator = model("subsample:2", context_noise="clean").train()
     generator.activation_checkpointing = checkpointing
     generator.loss(normal(4, 16, 3), labels(4))["flow"].backward()
-    without = [n for n, p in generator.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    without = [
+        n for n, p in generator.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not without
 
 
@@ -215,7 +266,9 @@ def test_given_entities_are_kept_and_read_at_once(guidance: str) -> None:
     for _ in range(2 * FEW.steps):  # what the first two entities took
         noise.normal(4, 3)
     state = generator.start(labels(2), GUIDANCES[guidance])
-    given = generator.entities.put(GRID.blank(2), torch.zeros(2).long(), 2, generator.in_order(whole)[:, :8])
+    given = generator.entities.put(
+        GRID.blank(2), torch.zeros(2).long(), 2, generator.in_order(whole)[:, :8]
+    )
     rest = [step.tokens for step in decode_from(generator, state, DRAWS, noise, given, first=2)][-1]
     torch.testing.assert_close(rest, whole, atol=1e-5, rtol=0)
 
@@ -235,12 +288,16 @@ def test_rolled_back_state_gives_the_same_again() -> None:
 
 @torch.no_grad()
 def test_guidance_of_one_is_the_conditional_branch_alone() -> None:
-    torch.testing.assert_close(sample(model(), 2, Guidance(Constant(1.0))), sample(model(), 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        sample(model(), 2, Guidance(Constant(1.0))), sample(model(), 2), atol=1e-5, rtol=0
+    )
     guided = sample(model(), 2, Guidance(Linear(3.0)))
     ours, plain = (model().in_order(x)[:, :4] for x in (guided, sample(model(), 2)))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)  # the ramp starts at 1
     assert not torch.allclose(guided, sample(model(), 2), atol=1e-3)
-    assert not torch.allclose(sample(model("image"), 2, Guidance(Linear(3.0))), sample(model("image"), 2), atol=1e-3)
+    assert not torch.allclose(
+        sample(model("image"), 2, Guidance(Linear(3.0))), sample(model("image"), 2), atol=1e-3
+    )
 
 
 def test_memory_of_sampling_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +318,9 @@ def test_memory_of_sampling_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> No
     assert made[0][1] == 4 * 2 * 2 * 2 * (16 + 4) * 12
 
 
-def test_calls_of_the_solver_are_counted_as_time_in_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_the_solver_are_counted_as_time_in_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     generator, clock = model("cell:2"), [0.0]
     run = generator._run
 
@@ -284,9 +343,13 @@ def test_times_are_truncated() -> None:
 
 
 @pytest.mark.parametrize(
-    "preset, count", [(xar_b, 172_638_224), (xar_l, 608_397_968), (xar_h, 1_186_024_096)], ids=["b", "l", "h"]
+    "preset, count",
+    [(xar_b, 172_638_224), (xar_l, 608_397_968), (xar_h, 1_186_024_096)],
+    ids=["b", "l", "h"],
 )
-def test_parameter_counts_of_the_published_variants(preset: Callable[[Layout], XAR], count: int) -> None:
+def test_parameter_counts_of_the_published_variants(
+    preset: Callable[[Layout], XAR], count: int
+) -> None:
     with torch.device("meta"):
         generator = preset(grid_layout(16, 16, Continuous(16)))
     assert sum(p.numel() for p in generator.parameters()) == count
@@ -294,8 +357,17 @@ def test_parameter_counts_of_the_published_variants(preset: Callable[[Layout], X
 
 def test_coordinates_of_scales_meet_on_the_finest_grid() -> None:
     rows, columns = xar.coordinates(PYRAMID)
-    assert rows.tolist()[:5] == [1.5, 0.5, 0.5, 2.5, 2.5] and columns.tolist()[:5] == [1.5, 0.5, 2.5, 0.5, 2.5]
-    assert rows[5:].tolist() == [r for r in range(4) for _ in range(4)] and columns[5:].tolist() == [0, 1, 2, 3] * 4
+    assert rows.tolist()[:5] == [1.5, 0.5, 0.5, 2.5, 2.5] and columns.tolist()[:5] == [
+        1.5,
+        0.5,
+        2.5,
+        0.5,
+        2.5,
+    ]
+    assert (
+        rows[5:].tolist() == [r for r in range(4) for _ in range(4)]
+        and columns[5:].tolist() == [0, 1, 2, 3] * 4
+    )
     rows, columns = xar.coordinates(sequence_layout(3, Continuous(2)))
     assert rows.tolist() == [0, 1, 2] and columns.tolist() == [0, 0, 0]
 

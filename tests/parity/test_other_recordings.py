@@ -60,7 +60,9 @@ class Recorder:
         for name in names:
             self._add(name, "output", case, settings, None)
 
-    def _add(self, name: str, role: str, case: str, settings: dict[str, Any], tensor: Tensor | None) -> None:
+    def _add(
+        self, name: str, role: str, case: str, settings: dict[str, Any], tensor: Tensor | None
+    ) -> None:
         self.entries[name] = Entry(role, case, (), "", "", 0.0, 0.0, settings)
         if tensor is not None:
             self.tensors[name] = tensor
@@ -69,7 +71,9 @@ class Recorder:
         """What the replays of the system compute; they must read every input and compute every output."""
         cases = {entry.case for entry in self.entries.values()}
         weights = InMemory(self.weights)
-        made = Recording(Path("nowhere"), self.system, self.config, self.entries, self.tensors, weights, cases)
+        made = Recording(
+            Path("nowhere"), self.system, self.config, self.entries, self.tensors, weights, cases
+        )
         outputs: dict[str, Tensor] = {}
         for replay in replays_of(self.system):
             if replay.covers_any(made.output_cases):
@@ -90,10 +94,19 @@ def codes(length: int, vocab: int) -> Tensor:
 @torch.no_grad()
 def test_llamagen() -> None:
     made, _ = tiny.llamagen_classes()
-    config = {"n_head": 5, "multiple_of": 24, "vocab_size": 23, "block_size": 9, "norm_eps": 1e-2, "rope_base": 50.0}
+    config = {
+        "n_head": 5,
+        "multiple_of": 24,
+        "vocab_size": 23,
+        "block_size": 9,
+        "norm_eps": 1e-2,
+        "rope_base": 50.0,
+    }
     recorder = Recorder("llamagen", {"c2i": config}, {"c2i": llamagen.to_official(made)})  # type: ignore[arg-type]
     recorder.give("c2i_gen", c2i__gen_labels=LABELS)
-    recorder.want("c2i_gen", "c2i/greedy_late/tokens", "c2i/greedy_late/logits", cfg_scale=3.0, cfg_interval=4)
+    recorder.want(
+        "c2i_gen", "c2i/greedy_late/tokens", "c2i/greedy_late/logits", cfg_scale=3.0, cfg_interval=4
+    )
     outputs = recorder.replay()
     unguided = greedy(made, CLASSES)
     assert outputs["c2i/greedy_late/tokens"].shape == (2, 9)
@@ -111,7 +124,9 @@ def test_retok(schedule: str) -> None:
     names = ("gpt/gen_other/ids", "gpt/gen_other/probs")
     recorder.want("gen_other", *names, cfg_scale=2.5, cfg_schedule=schedule)
     outputs = recorder.replay()
-    guided = greedy(made, CLASSES, Guidance(LateLinear(2.5, start=1.0001, falling=schedule == "linear_re")))
+    guided = greedy(
+        made, CLASSES, Guidance(LateLinear(2.5, start=1.0001, falling=schedule == "linear_re"))
+    )
     assert torch.equal(outputs["gpt/logits"], logits_of(made.score(codes(9, 23), CLASSES)))
     assert torch.equal(outputs["gpt/gen_other/probs"], guided.logits.softmax(-1))
 
@@ -127,15 +142,25 @@ def test_mar_of_two_shapes_without_a_linear_schedule() -> None:
     recorder.give("gen_shared", mar__labels=LABELS, mar__orders=orders)
     steps = torch.randint(1000, (32,), generator=torch.Generator().manual_seed(5))
     recorder.give("gen_train", mar__latents=noise(2, 3, 4, 4), mar__label_drop=torch.tensor([0, 1]))
-    recorder.give("gen_train", mar__num_masked=torch.tensor([3]), mar__t=steps, mar__noise=noise(32, 12))
+    recorder.give(
+        "gen_train", mar__num_masked=torch.tensor([3]), mar__t=steps, mar__noise=noise(32, 12)
+    )
     names = ("mar/tokens", "mar/mask", "mar/encoder_out", "mar/z", "mar/loss", "mar/grad_norm")
     recorder.want("gen_train", *names)
     settings = {"num_iter": 3, "cfg": 2.0, "cfg_schedule": "constant", "temperature": 1.0}
-    recorder.want("gen_sample_flat", "mar_sample_flat/latents", "mar_sample_flat/cfg_per_iter", **settings)
+    recorder.want(
+        "gen_sample_flat", "mar_sample_flat/latents", "mar_sample_flat/cfg_per_iter", **settings
+    )
     for number, size in enumerate(made.sets(orders, 3).sizes):
         rows = 2 * size // made.patch**2
-        draws = {f"iter{number}__x_T": noise(rows, 12), f"iter{number}__noise": noise(5, 2 * rows, 12)}
-        recorder.give("gen_sample_flat", **{f"mar_sample_flat__{name}": tensor for name, tensor in draws.items()})
+        draws = {
+            f"iter{number}__x_T": noise(rows, 12),
+            f"iter{number}__noise": noise(5, 2 * rows, 12),
+        }
+        recorder.give(
+            "gen_sample_flat",
+            **{f"mar_sample_flat__{name}": tensor for name, tensor in draws.items()},
+        )
     outputs = recorder.replay()
     masked = torch.tensor([[True, False, True, True], [True, True, False, True]])
     patches = outputs["mar/tokens"]
@@ -154,7 +179,9 @@ def test_maskgit_with_masks_of_unequal_size() -> None:
     tokens = codes(9, 23)
     masked = torch.arange(9) < torch.tensor([[1], [6]])
     hidden = torch.where(masked, 23, tokens)
-    recorder.give("gen_shared", tokens=tokens, class_ids=LABELS, mask=masked.byte(), masked_tokens=hidden)
+    recorder.give(
+        "gen_shared", tokens=tokens, class_ids=LABELS, mask=masked.byte(), masked_tokens=hidden
+    )
     settings = {"label_smoothing": 0.0, "loss_weight_unmasked_token": 0.3}
     names = ("vit/logits_cond", "vit/logits_uncond", "vit/mlm_loss", "vit/mlm_acc")
     recorder.want("gen_vit_train", *names, **settings)
@@ -162,7 +189,9 @@ def test_maskgit_with_masks_of_unequal_size() -> None:
     settings |= {"randomize_temperature": 1.0, "softmax_temperature_annealing": False}
     recorder.want("gen_vit_fast", "vit/gen_fast/ids", **settings)
     draws = {"u_tokens": noise(3, 2, 9, 23).sigmoid(), "u_conf": noise(3, 2, 9).sigmoid()}
-    recorder.give("gen_vit_fast", **{f"vit__gen_fast__{name}": tensor for name, tensor in draws.items()})
+    recorder.give(
+        "gen_vit_fast", **{f"vit__gen_fast__{name}": tensor for name, tensor in draws.items()}
+    )
     outputs = recorder.replay()
     made.label_smoothing = 0.0
     made.known_weight = 0.3
@@ -204,7 +233,9 @@ def test_xar_of_small_cells() -> None:
     recorder.want("order", "order/cell", entity="cell", k=1)
     recorder.want("order", "order/scales", entity="scale", scales=[1, 3], interpolation="nearest")
     outputs = recorder.replay()
-    assert outputs["sample/sde_latents"].shape == outputs["sample/ode_latents"].shape == (2, 3, 4, 4)
+    assert (
+        outputs["sample/sde_latents"].shape == outputs["sample/ode_latents"].shape == (2, 3, 4, 4)
+    )
     assert outputs["sample/timestep_index"].shape == (3,)
     assert outputs["sample/cell1_call2_input"].shape == (4, 4, 3)
     assert outputs["order/cell"].tolist() == list(range(16))

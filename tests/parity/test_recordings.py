@@ -19,4 +19,6 @@ def test_every_recorded_output_is_reproduced(folder: Path) -> None:
 
 
 def test_every_replay_has_its_recording() -> None:
-    assert {folder.name for folder in FOLDERS} == set(systems()) - {SYSTEM}  # that one is of users' own modules
+    assert {folder.name for folder in FOLDERS} == set(systems()) - {
+        SYSTEM
+    }  # that one is of users' own modules

@@ -43,7 +43,9 @@ def failed(report: Report) -> set[str]:
 def test_every_recorded_output_is_reproduced() -> None:
     report = verify(GOLDEN)
     recorded = json.loads((GOLDEN / "meta.json").read_text())["tensors"]
-    assert {c.name for c in report.comparisons} == {n for n, facts in recorded.items() if facts["role"] == "output"}
+    assert {c.name for c in report.comparisons} == {
+        n for n, facts in recorded.items() if facts["role"] == "output"
+    }
     assert report.leftovers == [] and failed(report) == set()
 
 
@@ -65,7 +67,8 @@ def test_a_changed_weight_fails_what_depends_on_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("rope_base", 100), ("norm_eps", 0.1), ("n_head", 4), ("block_size", 9), ("vocab_size", 95)]
+    ("option", "value"),
+    [("rope_base", 100), ("norm_eps", 0.1), ("n_head", 4), ("block_size", 9), ("vocab_size", 95)],
 )
 def test_options_come_from_the_recorded_config(folder: Path, option: str, value: float) -> None:
     edit(folder / "meta.json", lambda meta: meta["config"]["c2i"].update({option: value}))
@@ -110,7 +113,9 @@ def test_a_setting_that_is_not_recorded_is_said(folder: Path) -> None:
     other = Path(shutil.copytree(GOLDEN.parent / "flextok_ar", folder.parent / "flextok_ar"))
     edit(other / "meta.json", change)
     lines = verify(other, ["c2i"]).leftovers
-    assert "neither 'c2i/gen_logits_prefix5' nor its case has the setting 'prefix_length'" in lines[0]
+    assert (
+        "neither 'c2i/gen_logits_prefix5' nor its case has the setting 'prefix_length'" in lines[0]
+    )
 
 
 def test_cases_that_are_no_table_are_said(folder: Path) -> None:
@@ -130,7 +135,15 @@ def test_what_is_for_people_decides_nothing(folder: Path) -> None:
 
 
 def test_what_is_left_over_is_listed(folder: Path) -> None:
-    extra = {"role": "input", "case": "c2i", "shape": [1], "dtype": "float32", "meaning": "", "atol": 0, "rtol": 0}
+    extra = {
+        "role": "input",
+        "case": "c2i",
+        "shape": [1],
+        "dtype": "float32",
+        "meaning": "",
+        "atol": 0,
+        "rtol": 0,
+    }
 
     def change(meta: dict) -> None:
         meta["tensors"]["c2i/unheard"] = extra
@@ -171,7 +184,10 @@ def test_an_unused_weight_file_is_listed_unless_cases_were_chosen(folder: Path) 
     [
         (lambda t: t.pop("norm.weight"), "1 missing: norm.weight"),
         (lambda t: t.update({"layers.0.bias": torch.zeros(1)}), "1 unknown: layers.0.bias"),
-        (lambda t: t.update({"output.weight": torch.zeros(96, 47)}), "1 of another shape: output.weight"),
+        (
+            lambda t: t.update({"output.weight": torch.zeros(96, 47)}),
+            "1 of another shape: output.weight",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_fail_their_cases_and_no_others(
@@ -181,24 +197,40 @@ def test_weights_that_do_not_fit_fail_their_cases_and_no_others(
     report = verify(folder, FAST)
     inputs = ["input not used: c2i/labels", "input not used: c2i/tokens"]
     assert message in report.leftovers[0] and report.leftovers[1:] == inputs
-    assert {c.name for c in report.comparisons if c.passed} == {f"sample/{n}/probs" for n in ("topk", "topp", "both")}
+    assert {c.name for c in report.comparisons if c.passed} == {
+        f"sample/{n}/probs" for n in ("topk", "topp", "both")
+    }
 
 
 def test_bfloat16_storage_is_cast(folder: Path) -> None:
     exact = load_file(folder / "weights_c2i.safetensors")
-    edit(folder / "weights_c2i.safetensors", lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
-    edit(folder / "meta.json", lambda meta: meta["storage"].update({"weights_c2i.safetensors": "bfloat16"}))
+    edit(
+        folder / "weights_c2i.safetensors",
+        lambda t: t.update({n: x.bfloat16() for n, x in t.items()}),
+    )
+    edit(
+        folder / "meta.json",
+        lambda meta: meta["storage"].update({"weights_c2i.safetensors": "bfloat16"}),
+    )
     report = verify(folder, ["c2i"])
     assert any(not torch.equal(x, x.bfloat16().float()) for x in exact.values())
     assert failed(report) == {"c2i/logits", "c2i/loss", "c2i/grad_norm"} and report.leftovers == []
 
 
 def test_a_recording_that_contradicts_itself_fails(folder: Path) -> None:
-    edit(folder / "io.safetensors", lambda t: t.update({"sample/topk/probs": t["sample/topk/probs"].double()}))
-    edit(folder / "io.safetensors", lambda t: t.update({"sample/topp/probs": t["sample/topp/probs"][:2]}))
+    edit(
+        folder / "io.safetensors",
+        lambda t: t.update({"sample/topk/probs": t["sample/topk/probs"].double()}),
+    )
+    edit(
+        folder / "io.safetensors",
+        lambda t: t.update({"sample/topp/probs": t["sample/topp/probs"][:2]}),
+    )
     report = verify(folder, ["sample"])
     assert failed(report) == {"sample/topk/probs", "sample/topp/probs"}
-    assert all("meta.json says float32 (4, 96)" in c.note for c in report.comparisons if not c.passed)
+    assert all(
+        "meta.json says float32 (4, 96)" in c.note for c in report.comparisons if not c.passed
+    )
 
 
 # --- comparison
@@ -210,10 +242,17 @@ def entry(atol: float, rtol: float, shape: tuple[int, ...] = (3,), dtype: str = 
 
 def test_tolerance_is_absolute_plus_relative() -> None:
     theirs = torch.tensor([0.0, 10.0, -100.0])
-    near, far = theirs + torch.tensor([0.09, 0.19, -1.09]), theirs + torch.tensor([0.09, 0.21, -1.09])
+    near, far = (
+        theirs + torch.tensor([0.09, 0.19, -1.09]),
+        theirs + torch.tensor([0.09, 0.21, -1.09]),
+    )
     assert compare("x", entry(0.1, 0.01), near, theirs).passed
     result = compare("x", entry(0.1, 0.01), far, theirs)
-    assert not result.passed and result.error == pytest.approx(0.21) and result.tolerance == pytest.approx(0.2)
+    assert (
+        not result.passed
+        and result.error == pytest.approx(0.21)
+        and result.tolerance == pytest.approx(0.2)
+    )
 
 
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=3), st.integers(0, 2))
@@ -248,7 +287,9 @@ def test_command_passes_and_prints_every_output(capsys: pytest.CaptureFixture[st
     assert "c2i/rope_table" in text and "passed: 7 outputs compared, 0 failed, 0 left over" in text
 
 
-def test_command_fails_with_the_name_of_the_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_fails_with_the_name_of_the_output(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit(folder / "io.safetensors", lambda t: t["c2i/loss"].add_(0.01))
     assert main(["verify", str(GOLDEN), str(folder), "--case", "c2i"]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if "FAILED" in line)
@@ -271,7 +312,8 @@ def test_unknown_system_is_exit_code_2(folder: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not JSON"), ('{"system": "llamagen"}', "lacks config, tensors")]
+    ("content", "message"),
+    [("{", "is not JSON"), ('{"system": "llamagen"}', "lacks config, tensors")],
 )
 def test_what_is_no_recording_is_said(folder: Path, content: str, message: str) -> None:
     (folder / "meta.json").write_text(content)

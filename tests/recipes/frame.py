@@ -24,7 +24,9 @@ from tessellar.training.base import TrainingModule
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "imagenet256"
 GOLDEN = ROOT / "tests" / "golden"
-ENTRIES = {entry.config: entry for entry in read_entries(ROOT / "docs" / "recipes" / "recipes.yaml")}
+ENTRIES = {
+    entry.config: entry for entry in read_entries(ROOT / "docs" / "recipes" / "recipes.yaml")
+}
 DIFFERENCES = read_differences(ROOT / "docs" / "recipes" / "differences.yaml")
 
 
@@ -42,7 +44,11 @@ def disagreements(entry: Entry, side: str, ours: Facts) -> list[str]:
     differences that are listed for this YAML and do not exist (any more)."""
     found = compare(recorded_part(entry.system, entry.parts[side]), ours)
     meant = [difference for difference in DIFFERENCES if difference.concerns(entry.config, side)]
-    lines = [str(item) for item in found if not any(d.covers(entry.config, side, item.name) for d in meant)]
+    lines = [
+        str(item)
+        for item in found
+        if not any(d.covers(entry.config, side, item.name) for d in meant)
+    ]
     for difference in meant:
         if not any(difference.covers(entry.config, side, item.name) for item in found):
             lines.append(f"differences.yaml lists {difference.fact}, which does not differ")
@@ -62,6 +68,15 @@ def build(config: str, tokenizer: str | None, folder: Path) -> TrainingModule:
         arguments["loss"]["init_args"].pop("perceptual", None)
     copy = folder / f"{config}.yaml"
     copy.write_text(yaml.safe_dump(given))
-    options = ["--config", str(copy), "--name", "x", "--trainer.strategy", "auto", "--trainer.accelerator", "cpu"]
+    options = [
+        "--config",
+        str(copy),
+        "--name",
+        "x",
+        "--trainer.strategy",
+        "auto",
+        "--trainer.accelerator",
+        "cpu",
+    ]
     with torch.device("meta"):
         return parse([*options, "--trainer.devices", "1"]).model  # type: ignore[return-value]

@@ -22,7 +22,11 @@ PLAIN = {"losses.cross_entropy.weight": 1.0, "losses.cross_entropy.label_smoothi
 
 def generator_facts(generator: nn.Module, recipe: Recipe) -> Facts:
     """Facts of a generator, as its recording names them."""
-    return {"dropout.label": generator.condition_dropout, **_facts(generator), **order_facts(recipe)}
+    return {
+        "dropout.label": generator.condition_dropout,
+        **_facts(generator),
+        **order_facts(recipe),
+    }
 
 
 def order_facts(recipe: Recipe) -> Facts:
@@ -67,7 +71,10 @@ def _(generator: Any) -> Facts:
 
 @_facts.register
 def _(generator: HitaAR) -> Facts:
-    names = ("cross_entropy_holistic", "cross_entropy_patches")  # losses `holistic` and `patches`, summed
+    names = (
+        "cross_entropy_holistic",
+        "cross_entropy_patches",
+    )  # losses `holistic` and `patches`, summed
     return {**llama_facts(generator), **{f"losses.{name}.weight": 1.0 for name in names}}
 
 
@@ -103,11 +110,17 @@ def _(generator: MaskGIT) -> Facts:
 @_facts.register
 def _(generator: MAR) -> Facts:
     blocks: Any = [*generator.encoder_blocks, *generator.decoder_blocks]
-    inner = {*(b.attn.proj_drop.p for b in blocks), *(b.mlp.drop1.p for b in blocks), *(b.mlp.drop2.p for b in blocks)}
+    inner = {
+        *(b.attn.proj_drop.p for b in blocks),
+        *(b.mlp.drop1.p for b in blocks),
+        *(b.mlp.drop2.p for b in blocks),
+    }
     return {
         "dropout.attention": the_one(blocks, lambda block: block.attn.attn_drop.p),
         "dropout.projection_and_mlp": the_one(inner, float),
-        "dropout.drop_path": the_one(blocks, lambda block: float(isinstance(block.drop_path1, nn.Identity) is False)),
+        "dropout.drop_path": the_one(
+            blocks, lambda block: float(isinstance(block.drop_path1, nn.Identity) is False)
+        ),
         "losses.diffusion.weight": 1.0,
         "losses.diffusion.repeats": generator.repeats,
         "least_masked": generator.least_masked,
@@ -132,7 +145,9 @@ def _(generator: VAR) -> Facts:
     last = rates[-1]
     is_linear = all(abs(rate - last * i / (len(rates) - 1)) < 1e-9 for i, rate in enumerate(rates))
     return {
-        "dropout.all": the_one([m for m in generator.modules() if isinstance(m, nn.Dropout)], lambda m: m.p),
+        "dropout.all": the_one(
+            [m for m in generator.modules() if isinstance(m, nn.Dropout)], lambda m: m.p
+        ),
         "dropout.drop_path.rate": round(last, 6),
         "dropout.drop_path.over_depth": "linear 0 .. rate" if is_linear else rates,
         **PLAIN,

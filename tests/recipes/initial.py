@@ -25,7 +25,9 @@ def unlike(state: Mapping[str, Tensor], recorded: Mapping[str, Mapping[str, Any]
         drawn = facts["tensors"] * math.prod(facts["shape"])
         error = math.sqrt(1 / len(values) + 1 / drawn)
         mean, std = float(values.mean()), float(values.std(correction=0))
-        mean_off = abs(mean - facts["mean"]) > SIGMAS * error * facts["std"] + 1e-4 * abs(facts["mean"])
+        mean_off = abs(mean - facts["mean"]) > SIGMAS * error * facts["std"] + 1e-4 * abs(
+            facts["mean"]
+        )
         # Recorded with four digits; the tensors of one kind may differ in their share of it.
         std_off = abs(std - facts["std"]) > (SIGMAS * error / math.sqrt(2) + 2e-3) * facts["std"]
         if mean_off or std_off:

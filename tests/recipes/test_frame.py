@@ -14,7 +14,11 @@ def test_numbers_words_and_lists_are_compared_by_their_meaning() -> None:
     recorded = recorded_facts(
         {
             "optimizer": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": None},
-            "augmentation": {"crop": "random 256", "resize": "shorter side 288 (1.125 * 256), Lanczos", "flip": 0.0},
+            "augmentation": {
+                "crop": "random 256",
+                "resize": "shorter side 288 (1.125 * 256), Lanczos",
+                "flip": 0.0,
+            },
             "losses": [{"name": "a", "weight": 1.0, "reduction": "mean"}],
             "note": "a remark",
         }
@@ -40,9 +44,10 @@ def test_numbers_words_and_lists_are_compared_by_their_meaning() -> None:
 
 
 def test_words_without_a_meaning_are_a_mismatch() -> None:
-    assert [item.name for item in compare({"augmentation.crop": "some other crop"}, {"framing.crop": "adm"})] == [
-        "augmentation.crop"
-    ]
+    assert [
+        item.name
+        for item in compare({"augmentation.crop": "some other crop"}, {"framing.crop": "adm"})
+    ] == ["augmentation.crop"]
 
 
 def test_a_difference_covers_what_its_patterns_say() -> None:
@@ -57,6 +62,10 @@ def test_lists_name_recipes_that_exist() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
     assert set(ENTRIES) <= names
     assert all(
-        any(difference.concerns(name, side) for name, entry in ENTRIES.items() for side in entry.parts)
+        any(
+            difference.concerns(name, side)
+            for name, entry in ENTRIES.items()
+            for side in entry.parts
+        )
         for difference in DIFFERENCES
     )

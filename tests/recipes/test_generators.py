@@ -20,7 +20,9 @@ GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.pa
 
 
 @pytest.mark.parametrize("config", GENERATORS)
-def test_a_generator_trains_as_its_recipe_says(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_trains_as_its_recipe_says(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     entry, recipe = ENTRIES[config], recipe_of(config)
     paper = recipe.model["generator"].split(".")[-2]

@@ -49,12 +49,16 @@ def vaex_names(vqvae: Any) -> State:
     state = var_names(vqvae)
     phis = {name: tensor for name, tensor in state.items() if ".qresi_ls." in name}
     for tensor in ("weight", "bias"):
-        state[f"quantize.quant_resi.{tensor}"] = torch.stack([t for n, t in phis.items() if n.endswith(tensor)])
+        state[f"quantize.quant_resi.{tensor}"] = torch.stack(
+            [t for n, t in phis.items() if n.endswith(tensor)]
+        )
     return state
 
 
 def restok_l() -> State:
-    return restok_names(shallow(restok.restok_l_128, encoder_depth=4, decoder_depth=4, vision_dim=1024))
+    return restok_names(
+        shallow(restok.restok_l_128, encoder_depth=4, decoder_depth=4, vision_dim=1024)
+    )
 
 
 STARTS: dict[str, tuple[Callable[[], State], tuple[str, ...]]] = {
@@ -65,9 +69,18 @@ STARTS: dict[str, tuple[Callable[[], State], tuple[str, ...]]] = {
         lambda: titok_names(titok.titok_bl128_vq8k(clustering=True)),
         ("titok", "single_stage_vq"),
     ),
-    "titok_bl64_vae": (lambda: titok_names(titok.titok_bl64_vae_c16()), ("titok", "single_stage_kl")),
-    "one_d_piece_s256": (lambda: titok_names(one_d_piece.one_d_piece_s256()), ("one_d_piece", "stage1", "s256")),
-    "one_d_piece_b256": (lambda: titok_names(one_d_piece.one_d_piece_b256()), ("one_d_piece", "stage1", "b256")),
+    "titok_bl64_vae": (
+        lambda: titok_names(titok.titok_bl64_vae_c16()),
+        ("titok", "single_stage_kl"),
+    ),
+    "one_d_piece_s256": (
+        lambda: titok_names(one_d_piece.one_d_piece_s256()),
+        ("one_d_piece", "stage1", "s256"),
+    ),
+    "one_d_piece_b256": (
+        lambda: titok_names(one_d_piece.one_d_piece_b256()),
+        ("one_d_piece", "stage1", "b256"),
+    ),
     "restok_l_128": (restok_l, ("restok", "tokenizer")),
     "retok_s_b": (lambda: retok_names(retok.retok_s_b()), ("retok", "tokenizer")),
     "var_vqvae": (lambda: vaex_names(var.var_vqvae()), ("var", "tokenizer")),
@@ -83,7 +96,9 @@ STARTS: dict[str, tuple[Callable[[], State], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", STARTS)
 def test_weights_start_as_officially(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in SIZES:  # the recorded instances have two layers; a kind's deviation does not depend on their number
+    for size in (
+        SIZES
+    ):  # the recorded instances have two layers; a kind's deviation does not depend on their number
         monkeypatch.setitem(SIZES, size, replace(SIZES[size], depth=2))
     torch.manual_seed(0)
     make, where = STARTS[name]
@@ -93,7 +108,11 @@ def test_weights_start_as_officially(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_hita_starts_as_officially() -> None:
     torch.manual_seed(0)
     vision_branch = re.compile(r"decode_transformer\.(mask_embedding|norm_vfm|norm|proj)(\.|$)")
-    kinds = {kind: facts for kind, facts in recorded("hita", "tokenizer").items() if not vision_branch.match(kind)}
+    kinds = {
+        kind: facts
+        for kind, facts in recorded("hita", "tokenizer").items()
+        if not vision_branch.match(kind)
+    }
     assert unlike(hita_names(hita.hita_v()), kinds) == []
 
 
@@ -147,7 +166,11 @@ def test_layers_of_small_models_keep_the_deviation_of_their_input(width: int) ->
         ),
     }
     for name, tokenizer in made.items():
-        layers = [part for part in tokenizer.modules() if isinstance(part, nn.Linear) and part.in_features >= width]
+        layers = [
+            part
+            for part in tokenizer.modules()
+            if isinstance(part, nn.Linear) and part.in_features >= width
+        ]
         gains = [float(layer.weight.detach().std()) * layer.in_features**0.5 for layer in layers]
         assert min(gains) > 0.5, name
         assert all(layer.bias is None or not layer.bias.any() for layer in layers)

@@ -32,7 +32,14 @@ from tessellar.models.var import VAR
 from tessellar.models.var.official import to_official as var_to_official
 from tessellar.models.xar import XAR
 from tessellar.models.xar.official import to_official as xar_to_official
-from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Layout,
+    Segment,
+    grid_layout,
+    sequence_layout,
+)
 from tests.recipes.frame import GOLDEN
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -53,7 +60,9 @@ def var(width: int, sides: tuple[int, ...], **options: Any) -> Made:
 def llama(system: str) -> Made:
     match system:
         case "llamagen":
-            return LlamaGen(grid_layout(16, 16, Categorical(16384)), 768, 2, 12), llamagen_to_official
+            return LlamaGen(
+                grid_layout(16, 16, Categorical(16384)), 768, 2, 12
+            ), llamagen_to_official
         case "restok":
             return HAR(sequence_layout(128, Categorical(8192)), 1024, 2, 16), har_to_official
         case "hita":
@@ -72,7 +81,9 @@ def make(system: str, part: str) -> Made:
         case "titok_rar", _:
             return RAR(grid_layout(16, 16, Categorical(1024)), 768, 2), rar_to_official
         case "titok_maskgit", "generator_vit":
-            return MaskGIT(sequence_layout(64, Categorical(4096)), "vit", 768, 2), maskgit_to_official
+            return MaskGIT(
+                sequence_layout(64, Categorical(4096)), "vit", 768, 2
+            ), maskgit_to_official
         case "titok_maskgit", _:
             layout = sequence_layout(128, Categorical(4096))
             return MaskGIT(layout, "uvit", 1024, 2, 16, 4096), maskgit_to_official
@@ -96,7 +107,17 @@ def make(system: str, part: str) -> Made:
 SLICED = re.compile(r"(.*?)(\[.*\])$")
 PARTS = [
     (system, part)
-    for system in ("llamagen", "titok_rar", "titok_maskgit", "mar", "xar", "var", "restok", "hita", "retok")
+    for system in (
+        "llamagen",
+        "titok_rar",
+        "titok_maskgit",
+        "mar",
+        "xar",
+        "var",
+        "restok",
+        "hita",
+        "retok",
+    )
     for part in read_recorded(GOLDEN, system)["parts"]
     if part.startswith("generator")
 ]
@@ -142,6 +163,8 @@ def test_initial_weights_are_the_official_ones(system: str, part: str) -> None:
         if abs(std - facts["std"]) > share * facts["std"] + 1e-6 * abs(facts["mean"]) or abs(
             mean - facts["mean"]
         ) > 2 * noise + 1e-3 * abs(mean):
-            wrong.append(f"{kind}: {mean:.3g} +- {std:.4g}, official {facts['mean']:.3g} +- {facts['std']:.4g}")
+            wrong.append(
+                f"{kind}: {mean:.3g} +- {std:.4g}, official {facts['mean']:.3g} +- {facts['std']:.4g}"
+            )
     assert wrong == []
     assert sorted(set(ours) - compared) == [], "kinds that the recording does not know"

@@ -33,7 +33,9 @@ def test_maskgit_masks_by_the_arccosine_of_a_uniform_draw() -> None:
     """max(1, round(N arccos(u) 2 / pi)): at least one, on average N 2 / pi, every sample by its own draw."""
     torch.manual_seed(0)
     generator = MaskGIT(sequence_layout(LENGTH, Categorical(8)), "vit", 8, 1, 1, 8, 3)
-    counts = masked_counts(generator, torch.zeros(500, LENGTH, dtype=torch.long), 8).flatten().double()
+    counts = (
+        masked_counts(generator, torch.zeros(500, LENGTH, dtype=torch.long), 8).flatten().double()
+    )
     assert counts.min() >= 1 and counts.max() <= LENGTH
     uniform = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
     law = (uniform.arccos() * 2 / math.pi * LENGTH).round().clamp(min=1)

@@ -14,13 +14,19 @@ from tessellar.layers.gated_block import GatedAttention
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
-UNIT_RANGE = ("titok", "one_d_piece", "restok")  # systems whose official losses see images in [0, 1]
+UNIT_RANGE = (
+    "titok",
+    "one_d_piece",
+    "restok",
+)  # systems whose official losses see images in [0, 1]
 
 
 def discriminator_facts(recipe: Recipe, system: str) -> Facts:
     """Optimizer, schedule on its own clock, clipping and losses of the discriminator."""
     loss, key = arguments(recipe.model["loss"]), "discriminator_schedule"
-    settings = recipe.optimizer("discriminator_optimizer" if "discriminator_optimizer" in recipe.model else "optimizer")
+    settings = recipe.optimizer(
+        "discriminator_optimizer" if "discriminator_optimizer" in recipe.model else "optimizer"
+    )
     start = loss.get("adversarial_start", 20_000)
     schedule = recipe.schedule(key if key in recipe.model else "schedule")
     own = key in recipe.model and schedule.decay != "constant"  # a constant has no clock
@@ -71,7 +77,9 @@ def tokenizer_facts(recipe: Recipe, tokenizer: Any, system: str) -> Facts:
         # Of sums over latents; where the likeness is officially a sum over pixels too, both are of one scale.
         values = 3 * height * width if facts.get("adaptive.summed") else 1
         facts["losses.kl.weight"] = tokenizer.quantizer.kl_weight / latents * values
-        facts["losses.nll.weight"] = pixels["l1"] if pixels["l1"] == facts["losses.lpips.weight"] else None
+        facts["losses.nll.weight"] = (
+            pixels["l1"] if pixels["l1"] == facts["losses.lpips.weight"] else None
+        )
     return facts
 
 
@@ -124,7 +132,9 @@ def _own(tokenizer: Any) -> Facts:
     facts: Facts = {
         "losses.quantizer.weight": 0.0 if getattr(tokenizer, "stage", "all") == "decoder" else 1.0,
         "losses.proxy_cross_entropy.weight": 1.0,
-        "losses.vision.weight": getattr(tokenizer, "vision_weight", getattr(tokenizer, "vision_loss", None)),
+        "losses.vision.weight": getattr(
+            tokenizer, "vision_weight", getattr(tokenizer, "vision_loss", None)
+        ),
         "losses.vision.margin": getattr(tokenizer, "vision_margin", None),
         "losses.projection.weight": getattr(tokenizer, "semantic_weight", None),
         "losses.feature.weight": getattr(tokenizer, "feature_weight", None),
@@ -153,11 +163,16 @@ def _training(tokenizer: Any) -> Facts:
         "dropout.cnn": rate,
         "dropout.transformers": max([rate, *(part.rate for part in blocks)]),
         "dropout.drop_path": "not used by the CNN",
-        "trained": sorted({name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}),
+        "trained": sorted(
+            {name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}
+        ),
         "losses.flow.weight": 1.0,
     }
     if hasattr(tokenizer, "drop"):
-        facts |= {"tail_drop.shortest": tokenizer.drop.shortest, "tail_drop.longest": tokenizer.num_tokens}
+        facts |= {
+            "tail_drop.shortest": tokenizer.drop.shortest,
+            "tail_drop.longest": tokenizer.num_tokens,
+        }
     if hasattr(tokenizer, "keeps"):
         least = min(tokenizer.keeps.values())
         facts |= {

@@ -51,7 +51,9 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
             pool = [0.0, 0.0]
     cells[-1] = [cells[-1][0] + pool[0], cells[-1][1] + pool[1]]
     assert len(cells) > 1, "a test of one cell says nothing"
-    return float(chi2.sf(sum((seen - wanted) ** 2 / wanted for wanted, seen in cells), len(cells) - 1))
+    return float(
+        chi2.sf(sum((seen - wanted) ** 2 / wanted for wanted, seen in cells), len(cells) - 1)
+    )
 
 
 @pytest.fixture
@@ -73,6 +75,8 @@ def histogram() -> Callable[[TableGenerator, Tensor], Tensor]:
 
     def count(generator: TableGenerator, tokens: Tensor) -> Tensor:
         weights = generator.codes ** torch.arange(generator.layout.length).flip(0)
-        return torch.bincount((tokens * weights).sum(1), minlength=generator.codes**generator.layout.length)
+        return torch.bincount(
+            (tokens * weights).sum(1), minlength=generator.codes**generator.layout.length
+        )
 
     return count

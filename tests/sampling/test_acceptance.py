@@ -17,7 +17,9 @@ def laws(*shape: int, seed: int = 0, kept: float = 1.0) -> Tensor:
 
 
 def draws(law: Tensor, count: int, seed: int) -> Tensor:
-    noise = torch.empty(count, *law.shape).exponential_(generator=torch.Generator().manual_seed(seed))
+    noise = torch.empty(count, *law.shape).exponential_(
+        generator=torch.Generator().manual_seed(seed)
+    )
     return race(law, noise)
 
 
@@ -38,14 +40,19 @@ def test_neighbours_are_those_of_a_stable_sort(kept: float, below: int, above: i
 
 
 def test_a_cluster_holds_the_draft_and_passes_both_filters() -> None:
-    p, table = laws(200, 30, kept=0.7), torch.randn(30, 2, generator=torch.Generator().manual_seed(2))
+    p, table = (
+        laws(200, 30, kept=0.7),
+        torch.randn(30, 2, generator=torch.Generator().manual_seed(2)),
+    )
     draft = draws(p, 1, seed=3)[0]
     near, inside = GroupedRatio(9, 0.02, 1.0, table).cluster(p, draft)
     assert bool((inside & (near.tokens == draft[:, None])).any(-1).all())
     assert 200 < int(inside.sum()) < 200 * 9
     rows, places = inside.nonzero(as_tuple=True)
     tokens, own = near.tokens[rows, places], draft[rows]
-    assert bool((p[rows, tokens] > 0).all()) and bool(((p[rows, tokens] - p[rows, own]).abs() < 0.02).all())
+    assert bool((p[rows, tokens] > 0).all()) and bool(
+        ((p[rows, tokens] - p[rows, own]).abs() < 0.02).all()
+    )
     assert bool(((table[tokens] - table[own]).square().sum(-1) < 1.0).all())
 
 
@@ -54,10 +61,14 @@ def test_a_token_that_filters_removed_is_never_accepted() -> None:
     q = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     draft = torch.tensor([1])
     assert float(GroupedRatio(4)(p, q, draft)) == 0
-    assert float(GroupedRatio(3, exact_official=True)(p, q, draft)) == pytest.approx(0.01)  # the released rules do
+    assert float(GroupedRatio(3, exact_official=True)(p, q, draft)) == pytest.approx(
+        0.01
+    )  # the released rules do
 
 
-@pytest.mark.parametrize("rule", [plain_ratio, GroupedRatio(4), GroupedRatio(4, exact_official=True)])
+@pytest.mark.parametrize(
+    "rule", [plain_ratio, GroupedRatio(4), GroupedRatio(4, exact_official=True)]
+)
 def test_a_slot_without_a_draft_is_never_kept(rule) -> None:
     p = laws(40, 6)
     assert not bool(rule(p, torch.zeros_like(p), p.argmax(-1)).any())
@@ -73,7 +84,8 @@ def test_clusters_accept_more_on_average() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [plain_ratio, GroupedRatio(3), GroupedRatio(4, 0.05), GroupedRatio(4, exact_official=True)]
+    "rule",
+    [plain_ratio, GroupedRatio(3), GroupedRatio(4, 0.05), GroupedRatio(4, exact_official=True)],
 )
 def test_one_step_follows_the_closed_form(rule, fits) -> None:
     """out(x) = q(x) a(x) + (1 - sum q a) r(x) with the token-level residual r; for the plain ratio that is p."""
@@ -104,7 +116,9 @@ def test_equal_laws_keep_every_draft(coupling) -> None:
     p, stream = laws(300, 1, 1, 7), torch.Generator().manual_seed(11)
     draft = draws(p, 1, seed=12)[0]
     noise = torch.empty(300, 1, 1, 7).exponential_(generator=stream)
-    verdict = verify(p, p.clone(), draft, torch.full((300, 1, 1), 1 - 1e-7), noise, plain_ratio, coupling, noise)
+    verdict = verify(
+        p, p.clone(), draft, torch.full((300, 1, 1), 1 - 1e-7), noise, plain_ratio, coupling, noise
+    )
     assert torch.equal(verdict.tokens, draft) and bool((verdict.accepted == 1).all())
 
 

@@ -49,18 +49,26 @@ def test_algorithms_of_settings(name: str) -> None:
 
 def test_a_description_is_plain_data_of_which_the_same_settings_are_made() -> None:
     """What a record says under `sampling` may be put under `sampling` of a YAML."""
-    sampling = Sampling(PowerCosine(3.0, power=2.0), Choice(0.9), MADE["gsd"], Euler(7), AncestralDiffusion(9))
+    sampling = Sampling(
+        PowerCosine(3.0, power=2.0), Choice(0.9), MADE["gsd"], Euler(7), AncestralDiffusion(9)
+    )
     described = json.loads(json.dumps(sampling.describe()))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--sampling", type=Sampling)
     read = parser.parse_object({"sampling": described})
     assert parser.instantiate(read).sampling == sampling
-    assert described["algorithm"]["init_args"]["group_size"] == 3 and described["choice"]["temperature"] == 0.9
+    assert (
+        described["algorithm"]["init_args"]["group_size"] == 3
+        and described["choice"]["temperature"] == 0.9
+    )
 
 
 def test_a_draft_model_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """At temperature 0 any draft gives the target's tokens; a draft model of other tokens is refused."""
-    drafts = {"same": TableGenerator(TABLE.layout, seed=5), "other": TableGenerator(sequence_layout(4, Categorical(3)))}
+    drafts = {
+        "same": TableGenerator(TABLE.layout, seed=5),
+        "other": TableGenerator(sequence_layout(4, Categorical(3))),
+    }
     monkeypatch.setattr(draft_model, "_load_generator", drafts.__getitem__)
     sampling = Sampling(choice=Choice(0), algorithm=DraftModel("same", guidance_scale=2.0))
     plain = GREEDY.tokens(TABLE, CONDITION, range(4))
@@ -84,8 +92,14 @@ NAN, INF = float("nan"), float("inf")
         (lambda: SpeculativeJacobi(window=65), r"in \[1, 64\]"),
         (lambda: SpeculativeJacobi(window="wide"), "window is 'wide'; it must be an integer"),  # type: ignore
         (lambda: SpeculativeJacobi(window=True), "window is True"),
-        (lambda: SpeculativeJacobi(init="zeros"), "init is 'zeros'; it must be one of random, uniform"),  # type: ignore
-        (lambda: SpeculativeJacobi(coupling="strong"), "coupling is 'strong'; it must be one of none, maximal"),  # type: ignore
+        (
+            lambda: SpeculativeJacobi(init="zeros"),
+            "init is 'zeros'; it must be one of random, uniform",
+        ),  # type: ignore
+        (
+            lambda: SpeculativeJacobi(coupling="strong"),
+            "coupling is 'strong'; it must be one of none, maximal",
+        ),  # type: ignore
         (lambda: ReusingJacobi(threshold=-1.0), "at least 0"),
         (lambda: ReusingJacobi(threshold=NAN), "threshold is nan; it must be a finite number"),
         (lambda: GroupedJacobi(group_size=0), "group_size is 0"),
@@ -98,7 +112,10 @@ NAN, INF = float("nan"), float("inf")
         (lambda: Ancestral(0), "steps of Ancestral is 0"),
         (lambda: MaskGIT(0), "steps of MaskGIT is 0"),
         (lambda: MaskGIT(temperature=INF), "temperature of MaskGIT is inf"),
-        (lambda: Choice(temperature=NAN), "temperature is nan; it must be a finite number of at least 0"),
+        (
+            lambda: Choice(temperature=NAN),
+            "temperature is nan; it must be a finite number of at least 0",
+        ),
         (lambda: Choice(temperature=INF), "temperature is inf"),
         (lambda: Choice(top_p=NAN), "top_p is nan"),
         (lambda: Choice(min_p=NAN), "min_p is nan"),

@@ -32,7 +32,9 @@ def test_equal_predictions_stay(predictions: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(APG().step(*predictions, 1.0, None)[0], predictions[0])
 
 
-def test_without_bounds_and_projection_it_is_plain_guidance(predictions: tuple[Tensor, Tensor]) -> None:
+def test_without_bounds_and_projection_it_is_plain_guidance(
+    predictions: tuple[Tensor, Tensor],
+) -> None:
     conditional, null = predictions
     guided, _ = APG(momentum=0.0, threshold=None, eta=1.0).step(conditional, null, 3.0, None)
     torch.testing.assert_close(guided, null + 3 * (conditional - null))

@@ -58,7 +58,8 @@ def test_select_continues_streams() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -3}, {"min_p": 1.0}]
+    "options",
+    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -3}, {"min_p": 1.0}],
 )
 def test_impossible_settings(options: dict) -> None:
     with pytest.raises(UserError):

@@ -42,7 +42,11 @@ def jacobi(rules: Rules) -> Sampler:
 
 
 def drafted(
-    generator: TableGenerator, condition: Condition, choice: Choice, noise: Noise, guidance: Guidance
+    generator: TableGenerator,
+    condition: Condition,
+    choice: Choice,
+    noise: Noise,
+    guidance: Guidance,
 ) -> Tensor:
     other = TableGenerator(generator.layout, seed=7, spread=0.7)
     own = Guidance(Constant(1.2)) if guidance.branches == 2 else None
@@ -51,7 +55,10 @@ def drafted(
 
 ALGORITHMS: dict[str, Sampler] = {
     "draft model": drafted,
-    **{f"sjd, coupling {name}": jacobi(Rules(4, coupling=coupling)) for name, coupling in COUPLINGS.items()},
+    **{
+        f"sjd, coupling {name}": jacobi(Rules(4, coupling=coupling))
+        for name, coupling in COUPLINGS.items()
+    },
 }
 
 
@@ -71,7 +78,10 @@ def exact(shared_noise, fits, histogram) -> Callable[..., bool]:
         condition = Condition(ids=torch.tensor(labels).repeat(batch // len(labels)))
         tokens = sampler(generator, condition, choice, shared_noise(seed, batch), guidance)
         laws = generator.joint(Condition(ids=torch.tensor(labels)), choice, guidance)
-        return all(fits(histogram(generator, tokens[row :: len(labels)]), law) for row, law in enumerate(laws))
+        return all(
+            fits(histogram(generator, tokens[row :: len(labels)]), law)
+            for row, law in enumerate(laws)
+        )
 
     return test
 
@@ -98,7 +108,9 @@ def test_every_initial_draft(init: str, exact) -> None:
 
 @pytest.mark.parametrize("init", ["repeat-left", "sample-left"])
 def test_segments_and_an_order_that_is_not_the_rasters(init: str, exact) -> None:
-    layout = Layout((Segment((2,), Categorical(2), "holistic"), Segment((2, 2), Categorical(2), "grid")))
+    layout = Layout(
+        (Segment((2,), Categorical(2), "holistic"), Segment((2, 2), Categorical(2), "grid"))
+    )
     generator = TableGenerator(layout)
     generator.entities = ordered([5, 0, 2, 1, 4, 3], (1,) * 6)
     assert exact(jacobi(Rules(4, init)), generator, seed=2)
@@ -112,7 +124,11 @@ def test_entities_of_several_tokens(coupling: str, exact) -> None:
 
 def test_ancestral_sampling(exact) -> None:
     def plain(
-        generator: TableGenerator, condition: Condition, choice: Choice, noise: Noise, guidance: Guidance
+        generator: TableGenerator,
+        condition: Condition,
+        choice: Choice,
+        noise: Noise,
+        guidance: Guidance,
     ) -> Tensor:
         return Ancestral()(generator, condition, Sampling(choice=choice), noise, guidance)
 
@@ -137,7 +153,9 @@ def test_a_stale_law_is_found_out(exact) -> None:
 
 
 @pytest.mark.parametrize(
-    "rules", [Rules(4, acceptance=GroupedRatio(2, 1.0)), Rules(4, coupling=Reuse(0.5))], ids=["gsd", "sjd++"]
+    "rules",
+    [Rules(4, acceptance=GroupedRatio(2, 1.0)), Rules(4, coupling=Reuse(0.5))],
+    ids=["gsd", "sjd++"],
 )
 def test_approximate_rules_are_found_out(rules: Rules, exact) -> None:
     assert not exact(jacobi(rules), TableGenerator(sequence_layout(7, Categorical(2))), seed=6)

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.processes.flow import Euler, EulerMaruyama, Flow, interpolate, logit_normal, sde_times, target
+from tessellar.processes.flow import (
+    Euler,
+    EulerMaruyama,
+    Flow,
+    interpolate,
+    logit_normal,
+    sde_times,
+    target,
+)
 from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
@@ -24,7 +32,12 @@ def normal_velocity(x: Tensor, t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "flow, variance",
-    [(EulerMaruyama(50), 0.9730), (EulerMaruyama(40), 0.9677), (Euler(50), 0.9499), (Euler(40), 0.9377)],
+    [
+        (EulerMaruyama(50), 0.9730),
+        (EulerMaruyama(40), 0.9677),
+        (Euler(50), 0.9499),
+        (Euler(40), 0.9377),
+    ],
     ids=str,
 )
 def test_variance_of_a_normal_law(flow: Flow, variance: float) -> None:
@@ -74,7 +87,8 @@ def test_an_image_depends_on_its_own_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "options"), [(EulerMaruyama, {"steps": 1}), (Euler, {"steps": 0}), (EulerMaruyama, {"last_steps": 1})]
+    ("solver", "options"),
+    [(EulerMaruyama, {"steps": 1}), (Euler, {"steps": 0}), (EulerMaruyama, {"last_steps": 1})],
 )
 def test_too_few_steps(solver: type[Flow], options: dict) -> None:
     with pytest.raises(UserError, match="must be an integer of at least"):

@@ -55,7 +55,9 @@ def test_merge_extrapolates_and_is_exact_at_one() -> None:
     x = torch.tensor([[[0.1, 0.7]], [[0.3, -0.2]]])
     entity = torch.zeros(1, 1, dtype=torch.int64)
     assert torch.equal(Guidance(Constant(1.0)).merge(x, entity, FIVE), x[:1])
-    torch.testing.assert_close(Guidance(Constant(3.0)).merge(x, entity, FIVE), x[1:] + 3 * (x[:1] - x[1:]))
+    torch.testing.assert_close(
+        Guidance(Constant(3.0)).merge(x, entity, FIVE), x[1:] + 3 * (x[:1] - x[1:])
+    )
 
 
 def test_a_scale_belongs_to_its_own_row() -> None:
@@ -71,9 +73,12 @@ def test_no_guidance_costs_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [Linear(1.0, start=0.5), Step(1.0, first=2, before=3.0), LateStep(1.0, start=0.7, between=2.0)]
+    "schedule",
+    [Linear(1.0, start=0.5), Step(1.0, first=2, before=3.0), LateStep(1.0, start=0.7, between=2.0)],
 )
-def test_scale_one_is_no_guidance_only_where_it_is_one_everywhere(schedule: GuidanceSchedule) -> None:
+def test_scale_one_is_no_guidance_only_where_it_is_one_everywhere(
+    schedule: GuidanceSchedule,
+) -> None:
     assert schedule.guidance().branches == 2 and (schedule(torch.arange(5)[None], FIVE) != 1).any()
     assert type(schedule)(1.0).guidance().branches == 1
 
@@ -85,13 +90,19 @@ def test_scale_one_is_no_guidance_only_where_it_is_one_everywhere(schedule: Guid
         (lambda: PowerCosine(float("inf")), "guidance scale is inf"),
         (lambda: Linear(2.0, start=float("nan")), "guidance start is nan"),
         (lambda: PowerCosine(2.0, power=float("nan")), "guidance power is nan"),
-        (lambda: PowerCosine(2.0, power=-1.0), "guidance power is -1.0; it must be a finite number of at least 0"),
+        (
+            lambda: PowerCosine(2.0, power=-1.0),
+            "guidance power is -1.0; it must be a finite number of at least 0",
+        ),
         (lambda: Step(2.0, first=-1), "guidance first is -1"),
         (lambda: Step(2.0, before=float("inf")), "guidance before is inf"),
         (lambda: LateStep(2.0, start=float("nan")), "guidance start is nan"),
         (lambda: LateStep(2.0, between=float("nan")), "guidance between is nan"),
         (lambda: LateLinear(2.0, start=float("nan")), "guidance start is nan"),
-        (lambda: Interval(2.0, first=3, last=1), "guidance last is 1; it must be an integer of at least 3"),
+        (
+            lambda: Interval(2.0, first=3, last=1),
+            "guidance last is 1; it must be an integer of at least 3",
+        ),
     ],
 )
 def test_mistakes_are_named(make: Callable[[], GuidanceSchedule], message: str) -> None:

@@ -9,7 +9,9 @@ from PIL import Image
 
 from tessellar.sampling.output import SampleFolder, grid_rows, tile
 
-IMAGES = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -24,12 +26,22 @@ def test_all_files_hold_the_images(tmp_path: Path) -> None:
     names = [f"{i:06d}_{c:04d}.png" for i, c in enumerate([7, 2, 7, 2, 7])]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "grid.png", "samples.npz"]
     channels_last = IMAGES.permute(0, 2, 3, 1).numpy()
-    assert all(np.array_equal(pixels(tmp_path / name), channels_last[i]) for i, name in enumerate(names))
+    assert all(
+        np.array_equal(pixels(tmp_path / name), channels_last[i]) for i, name in enumerate(names)
+    )
     saved = np.load(tmp_path / "samples.npz")
-    assert np.array_equal(saved["arr_0"], channels_last) and saved["arr_1"].tolist() == [7, 2, 7, 2, 7]
+    assert np.array_equal(saved["arr_0"], channels_last) and saved["arr_1"].tolist() == [
+        7,
+        2,
+        7,
+        2,
+        7,
+    ]
     grid = pixels(tmp_path / "grid.png")
     assert grid.shape == (8, 18, 3)
-    assert np.array_equal(grid[:4, 12:], channels_last[4]) and np.array_equal(grid[4:, 6:12], channels_last[3])
+    assert np.array_equal(grid[:4, 12:], channels_last[4]) and np.array_equal(
+        grid[4:, 6:12], channels_last[3]
+    )
     assert not grid[4:, 12:].any()
 
 
@@ -39,7 +51,11 @@ def test_each_kind_alone(tmp_path: Path, kind: str) -> None:
     folder = SampleFolder(tmp_path, [0, 1], (4, 6), **only)
     folder.write([0, 1], IMAGES[:2])
     folder.finish()
-    expected = {"png": ["000000_0000.png", "000001_0001.png"], "npz": ["samples.npz"], "grid": ["grid.png"]}
+    expected = {
+        "png": ["000000_0000.png", "000001_0001.png"],
+        "npz": ["samples.npz"],
+        "grid": ["grid.png"],
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == expected[kind]
 
 

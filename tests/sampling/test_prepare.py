@@ -104,7 +104,9 @@ def test_a_block_with_a_position_bias() -> None:
         cache = KVCache(1, 2, 4, 8, 8, torch.float32, torch.device("cpu"))
         found.append(forward(x, 0, Pass(positions, cache, cache.reserve(torch.arange(5)[None]))))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
-    unbiased = block(x, 0, Pass(positions._replace(bias=None), cache, cache.reserve(torch.arange(5)[None])))
+    unbiased = block(
+        x, 0, Pass(positions._replace(bias=None), cache, cache.reserve(torch.arange(5)[None]))
+    )
     assert not torch.allclose(unbiased, found[0], atol=1e-3)
 
 

@@ -33,10 +33,14 @@ def model() -> ImageGenerator:
     return ImageGenerator(tokenizer, generator, ClassConditioner(5)).eval()
 
 
-def draw(model: ImageGenerator, sampling: Sampling, count: int = 7, **options: object) -> dict[int, Tensor]:
+def draw(
+    model: ImageGenerator, sampling: Sampling, count: int = 7, **options: object
+) -> dict[int, Tensor]:
     labels = balanced_labels(count, 5)
     batches = sample_images(model, labels, sampling, **options)  # type: ignore[arg-type]
-    return {i: image for indices, images in batches for i, image in zip(indices, images, strict=True)}
+    return {
+        i: image for indices, images in batches for i, image in zip(indices, images, strict=True)
+    }
 
 
 def assert_same(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> None:
@@ -48,7 +52,11 @@ def assert_same(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> None:
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_an_image_is_the_same_in_any_batch_and_share(model: ImageGenerator, name: str) -> None:
     whole = draw(model, SAMPLINGS[name], seed=3)
-    assert list(whole) == list(range(7)) and whole[0].shape == (3, 16, 16) and whole[0].dtype == torch.uint8
+    assert (
+        list(whole) == list(range(7))
+        and whole[0].shape == (3, 16, 16)
+        and whole[0].dtype == torch.uint8
+    )
     for size in (1, 3):
         assert_same(draw(model, SAMPLINGS[name], seed=3, batch_size=size), whole)
     odd = draw(model, SAMPLINGS[name], seed=3, indices=range(1, 7, 2))
@@ -57,7 +65,10 @@ def test_an_image_is_the_same_in_any_batch_and_share(model: ImageGenerator, name
 
 def test_an_image_has_seed_plus_index(model: ImageGenerator) -> None:
     """Image 5 of seed 0 is image 0 of seed 5: the plan gives both class 0."""
-    first, later = draw(model, SAMPLINGS["sampled"], seed=0), draw(model, SAMPLINGS["sampled"], seed=5, count=2)
+    first, later = (
+        draw(model, SAMPLINGS["sampled"], seed=0),
+        draw(model, SAMPLINGS["sampled"], seed=5, count=2),
+    )
     assert_same({0: first[5], 1: first[6]}, later)
     assert not torch.equal(first[0], first[5])
 
@@ -75,7 +86,9 @@ def test_mistakes_are_told_before_anything_is_drawn(model: ImageGenerator) -> No
         sample_images(model, [0], Sampling(), precision="fp8")
     with pytest.raises(UserError, match="batch size is 0"):
         sample_images(model, [0], Sampling(), batch_size=0)
-    text = LlamaGen(model.tokenizer.layout, 32, 1, 2, num_classes=None, caption_dim=4, ffn_multiple_of=8)
+    text = LlamaGen(
+        model.tokenizer.layout, 32, 1, 2, num_classes=None, caption_dim=4, ffn_multiple_of=8
+    )
     with pytest.raises(UserError, match="conditioned on text"):
         sample_images(ImageGenerator(model.tokenizer, text, FeatureConditioner()), [0], Sampling())
 

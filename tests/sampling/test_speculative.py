@@ -33,7 +33,9 @@ GRID = grid_layout(3, 4, Categorical(23))
 
 def llamagen(text: bool = False, seed: int = 0, depth: int = 2) -> LlamaGen:
     torch.manual_seed(seed)
-    kind = {"num_classes": None, "caption_dim": 6, "caption_length": 5} if text else {"num_classes": 7}
+    kind = (
+        {"num_classes": None, "caption_dim": 6, "caption_length": 5} if text else {"num_classes": 7}
+    )
     generator = LlamaGen(GRID, 32, depth, 4, ffn_multiple_of=8, **kind)  # type: ignore[arg-type]
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -53,7 +55,9 @@ class Planned(TableGenerator):
 
     plan: Tensor
 
-    def predict(self, state: State, tokens: Tensor, count: int = 1, want: int | None = None) -> Logits:
+    def predict(
+        self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
+    ) -> Logits:
         want = count if want is None else want
         state.fed = state.fed + count
         place = (state.fed - want)[:, None] + torch.arange(want)
@@ -69,11 +73,16 @@ def planned(plan: Tensor) -> Planned:
 
 def pointing(tokens: Sequence[int], codes: int = 4) -> Tensor:
     """Logits [N, V] that leave no choice but `tokens`."""
-    return torch.full((len(tokens), codes), -torch.inf).scatter(1, torch.tensor(tokens)[:, None], 0.0)
+    return torch.full((len(tokens), codes), -torch.inf).scatter(
+        1, torch.tensor(tokens)[:, None], 0.0
+    )
 
 
 RULES = [
-    *(Rules(window, init, coupling=maximal) for window, init in ((1, "random"), (2, "uniform"), (5, "repeat-up"))),
+    *(
+        Rules(window, init, coupling=maximal)
+        for window, init in ((1, "random"), (2, "uniform"), (5, "repeat-up"))
+    ),
     *(Rules(16, init) for init in SCHEMES),
     *(Rules(4, coupling=coupling) for coupling in (*COUPLINGS.values(), Reuse(0.3))),
     *(Rules(6, acceptance=GroupedRatio(5, exact_official=official)) for official in (False, True)),
@@ -85,20 +94,26 @@ RULES = [
 def test_greedy_gives_the_tokens_of_plain_greedy_decoding(rules: Rules, guidance: Guidance) -> None:
     generator, cond = llamagen(True), condition(True, 3)
     plain = Ancestral()(generator, cond, GREEDY, Noise([0, 1, 2]), guidance)
-    assert torch.equal(speculative_jacobi(generator, cond, GREEDY.choice, Noise([0, 1, 2]), guidance, rules), plain)
+    assert torch.equal(
+        speculative_jacobi(generator, cond, GREEDY.choice, Noise([0, 1, 2]), guidance, rules), plain
+    )
 
 
 @pytest.mark.parametrize("guidance", [NO_GUIDANCE, GUIDED])
 def test_greedy_with_a_draft_model(guidance: Guidance) -> None:
     target, draft, cond = llamagen(), llamagen(seed=1, depth=1), condition(False, 3)
     plain = Ancestral()(target, cond, GREEDY, Noise([0, 1, 2]), guidance)
-    assert torch.equal(draft_model(target, draft, cond, GREEDY.choice, Noise([3, 4, 5]), guidance), plain)
+    assert torch.equal(
+        draft_model(target, draft, cond, GREEDY.choice, Noise([3, 4, 5]), guidance), plain
+    )
 
 
 def test_a_window_of_one_is_plain_decoding_with_the_same_noise() -> None:
     generator, cond, choice = llamagen(), condition(False, 2), Choice(top_k=9)
     plain = Ancestral()(generator, cond, Sampling(choice=choice), Noise([4, 5]), GUIDED)
-    assert torch.equal(speculative_jacobi(generator, cond, choice, Noise([4, 5]), GUIDED, Rules(1)), plain)
+    assert torch.equal(
+        speculative_jacobi(generator, cond, choice, Noise([4, 5]), GUIDED, Rules(1)), plain
+    )
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -116,7 +131,8 @@ def test_an_image_does_not_depend_on_its_batch(text: bool, rules: Rules) -> None
     for b in range(4):
         alone = cond.select(torch.tensor([b]))
         assert torch.equal(
-            speculative_jacobi(generator, alone, Choice(0.5), Noise([9 + b]), GUIDED, rules)[0], together[b]
+            speculative_jacobi(generator, alone, Choice(0.5), Noise([9 + b]), GUIDED, rules)[0],
+            together[b],
         )
 
 
@@ -124,7 +140,9 @@ def test_an_image_drafted_by_a_model_does_not_depend_on_its_batch() -> None:
     target, draft, cond = llamagen(), llamagen(seed=1), condition(False, 4)
     together = draft_model(target, draft, cond, Choice(0.5), Noise(range(4)), GUIDED)
     for b in range(4):
-        alone = draft_model(target, draft, cond.select(torch.tensor([b])), Choice(0.5), Noise([b]), GUIDED)
+        alone = draft_model(
+            target, draft, cond.select(torch.tensor([b])), Choice(0.5), Noise([b]), GUIDED
+        )
         assert torch.equal(alone[0], together[b])
 
 
@@ -133,7 +151,9 @@ def test_groups_of_one_are_plain_sjd_token_for_token() -> None:
     plain = speculative_jacobi(generator, cond, Choice(0.7), Noise([1, 2, 3]), GUIDED, Rules(6))
     for official in (False, True):
         rules = Rules(6, acceptance=GroupedRatio(1, exact_official=official))
-        assert torch.equal(speculative_jacobi(generator, cond, Choice(0.7), Noise([1, 2, 3]), GUIDED, rules), plain)
+        assert torch.equal(
+            speculative_jacobi(generator, cond, Choice(0.7), Noise([1, 2, 3]), GUIDED, rules), plain
+        )
 
 
 def test_grouped_decoding_accepts_more() -> None:
@@ -141,13 +161,23 @@ def test_grouped_decoding_accepts_more() -> None:
     cond, recorders = Condition(ids=torch.zeros(300, dtype=torch.int64)), (Recorder(), Recorder())
     for recorder, acceptance in zip(recorders, (Rules().acceptance, GroupedRatio(4)), strict=True):
         rules = Rules(5, acceptance=acceptance)
-        speculative_jacobi(generator, cond, Choice(), Noise(range(300)), NO_GUIDANCE, rules, recorder)
+        speculative_jacobi(
+            generator, cond, Choice(), Noise(range(300)), NO_GUIDANCE, rules, recorder
+        )
     assert recorders[1].evaluations < 0.9 * recorders[0].evaluations
 
 
 def drafted(target: Generator, draft: Generator, drafts: int) -> tuple[Tensor, Recorder]:
     recorder = Recorder()
-    tokens = draft_model(target, draft, condition(False, 2), Choice(), Noise([0, 1]), drafts=drafts, recorder=recorder)
+    tokens = draft_model(
+        target,
+        draft,
+        condition(False, 2),
+        Choice(),
+        Noise([0, 1]),
+        drafts=drafts,
+        recorder=recorder,
+    )
     return tokens, recorder
 
 
@@ -177,7 +207,13 @@ def test_jacobi_on_a_law_without_choice_or_context() -> None:
     """The first pass already samples every draft of the window right; initial drafts at its end may not be."""
     plan, recorder = pointing([0, 3, 1, 2, 2, 0, 1, 3, 3, 1]), Recorder()
     tokens = speculative_jacobi(
-        planned(plan), condition(False, 2), Choice(), Noise([0, 1]), NO_GUIDANCE, Rules(10), recorder
+        planned(plan),
+        condition(False, 2),
+        Choice(),
+        Noise([0, 1]),
+        NO_GUIDANCE,
+        Rules(10),
+        recorder,
     )
     assert tokens.tolist() == 2 * [plan.argmax(1).tolist()]
     assert recorder.passes <= 2
@@ -217,7 +253,9 @@ def test_entropy_is_that_of_the_laws_of_committed_tokens(window: int) -> None:
         generator = TableGenerator(sequence_layout(5, Categorical(3)), spread=spread)
         recorder, noise = Recorder(entropy=True), Noise([0, 1])
         if windows:
-            speculative_jacobi(generator, cond, Choice(0.7), noise, rules=Rules(window), recorder=recorder)
+            speculative_jacobi(
+                generator, cond, Choice(0.7), noise, rules=Rules(window), recorder=recorder
+            )
         else:
             Ancestral()(generator, cond, Sampling(choice=Choice(0.7)), noise, recorder=recorder)
         return recorder.report().nats
@@ -248,7 +286,9 @@ def coupled(generator: TableGenerator) -> None:
     generator.predict = lambda *args, **kwargs: Coupled()  # type: ignore[method-assign,assignment]
 
 
-@pytest.mark.parametrize(("change", "reason"), [(unequal, "entities of one size"), (coupled, "independent logits")])
+@pytest.mark.parametrize(
+    ("change", "reason"), [(unequal, "entities of one size"), (coupled, "independent logits")]
+)
 def test_what_cannot_be_decoded_is_refused_in_one_line(change: Callable, reason: str) -> None:
     generator, cond = broken(change), Condition(ids=torch.tensor([0, 1]))
     with pytest.raises(UserError, match=reason) as jacobi:
@@ -259,8 +299,15 @@ def test_what_cannot_be_decoded_is_refused_in_one_line(change: Callable, reason:
 
 
 def test_draft_models_of_other_tokens_are_refused() -> None:
-    target, cond = TableGenerator(sequence_layout(6, Categorical(2))), Condition(ids=torch.tensor([0]))
+    target, cond = (
+        TableGenerator(sequence_layout(6, Categorical(2))),
+        Condition(ids=torch.tensor([0])),
+    )
     with pytest.raises(UserError, match="built for"):
-        draft_model(target, TableGenerator(grid_layout(2, 3, Categorical(2))), cond, Choice(), Noise([0]))
+        draft_model(
+            target, TableGenerator(grid_layout(2, 3, Categorical(2))), cond, Choice(), Noise([0])
+        )
     with pytest.raises(UserError, match="other groups"):
-        draft_model(target, TableGenerator(target.layout, entity_size=2), cond, Choice(), Noise([0]))
+        draft_model(
+            target, TableGenerator(target.layout, entity_size=2), cond, Choice(), Noise([0])
+        )

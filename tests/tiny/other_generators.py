@@ -33,7 +33,14 @@ from tessellar.models.xar import XAR
 from tessellar.models.xar import official as xar
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.generator import Generator
-from tessellar.protocol.layout import Categorical, Continuous, Layout, Segment, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Layout,
+    Segment,
+    grid_layout,
+    sequence_layout,
+)
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,7 +90,9 @@ def retok_gpt() -> Pair:
 
 def har_of_other_levels() -> Pair:
     layout = sequence_layout(32, Categorical(23))
-    made = HAR(layout, 24, 3, 3, CLASSES, first=2, ffn_multiple_of=20, norm_eps=1e-2, rope_base=50.0)
+    made = HAR(
+        layout, 24, 3, 3, CLASSES, first=2, ffn_multiple_of=20, norm_eps=1e-2, rope_base=50.0
+    )
     state = har.to_official(shaken(made))
     return made, har.from_official(state, layout, 3, first=2, norm_eps=1e-2, rope_base=50.0)
 
@@ -93,7 +102,9 @@ def hita_of_two_vocabularies() -> Pair:
     layout = Layout((holistic, Segment((3, 3), Categorical(23), "patches")))
     made = HitaAR(layout, 24, 3, 3, CLASSES, ffn_multiple_of=20, norm_eps=1e-2, rope_base=50.0)
     state = hita.to_official(shaken(made))
-    return made, hita.from_official(state, layout, 3, "train_consistent", norm_eps=1e-2, rope_base=50.0)
+    return made, hita.from_official(
+        state, layout, 3, "train_consistent", norm_eps=1e-2, rope_base=50.0
+    )
 
 
 def flextok_classes() -> Pair:

@@ -57,7 +57,12 @@ def _kl() -> KLVAE:
 
 
 def _restok() -> ResTok:
-    encoder: dict[str, Any] = {"encoder_width": 16, "encoder_depth": 2, "encoder_heads": 2, "stages": 2}
+    encoder: dict[str, Any] = {
+        "encoder_width": 16,
+        "encoder_depth": 2,
+        "encoder_heads": 2,
+        "stages": 2,
+    }
     decoder: dict[str, Any] = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     return ResTok(_vq(), 16, 16, 4, 32, (1, 1, 1), 1, 32, **encoder, **decoder)
 
@@ -69,7 +74,9 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "MaskGIT-VQGAN": lambda: MaskGITVQGAN(VectorQuantizer(16, 32), 16, 32, (1, 1, 1), 1),
     "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
     "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
-    "FlexTok": lambda: FlexTok(FSQ((3, 3, 2)), 16, 8, None, 4, TransformerSize(64, 1), TransformerSize(64, 2)),
+    "FlexTok": lambda: FlexTok(
+        FSQ((3, 3, 2)), 16, 8, None, 4, TransformerSize(64, 1), TransformerSize(64, 2)
+    ),
     "ResTok": _restok,
     "Hita": lambda: Hita(_vq(), _vq(), None, 16, 32, (1, 1, 1), 1, 16, 1, 2, 24, 4, 1, 0.0, 16),
     "VAR's VQVAE": lambda: VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1),
@@ -81,15 +88,25 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "ReToK's GPT": lambda layout: ReToKGPT(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "FlexTok's AR": lambda layout: FlexAR(layout, 16, 1, 2, CLASSES),
-    "Token-Shuffle": lambda layout: TokenShuffle(layout, 16, 1, 2, 2, num_classes=CLASSES, ffn_multiple_of=8),
+    "Token-Shuffle": lambda layout: TokenShuffle(
+        layout, 16, 1, 2, 2, num_classes=CLASSES, ffn_multiple_of=8
+    ),
     "RAR": lambda layout: RAR(layout, 16, 1, 2, 24, CLASSES),
     "MaskGIT": lambda layout: MaskGIT(layout, "vit", 16, 1, 2, 24, CLASSES),
     "HAR": lambda layout: HAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "Hita's AR": lambda layout: HitaAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
-    "Next entity, cell": lambda layout: NextEntity(layout, "cell:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
-    "Next entity, subsample": lambda layout: NextEntity(layout, "subsample:2", 16, 1, 2, CLASSES, ffn_multiple_of=8),
-    "Next entity, local": lambda layout: NextEntity(layout, "local:4", 16, 1, 2, CLASSES, ffn_multiple_of=8),
-    "Next entity, level": lambda layout: NextEntity(layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Next entity, cell": lambda layout: NextEntity(
+        layout, "cell:2", 16, 1, 2, CLASSES, ffn_multiple_of=8
+    ),
+    "Next entity, subsample": lambda layout: NextEntity(
+        layout, "subsample:2", 16, 1, 2, CLASSES, ffn_multiple_of=8
+    ),
+    "Next entity, local": lambda layout: NextEntity(
+        layout, "local:4", 16, 1, 2, CLASSES, ffn_multiple_of=8
+    ),
+    "Next entity, level": lambda layout: NextEntity(
+        layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8
+    ),
     "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
     "xAR, cell": lambda layout: _xar(layout, "cell:2"),
     "xAR, token": lambda layout: _xar(layout, "token"),
@@ -139,11 +156,16 @@ def page() -> str:
             reason = reason_against(name, generator)
             cells.append("-" if reason else "yes")
             if reason:
-                reasons.setdefault(generator, {}).setdefault(reason.partition("; ")[0], []).append(name)
+                reasons.setdefault(generator, {}).setdefault(reason.partition("; ")[0], []).append(
+                    name
+                )
         lines.append(f"| {name} | {_on_meta(name).layout} | " + " | ".join(cells) + " |")
     lines += ["", "## Why not", ""]
     for generator, found in reasons.items():
-        lines += [f"- **{generator}**", *(f"  - {why}: {', '.join(names)}" for why, names in found.items())]
+        lines += [
+            f"- **{generator}**",
+            *(f"  - {why}: {', '.join(names)}" for why, names in found.items()),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -9,7 +9,9 @@ from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
 def test_distance_of_each_image() -> None:
     target = torch.randn(3, 5, 4)
     features = torch.stack([2 * target[0], -target[1], torch.zeros(5, 4)])
-    torch.testing.assert_close(cosine_distance(features, target), torch.tensor([0.0, 2.0, 1.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        cosine_distance(features, target), torch.tensor([0.0, 2.0, 1.0]), atol=1e-5, rtol=0
+    )
 
 
 def test_a_margin_leaves_alone_what_is_similar_enough() -> None:

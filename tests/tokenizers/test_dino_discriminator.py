@@ -11,7 +11,11 @@ from tessellar.tokenizers.losses.dino_discriminator import DinoDiscriminator, Lo
 
 def small(**options) -> DinoDiscriminator:
     torch.manual_seed(0)
-    vit = VisionModel("vit_tiny_patch16_224", image_size=32, options={"patch_size": 8, "embed_dim": 24, "depth": 3})
+    vit = VisionModel(
+        "vit_tiny_patch16_224",
+        image_size=32,
+        options={"patch_size": 8, "embed_dim": 24, "depth": 3},
+    )
     vit.filled = True
     torch.nn.init.normal_(vit.network.cls_token)
     return DinoDiscriminator(Teacher(vit), layers=(0, 2), kernel=3, **options)
@@ -35,11 +39,15 @@ def test_it_reads_the_embedding_and_the_blocks_with_the_class_token_added() -> N
     network, images = discriminator.vision.model.network, torch.rand(2, 3, 32, 32)
     seen: list[torch.Tensor] = []
     hooks = [network.norm_pre, network.blocks[0], network.blocks[2]]
-    handles = [module.register_forward_hook(lambda _, __, out: seen.append(out)) for module in hooks]
+    handles = [
+        module.register_forward_hook(lambda _, __, out: seen.append(out)) for module in hooks
+    ]
     expected = discriminator(images)
     for handle in handles:
         handle.remove()
-    found = [head((x[:, 1:] + x[:, :1]).mT) for head, x in zip(discriminator.heads, seen, strict=True)]
+    found = [
+        head((x[:, 1:] + x[:, :1]).mT) for head, x in zip(discriminator.heads, seen, strict=True)
+    ]
     torch.testing.assert_close(torch.cat(found, 1), expected)
 
 
@@ -66,7 +74,9 @@ def test_weights_of_the_heads_are_normalised_to_their_largest_singular_value() -
 def test_larger_images_are_cropped_or_averaged() -> None:
     images = torch.rand(2, 3, 64, 64)
     averaged = small(crop=0.0).eval()
-    torch.testing.assert_close(averaged(images), averaged(torch.nn.functional.avg_pool2d(images, 2)))
+    torch.testing.assert_close(
+        averaged(images), averaged(torch.nn.functional.avg_pool2d(images, 2))
+    )
     torch.manual_seed(3)
     cropped = small(crop=1.0)._sized(images)
     windows = images.unfold(2, 32, 1).unfold(3, 32, 1)
@@ -80,7 +90,9 @@ def test_batch_norm_looks_at_groups() -> None:
     torch.testing.assert_close(norm(x), torch.cat([norm(x[:4]), norm(x[4:])]))
     one = norm(x[:4])
     torch.testing.assert_close(one.mean((0, 2)), torch.zeros(3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(norm(x[:5]), torch.cat([norm(x[i : i + 1]) for i in range(5)]))  # 5 has no equal halves
+    torch.testing.assert_close(
+        norm(x[:5]), torch.cat([norm(x[i : i + 1]) for i in range(5)])
+    )  # 5 has no equal halves
 
 
 def test_a_network_that_does_not_fit_is_refused() -> None:
@@ -105,10 +117,20 @@ def test_translation_moves_each_image_and_fills_with_zeros() -> None:
         bottom, right = 16 - int(rows.max()) - 1, 24 - int(columns.max()) - 1
         dy, dx = top - bottom, left - right
         expected = torch.zeros_like(before)
-        expected[:, top : 16 - bottom, left : 24 - right] = before[:, bottom : 16 - top, right : 24 - left]
+        expected[:, top : 16 - bottom, left : 24 - right] = before[
+            :, bottom : 16 - top, right : 24 - left
+        ]
         torch.testing.assert_close(after, expected)
         shifts.add((dy, dx))
-    assert {dy for dy, _ in shifts} == {-2, -1, 0, 1, 2} and {dx for _, dx in shifts} <= {-3, -2, -1, 0, 1, 2, 3}
+    assert {dy for dy, _ in shifts} == {-2, -1, 0, 1, 2} and {dx for _, dx in shifts} <= {
+        -3,
+        -2,
+        -1,
+        0,
+        1,
+        2,
+        3,
+    }
 
 
 def test_cutout_and_colour_are_of_each_image() -> None:

@@ -41,7 +41,10 @@ def make(seed: int = 0, **options: Any) -> FlexTok:
     """Pixels in patches of 2, with weights that are not zero anywhere."""
     torch.manual_seed(seed)
     sizes = {"encoder_size": TransformerSize(16, 2, 8), "decoder_size": TransformerSize(24, 2, 8)}
-    settings = {"decoding": FlowDecoding(3, 2.0, APG()), "training_settings": FlowTraining(null=0.0)}
+    settings = {
+        "decoding": FlowDecoding(3, 2.0, APG()),
+        "training_settings": FlowTraining(null=0.0),
+    }
     made = FlexTok(FSQ(LEVELS), SIDE, N, **{**sizes, **settings, **options})
     for name, parameter in made.named_parameters():
         if parameter.requires_grad:
@@ -105,7 +108,11 @@ def test_positions_of_a_smaller_grid_are_the_corner_of_the_table(images: Tensor)
 
 def test_hidden_tokens_change_nothing(images: Tensor) -> None:
     tokenizer = make().eval()
-    tokens, start, kept = tokenizer.encode(images), torch.randn(3, 3, SIDE, SIDE), torch.tensor([1, 4, N])
+    tokens, start, kept = (
+        tokenizer.encode(images),
+        torch.randn(3, 3, SIDE, SIDE),
+        torch.tensor([1, 4, N]),
+    )
     first = tokenizer.denoise(tokens, start, lengths=kept)
     other = torch.where(torch.arange(N) < kept[:, None], tokens, (tokens + 1) % 200)
     assert torch.equal(first, tokenizer.denoise(other, start, lengths=kept))
@@ -122,7 +129,9 @@ def test_the_null_condition_hides_every_token(images: Tensor) -> None:
         a, b = (decoder.condition(c, torch.tensor([3, N]), yes) for c in codes)
         assert torch.equal(a, b) and bool((a == 0).all()) == (null == "zero")
     mixed = decoder.condition(codes[0], torch.tensor([3, N]), torch.tensor([True, False]))
-    assert bool((mixed[0] == 0).all()) and torch.equal(mixed[1], decoder.condition(codes[0], torch.tensor([3, N]))[1])
+    assert bool((mixed[0] == 0).all()) and torch.equal(
+        mixed[1], decoder.condition(codes[0], torch.tensor([3, N]))[1]
+    )
 
 
 def test_the_mask_token_replaces_the_position(images: Tensor) -> None:
@@ -132,7 +141,10 @@ def test_the_mask_token_replaces_the_position(images: Tensor) -> None:
 
 
 def test_a_new_decoder_leaves_the_noise_as_it_is(images: Tensor) -> None:
-    sizes: dict[str, Any] = {"encoder_size": TransformerSize(16, 1, 8), "decoder_size": TransformerSize(24, 2, 8)}
+    sizes: dict[str, Any] = {
+        "encoder_size": TransformerSize(16, 1, 8),
+        "decoder_size": TransformerSize(24, 2, 8),
+    }
     tokenizer = FlexTok(FSQ(LEVELS), SIDE, N, **sizes).eval()
     noise = Noise([3, 4, 5]).normal(3, SIDE, SIDE)
     drawn = tokenizer.decode(tokenizer.encode(images), noise=Noise([3, 4, 5]))
@@ -188,7 +200,10 @@ def test_lengths_of_nested_dropout() -> None:
     assert sorted(FlowTraining("pow2").draw_lengths(500, 16).unique().tolist()) == [1, 2, 4, 8, 16]
     assert sorted(FlowTraining("pow2").draw_lengths(500, 12).unique().tolist()) == [1, 2, 4, 8, 12]
     rounded = FlowTraining("uniform_pow2").draw_lengths(4000, 16)
-    assert abs(float((rounded == 16).float().mean()) - 0.5) < 0.04 and 0.03 < float((rounded == 1).float().mean()) < 0.1
+    assert (
+        abs(float((rounded == 16).float().mean()) - 0.5) < 0.04
+        and 0.03 < float((rounded == 1).float().mean()) < 0.1
+    )
     assert len(FlowTraining("uniform").draw_lengths(500, 16).unique()) == 16
     assert FlowTraining("all").draw_lengths(9, 16).unique().tolist() == [16]
 
@@ -215,7 +230,9 @@ def _flow_again(tokenizer: FlexTok, images: Tensor) -> Tensor:
 
 def test_gradients_reach_every_parameter(images: Tensor, teacher: Teacher) -> None:
     settings = FlowTraining(lengths="pow2", null=0.3)
-    tokenizer = make(teacher=teacher, repa_dim=24, vae=small_vae(), training_settings=settings).train()
+    tokenizer = make(
+        teacher=teacher, repa_dim=24, vae=small_vae(), training_settings=settings
+    ).train()
     torch.manual_seed(2)
     many = images.repeat(8, 1, 1, 1)
     sum(tokenizer(many).losses.values()).backward()  # type: ignore[union-attr]
@@ -230,8 +247,12 @@ def test_the_vae_is_frozen_and_its_reconstruction_is_not_rendered(images: Tensor
     assert bool(tokenizer(images).reconstruction.isnan().all())
     expected = small_vae().eval().encode(images)
     assert torch.equal(tokenizer.latents(images).flatten(2).transpose(1, 2), expected)
-    assert not torch.equal(tokenizer.latents(images, sample=True), tokenizer.latents(images, sample=True))
-    torch.testing.assert_close(tokenizer.render(tokenizer.latents(images)), small_vae().decode(expected))
+    assert not torch.equal(
+        tokenizer.latents(images, sample=True), tokenizer.latents(images, sample=True)
+    )
+    torch.testing.assert_close(
+        tokenizer.render(tokenizer.latents(images)), small_vae().decode(expected)
+    )
 
 
 def test_repa_pulls_the_features_towards_the_teacher(images: Tensor, teacher: Teacher) -> None:
@@ -248,18 +269,28 @@ def test_repa_pulls_the_features_towards_the_teacher(images: Tensor, teacher: Te
         assert isinstance(last, torch.nn.Linear)
         last.weight.zero_()
         last.bias.copy_(teacher(images).patches[0, 0])
-    first = 1 - torch.cosine_similarity(teacher(images).patches, teacher(images).patches[:1, :1], dim=-1).mean(1)
-    torch.testing.assert_close(tokenizer.repa_distance(features, images), first, atol=1e-5, rtol=1e-5)
+    first = 1 - torch.cosine_similarity(
+        teacher(images).patches, teacher(images).patches[:1, :1], dim=-1
+    ).mean(1)
+    torch.testing.assert_close(
+        tokenizer.repa_distance(features, images), first, atol=1e-5, rtol=1e-5
+    )
     with pytest.raises(ValueError, match="repa_dim is 32; the teacher's patches have 24"):
         make(teacher=teacher, repa_dim=32)
 
 
-def test_export_holds_the_vae_and_not_the_teacher(images: Tensor, teacher: Teacher, tmp_path: Path) -> None:
+def test_export_holds_the_vae_and_not_the_teacher(
+    images: Tensor, teacher: Teacher, tmp_path: Path
+) -> None:
     tokenizer = make(teacher=teacher, repa_dim=24, vae=small_vae(), null="zero").eval()
     back = tessellar.load(export_tokenizer(tokenizer, tmp_path / "flextok"))
-    assert isinstance(back, FlexTok) and back.teacher is None and back.decoding == tokenizer.decoding
+    assert (
+        isinstance(back, FlexTok) and back.teacher is None and back.decoding == tokenizer.decoding
+    )
     tokens = tokenizer.encode(images)
-    assert torch.equal(back.encode(images), tokens) and torch.equal(back.decode(tokens), tokenizer.decode(tokens))
+    assert torch.equal(back.encode(images), tokens) and torch.equal(
+        back.decode(tokens), tokenizer.decode(tokens)
+    )
 
 
 def test_a_vae_takes_weights_of_an_export_or_of_diffusers(images: Tensor, tmp_path: Path) -> None:
@@ -267,7 +298,9 @@ def test_a_vae_takes_weights_of_an_export_or_of_diffusers(images: Tensor, tmp_pa
     folder = export_tokenizer(vae, tmp_path / "vae")
     save_file(vae_to_official(vae), tmp_path / "official.safetensors")
     ours = flextok_vae(4, SIDE, weights=str(folder), **sizes)
-    theirs = flextok_vae(4, SIDE, scale=2.0, weights=str(tmp_path / "official.safetensors"), **sizes)
+    theirs = flextok_vae(
+        4, SIDE, scale=2.0, weights=str(tmp_path / "official.safetensors"), **sizes
+    )
     assert torch.equal(ours.encode(images), vae.encode(images))
     torch.testing.assert_close(theirs.encode(images), 4 * vae.encode(images))
     export_tokenizer(make(), tmp_path / "other")
@@ -286,7 +319,10 @@ def test_a_vae_takes_weights_of_an_export_or_of_diffusers(images: Tensor, tmp_pa
     ],
 )
 def test_sizes_that_do_not_fit(options: dict[str, Any], message: str) -> None:
-    sizes: dict[str, Any] = {"encoder_size": TransformerSize(16, 1, 8), "decoder_size": TransformerSize(16, 2, 8)}
+    sizes: dict[str, Any] = {
+        "encoder_size": TransformerSize(16, 1, 8),
+        "decoder_size": TransformerSize(16, 2, 8),
+    }
     given = {"image_size": SIDE, "num_tokens": N, **sizes, **options}
     if "vae" in given:
         given["vae"] = small_vae()
@@ -320,7 +356,10 @@ def test_widths_lengths_and_images_that_do_not_fit(images: Tensor) -> None:
 def test_parameters_of_the_published_variants(preset: Any, encoder: int, decoder: int) -> None:
     with torch.device("meta"):
         made = preset()
-    counts = [sum(p.numel() for p in part.parameters()) for part in (made.encoder, made.decoder, made.vae, made)]
+    counts = [
+        sum(p.numel() for p in part.parameters())
+        for part in (made.encoder, made.decoder, made.vae, made)
+    ]
     assert counts == [encoder, decoder, 83_821_011, encoder + decoder + 83_821_011]
     assert f"{counts[-1]:,} parameters" in str(preset.__doc__)
     assert made.layout == sequence_layout(256, Categorical(64000), 1) and made.grid.patches == 16
@@ -334,10 +373,14 @@ def test_parameters_of_the_vae(channels: int, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def official() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load_file(GOLDEN / "weights.safetensors"), json.loads((GOLDEN / "meta.json").read_text())["config"]
+    return load_file(GOLDEN / "weights.safetensors"), json.loads(
+        (GOLDEN / "meta.json").read_text()
+    )["config"]
 
 
-def test_export_to_official_is_the_inverse_of_import(official: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+def test_export_to_official_is_the_inverse_of_import(
+    official: tuple[dict[str, Tensor], dict[str, Any]],
+) -> None:
     state, config = official
     back = to_official(from_official(state, config), config)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
@@ -354,13 +397,21 @@ def test_the_config_is_read_from_beside_the_weights_or_from_within(
     save_file(state, file, {key: str(value) for key, value in config.items()})
     assert read_config(file) == config
     made = import_model("flextok", str(file))
-    assert isinstance(made, FlexTok) and made.image_size == (64, 64) and made.training_settings.null == 0.1
-    (tmp_path / "config.json").write_text(json.dumps({**config, "regularizer": {"levels": [5] * 6}}))
+    assert (
+        isinstance(made, FlexTok)
+        and made.image_size == (64, 64)
+        and made.training_settings.null == 0.1
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "regularizer": {"levels": [5] * 6}})
+    )
     other = import_model("flextok", str(file))
     assert isinstance(other, FlexTok) and other.layout.vocab()[0] == 5**6
 
 
-def test_config_and_weights_that_contradict(official: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+def test_config_and_weights_that_contradict(
+    official: tuple[dict[str, Tensor], dict[str, Any]],
+) -> None:
     state, config = official
     with pytest.raises(UserError, match="does not fit FlexTok"):
         from_official(state, {**config, "regularizer": {"levels": [8, 8, 8]}})
@@ -368,8 +419,12 @@ def test_config_and_weights_that_contradict(official: tuple[dict[str, Tensor], d
     with pytest.raises(UserError, match="unknown: encoder.module_dict.trunk"):
         from_official(renamed, config)
     modules = config["encoder"]["module_dict"]
-    moved = {("trunk" if name == "enc_transformer" else name): entry for name, entry in modules.items()}
-    made = from_official(renamed, {**config, "encoder": {**config["encoder"], "module_dict": moved}})
+    moved = {
+        ("trunk" if name == "enc_transformer" else name): entry for name, entry in modules.items()
+    }
+    made = from_official(
+        renamed, {**config, "encoder": {**config["encoder"], "module_dict": moved}}
+    )
     assert len(made.encoder.blocks) == 3
     without = {name: entry for name, entry in modules.items() if name != "enc_register_module"}
     with pytest.raises(UserError, match="encoder has no Registers1D"):

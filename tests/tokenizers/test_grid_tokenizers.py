@@ -38,7 +38,9 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     tokenizer = make(name)
     output = tokenizer(torch.rand(2, 3, 16, 16) * 2 - 1)
     (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
-    without = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    without = [
+        n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     # a key's bias shifts all scores of a query alike: its gradient is zero up to rounding
     assert not [n for n in without if not n.endswith("k.bias")]
     assert any(tokenizer.last_layer is p for p in tokenizer.parameters())
@@ -57,7 +59,9 @@ def test_tokens_are_in_raster_order() -> None:
     tokenizer, images = make("cnn").eval(), torch.rand(1, 3, 16, 16)
     assert isinstance(tokenizer, LlamaGenVQ)
     latents = tokenizer.latents(images)
-    assert torch.equal(tokenizer.encode(images)[0, 4 * 1 + 2], tokenizer.quantizer.encode(latents[:, 1, 2])[0])
+    assert torch.equal(
+        tokenizer.encode(images)[0, 4 * 1 + 2], tokenizer.quantizer.encode(latents[:, 1, 2])[0]
+    )
 
 
 def test_the_cnn_takes_oblong_images_and_others_than_it_was_built_for() -> None:
@@ -79,7 +83,11 @@ def test_weights_in_half_precision(name: str) -> None:
     tokenizer = make(name).eval()
     tokenizer.bfloat16()
     images = (torch.rand(1, 3, 16, 16) * 2 - 1).bfloat16()
-    assert tokenizer(images).reconstruction.dtype == tokenizer.decode(tokenizer.encode(images)).dtype == torch.float32
+    assert (
+        tokenizer(images).reconstruction.dtype
+        == tokenizer.decode(tokenizer.encode(images)).dtype
+        == torch.float32
+    )
 
 
 def test_dropout_is_everywhere_in_the_cnn_or_nowhere() -> None:

@@ -44,7 +44,11 @@ def images(seed: int = 0) -> Tensor:
 def tokens(seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.cat(
-        [torch.randint(0, 24, (2, HOLISTIC), generator=draw), torch.randint(0, 20, (2, PATCHES), generator=draw)], 1
+        [
+            torch.randint(0, 24, (2, HOLISTIC), generator=draw),
+            torch.randint(0, 20, (2, PATCHES), generator=draw),
+        ],
+        1,
     )
 
 
@@ -58,7 +62,9 @@ def test_decoding_what_was_encoded_is_the_reconstruction() -> None:
     made = model()
     output = made(images())
     assert torch.equal(output.tokens, made.encode(images()))
-    torch.testing.assert_close(made.decode(output.tokens), output.reconstruction, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        made.decode(output.tokens), output.reconstruction, atol=1e-4, rtol=1e-4
+    )
     made.layout.check(output.tokens)
 
 
@@ -73,7 +79,8 @@ def test_the_last_patches_are_never_painted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "first"), [(HOLISTIC + 3, 3 + SHIFT), (HOLISTIC - 1, SHIFT - 1), (HOLISTIC - SHIFT, 0)]
+    ("place", "first"),
+    [(HOLISTIC + 3, 3 + SHIFT), (HOLISTIC - 1, SHIFT - 1), (HOLISTIC - SHIFT, 0)],
 )
 @torch.no_grad()
 def test_a_token_reaches_only_what_is_read_behind_it(place: int, first: int) -> None:
@@ -110,7 +117,11 @@ def test_gradients_reach_everything_but_the_vision_model() -> None:
     total = output.reconstruction.square().mean() + torch.stack(list(output.losses.values())).sum()
     total.backward()
     assert set(output.losses) == {"codebook", "commitment", "vision"}
-    missing = {n for n, p in made.named_parameters() if p.requires_grad and (p.grad is None or not bool(p.grad.any()))}
+    missing = {
+        n
+        for n, p in made.named_parameters()
+        if p.requires_grad and (p.grad is None or not bool(p.grad.any()))
+    }
     assert missing == set()
     assert all(p.grad is None for p in made.vision.parameters())  # type: ignore[union-attr]
 
@@ -143,7 +154,9 @@ def test_official_keys_there_and_back() -> None:
     again = from_official(to_official(made), 16, 4, SHIFT)
     assert torch.equal(again.decode(tokens()), made.decode(tokens()))
     with pytest.raises(UserError, match="does not know; 1 unknown: encode_transformer.extra"):
-        from_official({**to_official(made), "encode_transformer.extra": torch.zeros(1)}, 16, 4, SHIFT)
+        from_official(
+            {**to_official(made), "encode_transformer.extra": torch.zeros(1)}, 16, 4, SHIFT
+        )
 
 
 def test_impossible_sizes() -> None:
@@ -165,4 +178,6 @@ def test_blur_keeps_the_mean_and_only_when_shrinking() -> None:
     flat = torch.full((1, 3, 20, 20), 0.3)
     torch.testing.assert_close(blurred(flat, 3.0), flat)
     noise = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
-    assert blurred(noise, 1.0) is noise and float(blurred(noise, 3.0).std()) < 0.6 * float(noise.std())
+    assert blurred(noise, 1.0) is noise and float(blurred(noise, 3.0).std()) < 0.6 * float(
+        noise.std()
+    )

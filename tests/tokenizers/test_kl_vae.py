@@ -69,7 +69,9 @@ def test_posterior_is_the_law_of_draws(name: str) -> None:
     mean, std = made.posterior(IMAGES)  # type: ignore[attr-defined]
     assert torch.equal(mean, made.encode(IMAGES))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(made.draw(IMAGES, torch.Generator().manual_seed(3)), mean + std * noise)
+    torch.testing.assert_close(
+        made.draw(IMAGES, torch.Generator().manual_seed(3)), mean + std * noise
+    )
 
 
 @both
@@ -77,8 +79,12 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     made = make(name).train()
     output = made(IMAGES)
     (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
-    without = [n for n, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert not [n for n in without if not n.endswith("k.bias")]  # a key's bias shifts all scores alike
+    without = [
+        n for n, p in made.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
+    assert not [
+        n for n in without if not n.endswith("k.bias")
+    ]  # a key's bias shifts all scores alike
 
 
 @both
@@ -93,7 +99,9 @@ def test_config_and_state_rebuild_an_equal_tokenizer(name: str) -> None:
 def test_posterior_kl_and_clamp() -> None:
     moments = torch.randn(2, 5, 6) * 2
     posterior = GaussianBottleneck(3).posterior(moments)
-    expected = kl_divergence(Normal(moments[..., :3], (moments[..., 3:] / 2).exp()), Normal(0.0, 1.0))
+    expected = kl_divergence(
+        Normal(moments[..., :3], (moments[..., 3:] / 2).exp()), Normal(0.0, 1.0)
+    )
     torch.testing.assert_close(posterior.kl(), expected)
     extreme = GaussianBottleneck(1).posterior(torch.tensor([[0.0, 99.0], [0.0, -99.0]]))
     assert extreme.logvar.flatten().tolist() == [20, -30]
@@ -128,8 +136,12 @@ def test_scale_measured_on_data(name: str) -> None:
     made = make(name).eval()
     scale = measure_scale(made, IMAGES.split(2))
     streams = [torch.Generator().manual_seed(n) for n in range(2)]
-    drawn = torch.cat([made.draw(part, stream) for part, stream in zip(IMAGES.split(2), streams, strict=True)]).detach()
-    assert float(drawn.std(correction=0)) == pytest.approx(1, abs=1e-4) and scale == float(made.quantizer.scale)
+    drawn = torch.cat(
+        [made.draw(part, stream) for part, stream in zip(IMAGES.split(2), streams, strict=True)]
+    ).detach()
+    assert float(drawn.std(correction=0)) == pytest.approx(1, abs=1e-4) and scale == float(
+        made.quantizer.scale
+    )
     assert measure_scale(made, IMAGES.split(2)) == scale
     with pytest.raises(UserError, match="no images"):
         measure_scale(made, [])
@@ -157,7 +169,10 @@ def test_parameters_of_the_published_vae() -> None:
     with torch.device("meta"):
         made = kl16()
     assert sum(p.numel() for p in made.parameters()) == 66_456_019
-    assert sum(p.numel() for part in (made.decoder, made.post_quant_conv) for p in part.parameters()) == 38_189_203
+    assert (
+        sum(p.numel() for part in (made.decoder, made.post_quant_conv) for p in part.parameters())
+        == 38_189_203
+    )
     assert made.layout == grid_layout(16, 16, Continuous(16), "latents")
 
 
@@ -170,7 +185,9 @@ def test_pyramid_holds_every_scale_and_decodes_the_last() -> None:
         and tokens.shape == (4, 21, 3)
         and [s.length for s in made.layout.segments] == [1, 4, 16]
     )
-    assert torch.equal(tokens[:, 5:], plain) and torch.equal(made.decode(tokens), inner.decode(plain))
+    assert torch.equal(tokens[:, 5:], plain) and torch.equal(
+        made.decode(tokens), inner.decode(plain)
+    )
     torch.testing.assert_close(tokens[:, 0], plain.mean(1))
     quarters = plain.view(4, 2, 2, 2, 2, 3).mean((2, 4)).flatten(1, 2)
     torch.testing.assert_close(tokens[:, 1:5], quarters)

@@ -14,7 +14,9 @@ from tessellar.protocol.layout import (
     sequence_layout,
 )
 
-HOLISTIC = Layout((Segment((4,), Categorical(8), "holistic"), Segment((2, 3), Categorical(5), "grid")))
+HOLISTIC = Layout(
+    (Segment((4,), Categorical(8), "holistic"), Segment((2, 3), Categorical(5), "grid"))
+)
 
 
 def test_facts_of_two_segments() -> None:
@@ -75,15 +77,27 @@ def test_only_categorical_layouts_have_a_vocabulary() -> None:
 
 
 WRONG_TOKENS = {
-    "a factor outside its vocabulary": (Factorized((64,) * 16), torch.full((1, 2, 16), 999), "999, outside"),
-    "a factor outside the vocabulary of its place": (Factorized((9, 3)), torch.full((1, 2, 2), 5), "5, outside"),
+    "a factor outside its vocabulary": (
+        Factorized((64,) * 16),
+        torch.full((1, 2, 16), 999),
+        "999, outside",
+    ),
+    "a factor outside the vocabulary of its place": (
+        Factorized((9, 3)),
+        torch.full((1, 2, 2), 5),
+        "5, outside",
+    ),
     "a factor below 0": (Factorized((9, 3)), torch.full((1, 2, 2), -1), "-1, outside"),
     "bits that are none": (Bits(3), torch.full((1, 2, 3), 2), "2, outside"),
     "an id below 0": (Categorical(4), torch.full((1, 2), -1), "-1, outside"),
     "ids that are real numbers": (Categorical(4), torch.zeros(1, 2), "needs integers"),
     "factors that are real numbers": (Factorized((4, 4)), torch.zeros(1, 2, 2), "needs integers"),
     "bits that are real numbers": (Bits(3), torch.zeros(1, 2, 3), "needs integers"),
-    "vectors of integers": (Continuous(3), torch.zeros(1, 2, 3, dtype=torch.int64), "needs real numbers"),
+    "vectors of integers": (
+        Continuous(3),
+        torch.zeros(1, 2, 3, dtype=torch.int64),
+        "needs real numbers",
+    ),
     "vectors with a NaN": (Continuous(3), torch.full((1, 2, 3), torch.nan), "not finite"),
     "vectors with an infinity": (Continuous(3), torch.full((1, 2, 3), -torch.inf), "not finite"),
 }
@@ -97,7 +111,9 @@ def test_every_kind_checks_range_and_type(name: str) -> None:
 
 
 def test_kinds_that_fit_are_taken() -> None:
-    sequence_layout(2, Factorized((9, 3))).check(torch.tensor([[[8, 2], [0, 0]]], dtype=torch.int32))
+    sequence_layout(2, Factorized((9, 3))).check(
+        torch.tensor([[[8, 2], [0, 0]]], dtype=torch.int32)
+    )
     sequence_layout(2, Bits(3)).check(torch.ones(1, 2, 3, dtype=torch.uint8))
     sequence_layout(2, Continuous(3)).check(torch.randn(1, 2, 3, dtype=torch.bfloat16))
 

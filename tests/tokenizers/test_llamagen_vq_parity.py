@@ -54,7 +54,10 @@ def test_recorded_output(name: str) -> None:
     made, outputs = recorded()
     entry, theirs = made.entries[name], made.tensors[name]
     torch.testing.assert_close(
-        outputs[name].detach().to(torch.float64), theirs.to(torch.float64), atol=entry.atol, rtol=entry.rtol
+        outputs[name].detach().to(torch.float64),
+        theirs.to(torch.float64),
+        atol=entry.atol,
+        rtol=entry.rtol,
     )
 
 
@@ -95,13 +98,18 @@ def total(made: Recording, outputs: dict[str, Tensor], moment: str) -> Tensor:
     adversarial = swapped if options["gen_loss"] == "non-saturating" else -fake.mean()
     active = moment == "after_start" and options["disc_start"] <= 150
     return (
-        options["reconstruction_weight"] * pixels + perceptual + codes + active * options["disc_weight"] * adversarial
+        options["reconstruction_weight"] * pixels
+        + perceptual
+        + codes
+        + active * options["disc_weight"] * adversarial
     )
 
 
 def logits(made: Recording, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return discriminator_from_official(made.config["disc"], made.weights["discriminator"]).train()(images)
+        return discriminator_from_official(
+            made.config["disc"], made.weights["discriminator"]
+        ).train()(images)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +139,8 @@ def test_discriminator_losses_of_every_official_kind(kind: str) -> None:
     expected = {
         "hinge": (1 - real).relu().mean() + (1 + fake).relu().mean(),
         "vanilla": F.softplus(-real).mean() + F.softplus(fake).mean(),
-        "non-saturating": F.binary_cross_entropy_with_logits(torch.ones_like(real), real) + torch.tensor(2.0).log(),
+        "non-saturating": F.binary_cross_entropy_with_logits(torch.ones_like(real), real)
+        + torch.tensor(2.0).log(),
     }[kind]
     ours = outputs["loss/plain/discriminator_after_start"].detach().float()
     torch.testing.assert_close(ours, 0.5 * 0.5 * expected, atol=1e-5, rtol=1e-5)
@@ -143,17 +152,27 @@ def test_oblong_recordings() -> None:
     for name in ("vq/images", "vq/codes"):
         made.tensors[name] = torch.cat([made.tensors[name]] * 2, dim=-1)
     outputs = vq(made)
-    assert outputs["vq/quant"].shape == (2, 4, 12, 24) and outputs["vq/codes_image"].shape == (2, 3, 24, 48)
+    assert outputs["vq/quant"].shape == (2, 4, 12, 24) and outputs["vq/codes_image"].shape == (
+        2,
+        3,
+        24,
+        48,
+    )
     ours = outputs["loss/plain/generator_after_start"].detach().float()
     torch.testing.assert_close(ours, total(made, outputs, "after_start"), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("multipliers", "blocks", "stride"), [((1,), 2, 1), ((1, 2), 2, 2), ((1, 1, 2), 1, 4), ((2, 1, 1, 2), 1, 8)]
+    ("multipliers", "blocks", "stride"),
+    [((1,), 2, 1), ((1, 2), 2, 2), ((1, 1, 2), 1, 4), ((2, 1, 1, 2), 1, 8)],
 )
-def test_sizes_are_told_by_the_weights(multipliers: tuple[int, ...], blocks: int, stride: int) -> None:
+def test_sizes_are_told_by_the_weights(
+    multipliers: tuple[int, ...], blocks: int, stride: int
+) -> None:
     config = {"ch": 32, "ch_mult": multipliers, "num_res_blocks": blocks, "z_channels": 8}
-    made = tokenizer_from_config({**config, "codebook_size": 16, "codebook_embed_dim": 4}, (16, 24)).eval()
+    made = tokenizer_from_config(
+        {**config, "codebook_size": 16, "codebook_embed_dim": 4}, (16, 24)
+    ).eval()
     again = tokenizer_from_official(official_keys(made), 16)
     assert again.stride == stride and again.layout.grid == (16 // stride, 16 // stride)
     images = torch.rand(1, 3, 16, 16) * 2 - 1

@@ -24,7 +24,9 @@ from tessellar.tokenizers.losses.tokenizer_loss import Onset, TokenizerLoss
 
 
 def output(images: torch.Tensor, weight: nn.Parameter) -> TokenizerOutput:
-    return TokenizerOutput(images * weight, torch.zeros(len(images), 1), {"codebook": weight * 0 + 0.25})
+    return TokenizerOutput(
+        images * weight, torch.zeros(len(images), 1), {"codebook": weight * 0 + 0.25}
+    )
 
 
 def test_pixel_losses() -> None:
@@ -42,7 +44,9 @@ def test_hinge_and_non_saturating_point_the_right_way() -> None:
     for kind in ("hinge", "non_saturating"):
         assert generator_adversarial(good, kind) < generator_adversarial(bad, kind)
     for kind in ("hinge", "vanilla", "non_saturating"):
-        assert discriminator_adversarial(good, bad, kind) < discriminator_adversarial(bad, good, kind)
+        assert discriminator_adversarial(good, bad, kind) < discriminator_adversarial(
+            bad, good, kind
+        )
     assert float(discriminator_adversarial(good, bad, "hinge")) == 0.0
 
 
@@ -50,7 +54,9 @@ def test_adversarial_terms_begin_at_the_start_step() -> None:
     torch.manual_seed(0)
     loss = TokenizerLoss(Reconstruction(), discriminator=PatchGAN(8, 2), adversarial_start=10)
     images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))
-    before, after = (loss.generator_loss(images, output(images, weight), step, weight) for step in (9, 10))
+    before, after = (
+        loss.generator_loss(images, output(images, weight), step, weight) for step in (9, 10)
+    )
     assert "adversarial" not in before.terms and "adversarial" in after.terms
     expected = before.total + 0.5 * after.terms["adversarial"]
     torch.testing.assert_close(after.total, expected)
@@ -96,10 +102,12 @@ def test_ldm_bounds_the_weight_of_a_sum() -> None:
         found = AdaptiveWeight(summed=True)(mean, adversarial, weight, values)
         # |a| + eps is the same on both sides, so the ratio of a sum is that of the mean times the number of values.
         torch.testing.assert_close(found, expected)
-    assert float(AdaptiveWeight(summed=True)(mean, 1e-6 * weight, weight, values)) == pytest.approx(1e4 / values)
-    assert float(AdaptiveWeight(lowest=0.015, eps=1e-6)(1e-9 * mean, weight * 1.0, weight, values)) == pytest.approx(
-        0.015
+    assert float(AdaptiveWeight(summed=True)(mean, 1e-6 * weight, weight, values)) == pytest.approx(
+        1e4 / values
     )
+    assert float(
+        AdaptiveWeight(lowest=0.015, eps=1e-6)(1e-9 * mean, weight * 1.0, weight, values)
+    ) == pytest.approx(0.015)
     with pytest.raises(ValueError, match="bounds are at least 0 and in order"):
         AdaptiveWeight(lowest=2.0, highest=1.0)
 
@@ -109,8 +117,12 @@ def test_the_loss_uses_the_bounds_it_is_given() -> None:
     images, weight = torch.rand(2, 3, 16, 16), nn.Parameter(torch.tensor(0.5))
     critic = PatchGAN(8, 2).eval()
     for adaptive, highest in ((True, 1e4), (AdaptiveWeight(summed=True), 1e4 / 768)):
-        loss = TokenizerLoss(Reconstruction(l2=1e9), discriminator=critic, adversarial_start=0, adaptive=adaptive)
-        found = loss.generator_loss(images, output(images, weight), 0, weight).terms["adaptive_weight"]
+        loss = TokenizerLoss(
+            Reconstruction(l2=1e9), discriminator=critic, adversarial_start=0, adaptive=adaptive
+        )
+        found = loss.generator_loss(images, output(images, weight), 0, weight).terms[
+            "adaptive_weight"
+        ]
         assert float(found) == pytest.approx(highest)
 
 
@@ -133,7 +145,13 @@ def test_networks_of_the_loss_run_in_float32_unless_told_otherwise() -> None:
     for autocast, expected in ((False, torch.float32), (True, torch.bfloat16)):
         perceptual, critic, logits = Seen(), PatchGAN(8, 2), []
         critic.register_forward_hook(lambda _, __, out, seen=logits: seen.append(out.dtype))
-        loss = TokenizerLoss(Reconstruction(), perceptual, discriminator=critic, adversarial_start=0, autocast=autocast)
+        loss = TokenizerLoss(
+            Reconstruction(),
+            perceptual,
+            discriminator=critic,
+            adversarial_start=0,
+            autocast=autocast,
+        )
         with torch.autocast("cpu", torch.bfloat16):
             made = output(images, weight)
             loss.generator_loss(images, made, 0, weight)
@@ -143,11 +161,19 @@ def test_networks_of_the_loss_run_in_float32_unless_told_otherwise() -> None:
 
 def test_the_adversarial_part_comes_in_slowly() -> None:
     loss = TokenizerLoss(
-        discriminator=PatchGAN(8, 2), adversarial_weight=0.4, adversarial_start=10, onset=Onset(warmup=20, blur=40)
+        discriminator=PatchGAN(8, 2),
+        adversarial_weight=0.4,
+        adversarial_start=10,
+        onset=Onset(warmup=20, blur=40),
     )
-    assert [loss.weight_at(step) for step in (9, 10, 20, 30, 99)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
+    assert [loss.weight_at(step) for step in (9, 10, 20, 30, 99)] == pytest.approx(
+        [0, 0, 0.2, 0.4, 0.4]
+    )
     images = torch.rand(1, 3, 32, 32)
-    roughness = [float(loss.onset.blurred(images, step).diff(dim=-1).abs().mean()) for step in (0, 20, 30, 40)]
+    roughness = [
+        float(loss.onset.blurred(images, step).diff(dim=-1).abs().mean())
+        for step in (0, 20, 30, 40)
+    ]
     assert roughness == sorted(roughness) and roughness[0] < 0.05 * roughness[-1]
     assert loss.onset.blurred(images, 40) is images
     flat = torch.full((1, 3, 32, 32), 0.25)
@@ -169,7 +195,9 @@ def test_consistency_compares_two_augmentations_of_the_same_images() -> None:
             return self.slope * shown.mean((2, 3))
 
     images, fake = torch.rand(2, 4, 3, 16, 16)
-    loss = TokenizerLoss(discriminator=Critic(DiffAugment(1.0)), adversarial_start=0, consistency=4.0)
+    loss = TokenizerLoss(
+        discriminator=Critic(DiffAugment(1.0)), adversarial_start=0, consistency=4.0
+    )
     found = loss.discriminator_loss(images, fake, 0)
     assert loss.discriminator is not None
     torch.manual_seed(1)
@@ -204,17 +232,23 @@ def test_lpips_agrees_with_torchmetrics(vgg: Path, monkeypatch: pytest.MonkeyPat
     ):  # slow for VGG's classifier, which is not used
         monkeypatch.setattr(nn.init, initialise, lambda tensor, *_, **__: tensor)
     theirs = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
-    layers = [m for s in range(1, 6) for m in getattr(theirs.net, f"slice{s}") if isinstance(m, nn.Conv2d)]
+    layers = [
+        m for s in range(1, 6) for m in getattr(theirs.net, f"slice{s}") if isinstance(m, nn.Conv2d)
+    ]
     mine = [m for m in ours.backbone.features if isinstance(m, nn.Conv2d)]
     for a, b in zip(layers, mine, strict=True):
         a.load_state_dict(b.state_dict())
-    x, y = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(s)) * 2 - 1 for s in (1, 2))
+    x, y = (
+        torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(s)) * 2 - 1 for s in (1, 2)
+    )
     torch.testing.assert_close(ours(x, y), theirs.eval()(x, y).flatten(), atol=1e-5, rtol=1e-3)
 
 
 def test_lpips_is_frozen_and_passes_gradients(vgg: Path) -> None:
     lpips = LPIPS(str(vgg)).train()
-    assert not any(m.training for m in lpips.modules()) and not any(p.requires_grad for p in lpips.parameters())
+    assert not any(m.training for m in lpips.modules()) and not any(
+        p.requires_grad for p in lpips.parameters()
+    )
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32, requires_grad=True)
     lpips(x, y).sum().backward()
     assert y.grad is not None and float(y.grad.abs().max()) > 0

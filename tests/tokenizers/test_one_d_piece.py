@@ -32,7 +32,9 @@ N = 8
 
 def make(seed: int = 0, **options: Any) -> OneDPiece:
     torch.manual_seed(seed)
-    made = OneDPiece(VectorQuantizer(24, 5), 16, 4, N, ViTSize(32, 1, 4), ViTSize(24, 2, 2), **options)
+    made = OneDPiece(
+        VectorQuantizer(24, 5), 16, 4, N, ViTSize(32, 1, 4), ViTSize(24, 2, 2), **options
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -62,7 +64,9 @@ def test_any_prefix_decodes_and_each_token_counts(images: Tensor) -> None:
     tokenizer = make().eval()
     tokens = tokenizer.encode(images)
     pictures = [tokenizer.decode(tokens[:, :n]).detach() for n in range(1, N + 1)]
-    assert all(float((a - b).abs().max()) > 1e-4 for a, b in zip(pictures, pictures[1:], strict=False))
+    assert all(
+        float((a - b).abs().max()) > 1e-4 for a, b in zip(pictures, pictures[1:], strict=False)
+    )
     for length in (0, N + 1):
         with pytest.raises(ValueError, match="tokens have shape"):
             tokenizer.decode(torch.zeros(1, length, dtype=torch.int64))
@@ -73,7 +77,9 @@ def test_any_prefix_decodes_and_each_token_counts(images: Tensor) -> None:
 def test_training_decodes_a_prefix_and_quantizes_all(images: Tensor) -> None:
     tokenizer = keep(make(), 3)
     output = tokenizer(images)
-    torch.testing.assert_close(output.reconstruction, tokenizer.decode(output.tokens[:, :3]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        output.reconstruction, tokenizer.decode(output.tokens[:, :3]), atol=2e-5, rtol=0
+    )
     assert output.tokens.shape == (3, N)
     everything = tokenizer.quantizer(tokenizer.latents(images)).losses
     torch.testing.assert_close(output.losses["codebook"], everything["codebook"])
@@ -91,7 +97,10 @@ def test_dropped_tokens_get_no_gradient(images: Tensor) -> None:
     tokenizer(images).reconstruction.square().mean().backward()
     gradient, positions = seen[0].grad, tokenizer.decoder.token_positions.grad
     assert gradient is not None and positions is not None
-    assert float(gradient[:, 3:].abs().max()) == 0 and float(gradient[:, :3].abs().amax((0, 2)).min()) > 0
+    assert (
+        float(gradient[:, 3:].abs().max()) == 0
+        and float(gradient[:, :3].abs().amax((0, 2)).min()) > 0
+    )
     assert float(positions[3:].abs().max()) == 0 and float(positions[:3].abs().amax(1).min()) > 0
 
 
@@ -110,8 +119,12 @@ def test_cross_length_training_adds_the_losses_of_both(images: Tensor) -> None:
     tokenizer = keep(make(drop=TailDrop(cross_length=True)), 2)
     output = tokenizer(images)
     assert output.shorter is not None
-    torch.testing.assert_close(output.reconstruction, tokenizer.decode(output.tokens), atol=2e-5, rtol=0)
-    torch.testing.assert_close(output.shorter, tokenizer.decode(output.tokens[:, :2]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        output.reconstruction, tokenizer.decode(output.tokens), atol=2e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        output.shorter, tokenizer.decode(output.tokens[:, :2]), atol=2e-5, rtol=0
+    )
     loss = TokenizerLoss(Reconstruction(l2=1.0))
     both = loss.generator_loss(images, output, 0, tokenizer.last_layer)
     likeness = [(x - images).square().mean() for x in (output.reconstruction, output.shorter)]
@@ -139,13 +152,20 @@ def test_first_stage_trains_both_lengths(images: Tensor) -> None:
     given: dict[str, Any] = {"pixels": pixels, "stage": "proxy", "target": ProxyCodes(vqgan)}
     output = keep(make(**given, drop=TailDrop(cross_length=True)), 2)(images)
     losses = {name: float(value.detach()) for name, value in output.losses.items()}
-    assert losses["proxy"] > 0 and losses["shorter_proxy"] > 0 and losses["proxy"] != losses["shorter_proxy"]
+    assert (
+        losses["proxy"] > 0
+        and losses["shorter_proxy"] > 0
+        and losses["proxy"] != losses["shorter_proxy"]
+    )
     assert output.shorter is None and not output.reconstruction.numel()
 
 
 def test_short_training_makes_more_tokens_better(images: Tensor) -> None:
     tokenizer = make().train()
-    loss, optimizer = TokenizerLoss(Reconstruction(l2=1.0)), torch.optim.AdamW(tokenizer.parameters(), 3e-3)
+    loss, optimizer = (
+        TokenizerLoss(Reconstruction(l2=1.0)),
+        torch.optim.AdamW(tokenizer.parameters(), 3e-3),
+    )
     smooth = torch.nn.functional.interpolate(images[..., ::8, ::8], 16, mode="bilinear")
     for step in range(40):
         total = loss.generator_loss(smooth, tokenizer(smooth), step, tokenizer.last_layer).total
@@ -158,7 +178,9 @@ def test_short_training_makes_more_tokens_better(images: Tensor) -> None:
 
 def test_options_that_do_not_fit() -> None:
     for shortest in (0, N + 1):
-        with pytest.raises(ValueError, match=f"shortest prefix is {shortest}; it must be in \\[1, 8\\]"):
+        with pytest.raises(
+            ValueError, match=f"shortest prefix is {shortest}; it must be in \\[1, 8\\]"
+        ):
             make(drop=TailDrop(shortest=shortest))
     with pytest.raises(ValueError, match="needs cross_length"):
         make(drop=TailDrop(alignment=1.0))
@@ -176,24 +198,44 @@ def test_parameters_of_the_published_variants(preset: str, parameters: int, firs
     with torch.device("meta"):
         made = getattr(presets, preset)()
     assert sum(p.numel() for p in made.parameters()) == parameters
-    assert sum(p.numel() for n, p in made.named_parameters() if not n.startswith("pixels.")) == first
+    assert (
+        sum(p.numel() for n, p in made.named_parameters() if not n.startswith("pixels.")) == first
+    )
     assert made.layout == sequence_layout(256, Categorical(4096), 1) and made.encoder.mixes
 
 
 def test_import_makes_a_one_d_piece(images: Tensor) -> None:
     pixels = PixelDecoder(20, 8, 32, (1, 1, 2), 1)
     torch.manual_seed(0)
-    made = OneDPiece(VectorQuantizer(24, 5), 16, 4, N, ViTSize(32, 1, 2), ViTSize(24, 2, 2), pixels, True, "decoder")
+    made = OneDPiece(
+        VectorQuantizer(24, 5),
+        16,
+        4,
+        N,
+        ViTSize(32, 1, 2),
+        ViTSize(24, 2, 2),
+        pixels,
+        True,
+        "decoder",
+    )
     again = OFFICIAL.build(to_official(made.eval()), ImportOptions(num_heads=2))
     assert again.layout == made.layout and torch.equal(again.encode(images), made.encode(images))
-    torch.testing.assert_close(again.decode(again.encode(images)[:, :3]), made.decode(made.encode(images)[:, :3]))
+    torch.testing.assert_close(
+        again.decode(again.encode(images)[:, :3]), made.decode(made.encode(images)[:, :3])
+    )
 
 
 def test_bytes_choose_the_length() -> None:
     layout = sequence_layout(256, Categorical(4096), 1)
     assert prefix_bits(layout)[[0, 1, 255]].tolist() == [12, 24, 3072]
     assert [prefix_bytes(layout, n) for n in (1, 2, 256)] == [2, 3, 384]
-    assert [length_for_bytes(layout, size) for size in (2, 3, 100, 383, 10_000)] == [1, 2, 66, 255, 256]
+    assert [length_for_bytes(layout, size) for size in (2, 3, 100, 383, 10_000)] == [
+        1,
+        2,
+        66,
+        255,
+        256,
+    ]
     for size in range(2, 50):
         assert prefix_bytes(layout, length_for_bytes(layout, size)) <= size
     with pytest.raises(UserError, match="1 bytes hold 0 tokens; the shortest prefix is 1: 2 bytes"):
@@ -207,7 +249,9 @@ def test_bytes_choose_the_length() -> None:
 def test_quality_chooses_the_length(images: Tensor) -> None:
     tokenizer = make().eval()
     measured = dict(quality_by_length(tokenizer, images))
-    assert list(measured) == [1, 2, 4, 8] and candidates(sequence_layout(24, Categorical(2), 3)) == (3, 6, 12, 24)
+    assert list(measured) == [1, 2, 4, 8] and candidates(
+        sequence_layout(24, Categorical(2), 3)
+    ) == (3, 6, 12, 24)
     wanted = float(torch.stack(list(measured.values())).median())
     chosen = length_for_quality(tokenizer, images, wanted)
     for number, length in enumerate(chosen.tolist()):

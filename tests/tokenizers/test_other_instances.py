@@ -64,29 +64,41 @@ def titok_pixels() -> Pair:
 
 
 def titok_latents() -> Pair:
-    made = shaken(TiTok(GaussianBottleneck(3, scale=1.0), 32, 16, 5, DECODER, ENCODER, decoder_patch_size=4))
+    made = shaken(
+        TiTok(GaussianBottleneck(3, scale=1.0), 32, 16, 5, DECODER, ENCODER, decoder_patch_size=4)
+    )
     return made, titok.tokenizer_from_official(titok.to_official(made), (2, 6))
 
 
 def titok_two_stages() -> Pair:
     sizes: dict[str, Any] = {"mixes": True, "stage": "decoder", "decoder_patch_size": 8}
-    made = shaken(TiTok(VectorQuantizer(24, 5), 32, 4, 9, ENCODER, DECODER, pixel_decoder(), **sizes))
+    made = shaken(
+        TiTok(VectorQuantizer(24, 5), 32, 4, 9, ENCODER, DECODER, pixel_decoder(), **sizes)
+    )
     return made, titok.tokenizer_from_official(titok.to_official(made), (6, 2))
 
 
 def one_d_piece() -> Pair:
     sizes: dict[str, Any] = {"mixes": True, "stage": "decoder", "decoder_patch_size": 8}
-    made = shaken(OneDPiece(VectorQuantizer(24, 5), 32, 16, 12, DECODER, ENCODER, pixel_decoder(), **sizes))
+    made = shaken(
+        OneDPiece(VectorQuantizer(24, 5), 32, 16, 12, DECODER, ENCODER, pixel_decoder(), **sizes)
+    )
     return made, titok.tokenizer_from_official(titok.to_official(made), (2, 6), kind=OneDPiece)
 
 
 def maskgit() -> Pair:
-    made = shaken(MaskGITVQGAN(VectorQuantizer(20, 12, l2_normalize=False), 24, 32, (1, 3, 2, 1), 2))
+    made = shaken(
+        MaskGITVQGAN(VectorQuantizer(20, 12, l2_normalize=False), 24, 32, (1, 3, 2, 1), 2)
+    )
     return made, maskgit_vqgan.vqgan_from_official(maskgit_vqgan.vqgan_to_official(made), 24)
 
 
 def llamagen_vq() -> Pair:
-    sizes: dict[str, Any] = {"num_res_blocks": 3, "z_channels": 24, "decoder_multipliers": (2, 1, 1)}
+    sizes: dict[str, Any] = {
+        "num_res_blocks": 3,
+        "z_channels": 24,
+        "decoder_multipliers": (2, 1, 1),
+    }
     made = shaken(LlamaGenVQ(VectorQuantizer(30, 6), 24, 32, (1, 1, 3), **sizes))
     return made, llamagen.tokenizer_from_official(llamagen.to_official(made), 24)
 
@@ -107,14 +119,32 @@ def var_vqvae(phis: int, ratio: float, **options: Any) -> Pair:
 
 def hita_tokenizer() -> Pair:
     quantizers = VectorQuantizer(24, 4), VectorQuantizer(20, 6)
-    sizes: dict[str, Any] = {"multipliers": (1, 2, 1), "num_res_blocks": 2, "decoder_multipliers": (2, 1, 1)}
-    sizes |= {"width": 48, "depth": 3, "num_heads": 6, "mlp_dim": 100, "holistic": 10, "shift": 5, "vision_dim": 20}
+    sizes: dict[str, Any] = {
+        "multipliers": (1, 2, 1),
+        "num_res_blocks": 2,
+        "decoder_multipliers": (2, 1, 1),
+    }
+    sizes |= {
+        "width": 48,
+        "depth": 3,
+        "num_heads": 6,
+        "mlp_dim": 100,
+        "holistic": 10,
+        "shift": 5,
+        "vision_dim": 20,
+    }
     made = shaken(Hita(*quantizers, None, 24, 32, **sizes))
     return made, hita.from_official(hita.to_official(made), 24, 6, 5)
 
 
 def restok_tokenizer() -> Pair:
-    sizes: dict[str, Any] = {"multipliers": (1, 2), "num_res_blocks": 2, "z_channels": 24, "stages": 3, "legacy": True}
+    sizes: dict[str, Any] = {
+        "multipliers": (1, 2),
+        "num_res_blocks": 2,
+        "z_channels": 24,
+        "stages": 3,
+        "legacy": True,
+    }
     sizes |= {"encoder_width": 32, "encoder_depth": 6, "encoder_heads": 4}
     sizes |= {"decoder_width": 48, "decoder_depth": 1, "decoder_heads": 2, "vision_dim": 10}
     made = shaken(ResTok(VectorQuantizer(24, 4), 16, 32, 8, 32, **sizes))
@@ -122,8 +152,17 @@ def restok_tokenizer() -> Pair:
 
 
 def retok_tokenizer() -> Pair:
-    sizes: dict[str, Any] = {"multipliers": (1, 2, 1), "num_res_blocks": 2, "z_channels": 24, "semantic_dim": 9}
-    sizes |= {"encoder_size": QFormerSize(40, 3, 5), "decoder_size": QFormerSize(32, 1, 2), "semantic_layer": 1}
+    sizes: dict[str, Any] = {
+        "multipliers": (1, 2, 1),
+        "num_res_blocks": 2,
+        "z_channels": 24,
+        "semantic_dim": 9,
+    }
+    sizes |= {
+        "encoder_size": QFormerSize(40, 3, 5),
+        "decoder_size": QFormerSize(32, 1, 2),
+        "semantic_layer": 1,
+    }
     sizes["decoder_multipliers"] = (2, 1, 1)
     made = shaken(ReToK(VectorQuantizer(24, 4, rotation=True), 32, 16, 4, 32, **sizes))
     return made, retok.tokenizer_from_official(retok.to_official(made), 5, 2)
@@ -221,7 +260,12 @@ def _tokens(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 def test_a_decoder_of_other_patches_draws_its_own_grid() -> None:
     made = TiTok(VectorQuantizer(24, 5), 32, 4, 7, ENCODER, DECODER, decoder_patch_size=16)
-    assert made.side == 2 and made.decode(torch.zeros(1, 7, dtype=torch.int64)).shape == (1, 3, 32, 32)
+    assert made.side == 2 and made.decode(torch.zeros(1, 7, dtype=torch.int64)).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
     with pytest.raises(ValueError, match="decoder_patch_size 5 does not divide image_size 32"):
         TiTok(VectorQuantizer(24, 5), 32, 4, 7, ENCODER, DECODER, decoder_patch_size=5)
 
@@ -239,7 +283,13 @@ def test_a_decoder_of_another_depth_of_levels_is_refused() -> None:
     ],
 )
 def test_llamagen_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
-    config = {"ch_mult": [1, 1], "z_channels": 8, "codebook_size": 16, "codebook_embed_dim": 4, **options}
+    config = {
+        "ch_mult": [1, 1],
+        "z_channels": 8,
+        "codebook_size": 16,
+        "codebook_embed_dim": 4,
+        **options,
+    }
     with pytest.raises(UserError, match=message):
         llamagen.tokenizer_from_config(config, 16)
 
@@ -256,7 +306,9 @@ def test_flextok_options_are_refused_by_name() -> None:
             flextok.from_official(state, flextok_config(**options), 48)
     other = flextok_config()
     other["encoder"]["module_dict"]["packer"]["mask_mode"] = "full"
-    with pytest.raises(UserError, match="packer: mask_mode is 'full'; only 'causal_last' is supported"):
+    with pytest.raises(
+        UserError, match="packer: mask_mode is 'full'; only 'causal_last' is supported"
+    ):
         flextok.from_official(state, other, 48)
 
 
@@ -264,7 +316,10 @@ def test_an_autoencoder_without_a_posterior_is_refused() -> None:
     made, _ = kl()
     assert isinstance(made, KLVAE)
     state = kl_vae.to_official(made)
-    state |= {"quant_conv.weight": state["quant_conv.weight"][:6], "quant_conv.bias": state["quant_conv.bias"][:6]}
+    state |= {
+        "quant_conv.weight": state["quant_conv.weight"][:6],
+        "quant_conv.bias": state["quant_conv.bias"][:6],
+    }
     with pytest.raises(UserError, match="use_variational=False"):
         kl_vae.from_official(state, (16, 24))
 

@@ -130,7 +130,11 @@ SIDES = (1, 2, 4)
 def test_scales_of_signs_add_up() -> None:
     quantizer, z = MultiScaleBSQ(6, SIDES).eval(), torch.randn(2, 16, 6)
     tokens = quantizer.encode(z)
-    assert tokens.shape == (2, 21, 6) and [s.shape for s in quantizer.segments] == [(1, 1), (2, 2), (4, 4)]
+    assert tokens.shape == (2, 21, 6) and [s.shape for s in quantizer.segments] == [
+        (1, 1),
+        (2, 2),
+        (4, 4),
+    ]
     out = quantizer(z)
     assert torch.equal(out.tokens, tokens) and torch.equal(out.quantized, quantizer.decode(tokens))
     maps = [added for _, added in quantizer.scan(z)]

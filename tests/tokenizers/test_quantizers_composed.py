@@ -71,7 +71,9 @@ def test_dropped_layers_add_nothing_but_give_tokens() -> None:
         out = quantizer(z)
         assert torch.equal(out.tokens, tokens)
         sums = [torch.stack(parts[:count]).sum(0) for count in (1, 2, 3)]
-        seen |= {n for n, total in enumerate(sums, 1) if torch.allclose(out.quantized, total, atol=1e-6)}
+        seen |= {
+            n for n, total in enumerate(sums, 1) if torch.allclose(out.quantized, total, atol=1e-6)
+        }
     assert seen == {1, 2, 3}
     kept = residual(dropout=1.0, keep=3)
     torch.testing.assert_close(kept(z).quantized, kept.decode(tokens))
@@ -95,7 +97,10 @@ def test_layers_of_a_ratio_are_finer() -> None:
     z = torch.rand(100, 2, generator=torch.Generator().manual_seed(0)) * 4 - 2
     for depth in (1, 2, 5):
         quantizer = ResidualQuantizer(tuple(LFQ(2) for _ in range(depth)), ratio=2.0)
-        assert float((quantizer.decode(quantizer.encode(z)) - z).abs().max()) <= 2 ** (1 - depth) + 1e-6
+        assert (
+            float((quantizer.decode(quantizer.encode(z)) - z).abs().max())
+            <= 2 ** (1 - depth) + 1e-6
+        )
 
 
 def test_a_product_of_one_is_the_quantizer_itself() -> None:
@@ -103,7 +108,9 @@ def test_a_product_of_one_is_the_quantizer_itself() -> None:
     single = vq(entropy_weight=0.1)
     product, z = ProductQuantizer((single,)), latents()
     ours, theirs = product(z), single(z)
-    assert torch.equal(ours.tokens[..., 0], theirs.tokens) and torch.equal(ours.quantized, theirs.quantized)
+    assert torch.equal(ours.tokens[..., 0], theirs.tokens) and torch.equal(
+        ours.quantized, theirs.quantized
+    )
     assert all(torch.equal(ours.losses[name], value) for name, value in theirs.losses.items())
 
 
@@ -116,7 +123,9 @@ def test_groups_of_a_product_do_not_see_each_other() -> None:
     assert product.kind == Factorized((16, 8, 4)) and product.dim == 5
     z[..., :3] = torch.randn(2, 5, 3)
     changed = product.encode(z)
-    assert torch.equal(changed[..., 1:], tokens[..., 1:]) and not torch.equal(changed[..., 0], tokens[..., 0])
+    assert torch.equal(changed[..., 1:], tokens[..., 1:]) and not torch.equal(
+        changed[..., 0], tokens[..., 0]
+    )
 
 
 def test_losses_of_a_product_are_means_over_groups() -> None:
@@ -133,9 +142,14 @@ def test_projections_surround_the_quantizer() -> None:
     quantizer, z = Projected(LFQ(3), 4), latents()
     out = quantizer(z)
     assert torch.equal(out.tokens, quantizer.quantizer.encode(quantizer.project_in(z)))
-    torch.testing.assert_close(out.quantized, quantizer.project_out(quantizer.quantizer.decode(out.tokens)))
+    torch.testing.assert_close(
+        out.quantized, quantizer.project_out(quantizer.quantizer.decode(out.tokens))
+    )
     out.quantized.sum().backward()
-    assert quantizer.project_in.weight.grad is not None and float(quantizer.project_in.weight.grad.abs().max()) > 0
+    assert (
+        quantizer.project_in.weight.grad is not None
+        and float(quantizer.project_in.weight.grad.abs().max()) > 0
+    )
 
 
 LUCID = {"codebook_size": 8, "dim": 4, "num_quantizers": 2}
@@ -146,7 +160,10 @@ LUCID = {"codebook_size": 8, "dim": 4, "num_quantizers": 2}
     [
         (lambda: official.simvq({"n_e": 8, "e_dim": 4, "beta": 0.25}), official.SIMVQ),
         (lambda: official.lucid_ema(LUCID), official.LUCID_EMA),
-        (lambda: official.lucid_residual({**LUCID, "learnable_codebook": True}), official.LUCID_RESIDUAL),
+        (
+            lambda: official.lucid_residual({**LUCID, "learnable_codebook": True}),
+            official.LUCID_RESIDUAL,
+        ),
         (lambda: official.lucid_grouped_residual({**LUCID, "groups": 2}), official.LUCID_GROUPED),
         (lambda: Projected(LFQ(3), 4), official.PROJECTED),
     ],
@@ -173,4 +190,6 @@ def test_a_codebook_of_several_heads_is_refused() -> None:
 def test_a_codebook_of_another_size_is_refused() -> None:
     state = {"embedding.weight": torch.zeros(9, 4)}
     with pytest.raises(UserError, match="codebook.weight"):
-        load_official(official.taming({"n_e": 8, "e_dim": 4, "beta": 0.25}), official.CODEBOOK, state)
+        load_official(
+            official.taming({"n_e": 8, "e_dim": 4, "beta": 0.25}), official.CODEBOOK, state
+        )

@@ -41,10 +41,14 @@ KINDS: dict[str, Callable[[], Quantizer]] = {
     "lfq_bits": lambda: LFQ(6, form="bits"),
     "bsq": lambda: BSQ(6, 3),
     "bsq_index": lambda: BSQ(6, 6, "index", analytical=False),
-    "residual": lambda: ResidualQuantizer((VectorQuantizer(16, 4, False), VectorQuantizer(8, 4, False)), dropout=0.5),
+    "residual": lambda: ResidualQuantizer(
+        (VectorQuantizer(16, 4, False), VectorQuantizer(8, 4, False)), dropout=0.5
+    ),
     "residual_shared": lambda: ResidualQuantizer((EMAVectorQuantizer(16, 4, False),), depth=3),
     "residual_fsq": lambda: residual_fsq((5, 5, 3), 2),
-    "product": lambda: ProductQuantizer((VectorQuantizer(16, 2), ResidualQuantizer((LFQ(3), LFQ(3)), ratio=2.0))),
+    "product": lambda: ProductQuantizer(
+        (VectorQuantizer(16, 2), ResidualQuantizer((LFQ(3), LFQ(3)), ratio=2.0))
+    ),
     "projected": lambda: Projected(FSQ((3, 3)), 6),
 }
 kinds = pytest.mark.parametrize("name", KINDS)
@@ -56,7 +60,9 @@ def make(name: str) -> Quantizer:
 
 
 def latents(quantizer: Quantizer, *shape: int) -> Tensor:
-    return torch.randn(*(shape or (3, 7)), quantizer.dim, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        *(shape or (3, 7)), quantizer.dim, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @kinds
@@ -67,7 +73,9 @@ def test_tokens_and_vectors_agree(name: str) -> None:
     out, tokens = quantizer(z), quantizer.encode(z)
     assert torch.equal(out.tokens, tokens)
     torch.testing.assert_close(quantizer.decode(tokens), out.quantized, atol=1e-6, rtol=1e-6)
-    assert torch.equal(quantizer.encode(z[1, 2]), tokens[1, 2])  # each vector by itself, of any leading shape
+    assert torch.equal(
+        quantizer.encode(z[1, 2]), tokens[1, 2]
+    )  # each vector by itself, of any leading shape
     layout = grid_layout(1, 7, quantizer.kind)
     layout.check(tokens)
     sizes = torch.tensor(codebooks(Segment((1,), quantizer.kind)))
@@ -84,7 +92,9 @@ def test_a_config_rebuilds_the_quantizer(name: str) -> None:
     assert again.kind == quantizer.kind and torch.equal(again.encode(z), quantizer.encode(z))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "projected"])  # its linear maps are mixed
+@pytest.mark.parametrize(
+    "name", [name for name in KINDS if name != "projected"]
+)  # its linear maps are mixed
 def test_quantization_is_float32_under_autocast(name: str) -> None:
     quantizer = make(name).eval()
     z = latents(quantizer, 2, 50)
@@ -106,7 +116,9 @@ def test_it_works_on_the_meta_device(name: str) -> None:
 def test_vit_vq_takes_a_training_step(name: str) -> None:
     """One update moves the encoder and what the quantizer learns, and leaves codes that no optimizer owns to it."""
     tokenizer = ViTVQ(make(name), 8, 4, 16, 1, 1, 2)
-    module = TokenizerModule(tokenizer, TokenizerLoss(Reconstruction(l2=1.0)), OptimizerSettings("adamw", lr=1e-2))
+    module = TokenizerModule(
+        tokenizer, TokenizerLoss(Reconstruction(l2=1.0)), OptimizerSettings("adamw", lr=1e-2)
+    )
     (player,) = module.make_players()
     before = {n: p.detach().clone() for n, p in tokenizer.named_parameters()}
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -115,10 +127,14 @@ def test_vit_vq_takes_a_training_step(name: str) -> None:
     terms.total.backward()
     for optimizer in player.optimizers:
         optimizer.step()
-    assert torch.isfinite(terms.total) and all(torch.isfinite(p).all() for p in tokenizer.parameters())
+    assert torch.isfinite(terms.total) and all(
+        torch.isfinite(p).all() for p in tokenizer.parameters()
+    )
     moved = {n for n, p in tokenizer.named_parameters() if not torch.equal(p, before[n])}
     assert {"patch_in.weight", "to_code.weight", "from_code.weight"} <= moved
-    assert {n for n, p in tokenizer.quantizer.named_parameters(prefix="quantizer") if p.requires_grad} <= moved
+    assert {
+        n for n, p in tokenizer.quantizer.named_parameters(prefix="quantizer") if p.requires_grad
+    } <= moved
     counts = add_counts([], output.tokens, tokenizer.layout)
     assert 0 < usage(counts[0].split(codebooks(tokenizer.layout.segments[0])))["usage"] <= 1
 

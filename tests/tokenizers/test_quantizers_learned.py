@@ -24,7 +24,9 @@ def test_codes_become_the_means_of_their_latents() -> None:
     tokens = quantizer(z).tokens
     assert len(tokens.unique()) > 3
     for code in tokens.unique():
-        torch.testing.assert_close(quantizer.codebook.weight[code], z[tokens == code].mean(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            quantizer.codebook.weight[code], z[tokens == code].mean(0), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_codes_of_the_sphere_stay_on_it() -> None:
@@ -53,7 +55,9 @@ def test_the_pass_itself_uses_the_codes_before_the_update() -> None:
 def test_no_gradient_reaches_running_means_and_the_commitment_moves_latents() -> None:
     quantizer, z = ema(), torch.randn(2, 9, 3, requires_grad=True)
     losses = quantizer(z).losses
-    assert set(losses) == {"commitment"} and not [p for p in quantizer.parameters() if p.requires_grad]
+    assert set(losses) == {"commitment"} and not [
+        p for p in quantizer.parameters() if p.requires_grad
+    ]
     assert float(torch.autograd.grad(losses["commitment"], z)[0].abs().max()) > 0
 
 
@@ -116,9 +120,13 @@ def test_one_latent_gives_gradients_to_every_code_of_ibq() -> None:
     out = quantizer(z)
     torch.testing.assert_close(out.quantized, quantizer.decode(out.tokens))
     assert torch.equal(out.tokens, (z @ quantizer.codebook.weight.T).argmax(-1))
-    gradient, codes = torch.autograd.grad((out.quantized * cotangent).sum(), [z, quantizer.codebook.weight])
+    gradient, codes = torch.autograd.grad(
+        (out.quantized * cotangent).sum(), [z, quantizer.codebook.weight]
+    )
     assert bool((codes != 0).any(-1).all())
     mean_code = (z @ quantizer.codebook.weight.T).softmax(-1) @ quantizer.codebook.weight.detach()
     (expected,) = torch.autograd.grad((mean_code * cotangent).sum(), z)
     torch.testing.assert_close(gradient, expected)
-    assert not torch.allclose(gradient, F.normalize(cotangent, dim=-1) * gradient.norm())  # not straight through
+    assert not torch.allclose(
+        gradient, F.normalize(cotangent, dim=-1) * gradient.norm()
+    )  # not straight through

@@ -17,8 +17,18 @@ GOLDEN = Path(__file__).parents[1] / "golden"
     [
         ("titok", "single", {"vit_dec_patch_size": 4}, "not of the config's"),
         ("titok", "single", {"rope": True}, "the official option 'rope' is not known here"),
-        ("one_d_piece", "vq_model", {"strict_length_assertion": True}, "strict_length_assertion is True"),
-        ("restok", "vq_model", {"reduction_ratio": 0.25}, "reduction_ratio is 0.25; only 0.5 is supported"),
+        (
+            "one_d_piece",
+            "vq_model",
+            {"strict_length_assertion": True},
+            "strict_length_assertion is True",
+        ),
+        (
+            "restok",
+            "vq_model",
+            {"reduction_ratio": 0.25},
+            "reduction_ratio is 0.25; only 0.5 is supported",
+        ),
         ("restok", "vq_model", {"hierarchy_stages": 3}, "in 4 stages"),
         ("retok", "", {"use_attn": True}, "use_attn is True; only False is supported"),
         ("hita", "tokenizer.encoder_decoder_transformers", {"dim_head": 8}, "dim_head is 8"),

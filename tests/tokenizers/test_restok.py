@@ -34,7 +34,15 @@ def images(seed: int = 0) -> Tensor:
 
 def test_levels_and_their_grids() -> None:
     assert level_sizes(128) == (1, 1, 2, 4, 8, 16, 32, 64)
-    assert [level_grid(s) for s in (1, 2, 4, 8, 16, 32, 64)] == [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)]
+    assert [level_grid(s) for s in (1, 2, 4, 8, 16, 32, 64)] == [
+        (1, 1),
+        (1, 2),
+        (2, 2),
+        (2, 4),
+        (4, 4),
+        (4, 8),
+        (8, 8),
+    ]
     with pytest.raises(ValueError, match="power of two of tokens, not 48"):
         level_sizes(48)
 
@@ -67,7 +75,9 @@ def test_latents_see_their_own_and_coarser_levels() -> None:
     sequence = made.encoder.sequence(made.features(images()))
     before = made.encoder.run(sequence)
     changed = sequence.clone()
-    changed[:, -8] += torch.randn(32, generator=torch.Generator().manual_seed(1))  # first token of the last level
+    changed[:, -8] += torch.randn(
+        32, generator=torch.Generator().manual_seed(1)
+    )  # first token of the last level
     after = made.encoder.run(changed)
     torch.testing.assert_close(before.latents[:, :8], after.latents[:, :8])
     torch.testing.assert_close(before.coarsest, after.coarsest)
@@ -107,7 +117,9 @@ def test_kept_lengths() -> None:
     made = model(drop=0.5)
     drawn = made.draw_keep(4000).bincount(minlength=17)[[4, 8, 16]].double()
     expected = 4000 * torch.tensor([0.5 / 3, 1.0 / 3, 0.5])
-    assert float(((drawn - expected) ** 2 / expected).sum()) < 28  # chi-square, 2 degrees: false alarms 1e-6
+    assert (
+        float(((drawn - expected) ** 2 / expected).sum()) < 28
+    )  # chi-square, 2 degrees: false alarms 1e-6
 
 
 def test_a_teacher_is_followed_and_left_out() -> None:
@@ -116,8 +128,13 @@ def test_a_teacher_is_followed_and_left_out() -> None:
     vision.filled = True
     made = model(teacher=Teacher(vision), vision_dim=vision.dim).train()
     output = made(images())
-    assert set(output.losses) == {"codebook", "commitment", "vision"} and float(output.losses["vision"]) > 0
-    (output.reconstruction.square().mean() + torch.stack(list(output.losses.values())).sum()).backward()
+    assert (
+        set(output.losses) == {"codebook", "commitment", "vision"}
+        and float(output.losses["vision"]) > 0
+    )
+    (
+        output.reconstruction.square().mean() + torch.stack(list(output.losses.values())).sum()
+    ).backward()
     missing = {n for n, p in made.named_parameters() if p.grad is None}
     assert missing == set() and not any("teacher" in name for name in made.state_dict())
     assert "vision" not in made.eval()(images()).losses

@@ -30,8 +30,21 @@ VIT: Any = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_h
 def make(seed: int = 0, **options: Any) -> ReToK:
     torch.manual_seed(seed)
     quantizer = VectorQuantizer(32, 4, rotation=True)
-    sizes: dict[str, Any] = {"encoder_size": QFormerSize(16, 1, 2), "decoder_size": QFormerSize(24, 2, 4)}
-    made = ReToK(quantizer, 8, N, K, 32, (1, 1), 1, 8, **{**sizes, "semantic_dim": 24, "semantic_layer": 1, **options})
+    sizes: dict[str, Any] = {
+        "encoder_size": QFormerSize(16, 1, 2),
+        "decoder_size": QFormerSize(24, 2, 4),
+    }
+    made = ReToK(
+        quantizer,
+        8,
+        N,
+        K,
+        32,
+        (1, 1),
+        1,
+        8,
+        **{**sizes, "semantic_dim": 24, "semantic_layer": 1, **options},
+    )
     for name, parameter in made.named_parameters():
         if parameter.ndim > 1 and "codebook" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -64,8 +77,12 @@ def test_a_prefix_is_decoded_from_itself_alone(images: Tensor) -> None:
     tokens = tokenizer.encode_all(images)
     assert torch.equal(tokens[:, :N], tokenizer.encode(images)) and tokens.shape == (3, TOTAL)
     with torch.no_grad():
-        pictures = [tokenizer.decode(tokens[:, :k]) for k in (K, 9, N)] + [tokenizer.decode_all(tokens)]
-    assert all(float((a - b).abs().max()) > 1e-4 for a, b in zip(pictures, pictures[1:], strict=False))
+        pictures = [tokenizer.decode(tokens[:, :k]) for k in (K, 9, N)] + [
+            tokenizer.decode_all(tokens)
+        ]
+    assert all(
+        float((a - b).abs().max()) > 1e-4 for a, b in zip(pictures, pictures[1:], strict=False)
+    )
     for length in (K - 1, N + 1):
         with pytest.raises(ValueError, match="tokens have shape"):
             tokenizer.decode(tokens[:, :length])
@@ -116,7 +133,9 @@ def test_groups_of_queries_are_averages_of_ever_finer_blocks() -> None:
     for index in (0, 1):
         torch.testing.assert_close(queries[:, index], memory.mean(1))
     torch.testing.assert_close(queries[:, 3], grid[:, :, 2:].mean((1, 2)))  # the right half
-    torch.testing.assert_close(queries[:, 5], grid[:, :2, 2:].mean((1, 2)))  # the upper right quarter
+    torch.testing.assert_close(
+        queries[:, 5], grid[:, :2, 2:].mean((1, 2))
+    )  # the upper right quarter
     torch.testing.assert_close(queries[:, 9], grid[:, :2, 1].mean(1))  # the second of 2 x 4 blocks
 
 
@@ -131,7 +150,9 @@ def test_nested_dropout_draws_the_lengths_that_it_says() -> None:
     drawn = tokenizer.draw_lengths(4000)
     counts = drawn.bincount(minlength=TOTAL + 1)[K:]
     assert int(drawn.min()) == K and int(drawn.max()) == TOTAL
-    assert float(counts.min()) > 0.6 * 4000 / len(counts) and float(counts.max()) < 1.5 * 4000 / len(counts)
+    assert float(counts.min()) > 0.6 * 4000 / len(counts) and float(
+        counts.max()
+    ) < 1.5 * 4000 / len(counts)
     kept_last = float((drawn >= N).float().mean())  # without redundant tokens: 1 in 13
     assert abs(kept_last - 13 / 25) < 0.04
     multiples = make(inferred=Inferred(multiple=8, shortest=8, longest=N)).train().draw_lengths(200)
@@ -144,14 +165,20 @@ def test_nested_dropout_draws_the_lengths_that_it_says() -> None:
 def test_training_hides_tokens_and_keeps_all_in_the_losses(images: Tensor) -> None:
     tokenizer = make(inferred=Inferred(shortest=K, longest=K)).train()
     output = tokenizer(images)
-    torch.testing.assert_close(output.reconstruction, tokenizer.decode(output.tokens[:, :K]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        output.reconstruction, tokenizer.decode(output.tokens[:, :K]), atol=2e-5, rtol=0
+    )
     latents = tokenizer.latents(tokenizer.encoder(images))
     assert latents.shape == (3, TOTAL, 4)
-    torch.testing.assert_close(output.losses["codebook"], tokenizer.quantizer(latents).losses["codebook"])
+    torch.testing.assert_close(
+        output.losses["codebook"], tokenizer.quantizer(latents).losses["codebook"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("schedule", "half"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)], ids=lambda x: str(x)
+    ("schedule", "half"),
+    [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)],
+    ids=lambda x: str(x),
 )
 def test_semantic_weight_falls_from_k_to_n(schedule: Any, half: float) -> None:
     factor = make(inferred=Inferred(semantic_schedule=schedule)).semantic_factor
@@ -162,9 +189,13 @@ def test_semantic_weight_falls_from_k_to_n(schedule: Any, half: float) -> None:
 
 
 def test_teacher_pulls_the_features_towards_its_own(images: Tensor, teacher: Teacher) -> None:
-    tokenizer = make(teacher=teacher, semantic_weight=0.5, inferred=Inferred(shortest=K, longest=K)).train()
+    tokenizer = make(
+        teacher=teacher, semantic_weight=0.5, inferred=Inferred(shortest=K, longest=K)
+    ).train()
     loss = tokenizer(images).losses["semantic"]
-    features = tokenizer.spread(tokenizer.quantizer.decode(tokenizer.encode(images))[:, :K]).semantic
+    features = tokenizer.spread(
+        tokenizer.quantizer.decode(tokenizer.encode(images))[:, :K]
+    ).semantic
     assert features is not None
     target = teacher(images).patches
     expected = 0.5 * (1 - torch.cosine_similarity(features, target, dim=-1)).mean()
@@ -187,18 +218,26 @@ def test_feature_loss_stops(images: Tensor) -> None:
 
 
 def test_gradients_reach_every_parameter(images: Tensor, teacher: Teacher) -> None:
-    tokenizer = make(teacher=teacher, feature_weight=1.0, inferred=Inferred(shortest=K, longest=K + 1)).train()
+    tokenizer = make(
+        teacher=teacher, feature_weight=1.0, inferred=Inferred(shortest=K, longest=K + 1)
+    ).train()
     for _ in range(2):  # the redundant positions are read where the memory is long
         output = tokenizer(images)
         (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
         tokenizer.lengths = [TOTAL - 1, K]
-    without = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    without = [
+        n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert not without
 
 
 def test_the_second_stage_trains_the_decoders_alone(images: Tensor) -> None:
     tokenizer = make(stage="decoder").train()
-    assert not tokenizer.quantizer.training and not tokenizer.encoder.training and tokenizer.decoder.training
+    assert (
+        not tokenizer.quantizer.training
+        and not tokenizer.encoder.training
+        and tokenizer.decoder.training
+    )
     output = tokenizer(images)
     assert "codebook" not in output.losses
     output.reconstruction.square().mean().backward()
@@ -227,8 +266,18 @@ def test_teacher_is_not_in_the_export(images: Tensor, teacher: Teacher, tmp_path
     ],
 )
 def test_sizes_that_do_not_fit(options: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"image_size": 8, "num_tokens": N, "always": K, "multipliers": (1, 1), "channels": 32}
-    small = {"encoder_size": QFormerSize(16, 1, 2), "decoder_size": QFormerSize(16, 2, 2), "semantic_layer": 1}
+    given: dict[str, Any] = {
+        "image_size": 8,
+        "num_tokens": N,
+        "always": K,
+        "multipliers": (1, 1),
+        "channels": 32,
+    }
+    small = {
+        "encoder_size": QFormerSize(16, 1, 2),
+        "decoder_size": QFormerSize(16, 2, 2),
+        "semantic_layer": 1,
+    }
     with pytest.raises(ValueError, match=message):
         ReToK(VectorQuantizer(8, 4), **{**given, **small, "z_channels": 8, **options})
 
@@ -259,18 +308,27 @@ def test_sizes_are_told_by_the_weights(images: Tensor) -> None:
     assert torch.equal(again.encode(images), tokenizer.encode(images))
     without = {k: v for k, v in state.items() if "distill_mlp" not in k}
     bare = tokenizer_from_official({**without, "quantize.codebook_used": torch.zeros(3)}, 2, 4)
-    assert bare.token_decoder.semantic is None and torch.equal(bare.encode(images), tokenizer.encode(images))
+    assert bare.token_decoder.semantic is None and torch.equal(
+        bare.encode(images), tokenizer.encode(images)
+    )
     with pytest.raises(UserError, match="width 24: give --num_heads"):
         OFFICIAL.build(state, ImportOptions())
 
 
 def test_import_prefers_the_entry_that_is_asked_for(tmp_path: Path) -> None:
     official = to_official(make())
-    torch.save({"model": official, "ema": {k: v + 1 for k, v in official.items()}, "steps": 3}, tmp_path / "vq.pt")
+    torch.save(
+        {"model": official, "ema": {k: v + 1 for k, v in official.items()}, "steps": 3},
+        tmp_path / "vq.pt",
+    )
     name = "encoder.conv_in.bias"
     assert torch.equal(read_official(tmp_path / "vq.pt", "ema")[name], official[name] + 1)
-    imported = import_model("retok", str(tmp_path / "vq.pt"), key="ema", options=ImportOptions(num_heads=2))
-    assert isinstance(imported, ReToK) and torch.equal(imported.encoder.conv_in.bias, official[name] + 1)  # type: ignore[arg-type]
+    imported = import_model(
+        "retok", str(tmp_path / "vq.pt"), key="ema", options=ImportOptions(num_heads=2)
+    )
+    assert isinstance(imported, ReToK) and torch.equal(
+        imported.encoder.conv_in.bias, official[name] + 1
+    )  # type: ignore[arg-type]
     save_file({"some.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not the weights of a ReToK tokenizer"):
         import_model("retok", str(tmp_path / "other.safetensors"))
@@ -287,7 +345,12 @@ def test_depth_to_space_orders_channels_by_pixel_first() -> None:
 
 def test_adaptive_norm_takes_its_statistics_from_the_style() -> None:
     layer, style, x = AdaptiveGroupNorm(32, 3), torch.randn(2, 3, 4, 4), torch.randn(2, 32, 4, 4)
-    shift, scale = layer.beta(style.mean((2, 3))), layer.gamma(style.flatten(2).std(-1, correction=1))
-    normed = (x - x.mean((2, 3), keepdim=True)) / x.flatten(2).std(-1, correction=0)[..., None, None]
+    shift, scale = (
+        layer.beta(style.mean((2, 3))),
+        layer.gamma(style.flatten(2).std(-1, correction=1)),
+    )
+    normed = (x - x.mean((2, 3), keepdim=True)) / x.flatten(2).std(-1, correction=0)[
+        ..., None, None
+    ]
     expected = normed * scale[..., None, None] + shift[..., None, None]
     torch.testing.assert_close(layer(x, style), expected, atol=1e-4, rtol=1e-4)

@@ -31,7 +31,10 @@ def images() -> Tensor:
 @pytest.mark.parametrize("cosine", [False, True])
 @torch.no_grad()
 def test_what_was_taken_and_what_is_left_add_up(cosine: bool) -> None:
-    made, z = quantizer(cosine=cosine), torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(1))
+    made, z = (
+        quantizer(cosine=cosine),
+        torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(1)),
+    )
     output, tokens = made(z), made.encode(z)
     assert torch.equal(output.tokens, tokens) and tokens.shape == (2, 30)
     torch.testing.assert_close(made.decode(tokens), output.quantized, atol=1e-5, rtol=1e-5)
@@ -66,7 +69,9 @@ def test_inputs_of_a_scale_do_not_depend_on_it() -> None:
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 30
     after = made.next_inputs(changed, 4)
-    assert torch.equal(inputs[:, : 4 + 9], after[:, : 4 + 9]) and not torch.equal(inputs[:, 13:], after[:, 13:])
+    assert torch.equal(inputs[:, : 4 + 9], after[:, : 4 + 9]) and not torch.equal(
+        inputs[:, 13:], after[:, 13:]
+    )
     torch.testing.assert_close(made.next_inputs(tokens, 3), inputs[:, :13])
 
 
@@ -74,13 +79,17 @@ def test_inputs_of_a_scale_do_not_depend_on_it() -> None:
 def test_decoding_what_was_encoded_is_the_reconstruction() -> None:
     made = model()
     output = made(images())
-    torch.testing.assert_close(made.decode(output.tokens), output.reconstruction, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        made.decode(output.tokens), output.reconstruction, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_gradients_reach_everything() -> None:
     made = model().train()
     output = made(images())
-    (output.reconstruction.square().mean() + torch.stack(list(output.losses.values())).sum()).backward()
+    (
+        output.reconstruction.square().mean() + torch.stack(list(output.losses.values())).sum()
+    ).backward()
     assert [n for n, p in made.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
 
 
@@ -94,7 +103,9 @@ def test_codes_come_from_the_rests_of_all_scales() -> None:
     made = quantizer(init_step=1, restart_every=2).train()
     z = 5 + torch.randn(4, 16, 4, generator=torch.Generator().manual_seed(1))
     made(z)
-    assert float(made.codebook.weight.detach().norm(dim=1).max()) > 8  # the mean of z, from the coarsest scale
+    assert (
+        float(made.codebook.weight.detach().norm(dim=1).max()) > 8
+    )  # the mean of z, from the coarsest scale
     unused = made.counts == 0
     before = made.codebook.weight.detach().clone()
     made(z)

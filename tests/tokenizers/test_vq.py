@@ -51,9 +51,13 @@ def test_rotation_gives_codes_and_turns_gradients_as_it_turns_latents() -> None:
     assert torch.equal(out.quantized, vq.decode(out.tokens))
     (gradient,) = torch.autograd.grad((out.quantized * cotangent).sum(), z)
     ratio = out.quantized.norm(dim=-1) / z.norm(dim=-1)
-    torch.testing.assert_close(gradient.norm(dim=-1), ratio * cotangent.norm(dim=-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        gradient.norm(dim=-1), ratio * cotangent.norm(dim=-1), atol=1e-5, rtol=1e-4
+    )
     (along,) = torch.autograd.grad((vq(z).quantized * out.quantized.detach()).sum(), z)
-    cosine = F.cosine_similarity(along, z, dim=-1)  # what points along the code comes back along the latent
+    cosine = F.cosine_similarity(
+        along, z, dim=-1
+    )  # what points along the code comes back along the latent
     torch.testing.assert_close(cosine, torch.ones(2, 5), atol=1e-4, rtol=0)
 
 
@@ -114,7 +118,9 @@ def test_use_counts_since_the_last_restart_only() -> None:
         assert int(vq.counts.sum()) == 10 * number
     before = vq.counts.clone()
     tokens = vq(torch.randn(1, 10, 4)).tokens
-    assert torch.equal(vq.counts, tokens.flatten().bincount(minlength=32)) and not torch.equal(vq.counts, before)
+    assert torch.equal(vq.counts, tokens.flatten().bincount(minlength=32)) and not torch.equal(
+        vq.counts, before
+    )
 
 
 def test_quantization_is_float32_under_autocast() -> None:
@@ -150,7 +156,9 @@ class Ranks:
             vq(z)
 
 
-def test_processes_keep_one_codebook_and_restart_what_none_of_them_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_keep_one_codebook_and_restart_what_none_of_them_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Process 0 sees codes 0 to 7, process 1 codes 8 to 15; 16 to 31 are restarted, from latents of both."""
     ranks, codes = Ranks(2), quantizer()
     monkeypatch.setattr(distributed, "all_reduce_sum", ranks.all_reduce_sum)
@@ -159,7 +167,9 @@ def test_processes_keep_one_codebook_and_restart_what_none_of_them_uses(monkeypa
     monkeypatch.setattr(distributed, "rank", lambda: ranks.local.rank)
     copies = [quantizer(restart_every=2) for _ in range(2)]
     seen = [codes.codes().detach()[None, 8 * rank : 8 * rank + 8] for rank in range(2)]
-    threads = [threading.Thread(target=ranks.run, args=(r, [seen[r]] * 2, copies[r])) for r in range(2)]
+    threads = [
+        threading.Thread(target=ranks.run, args=(r, [seen[r]] * 2, copies[r])) for r in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -188,7 +198,8 @@ def test_a_resumed_quantizer_restarts_at_the_same_pass() -> None:
     other.load_state_dict(half.state_dict())
     resumed = run(other, passes[5:])
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
     assert not torch.equal(half.codebook.weight, resumed.codebook.weight)
 

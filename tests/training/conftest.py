@@ -28,7 +28,9 @@ def make_data(batch_size: int = 8) -> ShapesData:
     return ShapesData(size=16, length=64, val_length=16, batch_size=batch_size)
 
 
-def make_tokenizer_module(discriminator: torch.nn.Module | None = None, **options: Any) -> TokenizerModule:
+def make_tokenizer_module(
+    discriminator: torch.nn.Module | None = None, **options: Any
+) -> TokenizerModule:
     torch.manual_seed(0)
     loss = TokenizerLoss(Reconstruction(l1=1.0), discriminator=discriminator, adversarial_start=1)
     settings = {"optimizer": OptimizerSettings("muon", lr=1e-3), **options}
@@ -48,7 +50,9 @@ class Losses(L.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
+    ) -> None:
         self.values.append(float(outputs["loss"]))
 
 
@@ -56,13 +60,17 @@ class Losses(L.Callback):
 def make() -> SimpleNamespace:
     """Factories of modules and data."""
     return SimpleNamespace(
-        tokenizer_module=make_tokenizer_module, generator_module=make_generator_module, data=make_data
+        tokenizer_module=make_tokenizer_module,
+        generator_module=make_generator_module,
+        data=make_data,
     )
 
 
 @pytest.fixture
 def fit(tmp_path) -> Callable[..., tuple[L.Trainer, list[float]]]:
-    def run(module, steps: int, callbacks: list[L.Callback] | None = None, data=None, **options: Any):
+    def run(
+        module, steps: int, callbacks: list[L.Callback] | None = None, data=None, **options: Any
+    ):
         losses = Losses()
         settings = {"limit_val_batches": 0, "enable_checkpointing": False, **options}
         trainer = L.Trainer(

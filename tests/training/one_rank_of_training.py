@@ -30,14 +30,20 @@ from tessellar.training.optim import OptimizerSettings
 from tessellar.training.sharding import whole
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("conftest.py"))))
-GLOBAL_BATCH, SAVE_AT = 8, 3  # batches before a checkpoint; in the middle of an update of the tokenizer
+GLOBAL_BATCH, SAVE_AT = (
+    8,
+    3,
+)  # batches before a checkpoint; in the middle of an update of the tokenizer
 
 
 def tokenizer() -> TrainingModule:
     """With all that looks at a whole batch: batch norm, adaptive weight, codes made from data, entropy."""
     torch.manual_seed(0)
     module = TINY.make_tokenizer_module(
-        PatchGAN(8, 1), optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.1), accumulate=2, clip=0.5
+        PatchGAN(8, 1),
+        optimizer=OptimizerSettings("adamw", lr=1e-3, weight_decay=0.1),
+        accumulate=2,
+        clip=0.5,
     )
     module.loss.adaptive = AdaptiveWeight()
     quantizer = module.tokenizer.quantizer
@@ -49,9 +55,18 @@ def tokenizer() -> TrainingModule:
 def generator() -> TrainingModule:
     """Of two blocks, so that one may be gathered ahead while the other runs; nothing is dropped."""
     torch.manual_seed(0)
-    settings = {"width": 16, "depth": 2, "num_heads": 2, "num_classes": 10, "ffn_multiple_of": 8, "dropout": 0.0}
+    settings = {
+        "width": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 10,
+        "ffn_multiple_of": 8,
+        "dropout": 0.0,
+    }
     optimizer = OptimizerSettings("adamw", lr=1e-2, weight_decay=0.1)
-    module = GeneratorModule(TINY.make_tokenizer(), partial(LlamaGen, **settings), optimizer=optimizer, clip=0.5)
+    module = GeneratorModule(
+        TINY.make_tokenizer(), partial(LlamaGen, **settings), optimizer=optimizer, clip=0.5
+    )
     module.model.generator.condition_dropout = 0.0
     return module
 
@@ -67,8 +82,12 @@ class Watch(L.Callback):
         self.seen: list[float] = []
         self.save_at, self.path = save_at, path
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        self.losses.append(float(distributed.all_reduce_sum(outputs["loss"].double())) / distributed.world_size())
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.losses.append(
+            float(distributed.all_reduce_sum(outputs["loss"].double())) / distributed.world_size()
+        )
         self.seen += batch["image"].double().flatten(1).mean(1).tolist()
         if module.batches == self.save_at:
             trainer.save_checkpoint(self.path)
@@ -79,7 +98,9 @@ def train(
 ) -> dict[str, Any]:
     """Train four updates, with validation and pictures; what came out, with full tensors."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    strategies = {"fsdp": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)}
+    strategies = {
+        "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    }
     module, ema, watch = KINDS[kind](), EMA(0.9), Watch(save_at, folder / f"{name}.ckpt")
     trainer = L.Trainer(
         max_steps=4,

@@ -24,15 +24,30 @@ from tessellar.training.generator_module import GeneratorModule, training_captio
 
 def module(**options: Any) -> GeneratorModule:
     torch.manual_seed(0)
-    sizes = {"width": 16, "depth": 1, "num_heads": 2, "text_vocab": 300, "caption_length": 16, **options}
-    return GeneratorModule(ViTVQ(VectorQuantizer(16, 4), 16, 4, 16, 1, 1, 2), partial(TokenShuffle, **sizes))
+    sizes = {
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "text_vocab": 300,
+        "caption_length": 16,
+        **options,
+    }
+    return GeneratorModule(
+        ViTVQ(VectorQuantizer(16, 4), 16, 4, 16, 1, 1, 2), partial(TokenShuffle, **sizes)
+    )
 
 
-def test_a_run_learns_its_captions_once_and_exports_them(fit, make: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_run_learns_its_captions_once_and_exports_them(
+    fit, make: SimpleNamespace, tmp_path: Path
+) -> None:
     trained = module()
     trainer, losses = fit(trained, 3)
     conditioner = trained.model.conditioner
-    assert isinstance(conditioner, CaptionConditioner) and bool(conditioner.trained) and len(losses) == 3
+    assert (
+        isinstance(conditioner, CaptionConditioner)
+        and bool(conditioner.trained)
+        and len(losses) == 3
+    )
     words = conditioner.bpe.encode(make.data().train_dataset().captions([0])[0], 99)
     assert len(words) < 16  # of about 30 bytes
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -50,8 +65,12 @@ def test_a_run_learns_its_captions_once_and_exports_them(fit, make: SimpleNamesp
 
 def test_captions_of_a_set_are_spread_over_it() -> None:
     asked: list[range] = []
-    dataset: Any = SimpleNamespace(captions=lambda r: asked.append(r) or ["x"] * len(r), __len__=None)
-    dataset = type("Set", (), {"captions": staticmethod(dataset.captions), "__len__": lambda _: 50_001})()
+    dataset: Any = SimpleNamespace(
+        captions=lambda r: asked.append(r) or ["x"] * len(r), __len__=None
+    )
+    dataset = type(
+        "Set", (), {"captions": staticmethod(dataset.captions), "__len__": lambda _: 50_001}
+    )()
     assert len(training_captions(dataset)) == 16_667 and asked == [range(0, 50_001, 3)]
 
 
@@ -63,7 +82,9 @@ def test_pictures_and_distances_follow_the_captions_of_the_validation_set(
     assert isinstance(conditioner, TextConditioner)
     conditioner.prepare(lambda: training_captions(data.train_dataset()))
     grids = Grids(SimpleNamespace(folder=tmp_path), Sampling(), columns=2)  # type: ignore[arg-type]
-    trainer: Any = SimpleNamespace(is_global_zero=True, sanity_checking=False, loggers=[], datamodule=data)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, sanity_checking=False, loggers=[], datamodule=data
+    )
     batch = data.val_dataset().batch(range(10))
     grids.on_validation_batch_end(trainer, made, {}, batch, 0)
     grids.on_validation_epoch_end(trainer, made)
@@ -90,12 +111,16 @@ def test_a_caption_tells_nothing_to_a_model_that_cannot_read_it(make: SimpleName
     assert reads["gain"] == pytest.approx(reads["other"] - reads["own"])
     torch.nn.init.zeros_(made.model.generator.layers[0].attention.wo.weight)  # type: ignore[union-attr, index, arg-type]
     blind = measure(made.model, data, 8, 2)
-    assert blind["gain"] == pytest.approx(0, abs=1e-4) and blind["none"] == pytest.approx(blind["own"], rel=1e-4)
+    assert blind["gain"] == pytest.approx(0, abs=1e-4) and blind["none"] == pytest.approx(
+        blind["own"], rel=1e-4
+    )
 
 
 def test_nobody_gets_his_own_caption() -> None:
     for order in others(7, 3):
-        assert sorted(order.tolist()) == list(range(7)) and not bool((order == torch.arange(7)).any())
+        assert sorted(order.tolist()) == list(range(7)) and not bool(
+            (order == torch.arange(7)).any()
+        )
 
 
 def test_facts_are_known_before_anything_is_allocated() -> None:
@@ -105,4 +130,6 @@ def test_facts_are_known_before_anything_is_allocated() -> None:
         facts = GeneratorModule(tokenizer, token_shuffle_2b7).facts()
     assert (facts.tokens, facts.entities, facts.positions) == (16384, 4096, 4608)
     assert facts.trained == 2_789_634_816 and facts.memory == 20 * facts.trained + 4 * facts.frozen
-    assert str(facts).startswith("16,384 tokens an image in 4,096 entities; 4,608 positions; about 117")
+    assert str(facts).startswith(
+        "16,384 tokens an image in 4,096 entities; 4,608 positions; about 117"
+    )

@@ -8,7 +8,9 @@ import pytest
 from benchmarks.config_losses import compare, data_options, differences, measure
 
 
-def test_a_config_measured_again_is_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_measured_again_is_equal_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     options = data_options("demo", tmp_path, tmp_path)
     first = measure("demo/tokenizer", options, weights=tmp_path, start=None)
@@ -28,9 +30,14 @@ def test_what_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     facts = {"torch": "2", "processor": "p"}
     file = tmp_path / "before.json"
-    file.write_text('{"torch": "1", "processor": "p", "configs": {"demo/x": ' + str(before).replace("'", '"') + "}}")
+    file.write_text(
+        '{"torch": "1", "processor": "p", "configs": {"demo/x": '
+        + str(before).replace("'", '"')
+        + "}}"
+    )
     assert not compare({**facts, "configs": {"demo/x": config}}, file)
     printed = capsys.readouterr().out
     assert (
-        "other torch: 2 for 1" in printed and "demo/x: equal weights under other names (initial); update 2" in printed
+        "other torch: 2 for 1" in printed
+        and "demo/x: equal weights under other names (initial); update 2" in printed
     )

@@ -75,7 +75,16 @@ def _without_vgg(path: Path, config: dict, folder: Path) -> str:
 def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = f"{path.parent.name}/{path.stem}"
-    options = ["--config", str(path), "--name", "x", "--trainer.strategy", "auto", "--trainer.accelerator", "cpu"]
+    options = [
+        "--config",
+        str(path),
+        "--name",
+        "x",
+        "--trainer.strategy",
+        "auto",
+        "--trainer.accelerator",
+        "cpu",
+    ]
     config = yaml.safe_load(path.read_text())
     if config["model"]["class_path"].endswith("TokenizerModule"):
         options[1] = _without_vgg(path, config, tmp_path)

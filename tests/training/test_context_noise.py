@@ -23,9 +23,13 @@ GRID = grid_layout(4, 4, Categorical(16))
 GENERATORS = {
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, 5, ffn_multiple_of=8, dropout=0.0),
     "rar": lambda: RAR(GRID, 32, 2, 4, 64, 5, dropout=0.0),
-    "har": lambda: HAR(sequence_layout(16, Categorical(16)), 32, 2, 4, 5, dropout=0.0, ffn_multiple_of=8),
+    "har": lambda: HAR(
+        sequence_layout(16, Categorical(16)), 32, 2, 4, 5, dropout=0.0, ffn_multiple_of=8
+    ),
     "next-cell": lambda: NextEntity(GRID, "cell:2", 32, 2, 4, 5, dropout=0.0, ffn_multiple_of=8),
-    "next-random": lambda: NextEntity(GRID, "random:0", 32, 2, 4, 5, random_order=1.0, dropout=0.0, ffn_multiple_of=8),
+    "next-random": lambda: NextEntity(
+        GRID, "random:0", 32, 2, 4, 5, random_order=1.0, dropout=0.0, ffn_multiple_of=8
+    ),
 }
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 
@@ -48,7 +52,9 @@ def tokenizer() -> ViTVQ:
 
 def test_rears_schedule_ends_at_three_quarters() -> None:
     noise = ContextNoise()
-    assert [noise.rate_at(t) for t in (0.0, 0.375, 0.75, 1.0)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert [noise.rate_at(t) for t in (0.0, 0.375, 0.75, 1.0)] == pytest.approx(
+        [1.0, 0.5, 0.0, 0.0]
+    )
     assert ContextNoise(0.25, decay="constant").rate_at(0.9) == 0.25
     assert ContextNoise(0.4, 1.0, "cosine").rate_at(0.5) == pytest.approx(0.2)
 
@@ -62,7 +68,9 @@ def test_replaced_tokens_have_the_rate_and_the_vocabulary_of_their_place() -> No
     changed = (fixed != 0).float()
     assert float(changed[:, :8].mean()) == pytest.approx(0.5 * 2 / 3, abs=0.01)
     assert float(changed[:, 8:].mean()) == pytest.approx(0.5 * 49 / 50, abs=0.01)
-    drawn = (ContextNoise(decay="constant").corrupt(tokens, layout, 0.0)[:, 8:] != 0).float().mean(1)
+    drawn = (
+        (ContextNoise(decay="constant").corrupt(tokens, layout, 0.0)[:, 8:] != 0).float().mean(1)
+    )
     assert float(drawn.mean()) == pytest.approx(0.49, abs=0.02) and float(drawn.std()) > 0.25
 
 
@@ -90,7 +98,9 @@ def test_the_context_is_noisy_and_the_targets_are_true(name: str) -> None:
     scores = generator.score(other, condition, entities)
     targets = tokens.gather(1, entities.order.expand(2, -1))
     assert noisy == pytest.approx(float(scores.cross_entropy(targets).detach()), rel=1e-4)
-    assert noisy != pytest.approx(loss(tokens), rel=1e-3) and noisy != pytest.approx(loss(other), rel=1e-3)
+    assert noisy != pytest.approx(loss(tokens), rel=1e-3) and noisy != pytest.approx(
+        loss(other), rel=1e-3
+    )
 
 
 @every_generator
@@ -102,7 +112,9 @@ def test_rows_of_recovery_hold_their_tokens(name: str) -> None:
     entities = generator.entities
     rows, ranks = generator.context_rows(entities)
     assert len(rows) >= 7
-    for row, rank in list(zip(rows.tolist(), ranks.tolist(), strict=True))[:: max(1, len(rows) // 3)]:
+    for row, rank in list(zip(rows.tolist(), ranks.tolist(), strict=True))[
+        :: max(1, len(rows) // 3)
+    ]:
         changed = tokens.clone()
         changed[0, entities.order[rank]] = (changed[0, entities.order[rank]] + 1) % 16
         for i, read in enumerate((tokens, changed)):
@@ -144,13 +156,16 @@ def test_a_run_with_both_logs_recovery_in_training_alone(fit, make_module) -> No
     _, losses = fit(module, 3, limit_val_batches=1, val_check_interval=3)
     assert logged["train"] == {"loss", "cross_entropy", "recovery"}
     assert logged["val"] == {"loss", "cross_entropy", "nats_per_image"}
-    assert all(not torch.equal(a, b) for a, b in zip(before, module.recovery.parameters(), strict=True))
+    assert all(
+        not torch.equal(a, b) for a, b in zip(before, module.recovery.parameters(), strict=True)
+    )
     assert module.model.generator.reader is None and len(losses) == 3
 
 
 def test_noise_changes_a_run_and_none_is_the_run_without(fit, make_module) -> None:
     plain, still, noisy = (
-        fit(make_module(context_noise=noise), 2)[1] for noise in (None, ContextNoise(0.0), ContextNoise())
+        fit(make_module(context_noise=noise), 2)[1]
+        for noise in (None, ContextNoise(0.0), ContextNoise())
     )
     assert plain == still != noisy
 
@@ -159,7 +174,9 @@ def test_noise_changes_a_run_and_none_is_the_run_without(fit, make_module) -> No
 def make_module():
     def module(**options) -> GeneratorModule:
         torch.manual_seed(0)
-        generator = partial(LlamaGen, width=16, depth=2, num_heads=2, num_classes=10, ffn_multiple_of=8, dropout=0.0)
+        generator = partial(
+            LlamaGen, width=16, depth=2, num_heads=2, num_classes=10, ffn_multiple_of=8, dropout=0.0
+        )
         made = generator if "generator" not in options else options.pop("generator")
         return GeneratorModule(tokenizer(), made, **options)
 

@@ -63,7 +63,9 @@ def test_an_export_samples_the_same_images(entity: str, tmp_path: Path) -> None:
     condition = model.class_condition([0, 3])
     images = model.sample(condition, sampling, [7, 8])
     again = load_generator(export_generator(model, tmp_path / "export"))
-    assert images.shape == (2, 3, 16, 16) and torch.equal(again.sample(condition, sampling, [7, 8]), images)
+    assert images.shape == (2, 3, 16, 16) and torch.equal(
+        again.sample(condition, sampling, [7, 8]), images
+    )
     alone = model.sample(condition.select(torch.tensor([1])), sampling, [8])
     torch.testing.assert_close(alone[0], images[1], atol=1e-4, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):

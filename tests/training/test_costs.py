@@ -18,4 +18,6 @@ def test_estimates_follow_the_pages_formulas() -> None:
     facts = Cost("x/y", trained=10**9, frozen=10**9, tokens=256, flops=10**12, images=10**9)
     assert facts.memory == pytest.approx(24.0)
     assert facts.gpu_hours == pytest.approx(1e21 / (0.4 * 989.4e12) / 3600)
-    assert facts._replace(flops=None).gpu_hours is None and "| ~1,000 |" in row(facts._replace(counted=False))
+    assert facts._replace(flops=None).gpu_hours is None and "| ~1,000 |" in row(
+        facts._replace(counted=False)
+    )

@@ -29,14 +29,28 @@ def tokenizer(seed: int = 0, heads: int = 2) -> ViTVQ:
 
 
 def text_module(
-    conditioner: Conditioner | None = None, seed: int = 0, init_from: Path | None = None, **sizes: Any
+    conditioner: Conditioner | None = None,
+    seed: int = 0,
+    init_from: Path | None = None,
+    **sizes: Any,
 ) -> GeneratorModule:
-    options = {"width": 16, "depth": 1, "num_heads": 2, "text_vocab": 300, "caption_length": 16, **sizes}
+    options = {
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "text_vocab": 300,
+        "caption_length": 16,
+        **sizes,
+    }
     source = None if init_from is None else str(init_from)
-    return GeneratorModule(tokenizer(seed), partial(TokenShuffle, **options), conditioner, init_from=source)
+    return GeneratorModule(
+        tokenizer(seed), partial(TokenShuffle, **options), conditioner, init_from=source
+    )
 
 
-def feature_module(conditioner: Conditioner | None = None, init_from: Path | None = None) -> GeneratorModule:
+def feature_module(
+    conditioner: Conditioner | None = None, init_from: Path | None = None
+) -> GeneratorModule:
     return text_module(conditioner, init_from=init_from, text_vocab=None, caption_dim=8)
 
 
@@ -54,7 +68,9 @@ def table(module: GeneratorModule) -> torch.Tensor:
     return module.model.conditioner.merges.clone()
 
 
-def test_the_bpe_comes_with_the_generator_and_is_not_learnt_again(fit, make, source: Path, caplog) -> None:
+def test_the_bpe_comes_with_the_generator_and_is_not_learnt_again(
+    fit, make, source: Path, caplog
+) -> None:
     with caplog.at_level("INFO", "tessellar"):
         tuned = text_module(init_from=source)
     assert caplog.messages == []  # everything is as it was there
@@ -77,22 +93,33 @@ def test_a_source_whose_bpe_was_never_learnt_says_so(tmp_path: Path, caplog) -> 
     given = CaptionConditioner(300, 16)
     given.prepare(lambda: SOURCE_CAPTIONS)
     assert text_module(given, init_from=folder).model.conditioner.is_prepared
-    assert caplog.messages == [f"the conditioner of {folder} has learnt nothing yet: this run's captions are learnt"]
+    assert caplog.messages == [
+        f"the conditioner of {folder} has learnt nothing yet: this run's captions are learnt"
+    ]
 
 
 @pytest.mark.parametrize(
     ("conditioner", "said"),
     [
-        (FeatureConditioner(), "reads caption tokens (CaptionConditioner); this run gives it caption features"),
+        (
+            FeatureConditioner(),
+            "reads caption tokens (CaptionConditioner); this run gives it caption features",
+        ),
         (ClassConditioner(300), "this run gives it class ids (ClassConditioner)"),
         (CaptionConditioner(400, 16), "has vocab_size 300, this run's has 400"),
         (CaptionConditioner(300, 16, lowercase=False), "has lowercase True, this run's has False"),
     ],
 )
-def test_a_conditioner_that_means_other_things_is_refused(source: Path, conditioner, said: str) -> None:
+def test_a_conditioner_that_means_other_things_is_refused(
+    source: Path, conditioner, said: str
+) -> None:
     with pytest.raises(UserError) as error:
         text_module(conditioner, init_from=source)
-    assert said in str(error.value) and str(source) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        said in str(error.value)
+        and str(source) in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_another_length_of_captions_is_said(source: Path, caplog) -> None:
@@ -108,9 +135,13 @@ def test_features_may_come_from_elsewhere_and_that_is_said(tmp_path: Path, caplo
         f"{folder} has other settings: conditioner FeatureConditioner there, EncoderConditioner here"
     ]
     caplog.clear()
-    encoded = export_generator(feature_module(EncoderConditioner("t5", 16)).model, tmp_path / "encoded")
+    encoded = export_generator(
+        feature_module(EncoderConditioner("t5", 16)).model, tmp_path / "encoded"
+    )
     feature_module(EncoderConditioner("clip", 16, cache=None), init_from=encoded)
-    assert caplog.messages == [f"{encoded} has other settings: conditioner.source 't5' there, 'clip' here"]
+    assert caplog.messages == [
+        f"{encoded} has other settings: conditioner.source 't5' there, 'clip' here"
+    ]
 
 
 def test_another_tokenizer_than_the_sources_is_said(source: Path, caplog) -> None:
@@ -124,8 +155,13 @@ def test_another_layout_is_said(make, tmp_path: Path, caplog) -> None:
     folder = export_generator(make.generator_module().model, tmp_path / "small")
     made = make.generator_module().model.generator
     larger = ViTVQ(VectorQuantizer(16, 4), 32, 4, 16, 1, 1, 2)
-    options = {name: made.config["init_args"][name] for name in ("width", "depth", "num_heads", "num_classes")}
-    GeneratorModule(larger, partial(type(made), **options, ffn_multiple_of=8), init_from=str(folder))
+    options = {
+        name: made.config["init_args"][name]
+        for name in ("width", "depth", "num_heads", "num_classes")
+    }
+    GeneratorModule(
+        larger, partial(type(made), **options, ffn_multiple_of=8), init_from=str(folder)
+    )
     assert caplog.messages[0] == (
         f"{folder} was trained on 4x4 tokens of Categorical(vocab=16); "
         "this run's tokenizer gives 8x8 tokens of Categorical(vocab=16)"
@@ -145,7 +181,9 @@ def test_a_tokenizer_says_what_is_left_behind(fit, make, tmp_path: Path, caplog)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     caplog.clear()
     with caplog.at_level("INFO", "tessellar"):
-        alone = TokenizerModule(tokenizer(1), TokenizerLoss(), init_from=str(tmp_path / "last.ckpt"))
+        alone = TokenizerModule(
+            tokenizer(1), TokenizerLoss(), init_from=str(tmp_path / "last.ckpt")
+        )
         both = TokenizerLoss(discriminator=PatchGAN(8, 1))
         TokenizerModule(tokenizer(1), both, init_from=str(tmp_path / "last.ckpt"))
     assert torch.equal(alone.tokenizer.last_layer, trained.tokenizer.last_layer)

@@ -24,12 +24,18 @@ def test_a_training_batch_is_about_six_operations_a_parameter_and_token(fit, mak
     module.model.generator.condition_dropout = 0.0
     callback = Throughput(every=2)
     fit(module, 2, [callback], data=make.data(8))
-    matrices = sum(p.numel() for n, p in module.model.generator.named_parameters() if p.dim() == 2 and "embed" not in n)
+    matrices = sum(
+        p.numel()
+        for n, p in module.model.generator.named_parameters()
+        if p.dim() == 2 and "embed" not in n
+    )
     assert callback._flops > 0
     ratio = callback._flops / (6 * matrices * 8 * module.tokenizer.layout.length)
     assert 0.8 < ratio < 2.5  # attention and the frozen tokenizer's forward pass come on top
     rates = next(values for values in logged if "speed/tflops_per_second" in values)
-    assert rates["speed/tflops_per_second"] > 0 and "speed/mfu" not in rates  # a CPU has no known peak
+    assert (
+        rates["speed/tflops_per_second"] > 0 and "speed/mfu" not in rates
+    )  # a CPU has no known peak
 
 
 def test_counting_changes_no_loss(fit, make) -> None:

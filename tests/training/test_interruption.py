@@ -36,22 +36,34 @@ def checkpoints(folder: Path) -> Checkpoints:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("batch", [3, 8])  # inside an update of two batches, at the end of an epoch
-def test_a_signal_saves_a_resumable_state(fit, make, tmp_path: Path, number: signal.Signals, batch: int) -> None:
+def test_a_signal_saves_a_resumable_state(
+    fit, make, tmp_path: Path, number: signal.Signals, batch: int
+) -> None:
     handler = signal.getsignal(number)
     whole = make.generator_module(accumulate=2)
     _, losses = fit(whole, 6)
 
     module = make.generator_module(accumulate=2)
     update = (batch + 1) // 2
-    with pytest.raises(Interrupted, match=f"{number.name}: saved and stopped after update {update}; .*--resume auto"):
-        fit(module, 6, [SignalDuring(batch, number), Interruption(), checkpoints(tmp_path)], enable_checkpointing=True)
+    with pytest.raises(
+        Interrupted,
+        match=f"{number.name}: saved and stopped after update {update}; .*--resume auto",
+    ):
+        fit(
+            module,
+            6,
+            [SignalDuring(batch, number), Interruption(), checkpoints(tmp_path)],
+            enable_checkpointing=True,
+        )
     assert module.updates == update and signal.getsignal(number) == handler
 
     found = Run("a", tmp_path, resume="auto").checkpoint
     resumed = make.generator_module(accumulate=2)
     _, rest = fit(resumed, 6, ckpt_path=found)
     assert rest == losses[2 * update :]
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 def test_a_signal_during_the_last_update_lets_the_run_finish(fit, make, tmp_path: Path) -> None:
@@ -66,7 +78,9 @@ class Killed(BaseException):
 class Faulty:
     """A file system whose n-th operation (write, flush, move) fails; counts operations."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: BaseException | None = None, at: int = 0) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fault: BaseException | None = None, at: int = 0
+    ) -> None:
         self.fault, self.at, self.operations, self.written = fault, at, 0, 0
         replace, fsync = Path.replace, os.fsync
         monkeypatch.setattr(Path, "replace", lambda *given: (self.count(), replace(*given))[1])
@@ -91,7 +105,9 @@ def save_thrice(folder: Path, disk: Faulty) -> None:
     callback, module = checkpoints(folder), SimpleNamespace(updates=0)
     callback.folder.mkdir(parents=True)
     trainer: Any = SimpleNamespace(
-        save_checkpoint=disk.save_checkpoint, is_global_zero=True, lightning_module=torch.nn.Linear(1, 1)
+        save_checkpoint=disk.save_checkpoint,
+        is_global_zero=True,
+        lightning_module=torch.nn.Linear(1, 1),
     )
     for _ in range(3):
         module.updates += 1
@@ -109,7 +125,11 @@ def test_whatever_operation_fails_a_whole_checkpoint_is_found(tmp_path: Path) ->
     """A kill and a full disk at every write, flush and move of three saves."""
     total = operations_of_three(tmp_path / "count")
     assert total == 4 + 5 + 5  # half of a write, its flush, one or two moves, the folder's flush
-    for fault in (Killed(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")):
+    for fault in (
+        Killed(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("write failed"),
+    ):
         for at in range(1, total + 1):
             folder = tmp_path / f"{type(fault).__name__}-{at}"
             with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((Killed, UserError)):
@@ -121,7 +141,9 @@ def test_whatever_operation_fails_a_whole_checkpoint_is_found(tmp_path: Path) ->
 
 
 @given(st.data())
-def test_a_checkpoint_cut_or_changed_anywhere_is_left_aside(tmp_path_factory: pytest.TempPathFactory, data) -> None:
+def test_a_checkpoint_cut_or_changed_anywhere_is_left_aside(
+    tmp_path_factory: pytest.TempPathFactory, data
+) -> None:
     root = tmp_path_factory.mktemp("runs")
     folder = root / "a" / "checkpoints"
     folder.mkdir(parents=True)
@@ -139,11 +161,16 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Pat
     (folder / "last.ckpt").write_bytes(b"")
     run = Run("a", tmp_path, resume="auto")
     run.create()
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]  # may yet be refused
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "last.ckpt",
+        "previous.ckpt",
+    ]  # may yet be refused
     run.begin("", {"command": "", "commit": ""})
     assert sorted(path.name for path in folder.iterdir()) == ["last.damaged", "previous.ckpt"]
     (folder / "previous.ckpt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"previous.ckpt cannot be read: remove them .* or use --name"):
+    with pytest.raises(
+        UserError, match=r"previous.ckpt cannot be read: remove them .* or use --name"
+    ):
         Run("a", tmp_path, resume="auto")
 
 

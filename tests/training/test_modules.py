@@ -26,19 +26,27 @@ def test_two_optimizers_count_once(fit, make) -> None:
     module = make.tokenizer_module(PatchGAN(8, 1))
     before = weights(module.discriminator)
     trainer, _ = fit(module, 5)
-    assert len(trainer.optimizers) == 3  # AdamW and Muon for the tokenizer, AdamW for the discriminator
+    assert (
+        len(trainer.optimizers) == 3
+    )  # AdamW and Muon for the tokenizer, AdamW for the discriminator
     assert trainer.global_step == module.updates == module.batches == 5
-    assert any(not torch.equal(a, b) for a, b in zip(before, weights(module.discriminator), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, weights(module.discriminator), strict=True)
+    )
 
 
 def test_a_discriminator_has_its_own_schedule_from_its_own_start(fit, make) -> None:
     own = Schedule("linear", warmup=2, length=10)
-    module = make.tokenizer_module(PatchGAN(8, 1), schedule=Schedule("linear"), discriminator_schedule=own)
+    module = make.tokenizer_module(
+        PatchGAN(8, 1), schedule=Schedule("linear"), discriminator_schedule=own
+    )
     assert module.loss.adversarial_start == 1
     seen: list[tuple[int, float]] = []
 
     def note(values) -> None:
-        factors = [value for name, value in values.items() if name == "train/lr_factor_discriminator"]
+        factors = [
+            value for name, value in values.items() if name == "train/lr_factor_discriminator"
+        ]
         seen.extend((module.updates, value) for value in factors)
 
     module.log_train = note
@@ -75,7 +83,11 @@ def test_clipping_bounds_the_gradient(fit, make) -> None:
 
     class Spy(torch.optim.SGD):
         def step(self, closure=None):
-            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]])))
+            norms.append(
+                float(
+                    torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]])
+                )
+            )
             return super().step(closure)
 
     class Settings(OptimizerSettings):
@@ -93,7 +105,9 @@ def test_the_tokenizer_stays_frozen_and_in_eval_mode(fit, make) -> None:
     before, trained = weights(module.tokenizer), weights(module.model.generator)
     trainer, _ = fit(module, 3)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(module.tokenizer), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(trained, weights(module.model.generator), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(trained, weights(module.model.generator), strict=True)
+    )
     assert not module.tokenizer.training and module.model.generator.training
     owned = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
     assert not owned & {id(p) for p in module.tokenizer.parameters()}
@@ -120,23 +134,33 @@ def test_poisoned_batches_are_skipped_then_stop_the_run(fit, make) -> None:
     def poisoned(tokens, condition, weight=None):
         calls[0] += 1
         losses = original(tokens, condition, weight)
-        return {k: v * float("nan") for k, v in losses.items()} if calls[0] in (2, 5, 6, 7) else losses
+        return (
+            {k: v * float("nan") for k, v in losses.items()} if calls[0] in (2, 5, 6, 7) else losses
+        )
 
     module.model.generator.loss = poisoned
     with pytest.raises(RuntimeError, match="3 updates in a row"):
         fit(module, 10, [ema])
     assert calls[0] == 7 and module.skipped == 4
-    assert all(bool(torch.isfinite(t).all()) for t in [*module.model.generator.parameters(), *ema.average.values()])
+    assert all(
+        bool(torch.isfinite(t).all())
+        for t in [*module.model.generator.parameters(), *ema.average.values()]
+    )
 
 
 def test_a_loss_that_is_not_finite_skips_its_update_even_where_its_gradient_is(fit, make) -> None:
     module = make.generator_module(max_skipped=2)
     original = module.model.generator.loss
-    module.model.generator.loss = lambda *given: {**original(*given), "constant": torch.tensor(float("inf"))}
+    module.model.generator.loss = lambda *given: {
+        **original(*given),
+        "constant": torch.tensor(float("inf")),
+    }
     before = weights(module.model.generator)
     with pytest.raises(RuntimeError, match="2 updates in a row"):
         fit(module, 2)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(module.model.generator), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, weights(module.model.generator), strict=True)
+    )
 
 
 def test_each_player_has_its_own_count_of_skipped_updates(fit, make) -> None:
@@ -155,9 +179,15 @@ def test_each_player_has_its_own_count_of_skipped_updates(fit, make) -> None:
 
 @pytest.mark.parametrize(
     ("accumulate", "options", "expected"),
-    [(1, {"max_steps": 5}, 5), (2, {"max_steps": -1, "max_epochs": 3}, 3 * 8 // 2), (1, {"max_epochs": 1}, 8)],
+    [
+        (1, {"max_steps": 5}, 5),
+        (2, {"max_steps": -1, "max_epochs": 3}, 3 * 8 // 2),
+        (1, {"max_epochs": 1}, 8),
+    ],
 )
-def test_length_of_the_run_for_schedules(fit, make, accumulate: int, options: dict[str, int], expected: int) -> None:
+def test_length_of_the_run_for_schedules(
+    fit, make, accumulate: int, options: dict[str, int], expected: int
+) -> None:
     module = make.generator_module(accumulate=accumulate)
     trainer, _ = fit(module, **{"steps": options.pop("max_steps", 100), **options})
     assert module.total_updates == expected == module.updates == trainer.global_step
@@ -188,9 +218,13 @@ def test_counters_and_optimizers_survive_a_checkpoint(fit, make, tmp_path: Path)
 
 
 @pytest.mark.parametrize("anneals", [False, True])
-def test_random_orders_that_nothing_anneals_are_said_at_the_start(make, fit, caplog, anneals: bool) -> None:
+def test_random_orders_that_nothing_anneals_are_said_at_the_start(
+    make, fit, caplog, anneals: bool
+) -> None:
     generator = partial(RAR, width=16, depth=1, num_heads=2, hidden=16)
     module = GeneratorModule(make.tokenizer_module().tokenizer, generator)
     with caplog.at_level(logging.WARNING):
         fit(module, 1, callbacks=[OrderAnnealing(0, 1)] if anneals else [])
-    assert ("RAR trains on random orders in 100 % of its samples to the end" in caplog.text) is not anneals
+    assert (
+        "RAR trains on random orders in 100 % of its samples to the end" in caplog.text
+    ) is not anneals

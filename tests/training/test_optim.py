@@ -84,7 +84,10 @@ def test_factor_scales_every_peak() -> None:
         (Schedule("cosine", final=0.1), {0: 1, 50: 0.55, 100: 0.1, 200: 0.1}),
         (Schedule("sqrt", decay_start=0.8), {0: 1, 80: 1, 85: 0.5, 90: 1 - 0.5**0.5, 100: 0}),
         (Schedule(warmup=10, warmup_from=0.0), {0: 0, 5: 0.5, 9: 0.9, 10: 1, 50: 1}),
-        (Schedule("linear", warmup=10, decay_start=0.5, warmup_from=0.2), {0: 0.2, 5: 0.6, 10: 1, 75: 0.5}),
+        (
+            Schedule("linear", warmup=10, decay_start=0.5, warmup_from=0.2),
+            {0: 0.2, 5: 0.6, 10: 1, 75: 0.5},
+        ),
     ],
 )
 def test_schedules(schedule: Schedule, expected: dict[int, float]) -> None:
@@ -94,11 +97,17 @@ def test_schedules(schedule: Schedule, expected: dict[int, float]) -> None:
 def test_weight_decay_may_change_along_half_a_cosine() -> None:
     schedule = Schedule(final_weight_decay=0.08)
     values = {step: schedule.weight_decay(0.05, step, 101) for step in (0, 25, 50, 100, 200)}
-    assert values == pytest.approx({0: 0.05, 25: 0.065 - 0.015 * 0.5**0.5, 50: 0.065, 100: 0.08, 200: 0.08})
-    assert schedule.weight_decay(0.0, 50, 101) == 0 and Schedule().weight_decay(0.05, 50, 101) == 0.05
+    assert values == pytest.approx(
+        {0: 0.05, 25: 0.065 - 0.015 * 0.5**0.5, 50: 0.065, 100: 0.08, 200: 0.08}
+    )
+    assert (
+        schedule.weight_decay(0.0, 50, 101) == 0 and Schedule().weight_decay(0.05, 50, 101) == 0.05
+    )
 
 
-def test_a_run_follows_its_weight_decay_and_so_does_its_resume(fit, make, tmp_path: Path, caplog) -> None:
+def test_a_run_follows_its_weight_decay_and_so_does_its_resume(
+    fit, make, tmp_path: Path, caplog
+) -> None:
     options = {
         "optimizer": OptimizerSettings(lr=1e-3, weight_decay=0.1),
         "schedule": Schedule(final_weight_decay=0.3),
@@ -118,7 +127,9 @@ def test_a_run_follows_its_weight_decay_and_so_does_its_resume(fit, make, tmp_pa
         fit(second, 5, ckpt_path=tmp_path / "half.ckpt")
     assert decays(second) == pytest.approx([0.3, 0.0])
     assert "weight_decay is now" not in caplog.text
-    for (name, a), b in zip(whole.model.generator.named_parameters(), second.model.generator.parameters(), strict=True):
+    for (name, a), b in zip(
+        whole.model.generator.named_parameters(), second.model.generator.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 

@@ -49,7 +49,9 @@ def folder(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0, 0], "".join((folder / f"rank{rank}.txt").read_text()[-3000:] for rank in (0, 1))
+    assert codes == [0, 0], "".join(
+        (folder / f"rank{rank}.txt").read_text()[-3000:] for rank in (0, 1)
+    )
     return folder
 
 
@@ -67,7 +69,9 @@ def assert_equal(run: dict[str, Any], expected: dict[str, Any], last: int | None
 
 
 @pytest.mark.parametrize(("kind", "strategy"), RUNS)
-def test_two_processes_train_as_one_with_the_same_global_batch(folder: Path, kind: str, strategy: str) -> None:
+def test_two_processes_train_as_one_with_the_same_global_batch(
+    folder: Path, kind: str, strategy: str
+) -> None:
     two, one = result(folder, f"{kind}-{strategy}-2"), result(folder, f"{kind}-whole-1")
     assert_equal(two, one)
     first, second = two["seen"]
@@ -75,9 +79,14 @@ def test_two_processes_train_as_one_with_the_same_global_batch(folder: Path, kin
 
 
 @pytest.mark.parametrize(("kind", "strategy"), RUNS)
-def test_two_processes_continue_their_run_to_the_bit(folder: Path, kind: str, strategy: str, one) -> None:
+def test_two_processes_continue_their_run_to_the_bit(
+    folder: Path, kind: str, strategy: str, one
+) -> None:
     """Also in the middle of an accumulated update, though the second run validates and draws on the way."""
-    whole, again = result(folder, f"{kind}-{strategy}-2"), result(folder, f"{kind}-{strategy}-again-2")
+    whole, again = (
+        result(folder, f"{kind}-{strategy}-2"),
+        result(folder, f"{kind}-{strategy}-again-2"),
+    )
     assert again["losses"] == whole["losses"][one["SAVE_AT"] :]
     for part in ("weights", "ema"):
         torch.testing.assert_close(again[part], whole[part], atol=0, rtol=0)
@@ -93,7 +102,10 @@ def test_two_processes_continue_the_run_of_one(folder: Path, kind: str, strategy
 @pytest.mark.parametrize(("kind", "strategy"), RUNS)
 def test_one_process_continues_the_run_of_two(folder: Path, kind: str, strategy: str, one) -> None:
     name = f"{kind}-{strategy}"
-    run, whole = one["train"](kind, "auto", folder, f"{name}-by", resume=f"{name}.ckpt"), f"{kind}-whole-1"
+    run, whole = (
+        one["train"](kind, "auto", folder, f"{name}-by", resume=f"{name}.ckpt"),
+        f"{kind}-whole-1",
+    )
     assert_equal(run, result(folder, whole), len(run["losses"]))
     assert len(run["losses"]) == len(result(folder, whole)["losses"]) - one["SAVE_AT"]
 
@@ -101,7 +113,11 @@ def test_one_process_continues_the_run_of_two(folder: Path, kind: str, strategy:
 def test_two_processes_draw_the_images_of_one(folder: Path, one) -> None:
     """From the checkpoint of a sharded run."""
     one["draw"](folder, "alone")
-    names = [sorted(path.name for path in (folder / name).rglob("*.png")) for name in ("alone", "two")]
+    names = [
+        sorted(path.name for path in (folder / name).rglob("*.png")) for name in ("alone", "two")
+    ]
     assert names[0] == names[1] and len(names[0]) == 8  # 7 images and their grid
     for path in (folder / "alone").rglob("*.png"):
-        assert path.read_bytes() == (folder / "two" / path.relative_to(folder / "alone")).read_bytes()
+        assert (
+            path.read_bytes() == (folder / "two" / path.relative_to(folder / "alone")).read_bytes()
+        )

@@ -55,11 +55,23 @@ def generator_module(make):
 
 def everything(module, trainer: L.Trainer, ema: EMA, drawing: Drawing) -> dict[str, Any]:
     optimizers = [o.state_dict()["state"] for o in trainer.optimizers]
-    counts = [module.batches, module.updates, module.skipped, module.epoch, module.epoch_samples, trainer.global_step]
+    counts = [
+        module.batches,
+        module.updates,
+        module.skipped,
+        module.epoch,
+        module.epoch_samples,
+        trainer.global_step,
+    ]
     return {
         "weights": module.state_dict(),
         "ema": {**ema.average, "updates": ema.updates},
-        "optimizers": {f"{i}.{p}.{n}": v for i, s in enumerate(optimizers) for p, e in s.items() for n, v in e.items()},
+        "optimizers": {
+            f"{i}.{p}.{n}": v
+            for i, s in enumerate(optimizers)
+            for p, e in s.items()
+            for n, v in e.items()
+        },
         "counts": dict(enumerate(counts)),
         "random": dict(enumerate(drawing.drawn)),
     }
@@ -70,22 +82,31 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     for part in a:
         assert a[part].keys() == b[part].keys()
         for name, value in a[part].items():
-            same = torch.equal(value, b[part][name]) if isinstance(value, torch.Tensor) else value == b[part][name]
+            same = (
+                torch.equal(value, b[part][name])
+                if isinstance(value, torch.Tensor)
+                else value == b[part][name]
+            )
             found += [] if same else [f"{part} {name}"]
     return found
 
 
-def trained(fit, make, factory, steps: int, folder: Path | None = None, workers: int = 0, **options: Any):
+def trained(
+    fit, make, factory, steps: int, folder: Path | None = None, workers: int = 0, **options: Any
+):
     module, ema, drawing = factory(make), EMA(0.9), Drawing()
     data = ShapesData(size=16, length=40, val_length=8, batch_size=8, num_workers=workers)
     callbacks = [ema, drawing, *([SaveAll(folder)] if folder else [])]
     settings = {"limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None}
-    trainer, losses = fit(module, steps, callbacks, data=data, num_sanity_val_steps=0, **settings, **options)
+    trainer, losses = fit(
+        module, steps, callbacks, data=data, num_sanity_val_steps=0, **settings, **options
+    )
     return everything(module, trainer, ema, drawing), losses
 
 
 @pytest.mark.parametrize(
-    ("factory", "steps", "batches"), [(tokenizer_module, 6, (1, 3, 4, 5, 10)), (generator_module, 11, range(1, 11))]
+    ("factory", "steps", "batches"),
+    [(tokenizer_module, 6, (1, 3, 4, 5, 10)), (generator_module, 11, range(1, 11))],
 )
 def test_a_run_resumed_after_any_batch_equals_the_uninterrupted_one(
     fit, make, tmp_path: Path, factory, steps: int, batches: Sequence[int]
@@ -93,7 +114,9 @@ def test_a_run_resumed_after_any_batch_equals_the_uninterrupted_one(
     """5 batches an epoch, a validation every 3: inside an epoch, at its end, at a validation, inside an update of 2."""
     whole, losses = trained(fit, make, factory, steps, tmp_path)
     for batch in batches:
-        resumed, rest = trained(fit, make, factory, steps, ckpt_path=tmp_path / f"batch_{batch}.ckpt")
+        resumed, rest = trained(
+            fit, make, factory, steps, ckpt_path=tmp_path / f"batch_{batch}.ckpt"
+        )
         assert rest == losses[batch:], f"losses after batch {batch}"
         assert differences(whole, resumed) == [], f"after batch {batch}"
 
@@ -124,9 +147,14 @@ def test_the_random_numbers_of_a_checkpoint_are_plain_data(fit, make, tmp_path: 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_with_another_number_of_processes_the_first_keeps_its_stream(rank: int, monkeypatch) -> None:
+def test_with_another_number_of_processes_the_first_keeps_its_stream(
+    rank: int, monkeypatch
+) -> None:
     """Other processes get streams of their own, the same in every such resume."""
-    states, draws = [random_state.capture()] * 3, []  # of a run with three processes, resumed by two
+    states, draws = (
+        [random_state.capture()] * 3,
+        [],
+    )  # of a run with three processes, resumed by two
     monkeypatch.setattr(random_state.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(random_state.distributed, "rank", lambda: rank)
     for _ in range(2):
@@ -138,12 +166,16 @@ def test_with_another_number_of_processes_the_first_keeps_its_stream(rank: int, 
 
 
 @pytest.mark.parametrize("stops", [(3, 5, 7, 10), (2, 7, 10, 12), (5, 10), (4, 15)])
-def test_a_run_resumed_many_times_equals_the_uninterrupted_one(fit, make, tmp_path: Path, stops: Sequence[int]) -> None:
+def test_a_run_resumed_many_times_equals_the_uninterrupted_one(
+    fit, make, tmp_path: Path, stops: Sequence[int]
+) -> None:
     """Each part saves what the next one starts from; they begin and end at ends of epochs (5, 10, 15) or cross them."""
     whole, losses = trained(fit, make, generator_module, 17)
     path = None
     for start, stop in zip((0, *stops), (*stops, 17), strict=True):
-        resumed, part = trained(fit, make, generator_module, stop + (stop < 17), tmp_path, ckpt_path=path)
+        resumed, part = trained(
+            fit, make, generator_module, stop + (stop < 17), tmp_path, ckpt_path=path
+        )
         assert part[: stop - start] == losses[start:stop], f"{start} to {stop}"
         path = tmp_path / f"batch_{stop}.ckpt"
     assert differences(whole, resumed) == []

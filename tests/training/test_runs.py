@@ -28,19 +28,25 @@ def test_resume_auto_takes_the_last_checkpoint_or_the_one_before(tmp_path: Path)
     assert run.checkpoint is None  # nothing there yet: a start
     run.create()
     (run.folder / "config.yaml").touch()
-    assert Run("a", tmp_path, resume="auto").checkpoint is None  # killed before its first checkpoint
+    assert (
+        Run("a", tmp_path, resume="auto").checkpoint is None
+    )  # killed before its first checkpoint
     for name in ("previous.ckpt", "last.ckpt"):
         path = save(run.folder / "checkpoints" / name)
         assert Run("a", tmp_path, resume="auto").checkpoint == path
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
-def test_a_damaged_checkpoint_is_left_aside(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_left_aside(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "a" / "checkpoints"
     previous, last = save(folder / "previous.ckpt"), save(folder / "last.ckpt")
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
-    last.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": content}[damage])
+    last.write_bytes(
+        {"truncated": content[: len(content) // 2], "empty": b"", "flipped": content}[damage]
+    )
     assert Run("a", tmp_path, resume="auto").checkpoint == previous
     assert "last.ckpt is damaged" in caplog.text
     with pytest.raises(UserError, match="damaged"):
@@ -57,7 +63,9 @@ def test_another_runs_checkpoint_gives_no_right_to_a_taken_folder(tmp_path: Path
     assert Run("c", tmp_path, resume=theirs).checkpoint == Path(theirs)
 
 
-def test_wandb_is_offline_without_a_key_and_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_offline_without_a_key_and_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     first = Run("a", tmp_path)

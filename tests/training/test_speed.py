@@ -8,9 +8,13 @@ from tessellar.errors import UserError
 from tessellar.training.speed import blocks, checkpoint_activations, compile_each_block
 
 
-def test_recomputed_activations_give_the_same_losses(fit, make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_activations_give_the_same_losses(
+    fit, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, original = [], transformer.checkpoint
-    monkeypatch.setattr(transformer, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        transformer, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     _, plain = fit(make.generator_module(), 3)
     assert not calls
     _, recomputed = fit(make.generator_module(checkpointing=True), 3)

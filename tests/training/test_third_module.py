@@ -32,7 +32,9 @@ class Reconstruction(TrainingModule):
 
     def make_players(self) -> list[Player]:
         optimizers = OptimizerSettings().make(self.tokenizer)
-        return [Player("tokenizer", [self.tokenizer], trainable(self.tokenizer), optimizers, Schedule())]
+        return [
+            Player("tokenizer", [self.tokenizer], trainable(self.tokenizer), optimizers, Schedule())
+        ]
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         output = self.tokenizer(batch["image"])
@@ -54,4 +56,6 @@ def test_it_trains_and_its_checkpoint_and_export_load(fit, tmp_path: Path) -> No
     for path in (tmp_path / "a.ckpt", tmp_path / "export"):
         loaded = tessellar.load(path)
         assert isinstance(loaded, ViTVQ)
-        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+        assert all(
+            torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items()
+        )

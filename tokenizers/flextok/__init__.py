@@ -1,7 +1,14 @@
-"""FlexTok: an image as an ordered sequence of tokens, any prefix of which decodes (arXiv 2502.13967)."""
+"""FlexTok: an image as an ordered sequence of tokens, any prefix of which decodes (arXiv
+2502.13967).
+"""
 
 from tessellar.tokenizers.flextok.flow_decoding import FlowDecoding, FlowTraining
-from tessellar.tokenizers.flextok.tokenizer import FlexTok, flextok_d12_d12, flextok_d18_d18, flextok_d18_d28
+from tessellar.tokenizers.flextok.tokenizer import (
+    FlexTok,
+    flextok_d12_d12,
+    flextok_d18_d18,
+    flextok_d18_d28,
+)
 from tessellar.tokenizers.flextok.transformer import Grid, TransformerSize
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""What a tokenizer whose decoder is a flow needs: how it decodes, how it is trained, and the guided Euler solver.
+"""What a tokenizer whose decoder is a flow needs: how it decodes, how it is trained, and the guided
+Euler solver.
 
 Rectified flow (arXiv 2209.03003) with classifier-free guidance (arXiv 2207.12598) or its adaptive projection (arXiv
 2410.02416); nested dropout (arXiv 1402.0915) draws how many tokens an image keeps. As FlexTok has it.
@@ -25,7 +26,9 @@ Scale = float | Callable[[float], float]
 
 @dataclass(frozen=True)
 class FlowDecoding:
-    """How `decode` draws: Euler steps, guidance (1: none), and its projection (None: plain guidance)."""
+    """How `decode` draws: Euler steps, guidance (1: none), and its projection (None: plain
+    guidance).
+    """
 
     steps: int = 20
     guidance: float = 7.5
@@ -40,9 +43,10 @@ class FlowDecoding:
 class FlowTraining:
     """What a training pass draws and weighs.
 
-    `lengths` of nested dropout: uniform over the powers of two up to N (and N), over 1 to N, over 1 to N rounded up to
-    a power of two, or always N. `null` is the share of images that see the null condition. `repa_weight` multiplies
-    REPA. `sample_posterior`: latents are drawn from the VAE's posterior, else its mode.
+    `lengths` of nested dropout: uniform over the powers of two up to N (and N), over 1 to N, over 1
+    to N rounded up to a power of two, or always N. `null` is the share of images that see the null
+    condition. `repa_weight` multiplies REPA. `sample_posterior`: latents are drawn from the VAE's
+    posterior, else its mode.
     """
 
     lengths: Lengths = "pow2"
@@ -53,14 +57,17 @@ class FlowTraining:
 
     def __post_init__(self) -> None:
         if self.lengths not in get_args(Lengths):
-            raise ValueError(f"lengths is {self.lengths!r}; it must be one of {', '.join(get_args(Lengths))}")
+            raise ValueError(
+                f"lengths is {self.lengths!r}; it must be one of {', '.join(get_args(Lengths))}"
+            )
         if not 0 <= self.null <= 1:
             raise ValueError(f"null is {self.null}; a share is in [0, 1]")
 
     def draw_lengths(self, batch: int, longest: int) -> Tensor:
         """How many registers each of a batch keeps, int64 [B] on the CPU."""
         powers = torch.tensor(
-            sorted({2**i for i in range(longest.bit_length()) if 2**i <= longest} | {longest}), device="cpu"
+            sorted({2**i for i in range(longest.bit_length()) if 2**i <= longest} | {longest}),
+            device="cpu",
         )
         if self.lengths == "all":
             return torch.full((batch,), longest, device="cpu")
@@ -71,11 +78,16 @@ class FlowTraining:
 
 
 def solve(
-    velocity: Callable[[Tensor, Tensor], Tensor], start: Tensor, branches: int, decoding: FlowDecoding, scale: Scale
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    branches: int,
+    decoding: FlowDecoding,
+    scale: Scale,
 ) -> Tensor:
     """Maps [B, C, h, w] drawn from the noise `start` by Euler steps from time 1 to 0, float32.
 
-    `velocity(x, t)` of maps and times [R] knows R = `branches` B rows: conditional ones, then (two branches) null ones.
+    `velocity(x, t)` of maps and times [R] knows R = `branches` B rows: conditional ones, then (two
+    branches) null ones.
     """
     average: Tensor | None = None
 

@@ -1,8 +1,10 @@
-"""FlexTok's checkpoints (arXiv 2502.13967): official keys to ours and back, driven by the official config.
+"""FlexTok's checkpoints (arXiv 2502.13967): official keys to ours and back, driven by the official
+config.
 
-The config stands in `config.json` beside the weights and in the metadata of the safetensors file. It names the modules
-(so the keys), the levels of FSQ, the heads, the null condition, the largest time step and the scale of the latents;
-sizes are read from the tensors. Nothing of it is instantiated: only these facts are read.
+The config stands in `config.json` beside the weights and in the metadata of the safetensors file.
+It names the modules (so the keys), the levels of FSQ, the heads, the null condition, the largest
+time step and the scale of the latents; sizes are read from the tensors. Nothing of it is
+instantiated: only these facts are read.
 """
 
 import ast
@@ -46,7 +48,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 MASKS = {"encoder": "causal_last", "decoder": "full"}
 DEFAULT_MAX_TIMESTEP = 1000.0  # of the official class; the released configs give their own
 # theirs: gate1 gate2 shift1 scale1 shift2 scale2; ours: gate1 gate2 scale1 scale2 shift1 shift2
-TO_OURS, TO_THEIRS = [0, 1, 3, 5, 2, 4], [0, 1, 4, 2, 5, 3]
+TO_OURS = [0, 1, 3, 5, 2, 4]
+TO_THEIRS = [0, 1, 4, 2, 5, 3]
 
 
 def _rows(order: list[int]) -> Any:
@@ -61,7 +64,8 @@ class Modules:
     """Module entries of one side by the name of their class."""
 
     def __init__(self, config: Config, side: str) -> None:
-        self.side, self.entries = side, config[side]["module_dict"]
+        self.side = side
+        self.entries = config[side]["module_dict"]
 
     def find(self, *classes: str, **values: Any) -> tuple[str, Config]:
         """Name and entry of the one module of a class whose entry has the given values."""
@@ -77,12 +81,21 @@ class Modules:
 
 def keys(config: Config) -> KeyTable:
     """The table of all keys but the VAE's, with the names that the config gives to the modules."""
-    encoder, decoder = Modules(config, "encoder"), Modules(config, "decoder")
-    pairs, rules = {}, []
-    for side, modules, sincos in (("encoder", encoder, {}), ("decoder", decoder, {"posemb_type": "sincos"})):
+    encoder = Modules(config, "encoder")
+    decoder = Modules(config, "decoder")
+    pairs = {}
+    rules = []
+    for side, modules, sincos in (
+        ("encoder", encoder, {}),
+        ("decoder", decoder, {"posemb_type": "sincos"}),
+    ):
         blocks = f"{modules.key('FlexTransformer')}.blocks.{{i}}"
-        pairs[f"{modules.key('PatchEmbedder')}.patch_proj.{{tensor}}"] = f"{side}.embed.proj.{{tensor}}"
-        pairs[f"{modules.key('PositionalEmbeddingAdder', **sincos)}.posembs"] = f"{side}.embed.table"
+        pairs[f"{modules.key('PatchEmbedder')}.patch_proj.{{tensor}}"] = (
+            f"{side}.embed.proj.{{tensor}}"
+        )
+        pairs[f"{modules.key('PositionalEmbeddingAdder', **sincos)}.posembs"] = (
+            f"{side}.embed.table"
+        )
         pairs[f"{blocks}.attn.{{layer}}.weight"] = f"{side}.blocks.{{i}}.attention.{{layer}}.weight"
         for theirs, ours in (("fc1", "w1"), ("fc3", "w3"), ("fc2", "w2")):
             pairs[f"{blocks}.mlp.{theirs}.weight"] = f"{side}.blocks.{{i}}.mlp.{ours}.weight"
@@ -91,7 +104,8 @@ def keys(config: Config) -> KeyTable:
             f"{side}.blocks.{{i}}.modulation.vectors.linear.{{tensor}}",
         )
         rules.append(Rule(*adaptive, _rows(TO_OURS), _rows(TO_THEIRS)))
-    patches, time = decoder.key("ToPatchesLinearHead"), decoder.key("TimestepEmbedder")
+    patches = decoder.key("ToPatchesLinearHead")
+    time = decoder.key("TimestepEmbedder")
     learned = decoder.key("PositionalEmbeddingAdder", posemb_type="learnable_sum")
     pairs |= {
         f"{encoder.key('Registers1D')}.registers": "encoder.registers",
@@ -105,21 +119,38 @@ def keys(config: Config) -> KeyTable:
         f"{patches}.proj.{{tensor}}": "decoder.head.{tensor}",
     }
     rules.append(
-        Rule(f"{learned}.posembs", "decoder.register_positions", lambda t: t[0, 0].T, lambda t: t.T[None, None])
+        Rule(
+            f"{learned}.posembs",
+            "decoder.register_positions",
+            lambda t: t[0, 0].T,
+            lambda t: t.T[None, None],
+        )
     )
     return table(pairs, *rules)
 
 
-def from_official(state: Mapping[str, Tensor], config: Config, image_size: int | None = None) -> FlexTok:
-    """The tokenizer of an official state dict and config, for square images (None: of the size of its tables)."""
+def from_official(
+    state: Mapping[str, Tensor], config: Config, image_size: int | None = None
+) -> FlexTok:
+    """The tokenizer of an official state dict and config, for square images (None: of the size of
+    its tables).
+    """
     missing = [part for part in PARTS if part not in config]
     if missing:
-        raise UserError(f"this is not the config of a FlexTok tokenizer: {', '.join(missing)} is absent")
+        raise UserError(
+            f"this is not the config of a FlexTok tokenizer: {', '.join(missing)} is absent"
+        )
     _check_options(config)
-    ours = keys(config).from_official({k: t for k, t in state.items() if not k.startswith(VAE)}, "the FlexTok file")
-    absent = [key for key in ("encoder.embed.table", "decoder.register_positions") if key not in ours]
+    ours = keys(config).from_official(
+        {k: t for k, t in state.items() if not k.startswith(VAE)}, "the FlexTok file"
+    )
+    absent = [
+        key for key in ("encoder.embed.table", "decoder.register_positions") if key not in ours
+    ]
     if absent:
-        raise UserError(f"these are not the weights of a FlexTok tokenizer: {', '.join(absent)} is absent")
+        raise UserError(
+            f"these are not the weights of a FlexTok tokenizer: {', '.join(absent)} is absent"
+        )
     vae_state = {k.removeprefix(VAE): t for k, t in state.items() if k.startswith(VAE)}
     made = _made(ours, vae_state, config, image_size)
     own = {k: t for k, t in made.state_dict().items() if k.startswith(("vae.", "quantizer."))}
@@ -132,8 +163,14 @@ def to_official(tokenizer: FlexTok, config: Config) -> dict[str, Tensor]:
     assert tokenizer.vae is not None
     state = tokenizer.state_dict()
     mine = {k: t for k, t in state.items() if not k.startswith(("vae.", "quantizer.", "repa."))}
-    vae = {k.removeprefix("vae."): t for k, t in state.items() if k.startswith("vae.") and ".quantizer." not in f".{k}"}
-    return keys(config).to_official(mine) | {f"{VAE}{k}": t for k, t in VAE_KEYS.to_official(vae).items()}
+    vae = {
+        k.removeprefix("vae."): t
+        for k, t in state.items()
+        if k.startswith("vae.") and ".quantizer." not in f".{k}"
+    }
+    return keys(config).to_official(mine) | {
+        f"{VAE}{k}": t for k, t in VAE_KEYS.to_official(vae).items()
+    }
 
 
 def _check_options(config: Config) -> None:
@@ -151,25 +188,33 @@ def _check_options(config: Config) -> None:
     require(expansion, f"the FlexTok config's {trunk.rpartition('.')[2]}", {"adaLN_expansion": 2})
 
 
-def _made(ours: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], config: Config, size: int | None) -> FlexTok:
-    encoder, decoder = Modules(config, "encoder"), Modules(config, "decoder")
-    patch, table_side = _patch(encoder), ours["encoder.embed.table"].shape[-1]
+def _made(
+    ours: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], config: Config, size: int | None
+) -> FlexTok:
+    encoder = Modules(config, "encoder")
+    decoder = Modules(config, "decoder")
+    patch = _patch(encoder)
+    table_side = ours["encoder.embed.table"].shape[-1]
     stride = 2 ** len({key.split(".")[2] for key in vae_state if ".downsamplers." in key})
     side = size or table_side * patch * stride
     null_key = decoder.key("LearnedNullCond", "ZeroNullCond")
     groups = (config.get("vae_base_config_override") or {}).get("norm_num_groups", 32)
     vae = vae_from_official(vae_state, side, float(config["vae"]["scaling_factor"]), groups)
     sides = {"encoder": encoder, "decoder": decoder}
-    sizes = {name: _size(ours, name, modules.find("FlexTransformer")[1]) for name, modules in sides.items()}
-    trunk, time = decoder.find("FlexTransformer")[1], decoder.find("TimestepEmbedder")[1]
+    sizes = {
+        name: _size(ours, name, modules.find("FlexTransformer")[1])
+        for name, modules in sides.items()
+    }
+    trunk = decoder.find("FlexTransformer")[1]
+    time = decoder.find("TimestepEmbedder")[1]
     return FlexTok(
         FSQ(tuple(config["regularizer"]["levels"])),
         side,
-        len(ours["encoder.registers"]),
-        vae,
-        patch,
-        sizes["encoder"],
-        sizes["decoder"],
+        num_tokens=len(ours["encoder.registers"]),
+        vae=vae,
+        patch_size=patch,
+        encoder_size=sizes["encoder"],
+        decoder_size=sizes["decoder"],
         training_settings=_training(config, decoder),
         tap=(trunk.get("intermediate_layers") or [1])[0],
         null="learned" if _class(decoder, null_key) == "LearnedNullCond" else "zero",
@@ -191,7 +236,9 @@ def _patch(modules: Modules) -> int:
 
 def _size(ours: Mapping[str, Tensor], side: str, entry: Config) -> TransformerSize:
     depth = len({key.split(".")[2] for key in ours if key.startswith(f"{side}.blocks.")})
-    return TransformerSize(ours[f"{side}.embed.table"].shape[1], depth, int(entry.get("head_dim", 64)))
+    return TransformerSize(
+        ours[f"{side}.embed.table"].shape[1], depth, int(entry.get("head_dim", 64))
+    )
 
 
 def _training(config: Config, decoder: Modules) -> FlowTraining:
@@ -219,7 +266,9 @@ def read_config(file: str | Path) -> dict[str, Any]:
         with safe_open(str(file), "pt") as opened:
             return {key: _plain(text) for key, text in (opened.metadata() or {}).items()}
     except (OSError, ValueError, SyntaxError, yaml.YAMLError) as error:
-        raise UserError(f"{beside} or the metadata of {file} is no FlexTok config ({error})") from error
+        raise UserError(
+            f"{beside} or the metadata of {file} is no FlexTok config ({error})"
+        ) from error
 
 
 def _plain(text: str) -> Any:
@@ -232,7 +281,9 @@ def _plain(text: str) -> Any:
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> FlexTok:
     if options.file is None:
-        raise UserError("FlexTok's weights need their config: config.json beside them, or the file's own metadata")
+        raise UserError(
+            "FlexTok's weights need their config: config.json beside them, or the file's own metadata"
+        )
     return from_official(state, read_config(options.file), options.image_size)
 
 

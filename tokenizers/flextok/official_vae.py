@@ -1,7 +1,7 @@
 """diffusers' AutoencoderKL, FlexTok's frozen VAE: official keys to those of `KLVAE` and back.
 
-Sizes are read from the tensors' shapes; the number of groups of the norms and the scale of the latents stand only in
-the official config.
+Sizes are read from the tensors' shapes; the number of groups of the norms and the scale of the
+latents stand only in the official config.
 """
 
 from collections.abc import Mapping
@@ -20,18 +20,26 @@ from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 
 def _convolution(t: Tensor) -> Tensor:
-    """The weight of a linear layer (or of a 1x1 convolution, as older files have it) as that of a convolution."""
+    """The weight of a linear layer (or of a 1x1 convolution, as older files have it) as that of a
+    convolution.
+    """
     return t[:, :, None, None] if t.ndim == 2 else t
 
 
 def _keys() -> KeyTable:
-    pairs = {f"{layer}.{{tensor}}": f"{layer}.{{tensor}}" for layer in ("quant_conv", "post_quant_conv")}
+    pairs = {
+        f"{layer}.{{tensor}}": f"{layer}.{{tensor}}" for layer in ("quant_conv", "post_quant_conv")
+    }
     for side, group, resample in (
         ("encoder", "down_blocks", "downsamplers"),
         ("decoder", "up_blocks", "upsamplers"),
     ):
-        level, block = f"{side}.levels.{{i}}", f"{side}.{group}.{{i}}"
-        pairs |= {f"{side}.{layer}.{{tensor}}": f"{side}.{layer}.{{tensor}}" for layer in ("conv_in", "conv_out")}
+        level = f"{side}.levels.{{i}}"
+        block = f"{side}.{group}.{{i}}"
+        pairs |= {
+            f"{side}.{layer}.{{tensor}}": f"{side}.{layer}.{{tensor}}"
+            for layer in ("conv_in", "conv_out")
+        }
         pairs[f"{side}.conv_norm_out.{{tensor}}"] = f"{side}.norm_out.{{tensor}}"
         pairs[f"{block}.{resample}.0.conv.{{tensor}}"] = f"{level}.resample.conv.{{tensor}}"
         places = {f"{block}.resnets.{{j}}": f"{level}.res.{{j}}"}
@@ -39,7 +47,9 @@ def _keys() -> KeyTable:
         for theirs, ours in places.items():
             pairs[f"{theirs}.conv_shortcut.{{tensor}}"] = f"{ours}.shortcut.{{tensor}}"
             pairs[f"{theirs}.{{layer}}.{{tensor}}"] = f"{ours}.{{layer}}.{{tensor}}"
-        pairs[f"{side}.mid_block.attentions.0.group_norm.{{tensor}}"] = f"{side}.mid.1.norm.{{tensor}}"
+        pairs[f"{side}.mid_block.attentions.0.group_norm.{{tensor}}"] = (
+            f"{side}.mid.1.norm.{{tensor}}"
+        )
     return table(pairs, *_attention())
 
 
@@ -49,7 +59,8 @@ def _attention() -> list[Rule]:
     names |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj"}
     rules = []
     for theirs, ours in names.items():
-        key, own = f"{{side}}.mid_block.attentions.0.{theirs}", f"{{side}}.mid.1.{ours}"
+        key = f"{{side}}.mid_block.attentions.0.{theirs}"
+        own = f"{{side}}.mid.1.{ours}"
         rules.append(Rule(f"{key}.weight", f"{own}.weight", _convolution, matrix))
         rules.append(Rule(f"{key}.bias", f"{own}.bias"))
     return rules
@@ -67,15 +78,25 @@ def load_official(vae: KLVAE, state: Mapping[str, Tensor], where: str = "the VAE
 
 def to_official(vae: KLVAE) -> dict[str, Tensor]:
     """The official state dict; the inverse of `load_official`."""
-    return KEYS.to_official({name: tensor for name, tensor in vae.state_dict().items() if name not in OWN})
+    return KEYS.to_official(
+        {name: tensor for name, tensor in vae.state_dict().items() if name not in OWN}
+    )
 
 
-def vae_from_official(state: Mapping[str, Tensor], image_size: int, scale: float, groups: int = 32) -> KLVAE:
+def vae_from_official(
+    state: Mapping[str, Tensor], image_size: int, scale: float, groups: int = 32
+) -> KLVAE:
     """Our VAE with the sizes that the weights show, filled with them."""
-    missing = [key for key in ("encoder.conv_in.weight", "post_quant_conv.weight") if key not in state]
+    missing = [
+        key for key in ("encoder.conv_in.weight", "post_quant_conv.weight") if key not in state
+    ]
     if missing:
-        raise UserError(f"these are not the weights of diffusers' AutoencoderKL: {', '.join(missing)} is absent")
-    cnn = cnn_sizes(state, "encoder.down_blocks.{i}.resnets.{j}", len(state["encoder.conv_in.weight"]))
+        raise UserError(
+            f"these are not the weights of diffusers' AutoencoderKL: {', '.join(missing)} is absent"
+        )
+    cnn = cnn_sizes(
+        state, "encoder.down_blocks.{i}.resnets.{j}", len(state["encoder.conv_in.weight"])
+    )
     channels = len(state["post_quant_conv.weight"])
     made = KLVAE(
         GaussianBottleneck(channels, scale=scale),
@@ -91,7 +112,9 @@ def vae_from_official(state: Mapping[str, Tensor], image_size: int, scale: float
 
 
 def load_vae(vae: KLVAE, file: str, scale: float | None = None) -> KLVAE:
-    """Weights of diffusers' file, or of an export of ours, into `vae`; `scale` counts before the export's."""
+    """Weights of diffusers' file, or of an export of ours, into `vae`; `scale` counts before the
+    export's.
+    """
     if is_official_file(file):
         return load_official(vae, read_official(file), file)
     found = load_tokenizer(file)

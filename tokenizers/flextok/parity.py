@@ -62,7 +62,9 @@ def encode(recording: Recording) -> dict[str, Tensor]:
     codes = tokenizer.encoder(tokenizer.latents(images))
     outputs = {
         "enc/latents": codes,
-        "enc/mask_single": prefix_mask(tokenizer.grid.patches**2, tokenizer.num_tokens).to(torch.uint8),
+        "enc/mask_single": prefix_mask(tokenizer.grid.patches**2, tokenizer.num_tokens).to(
+            torch.uint8
+        ),
         "enc/quants": tokenizer.quantizer(codes).quantized,
         "enc/token_ids": tokenizer.encode(images),
     }
@@ -144,7 +146,9 @@ def train(recording: Recording) -> dict[str, Tensor]:
     latents = tokenizer.latents(recording.inputs["image"])
     kept = torch.full(t.shape, settings["eval_keep_k"])
     null = torch.full(t.shape, settings["eval_dropout_mask"])
-    predicted = tokenizer.predict(latents, noise, t, _codes(recording, tokenizer), kept, null=null).velocity
+    predicted = tokenizer.predict(
+        latents, noise, t, _codes(recording, tokenizer), kept, null=null
+    ).velocity
     return {
         "train/xt": flow.interpolate(latents, noise, t.view(-1, 1, 1, 1)),
         "train/v_pred": predicted,
@@ -192,7 +196,9 @@ def decode(recording: Recording) -> dict[str, Tensor]:
     for name in recording.outputs("decode/*_latents"):
         settings = recording.settings(name)
         how = FlowDecoding(settings["timesteps"], settings["guidance_scale"], _projection(settings))
-        latents = tokenizer.denoise(tokens, inputs["decode/init_noise"], how, lengths=inputs["decode/keep_k"])
+        latents = tokenizer.denoise(
+            tokens, inputs["decode/init_noise"], how, lengths=inputs["decode/keep_k"]
+        )
         outputs[name] = latents
         outputs[name.replace("_latents", "_image")] = tokenizer.render(latents)
     return outputs

@@ -1,9 +1,11 @@
-"""FlexTok: an image as an ordered sequence of tokens, any prefix of which decodes (arXiv 2502.13967).
+"""FlexTok: an image as an ordered sequence of tokens, any prefix of which decodes (arXiv
+2502.13967).
 
-A transformer reads the latents of a frozen VAE (or the pixels) into causal registers, which FSQ quantizes; a rectified
-flow, conditioned on the first k registers, draws the latents. Nested dropout draws k for each training image, REPA
-(arXiv 2410.06940) aligns early features of the decoder with a vision model's. Different from the official code: it has
-no trainer (the loss and what its configuration names are built here), encoding takes the mode of the VAE's posterior.
+A transformer reads the latents of a frozen VAE (or the pixels) into causal registers, which FSQ
+quantizes; a rectified flow, conditioned on the first k registers, draws the latents. Nested dropout
+draws k for each training image, REPA (arXiv 2410.06940) aligns early features of the decoder with a
+vision model's. Different from the official code: it has no trainer (the loss and what its
+configuration names are built here), encoding takes the mode of the VAE's posterior.
 """
 
 from dataclasses import replace
@@ -19,8 +21,20 @@ from tessellar.processes import flow
 from tessellar.protocol.layout import Categorical, Continuous, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
-from tessellar.tokenizers.flextok.flow_decoding import FlowDecoding, FlowTraining, Scale, flow_loss, solve
-from tessellar.tokenizers.flextok.transformer import Decoder, Encoder, Grid, TransformerSize, Velocity
+from tessellar.tokenizers.flextok.flow_decoding import (
+    FlowDecoding,
+    FlowTraining,
+    Scale,
+    flow_loss,
+    solve,
+)
+from tessellar.tokenizers.flextok.transformer import (
+    Decoder,
+    Encoder,
+    Grid,
+    TransformerSize,
+    Velocity,
+)
 from tessellar.tokenizers.flextok.vae import flextok_vae
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
@@ -33,10 +47,11 @@ LEVELS = (8, 8, 8, 5, 5, 5)
 class FlexTok(Tokenizer):
     """Square images as `num_tokens` ordered tokens, decodable from the first on.
 
-    `vae` gives the latents that the flow draws; it is frozen and part of the weights. None: the flow draws pixels.
-    `repa_dim` channels of a projection of the patches behind block `tap` are compared with `teacher`'s. `decoding` is
-    what `decode` does unless told otherwise. `table` is the side of the tables of positions (None: the grid's). Raises
-    ValueError for sizes that do not fit each other.
+    `vae` gives the latents that the flow draws; it is frozen and part of the weights. None: the
+    flow draws pixels. `repa_dim` channels of a projection of the patches behind block `tap` are
+    compared with `teacher`'s. `decoding` is what `decode` does unless told otherwise. `table` is
+    the side of the tables of positions (None: the grid's). Raises ValueError for sizes that do not
+    fit each other.
     """
 
     def __init__(
@@ -61,18 +76,33 @@ class FlexTok(Tokenizer):
         super().__init__()
         grid = _grid(vae, image_size, patch_size, table)
         if not isinstance(quantizer.kind, Categorical) or num_tokens < 1:
-            raise ValueError(f"FlexTok needs one id a token and at least 1 token, not {num_tokens} of {quantizer.kind}")
+            raise ValueError(
+                f"FlexTok needs one id a token and at least 1 token, not {num_tokens} of {quantizer.kind}"
+            )
         if teacher is not None and teacher.dim != repa_dim:
-            raise ValueError(f"repa_dim is {repa_dim}; the teacher's patches have {teacher.dim} channels")
-        self.image_size, self.num_tokens, self.grid = (image_size, image_size), num_tokens, grid
+            raise ValueError(
+                f"repa_dim is {repa_dim}; the teacher's patches have {teacher.dim} channels"
+            )
+        self.image_size = (image_size, image_size)
+        self.num_tokens = num_tokens
+        self.grid = grid
         self.layout = sequence_layout(num_tokens, quantizer.kind, min_prefix=1)
-        self.decoding, self.training_settings, self.teacher = decoding, training_settings, teacher
+        self.decoding = decoding
+        self.training_settings = training_settings
+        self.teacher = teacher
         code_dim = quantizer.in_dim
         self.vae = None if vae is None else vae.eval().requires_grad_(False)
         self.encoder = Encoder(encoder_size, grid, num_tokens, code_dim, attention)
         self.quantizer = quantizer
         self.decoder = Decoder(
-            decoder_size, grid, num_tokens, quantizer.dim, tap, null, 1000.0 / max_timestep, attention
+            decoder_size,
+            grid,
+            num_tokens,
+            quantizer.dim,
+            tap,
+            null,
+            1000.0 / max_timestep,
+            attention,
         )
         self.repa = None if repa_dim is None else _projection(decoder_size.width, repa_dim)
 
@@ -89,7 +119,9 @@ class FlexTok(Tokenizer):
 
     @torch.no_grad()
     def latents(self, images: Tensor, sample: bool = False) -> Tensor:
-        """What the flow draws, [B, C, h, w]: scaled latents of images (drawn, or the mode), or the images."""
+        """What the flow draws, [B, C, h, w]: scaled latents of images (drawn, or the mode), or the
+        images.
+        """
         self.check_images(images)
         if self.vae is None:
             return images
@@ -99,7 +131,11 @@ class FlexTok(Tokenizer):
     @torch.no_grad()
     def render(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] of what the flow drew."""
-        return latents if self.vae is None else self.vae.decode(rearrange(latents, "b c h w -> b (h w) c").contiguous())
+        return (
+            latents
+            if self.vae is None
+            else self.vae.decode(rearrange(latents, "b c h w -> b (h w) c").contiguous())
+        )
 
     def encode(self, images: Tensor, length: int | None = None) -> Tensor:
         """The first `length` tokens (None: all); the encoder computes no more than those."""
@@ -115,10 +151,12 @@ class FlexTok(Tokenizer):
         noise: Noise | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Images of the first k tokens [B, k], or of `lengths` [B] of them; image b is drawn by stream b of `noise`.
+        """Images of the first k tokens [B, k], or of `lengths` [B] of them; image b is drawn by
+        stream b of `noise`.
 
-        Without `noise` an image's stream is seeded by its first token, so that all prefixes of an image start from the
-        same noise and a batch changes nothing. `steps` and `guidance` default to `decoding`'s.
+        Without `noise` an image's stream is seeded by its first token, so that all prefixes of an
+        image start from the same noise and a batch changes nothing. `steps` and `guidance` default
+        to `decoding`'s.
         """
         self.layout.check(tokens)
         if noise is None:
@@ -158,44 +196,62 @@ class FlexTok(Tokenizer):
         """[B]; raises ValueError for a length that is not in [1, k]."""
         if lengths is None:
             return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        if lengths.shape != (len(tokens),) or bool(((lengths < 1) | (lengths > tokens.shape[1])).any()):
-            raise ValueError(f"lengths are {lengths.tolist()}; give {len(tokens)} in [1, {tokens.shape[1]}]")
+        if lengths.shape != (len(tokens),) or bool(
+            ((lengths < 1) | (lengths > tokens.shape[1])).any()
+        ):
+            raise ValueError(
+                f"lengths are {lengths.tolist()}; give {len(tokens)} in [1, {tokens.shape[1]}]"
+            )
         return lengths
 
     def predict(
-        self, latents: Tensor, noise: Tensor, t: Tensor, codes: Tensor, kept: Tensor, null: Tensor | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        codes: Tensor,
+        kept: Tensor,
+        null: Tensor | None = None,
     ) -> Velocity:
-        """Velocity at times t [B] of the path from latents to noise [B, C, h, w], given codes and what is kept."""
+        """Velocity at times t [B] of the path from latents to noise [B, C, h, w], given codes and
+        what is kept.
+        """
         noisy = flow.interpolate(latents, noise, t.view(-1, 1, 1, 1))
         return self.decoder(noisy, t, self.decoder.condition(codes, kept, null))
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """In training the losses `flow` and `repa`, already weighted.
 
-        The reconstruction is then the one-step estimate x_t - t v in pixel space. With a VAE it is not rendered (that
-        would cost more than the step) and is NaN, which a pixel loss left switched on cannot miss. In eval mode it is
-        the decoded image, as of any tokenizer.
+        The reconstruction is then the one-step estimate x_t - t v in pixel space. With a VAE it is
+        not rendered (that would cost more than the step) and is NaN, which a pixel loss left
+        switched on cannot miss. In eval mode it is the decoded image, as of any tokenizer.
         """
         if not self.training:
             tokens = self.encode(images)
             return TokenizerOutput(self.decode(tokens), tokens, {})
-        how, device = self.training_settings, images.device
+        how = self.training_settings
+        device = images.device
         latents = self.latents(images, how.sample_posterior)
         quantized = self.quantizer(self.encoder(latents))
-        t, noise = how.times.draw(len(images), device), torch.randn_like(latents)
+        t = how.times.draw(len(images), device)
+        noise = torch.randn_like(latents)
         kept = how.draw_lengths(len(images), self.num_tokens).to(device)
         null = torch.rand(len(images), device=device) < how.null
         found = self.predict(latents, noise, t, quantized.quantized, kept, null)
         losses = quantized.losses | {"flow": flow_loss(found.velocity, latents, noise).mean()}
         if self.teacher is not None and self.repa is not None and how.repa_weight:
             losses["repa"] = how.repa_weight * self.repa_distance(found.features, images).mean()
-        estimate = latents + t.view(-1, 1, 1, 1) * (noise - latents - at_least_float32(found.velocity))
+        estimate = latents + t.view(-1, 1, 1, 1) * (
+            noise - latents - at_least_float32(found.velocity)
+        )
         if self.vae is not None:
             estimate = torch.full_like(images, torch.nan)
         return TokenizerOutput(estimate, quantized.tokens, losses)
 
     def repa_distance(self, features: Tensor, images: Tensor) -> Tensor:
-        """1 - cosine similarity [B] between projected patches, resized to the teacher's grid, and the teacher's."""
+        """1 - cosine similarity [B] between projected patches, resized to the teacher's grid, and
+        the teacher's.
+        """
         assert self.teacher is not None and self.repa is not None
         side = self.grid.patches
         return cosine_distance(
@@ -208,18 +264,31 @@ def _projection(width: int, out: int) -> nn.Sequential:
     """REPA's MLP: three layers, SiLU, 4 x width inside."""
     hidden = 4 * width
     return nn.Sequential(
-        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
+        nn.Linear(width, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, out),
     )
 
 
 def _grid(vae: KLVAE | None, image_size: int, patch: int, table: int | None) -> Grid:
     """Raises ValueError unless the images, the VAE's latents and the patches fit each other."""
-    channels, side = 3, image_size
+    channels = 3
+    side = image_size
     if vae is not None:
-        kind, shape = vae.layout.segments[0].kind, vae.layout.grid
-        if vae.image_size != (image_size, image_size) or shape is None or not isinstance(kind, Continuous):
-            raise ValueError(f"the VAE gives {vae.layout} of images {vae.image_size}, not of {image_size}x{image_size}")
-        channels, side = kind.dim, shape[0]
+        kind = vae.layout.segments[0].kind
+        shape = vae.layout.grid
+        if (
+            vae.image_size != (image_size, image_size)
+            or shape is None
+            or not isinstance(kind, Continuous)
+        ):
+            raise ValueError(
+                f"the VAE gives {vae.layout} of images {vae.image_size}, not of {image_size}x{image_size}"
+            )
+        channels = kind.dim
+        side = shape[0]
     if side % patch:
         raise ValueError(f"patch_size {patch} does not divide maps of {side}x{side}")
     if table is not None and table < side // patch:
@@ -251,7 +320,9 @@ def flextok_d12_d12(
     repa_dim: int | None = None,
     teacher: Teacher | None = None,
 ) -> FlexTok:
-    """341,651,737 parameters without REPA: 85,382,406 encoder, 172,448,320 decoder, 83,821,011 VAE; 256 tokens."""
+    """341,651,737 parameters without REPA: 85,382,406 encoder, 172,448,320 decoder, 83,821,011 VAE;
+    256 tokens.
+    """
     return _published(12, 12, vae_weights, vae_scale, repa_dim, teacher)
 
 
@@ -261,7 +332,9 @@ def flextok_d18_d18(
     repa_dim: int | None = None,
     teacher: Teacher | None = None,
 ) -> FlexTok:
-    """949,734,553 parameters without REPA: 287,326,086 encoder, 578,587,456 decoder, 83,821,011 VAE; 256 tokens."""
+    """949,734,553 parameters without REPA: 287,326,086 encoder, 578,587,456 decoder, 83,821,011
+    VAE; 256 tokens.
+    """
     return _published(18, 18, vae_weights, vae_scale, repa_dim, teacher)
 
 
@@ -271,5 +344,7 @@ def flextok_d18_d28(
     repa_dim: int | None = None,
     teacher: Teacher | None = None,
 ) -> FlexTok:
-    """2,540,882,841 parameters without REPA: 287,326,086 encoder, 2,169,735,744 decoder, 83,821,011 VAE; 256 tokens."""
+    """2,540,882,841 parameters without REPA: 287,326,086 encoder, 2,169,735,744 decoder, 83,821,011
+    VAE; 256 tokens.
+    """
     return _published(18, 28, vae_weights, vae_scale, repa_dim, teacher)

@@ -1,9 +1,11 @@
-"""FlexTok's transformers (arXiv 2502.13967): an encoder onto causal registers, a flow decoder that registers condition.
+"""FlexTok's transformers (arXiv 2502.13967): an encoder onto causal registers, a flow decoder that
+registers condition.
 
-Pre-norm blocks without biases; every norm, those of queries and keys too, is without weights. Scores are scaled by
-8 / head_dim (muP), which is the usual scale at the published head_dim 64 alone. The decoder's AdaLN-Zero has one set of
-six vectors for patches and one for registers. Different from the official code: images of a batch are not packed into
-one sequence, and the rows of a modulation are ordered as in `AdaLNBlock`.
+Pre-norm blocks without biases; every norm, those of queries and keys too, is without weights.
+Scores are scaled by 8 / head_dim (muP), which is the usual scale at the published head_dim 64
+alone. The decoder's AdaLN-Zero has one set of six vectors for patches and one for registers.
+Different from the official code: images of a batch are not packed into one sequence, and the rows
+of a modulation are ordered as in `AdaLNBlock`.
 """
 
 from dataclasses import dataclass
@@ -33,12 +35,16 @@ class TransformerSize:
 
     def __post_init__(self) -> None:
         if self.width % self.head_dim or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 and of head_dim {self.head_dim}")
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 and of head_dim {self.head_dim}"
+            )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Maps [B, channels, side, side] cut into squares of `patch`; `table` is the side of the table of positions."""
+    """Maps [B, channels, side, side] cut into squares of `patch`; `table` is the side of the table
+    of positions.
+    """
 
     channels: int
     side: int
@@ -60,7 +66,13 @@ class Grid:
 
     def join(self, patches: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.patches, p=self.patch, q=self.patch)
+        return rearrange(
+            patches,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=self.patches,
+            p=self.patch,
+            q=self.patch,
+        )
 
 
 def norm(width: int) -> nn.LayerNorm:
@@ -72,13 +84,20 @@ class Attention(nn.Module):
 
     def __init__(self, size: TransformerSize, implementation: str = "auto") -> None:
         super().__init__()
-        self.head_dim, self.implementation = size.head_dim, implementation
-        self.wq, self.wk, self.wv, self.proj = (nn.Linear(size.width, size.width, bias=False) for _ in range(4))
+        self.head_dim = size.head_dim
+        self.implementation = implementation
+        self.wq, self.wk, self.wv, self.proj = (
+            nn.Linear(size.width, size.width, bias=False) for _ in range(4)
+        )
         self.head_norm = norm(size.head_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (rearrange(w(x), "b n (h d) -> b h n d", d=self.head_dim) for w in (self.wq, self.wk, self.wv))
-        q, k = self.head_norm(q).to(v.dtype), self.head_norm(k).to(v.dtype)
+        q, k, v = (
+            rearrange(w(x), "b n (h d) -> b h n d", d=self.head_dim)
+            for w in (self.wq, self.wk, self.wv)
+        )
+        q = self.head_norm(q).to(v.dtype)
+        k = self.head_norm(k).to(v.dtype)
         out = attend(q, k, v, mask, implementation=self.implementation, scale=8 / self.head_dim)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -89,7 +108,8 @@ class Block(nn.Module):
     def __init__(self, size: TransformerSize, implementation: str) -> None:
         super().__init__()
         self.norm = norm(size.width)
-        self.attention, self.mlp = Attention(size, implementation), feed_forward(size.width)
+        self.attention = Attention(size, implementation)
+        self.mlp = feed_forward(size.width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.norm(x), mask)
@@ -115,44 +135,58 @@ def feed_forward(width: int) -> SwiGLU:
 def positions_2d(side: int, width: int) -> Tensor:
     """Frozen sin-cos table [1, D, side, side]: channels sin and cos of the row, then of the column."""
     row = torch.arange(side, dtype=torch.float64)
-    angles = row[:, None] * 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = row[:, None] * 10000.0 ** (
+        -torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    )
     along = torch.cat([angles.sin(), angles.cos()], dim=1).T.float()
-    rows, columns = along[:, :, None].expand(-1, -1, side), along[:, None].expand(-1, side, -1)
+    rows = along[:, :, None].expand(-1, -1, side)
+    columns = along[:, None].expand(-1, side, -1)
     return torch.cat([rows, columns])[None]
 
 
 def prefix_mask(patches: int, registers: int) -> Tensor:
-    """Which of [patches | registers] each of them sees: all patches, and of the registers itself and earlier ones."""
+    """Which of [patches | registers] each of them sees: all patches, and of the registers itself
+    and earlier ones.
+    """
     key = torch.arange(patches + registers)
     return (key < patches) | (key <= key[:, None])
 
 
 class PatchEmbedding(nn.Module):
-    """Maps to tokens [B, n, D] with their positions; a smaller grid takes the table's top left corner."""
+    """Maps to tokens [B, n, D] with their positions; a smaller grid takes the table's top left
+    corner.
+    """
 
     def __init__(self, grid: Grid, width: int) -> None:
         super().__init__()
-        self.grid, self.proj = grid, nn.Linear(grid.patch_dim, width)
+        self.grid = grid
+        self.proj = nn.Linear(grid.patch_dim, width)
         self.table = nn.Parameter(positions_2d(grid.table, width), requires_grad=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         side = self.grid.patches
-        return self.proj(self.grid.split(maps)) + rearrange(self.table[..., :side, :side], "n d h w -> n (h w) d")
+        return self.proj(self.grid.split(maps)) + rearrange(
+            self.table[..., :side, :side], "n d h w -> n (h w) d"
+        )
 
 
 class Encoder(nn.Module):
     """Maps [B, C, h, w] to codes before quantization [B, k, code_dim] of the first k registers."""
 
-    def __init__(self, size: TransformerSize, grid: Grid, registers: int, code_dim: int, implementation: str) -> None:
+    def __init__(
+        self, size: TransformerSize, grid: Grid, registers: int, code_dim: int, implementation: str
+    ) -> None:
         super().__init__()
         self.embed = PatchEmbedding(grid, size.width)
         self.registers = nn.Parameter(torch.empty(registers, size.width))
         self.blocks = nn.ModuleList(Block(size, implementation) for _ in range(size.depth))
-        self.norm, self.head = norm(size.width), nn.Linear(size.width, code_dim)
+        self.norm = norm(size.width)
+        self.head = nn.Linear(size.width, code_dim)
         init_weights(self)
 
     def forward(self, maps: Tensor, count: int | None = None) -> Tensor:
-        patches, registers = self.embed(maps), self.registers[:count]
+        patches = self.embed(maps)
+        registers = self.registers[:count]
         x = torch.cat([patches, registers.to(patches.dtype).expand(len(maps), -1, -1)], dim=1)
         mask = prefix_mask(patches.shape[1], len(registers)).to(x.device)
         for block in self.blocks:
@@ -186,8 +220,12 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= tap < size.depth:
-            raise ValueError(f"the tapped block is {tap}; the decoder has {size.depth}, the first is 0")
-        width, self.tap, self.time_factor = size.width, tap, time_factor
+            raise ValueError(
+                f"the tapped block is {tap}; the decoder has {size.depth}, the first is 0"
+            )
+        width = size.width
+        self.tap = tap
+        self.time_factor = time_factor
         self.from_code = nn.Linear(code_dim, width)
         self.register_positions = nn.Parameter(torch.empty(registers, width))
         self.mask_token = nn.Parameter(torch.empty(width))
@@ -195,14 +233,23 @@ class Decoder(nn.Module):
         self.embed = PatchEmbedding(grid, width)
         self.time = TimeEmbedding(width, period=TIME_PERIOD)
         self.blocks = nn.ModuleList(
-            AdaLNBlock(Attention(size, implementation), feed_forward(width), norm(width), PairModulation(width))
+            AdaLNBlock(
+                Attention(size, implementation),
+                feed_forward(width),
+                norm(width),
+                PairModulation(width),
+            )
             for _ in range(size.depth)
         )
-        self.norm, self.modulation, self.head = norm(width), Modulation(width, 2), nn.Linear(width, grid.patch_dim)
+        self.norm = norm(width)
+        self.modulation = Modulation(width, 2)
+        self.head = nn.Linear(width, grid.patch_dim)
         init_weights(self)
 
     def condition(self, codes: Tensor, kept: Tensor, null: Tensor | None = None) -> Tensor:
-        """Registers [B, N, D] of codes [B, k, C]: of image b the first kept[b], then the mask token; all null if so."""
+        """Registers [B, N, D] of codes [B, k, C]: of image b the first kept[b], then the mask
+        token; all null if so.
+        """
         positions = self.register_positions
         x = self.from_code(codes.to(self.from_code.weight.dtype)) + positions[: codes.shape[1]]
         x = nn.functional.pad(x, (0, 0, 0, len(positions) - codes.shape[1]))
@@ -219,9 +266,11 @@ class Decoder(nn.Module):
 
     def forward(self, maps: Tensor, t: Tensor, registers: Tensor) -> Velocity:
         """Of noisy maps [B, C, h, w] at times [B], given what `condition` made."""
-        patches, condition = self.embed(maps), self.embed_time(t)
+        patches = self.embed(maps)
+        condition = self.embed_time(t)
         sizes = (patches.shape[1], registers.shape[1])
-        x, features = torch.cat([patches, registers.to(patches.dtype)], dim=1), patches
+        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)
+        features = patches
         for number, block in enumerate(self.blocks):
             x = block(x, condition, sizes)
             if number == self.tap:
@@ -232,7 +281,9 @@ class Decoder(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear layers Xavier-uniform with zero biases; modulations and the output head zero; vectors normal, std 0.02."""
+    """Linear layers Xavier-uniform with zero biases; modulations and the output head zero; vectors
+    normal, std 0.02.
+    """
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -1,7 +1,9 @@
-"""FlexTok's frozen VAE: Stable Diffusion's autoencoder with 16 channels at stride 8 (arXiv 2112.10752, 2403.03206).
+"""FlexTok's frozen VAE: Stable Diffusion's autoencoder with 16 channels at stride 8 (arXiv
+2112.10752, 2403.03206).
 
-The parts are those of `KLVAE`, with attention in the middle only. Weights come with an official FlexTok checkpoint, an
-export of a KLVAE trained here, or diffusers' own file; without any the VAE waits for a state dict.
+The parts are those of `KLVAE`, with attention in the middle only. Weights come with an official
+FlexTok checkpoint, an export of a KLVAE trained here, or diffusers' own file; without any the VAE
+waits for a state dict.
 """
 
 import torch
@@ -19,14 +21,24 @@ def flextok_vae(
     num_res_blocks: int = 2,
     groups: int = 32,
 ) -> KLVAE:
-    """83,653,863, 83,709,419 and 83,821,011 parameters with 4, 8 and 16 channels at the published widths.
+    """83,653,863, 83,709,419 and 83,821,011 parameters with 4, 8 and 16 channels at the published
+    widths.
 
-    `weights`: a file of diffusers' AutoencoderKL or an export of ours of the same sizes. `scale` multiplies latents
-    (None: the export's, else 1).
+    `weights`: a file of diffusers' AutoencoderKL or an export of ours of the same sizes. `scale`
+    multiplies latents (None: the export's, else 1).
     """
     quantizer = GaussianBottleneck(channels, scale=scale)
     multipliers = tuple(width // widths[0] for width in widths)
-    vae = KLVAE(quantizer, image_size, widths[0], multipliers, num_res_blocks, (), (), groups=groups)
+    vae = KLVAE(
+        quantizer,
+        image_size,
+        channels=widths[0],
+        multipliers=multipliers,
+        num_res_blocks=num_res_blocks,
+        encoder_attention=(),
+        decoder_attention=(),
+        groups=groups,
+    )
     if weights is not None and torch.get_default_device().type != "meta":
         from tessellar.tokenizers.flextok.official_vae import load_vae
 

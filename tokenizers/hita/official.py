@@ -1,6 +1,8 @@
-"""Hita's tokenizer checkpoints (arXiv 2507.02358), official keys to ours and back. (The generator: models/hita.)
+"""Hita's tokenizer checkpoints (arXiv 2507.02358), official keys to ours and back. (The generator:
+models/hita.)
 
-Checkpoints leave out the frozen vision model: an imported tokenizer decodes, and encodes once it is given one.
+Checkpoints leave out the frozen vision model: an imported tokenizer decodes, and encodes once it is
+given one.
 """
 
 from collections.abc import Mapping
@@ -17,14 +19,17 @@ from tessellar.tokenizers.llamagen.official import cnn_keys, decoder_multipliers
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 BACKBONE = "encode_transformer.backbone."
-_ENCODER, _DECODER = "encode_transformer", "decode_transformer"
+_ENCODER = "encode_transformer"
+_DECODER = "decode_transformer"
 _GLU = {"ffnet.w12.{tensor}": "mlp.fc1.{tensor}", "ffnet.w3.{tensor}": "mlp.fc2.{tensor}"}
 _FULL = {f"attn1.to_{x}.{{tensor}}": f"attention.{x}.{{tensor}}" for x in "qkv"} | {
     "attn1.to_out.0.{tensor}": "attention.out.{tensor}",
     **_GLU,
     "{norm}.{tensor}": "{norm}.{tensor}",
 }
-_CAUSAL = {f"attn1.{x}_proj.{{tensor}}": f"attention.{x}.{{tensor}}" for x in ("q", "k", "v", "out")} | {
+_CAUSAL = {
+    f"attn1.{x}_proj.{{tensor}}": f"attention.{x}.{{tensor}}" for x in ("q", "k", "v", "out")
+} | {
     **_GLU,
     "{norm}.{tensor}": "{norm}.{tensor}",
 }
@@ -72,7 +77,9 @@ def from_official(
     quantizer_options: Mapping[str, Any] | None = None,
     where: str = "the Hita checkpoint",
 ) -> Hita:
-    """A tokenizer of the sizes that the weights show; heads and the shift of the read-out are not among them."""
+    """A tokenizer of the sizes that the weights show; heads and the shift of the read-out are not
+    among them.
+    """
     OFFICIAL.check(state)
     ours = KEYS.from_official(state, where)
     cnn = cnn_sizes(ours, "cnn_encoder.levels.{i}.res.{j}", len(ours["cnn_encoder.conv_in.weight"]))
@@ -82,17 +89,17 @@ def from_official(
     made = Hita(
         VectorQuantizer(holistic_size, holistic_dim, **options),
         VectorQuantizer(patch_size, patch_dim, **options),
-        vision,
-        image_size,
-        cnn.channels,
-        cnn.multipliers,
-        cnn.blocks,
-        ours["encoder.queries"].shape[2],
-        count(ours, r"encoder\.mixing\.(\d+)\."),
-        num_heads,
-        _mlp_dim(ours["encoder.mixing.0.mlp.fc2.weight"].shape[1]),
-        ours["encoder.queries"].shape[1],
-        shift,
+        vision=vision,
+        image_size=image_size,
+        channels=cnn.channels,
+        multipliers=cnn.multipliers,
+        num_res_blocks=cnn.blocks,
+        width=ours["encoder.queries"].shape[2],
+        depth=count(ours, r"encoder\.mixing\.(\d+)\."),
+        num_heads=num_heads,
+        mlp_dim=_mlp_dim(ours["encoder.mixing.0.mlp.fc2.weight"].shape[1]),
+        holistic=ours["encoder.queries"].shape[1],
+        shift=shift,
         vision_dim=ours["encoder.project.0.weight"].shape[1],
         vision_loss=1.0 if "decoder.mask_token" in ours else 0.0,
         decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn),
@@ -110,11 +117,18 @@ def to_official(tokenizer: Hita) -> dict[str, Tensor]:
     return OFFICIAL.to_official(tokenizer)
 
 
-def vision_from_official(state: Mapping[str, Tensor], **options: int | float | bool | str) -> HitaVision:
-    """The vision model of keys `encode_transformer.backbone.pretrained_encoder.*`, converted by timm."""
+def vision_from_official(
+    state: Mapping[str, Tensor], **options: int | float | bool | str
+) -> HitaVision:
+    """The vision model of keys `encode_transformer.backbone.pretrained_encoder.*`, converted by
+    timm.
+    """
     made = HitaVision("vit_large_patch14_reg4_dinov2", image_size=224, options=options)
     prefix = f"{BACKBONE}pretrained_encoder."
-    made.fill({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}, "the backbone")
+    made.fill(
+        {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)},
+        "the backbone",
+    )
     return made
 
 
@@ -128,6 +142,12 @@ OFFICIAL = TokenizerImporter(
     entries=("ema", "model"),  # the official scripts load the average
     keys=KEYS,
     # The frozen vision model is published on its own.
-    own=("quantizer.step", "quantizer.counts", "holistic_quantizer.step", "holistic_quantizer.counts", "vision.*"),
+    own=(
+        "quantizer.step",
+        "quantizer.counts",
+        "holistic_quantizer.step",
+        "holistic_quantizer.counts",
+        "vision.*",
+    ),
     build=_build,
 )

@@ -1,6 +1,7 @@
 """Replays of Hita's tokenizer (cases `tok_*` of recordings of system `hita`).
 
-Features of the vision model are an input; where its weights are recorded they are computed as well and must agree.
+Features of the vision model are an input; where its weights are recorded they are computed as well
+and must agree.
 """
 
 import torch
@@ -43,7 +44,9 @@ def recorded_tokenizer(recording: Recording) -> Hita:
     found = (made.holistic, config["image_size"] // made.layout.segments[1].shape[0])
     expected = (transformers["n_carrier"], transformers["patch_size"])
     if found != expected:
-        raise UserError(f"the weights have {found[0]} holistic tokens at stride {found[1]}, the config {expected}")
+        raise UserError(
+            f"the weights have {found[0]} holistic tokens at stride {found[1]}, the config {expected}"
+        )
     return made
 
 
@@ -56,7 +59,9 @@ def _vision(recording: Recording) -> HitaVision:
 @replays("hita", "tok_shared", "tok_prep")
 @torch.no_grad()
 def preparation(recording: Recording) -> dict[str, Tensor]:
-    """Images as the vision model sees them, every few rows and columns: the recorded ones and a computed wave."""
+    """Images as the vision model sees them, every few rows and columns: the recorded ones and a
+    computed wave.
+    """
     vision = _vision(recording)
     settings = recording.settings("prep336_out_stride7")
     stride = settings["stride"]
@@ -130,10 +135,14 @@ def losses(recording: Recording) -> dict[str, Tensor]:
     _, latents = made.latents(images, vision)
     patch = made.quantizer(latents).losses
     loss = TokenizerLoss(
-        Reconstruction(l1=0.0, l2=2 * config["rec_weight"]),  # the official "l2" adds the squared error twice
+        Reconstruction(
+            l1=0.0, l2=2 * config["rec_weight"]
+        ),  # the official "l2" adds the squared error twice
         Fixed(inputs["lpips_value"]),
         perceptual_weight=config["perceptual_weight"],
-        discriminator=FixedDiscriminator(images, inputs["disc_logits_real"], inputs["disc_logits_fake"]),
+        discriminator=FixedDiscriminator(
+            images, inputs["disc_logits_real"], inputs["disc_logits_fake"]
+        ),
         adversarial_weight=config["disc_weight"],
         adversarial_start=config["disc_start"],
         adversarial_kind="non_saturating",  # softplus(-logits)

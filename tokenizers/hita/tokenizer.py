@@ -1,9 +1,11 @@
-"""Hita: holistic tokens first, then a grid of patch tokens, each with a codebook of its own (arXiv 2507.02358).
+"""Hita: holistic tokens first, then a grid of patch tokens, each with a codebook of its own (arXiv
+2507.02358).
 
-Learned queries read CNN patches and the features of a frozen vision model; both parts are then made causal, so that a
-generator can follow their order. A causal fusion transformer whose output is read `shift` positions early paints the
-first patches from holistic tokens alone. `vision_loss` is the later release (Hita-U), which also predicts the vision
-model's patches from the holistic tokens. Different from the official code: restarts of unused codes are possible.
+Learned queries read CNN patches and the features of a frozen vision model; both parts are then made
+causal, so that a generator can follow their order. A causal fusion transformer whose output is read
+`shift` positions early paints the first patches from holistic tokens alone. `vision_loss` is the
+later release (Hita-U), which also predicts the vision model's patches from the holistic tokens.
+Different from the official code: restarts of unused codes are possible.
 """
 
 from math import sqrt
@@ -32,7 +34,9 @@ def learned(*shape: int) -> nn.Parameter:
 
 
 class HolisticEncoder(nn.Module):
-    """Patches [B, N, C] and vision features [B, V, Dv] to holistic vectors [B, S, C] and patches, causally ordered."""
+    """Patches [B, N, C] and vision features [B, V, Dv] to holistic vectors [B, S, C] and patches,
+    causally ordered.
+    """
 
     def __init__(
         self,
@@ -46,12 +50,14 @@ class HolisticEncoder(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.queries, self.positions = learned(holistic, width), learned(length, width)
+        self.queries = learned(holistic, width)
+        self.positions = learned(length, width)
         self.project = nn.Sequential(
             nn.Linear(vision_dim, width, bias=False), nn.LayerNorm(width), nn.ReLU(),
             nn.Linear(width, width, bias=False), nn.LayerNorm(width),
         )  # fmt: skip
-        self.norm_mixing, self.norm_ordering = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_mixing = nn.LayerNorm(width)
+        self.norm_ordering = nn.LayerNorm(width)
         self.mixing = nn.ModuleList(
             GatedBlock(width, num_heads, hidden, bias=False, dropout=dropout) for _ in range(depth)
         )
@@ -74,9 +80,11 @@ class HolisticEncoder(nn.Module):
 
 
 class FusionDecoder(nn.Module):
-    """Holistic vectors [B, S, C] and patches [B, N, C] to the N vectors that the CNN paints, read `shift` early.
+    """Holistic vectors [B, S, C] and patches [B, N, C] to the N vectors that the CNN paints, read
+    `shift` early.
 
-    Where `vision_dim` is given, `predict_vision` predicts that many channels of the vision model's patches.
+    Where `vision_dim` is given, `predict_vision` predicts that many channels of the vision model's
+    patches.
     """
 
     def __init__(
@@ -84,8 +92,10 @@ class FusionDecoder(nn.Module):
         dropout: float, vision_dim: int | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.grid, self.shift = grid, shift
-        self.positions, self.holistic_positions = learned(grid[0] * grid[1], width), learned(holistic, width)
+        self.grid = grid
+        self.shift = shift
+        self.positions = learned(grid[0] * grid[1], width)
+        self.holistic_positions = learned(holistic, width)
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             GatedBlock(width, num_heads, hidden, attention_dropout=dropout) for _ in range(depth)
@@ -105,10 +115,17 @@ class FusionDecoder(nn.Module):
         return x[:, first : first + patches.shape[1]]
 
     def predict_vision(self, holistic: Tensor, side: int) -> Tensor:
-        """Features [B, side^2, Dv]: mask tokens see everything, holistic ones only each other, causally."""
-        assert self.mask_token is not None and self.norm_vision is not None and self.to_vision is not None
+        """Features [B, side^2, Dv]: mask tokens see everything, holistic ones only each other,
+        causally.
+        """
+        assert (
+            self.mask_token is not None
+            and self.norm_vision is not None
+            and self.to_vision is not None
+        )
         masks = (self.mask_token + self._positions(side)).expand(len(holistic), -1, -1)
-        x, count = self.norm_vision(torch.cat([holistic, masks], 1)), holistic.shape[1]
+        x = self.norm_vision(torch.cat([holistic, masks], 1))
+        count = holistic.shape[1]
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
         mask[:count] = mask[:count].tril()
         mask[:count, count:] = False
@@ -117,19 +134,25 @@ class FusionDecoder(nn.Module):
         return self.to_vision(x[:, count:])
 
     def _positions(self, side: int) -> Tensor:
-        """The table on a grid of `side`; the official factor (side + 0.1) / h decides where it is sampled."""
+        """The table on a grid of `side`; the official factor (side + 0.1) / h decides where it is
+        sampled.
+        """
         if self.grid == (side, side):
             return self.positions
         maps = rearrange(self.positions, "b (h w) c -> b c h w", h=self.grid[0])
         factors = [(side + 0.1) / length for length in self.grid]
-        return rearrange(F.interpolate(maps, scale_factor=factors, mode="bicubic"), "b c h w -> b (h w) c")
+        return rearrange(
+            F.interpolate(maps, scale_factor=factors, mode="bicubic"), "b c h w -> b (h w) c"
+        )
 
 
 class Hita(Tokenizer):
-    """Square images of `image_size` to `holistic` tokens and a grid of patches, the latter at the CNN's stride.
+    """Square images of `image_size` to `holistic` tokens and a grid of patches, the latter at the
+    CNN's stride.
 
-    `vision` is part of the encoder; without it (an imported checkpoint, which has none) only decoding works. Raises
-    UserError for a shift that reaches before the first token, or a size that the stride does not divide.
+    `vision` is part of the encoder; without it (an imported checkpoint, which has none) only
+    decoding works. Raises UserError for a shift that reaches before the first token, or a size that
+    the stride does not divide.
     """
 
     def __init__(
@@ -157,9 +180,13 @@ class Hita(Tokenizer):
         if image_size % stride:
             raise UserError(f"the stride {stride} does not divide image_size {image_size}")
         if not 0 <= shift <= holistic:
-            raise UserError(f"shift is {shift}; it must be in [0, {holistic}], the number of holistic tokens")
-        self.image_size, side = (image_size, image_size), image_size // stride
-        self.holistic, self.vision_loss = holistic, vision_loss
+            raise UserError(
+                f"shift is {shift}; it must be in [0, {holistic}], the number of holistic tokens"
+            )
+        self.image_size = (image_size, image_size)
+        side = image_size // stride
+        self.holistic = holistic
+        self.vision_loss = vision_loss
         self.layout = Layout(
             (
                 Segment((holistic,), holistic_quantizer.kind, "holistic"),
@@ -168,15 +195,35 @@ class Hita(Tokenizer):
         )
         vision_dim = vision.dim if vision else vision_dim
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, width)
-        self.cnn_encoder, self.cnn_decoder = Encoder(sizes), Decoder(sizes.decoding(decoder_multipliers))
+        self.cnn_encoder = Encoder(sizes)
+        self.cnn_decoder = Decoder(sizes.decoding(decoder_multipliers))
         hidden = packed_hidden(mlp_dim)
-        self.encoder = HolisticEncoder(side**2, holistic, width, vision_dim, depth, num_heads, hidden, dropout)
+        self.encoder = HolisticEncoder(
+            side**2,
+            holistic,
+            width=width,
+            vision_dim=vision_dim,
+            depth=depth,
+            num_heads=num_heads,
+            hidden=hidden,
+            dropout=dropout,
+        )
         self.decoder = FusionDecoder(
-            (side, side), holistic, width, shift, depth, num_heads, hidden, dropout, vision_dim if vision_loss else None
+            (side, side),
+            holistic,
+            width=width,
+            shift=shift,
+            depth=depth,
+            num_heads=num_heads,
+            hidden=hidden,
+            dropout=dropout,
+            vision_dim=vision_dim if vision_loss else None,
         )
         self.vision = vision
-        self.holistic_quantizer, self.quantizer = holistic_quantizer, quantizer
-        self.to_code, self.from_code = nn.Conv2d(width, quantizer.in_dim, 1), nn.Conv2d(quantizer.dim, width, 1)
+        self.holistic_quantizer = holistic_quantizer
+        self.quantizer = quantizer
+        self.to_code = nn.Conv2d(width, quantizer.in_dim, 1)
+        self.from_code = nn.Conv2d(quantizer.dim, width, 1)
         self.to_holistic_code = nn.Linear(width, holistic_quantizer.in_dim)
         self.from_holistic_code = nn.Linear(holistic_quantizer.dim, width)
 
@@ -193,21 +240,28 @@ class Hita(Tokenizer):
         return self.vision.sequence(images)
 
     def latents(self, images: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors before quantization, holistic [B, S, C1] and patches [B, N, C2], from vision features [B, V, Dv]."""
+        """Vectors before quantization, holistic [B, S, C1] and patches [B, N, C2], from vision
+        features [B, V, Dv].
+        """
         maps = self.cnn_encoder(images)
         holistic, patches = self.encoder(rearrange(maps, "b c h w -> b (h w) c"), vision)
         maps = rearrange(patches, "b (h w) c -> b c h w", h=maps.shape[2]).contiguous()
-        return self.to_holistic_code(holistic), rearrange(self.to_code(maps), "b c h w -> b (h w) c")
+        return self.to_holistic_code(holistic), rearrange(
+            self.to_code(maps), "b c h w -> b (h w) c"
+        )
 
     def render(self, holistic: Tensor, patches: Tensor) -> Tensor:
         """Images of code vectors, holistic [B, S, C1] and patches [B, N, C2]."""
         fused = self.fuse(holistic, patches)
         side = self.layout.segments[1].shape[0]
-        return at_least_float32(self.cnn_decoder(rearrange(fused, "b (h w) c -> b c h w", h=side).contiguous()))
+        return at_least_float32(
+            self.cnn_decoder(rearrange(fused, "b (h w) c -> b c h w", h=side).contiguous())
+        )
 
     def fuse(self, holistic: Tensor, patches: Tensor) -> Tensor:
         """What the CNN paints, [B, N, width], of code vectors."""
-        side, weight = self.layout.segments[1].shape[0], self.from_code.weight
+        side = self.layout.segments[1].shape[0]
+        weight = self.from_code.weight
         maps = rearrange(patches.to(weight.dtype), "b (h w) c -> b c h w", h=side).contiguous()
         patches = rearrange(self.from_code(maps), "b c h w -> b (h w) c")
         return self.decoder(self.from_holistic_code(holistic.to(weight.dtype)), patches)
@@ -215,15 +269,20 @@ class Hita(Tokenizer):
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
         holistic, patches = self.latents(images, self.read_vision(images))
-        return torch.cat([self.holistic_quantizer.encode(holistic), self.quantizer.encode(patches)], 1)
+        return torch.cat(
+            [self.holistic_quantizer.encode(holistic), self.quantizer.encode(patches)], 1
+        )
 
     def decode(self, tokens: Tensor) -> Tensor:
         self.layout.check(tokens)
-        holistic, patches = tokens[:, : self.holistic], tokens[:, self.holistic :]
+        holistic = tokens[:, : self.holistic]
+        patches = tokens[:, self.holistic :]
         return self.render(self.holistic_quantizer.decode(holistic), self.quantizer.decode(patches))
 
     def swap_holistic(self, tokens: Tensor, donor: Tensor) -> Tensor:
-        """Images with the patches of `tokens` and the holistic tokens of `donor` (section 4.4's style transfer)."""
+        """Images with the patches of `tokens` and the holistic tokens of `donor` (section 4.4's
+        style transfer).
+        """
         return self.decode(torch.cat([donor[:, : self.holistic], tokens[:, self.holistic :]], 1))
 
     def forward(self, images: Tensor) -> TokenizerOutput:
@@ -238,20 +297,27 @@ class Hita(Tokenizer):
         if self.vision_loss:
             predicted = self.predict_vision(parts[0].quantized)
             losses["vision"] = (
-                self.vision_loss * cosine_distance(predicted, vision[:, -predicted.shape[1] :], eps=1e-6).mean()
+                self.vision_loss
+                * cosine_distance(predicted, vision[:, -predicted.shape[1] :], eps=1e-6).mean()
             )
         reconstruction = self.render(parts[0].quantized, parts[1].quantized)
-        return TokenizerOutput(reconstruction, torch.cat([part.tokens for part in parts], 1), losses)
+        return TokenizerOutput(
+            reconstruction, torch.cat([part.tokens for part in parts], 1), losses
+        )
 
     def predict_vision(self, holistic: Tensor) -> Tensor:
         """Patches of the vision model [B, n, Dv] from holistic code vectors [B, S, C1] (Hita-U)."""
         side = self.vision.grid[0] if self.vision else 16
-        return self.decoder.predict_vision(self.from_holistic_code(holistic.to(self.from_code.weight.dtype)), side)
+        return self.decoder.predict_vision(
+            self.from_holistic_code(holistic.to(self.from_code.weight.dtype)), side
+        )
 
 
 def _summed(*parts: QuantizerOutput) -> dict[str, Tensor]:
     """Losses of both quantizers, added name by name."""
-    return {name: torch.stack([part.losses[name] for part in parts]).sum() for name in parts[0].losses}
+    return {
+        name: torch.stack([part.losses[name] for part in parts]).sum() for name in parts[0].losses
+    }
 
 
 def _published(vision: HitaVision | None, vision_loss: float, image_size: int) -> Hita:

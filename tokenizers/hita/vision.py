@@ -1,7 +1,8 @@
-"""The vision model as Hita reads it: images blurred and resized its own way, class token and patches in one sequence.
+"""The vision model as Hita reads it: images blurred and resized its own way, class token and
+patches in one sequence.
 
-Hita (arXiv 2507.02358) shrinks images with kornia's anti-aliasing (a Gaussian whose width follows the factor), bicubic
-with aligned corners, clamped. Register tokens are dropped.
+Hita (arXiv 2507.02358) shrinks images with kornia's anti-aliasing (a Gaussian whose width follows
+the factor), bicubic with aligned corners, clamped. Register tokens are dropped.
 """
 
 import torch
@@ -32,7 +33,9 @@ class HitaVision(VisionModel):
 
 
 def blurred(images: Tensor, factor: float) -> Tensor:
-    """Gaussian blur against aliasing when shrinking by `factor`, reflected at the border; nothing for factor <= 1."""
+    """Gaussian blur against aliasing when shrinking by `factor`, reflected at the border; nothing
+    for factor <= 1.
+    """
     if factor <= 1:
         return images
     sigma = max((factor - 1) / 2, 0.001)

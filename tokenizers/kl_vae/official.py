@@ -23,7 +23,9 @@ OWN = ("quantizer.scale", "quantizer.moments", "quantizer.passes")
 
 
 def keys(levels: int) -> KeyTable:
-    """The table of a VAE of that many levels: the official decoder numbers them from the finest, ours runs them."""
+    """The table of a VAE of that many levels: the official decoder numbers them from the finest,
+    ours runs them.
+    """
     pairs: dict[str, str] = {}
     for side, group in (("encoder", "down"), ("decoder", "up")):
         for theirs, ours in _level_pairs(side, group, levels):
@@ -43,21 +45,36 @@ def _level_pairs(side: str, group: str, levels: int) -> list[tuple[str, str]]:
     found = []
     for level in range(levels):
         own = f"{side}.levels.{level if group == 'down' else levels - 1 - level}"
-        found += [(f"{side}.{group}.{level}.block.{{i}}.{a}", f"{own}.res.{{i}}.{b}") for a, b in _BLOCK.items()]
-        found += [(f"{side}.{group}.{level}.attn.{{i}}.{a}", f"{own}.attn.{{i}}.{b}") for a, b in _ATTENTION.items()]
-        found.append((f"{side}.{group}.{level}.{resample}.conv.{{tensor}}", f"{own}.resample.conv.{{tensor}}"))
+        found += [
+            (f"{side}.{group}.{level}.block.{{i}}.{a}", f"{own}.res.{{i}}.{b}")
+            for a, b in _BLOCK.items()
+        ]
+        found += [
+            (f"{side}.{group}.{level}.attn.{{i}}.{a}", f"{own}.attn.{{i}}.{b}")
+            for a, b in _ATTENTION.items()
+        ]
+        found.append(
+            (
+                f"{side}.{group}.{level}.{resample}.conv.{{tensor}}",
+                f"{own}.resample.conv.{{tensor}}",
+            )
+        )
     return found
 
 
 def from_official(
     state: Mapping[str, Tensor], image_size: int | tuple[int, int] = 256, scale: float = KL16_SCALE
 ) -> KLVAE:
-    """Our VAE with the sizes that the weights show, filled with them; `scale` as published, for no file says it."""
+    """Our VAE with the sizes that the weights show, filled with them; `scale` as published, for no
+    file says it.
+    """
     OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
     dim = state["post_quant_conv.weight"].shape[0]
     if len(state["quant_conv.weight"]) != 2 * dim:
-        raise UserError("these are the weights of an autoencoder with use_variational=False; only True is supported")
+        raise UserError(
+            "these are the weights of an autoencoder with use_variational=False; only True is supported"
+        )
     made = KLVAE(
         GaussianBottleneck(dim, scale=scale),
         image_size,

@@ -44,11 +44,18 @@ def replay(recording: Recording) -> dict[str, Tensor]:
 def _check(recording: Recording, vae: KLVAE) -> None:
     """Raises UserError where the config names attention at other levels than the weights have."""
     config = recording.config["vae"]
-    supported = {"double_z": True, "use_variational": True, "resamp_with_conv": True, "use_linear_attn": False}
+    supported = {
+        "double_z": True,
+        "use_variational": True,
+        "resamp_with_conv": True,
+        "use_linear_attn": False,
+    }
     check_options(config, "the config's vae", (*SIZES, *ATTENTION), supported)
     finest_first = (vae.encoder.levels, vae.decoder.levels[::-1])
     for name, levels in zip(ATTENTION, finest_first, strict=True):
         found = [number for number, level in enumerate(levels) if len(level.attn)]  # type: ignore[arg-type]
         sides = [config["resolution"] // 2**number for number in found]
         if sorted(sides) != sorted(config[name]):
-            raise UserError(f"the config's vae: {name} is {config[name]}; the weights attend at {sides}")
+            raise UserError(
+                f"the config's vae: {name} is {config[name]}; the weights attend at {sides}"
+            )

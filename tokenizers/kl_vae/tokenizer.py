@@ -1,8 +1,10 @@
-"""KL VAE: MAR's continuous tokenizer, an LDM autoencoder with 16 channels at stride 16 (arXiv 2406.11838, 2112.10752).
+"""KL VAE: MAR's continuous tokenizer, an LDM autoencoder with 16 channels at stride 16 (arXiv
+2406.11838, 2112.10752).
 
-xAR, MAR and TokenBridge generate its latents. The encoder attends at its coarsest level, the decoder in the middle only
-(LDM's own kl-f16 differs). Different from the official code: a trainer exists (it has none), attention is placed by
-level instead of by a nominal resolution, and the latent scale lives with the weights.
+xAR, MAR and TokenBridge generate its latents. The encoder attends at its coarsest level, the
+decoder in the middle only (LDM's own kl-f16 differs). Different from the official code: a trainer
+exists (it has none), attention is placed by level instead of by a nominal resolution, and the
+latent scale lives with the weights.
 """
 
 import torch
@@ -19,10 +21,12 @@ KL16_SCALE = 0.2325  # 1 / standard deviation of kl16.ckpt's sampled latents ove
 
 
 class KLVAE(Tokenizer):
-    """Images of `image_size` (one side, or height and width) to a grid of latents, `quantizer.dim` channels each.
+    """Images of `image_size` (one side, or height and width) to a grid of latents, `quantizer.dim`
+    channels each.
 
-    `encoder_attention` and `decoder_attention` are the levels with attention after each block (0 the finest; None: the
-    encoder's coarsest). Raises ValueError where the stride does not divide the image size.
+    `encoder_attention` and `decoder_attention` are the levels with attention after each block (0
+    the finest; None: the encoder's coarsest). Raises ValueError where the stride does not divide
+    the image size.
     """
 
     def __init__(
@@ -43,7 +47,9 @@ class KLVAE(Tokenizer):
         if height % self.stride or width % self.stride:
             raise ValueError(f"the stride {self.stride} does not divide image_size {image_size}")
         self.image_size = (height, width)
-        self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind, "latents")
+        self.layout = grid_layout(
+            height // self.stride, width // self.stride, quantizer.kind, "latents"
+        )
         shared = (channels, tuple(multipliers), num_res_blocks)
         self.encoder = Encoder(Sizes(*shared, quantizer.in_dim, dropout, groups), encoder_attention)
         self.decoder = Decoder(Sizes(*shared, quantizer.dim, dropout, groups), decoder_attention)
@@ -63,7 +69,9 @@ class KLVAE(Tokenizer):
     def render(self, latents: Tensor) -> Tensor:
         """Images of unscaled latents [B, N, C]."""
         height = self.image_size[0] // self.stride
-        latents = rearrange(latents.to(self.post_quant_conv.weight.dtype), "b (h w) c -> b c h w", h=height)
+        latents = rearrange(
+            latents.to(self.post_quant_conv.weight.dtype), "b (h w) c -> b c h w", h=height
+        )
         return at_least_float32(self.decoder(self.post_quant_conv(latents.contiguous())))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -82,9 +90,17 @@ class KLVAE(Tokenizer):
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         bottleneck = self.quantizer(self.latents(images))
-        return TokenizerOutput(self.render(bottleneck.quantized), bottleneck.tokens, bottleneck.losses)
+        return TokenizerOutput(
+            self.render(bottleneck.quantized), bottleneck.tokens, bottleneck.losses
+        )
 
 
-def kl16(image_size: int | tuple[int, int] = 256, kl_weight: float = 1e-6 / 48, scale: float | None = None) -> KLVAE:
-    """66,456,019 parameters; 16 x 16 latents of 16 channels at 256 pixels. LDM's KL weight of sums is 1e-6."""
+def kl16(
+    image_size: int | tuple[int, int] = 256,
+    kl_weight: float = 1e-6 / 48,
+    scale: float | None = None,
+) -> KLVAE:
+    """66,456,019 parameters; 16 x 16 latents of 16 channels at 256 pixels. LDM's KL weight of sums
+    is 1e-6.
+    """
     return KLVAE(GaussianBottleneck(16, kl_weight, scale), image_size)

@@ -30,7 +30,9 @@ _SIDE = {
 
 
 def cnn_keys(side: str, own: str | None = None) -> dict[str, str]:
-    """The table of `encoder` or `decoder` (our name: `own`); the way back must tell `downsample` from `upsample`."""
+    """The table of `encoder` or `decoder` (our name: `own`); the way back must tell `downsample`
+    from `upsample`.
+    """
     other = "upsample" if side == "encoder" else "downsample"
     return {
         theirs.replace("{side}", side): ours.replace("{side}", own or side)
@@ -51,7 +53,9 @@ KEYS = table(
 )
 
 
-def load_official(tokenizer: LlamaGenVQ, state: Mapping[str, Tensor], where: str = "the checkpoint") -> LlamaGenVQ:
+def load_official(
+    tokenizer: LlamaGenVQ, state: Mapping[str, Tensor], where: str = "the checkpoint"
+) -> LlamaGenVQ:
     """Official weights into a tokenizer of the same sizes, strictly."""
     return OFFICIAL.fill(tokenizer, state, where)
 
@@ -92,8 +96,12 @@ OFFICIAL = TokenizerImporter(
 )
 
 
-def decoder_multipliers(state: Mapping[str, Tensor], block: str, encoder: CNNSizes) -> tuple[int, ...] | None:
-    """Multipliers of a decoder that numbers its levels from the coarsest; None where they are the encoder's."""
+def decoder_multipliers(
+    state: Mapping[str, Tensor], block: str, encoder: CNNSizes
+) -> tuple[int, ...] | None:
+    """Multipliers of a decoder that numbers its levels from the coarsest; None where they are the
+    encoder's.
+    """
     found = cnn_sizes(state, block, encoder.channels).multipliers[::-1]
     return None if found == encoder.multipliers else found
 
@@ -102,12 +110,21 @@ READ = (
     "codebook_size codebook_embed_dim codebook_l2_norm commit_loss_beta entropy_loss_ratio ch ch_mult encoder_ch_mult "
     "decoder_ch_mult num_res_blocks z_channels dropout_p codebook_show_usage"
 ).split()
-SUPPORTED = {"norm": "GroupNorm(32, eps=1e-6)", "norm_type": "group", "in_channels": 3, "out_channels": 3}
+SUPPORTED = {
+    "norm": "GroupNorm(32, eps=1e-6)",
+    "norm_type": "group",
+    "in_channels": 3,
+    "out_channels": 3,
+}
 SUPPORTED |= {"resamp_with_conv": True}
 
 
-def tokenizer_from_config(config: Mapping[str, Any], image_size: int | tuple[int, int]) -> LlamaGenVQ:
-    """An untrained tokenizer of the official options; raises UserError for those that are not supported."""
+def tokenizer_from_config(
+    config: Mapping[str, Any], image_size: int | tuple[int, int]
+) -> LlamaGenVQ:
+    """An untrained tokenizer of the official options; raises UserError for those that are not
+    supported.
+    """
     check_options(config, "the LlamaGen VQ tokenizer", READ, SUPPORTED)
     multipliers = config.get("ch_mult", (1, 1, 2, 2, 4))
     quantizer = VectorQuantizer(
@@ -120,12 +137,12 @@ def tokenizer_from_config(config: Mapping[str, Any], image_size: int | tuple[int
     return LlamaGenVQ(
         quantizer,
         image_size,
-        config.get("ch", 128),
-        tuple(config.get("encoder_ch_mult", multipliers)),
-        config.get("num_res_blocks", 2),
-        config["z_channels"],
-        config.get("dropout_p", 0.0),
-        tuple(config.get("decoder_ch_mult", multipliers)),
+        channels=config.get("ch", 128),
+        multipliers=tuple(config.get("encoder_ch_mult", multipliers)),
+        num_res_blocks=config.get("num_res_blocks", 2),
+        z_channels=config["z_channels"],
+        dropout=config.get("dropout_p", 0.0),
+        decoder_multipliers=tuple(config.get("decoder_ch_mult", multipliers)),
     )
 
 

@@ -1,4 +1,6 @@
-"""Replays of the official LlamaGen tokenizer, discriminator and losses (recordings of system `llamagen`)."""
+"""Replays of the official LlamaGen tokenizer, discriminator and losses (recordings of system
+`llamagen`).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,11 @@ from tessellar.parity.forms import as_map
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed, gradient_norm
-from tessellar.tokenizers.llamagen.official import discriminator_from_official, load_official, tokenizer_from_config
+from tessellar.tokenizers.llamagen.official import (
+    discriminator_from_official,
+    load_official,
+    tokenizer_from_config,
+)
 from tessellar.tokenizers.llamagen.tokenizer import LlamaGenVQ
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
@@ -61,7 +67,10 @@ def without_normalisation(recording: Recording) -> dict[str, Tensor]:
     tokenizer = _tokenizer(recording, codebook_l2_norm=options["codebook_l2_norm"])
     tokens = tokenizer.encode(recording.inputs["vq/images"])
     height = tokenizer.image_size[0] // tokenizer.stride
-    return {"vq/no_l2/indices": tokens, "vq/no_l2/quant": as_map(tokenizer.quantizer.decode(tokens), height)}
+    return {
+        "vq/no_l2/indices": tokens,
+        "vq/no_l2/quant": as_map(tokenizer.quantizer.decode(tokens), height),
+    }
 
 
 @replays("llamagen", "shared", "vq_train")
@@ -90,7 +99,9 @@ def discriminator(recording: Recording) -> dict[str, Tensor]:
 
 
 class OfficialLoss(TokenizerLoss):
-    """With `non_saturating` as the official code has it: target and logit swapped, so that one half is constant."""
+    """With `non_saturating` as the official code has it: target and logit swapped, so that one half
+    is constant.
+    """
 
     def adversarial(self, fake: Tensor) -> Tensor:
         if self.adversarial_kind == "hinge":
@@ -127,8 +138,8 @@ def loss_from_config(
 class _Update:
     """The update at which the tensor `name` was recorded, from the stored weights.
 
-    In float64: the entropy term's temperature of 0.01 amplifies rounding, so that float32 gradients differ between
-    machines and numbers of threads by as much as the tolerance.
+    In float64: the entropy term's temperature of 0.01 amplifies rounding, so that float32 gradients
+    differ between machines and numbers of threads by as much as the tolerance.
     """
 
     def __init__(self, recording: Recording, name: str) -> None:
@@ -139,14 +150,22 @@ class _Update:
         discriminator = _discriminator(recording).train().double()
         perceptual = Fixed(recording.inputs["vq/train/perceptual"].double())
         adaptive = settings["disc_adaptive_weight"]
-        self.loss = loss_from_config(recording.config["loss"], discriminator, perceptual, adaptive=adaptive)
+        self.loss = loss_from_config(
+            recording.config["loss"], discriminator, perceptual, adaptive=adaptive
+        )
         self.output = self.tokenizer(self.images)
-        self.terms = self.loss.generator_loss(self.images, self.output, self.step, self.tokenizer.last_layer)
+        self.terms = self.loss.generator_loss(
+            self.images, self.output, self.step, self.tokenizer.last_layer
+        )
 
     def discriminator_loss(self, stored: PatchGAN) -> Tensor:
-        """With batch statistics of its own: the stored discriminator takes the place of the one that was run."""
+        """With batch statistics of its own: the stored discriminator takes the place of the one
+        that was run.
+        """
         self.loss.discriminator = stored.train().double()
-        return self.loss.discriminator_loss(self.images, self.output.reconstruction, self.step).total
+        return self.loss.discriminator_loss(
+            self.images, self.output.reconstruction, self.step
+        ).total
 
 
 @replays("llamagen", "shared", "loss_plain")
@@ -185,6 +204,9 @@ def adaptive_losses(recording: Recording) -> dict[str, Tensor]:
     outputs = {}
     for name in recording.names("output", {"loss_adaptive"}):
         terms = _Update(recording, name).terms
-        values = {"weight": terms.terms.get("adaptive_weight"), "gen_adv": terms.terms.get("adversarial")}
+        values = {
+            "weight": terms.terms.get("adaptive_weight"),
+            "gen_adv": terms.terms.get("adversarial"),
+        }
         outputs[name] = values.get(name.rpartition("/")[2], terms.total)
     return outputs

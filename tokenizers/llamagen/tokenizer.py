@@ -1,8 +1,9 @@
-"""LlamaGen's image tokenizer: taming's VQGAN with a small, l2-normalised codebook (arXiv 2406.06525, section 2.1).
+"""LlamaGen's image tokenizer: taming's VQGAN with a small, l2-normalised codebook (arXiv
+2406.06525, section 2.1).
 
-Convolutional encoder and decoder (arXiv 2012.09841), attention only at the coarsest level, downsampling padded at the
-right and bottom only. Different from the official code: no queue of recent codes (usage is a callback's business), and
-codes can be restarted.
+Convolutional encoder and decoder (arXiv 2012.09841), attention only at the coarsest level,
+downsampling padded at the right and bottom only. Different from the official code: no queue of
+recent codes (usage is a callback's business), and codes can be restarted.
 """
 
 from einops import rearrange
@@ -17,9 +18,11 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
 class LlamaGenVQ(Tokenizer):
-    """VQGAN over images of `image_size` (one side, or height and width); convolutional, so any multiple of the stride.
+    """VQGAN over images of `image_size` (one side, or height and width); convolutional, so any
+    multiple of the stride.
 
-    `decoder_multipliers` None: those of the encoder. Raises ValueError where the stride does not divide the image size.
+    `decoder_multipliers` None: those of the encoder. Raises ValueError where the stride does not
+    divide the image size.
     """
 
     def __init__(
@@ -41,7 +44,8 @@ class LlamaGenVQ(Tokenizer):
         self.image_size = (height, width)
         self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
-        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes.decoding(decoder_multipliers))
+        self.encoder = Encoder(sizes)
+        self.decoder = Decoder(sizes.decoding(decoder_multipliers))
         self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
@@ -57,7 +61,9 @@ class LlamaGenVQ(Tokenizer):
     def render(self, vectors: Tensor) -> Tensor:
         """Images of code vectors [B, h, w, C]."""
         vectors = vectors.to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(rearrange(vectors, "b h w c -> b c h w").contiguous()))
+        return self.decoder(
+            self.post_quant_conv(rearrange(vectors, "b h w c -> b c h w").contiguous())
+        )
 
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
@@ -73,14 +79,22 @@ class LlamaGenVQ(Tokenizer):
         self.check_images(images)
         quantized = self.quantizer(self.latents(images))
         reconstruction = self.render(quantized.quantized)
-        return TokenizerOutput(at_least_float32(reconstruction), quantized.tokens.flatten(1), quantized.losses)
+        return TokenizerOutput(
+            at_least_float32(reconstruction), quantized.tokens.flatten(1), quantized.losses
+        )
 
 
-def vq_16(image_size: int | tuple[int, int] = 256, vocab_size: int = 16384, code_dim: int = 8) -> LlamaGenVQ:
+def vq_16(
+    image_size: int | tuple[int, int] = 256, vocab_size: int = 16384, code_dim: int = 8
+) -> LlamaGenVQ:
     """71,883,403 parameters; 16 x 16 tokens at 256 pixels."""
-    return LlamaGenVQ(VectorQuantizer(vocab_size, code_dim), image_size, multipliers=(1, 1, 2, 2, 4))
+    return LlamaGenVQ(
+        VectorQuantizer(vocab_size, code_dim), image_size, multipliers=(1, 1, 2, 2, 4)
+    )
 
 
-def vq_8(image_size: int | tuple[int, int] = 256, vocab_size: int = 16384, code_dim: int = 8) -> LlamaGenVQ:
+def vq_8(
+    image_size: int | tuple[int, int] = 256, vocab_size: int = 16384, code_dim: int = 8
+) -> LlamaGenVQ:
     """70,109,835 parameters; 32 x 32 tokens at 256 pixels."""
     return LlamaGenVQ(VectorQuantizer(vocab_size, code_dim), image_size, multipliers=(1, 2, 2, 4))

@@ -1,6 +1,8 @@
-"""Adversarial losses: hinge, non-saturating and vanilla; the adaptive weight of VQGAN (arXiv 2012.09841, equation 7).
+"""Adversarial losses: hinge, non-saturating and vanilla; the adaptive weight of VQGAN (arXiv
+2012.09841, equation 7).
 
-The official LlamaGen code swaps the arguments of its non-saturating losses; these have them the right way round.
+The official LlamaGen code swaps the arguments of its non-saturating losses; these have them the
+right way round.
 """
 
 from dataclasses import dataclass
@@ -23,12 +25,15 @@ def generator_adversarial(fake: Tensor, kind: Kind = "hinge") -> Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def discriminator_adversarial(real: Tensor, fake: Tensor, kind: DiscriminatorKind = "hinge") -> Tensor:
+def discriminator_adversarial(
+    real: Tensor, fake: Tensor, kind: DiscriminatorKind = "hinge"
+) -> Tensor:
     """What the discriminator minimises, of its logits on real and generated images.
 
     `vanilla` is `non_saturating` halved, as in taming-transformers.
     """
-    real, fake = at_least_float32(real), at_least_float32(fake)
+    real = at_least_float32(real)
+    fake = at_least_float32(fake)
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     total = F.softplus(-real).mean() + F.softplus(fake).mean()
@@ -43,9 +48,11 @@ def adaptive_weight(
     highest: float = 1e4,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + eps), within [lowest, highest].
+    """Ratio of the two losses' gradient norms at the last layer, |rec| / (|adv| + eps), within
+    [lowest, highest].
 
-    In several processes the gradients are those of the global batch, so that all of them take the same weight.
+    In several processes the gradients are those of the global batch, so that all of them take the
+    same weight.
     """
     rec, adv = (
         distributed.mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
@@ -56,11 +63,12 @@ def adaptive_weight(
 
 @dataclass(frozen=True)
 class AdaptiveWeight:
-    """Bounds of the adaptive weight, and `eps` beside the adversarial gradient's norm. The defaults are VQGAN's.
+    """Bounds of the adaptive weight, and `eps` beside the adversarial gradient's norm. The defaults
+    are VQGAN's.
 
-    `summed`: the bounds are those of a reconstruction loss that is summed over an image's values, as LDM's
-    (arXiv 2112.10752). Ours is a mean, of which both the weight and its bounds are that many times smaller. Raises
-    ValueError for bounds that are negative or crossed.
+    `summed`: the bounds are those of a reconstruction loss that is summed over an image's values,
+    as LDM's (arXiv 2112.10752). Ours is a mean, of which both the weight and its bounds are that
+    many times smaller. Raises ValueError for bounds that are negative or crossed.
     """
 
     lowest: float = 0.0
@@ -75,7 +83,9 @@ class AdaptiveWeight:
                 "least 0 and in order, eps above 0"
             )
 
-    def __call__(self, reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, values: int) -> Tensor:
+    def __call__(
+        self, reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, values: int
+    ) -> Tensor:
         """The weight for a mean reconstruction loss of images of so many values."""
         scale = values if self.summed else 1
         bounds = (self.lowest / scale, self.highest / scale)

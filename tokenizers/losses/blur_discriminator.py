@@ -1,7 +1,8 @@
-"""TiTok's discriminator (arXiv 2406.07550): blurred downsampling, group norm, logits on a fixed grid.
+"""TiTok's discriminator (arXiv 2406.07550): blurred downsampling, group norm, logits on a fixed
+grid.
 
-From MaskBit (arXiv 2409.16211) by way of TiTok's repository. Takes images in [-1, 1] and shows [0, 1] to its layers, as
-the published training did.
+From MaskBit (arXiv 2409.16211) by way of TiTok's repository. Takes images in [-1, 1] and shows [0,
+1] to its layers, as the published training did.
 """
 
 import torch
@@ -29,10 +30,16 @@ class Blur(nn.Module):
 
 
 class BlurDiscriminator(Configured, nn.Module):
-    """Images [B, 3, H, W] to logits [B, 1, pool, pool], whatever the size. 1,909,889 parameters at the defaults."""
+    """Images [B, 3, H, W] to logits [B, 1, pool, pool], whatever the size. 1,909,889 parameters at
+    the defaults.
+    """
 
     def __init__(
-        self, channels: int = 128, stages: int = 3, pool: int = 16, kernel: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
+        self,
+        channels: int = 128,
+        stages: int = 3,
+        pool: int = 16,
+        kernel: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0),
     ) -> None:
         super().__init__()
         self.pool = pool
@@ -40,12 +47,17 @@ class BlurDiscriminator(Configured, nn.Module):
         widths = [channels, *(channels * 2**stage for stage in range(stages))]
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(before, width, 3, padding=1), Blur(kernel), nn.GroupNorm(32, width), nn.LeakyReLU(0.1)
+                nn.Conv2d(before, width, 3, padding=1),
+                Blur(kernel),
+                nn.GroupNorm(32, width),
+                nn.LeakyReLU(0.1),
             )
             for before, width in zip(widths, widths[1:], strict=False)
         )
         last = widths[-1]
-        self.to_logits = nn.Sequential(nn.Conv2d(last, last, 1), nn.LeakyReLU(0.1), nn.Conv2d(last, 1, 5, padding=2))
+        self.to_logits = nn.Sequential(
+            nn.Conv2d(last, last, 1), nn.LeakyReLU(0.1), nn.Conv2d(last, 1, 5, padding=2)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.first(((images + 1) / 2).contiguous())

@@ -1,7 +1,9 @@
-"""VAR's discriminator: small heads on the layers of a frozen DINO network (StyleGAN-T, arXiv 2301.09515).
+"""VAR's discriminator: small heads on the layers of a frozen DINO network (StyleGAN-T, arXiv
+2301.09515).
 
-Used by VAR's tokenizer (arXiv 2404.02905), Hita-U and ResTok. The published network is DINO's ViT-S/16, in timm
-`vit_small_patch16_224.dino`; its GELU is exact there and approximated by a tanh in VAR's code.
+Used by VAR's tokenizer (arXiv 2404.02905), Hita-U and ResTok. The published network is DINO's
+ViT-S/16, in timm `vit_small_patch16_224.dino`; its GELU is exact there and approximated by a tanh
+in VAR's code.
 """
 
 import math
@@ -21,15 +23,18 @@ from tessellar.tokenizers.losses.diff_augment import DiffAugment
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm of [B, C, L] over groups of at most `virtual_batch` images, without running statistics.
+    """Batch norm of [B, C, L] over groups of at most `virtual_batch` images, without running
+    statistics.
 
     A batch that is no multiple of it falls into the smallest number of equal groups.
     """
 
     def __init__(self, channels: int, virtual_batch: int = 8, eps: float = 1e-6) -> None:
         super().__init__()
-        self.virtual_batch, self.eps = virtual_batch, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.virtual_batch = virtual_batch
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         groups = math.ceil(len(x) / self.virtual_batch)
@@ -46,7 +51,8 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, kernel: int, virtual_batch: int) -> None:
         super().__init__()
-        self.first, self.second = _block(channels, 1, virtual_batch), _block(channels, kernel, virtual_batch)
+        self.first = _block(channels, 1, virtual_batch)
+        self.second = _block(channels, kernel, virtual_batch)
         self.to_logits = spectral_norm(nn.Conv1d(channels, 1, 1), eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,13 +61,15 @@ class Head(nn.Module):
 
 
 class DinoDiscriminator(Configured, nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] to logits [B, (layers + 1) * L] of the L patches of the embedding and each layer.
+    """Images [B, 3, H, W] in [-1, 1] to logits [B, (layers + 1) * L] of the L patches of the
+    embedding and each layer.
 
-    `vision` is a vision transformer with a class token, which is added to its patches; it is no part of checkpoints.
-    `layers` are its blocks, from 0. Images larger than its input are cropped at a random place with probability
-    `crop`, otherwise averaged down; smaller ones are enlarged. `augment` acts on all that is shown, also while the
-    tokenizer trains. 5 heads of kernel 9 on ViT-S/16 have 7,386,245 parameters. Raises UserError for a network without
-    blocks or a class token, and for layers that it does not have.
+    `vision` is a vision transformer with a class token, which is added to its patches; it is no
+    part of checkpoints. `layers` are its blocks, from 0. Images larger than its input are cropped
+    at a random place with probability `crop`, otherwise averaged down; smaller ones are enlarged.
+    `augment` acts on all that is shown, also while the tokenizer trains. 5 heads of kernel 9 on
+    ViT-S/16 have 7,386,245 parameters. Raises UserError for a network without blocks or a class
+    token, and for layers that it does not have.
     """
 
     def __init__(
@@ -80,31 +88,47 @@ class DinoDiscriminator(Configured, nn.Module):
                 f"{vision.model.name} is no vision transformer with a class token, as this discriminator needs"
             )
         if not layers or not all(0 <= layer < len(network.blocks) for layer in layers):
-            raise UserError(f"{vision.model.name} has blocks 0 to {len(network.blocks) - 1}; layers is {list(layers)}")
-        self.vision, self.layers, self.crop, self.augment = vision, tuple(sorted(layers)), crop, augment
-        self.heads = nn.ModuleList(Head(network.embed_dim, kernel, virtual_batch) for _ in range(len(self.layers) + 1))
+            raise UserError(
+                f"{vision.model.name} has blocks 0 to {len(network.blocks) - 1}; layers is {list(layers)}"
+            )
+        self.vision = vision
+        self.layers = tuple(sorted(layers))
+        self.crop = crop
+        self.augment = augment
+        self.heads = nn.ModuleList(
+            Head(network.embed_dim, kernel, virtual_batch) for _ in range(len(self.layers) + 1)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         if self.augment is not None:
             images = self.augment(images)
         found = self._features(self._sized(images))
-        return torch.cat([head(features) for head, features in zip(self.heads, found, strict=True)], dim=1)
+        return torch.cat(
+            [head(features) for head, features in zip(self.heads, found, strict=True)], dim=1
+        )
 
     def _sized(self, images: Tensor) -> Tensor:
         """At the network's size."""
         (height, width), (rows, columns) = self.vision.model.input_size, images.shape[-2:]
         if rows > height and columns > width and torch.rand((), device="cpu") < self.crop:
-            top, left = (int(torch.randint(0, n + 1, (), device="cpu")) for n in (rows - height, columns - width))
+            top, left = (
+                int(torch.randint(0, n + 1, (), device="cpu"))
+                for n in (rows - height, columns - width)
+            )
             return images[..., top : top + height, left : left + width]
         if (rows, columns) == (height, width):
             return images
         return F.interpolate(images, (height, width), mode="area" if rows > height else "bicubic")
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Patches plus the class token [B, C, L], before the blocks and after those of `layers`; gradients pass."""
+        """Patches plus the class token [B, C, L], before the blocks and after those of `layers`;
+        gradients pass.
+        """
         self.vision.model.check_filled()
         network: Any = self.vision.model.network
-        x = network.norm_pre(network._pos_embed(network.patch_embed(self.vision.model.preprocess(images))))
+        x = network.norm_pre(
+            network._pos_embed(network.patch_embed(self.vision.model.preprocess(images)))
+        )
         states = [x]
         for index, block in enumerate(network.blocks[: self.layers[-1] + 1]):
             x = block(x)
@@ -116,4 +140,6 @@ class DinoDiscriminator(Configured, nn.Module):
 
 def _block(channels: int, kernel: int, virtual_batch: int) -> nn.Sequential:
     conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
-    return nn.Sequential(spectral_norm(conv, eps=1e-12), LocalBatchNorm(channels, virtual_batch), nn.LeakyReLU(0.2))
+    return nn.Sequential(
+        spectral_norm(conv, eps=1e-12), LocalBatchNorm(channels, virtual_batch), nn.LeakyReLU(0.2)
+    )

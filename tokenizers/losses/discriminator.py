@@ -10,15 +10,22 @@ from tessellar.protocol.configured import Configured
 
 
 class PatchGAN(Configured, nn.Module):
-    """Images [B, 3, H, W] to logits [B, 1, h, w]; `depth` strided stages. 2,765,633 parameters at the defaults."""
+    """Images [B, 3, H, W] to logits [B, 1, h, w]; `depth` strided stages. 2,765,633 parameters at
+    the defaults.
+    """
 
     def __init__(self, channels: int = 64, depth: int = 3, in_channels: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         previous = channels
         for stage in range(1, depth + 1):
-            width, stride = channels * min(2**stage, 8), 2 if stage < depth else 1
-            layers += [nn.Conv2d(previous, width, 4, stride, 1, bias=False), BatchNorm2d(width), nn.LeakyReLU(0.2)]
+            width = channels * min(2**stage, 8)
+            stride = 2 if stage < depth else 1
+            layers += [
+                nn.Conv2d(previous, width, 4, stride, 1, bias=False),
+                BatchNorm2d(width),
+                nn.LeakyReLU(0.2),
+            ]
             previous = width
         layers.append(nn.Conv2d(previous, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)

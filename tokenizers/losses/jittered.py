@@ -1,4 +1,5 @@
-"""A perceptual distance of pictures that are shifted and scaled together: no place is looked at in one way only.
+"""A perceptual distance of pictures that are shifted and scaled together: no place is looked at in
+one way only.
 
 From ResTok's training (arXiv 2601.03955).
 """
@@ -11,15 +12,17 @@ from tessellar.errors import UserError
 
 
 class Jittered(nn.Module):
-    """`distance` (images, reconstruction) after both are padded by `pad` pixels of their edges, cut alike by up to as
-    many on each side, and brought back to their size. Raises UserError for a negative `pad`.
+    """`distance` (images, reconstruction) after both are padded by `pad` pixels of their edges, cut
+    alike by up to as many on each side, and brought back to their size. Raises UserError for a
+    negative `pad`.
     """
 
     def __init__(self, distance: nn.Module, pad: int = 15) -> None:
         super().__init__()
         if pad < 0:
             raise UserError(f"pad is {pad}; it counts pixels, at least 0")
-        self.distance, self.pad = distance, pad
+        self.distance = distance
+        self.pad = pad
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         size = images.shape[-2:]

@@ -1,6 +1,8 @@
-"""TiTok's perceptual loss (arXiv 2406.07550): distance of a ConvNeXt-S classifier's logits, alone or beside LPIPS.
+"""TiTok's perceptual loss (arXiv 2406.07550): distance of a ConvNeXt-S classifier's logits, alone
+or beside LPIPS.
 
-torchvision's network and its ImageNet weights (convnext_small, IMAGENET1K_V1) from a path. Always in eval mode.
+torchvision's network and its ImageNet weights (convnext_small, IMAGENET1K_V1) from a path. Always
+in eval mode.
 """
 
 from pathlib import Path
@@ -16,20 +18,24 @@ from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.tensor_files import read_pickle, read_safetensors
 
 SIZE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 class LogitDistance(ExactTables):
     """Mean squared difference of logits, [B], of images [B, 3, H, W] in [-1, 1].
 
-    `weights` is a path to torchvision's ConvNeXt-S (.pth or .safetensors). Raises UserError where it is missing.
+    `weights` is a path to torchvision's ConvNeXt-S (.pth or .safetensors). Raises UserError where
+    it is missing.
     """
 
     def __init__(self, weights: str) -> None:
         super().__init__()
         path = Path(weights)
         if not path.is_file():
-            raise UserError(f"the perceptual loss needs torchvision's ConvNeXt-S weights; there is no file {path}")
+            raise UserError(
+                f"the perceptual loss needs torchvision's ConvNeXt-S weights; there is no file {path}"
+            )
         self.network = classifier()
         state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
         load_strict(self.network, state, weights)
@@ -45,7 +51,9 @@ class LogitDistance(ExactTables):
 
     def logits(self, images: Tensor) -> Tensor:
         """Scores of the classes, [B, 1000]."""
-        images = F.interpolate(at_least_float32(images), (SIZE, SIZE), mode="bilinear", antialias=True)
+        images = F.interpolate(
+            at_least_float32(images), (SIZE, SIZE), mode="bilinear", antialias=True
+        )
         normalised = ((images + 1) / 2 - self.mean) / self.std
         return at_least_float32(self.network(normalised.to(images.dtype)))
 
@@ -56,16 +64,24 @@ class LogitDistance(ExactTables):
 
 
 class WeightedDistances(nn.Module):
-    """Sum of perceptual distances times their weights, [B]; raises UserError where the numbers of both differ."""
+    """Sum of perceptual distances times their weights, [B]; raises UserError where the numbers of
+    both differ.
+    """
 
     def __init__(self, distances: list[nn.Module], weights: list[float]) -> None:
         super().__init__()
         if len(distances) != len(weights) or not distances:
-            raise UserError(f"there are {len(distances)} distances and {len(weights)} weights; give one weight each")
-        self.distances, self.weights = nn.ModuleList(distances), list(weights)
+            raise UserError(
+                f"there are {len(distances)} distances and {len(weights)} weights; give one weight each"
+            )
+        self.distances = nn.ModuleList(distances)
+        self.weights = list(weights)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        found = [w * d(images, reconstruction).flatten() for w, d in zip(self.weights, self.distances, strict=True)]
+        found = [
+            w * d(images, reconstruction).flatten()
+            for w, d in zip(self.weights, self.distances, strict=True)
+        ]
         return torch.stack(found).sum(0)
 
 

@@ -1,8 +1,9 @@
-"""LPIPS (arXiv 1801.03924): distance of VGG-16 features, as a frozen loss whose weights are injected.
+"""LPIPS (arXiv 1801.03924): distance of VGG-16 features, as a frozen loss whose weights are
+injected.
 
-The VGG-16 weights (ImageNet classification, torchvision's `vgg16`) come from a path; the small linear heads ship with
-torchmetrics. Always in eval mode: the official LlamaGen training leaves dropout on the feature differences switched on,
-which is not copied.
+The VGG-16 weights (ImageNet classification, torchvision's `vgg16`) come from a path; the small
+linear heads ship with torchmetrics. Always in eval mode: the official LlamaGen training leaves
+dropout on the feature differences switched on, which is not copied.
 """
 
 from importlib.util import find_spec
@@ -19,11 +20,14 @@ from tessellar.tensor_files import read_pickle, read_safetensors
 
 CHANNELS = (64, 128, 256, 512, 512)
 LAYERS = (2, 2, 3, 3, 3)  # convolutions before each read-out
-MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # for inputs in [-1, 1]
+MEAN = (-0.030, -0.088, -0.188)
+STD = (0.458, 0.448, 0.450)  # for inputs in [-1, 1]
 
 
 class VGGFeatures(nn.Module):
-    """VGG-16's convolutions; features after relu1_2, 2_2, 3_3, 4_3, 5_3. Keys as torchvision's `features`."""
+    """VGG-16's convolutions; features after relu1_2, 2_2, 3_3, 4_3, 5_3. Keys as torchvision's
+    `features`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +54,8 @@ class VGGFeatures(nn.Module):
 class LPIPS(ExactTables):
     """Distance [B] of images [B, 3, H, W] in [-1, 1].
 
-    `vgg` is a path to torchvision's VGG-16 weights (.pth or .safetensors); `heads` to LPIPS's linear heads, by default
-    the ones inside torchmetrics. Raises UserError where a file is missing.
+    `vgg` is a path to torchvision's VGG-16 weights (.pth or .safetensors); `heads` to LPIPS's
+    linear heads, by default the ones inside torchmetrics. Raises UserError where a file is missing.
     """
 
     def __init__(self, vgg: str, heads: str | None = None) -> None:
@@ -73,7 +77,9 @@ class LPIPS(ExactTables):
             )
         state = {k: v for k, v in _read(vgg).items() if k.startswith("features.")}
         load_strict(self.backbone, state, str(vgg))
-        lines = {f"{k.split('.')[0].removeprefix('lin')}.weight": v for k, v in _read(heads).items()}
+        lines = {
+            f"{k.split('.')[0].removeprefix('lin')}.weight": v for k, v in _read(heads).items()
+        }
         load_strict(self.heads, lines, str(heads))
 
     def train(self, mode: bool = True) -> "LPIPS":
@@ -81,8 +87,12 @@ class LPIPS(ExactTables):
         return super().train(False)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        ours, theirs = (self.backbone(((x - self.mean) / self.std).to(x.dtype)) for x in (images, reconstruction))
-        # Products, not convolutions: under autocast the features may be bfloat16, their distance is not.
+        ours, theirs = (
+            self.backbone(((x - self.mean) / self.std).to(x.dtype))
+            for x in (images, reconstruction)
+        )
+        # Products, not convolutions: under autocast the features may be bfloat16, their distance is
+        # not.
         distances = [
             ((_unit(a) - _unit(b)).square() * weight[0]).sum(1).mean(dim=(1, 2))
             for a, b, weight in zip(ours, theirs, self.heads.parameters(), strict=True)
@@ -100,5 +110,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _bundled_heads() -> Path:
     spec = find_spec("torchmetrics")
-    assert spec is not None and spec.origin is not None, "torchmetrics is a dependency of this package"
+    assert spec is not None and spec.origin is not None, (
+        "torchmetrics is a dependency of this package"
+    )
     return Path(spec.origin).parent / "functional/image/lpips_models/vgg.pth"

@@ -11,7 +11,9 @@ from tessellar.layers.precision import at_least_float32
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Weights of the pixel losses; each is a mean over all elements of images [B, 3, H, W] in [-1, 1]."""
+    """Weights of the pixel losses; each is a mean over all elements of images [B, 3, H, W] in [-1,
+    1].
+    """
 
     l1: float = 0.0
     l2: float = 1.0
@@ -19,7 +21,8 @@ class Reconstruction:
 
     def __call__(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Named losses, not weighted; those of weight 0 are left out."""
-        images, reconstruction = at_least_float32(images), at_least_float32(reconstruction)
+        images = at_least_float32(images)
+        reconstruction = at_least_float32(reconstruction)
         error = reconstruction - images
         terms = {}
         if self.l1:

@@ -1,7 +1,8 @@
-"""The loss of tokenizer training: pixels, LPIPS, a discriminator, and whatever the tokenizer itself names.
+"""The loss of tokenizer training: pixels, LPIPS, a discriminator, and whatever the tokenizer itself
+names.
 
-total = reconstruction + perceptual + w(step) * adaptive * adversarial + auxiliary losses (VQGAN, arXiv 2012.09841;
-LlamaGen, arXiv 2406.06525: w = 0.5 from step 20,000, no adaptive weight).
+total = reconstruction + perceptual + w(step) * adaptive * adversarial + auxiliary losses (VQGAN,
+arXiv 2012.09841; LlamaGen, arXiv 2406.06525: w = 0.5 from step 20,000, no adaptive weight).
 """
 
 import math
@@ -37,8 +38,9 @@ class LossTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class Onset:
-    """How the adversarial part comes in, in updates from its start: the tokenizer's weight rises linearly over
-    `warmup`, and what the discriminator sees is blurred less and less over `blur` (StyleGAN-XL, arXiv 2202.00273).
+    """How the adversarial part comes in, in updates from its start: the tokenizer's weight rises
+    linearly over `warmup`, and what the discriminator sees is blurred less and less over `blur`
+    (StyleGAN-XL, arXiv 2202.00273).
     """
 
     warmup: int = 0
@@ -61,14 +63,16 @@ class Onset:
 class TokenizerLoss(nn.Module):
     """Weighted losses of both sides.
 
-    `perceptual` is any module giving distances [B] or [B, 1, 1, 1] of (images, reconstruction); `discriminator` gives
-    logits of images, `lecam` regularises it. `discriminator_weight` weighs the discriminator's own loss: None is the
-    adversarial weight, as in LlamaGen's and Hita's training; 1 in TiTok's and ResTok's. `adaptive` scales the
-    adversarial weight by gradients (True: with VQGAN's bounds). `consistency` weighs the mean squared difference of the
-    logits of two augmentations of the same images (bCR, arXiv 2002.04724), beside the discriminator's own loss. With
-    `autocast` the networks of the loss run in the run's precision, as in LlamaGen's training; without, in float32, as
-    in TiTok's and ResTok's. A second, shorter reconstruction adds its own pixel and perceptual losses. Raises UserError
-    for a negative start step and for a consistency of a discriminator that augments nothing.
+    `perceptual` is any module giving distances [B] or [B, 1, 1, 1] of (images, reconstruction);
+    `discriminator` gives logits of images, `lecam` regularises it. `discriminator_weight` weighs
+    the discriminator's own loss: None is the adversarial weight, as in LlamaGen's and Hita's
+    training; 1 in TiTok's and ResTok's. `adaptive` scales the adversarial weight by gradients
+    (True: with VQGAN's bounds). `consistency` weighs the mean squared difference of the logits of
+    two augmentations of the same images (bCR, arXiv 2002.04724), beside the discriminator's own
+    loss. With `autocast` the networks of the loss run in the run's precision, as in LlamaGen's
+    training; without, in float32, as in TiTok's and ResTok's. A second, shorter reconstruction adds
+    its own pixel and perceptual losses. Raises UserError for a negative start step and for a
+    consistency of a discriminator that augments nothing.
     """
 
     def __init__(
@@ -92,13 +96,23 @@ class TokenizerLoss(nn.Module):
         if adversarial_start < 0:
             raise UserError(f"adversarial_start is {adversarial_start}; it is a step, at least 0")
         if consistency and getattr(discriminator, "augment", None) is None:
-            raise UserError("consistency compares two augmentations: give it a discriminator with `augment`, or 0")
-        self.reconstruction, self.perceptual, self.perceptual_weight = reconstruction, perceptual, perceptual_weight
-        self.discriminator, self.adversarial_weight = discriminator, adversarial_weight
-        self.adversarial_start, self.lecam, self.onset = adversarial_start, lecam, onset
+            raise UserError(
+                "consistency compares two augmentations: give it a discriminator with `augment`, or 0"
+            )
+        self.reconstruction = reconstruction
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
+        self.discriminator = discriminator
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+        self.lecam = lecam
+        self.onset = onset
         self.adaptive = AdaptiveWeight() if adaptive is True else adaptive or None
-        self.discriminator_weight = adversarial_weight if discriminator_weight is None else discriminator_weight
-        self.consistency, self.autocast = consistency, autocast
+        self.discriminator_weight = (
+            adversarial_weight if discriminator_weight is None else discriminator_weight
+        )
+        self.consistency = consistency
+        self.autocast = autocast
         self.adversarial_kind: Kind = adversarial_kind
         self.discriminator_kind: DiscriminatorKind = discriminator_kind
 
@@ -119,7 +133,9 @@ class TokenizerLoss(nn.Module):
         """The discriminator's loss, of its logits on images and on reconstructions."""
         return discriminator_adversarial(real, fake, self.discriminator_kind)
 
-    def generator_loss(self, images: Tensor, output: TokenizerOutput, step: int, last_layer: Tensor) -> LossTerms:
+    def generator_loss(
+        self, images: Tensor, output: TokenizerOutput, step: int, last_layer: Tensor
+    ) -> LossTerms:
         """Loss of the tokenizer at update `step`."""
         with self._precision(images):
             nll, terms = self._likeness(images, output.reconstruction)
@@ -130,14 +146,18 @@ class TokenizerLoss(nn.Module):
             total = nll
             if self.adversarial_active(step):
                 found = self._adversarial_terms(output.reconstruction, step, nll, last_layer)
-                total = total + self.weight_at(step) * found["adaptive_weight"] * found["adversarial"]
+                total = (
+                    total + self.weight_at(step) * found["adaptive_weight"] * found["adversarial"]
+                )
                 terms |= found
         for name, value in output.losses.items():
             terms[name] = value
             total = total + value
         return LossTerms(total, terms)
 
-    def _adversarial_terms(self, fake: Tensor, step: int, nll: Tensor, last_layer: Tensor) -> dict[str, Tensor]:
+    def _adversarial_terms(
+        self, fake: Tensor, step: int, nll: Tensor, last_layer: Tensor
+    ) -> dict[str, Tensor]:
         assert self.discriminator is not None
         with frozen(self.discriminator):
             adversarial = self.adversarial(self.discriminator(self._shown(fake, step)))
@@ -161,7 +181,11 @@ class TokenizerLoss(nn.Module):
     def _nothing_drawn(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a training pass without an image; raises UserError where a loss would need one."""
         pixels = self.reconstruction.l1 or self.reconstruction.l2 or self.reconstruction.gradient
-        if pixels or (self.perceptual is not None and self.perceptual_weight) or self.discriminator is not None:
+        if (
+            pixels
+            or (self.perceptual is not None and self.perceptual_weight)
+            or self.discriminator is not None
+        ):
             raise UserError(
                 "this tokenizer draws no image in training (TiTok's first stage): set the pixel losses to 0 "
                 "(`reconstruction: {l2: 0.0}`), and give no perceptual loss and no discriminator"
@@ -181,10 +205,14 @@ class TokenizerLoss(nn.Module):
                 loss = loss + terms["lecam"]
             if self.consistency:
                 again = [self.discriminator(at_least_float32(shown)) for shown in (images, fakes)]
-                terms["consistency"] = self.consistency * F.mse_loss(torch.stack(again), torch.stack([real, fake]))
+                terms["consistency"] = self.consistency * F.mse_loss(
+                    torch.stack(again), torch.stack([real, fake])
+                )
                 loss = loss + terms["consistency"]
         terms["discriminator"] = loss
-        return LossTerms((self.discriminator_weight if self.adversarial_active(step) else 0.0) * loss, terms)
+        return LossTerms(
+            (self.discriminator_weight if self.adversarial_active(step) else 0.0) * loss, terms
+        )
 
     def _shown(self, images: Tensor, step: int) -> Tensor:
         """What the discriminator is given of images, before its own augmentation."""
@@ -195,7 +223,9 @@ class TokenizerLoss(nn.Module):
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Images convolved with 2^-(x / sigma)^2 along both sides; as they are where that is narrower than a pixel."""
+    """Images convolved with 2^-(x / sigma)^2 along both sides; as they are where that is narrower
+    than a pixel.
+    """
     radius = math.floor(3 * sigma)
     if radius < 1:
         return images

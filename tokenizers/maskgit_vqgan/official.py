@@ -1,4 +1,5 @@
-"""The MaskGIT-VQGAN (arXiv 2202.04200) as TiTok publishes it, `maskgit-vqgan-imagenet-f16-256.bin`: keys to and fro.
+"""The MaskGIT-VQGAN (arXiv 2202.04200) as TiTok publishes it, `maskgit-vqgan-imagenet-f16-256.bin`:
+keys to and fro.
 
 Sizes are read from the tensors' shapes.
 """

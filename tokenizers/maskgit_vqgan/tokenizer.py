@@ -1,4 +1,5 @@
-"""MaskGIT-VQGAN: the convolutional tokenizer whose codes TiTok's first stage predicts and RAR generates.
+"""MaskGIT-VQGAN: the convolutional tokenizer whose codes TiTok's first stage predicts and RAR
+generates.
 
 16 x 16 tokens of 1,024 codes at 256 pixels (MaskGIT, arXiv 2202.04200; as TiTok's repository ports it, arXiv
 2406.07550). No attention, no biases inside blocks, average pooling; where channels change, a block adds a 1x1
@@ -28,7 +29,8 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1, self.norm2 = group_norm(channels), group_norm(out_channels)
+        self.norm1 = group_norm(channels)
+        self.norm2 = group_norm(out_channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -43,7 +45,9 @@ class Block(nn.Module):
 
 def _blocks(channels: int, out_channels: int, sizes: Sizes) -> nn.Sequential:
     widths = [channels] + [out_channels] * sizes.num_res_blocks
-    return nn.Sequential(*(Block(a, b, sizes.dropout) for a, b in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(
+        *(Block(a, b, sizes.dropout) for a, b in zip(widths, widths[1:], strict=False))
+    )
 
 
 class Encoder(nn.Module):
@@ -57,7 +61,8 @@ class Encoder(nn.Module):
             _blocks(a, b, sizes) for a, b in zip([sizes.channels, *widths], widths, strict=False)
         )
         self.mid = _blocks(widths[-1], widths[-1], sizes)
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 1)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images.contiguous())
@@ -67,7 +72,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, z_channels, h, w] to images; `levels` are counted from the finest and run from the coarsest."""
+    """Features [B, z_channels, h, w] to images; `levels` are counted from the finest and run from
+    the coarsest.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -78,7 +85,8 @@ class Decoder(nn.Module):
             _blocks(a, b, sizes) for a, b in zip([*widths[1:], widths[-1]], widths, strict=True)
         )
         self.upsample = nn.ModuleList(Upsample(width) for width in widths[1:])  # after level i + 1
-        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         # contiguous: GroupNorm on CPU loses precision on channels-last memory
@@ -91,7 +99,9 @@ class Decoder(nn.Module):
 
 
 class MaskGITVQGAN(Tokenizer):
-    """Square images of `image_size` as a grid of codes; raises ValueError where the stride does not divide the size."""
+    """Square images of `image_size` as a grid of codes; raises ValueError where the stride does not
+    divide the size.
+    """
 
     def __init__(
         self,
@@ -106,10 +116,13 @@ class MaskGITVQGAN(Tokenizer):
         stride = 2 ** (len(multipliers) - 1)
         if image_size % stride:
             raise ValueError(f"the stride {stride} does not divide image_size {image_size}")
-        self.image_size, self.side = (image_size, image_size), image_size // stride
+        self.image_size = (image_size, image_size)
+        self.side = image_size // stride
         self.layout = grid_layout(self.side, self.side, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, quantizer.dim, dropout)
-        self.encoder, self.decoder, self.quantizer = Encoder(sizes), Decoder(sizes), quantizer
+        self.encoder = Encoder(sizes)
+        self.decoder = Decoder(sizes)
+        self.quantizer = quantizer
 
     @property
     def last_layer(self) -> Tensor:
@@ -122,7 +135,9 @@ class MaskGITVQGAN(Tokenizer):
 
     def render(self, vectors: Tensor) -> Tensor:
         """Images of code vectors [B, N, C]."""
-        features = rearrange(vectors.to(self.decoder.conv_in.weight.dtype), "b (h w) c -> b c h w", h=self.side)
+        features = rearrange(
+            vectors.to(self.decoder.conv_in.weight.dtype), "b (h w) c -> b c h w", h=self.side
+        )
         return 2 * at_least_float32(self.decoder(features)) - 1
 
     def encode(self, images: Tensor) -> Tensor:
@@ -152,37 +167,55 @@ class PixelDecoder(Configured, nn.Module):
         num_res_blocks: int = 2,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.stride = vocab_size, 2 ** (len(multipliers) - 1)
+        self.vocab_size = vocab_size
+        self.stride = 2 ** (len(multipliers) - 1)
         self.codebook = nn.Embedding(vocab_size, dim)
         tag(self.codebook.weight, "no_decay")
         nn.init.uniform_(self.codebook.weight, -1 / vocab_size, 1 / vocab_size)
         self.decoder = Decoder(Sizes(channels, tuple(multipliers), num_res_blocks, dim))
 
     def forward(self, logits: Tensor, hard: bool = False) -> Tensor:
-        """Images [B, 3, H, W] of scores [B, h, w, V]: of the expected code, or with `hard` of the likeliest one."""
+        """Images [B, 3, H, W] of scores [B, h, w, V]: of the expected code, or with `hard` of the
+        likeliest one.
+        """
         codes = self.codebook.weight
-        features = codes[logits.argmax(-1)] if hard else at_least_float32(logits).softmax(-1).to(codes.dtype) @ codes
+        features = (
+            codes[logits.argmax(-1)]
+            if hard
+            else at_least_float32(logits).softmax(-1).to(codes.dtype) @ codes
+        )
         return 2 * at_least_float32(self.decoder(rearrange(features, "b h w c -> b c h w"))) - 1
 
     @torch.no_grad()
     def copy_from(self, vqgan: MaskGITVQGAN) -> None:
         """Start as the VQGAN's decoder and codebook; raises UserError where sizes differ."""
         quantizer = vqgan.quantizer
-        if not isinstance(quantizer, VectorQuantizer) or quantizer.codebook.weight.shape != self.codebook.weight.shape:
-            raise UserError(f"the pixel decoder has {self.vocab_size} codes; the VQGAN's are {vqgan.layout}")
+        if (
+            not isinstance(quantizer, VectorQuantizer)
+            or quantizer.codebook.weight.shape != self.codebook.weight.shape
+        ):
+            raise UserError(
+                f"the pixel decoder has {self.vocab_size} codes; the VQGAN's are {vqgan.layout}"
+            )
         self.codebook.weight.copy_(quantizer.codebook.weight)
         try:
             self.decoder.load_state_dict(vqgan.decoder.state_dict())
         except RuntimeError as error:
-            raise UserError("the pixel decoder and the VQGAN's decoder have different sizes") from error
+            raise UserError(
+                "the pixel decoder and the VQGAN's decoder have different sizes"
+            ) from error
 
 
 class ProxyCodes(LossOnly, nn.Module):
-    """A frozen MaskGIT-VQGAN that only the first stage's loss reads: in no parameters, state dict, config or export."""
+    """A frozen MaskGIT-VQGAN that only the first stage's loss reads: in no parameters, state dict,
+    config or export.
+    """
 
     def __init__(self, model: MaskGITVQGAN) -> None:
         super().__init__()
-        self._held = (model.eval().requires_grad_(False),)  # a tuple hides it from the module's parameters
+        self._held = (
+            model.eval().requires_grad_(False),
+        )  # a tuple hides it from the module's parameters
 
     @property
     def model(self) -> MaskGITVQGAN:
@@ -200,7 +233,8 @@ class ProxyCodes(LossOnly, nn.Module):
 
 
 def proxy_codes(weights: str, image_size: int = 256) -> ProxyCodes:
-    """Of an export of a MaskGIT-VQGAN (`convert.py import maskgit_vqgan`); blank where the default device is meta.
+    """Of an export of a MaskGIT-VQGAN (`convert.py import maskgit_vqgan`); blank where the default
+    device is meta.
 
     Raises UserError where the file is something else.
     """
@@ -210,7 +244,9 @@ def proxy_codes(weights: str, image_size: int = 256) -> ProxyCodes:
         return ProxyCodes(maskgit_vqgan(image_size))
     model = load_tokenizer(weights)
     if not isinstance(model, MaskGITVQGAN) or model.image_size != (image_size, image_size):
-        raise UserError(f"{weights} is {type(model).__name__} at {model.image_size}, not MaskGITVQGAN at {image_size}")
+        raise UserError(
+            f"{weights} is {type(model).__name__} at {model.image_size}, not MaskGITVQGAN at {image_size}"
+        )
     return ProxyCodes(model)
 
 

@@ -1,4 +1,6 @@
-"""One-D-Piece: TiTok whose tokens are trained to matter in order, so any prefix decodes (arXiv 2501.10064)."""
+"""One-D-Piece: TiTok whose tokens are trained to matter in order, so any prefix decodes (arXiv
+2501.10064).
+"""
 
 from tessellar.tokenizers.one_d_piece.tokenizer import (
     OneDPiece,

@@ -1,4 +1,6 @@
-"""Replays of the official One-D-Piece (recordings of system `one_d_piece`); images there are in [0, 1]."""
+"""Replays of the official One-D-Piece (recordings of system `one_d_piece`); images there are in [0,
+1].
+"""
 
 import torch
 from einops import rearrange
@@ -56,5 +58,6 @@ def train(recording: Recording) -> dict[str, Tensor]:
         "train/logits": rearrange(tokenizer.scores(vectors), "b h w v -> b v h w"),
         "train/ce": losses["proxy"],
         "train/quantizer_loss": quantizer_loss,
-        "train/total": losses["proxy"] + recording.settings("train/total")["quantizer_weight"] * quantizer_loss,
+        "train/total": losses["proxy"]
+        + recording.settings("train/total")["quantizer_weight"] * quantizer_loss,
     }

@@ -1,4 +1,5 @@
-"""How many tokens to keep, for tokenizers whose prefixes decode: by a size in bytes or by a quality (arXiv 2501.10064).
+"""How many tokens to keep, for tokenizers whose prefixes decode: by a size in bytes or by a quality
+(arXiv 2501.10064).
 
 Works for any categorical layout with `min_prefix`: One-D-Piece, ReToK.
 """
@@ -14,7 +15,9 @@ from tessellar.protocol.tokenizer import Tokenizer
 
 
 def prefix_bits(layout: Layout) -> Tensor:
-    """Bits of the first 1, 2, ..., N tokens at a whole number of bits a token, int64 [N]; of 4,096 codes 12 each."""
+    """Bits of the first 1, 2, ..., N tokens at a whole number of bits a token, int64 [N]; of 4,096
+    codes 12 each.
+    """
     vocab = layout.vocab()
     each = [max(int(size) - 1, 1).bit_length() for size in vocab]
     return torch.tensor(each).cumsum(0)
@@ -26,18 +29,23 @@ def prefix_bytes(layout: Layout, length: int) -> int:
 
 
 def length_for_bytes(layout: Layout, size: int) -> int:
-    """The longest prefix that fits in `size` bytes; raises UserError where not even the shortest one does."""
+    """The longest prefix that fits in `size` bytes; raises UserError where not even the shortest
+    one does.
+    """
     shortest = _shortest(layout)
     fitting = int((prefix_bits(layout) <= 8 * size).sum())
     if fitting < shortest:
         least = prefix_bytes(layout, shortest)
-        raise UserError(f"{size} bytes hold {fitting} tokens; the shortest prefix is {shortest}: {least} bytes")
+        raise UserError(
+            f"{size} bytes hold {fitting} tokens; the shortest prefix is {shortest}: {least} bytes"
+        )
     return fitting
 
 
 def candidates(layout: Layout) -> tuple[int, ...]:
     """The shortest prefix, its doublings, and N."""
-    length, found = _shortest(layout), []
+    length = _shortest(layout)
+    found = []
     while length < layout.length:
         found.append(length)
         length *= 2
@@ -48,8 +56,11 @@ def candidates(layout: Layout) -> tuple[int, ...]:
 def quality_by_length(
     tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int] | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """PSNR in dB [B] of each image from its first n tokens, for each n of `lengths` (default `candidates`)."""
-    tokens, wanted = tokenizer.encode(images), _checked(tokenizer.layout, lengths)
+    """PSNR in dB [B] of each image from its first n tokens, for each n of `lengths` (default
+    `candidates`).
+    """
+    tokens = tokenizer.encode(images)
+    wanted = _checked(tokenizer.layout, lengths)
     for length in wanted:
         error = (tokenizer.decode(tokens[:, :length]).clamp(-1, 1) - images) / 2
         yield length, -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10()
@@ -58,7 +69,9 @@ def quality_by_length(
 def length_for_quality(
     tokenizer: Tokenizer, images: Tensor, psnr: float, lengths: Sequence[int] | None = None
 ) -> Tensor:
-    """For each image the first of `lengths` (ascending) that reaches `psnr` dB; N where none does. int64 [B]."""
+    """For each image the first of `lengths` (ascending) that reaches `psnr` dB; N where none does.
+    int64 [B].
+    """
     chosen = torch.full((len(images),), tokenizer.layout.length, device=images.device)
     open_ones = torch.ones_like(chosen, dtype=torch.bool)
     for length, reached in quality_by_length(tokenizer, images, lengths):
@@ -78,7 +91,8 @@ def _shortest(layout: Layout) -> int:
 
 def _checked(layout: Layout, lengths: Sequence[int] | None) -> list[int]:
     """Ascending lengths; raises UserError for those that do not decode."""
-    shortest, wanted = _shortest(layout), sorted(lengths) if lengths is not None else list(candidates(layout))
+    shortest = _shortest(layout)
+    wanted = sorted(lengths) if lengths is not None else list(candidates(layout))
     bad = [length for length in wanted if not shortest <= length <= layout.length]
     if bad or not wanted:
         raise UserError(f"lengths are {wanted}; each must be in [{shortest}, {layout.length}]")

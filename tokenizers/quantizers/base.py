@@ -1,4 +1,6 @@
-"""One interface for every quantizer: vectors to tokens and back, with named losses that are already weighted."""
+"""One interface for every quantizer: vectors to tokens and back, with named losses that are already
+weighted.
+"""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -19,7 +21,9 @@ class QuantizerOutput(NamedTuple):
 
 
 class Quantizer(Configured, nn.Module, ABC):
-    """Channel-last vectors [..., C] to discrete tokens. Works in float32, whatever the precision around it."""
+    """Channel-last vectors [..., C] to discrete tokens. Works in float32, whatever the precision
+    around it.
+    """
 
     kind: Kind
     dim: int
@@ -38,7 +42,9 @@ class Quantizer(Configured, nn.Module, ABC):
         """Tokens of z [..., C]."""
 
     def draw(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens of z as a generator is trained on them: a draw where encoding is random, else `encode`."""
+        """Tokens of z as a generator is trained on them: a draw where encoding is random, else
+        `encode`.
+        """
         return self.encode(z)
 
     @abstractmethod

@@ -1,8 +1,10 @@
-"""How the bits of a binary quantizer (LFQ, BSQ) become tokens: one id, several ids of a few bits each, or bits.
+"""How the bits of a binary quantizer (LFQ, BSQ) become tokens: one id, several ids of a few bits
+each, or bits.
 
-Ids of more than about 24 bits are useless to a generator, and floats cannot hold them: take groups or bits then. The
-order is explicit because published code disagrees: SEED-Voken, WeTok and BitDance make channel 0 of a group the least
-significant bit, vector-quantize-pytorch and BSQ-ViT the most significant.
+Ids of more than about 24 bits are useless to a generator, and floats cannot hold them: take groups
+or bits then. The order is explicit because published code disagrees: SEED-Voken, WeTok and BitDance
+make channel 0 of a group the least significant bit, vector-quantize-pytorch and BSQ-ViT the most
+significant.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ MOST = 62  # bits of an id, which is an int64
 
 @dataclass(frozen=True)
 class BitCode:
-    """Tokens of bits [..., n], n = sum(split); `form` is `index` (one id for each part of the split) or `bits`.
+    """Tokens of bits [..., n], n = sum(split); `form` is `index` (one id for each part of the
+    split) or `bits`.
 
     Raises ValueError for an unknown form, an empty part, and ids that an int64 cannot hold.
     """
@@ -33,7 +36,9 @@ class BitCode:
         if not self.split or min(self.split) < 1:
             raise ValueError(f"bits are split into {self.split}; every part needs at least one")
         if self.form == "index" and max(self.split) > MOST:
-            raise ValueError(f"an id cannot hold {max(self.split)} bits; split them, or use form 'bits'")
+            raise ValueError(
+                f"an id cannot hold {max(self.split)} bits; split them, or use form 'bits'"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -51,7 +56,10 @@ class BitCode:
         bits = bits.long()
         if self.form == "bits":
             return bits
-        ids = [(part << self._places(part.shape[-1], bits.device)).sum(-1) for part in bits.split(self.split, -1)]
+        ids = [
+            (part << self._places(part.shape[-1], bits.device)).sum(-1)
+            for part in bits.split(self.split, -1)
+        ]
         return ids[0] if len(ids) == 1 else torch.stack(ids, -1)
 
     def bits(self, tokens: Tensor) -> Tensor:
@@ -60,11 +68,17 @@ class BitCode:
             return tokens
         ids = tokens[..., None] if len(self.split) == 1 else tokens
         parts = zip(ids.unbind(-1), self.split, strict=True)
-        return torch.cat([part[..., None] >> self._places(n, part.device) & 1 for part, n in parts], -1)
+        return torch.cat(
+            [part[..., None] >> self._places(n, part.device) & 1 for part, n in parts], -1
+        )
 
 
-def bit_code(dim: int, groups: int, split: tuple[int, ...] | None, form: str, big_endian: bool) -> BitCode:
-    """Code of `dim` bits, in `groups` equal parts unless `split` says otherwise; ValueError where they do not fit."""
+def bit_code(
+    dim: int, groups: int, split: tuple[int, ...] | None, form: str, big_endian: bool
+) -> BitCode:
+    """Code of `dim` bits, in `groups` equal parts unless `split` says otherwise; ValueError where
+    they do not fit.
+    """
     if groups < 1 or dim % groups:
         raise ValueError(f"{dim} bits do not make {groups} equal groups")
     parts = tuple(split) if split else (dim // groups,) * groups

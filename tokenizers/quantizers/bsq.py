@@ -1,8 +1,10 @@
-"""Binary spherical quantization (BSQ, arXiv 2406.07548): signs of a vector on the unit sphere, divided by sqrt(dim).
+"""Binary spherical quantization (BSQ, arXiv 2406.07548): signs of a vector on the unit sphere,
+divided by sqrt(dim).
 
-Entropies are sums over groups of bits; per sample the sum is exact, because bits are independent there, for the batch
-it is an upper bound. As in the official code, the straight-through output is scaled after the gradient's shortcut, so
-the gradient is scaled too; `scaled_gradient=False` is what vector-quantize-pytorch does.
+Entropies are sums over groups of bits; per sample the sum is exact, because bits are independent
+there, for the batch it is an upper bound. As in the official code, the straight-through output is
+scaled after the gradient's shortcut, so the gradient is scaled too; `scaled_gradient=False` is what
+vector-quantize-pytorch does.
 """
 
 import torch
@@ -13,7 +15,13 @@ from torch.nn import functional as F
 from tessellar.layers.precision import at_least_float32
 from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.bits import bit_code
-from tessellar.tokenizers.quantizers.entropy import MOST_BITS, Entropies, all_signs, check_guard, entropies
+from tessellar.tokenizers.quantizers.entropy import (
+    MOST_BITS,
+    Entropies,
+    all_signs,
+    check_guard,
+    entropies,
+)
 
 
 class BSQ(Quantizer):
@@ -42,12 +50,20 @@ class BSQ(Quantizer):
     ) -> None:
         super().__init__()
         if not 1 <= group_bits <= MOST_BITS or dim % group_bits:
-            raise ValueError(f"group_bits is {group_bits}; it must divide dim {dim} and be in [1, {MOST_BITS}]")
+            raise ValueError(
+                f"group_bits is {group_bits}; it must divide dim {dim} and be in [1, {MOST_BITS}]"
+            )
         self.code = bit_code(dim, dim // group_bits, split, form, big_endian)
-        self.kind, self.dim, self.group_bits = self.code.kind, dim, group_bits
-        self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
-        self.sample_weight, self.diversity, self.inv_temperature = sample_weight, diversity, inv_temperature
-        self.analytical, self.scaled_gradient = analytical, scaled_gradient
+        self.kind = self.code.kind
+        self.dim = dim
+        self.group_bits = group_bits
+        self.commitment_weight = commitment_weight
+        self.entropy_weight = entropy_weight
+        self.sample_weight = sample_weight
+        self.diversity = diversity
+        self.inv_temperature = inv_temperature
+        self.analytical = analytical
+        self.scaled_gradient = scaled_gradient
         self.entropy_guard = check_guard(entropy_guard)
 
     def encode(self, z: Tensor) -> Tensor:
@@ -71,7 +87,9 @@ class BSQ(Quantizer):
             losses = {"commitment": self.commitment_weight * (codes - u).square().sum(-1).mean()}
             if self.entropy_weight:
                 found = self.entropies(u)
-                penalty = self.sample_weight * found.sample.sum() - self.diversity * found.batch.sum()
+                penalty = (
+                    self.sample_weight * found.sample.sum() - self.diversity * found.batch.sum()
+                )
                 losses["entropy"] = self.entropy_weight / self.inv_temperature * penalty
             return QuantizerOutput(self._pass(u, codes), tokens, losses)
 

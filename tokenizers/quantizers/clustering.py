@@ -1,7 +1,9 @@
-"""Clustering VQ (CVQ-VAE, arXiv 2307.15139): codes drift to latents, the faster the less they are used.
+"""Clustering VQ (CVQ-VAE, arXiv 2307.15139): codes drift to latents, the faster the less they are
+used.
 
-As TA-TiTok's repository has it (arXiv 2501.07730): the share of each code in the batches of all processes is averaged,
-and code k moves to the latent nearest to it by exp(-share_k V 10 / 0.01 - 1e-3), after the pass has used it.
+As TA-TiTok's repository has it (arXiv 2501.07730): the share of each code in the batches of all
+processes is averaged, and code k moves to the latent nearest to it by exp(-share_k V 10 / 0.01 -
+1e-3), after the pass has used it.
 """
 
 import torch
@@ -29,7 +31,9 @@ class ClusteringVQ(VectorQuantizer):
         decay: float = 0.99,
         rotation: bool = False,
     ) -> None:
-        super().__init__(vocab_size, dim, l2_normalize, codebook_weight, commitment_weight, rotation=rotation)
+        super().__init__(
+            vocab_size, dim, l2_normalize, codebook_weight, commitment_weight, rotation=rotation
+        )
         self.decay = decay
         tag(self.codebook.weight, "written")
         self.register_buffer("shares", torch.zeros(vocab_size))
@@ -48,12 +52,17 @@ class ClusteringVQ(VectorQuantizer):
         finite = torch.isfinite(latents).all()
         shares = self.shares.lerp(used / used.sum(), 1 - self.decay)
         speed = torch.exp(-shares * len(shares) * 10 / 0.01 - 1e-3)[:, None]
-        codes = self.codebook.weight.lerp(self._nearest(latents).to(self.codebook.weight.dtype), speed)
-        # A pass that is not finite changes nothing: its NaN would be the nearest latent of every code.
+        codes = self.codebook.weight.lerp(
+            self._nearest(latents).to(self.codebook.weight.dtype), speed
+        )
+        # A pass that is not finite changes nothing: its NaN would be the nearest latent of every
+        # code.
         self.shares.copy_(torch.where(finite, shares, self.shares))
         self.codebook.weight.copy_(torch.where(finite, codes, self.codebook.weight))
 
     def _nearest(self, latents: Tensor) -> Tensor:
-        """The latent, of those of the global batch [M, C], nearest to each code [V, C], as it came (not normalised)."""
+        """The latent, of those of the global batch [M, C], nearest to each code [V, C], as it came
+        (not normalised).
+        """
         with torch.autocast(latents.device.type, enabled=False):
             return latents[self.distances(self._normalize(latents)).argmin(0)]

@@ -1,9 +1,11 @@
-"""Vector quantization whose codes are running means of their latents (VQ-VAE, arXiv 1711.00937, appendix A.1).
+"""Vector quantization whose codes are running means of their latents (VQ-VAE, arXiv 1711.00937,
+appendix A.1).
 
-After each training pass code = sum / count, both averaged with `decay` and the count smoothed; numerics are those of
-vector-quantize-pytorch, except that gradients pass straight through unless `rotation` is set. Codes whose count falls
-below `threshold` become random latents of the global batch. No gradient reaches the codes, and no optimizer owns them.
-A pass whose latents are not finite changes nothing: one NaN would stay in a running mean for ever.
+After each training pass code = sum / count, both averaged with `decay` and the count smoothed;
+numerics are those of vector-quantize-pytorch, except that gradients pass straight through unless
+`rotation` is set. Codes whose count falls below `threshold` become random latents of the global
+batch. No gradient reaches the codes, and no optimizer owns them. A pass whose latents are not
+finite changes nothing: one NaN would stay in a running mean for ever.
 """
 
 import torch
@@ -19,7 +21,8 @@ SMOOTHING = 1e-5
 
 
 class EMAVectorQuantizer(VectorQuantizer):
-    """As VectorQuantizer; counts are per pass, so `threshold` means that many latents a pass (0: never restart).
+    """As VectorQuantizer; counts are per pass, so `threshold` means that many latents a pass (0:
+    never restart).
 
     A restarted code counts as used `threshold` times, at least once. Raises ValueError for a decay
     outside [0, 1] and a negative threshold.
@@ -39,10 +42,22 @@ class EMAVectorQuantizer(VectorQuantizer):
         rotation: bool = False,
     ) -> None:
         if not 0 <= decay <= 1 or threshold < 0:
-            raise ValueError(f"decay {decay} must be in [0, 1] and threshold {threshold} at least 0")
+            raise ValueError(
+                f"decay {decay} must be in [0, 1] and threshold {threshold} at least 0"
+            )
         entropy = (entropy_weight, entropy_temperature)
-        super().__init__(vocab_size, dim, l2_normalize, 0.0, commitment_weight, *entropy, init_step, rotation=rotation)
-        self.decay, self.threshold = decay, threshold
+        super().__init__(
+            vocab_size,
+            dim,
+            l2_normalize,
+            0.0,
+            commitment_weight,
+            *entropy,
+            init_step,
+            rotation=rotation,
+        )
+        self.decay = decay
+        self.threshold = threshold
         tag(self.codebook.weight.requires_grad_(False), "written")
         self.register_buffer("sizes", torch.ones(vocab_size))
         self.register_buffer("sums", self.codebook.weight.detach().clone())
@@ -59,10 +74,12 @@ class EMAVectorQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def _update(self, z: Tensor, tokens: Tensor) -> None:
-        rows, chosen = z.flatten(0, -2).to(self.sums.dtype), tokens.flatten()
+        rows = z.flatten(0, -2).to(self.sums.dtype)
+        chosen = tokens.flatten()
         used = chosen.bincount(minlength=len(self.sizes)).to(self.sizes.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, rows)
-        used, sums = distributed.all_reduce_sum(used), distributed.all_reduce_sum(sums)
+        used = distributed.all_reduce_sum(used)
+        sums = distributed.all_reduce_sum(sums)
         finite = torch.isfinite(sums).all()  # every latent of every rank is in one of the sums
         self.sizes.copy_(torch.where(finite, self.sizes.lerp(used, 1 - self.decay), self.sizes))
         self.sums.copy_(torch.where(finite, self.sums.lerp(sums, 1 - self.decay), self.sums))

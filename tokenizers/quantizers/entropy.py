@@ -1,8 +1,10 @@
-"""Entropies of soft code assignments, the term that keeps codes in use (MaskGIT, arXiv 2202.04200; MAGVIT-v2).
+"""Entropies of soft code assignments, the term that keeps codes in use (MaskGIT, arXiv 2202.04200;
+MAGVIT-v2).
 
-The sample entropy (mean over positions) is to be small, that of the mean assignment over the global batch large. In
-nats. Published code guards the logarithm in three ways, which differ visibly for many unused codes: `magvit` (MaskGIT,
-SEED-Voken, LlamaGen, UniTok), `clamp` (vector-quantize-pytorch), `bsq` (BSQ-ViT).
+The sample entropy (mean over positions) is to be small, that of the mean assignment over the global
+batch large. In nats. Published code guards the logarithm in three ways, which differ visibly for
+many unused codes: `magvit` (MaskGIT, SEED-Voken, LlamaGen, UniTok), `clamp`
+(vector-quantize-pytorch), `bsq` (BSQ-ViT).
 """
 
 from collections.abc import Callable
@@ -35,7 +37,9 @@ class Entropies(NamedTuple):
 def check_guard(guard: str) -> str:
     """`guard`, or ValueError for one that is not known."""
     if guard not in GUARDED_LOG:
-        raise ValueError(f"entropy guard {guard!r} is not known; there are {', '.join(GUARDED_LOG)}")
+        raise ValueError(
+            f"entropy guard {guard!r} is not known; there are {', '.join(GUARDED_LOG)}"
+        )
     return guard
 
 
@@ -49,7 +53,9 @@ def entropies(logits: Tensor, guard: str = "magvit") -> Entropies:
     rows = logits.flatten(0, -3)
     probs = rows.softmax(-1)
     sample = -(probs * rows.log_softmax(-1)).sum(-1) if guard == "magvit" else entropy(probs, guard)
-    mean = distributed.mean_over_ranks(probs.mean(0))  # the entropy of a mean is not the mean of entropies
+    mean = distributed.mean_over_ranks(
+        probs.mean(0)
+    )  # the entropy of a mean is not the mean of entropies
     return Entropies(sample.mean(0), entropy(mean, guard))
 
 

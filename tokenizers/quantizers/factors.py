@@ -31,10 +31,15 @@ def factors(tokens: Tensor, kind: Kind) -> Tensor:
 def split_tokens(tokens: Tensor, kinds: Sequence[Kind]) -> list[Tensor]:
     """Tokens [..., F] of all quantizers to those of each."""
     parts = tokens.split([len(vocabs_of(kind)) for kind in kinds], -1)
-    return [p[..., 0] if isinstance(k, Categorical) else p for p, k in zip(parts, kinds, strict=True)]
+    return [
+        p[..., 0] if isinstance(k, Categorical) else p for p, k in zip(parts, kinds, strict=True)
+    ]
 
 
 def named_mean(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of each named loss over quantizers; one that lacks a name counts as zero."""
     names = {name: None for some in losses for name in some}
-    return {name: torch.stack([some[name] for some in losses if name in some]).sum() / len(losses) for name in names}
+    return {
+        name: torch.stack([some[name] for some in losses if name in some]).sum() / len(losses)
+        for name in names
+    }

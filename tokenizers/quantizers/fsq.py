@@ -1,8 +1,10 @@
-"""Finite scalar quantization (FSQ, arXiv 2309.15505): every channel is squashed and rounded to a few levels.
+"""Finite scalar quantization (FSQ, arXiv 2309.15505): every channel is squashed and rounded to a
+few levels.
 
-No codebook, no losses. The numerics are those of vector-quantize-pytorch and FlexTok: a level of even count is shifted
-by half a step, so that the grid has a zero; the first channel is the least significant digit of an id. `symmetric`
-instead spreads the levels evenly over [-1, 1], ends included, so that codes quantize to themselves with `clamp`.
+No codebook, no losses. The numerics are those of vector-quantize-pytorch and FlexTok: a level of
+even count is shifted by half a step, so that the grid has a zero; the first channel is the least
+significant digit of an id. `symmetric` instead spreads the levels evenly over [-1, 1], ends
+included, so that codes quantize to themselves with `clamp`.
 """
 
 from math import prod
@@ -18,18 +20,23 @@ SLACK = 1e-3  # widens the range a little, so that the outermost levels are reac
 
 
 class FSQ(Quantizer):
-    """`levels[c]` values of channel c, in [-1, 1]; `clamp` cuts a symmetric range off instead of squashing it by tanh.
+    """`levels[c]` values of channel c, in [-1, 1]; `clamp` cuts a symmetric range off instead of
+    squashing it by tanh.
 
     Raises ValueError for fewer than 2 levels, and for `clamp` without `symmetric`.
     """
 
-    def __init__(self, levels: tuple[int, ...], symmetric: bool = False, clamp: bool = False) -> None:
+    def __init__(
+        self, levels: tuple[int, ...], symmetric: bool = False, clamp: bool = False
+    ) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
             raise ValueError(f"levels are {list(levels)}; every channel needs at least 2")
         if clamp and not symmetric:
             raise ValueError("only a symmetric range can be clamped: set symmetric too")
-        self.levels, self.symmetric, self.clamp = tuple(int(level) for level in levels), symmetric, clamp
+        self.levels = tuple(int(level) for level in levels)
+        self.symmetric = symmetric
+        self.clamp = clamp
         self.kind, self.dim = Categorical(prod(self.levels)), len(self.levels)
 
     def _per_channel(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +46,9 @@ class FSQ(Quantizer):
         return levels, basis
 
     def bound(self, z: Tensor) -> Tensor:
-        """z [..., C] squashed to the range of the levels, before rounding; symmetric: digits in [0, L - 1]."""
+        """z [..., C] squashed to the range of the levels, before rounding; symmetric: digits in [0,
+        L - 1].
+        """
         z = at_least_float32(z)
         levels, _ = self._per_channel(z)
         if self.symmetric:
@@ -51,7 +60,9 @@ class FSQ(Quantizer):
     def quantize(self, z: Tensor) -> Tensor:
         """Codes of z [..., C] on the grid in [-1, 1], straight through the rounding."""
         bounded = self.bound(z)
-        rounded = (bounded + 0.5).floor() if self.symmetric else bounded.round()  # ties differ, as officially
+        rounded = (
+            (bounded + 0.5).floor() if self.symmetric else bounded.round()
+        )  # ties differ, as officially
         passed = bounded + (rounded - bounded).detach()
         levels, _ = self._per_channel(z)
         return 2 / (levels - 1) * passed - 1 if self.symmetric else passed / (levels // 2)
@@ -59,7 +70,11 @@ class FSQ(Quantizer):
     def ids(self, codes: Tensor) -> Tensor:
         """Tokens of codes on the grid."""
         levels, basis = self._per_channel(codes)
-        digits = (codes + 1) / 2 * (levels - 1) if self.symmetric else codes * (levels // 2) + levels // 2
+        digits = (
+            (codes + 1) / 2 * (levels - 1)
+            if self.symmetric
+            else codes * (levels // 2) + levels // 2
+        )
         return digits.round().long().mul(basis).sum(-1)
 
     def encode(self, z: Tensor) -> Tensor:
@@ -69,7 +84,11 @@ class FSQ(Quantizer):
     def decode(self, tokens: Tensor) -> Tensor:
         levels, basis = self._per_channel(tokens)
         digits = tokens[..., None] // basis % levels
-        return 2 / (levels - 1) * digits - 1 if self.symmetric else (digits - levels // 2) / (levels // 2)
+        return (
+            2 / (levels - 1) * digits - 1
+            if self.symmetric
+            else (digits - levels // 2) / (levels // 2)
+        )
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):

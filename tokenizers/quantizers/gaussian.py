@@ -1,4 +1,5 @@
-"""Gaussian bottleneck: the "quantizer" of a KL-regularised autoencoder (VAE, arXiv 1312.6114; LDM, arXiv 2112.10752).
+"""Gaussian bottleneck: the "quantizer" of a KL-regularised autoencoder (VAE, arXiv 1312.6114; LDM,
+arXiv 2112.10752).
 
 It turns moments [mean | log variance] into continuous tokens, so any encoder and decoder with a quantizer becomes a
 VAE. Tokens are latents times `scale` = 1 / their standard deviation over the data (no shift of the mean, as MAR's
@@ -42,16 +43,22 @@ class Posterior(NamedTuple):
 class GaussianBottleneck(Quantizer):
     """Moments [..., 2 dim] to latents of `dim` channels.
 
-    `kl_weight` multiplies the mean KL of a latent value, in nats. LDM's 1e-6 is a weight on sums over pixels and
-    latents: times (latent values / pixel values) it is the one here. `scale` fixes the scale instead of measuring it.
-    Raises ValueError for a negative weight or a scale that is not positive.
+    `kl_weight` multiplies the mean KL of a latent value, in nats. LDM's 1e-6 is a weight on sums
+    over pixels and latents: times (latent values / pixel values) it is the one here. `scale` fixes
+    the scale instead of measuring it. Raises ValueError for a negative weight or a scale that is
+    not positive.
     """
 
     def __init__(self, dim: int, kl_weight: float = 1e-6, scale: float | None = None) -> None:
         super().__init__()
         if kl_weight < 0 or dim < 1 or (scale is not None and scale <= 0):
-            raise ValueError(f"dim {dim} and scale {scale} must be positive, kl_weight {kl_weight} at least 0")
-        self.kind, self.dim, self.kl_weight, self.measures = Continuous(dim), dim, kl_weight, scale is None
+            raise ValueError(
+                f"dim {dim} and scale {scale} must be positive, kl_weight {kl_weight} at least 0"
+            )
+        self.kind = Continuous(dim)
+        self.dim = dim
+        self.kl_weight = kl_weight
+        self.measures = scale is None
         self.register_buffer("scale", torch.tensor(1.0 if scale is None else scale))
         self.register_buffer("moments", torch.zeros(2))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
@@ -74,7 +81,9 @@ class GaussianBottleneck(Quantizer):
         if self.training:
             latents = posterior.sample(torch.randn_like(latents))
             self._measure(latents.detach())
-        return QuantizerOutput(latents, latents * self.scale, {"kl": self.kl_weight * posterior.kl().mean()})
+        return QuantizerOutput(
+            latents, latents * self.scale, {"kl": self.kl_weight * posterior.kl().mean()}
+        )
 
     def encode(self, z: Tensor) -> Tensor:
         return self.posterior(z).mean * self.scale
@@ -98,7 +107,9 @@ class GaussianBottleneck(Quantizer):
         if not self.measures:
             return
         now = torch.stack([latents.mean(), latents.square().mean()]).to(self.moments.dtype)
-        finite = torch.isfinite(now).all()  # else this pass changes nothing: a NaN would stay in a running mean
+        finite = torch.isfinite(
+            now
+        ).all()  # else this pass changes nothing: a NaN would stay in a running mean
         moments = self.moments.lerp(now, (1 / (self.passes + 1).float()).clamp(min=1 / MEMORY))
         self.passes += finite
         self.moments.copy_(torch.where(finite, moments, self.moments))
@@ -112,15 +123,19 @@ def scale_of(moments: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_scale(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> float:
-    """Measure the scale anew on images [B, 3, H, W] and set it: 1 / standard deviation of their sampled latents.
+    """Measure the scale anew on images [B, 3, H, W] and set it: 1 / standard deviation of their
+    sampled latents.
 
     Raises UserError for a tokenizer without a Gaussian bottleneck, and where there are no images.
     """
     bottleneck = getattr(tokenizer, "quantizer", None)
     if not isinstance(bottleneck, GaussianBottleneck):
-        raise UserError(f"{type(tokenizer).__name__} has no continuous latents whose scale could be measured")
+        raise UserError(
+            f"{type(tokenizer).__name__} has no continuous latents whose scale could be measured"
+        )
     bottleneck.scale.fill_(1.0)
-    total, count = torch.zeros(2, dtype=torch.float64), 0
+    total = torch.zeros(2, dtype=torch.float64)
+    count = 0
     for number, images in enumerate(batches):
         generator = torch.Generator(images.device).manual_seed(number)
         latents = tokenizer.draw(images, generator).double().cpu()

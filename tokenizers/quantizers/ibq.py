@@ -1,7 +1,9 @@
-"""Index backpropagation quantization (IBQ, arXiv 2412.02692): the straight-through step is on the one-hot assignment.
+"""Index backpropagation quantization (IBQ, arXiv 2412.02692): the straight-through step is on the
+one-hot assignment.
 
-A code is the argmax of dot products, so norms of codes matter; gradients reach the latent and all codes through the
-softmax. That keeps large codebooks in use, at the price of logits [N, V] in training.
+A code is the argmax of dot products, so norms of codes matter; gradients reach the latent and all
+codes through the softmax. That keeps large codebooks in use, at the price of logits [N, V] in
+training.
 """
 
 import torch
@@ -16,10 +18,11 @@ from tessellar.tokenizers.quantizers.entropy import Entropies, entropies
 
 
 class IBQ(Quantizer):
-    """`vocab_size` codes of `dim` channels, from N(0, 1). `temperature` is of the entropies; assignments have none.
+    """`vocab_size` codes of `dim` channels, from N(0, 1). `temperature` is of the entropies;
+    assignments have none.
 
-    Losses: `index` |one-hot code - z|^2 (gradients to both), `codebook` and `commitment` as in VQ (the small weight is
-    the codebook's here), `entropy`. Raises ValueError for sizes below 1.
+    Losses: `index` |one-hot code - z|^2 (gradients to both), `codebook` and `commitment` as in VQ
+    (the small weight is the codebook's here), `entropy`. Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -34,9 +37,12 @@ class IBQ(Quantizer):
         super().__init__()
         if vocab_size < 1 or dim < 1:
             raise ValueError(f"vocab_size {vocab_size} and dim {dim} must be at least 1")
-        self.kind, self.dim = Categorical(vocab_size), dim
-        self.quantization_weight, self.codebook_weight = quantization_weight, codebook_weight
-        self.entropy_weight, self.temperature = entropy_weight, temperature
+        self.kind = Categorical(vocab_size)
+        self.dim = dim
+        self.quantization_weight = quantization_weight
+        self.codebook_weight = codebook_weight
+        self.entropy_weight = entropy_weight
+        self.temperature = temperature
         self.codebook = nn.Embedding(vocab_size, dim)
         tag(self.codebook.weight, "no_decay")
         nn.init.normal_(self.codebook.weight)
@@ -62,7 +68,8 @@ class IBQ(Quantizer):
             z = at_least_float32(z)
             logits = self.logits(z)
             tokens = logits.argmax(-1)
-            hard, quantized = self.decode(tokens), self._pass(logits, tokens)
+            hard = self.decode(tokens)
+            quantized = self._pass(logits, tokens)
             losses = {
                 "index": F.mse_loss(quantized, z),
                 "codebook": self.codebook_weight * F.mse_loss(hard, z.detach()),

@@ -1,7 +1,7 @@
 """Quantizers of public libraries: their options and keys to ours and back.
 
-`lucid` is vector-quantize-pytorch. Its EMA codebooks carry a leading axis of heads, which is 1 in all that is read
-here. Our own counters start at zero.
+`lucid` is vector-quantize-pytorch. Its EMA codebooks carry a leading axis of heads, which is 1 in
+all that is read here. Our own counters start at zero.
 """
 
 from collections.abc import Mapping
@@ -39,55 +39,84 @@ def _with_heads(t: Tensor) -> Tensor:
 
 def _lucid_codebook(theirs: str, ours: str) -> tuple[Rule, ...]:
     names = {"embed": "codebook.weight", "embed_avg": "sums", "cluster_size": "sizes"}
-    return tuple(Rule(f"{theirs}_codebook.{a}", f"{ours}{b}", _without_heads, _with_heads) for a, b in names.items())
+    return tuple(
+        Rule(f"{theirs}_codebook.{a}", f"{ours}{b}", _without_heads, _with_heads)
+        for a, b in names.items()
+    )
 
 
 CODEBOOK = table({"embedding.weight": "codebook.weight"}, drop=("codebook_used",))
-SIMVQ = table({"embedding.weight": "codebook.weight", "embedding_proj.{tensor}": "projection.{tensor}"})
-LUCID_SIMVQ = table({"frozen_codebook": "codebook.weight", "code_transform.{tensor}": "projection.{tensor}"})
+SIMVQ = table(
+    {"embedding.weight": "codebook.weight", "embedding_proj.{tensor}": "projection.{tensor}"}
+)
+LUCID_SIMVQ = table(
+    {"frozen_codebook": "codebook.weight", "code_transform.{tensor}": "projection.{tensor}"}
+)
 LUCID_EMA = table({}, *_lucid_codebook("", ""), drop=("_codebook.initted",))
 LUCID_RESIDUAL = table(
     {},
     _lucid_codebook("layers.{i}.", "layers.{i}.")[0],
-    drop=tuple(f"layers.{{i}}._codebook.{name}" for name in ("initted", "embed_avg", "cluster_size")),
+    drop=tuple(
+        f"layers.{{i}}._codebook.{name}" for name in ("initted", "embed_avg", "cluster_size")
+    ),
 )
 LUCID_GROUPED = table(
     {},
     *_lucid_codebook("rvqs.{g}.layers.{i}.", "groups.{g}.layers.{i}."),
     drop=("rvqs.{g}.layers.{i}._codebook.initted",),
 )
-PRODUCT = table({"codebooks.{i}.codebook.weight": "groups.{i}.codebook.weight"}, drop=("codebooks.{i}.vocab_usage*",))
-PROJECTED = table({"project_in.{tensor}": "project_in.{tensor}", "project_out.{tensor}": "project_out.{tensor}"})
+PRODUCT = table(
+    {"codebooks.{i}.codebook.weight": "groups.{i}.codebook.weight"},
+    drop=("codebooks.{i}.vocab_usage*",),
+)
+PROJECTED = table(
+    {"project_in.{tensor}": "project_in.{tensor}", "project_out.{tensor}": "project_out.{tensor}"}
+)
 OWN = ("step", "counts")
 
 
-def load_official(quantizer: Q, keys: KeyTable, state: Mapping[str, Tensor], where: str = "the quantizer") -> Q:
+def load_official(
+    quantizer: Q, keys: KeyTable, state: Mapping[str, Tensor], where: str = "the quantizer"
+) -> Q:
     """Official weights into a quantizer of the same sizes, strictly."""
-    counters = {n: torch.zeros_like(t) for n, t in quantizer.state_dict().items() if n.rsplit(".", 1)[-1] in OWN}
+    counters = {
+        n: torch.zeros_like(t)
+        for n, t in quantizer.state_dict().items()
+        if n.rsplit(".", 1)[-1] in OWN
+    }
     load_strict(quantizer, {**keys.from_official(state, where), **counters}, where)
     return quantizer
 
 
 def to_official(quantizer: Quantizer, keys: KeyTable) -> dict[str, Tensor]:
     """Official state dict of a quantizer."""
-    return keys.to_official({n: t for n, t in quantizer.state_dict().items() if n.rsplit(".", 1)[-1] not in OWN})
+    return keys.to_official(
+        {n: t for n, t in quantizer.state_dict().items() if n.rsplit(".", 1)[-1] not in OWN}
+    )
 
 
 def taming(config: Config) -> VectorQuantizer:
-    """VectorQuantizer2 of taming-transformers; `legacy`, their default, puts beta on the codebook's term."""
-    beta, legacy = config["beta"], config.get("legacy", True)
+    """VectorQuantizer2 of taming-transformers; `legacy`, their default, puts beta on the codebook's
+    term.
+    """
+    beta = config["beta"]
+    legacy = config.get("legacy", True)
     codebook, commitment = (beta, 1.0) if legacy else (1.0, beta)
     return VectorQuantizer(config["n_e"], config["e_dim"], False, codebook, commitment)
 
 
 def llamagen(config: Config) -> VectorQuantizer:
     ratio = config.get("entropy_loss_ratio", 0.0)
-    return VectorQuantizer(config["n_e"], config["e_dim"], config.get("l2_norm", True), 1.0, config["beta"], ratio)
+    return VectorQuantizer(
+        config["n_e"], config["e_dim"], config.get("l2_norm", True), 1.0, config["beta"], ratio
+    )
 
 
 def simvq(config: Config) -> SimVQ:
     """The official SimVQ, with taming's two orders of beta."""
-    codebook, commitment = (config["beta"], 1.0) if config.get("legacy", True) else (1.0, config["beta"])
+    codebook, commitment = (
+        (config["beta"], 1.0) if config.get("legacy", True) else (1.0, config["beta"])
+    )
     return SimVQ(config["n_e"], config["e_dim"], codebook, commitment)
 
 
@@ -95,7 +124,9 @@ def lucid_simvq(config: Config) -> SimVQ:
     weight = config.get("commitment_weight", 1.0)
     beta = weight * config.get("input_to_quantize_commit_loss_weight", 0.25)
     rotation = config.get("rotation_trick", True)
-    return SimVQ(config["codebook_size"], config["dim"], weight, beta, rotation=rotation, bias=False)
+    return SimVQ(
+        config["codebook_size"], config["dim"], weight, beta, rotation=rotation, bias=False
+    )
 
 
 def lucid_ema(config: Config) -> EMAVectorQuantizer:
@@ -119,9 +150,13 @@ def lucid_residual(config: Config) -> ResidualQuantizer:
             return lucid_ema(config)
         weight = config.get("commitment_weight", 1.0)
         rotation = config.get("rotation_trick", True)
-        return VectorQuantizer(config["codebook_size"], config["dim"], False, weight, weight, rotation=rotation)
+        return VectorQuantizer(
+            config["codebook_size"], config["dim"], False, weight, weight, rotation=rotation
+        )
 
-    return ResidualQuantizer(tuple(layer() for _ in range(config["num_quantizers"])), pass_each=True)
+    return ResidualQuantizer(
+        tuple(layer() for _ in range(config["num_quantizers"])), pass_each=True
+    )
 
 
 def lucid_grouped_residual(config: Config) -> ProductQuantizer:
@@ -132,9 +167,15 @@ def lucid_grouped_residual(config: Config) -> ProductQuantizer:
 
 def lucid_lfq(config: Config) -> Quantizer:
     """LFQ, on the sphere (BSQ) with `spherical`, between projections where channels differ."""
-    groups, bits = config.get("num_codebooks", 1), (config["codebook_size"] - 1).bit_length()
-    dim, wanted = bits * groups, config.get("dim", bits * groups)
-    made = _lucid_bsq(dim, config) if config.get("spherical", False) else _lucid_lfq(dim, groups, config)
+    groups = config.get("num_codebooks", 1)
+    bits = (config["codebook_size"] - 1).bit_length()
+    dim = bits * groups
+    wanted = config.get("dim", bits * groups)
+    made = (
+        _lucid_bsq(dim, config)
+        if config.get("spherical", False)
+        else _lucid_lfq(dim, groups, config)
+    )
     return made if dim == wanted else Projected(made, wanted)
 
 
@@ -153,7 +194,9 @@ def _lucid_lfq(dim: int, groups: int, config: Config) -> LFQ:
 
 
 def _lucid_bsq(dim: int, config: Config) -> BSQ:
-    """Their commitment is a mean over channels, their entropy term not divided by the inverse temperature."""
+    """Their commitment is a mean over channels, their entropy term not divided by the inverse
+    temperature.
+    """
     inv_temperature = config.get("inv_temperature", 100.0)
     return BSQ(
         dim,
@@ -187,20 +230,23 @@ def official_bsq(config: Config, form: str = "index", split: tuple[int, ...] | N
     return BSQ(
         config["embed_dim"],
         config["group_size"],
-        form,
-        split,
-        config["beta"],
-        config["zeta"],
-        config["gamma0"],
-        config["gamma"],
-        config.get("inv_temperature", 1.0),
-        config["persample_entropy_compute"] == "analytical",
+        form=form,
+        split=split,
+        commitment_weight=config["beta"],
+        entropy_weight=config["zeta"],
+        sample_weight=config["gamma0"],
+        diversity=config["gamma"],
+        inv_temperature=config.get("inv_temperature", 1.0),
+        analytical=config["persample_entropy_compute"] == "analytical",
     )
 
 
 def unitok(config: Config, entropy_weight: float = 0.1) -> ProductQuantizer:
     """VectorQuantizerM of UniTok."""
     count = config["num_codebooks"]
-    vocab, dim = config["vocab_size"] // count, config["vocab_width"] // count
+    vocab = config["vocab_size"] // count
+    dim = config["vocab_width"] // count
     options = (1.0, config["beta"], entropy_weight, config.get("entropy_temp", 0.01))
-    return ProductQuantizer(tuple(VectorQuantizer(vocab, dim, True, *options) for _ in range(count)))
+    return ProductQuantizer(
+        tuple(VectorQuantizer(vocab, dim, True, *options) for _ in range(count))
+    )

@@ -1,4 +1,5 @@
-"""Replays of quantizers of public libraries: codes, outputs, losses and gradients (recordings of `quantizers`).
+"""Replays of quantizers of public libraries: codes, outputs, losses and gradients (recordings of
+`quantizers`).
 
 Everything is computed in float64, as for LlamaGen's losses: temperatures of 0.01 amplify rounding.
 """
@@ -59,7 +60,11 @@ class Case:
 
     def like_x(self, vectors: Tensor) -> Tensor:
         """[B, N, C] as x is recorded."""
-        return vectors.mT.reshape(*vectors.shape[:1], -1, *self.input("x").shape[2:]) if self.maps else vectors
+        return (
+            vectors.mT.reshape(*vectors.shape[:1], -1, *self.input("x").shape[2:])
+            if self.maps
+            else vectors
+        )
 
     def load(self, quantizer: Quantizer, keys: KeyTable) -> Quantizer:
         return official.load_official(quantizer, keys, self.state, self.name).double()
@@ -68,7 +73,9 @@ class Case:
         """Those outputs that are recorded, by full name; single numbers as [1]."""
         named = {f"{self.name}/{name}": value for name, value in outputs.items()}
         kept = {name: value for name, value in named.items() if name in self.recording.entries}
-        return {name: value.reshape(1) if value.ndim == 0 else value for name, value in kept.items()}
+        return {
+            name: value.reshape(1) if value.ndim == 0 else value for name, value in kept.items()
+        }
 
     def gradients(self, x: Tensor, out: QuantizerOutput, parameters: Outputs) -> Outputs:
         """Gradients of <quantized, cot> and of the loss, to x and to parameters."""
@@ -79,9 +86,15 @@ class Case:
         found: Outputs = {}
         for source, value in sources.items():
             grads = torch.autograd.grad(
-                value, list(wanted.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+                value,
+                list(wanted.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-            found |= {f"grad_{name}_from_{source}": g for name, g in zip(wanted, grads, strict=True)}
+            found |= {
+                f"grad_{name}_from_{source}": g for name, g in zip(wanted, grads, strict=True)
+            }
             found[f"grad_x_from_{source}"] = self.like_x(found[f"grad_x_from_{source}"])
         return found
 
@@ -107,7 +120,9 @@ def cases(*names: str) -> Callable[[Compute], Compute]:
     return register
 
 
-def _trained(case: Case, quantizer: Quantizer, **parameters: Tensor) -> tuple[Outputs, QuantizerOutput, Tensor]:
+def _trained(
+    case: Case, quantizer: Quantizer, **parameters: Tensor
+) -> tuple[Outputs, QuantizerOutput, Tensor]:
     """The usual outputs of one training pass; tokens are `indices`, of maps flattened."""
     x = case.vectors().requires_grad_()
     with torch.no_grad():
@@ -144,7 +159,9 @@ def _lfq_entropies(quantizer: Quantizer, x: Tensor, out: QuantizerOutput) -> Out
         quantizer, x = quantizer.quantizer, quantizer.project_in(x)
     assert isinstance(quantizer, (LFQ, BSQ))
     weight = quantizer.commitment_weight * (quantizer.dim if isinstance(quantizer, BSQ) else 1)
-    found = quantizer.entropies(x if isinstance(quantizer, LFQ) else torch.nn.functional.normalize(x, dim=-1))
+    found = quantizer.entropies(
+        x if isinstance(quantizer, LFQ) else torch.nn.functional.normalize(x, dim=-1)
+    )
     return {
         "per_sample_entropy": found.sample.mean(),
         "batch_entropy": found.batch.mean(),
@@ -163,7 +180,9 @@ def lucid_lfq(case: Case) -> Outputs:
     outputs, out, x = _trained(case, made)
     outputs["aux_loss"] = outputs.pop("loss")
     if case.maps:
-        outputs["indices"] = outputs["indices"].view(case.recording.entries[f"{case.name}/indices"].shape)
+        outputs["indices"] = outputs["indices"].view(
+            case.recording.entries[f"{case.name}/indices"].shape
+        )
     return outputs | _lfq_entropies(made, x, out)
 
 
@@ -199,8 +218,10 @@ def entropy(case: Case) -> Outputs:
 
 @cases("bsq_official_group", "bsq_official_analytical")
 def official_bsq(case: Case) -> Outputs:
-    dim, x = case.config["embed_dim"], case.vectors()
-    grouped, whole = official.official_bsq(case.config), official.official_bsq(case.config, split=(dim,))
+    dim = case.config["embed_dim"]
+    x = case.vectors()
+    grouped = official.official_bsq(case.config)
+    whole = official.official_bsq(case.config, split=(dim,))
     outputs, out, _ = _trained(case, grouped)
     return {
         **outputs,
@@ -248,7 +269,9 @@ def llamagen(case: Case) -> Outputs:
 def simvq(case: Case) -> Outputs:
     made = official.simvq(case.config)
     case.load(made, official.SIMVQ)
-    return _trained(case, made, proj_weight=made.projection.weight, proj_bias=made.projection.bias)[0]
+    return _trained(case, made, proj_weight=made.projection.weight, proj_bias=made.projection.bias)[
+        0
+    ]
 
 
 @cases("simvq_lucid_rot1", "simvq_lucid_rot0")
@@ -272,7 +295,9 @@ def ema(case: Case) -> Outputs:
     case.load(made, official.LUCID_EMA)
     outputs, _, _ = _trained(case, made)
     after = official.to_official(made, official.LUCID_EMA)
-    return outputs | {f"after_{key.removeprefix('_codebook.')}": value for key, value in after.items()}
+    return outputs | {
+        f"after_{key.removeprefix('_codebook.')}": value for key, value in after.items()
+    }
 
 
 @cases("dead_code_mask")
@@ -291,25 +316,37 @@ def residual_vq(case: Case) -> Outputs:
     outputs, out, x = _trained(case, made, **codebooks)  # type: ignore[arg-type]
     grads = {name: g[None] for name, g in outputs.items() if name.startswith("grad_codebook")}
     losses = [layer.losses["commitment"] for layer in made.scan(x)]
-    return outputs | grads | {"losses": torch.stack(losses), "all_codes": torch.stack(made.parts(out.tokens))}
+    return (
+        outputs
+        | grads
+        | {"losses": torch.stack(losses), "all_codes": torch.stack(made.parts(out.tokens))}
+    )
 
 
 def _evaluated(case: Case, made: Quantizer) -> Outputs:
     x = case.vectors()
     tokens = made.eval().encode(x)
-    return {"quantized": made(x).quantized, "indices": tokens, "output_from_indices": made.decode(tokens)}
+    return {
+        "quantized": made(x).quantized,
+        "indices": tokens,
+        "output_from_indices": made.decode(tokens),
+    }
 
 
 @cases("grouped_residual_vq")
 def grouped_residual_vq(case: Case) -> Outputs:
     made = official.lucid_grouped_residual(case.config)
     outputs = _evaluated(case, case.load(made, official.LUCID_GROUPED))
-    return outputs | {"indices": rearrange(outputs["indices"], "b n (g q) -> g b n q", g=case.config["groups"])}
+    return outputs | {
+        "indices": rearrange(outputs["indices"], "b n (g q) -> g b n q", g=case.config["groups"])
+    }
 
 
 @cases("residual_fsq")
 def residual_finite_scalar(case: Case) -> Outputs:
-    return _evaluated(case, residual_fsq(tuple(case.config["levels"]), case.config["num_quantizers"]))
+    return _evaluated(
+        case, residual_fsq(tuple(case.config["levels"]), case.config["num_quantizers"])
+    )
 
 
 @cases("residual_lfq")
@@ -336,7 +373,8 @@ def unitok(case: Case) -> Outputs:
 def multi_scale_bsq(case: Case) -> Outputs:
     require(case.settings, case.name, {"down": "area", "up": "trilinear"})
     sides = case.config["scale_schedule"]
-    made, x = MultiScaleBSQ(case.config["dim"], sides).eval(), case.vectors()
+    made = MultiScaleBSQ(case.config["dim"], sides).eval()
+    x = case.vectors()
     bits = made.encode(x)
     return {
         "quantized": case.like_x(made(x).quantized),

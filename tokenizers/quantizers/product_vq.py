@@ -1,7 +1,8 @@
-"""Product quantization: channels in groups, each with a quantizer of its own (UniTok, arXiv 2502.20321; PQ).
+"""Product quantization: channels in groups, each with a quantizer of its own (UniTok, arXiv
+2502.20321; PQ).
 
-Groups may hold any quantizers: VQ gives UniTok's multi-codebook quantizer, residual ones grouped residual VQ (HiFi-
-Codec). Losses are means over groups.
+Groups may hold any quantizers: VQ gives UniTok's multi-codebook quantizer, residual ones grouped
+residual VQ (HiFi- Codec). Losses are means over groups.
 """
 
 import torch
@@ -22,7 +23,8 @@ class ProductQuantizer(Quantizer):
         if not groups:
             raise ValueError("a product quantizer needs at least one group")
         self.groups = nn.ModuleList(groups)
-        self.dims, self.kinds = [group.dim for group in groups], [group.kind for group in groups]
+        self.dims = [group.dim for group in groups]
+        self.kinds = [group.kind for group in groups]
         self.kind, self.dim = factorized(self.kinds), sum(self.dims)
 
     def _groups(self) -> list[Quantizer]:
@@ -40,8 +42,12 @@ class ProductQuantizer(Quantizer):
         return torch.cat([group.decode(part) for group, part in parts], -1)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        outputs = [group(part) for group, part in zip(self._groups(), z.split(self.dims, -1), strict=True)]
+        outputs = [
+            group(part) for group, part in zip(self._groups(), z.split(self.dims, -1), strict=True)
+        ]
         quantized = torch.cat([out.quantized for out in outputs], -1)
         return QuantizerOutput(
-            quantized, self._join([out.tokens for out in outputs]), named_mean([o.losses for o in outputs])
+            quantized,
+            self._join([out.tokens for out in outputs]),
+            named_mean([o.losses for o in outputs]),
         )

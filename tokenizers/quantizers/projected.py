@@ -1,4 +1,6 @@
-"""A quantizer between two linear maps, for vectors of other channels than codes have (factorised codes, ViT-VQGAN)."""
+"""A quantizer between two linear maps, for vectors of other channels than codes have (factorised
+codes, ViT-VQGAN).
+"""
 
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ class Projected(Quantizer):
         self.project_in = nn.Linear(dim, quantizer.in_dim)
         self.quantizer = quantizer
         self.project_out = nn.Linear(quantizer.dim, dim)
-        self.kind, self.dim = quantizer.kind, dim
+        self.kind = quantizer.kind
+        self.dim = dim
 
     def encode(self, z: Tensor) -> Tensor:
         return self.quantizer.encode(self.project_in(z))
@@ -23,4 +26,6 @@ class Projected(Quantizer):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         output = self.quantizer(self.project_in(z))
-        return output._replace(quantized=self.project_out(output.quantized.to(self.project_out.weight.dtype)))
+        return output._replace(
+            quantized=self.project_out(output.quantized.to(self.project_out.weight.dtype))
+        )

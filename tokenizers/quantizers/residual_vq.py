@@ -1,8 +1,10 @@
-"""Residual quantization: each layer quantizes what the layers before it left (RQ-VAE, arXiv 2203.01941; SoundStream).
+"""Residual quantization: each layer quantizes what the layers before it left (RQ-VAE, arXiv
+2203.01941; SoundStream).
 
-Layers are any quantizers, so this is also residual FSQ (`residual_fsq`), LFQ and SimVQ; one layer with a `depth` is
-RQ-VAE's shared codebook. Gradients pass straight through once, to the sum; `pass_each` is vector-quantize-pytorch's
-sum of straight-through layers, whose gradient is as many times larger. Dropped layers give tokens all the same.
+Layers are any quantizers, so this is also residual FSQ (`residual_fsq`), LFQ and SimVQ; one layer
+with a `depth` is RQ-VAE's shared codebook. Gradients pass straight through once, to the sum;
+`pass_each` is vector-quantize-pytorch's sum of straight-through layers, whose gradient is as many
+times larger. Dropped layers give tokens all the same.
 """
 
 from collections.abc import Iterator
@@ -20,9 +22,10 @@ from tessellar.tokenizers.quantizers.fsq import FSQ
 class ResidualQuantizer(Quantizer):
     """Tokens [..., F], the factors of layer 0 first.
 
-    Layer i sees the rest times ratio^i (one number, or one a channel). `soft_clamp` bounds z by tanh first, per
-    channel. `dropout`: how likely a training pass uses only its first layers, at least `keep` of them. Losses are sums
-    over layers. Raises ValueError for layers of several sizes, and for a depth, dropout or `keep` out of range.
+    Layer i sees the rest times ratio^i (one number, or one a channel). `soft_clamp` bounds z by
+    tanh first, per channel. `dropout`: how likely a training pass uses only its first layers, at
+    least `keep` of them. Losses are sums over layers. Raises ValueError for layers of several
+    sizes, and for a depth, dropout or `keep` out of range.
     """
 
     def __init__(
@@ -40,13 +43,21 @@ class ResidualQuantizer(Quantizer):
         if len(dims) != 1:
             raise ValueError("a residual quantizer needs layers, all of one dim")
         if depth is not None and (depth < 1 or len(layers) > 1):
-            raise ValueError(f"depth is {depth} with {len(layers)} layers; it repeats a single layer, at least once")
+            raise ValueError(
+                f"depth is {depth} with {len(layers)} layers; it repeats a single layer, at least once"
+            )
         self.depth = depth or len(layers)
         if not 0 <= dropout <= 1 or not 1 <= keep <= self.depth:
-            raise ValueError(f"dropout {dropout} must be in [0, 1], keep {keep} in [1, {self.depth}]")
-        self.layers, self.dim = nn.ModuleList(layers), dims.pop()
-        self.ratio, self.soft_clamp = ratio, soft_clamp
-        self.dropout, self.keep, self.pass_each = dropout, keep, pass_each
+            raise ValueError(
+                f"dropout {dropout} must be in [0, 1], keep {keep} in [1, {self.depth}]"
+            )
+        self.layers = nn.ModuleList(layers)
+        self.dim = dims.pop()
+        self.ratio = ratio
+        self.soft_clamp = soft_clamp
+        self.dropout = dropout
+        self.keep = keep
+        self.pass_each = pass_each
         self.kind = factorized([self.layer(i).kind for i in range(self.depth)])
 
     def layer(self, i: int) -> Quantizer:
@@ -77,12 +88,15 @@ class ResidualQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            rest, found = self._bound(z), []
+            rest = self._bound(z)
+            found = []
             for i in range(self.depth):
                 scale = self._scale(i, rest)
                 found.append(self.layer(i).encode(rest / scale))
                 rest = rest - self.layer(i).decode(found[-1]) * scale
-        return torch.cat([factors(tokens, self.layer(i).kind) for i, tokens in enumerate(found)], -1)
+        return torch.cat(
+            [factors(tokens, self.layer(i).kind) for i, tokens in enumerate(found)], -1
+        )
 
     def parts(self, tokens: Tensor) -> list[Tensor]:
         """What each layer's tokens add to the sum, [..., C] each."""
@@ -104,7 +118,8 @@ class ResidualQuantizer(Quantizer):
                 total = bounded + (total - bounded).detach()
             names = {name: None for out in kept for name in out.losses}
             losses = {
-                name: torch.stack([out.losses[name] for out in kept if name in out.losses]).sum() for name in names
+                name: torch.stack([out.losses[name] for out in kept if name in out.losses]).sum()
+                for name in names
             }
             return QuantizerOutput(total, torch.cat(tokens, -1), losses)
 
@@ -112,12 +127,18 @@ class ResidualQuantizer(Quantizer):
         """How many layers this pass uses, the same in all processes."""
         if not self.training or not self.dropout:
             return self.depth
-        kept = int(torch.randint(self.keep, self.depth + 1, ())) if float(torch.rand(())) < self.dropout else self.depth
+        kept = (
+            int(torch.randint(self.keep, self.depth + 1, ()))
+            if float(torch.rand(())) < self.dropout
+            else self.depth
+        )
         return int(distributed.broadcast(kept))
 
 
 def residual_fsq(levels: tuple[int, ...], depth: int) -> ResidualQuantizer:
-    """Residual FSQ of vector-quantize-pytorch: symmetric levels, each layer finer by the number of levels."""
+    """Residual FSQ of vector-quantize-pytorch: symmetric levels, each layer finer by the number of
+    levels.
+    """
     layers = tuple(FSQ(levels, symmetric=True, clamp=True) for _ in range(depth))
     soft_clamp = tuple(1 + 1 / (level - 1) for level in levels)
     return ResidualQuantizer(layers, ratio=tuple(map(float, levels)), soft_clamp=soft_clamp)

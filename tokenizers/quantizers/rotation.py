@@ -1,7 +1,8 @@
-"""Rotation trick: gradients pass a quantizer by rotating and scaling, not straight through (arXiv 2410.06424).
+"""Rotation trick: gradients pass a quantizer by rotating and scaling, not straight through (arXiv
+2410.06424).
 
-Forward is the code itself. Backward is that of the rotation which takes a latent's direction to its code's, times the
-ratio of their norms, both held constant: g becomes (|q| / |z|) R^T g.
+Forward is the code itself. Backward is that of the rotation which takes a latent's direction to its
+code's, times the ratio of their norms, both held constant: g becomes (|q| / |z|) R^T g.
 """
 
 import torch
@@ -11,9 +12,12 @@ EPS = 1e-6
 
 
 def rotate_to(z: Tensor, quantized: Tensor) -> Tensor:
-    """`quantized` [..., C] with the gradient of the rotation from z [..., C]; none flows into `quantized`."""
+    """`quantized` [..., C] with the gradient of the rotation from z [..., C]; none flows into
+    `quantized`.
+    """
     target = quantized.detach()
-    u, q = _unit(z.detach()), _unit(target)
+    u = _unit(z.detach())
+    q = _unit(target)
     w = _unit(u + q)
     ratio = target.norm(dim=-1, keepdim=True) / (z.detach().norm(dim=-1, keepdim=True) + EPS)
     rotated = ratio * (z - 2 * w * _dot(w, z) + 2 * q * _dot(u, z))

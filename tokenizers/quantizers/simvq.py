@@ -1,7 +1,8 @@
-"""SimVQ (arXiv 2411.02038): a frozen random table behind one learned linear map, so that all codes move together.
+"""SimVQ (arXiv 2411.02038): a frozen random table behind one learned linear map, so that all codes
+move together.
 
-Different from the official code: `decode` applies the map, which theirs forgets. With the rotation trick the commitment
-can blow up; gradients pass straight through by default.
+Different from the official code: `decode` applies the map, which theirs forgets. With the rotation
+trick the commitment can blow up; gradients pass straight through by default.
 """
 
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
 class SimVQ(VectorQuantizer):
-    """`vocab_size` codes of `dim` channels; the table is from N(0, 1 / dim). `bias` is that of the map."""
+    """`vocab_size` codes of `dim` channels; the table is from N(0, 1 / dim). `bias` is that of the
+    map.
+    """
 
     def __init__(
         self,

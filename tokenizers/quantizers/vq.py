@@ -1,10 +1,12 @@
-"""Vector quantization with a learned codebook (VQ-VAE, arXiv 1711.00937), as in LlamaGen (arXiv 2406.06525).
+"""Vector quantization with a learned codebook (VQ-VAE, arXiv 1711.00937), as in LlamaGen (arXiv
+2406.06525).
 
-With `l2_normalize` (ViT-VQGAN, arXiv 2110.04627) latents and codes are compared on the unit sphere; stored codes are
-normalised at every use. Different from LlamaGen's code: codes may be initialised from data and unused ones restarted
-(arXiv 2005.00341, section 3.1), which a small training run needs. In several processes codes are counted over all of
-them and replaced by latents of any, so that every process keeps the same codebook, and the one that a single process
-with the whole batch would have.
+With `l2_normalize` (ViT-VQGAN, arXiv 2110.04627) latents and codes are compared on the unit sphere;
+stored codes are normalised at every use. Different from LlamaGen's code: codes may be initialised
+from data and unused ones restarted (arXiv 2005.00341, section 3.1), which a small training run
+needs. In several processes codes are counted over all of them and replaced by latents of any, so
+that every process keeps the same codebook, and the one that a single process with the whole batch
+would have.
 """
 
 import torch
@@ -23,12 +25,13 @@ from tessellar.tokenizers.quantizers.rotation import rotate_to
 class VectorQuantizer(Quantizer):
     """Nearest code of `vocab_size` codes of `dim` channels.
 
-    `init_step`: replace the codes by random latents at that training pass. `restart_every`: every so many passes, until
-    `restart_until`, codes that no latent chose since the last time become random latents. `rotation`: gradients by the
-    rotation trick instead of straight through. `unit_codes`: with `l2_normalize` codes are stored with norm 1 at first,
-    as LlamaGen's; without, as they are drawn, with norms of about 1 / `vocab_size`, as TiTok's and ResTok's, which Adam
-    then turns some thousand times faster at first. Raises ValueError for sizes or passes below 1, and for an end of
-    restarts without restarts.
+    `init_step`: replace the codes by random latents at that training pass. `restart_every`: every
+    so many passes, until `restart_until`, codes that no latent chose since the last time become
+    random latents. `rotation`: gradients by the rotation trick instead of straight through.
+    `unit_codes`: with `l2_normalize` codes are stored with norm 1 at first, as LlamaGen's; without,
+    as they are drawn, with norms of about 1 / `vocab_size`, as TiTok's and ResTok's, which Adam
+    then turns some thousand times faster at first. Raises ValueError for sizes or passes below 1,
+    and for an end of restarts without restarts.
     """
 
     def __init__(
@@ -47,16 +50,29 @@ class VectorQuantizer(Quantizer):
         unit_codes: bool = True,
     ) -> None:
         super().__init__()
-        counts = {"vocab_size": vocab_size, "dim": dim, "init_step": init_step, "restart_every": restart_every}
+        counts = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "init_step": init_step,
+            "restart_every": restart_every,
+        }
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if restart_until is not None and restart_every is None:
-            raise ValueError(f"restart_until is {restart_until}, but codes are not restarted: give restart_every")
-        self.kind, self.dim, self.l2_normalize = Categorical(vocab_size), dim, l2_normalize
-        self.codebook_weight, self.commitment_weight = codebook_weight, commitment_weight
-        self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
-        self.init_step, self.restart_every, self.restart_until = init_step, restart_every, restart_until
+            raise ValueError(
+                f"restart_until is {restart_until}, but codes are not restarted: give restart_every"
+            )
+        self.kind = Categorical(vocab_size)
+        self.dim = dim
+        self.l2_normalize = l2_normalize
+        self.codebook_weight = codebook_weight
+        self.commitment_weight = commitment_weight
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
+        self.init_step = init_step
+        self.restart_every = restart_every
+        self.restart_until = restart_until
         self.rotation = rotation
         self.codebook = nn.Embedding(vocab_size, dim)
         tag(self.codebook.weight, "no_decay")
@@ -107,13 +123,16 @@ class VectorQuantizer(Quantizer):
                 "commitment": self.commitment_weight * F.mse_loss(z, quantized.detach()),
             }
             if self.entropy_weight > 0:
-                losses["entropy"] = self.entropy_weight * entropy_loss(-self.distances(z), self.entropy_temperature)
+                losses["entropy"] = self.entropy_weight * entropy_loss(
+                    -self.distances(z), self.entropy_temperature
+                )
             passed = rotate_to(z, quantized) if self.rotation else z + (quantized - z).detach()
             return QuantizerOutput(passed, tokens, losses)
 
     @torch.no_grad()
     def _maintain(self, z: Tensor, finite: Tensor) -> None:
-        """Initialise the codes from data, restart unused ones; counted in training passes, kept in buffers.
+        """Initialise the codes from data, restart unused ones; counted in training passes, kept in
+        buffers.
 
         A pass whose latents are not `finite` (on all ranks) changes nothing and is not counted.
         """
@@ -134,13 +153,19 @@ class VectorQuantizer(Quantizer):
         return self.restart_until is None or step <= self.restart_until
 
     def _replace(self, which: Tensor, z: Tensor) -> None:
-        """Random latents of the global batch in place of the chosen codes; z [B, ..., C] is this process's share."""
-        ranks, rank = distributed.world_size(), distributed.rank()
-        latents, count = z.flatten(0, -2), int(which.sum())
+        """Random latents of the global batch in place of the chosen codes; z [B, ..., C] is this
+        process's share.
+        """
+        ranks = distributed.world_size()
+        rank = distributed.rank()
+        latents = z.flatten(0, -2)
+        count = int(which.sum())
         drawn = distributed.broadcast(draw_rows(ranks * len(latents), count).cpu()).to(z.device)
-        # Sample i of the global batch is sample i // ranks of rank i % ranks, as the sampler deals them.
+        # Sample i of the global batch is sample i // ranks of rank i % ranks, as the sampler deals
+        # them.
         each = len(latents) // len(z)
-        sample, place = drawn // each, drawn % each
+        sample = drawn // each
+        place = drawn % each
         own = (sample % ranks == rank)[:, None]
         rows = torch.where(own, latents[sample // ranks * each + place], 0)
         self.codebook.weight[which] = distributed.all_reduce_sum(rows).to(self.codebook.weight)

@@ -1,4 +1,6 @@
-"""ResTok: tokens in levels from coarse to fine, from a transformer with hierarchical residuals (arXiv 2601.03955)."""
+"""ResTok: tokens in levels from coarse to fine, from a transformer with hierarchical residuals
+(arXiv 2601.03955).
+"""
 
 from tessellar.tokenizers.restok.tokenizer import ResTok, restok_l_128
 

@@ -1,4 +1,5 @@
-"""ResTok's checkpoints (arXiv 2601.03955), official keys to ours and back. (The generator: models/har.)
+"""ResTok's checkpoints (arXiv 2601.03955), official keys to ours and back. (The generator:
+models/har.)
 
 Sizes are read from the tensors' shapes; heads are those of 64 channels and otherwise an argument.
 """
@@ -57,7 +58,12 @@ def keys(levels: int) -> KeyTable:
         "quantize.embedding.weight": "quantizer.codebook.weight",
     }
     own = (
-        Rule("encoder.conv_out.{i}.weight", "to_code.{i}.weight", lambda t: t[..., 0], lambda t: t[..., None]),
+        Rule(
+            "encoder.conv_out.{i}.weight",
+            "to_code.{i}.weight",
+            lambda t: t[..., 0],
+            lambda t: t[..., None],
+        ),
         Rule("vf_proj.weight", "encoder_to_vision.weight", matrix, convolution),
         Rule("vf_proj_dec.weight", "decoder_to_vision.weight", matrix, convolution),
     )
@@ -75,32 +81,39 @@ def from_official(
     quantizer_options: Mapping[str, Any] | None = None,
     where: str = "the ResTok checkpoint",
 ) -> ResTok:
-    """A tokenizer of the sizes that the weights show; `heads` of encoder and decoder are not among them."""
+    """A tokenizer of the sizes that the weights show; `heads` of encoder and decoder are not among
+    them.
+    """
     OFFICIAL.check(state)
-    cnn = cnn_sizes(state, "pixel_encoder.down.{i}.block.{j}", len(state["pixel_encoder.conv_in.weight"]))
-    encoder, decoder = state["encoder.ln_pre.weight"].shape[0], state["decoder.ln_pre.weight"].shape[0]
+    cnn = cnn_sizes(
+        state, "pixel_encoder.down.{i}.block.{j}", len(state["pixel_encoder.conv_in.weight"])
+    )
+    encoder = state["encoder.ln_pre.weight"].shape[0]
+    decoder = state["decoder.ln_pre.weight"].shape[0]
     num_heads = heads or (heads_of(encoder), heads_of(decoder))
     length = 2 ** (count(state, r"encoder\.latent_token_level_embedding\.(\d+)") - 1)
     # without the decoder's feature token, projections alone are of no use: they stay out
     has_vision = {"vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token"} <= set(state)
-    loose = () if has_vision else ("vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token")
+    loose = (
+        () if has_vision else ("vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token")
+    )
     vocab_size, dim = state["quantize.embedding.weight"].shape
     made = ResTok(
         VectorQuantizer(vocab_size, dim, **(quantizer_options or {})),
         image_size,
-        length,
-        min_tokens,
-        cnn.channels,
-        cnn.multipliers,
-        cnn.blocks,
-        state["pixel_encoder.conv_out.weight"].shape[0],
-        encoder,
-        count(state, r"encoder\.blocks\.(\d+)\."),
-        num_heads[0],
-        decoder,
-        count(state, r"decoder\.blocks\.(\d+)\."),
-        num_heads[1],
-        count(state, r"encoder\.level_embedding\.(\d+)"),
+        num_tokens=length,
+        min_tokens=min_tokens,
+        channels=cnn.channels,
+        multipliers=cnn.multipliers,
+        num_res_blocks=cnn.blocks,
+        z_channels=state["pixel_encoder.conv_out.weight"].shape[0],
+        encoder_width=encoder,
+        encoder_depth=count(state, r"encoder\.blocks\.(\d+)\."),
+        encoder_heads=num_heads[0],
+        decoder_width=decoder,
+        decoder_depth=count(state, r"decoder\.blocks\.(\d+)\."),
+        decoder_heads=num_heads[1],
+        stages=count(state, r"encoder\.level_embedding\.(\d+)"),
         drop=drop,
         legacy=legacy,
         vision_dim=state["vf_proj.weight"].shape[0] if has_vision else None,

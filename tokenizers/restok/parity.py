@@ -1,4 +1,6 @@
-"""Replays of ResTok's tokenizer (cases `tok_*` of recordings of system `restok`). Recorded images are in [0, 1]."""
+"""Replays of ResTok's tokenizer (cases `tok_*` of recordings of system `restok`). Recorded images
+are in [0, 1].
+"""
 
 import torch
 from torch import Tensor
@@ -52,9 +54,15 @@ def recorded_tokenizer(recording: Recording) -> ResTok:
         },
     )
     found = (made.layout.length, made.layout.length, len(made.encoder.merging) + 1)
-    expected = (model["num_latent_tokens"], model["test_num_latent_tokens"], model["hierarchy_stages"])
+    expected = (
+        model["num_latent_tokens"],
+        model["test_num_latent_tokens"],
+        model["hierarchy_stages"],
+    )
     if found != expected:
-        raise UserError(f"the weights are of {made.layout} in {found[-1]} stages, not of the config's {expected}")
+        raise UserError(
+            f"the weights are of {made.layout} in {found[-1]} stages, not of the config's {expected}"
+        )
     return made
 
 
@@ -154,9 +162,13 @@ def losses(recording: Recording) -> dict[str, Tensor]:
     feature = given["aux_feature"]
     grid = (feature.shape[2], feature.shape[3])
     pooled = given["aux_cls"].flatten(1)
-    vision = made.vision_loss(encoded, quantized.quantized, keep, pooled=pooled, patches=as_vectors(feature), grid=grid)
+    vision = made.vision_loss(
+        encoded, quantized.quantized, keep, pooled=pooled, patches=as_vectors(feature), grid=grid
+    )
     rendered = made.render(quantized.quantized, keep)
-    output = TokenizerOutput(rendered, quantized.tokens, {**terms, "vision": config["vf_weight"] * vision})
+    output = TokenizerOutput(
+        rendered, quantized.tokens, {**terms, "vision": config["vf_weight"] * vision}
+    )
     real = given["disc_logits_real"]
     fake = given["disc_logits_fake"]
     loss = TokenizerLoss(

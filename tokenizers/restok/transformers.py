@@ -1,8 +1,10 @@
-"""ResTok's transformers: an encoder whose image tokens are merged on the way, residual latents, a decoder over both.
+"""ResTok's transformers: an encoder whose image tokens are merged on the way, residual latents, a
+decoder over both.
 
-Arxiv 2601.03955. The sequence is [image scales, coarsest first | latents by level]; a token sees its own and all
-earlier levels, so that image tokens never see latents and coarse scales never see finer ones. A merging block splits
-the coarsest scale into every second token (as released; the paper averages pairs) and what is left without them.
+Arxiv 2601.03955. The sequence is [image scales, coarsest first | latents by level]; a token sees
+its own and all earlier levels, so that image tokens never see latents and coarse scales never see
+finer ones. A merging block splits the coarsest scale into every second token (as released; the
+paper averages pairs) and what is left without them.
 """
 
 from typing import Literal, NamedTuple
@@ -32,7 +34,9 @@ def rotation(rows: Tensor, columns: Tensor, head_dim: int, base: float = 10000.0
     """Row angles, then column angles, in float64 until the end."""
     pairs = head_dim // 4
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    angles = torch.cat([rows[:, None].double() * frequencies, columns[:, None].double() * frequencies], -1)
+    angles = torch.cat(
+        [rows[:, None].double() * frequencies, columns[:, None].double() * frequencies], -1
+    )
     return Rotation(angles.cos().float()[None], angles.sin().float()[None])
 
 
@@ -50,7 +54,9 @@ def level_grid(size: int) -> Grid:
 
 
 def residual_pyramid(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Latents [B, N, C] of a map [B, C, h, w]: averages of what coarser levels left over, level by level."""
+    """Latents [B, N, C] of a map [B, C, h, w]: averages of what coarser levels left over, level by
+    level.
+    """
     parts = []
     for size in sizes:
         pooled = F.adaptive_avg_pool2d(x, level_grid(size))
@@ -60,17 +66,26 @@ def residual_pyramid(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 class ResTokBlock(nn.Module):
-    """x += gamma_1 Attention(LN x); x += gamma_2 MLP(LN x): normed queries and keys, keys without a bias."""
+    """x += gamma_1 Attention(LN x); x += gamma_2 MLP(LN x): normed queries and keys, keys without a
+    bias.
+    """
 
     def __init__(self, width: int, num_heads: int, implementation: str) -> None:
         super().__init__()
-        self.num_heads, self.implementation = num_heads, implementation
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.q_norm, self.k_norm = nn.LayerNorm(width // num_heads), nn.LayerNorm(width // num_heads)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.gamma_1, self.gamma_2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.num_heads = num_heads
+        self.implementation = implementation
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_norm = nn.LayerNorm(width // num_heads)
+        self.k_norm = nn.LayerNorm(width // num_heads)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.gamma_1 = nn.Parameter(torch.ones(width))
+        self.gamma_2 = nn.Parameter(torch.ones(width))
         for linear in (self.qkv, self.proj, self.fc1, self.fc2):
             tag(linear.weight, "hidden")
 
@@ -80,7 +95,10 @@ class ResTokBlock(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(normed.dtype)
         qkv = F.linear(normed, self.qkv.weight.to(normed.dtype), bias)
         q, k, v = rearrange(qkv, "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
-        q, k = (rotate(f(t), turn.cos, turn.sin).to(v.dtype) for f, t in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (
+            rotate(f(t), turn.cos, turn.sin).to(v.dtype)
+            for f, t in ((self.q_norm, q), (self.k_norm, k))
+        )
         out = attend(q, k, v, mask, implementation=self.implementation)
         return x + self.gamma_1 * self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -113,14 +131,21 @@ class ResTokEncoder(nn.Module):
         attention: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.grid, self.sizes, self.merge, self.head_dim = grid, level_sizes(length), merge, width // num_heads
+        self.grid = grid
+        self.sizes = level_sizes(length)
+        self.merge = merge
+        self.head_dim = width // num_heads
         if grid[1] % 2 ** (stages - 1):
             raise ValueError(f"{stages - 1} merges do not divide {grid[1]} columns")
         self.merging = tuple(int(i / stages * depth) - 1 for i in range(1, stages))
         self.project = nn.Conv2d(in_dim, width, 1)
         tag(self.project.weight, "no_decay")  # as published: an embedding of patches
-        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.scale_embeddings, self.level_embeddings = level_tables(stages, width), level_tables(len(self.sizes), width)
+        self.norm_in = nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width)
+        self.scale_embeddings, self.level_embeddings = (
+            level_tables(stages, width),
+            level_tables(len(self.sizes), width),
+        )
         self.blocks = nn.ModuleList(ResTokBlock(width, num_heads, attention) for _ in range(depth))
 
     def forward(self, features: Tensor) -> Encoded:
@@ -129,13 +154,17 @@ class ResTokEncoder(nn.Module):
     def sequence(self, features: Tensor) -> Tensor:
         """[image tokens, latents] with the embeddings of their levels."""
         maps = self.project(features)
-        levels = torch.cat([t.expand(s, -1) for t, s in zip(self.level_embeddings, self.sizes, strict=True)])
+        levels = torch.cat(
+            [t.expand(s, -1) for t, s in zip(self.level_embeddings, self.sizes, strict=True)]
+        )
         image = rearrange(maps, "b c h w -> b (h w) c") + self.scale_embeddings[0]
         return torch.cat([image, residual_pyramid(maps, self.sizes) + levels], 1)
 
     def run(self, x: Tensor) -> Encoded:
         """Blocks, merges, and the norm of the latents."""
-        x, grids, merged = self.norm_in(x), [self.grid], 0
+        x = self.norm_in(x)
+        grids = [self.grid]
+        merged = 0
         turn, mask = self.facts(grids, x.device)
         for number, block in enumerate(self.blocks):
             x = block.attend(x, turn, mask)  # type: ignore[operator]
@@ -165,8 +194,12 @@ class ResTokEncoder(nn.Module):
         return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
     def facts(self, grids: list[Grid], device: torch.device) -> tuple[Rotation, Tensor]:
-        """Rotation (a grid starts where the tokens before it end, on both axes) and mask of the sequence."""
-        rows, columns, start = [], [], 0
+        """Rotation (a grid starts where the tokens before it end, on both axes) and mask of the
+        sequence.
+        """
+        rows = []
+        columns = []
+        start = 0
         for h, w in grids:
             cell = torch.arange(h * w)
             rows.append(start + cell // w)
@@ -180,25 +213,32 @@ class ResTokEncoder(nn.Module):
 
 
 class ResTokDecoder(ExactTables):
-    """Code vectors [B, N, c] to a map [B, C, h, w], and the features of a training branch [B, h w, D]."""
+    """Code vectors [B, N, c] to a map [B, C, h, w], and the features of a training branch [B, h w,
+    D].
+    """
 
     def __init__(
         self, grid: Grid, code_dim: int, out_dim: int, length: int, width: int, depth: int, num_heads: int,
         features: bool, attention: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.grid, self.sizes = grid, level_sizes(length)
-        self.mask_code, self.mask_token = learned(1, 1, code_dim, width=width), learned(1, 1, width, width=width)
+        self.grid = grid
+        self.sizes = level_sizes(length)
+        self.mask_code = learned(1, 1, code_dim, width=width)
+        self.mask_token = learned(1, 1, width, width=width)
         self.feature_token = learned(1, 1, width, width=width) if features else None
         self.inputs = nn.ModuleList(nn.Linear(code_dim, width) for _ in self.sizes)
         for linear in self.inputs:
             tag(linear.weight, "no_decay")  # type: ignore[arg-type]  # as published: embeddings of codes
         self.level_embeddings = level_tables(len(self.sizes), width)
-        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_in = nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ResTokBlock(width, num_heads, attention) for _ in range(depth))
         self.output = nn.Conv2d(width, out_dim, 1)
-        cell, line = torch.arange(grid[0] * grid[1]), torch.arange(length)
-        rows, columns = torch.cat([line, length + cell // grid[1]]), torch.cat([line, length + cell % grid[1]])
+        cell = torch.arange(grid[0] * grid[1])
+        line = torch.arange(length)
+        rows = torch.cat([line, length + cell // grid[1]])
+        columns = torch.cat([line, length + cell % grid[1]])
         turn = rotation(rows, columns, width // num_heads)
         self.register_buffer("cos", turn.cos, persistent=False)
         self.register_buffer("sin", turn.sin, persistent=False)
@@ -211,12 +251,15 @@ class ResTokDecoder(ExactTables):
         return self.output(rearrange(image, "b (h w) c -> b c h w", h=self.grid[0]).contiguous())
 
     def features(self, codes: Tensor, keep: Tensor | None = None) -> Tensor:
-        """What a vision model's patches are compared with: image tokens of their own query, before the norm."""
+        """What a vision model's patches are compared with: image tokens of their own query, before
+        the norm.
+        """
         assert self.feature_token is not None, "this decoder was built without features"
         return self._image_tokens(codes, keep, self.feature_token)
 
     def _image_tokens(self, codes: Tensor, keep: Tensor | None, query: Tensor) -> Tensor:
-        count, length = self.grid[0] * self.grid[1], codes.shape[1]
+        count = self.grid[0] * self.grid[1]
+        length = codes.shape[1]
         if keep is not None:
             shown = torch.arange(length, device=codes.device) < keep[:, None].to(codes.device)
             codes = torch.where(shown[..., None], codes, self.mask_code.to(codes.dtype))

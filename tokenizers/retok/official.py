@@ -1,7 +1,8 @@
-"""The checkpoints of ReToK's tokenizer (arXiv 2601.01535), official keys to ours and back. (The GPT: models/retok.)
+"""The checkpoints of ReToK's tokenizer (arXiv 2601.01535), official keys to ours and back. (The
+GPT: models/retok.)
 
-Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else `num_heads` is
-needed.
+Sizes are read from the tensors' shapes; the number of heads is known for the published widths, else
+`num_heads` is needed.
 """
 
 from collections.abc import Mapping
@@ -53,7 +54,10 @@ _LAYERS = {
 
 def _named(pairs: Mapping[str, str], side: str, ours: str) -> dict[str, str]:
     """The table of one side."""
-    return {a.replace("{side}", side): b.replace("{side}", side).replace("{ours}", ours) for a, b in pairs.items()}
+    return {
+        a.replace("{side}", side): b.replace("{side}", side).replace("{ours}", ours)
+        for a, b in pairs.items()
+    }
 
 
 KEYS = table(
@@ -79,16 +83,38 @@ KEYS = table(
     Rule("quant_conv.weight", "to_code.weight", matrix, convolution),
     Rule("post_quant_conv.weight", "from_code.weight", matrix, convolution),
     Rule("s2to1encoder.positional_embedding", "token_encoder.memory_positions", _row, _with_batch),
-    Rule("s2to1encoder.latent_token_positional_embedding", "token_encoder.positions", _row, _with_batch),
-    Rule("s2to1encoder.latent_token_positional_embedding_comp", "token_encoder.redundant_positions", _row, _with_batch),
+    Rule(
+        "s2to1encoder.latent_token_positional_embedding",
+        "token_encoder.positions",
+        _row,
+        _with_batch,
+    ),
+    Rule(
+        "s2to1encoder.latent_token_positional_embedding_comp",
+        "token_encoder.redundant_positions",
+        _row,
+        _with_batch,
+    ),
     Rule("s1to2decoder.positional_embedding", "token_decoder.positions", _row, _with_batch),
-    Rule("s1to2decoder.latent_token_positional_embedding", "token_decoder.memory_positions", _row, _with_batch),
-    Rule("s1to2decoder.latent_token_positional_embedding_comp", "token_decoder.redundant_positions", _row, _with_batch),
+    Rule(
+        "s1to2decoder.latent_token_positional_embedding",
+        "token_decoder.memory_positions",
+        _row,
+        _with_batch,
+    ),
+    Rule(
+        "s1to2decoder.latent_token_positional_embedding_comp",
+        "token_decoder.redundant_positions",
+        _row,
+        _with_batch,
+    ),
     drop=("quantize.codebook_used",),
 )
 
 
-def load_official(tokenizer: ReToK, state: Mapping[str, Tensor], where: str = "the checkpoint") -> ReToK:
+def load_official(
+    tokenizer: ReToK, state: Mapping[str, Tensor], where: str = "the checkpoint"
+) -> ReToK:
     """Official weights into a tokenizer of the same sizes, strictly."""
     return OFFICIAL.fill(tokenizer, state, where)
 
@@ -105,7 +131,9 @@ def tokenizer_from_official(
     semantic_layer: int | None = None,
     **options: Any,
 ) -> ReToK:
-    """A tokenizer with the sizes that the weights show, filled with them; `options` are more arguments of ReToK."""
+    """A tokenizer with the sizes that the weights show, filled with them; `options` are more
+    arguments of ReToK.
+    """
     OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.conv_blocks.{i}.res.{j}", len(state["encoder.conv_in.weight"]))
     tokens = len(state["s2to1encoder.latent_token_positional_embedding"])
@@ -138,7 +166,9 @@ def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerS
     depth = count(state, rf"{side}\.transformer\.(\d+)\.")
     known = [size for size in SIZES.values() if size.width == width]
     if heads is None and not known:
-        raise UserError(f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads")
+        raise UserError(
+            f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads"
+        )
     return replace(known[0], depth=depth) if heads is None else QFormerSize(width, depth, heads)
 
 

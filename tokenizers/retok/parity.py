@@ -17,7 +17,9 @@ SUPPORTED = {"multi_level_query_init": True, "adaptive_gn": True, "d2s_up": True
 
 
 def _tokenizer(recording: Recording) -> ReToK:
-    """In eval mode, with nothing inferred: the released code keeps all N tokens and has no schedule."""
+    """In eval mode, with nothing inferred: the released code keeps all N tokens and has no
+    schedule.
+    """
     config = recording.config
     require(config, "the ReToK config", SUPPORTED)
     quantizer = VectorQuantizer(
@@ -36,9 +38,16 @@ def _tokenizer(recording: Recording) -> ReToK:
         feature_weight=1.0,
     )
     found = (made.image_size[0], made.num_tokens, made.always, made.redundant)
-    expected = (config["image_size"], config["num_latent_tokens"], config["keep_tokens"], config["redundant_tokens"])
+    expected = (
+        config["image_size"],
+        config["num_latent_tokens"],
+        config["keep_tokens"],
+        config["redundant_tokens"],
+    )
     if found != expected:
-        raise UserError(f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}")
+        raise UserError(
+            f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}"
+        )
     return made
 
 

@@ -1,7 +1,9 @@
-"""ReToK's Q-Formers: a map of features to ordered tokens, and the first of them back to a map (arXiv 2601.01535).
+"""ReToK's Q-Formers: a map of features to ordered tokens, and the first of them back to a map
+(arXiv 2601.01535).
 
-Queries start as averages over ever finer blocks of the map (GigaTok, arXiv 2504.08736), and the redundant ones as
-copies of the last of them; there are no learned queries. The decoder's positions all start as the first token.
+Queries start as averages over ever finer blocks of the map (GigaTok, arXiv 2504.08736), and the
+redundant ones as copies of the last of them; there are no learned queries. The decoder's positions
+all start as the first token.
 """
 
 from dataclasses import dataclass
@@ -27,13 +29,17 @@ class QFormerSize:
 
 
 def block_grid(group: int) -> tuple[int, int]:
-    """Rows and columns of blocks that the queries of a group average: 1, 1, 2, 4, 8, ... blocks, wide before high."""
+    """Rows and columns of blocks that the queries of a group average: 1, 1, 2, 4, 8, ... blocks,
+    wide before high.
+    """
     level = max(group - 1, 0)
     return 2 ** (level // 2), 2 ** (level - level // 2)
 
 
 def pooled_queries(memory: Tensor, side: int, count: int) -> Tensor:
-    """Averages of memory [B, side^2, D] over blocks, coarse to fine: [B, count, D]; `count` is a power of two."""
+    """Averages of memory [B, side^2, D] over blocks, coarse to fine: [B, count, D]; `count` is a
+    power of two.
+    """
     maps = rearrange(memory, "b (h w) d -> b d h w", h=side)
     groups = (F.adaptive_avg_pool2d(maps, block_grid(i)) for i in range(int(log2(count)) + 1))
     return torch.cat([rearrange(group, "b d h w -> b (h w) d") for group in groups], dim=1)
@@ -47,15 +53,22 @@ def table(length: int, width: int) -> nn.Parameter:
 class TokenEncoder(nn.Module):
     """Map [B, z, side, side] to latents of all tokens, redundant ones last [B, N + M, z]."""
 
-    def __init__(self, side: int, tokens: int, redundant: int, z: int, size: QFormerSize, attention: str) -> None:
+    def __init__(
+        self, side: int, tokens: int, redundant: int, z: int, size: QFormerSize, attention: str
+    ) -> None:
         super().__init__()
-        self.side, self.tokens, self.redundant = side, tokens, redundant
-        self.norm_in, self.embed = nn.LayerNorm(z), nn.Linear(z, size.width)
+        self.side = side
+        self.tokens = tokens
+        self.redundant = redundant
+        self.norm_in = nn.LayerNorm(z)
+        self.embed = nn.Linear(z, size.width)
         self.project = nn.Linear(size.width, size.width)
         self.memory_positions = table(side**2, size.width)
-        self.positions, self.redundant_positions = table(tokens, size.width), table(redundant, size.width)
+        self.positions = table(tokens, size.width)
+        self.redundant_positions = table(redundant, size.width)
         self.layers = _layers(size, attention)
-        self.norm_out, self.out = nn.LayerNorm(size.width), nn.Linear(size.width, z)
+        self.norm_out = nn.LayerNorm(size.width)
+        self.out = nn.Linear(size.width, z)
 
     def queries(self, memory: Tensor) -> Tensor:
         """Pooled queries, then copies of the last M of them: [B, N + M, D]."""
@@ -72,7 +85,9 @@ class TokenEncoder(nn.Module):
 
 
 class Spread(NamedTuple):
-    """A map [B, z, side, side] and, where it is read, what the teacher is compared with [B, side^2, D]."""
+    """A map [B, z, side, side] and, where it is read, what the teacher is compared with [B, side^2,
+    D].
+    """
 
     spatial: Tensor
     semantic: Tensor | None
@@ -93,20 +108,25 @@ class TokenDecoder(nn.Module):
         attention: str,
     ) -> None:
         super().__init__()
-        self.side, self.semantic_layer = side, semantic_layer
-        self.norm_in, self.embed = nn.LayerNorm(z), nn.Linear(z, size.width)
+        self.side = side
+        self.semantic_layer = semantic_layer
+        self.norm_in = nn.LayerNorm(z)
+        self.embed = nn.Linear(z, size.width)
         self.positions = table(side**2, size.width)
         self.memory_positions = table(tokens, size.width)
         self.redundant_positions = table(redundant, size.width)
         self.layers = _layers(size, attention)
-        self.norm_out, self.conv_out = nn.LayerNorm(size.width), nn.Conv2d(size.width, z, 3, padding=1)
+        self.norm_out = nn.LayerNorm(size.width)
+        self.conv_out = nn.Conv2d(size.width, z, 3, padding=1)
         self.semantic = _semantic_head(size.width, semantic_dim) if semantic_dim else None
 
     def forward(self, latents: Tensor, visible: Tensor | None = None) -> Spread:
         """`visible` [B, k] hides latents of some images (False); the first is always seen."""
         memory = self.embed(self.norm_in(latents))
         x = memory[:, :1].expand(-1, self.side**2, -1)
-        memory_positions = torch.cat([self.memory_positions, self.redundant_positions])[: latents.shape[1]]
+        memory_positions = torch.cat([self.memory_positions, self.redundant_positions])[
+            : latents.shape[1]
+        ]
         semantic = None
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, memory, self.positions, memory_positions, visible)
@@ -117,13 +137,19 @@ class TokenDecoder(nn.Module):
 
 
 def _layers(size: QFormerSize, attention: str) -> nn.ModuleList:
-    return nn.ModuleList(QFormerLayer(size.width, size.num_heads, attention=attention) for _ in range(size.depth))
+    return nn.ModuleList(
+        QFormerLayer(size.width, size.num_heads, attention=attention) for _ in range(size.depth)
+    )
 
 
 def _semantic_head(width: int, dim: int) -> nn.Sequential:
     hidden = 4 * width
     return nn.Sequential(
-        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim)
+        nn.Linear(width, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, dim),
     )
 
 

@@ -1,10 +1,12 @@
-"""ReToK: a flexible 1D tokenizer with redundant token padding and semantic regularisation (arXiv 2601.01535).
+"""ReToK: a flexible 1D tokenizer with redundant token padding and semantic regularisation (arXiv
+2601.01535).
 
-A CNN makes a map, a Q-Former turns it into N ordered tokens followed by M = N - K redundant ones: copies of all but the
-first K, which take the tail of nested dropout so that real tail tokens are kept more often. A second Q-Former spreads
-the first k tokens over the map, a CNN with adaptive norms draws it (architecture: GigaTok, arXiv 2504.08736). Different
-from the official code: all sizes are arguments and k is given when decoding; nested dropout and the schedule of the
-semantic loss, which the released code lacks, are inferred (`Inferred`).
+A CNN makes a map, a Q-Former turns it into N ordered tokens followed by M = N - K redundant ones:
+copies of all but the first K, which take the tail of nested dropout so that real tail tokens are
+kept more often. A second Q-Former spreads the first k tokens over the map, a CNN with adaptive
+norms draws it (architecture: GigaTok, arXiv 2504.08736). Different from the official code: all
+sizes are arguments and k is given when decoding; nested dropout and the schedule of the semantic
+loss, which the released code lacks, are inferred (`Inferred`).
 """
 
 from dataclasses import dataclass
@@ -38,11 +40,12 @@ from tessellar.tokenizers.retok.qformer import (
 
 @dataclass(frozen=True)
 class Inferred:
-    """What the released code does not show: how many tokens are kept, and how much the teacher says then.
+    """What the released code does not show: how many tokens are kept, and how much the teacher says
+    then.
 
-    k is uniform over the multiples of `multiple` in [`shortest`, `longest`] (None: K and N + M), one for each image or
-    for a batch. The weight of the semantic loss falls from 1 at K tokens to 0 at N (`linear`,
-    `cosine`), or is constant.
+    k is uniform over the multiples of `multiple` in [`shortest`, `longest`] (None: K and N + M),
+    one for each image or for a batch. The weight of the semantic loss falls from 1 at K tokens to 0
+    at N (`linear`, `cosine`), or is constant.
     """
 
     nested_dropout: bool = True
@@ -54,11 +57,13 @@ class Inferred:
 
 
 class ReToK(Tokenizer):
-    """Square images of `image_size` as `num_tokens` ordered tokens, decodable from the first `always` (K) on.
+    """Square images of `image_size` as `num_tokens` ordered tokens, decodable from the first
+    `always` (K) on.
 
-    `semantic_dim` channels of a decoder layer are compared with `teacher`'s patches in training, where there is one.
-    `feature_weight` pulls the decoder's map to the encoder's for the first `feature_steps` training passes. `stage`
-    "decoder" trains the decoders alone, on all N tokens. Raises ValueError for sizes that do not fit each other.
+    `semantic_dim` channels of a decoder layer are compared with `teacher`'s patches in training,
+    where there is one. `feature_weight` pulls the decoder's map to the encoder's for the first
+    `feature_steps` training passes. `stage` "decoder" trains the decoders alone, on all N tokens.
+    Raises ValueError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -86,28 +91,53 @@ class ReToK(Tokenizer):
     ) -> None:
         super().__init__()
         stride = 2 ** (len(multipliers) - 1)
-        side, redundant = image_size // stride, num_tokens - always
+        side = image_size // stride
+        redundant = num_tokens - always
         _check_sizes(image_size, stride, num_tokens, always, semantic_layer, decoder_size.depth)
-        self.image_size, self.side = (image_size, image_size), side
-        self.num_tokens, self.always, self.redundant = num_tokens, always, redundant
+        self.image_size = (image_size, image_size)
+        self.side = side
+        self.num_tokens = num_tokens
+        self.always = always
+        self.redundant = redundant
         self.layout = sequence_layout(num_tokens, quantizer.kind, min_prefix=always)
-        self.semantic_weight, self.feature_weight, self.feature_steps = semantic_weight, feature_weight, feature_steps
-        self.inferred, self.stage, self.teacher = inferred, stage, teacher
+        self.semantic_weight = semantic_weight
+        self.feature_weight = feature_weight
+        self.feature_steps = feature_steps
+        self.inferred = inferred
+        self.stage = stage
+        self.teacher = teacher
         self.lengths = _lengths(inferred, always, num_tokens + redundant)
         if teacher is not None and teacher.dim != semantic_dim:
-            raise ValueError(f"semantic_dim is {semantic_dim}; the teacher's patches have {teacher.dim} channels")
+            raise ValueError(
+                f"semantic_dim is {semantic_dim}; the teacher's patches have {teacher.dim} channels"
+            )
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels)
         self.encoder = Encoder(sizes, attention=(), middle_attention=False)
-        self.token_encoder = TokenEncoder(side, num_tokens, redundant, z_channels, encoder_size, attention)
+        self.token_encoder = TokenEncoder(
+            side, num_tokens, redundant, z_channels, encoder_size, attention
+        )
         self.token_decoder = TokenDecoder(
-            side, num_tokens, redundant, z_channels, decoder_size, semantic_dim, semantic_layer, attention
+            side,
+            num_tokens,
+            redundant,
+            z_channels,
+            decoder_size,
+            semantic_dim,
+            semantic_layer,
+            attention,
         )
         self.decoder = AdaptiveDecoder(sizes.decoding(decoder_multipliers))
-        init_weights(self, small=min(encoder_size.width, decoder_size.width, 2 * channels) < SIZES["tiny"].width)
-        self.to_code, self.from_code = nn.Linear(z_channels, quantizer.dim), nn.Linear(quantizer.dim, z_channels)
+        init_weights(
+            self,
+            small=min(encoder_size.width, decoder_size.width, 2 * channels) < SIZES["tiny"].width,
+        )
+        self.to_code = nn.Linear(z_channels, quantizer.dim)
+        self.from_code = nn.Linear(quantizer.dim, z_channels)
         self.quantizer = quantizer
         for parameter in self.parameters():
-            untag(parameter, "no_decay")  # one group in the official optimizer: biases, norms and tables decay too
+            untag(
+                parameter, "no_decay"
+            )  # one group in the official optimizer: biases, norms and tables decay too
             tag(parameter, "decay")
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.passes: Tensor
@@ -132,7 +162,9 @@ class ReToK(Tokenizer):
         return self
 
     def latents(self, spatial: Tensor) -> Tensor:
-        """Vectors before quantization of all tokens, redundant ones too, [B, N + M, C], of the encoder's map."""
+        """Vectors before quantization of all tokens, redundant ones too, [B, N + M, C], of the
+        encoder's map.
+        """
         return self.to_code(self.token_encoder(spatial))
 
     def spread(self, vectors: Tensor, visible: Tensor | None = None) -> Spread:
@@ -140,7 +172,9 @@ class ReToK(Tokenizer):
         return self.token_decoder(self.from_code(vectors.to(self.from_code.weight.dtype)), visible)
 
     def encode_all(self, images: Tensor) -> Tensor:
-        """Tokens of the images with the redundant ones behind, [B, N + M]; generators get only the first N."""
+        """Tokens of the images with the redundant ones behind, [B, N + M]; generators get only the
+        first N.
+        """
         self.check_images(images)
         return self.quantizer.encode(self.latents(self.encoder(images)))
 
@@ -160,7 +194,9 @@ class ReToK(Tokenizer):
         """How many tokens each image keeps, int64 [B] on the CPU: drawn in training, N otherwise."""
         if not self.training or not self.inferred.nested_dropout or self.stage == "decoder":
             return torch.full((batch,), self.num_tokens, device="cpu")
-        draws = torch.randint(len(self.lengths), (1 if self.inferred.one_length else batch,), device="cpu")
+        draws = torch.randint(
+            len(self.lengths), (1 if self.inferred.one_length else batch,), device="cpu"
+        )
         return torch.tensor(self.lengths, device="cpu")[draws].expand(batch)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
@@ -170,7 +206,11 @@ class ReToK(Tokenizer):
             quantized = self.quantizer(self.latents(spatial))
         kept = self.draw_lengths(len(images))
         longest = int(kept.max())
-        visible = (torch.arange(longest) < kept[:, None]).to(images.device) if int(kept.min()) < longest else None
+        visible = (
+            (torch.arange(longest) < kept[:, None]).to(images.device)
+            if int(kept.min()) < longest
+            else None
+        )
         found = self.spread(quantized.quantized[:, :longest], visible)
         losses = dict(quantized.losses) if self.stage == "all" else {}
         if self.training:
@@ -178,12 +218,16 @@ class ReToK(Tokenizer):
         reconstruction = at_least_float32(self.decoder(found.spatial))
         return TokenizerOutput(reconstruction, quantized.tokens[:, : self.num_tokens], losses)
 
-    def _training_losses(self, images: Tensor, spatial: Tensor, found: Spread, kept: Tensor) -> dict[str, Tensor]:
+    def _training_losses(
+        self, images: Tensor, spatial: Tensor, found: Spread, kept: Tensor
+    ) -> dict[str, Tensor]:
         losses = {}
         if self.teacher is not None and found.semantic is not None and self.semantic_weight:
             target = regrid(self.teacher(images).patches, self.teacher.grid, (self.side, self.side))
             weight = self.semantic_factor(kept).to(images.device)
-            losses["semantic"] = self.semantic_weight * (weight * cosine_distance(found.semantic, target)).mean()
+            losses["semantic"] = (
+                self.semantic_weight * (weight * cosine_distance(found.semantic, target)).mean()
+            )
         if self.feature_weight:
             distance = feature_distance(spatial, found.spatial)
             losses["feature"] = self.feature_weight * (self.passes < self.feature_steps) * distance
@@ -207,11 +251,17 @@ def feature_distance(spatial: Tensor, decoded: Tensor) -> Tensor:
     return F.mse_loss(at_least_float32(decoded), at_least_float32(spatial.detach()))
 
 
-def _check_sizes(image_size: int, stride: int, tokens: int, always: int, semantic_layer: int, depth: int) -> None:
+def _check_sizes(
+    image_size: int, stride: int, tokens: int, always: int, semantic_layer: int, depth: int
+) -> None:
     side = image_size // stride
     if image_size % stride:
         raise ValueError(f"the stride {stride} does not divide image_size {image_size}")
-    if tokens < 2 or 2 ** int(log2(tokens)) != tokens or any(side % n for n in block_grid(int(log2(tokens)))):
+    if (
+        tokens < 2
+        or 2 ** int(log2(tokens)) != tokens
+        or any(side % n for n in block_grid(int(log2(tokens))))
+    ):
         raise ValueError(
             f"num_tokens is {tokens}; it must be a power of two whose blocks divide a map of {side}x{side}"
         )
@@ -223,26 +273,43 @@ def _check_sizes(image_size: int, stride: int, tokens: int, always: int, semanti
 
 def _lengths(inferred: Inferred, always: int, total: int) -> list[int]:
     """The numbers of tokens that nested dropout may keep."""
-    shortest, longest = inferred.shortest or always, inferred.longest or total
+    shortest = inferred.shortest or always
+    longest = inferred.longest or total
     lengths = [k for k in range(shortest, longest + 1) if k % inferred.multiple == 0]
     if not lengths or not 1 <= shortest <= longest <= total:
-        raise ValueError(f"nested dropout keeps [{shortest}, {longest}] tokens; there are {total} with redundant ones")
+        raise ValueError(
+            f"nested dropout keeps [{shortest}, {longest}] tokens; there are {total} with redundant ones"
+        )
     return lengths
 
 
-def _published(decoder: str, teacher: Teacher | None, semantic_dim: int | None, feature_weight: float) -> ReToK:
+def _published(
+    decoder: str, teacher: Teacher | None, semantic_dim: int | None, feature_weight: float
+) -> ReToK:
     quantizer = VectorQuantizer(16384, 8, rotation=True)
     size = SIZES[decoder]
     return ReToK(
-        quantizer, decoder_size=size, semantic_dim=semantic_dim, teacher=teacher, feature_weight=feature_weight
+        quantizer,
+        decoder_size=size,
+        semantic_dim=semantic_dim,
+        teacher=teacher,
+        feature_weight=feature_weight,
     )
 
 
-def retok_s_s(teacher: Teacher | None = None, semantic_dim: int | None = 768, feature_weight: float = 0.0) -> ReToK:
-    """136,302,603 parameters (129,481,995 with semantic_dim None); 256 tokens of 16,384 codes at 256 pixels."""
+def retok_s_s(
+    teacher: Teacher | None = None, semantic_dim: int | None = 768, feature_weight: float = 0.0
+) -> ReToK:
+    """136,302,603 parameters (129,481,995 with semantic_dim None); 256 tokens of 16,384 codes at
+    256 pixels.
+    """
     return _published("small", teacher, semantic_dim, feature_weight)
 
 
-def retok_s_b(teacher: Teacher | None = None, semantic_dim: int | None = 768, feature_weight: float = 0.0) -> ReToK:
-    """232,686,347 parameters (218,523,659 with semantic_dim None); 256 tokens of 16,384 codes at 256 pixels."""
+def retok_s_b(
+    teacher: Teacher | None = None, semantic_dim: int | None = 768, feature_weight: float = 0.0
+) -> ReToK:
+    """232,686,347 parameters (218,523,659 with semantic_dim None); 256 tokens of 16,384 codes at
+    256 pixels.
+    """
     return _published("base", teacher, semantic_dim, feature_weight)

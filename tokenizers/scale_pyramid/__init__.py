@@ -1,4 +1,6 @@
-"""Scale pyramid: another tokenizer's latents at several resolutions, for xAR's scales (arXiv 2502.20388)."""
+"""Scale pyramid: another tokenizer's latents at several resolutions, for xAR's scales (arXiv
+2502.20388).
+"""
 
 from tessellar.tokenizers.scale_pyramid.tokenizer import ScalePyramid
 

@@ -1,8 +1,9 @@
-"""Scale pyramid: the latents of another tokenizer at several resolutions, coarse to fine (xAR's X = scale).
+"""Scale pyramid: the latents of another tokenizer at several resolutions, coarse to fine (xAR's X =
+scale).
 
-arXiv 2502.20388, algorithm 1: entity i is the latent itself, resized to s_i x s_i, not a residual; only the last scale
-is decoded. The paper names no way of resizing and its pseudo-code defaults to `nearest`, which copies a quarter of the
-next scale verbatim; `area`, our default, averages.
+arXiv 2502.20388, algorithm 1: entity i is the latent itself, resized to s_i x s_i, not a residual;
+only the last scale is decoded. The paper names no way of resizing and its pseudo-code defaults to
+`nearest`, which copies a quarter of the next scale verbatim; `area`, our default, averages.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,18 @@ ResizeMode = Literal["nearest", "area", "bicubic"]
 
 
 class ScalePyramid(Tokenizer):
-    """`tokenizer` (or the path of one), frozen, whose tokens are one square grid of continuous latents.
+    """`tokenizer` (or the path of one), frozen, whose tokens are one square grid of continuous
+    latents.
 
-    `sides` are those of the scales; by default 1, 2, 4, ... up to the grid's. Raises UserError for other layouts, and
-    for sides that do not grow to the grid's.
+    `sides` are those of the scales; by default 1, 2, 4, ... up to the grid's. Raises UserError for
+    other layouts, and for sides that do not grow to the grid's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | str, sides: tuple[int, ...] | None = None, mode: ResizeMode = "area"
+        self,
+        tokenizer: Tokenizer | str,
+        sides: tuple[int, ...] | None = None,
+        mode: ResizeMode = "area",
     ) -> None:
         super().__init__()
         if isinstance(tokenizer, str):
@@ -38,17 +43,24 @@ class ScalePyramid(Tokenizer):
 
             refuse_outside(f"the tokenizer of a scale pyramid, {tokenizer}")
             tokenizer = load_tokenizer(tokenizer)
-            self._config["tokenizer"] = tokenizer.config  # an export holds the tokenizer, not where it was
+            self._config["tokenizer"] = (
+                tokenizer.config
+            )  # an export holds the tokenizer, not where it was
         grid = tokenizer.layout.grid
         if grid is None or grid[0] != grid[1] or not tokenizer.layout.is_continuous:
-            raise UserError(f"a scale pyramid needs one square grid of continuous latents, not {tokenizer.layout}")
+            raise UserError(
+                f"a scale pyramid needs one square grid of continuous latents, not {tokenizer.layout}"
+            )
         self.sides = tuple(sides) if sides else default_sides(grid[0])
         if self.sides[-1] != grid[0] or any(a >= b for a, b in pairwise((0, *self.sides))):
             raise UserError(f"scales {self.sides} must grow to the side of the latents, {grid[0]}")
         kind = tokenizer.layout.segments[0].kind
-        self.tokenizer, self.image_size = tokenizer, tokenizer.image_size
+        self.tokenizer = tokenizer
+        self.image_size = tokenizer.image_size
         self.mode: ResizeMode = mode
-        self.layout = Layout(tuple(Segment((side, side), kind, f"scale{side}") for side in self.sides))
+        self.layout = Layout(
+            tuple(Segment((side, side), kind, f"scale{side}") for side in self.sides)
+        )
         self.requires_grad_(False)
 
     @property
@@ -71,7 +83,9 @@ class ScalePyramid(Tokenizer):
         return TokenizerOutput(self.decode(tokens), tokens, {})
 
     def _pyramid(self, tokens: Tensor) -> Tensor:
-        return pyramid(rearrange(tokens, "b (h w) c -> b c h w", h=self.sides[-1]), self.sides, self.mode)
+        return pyramid(
+            rearrange(tokens, "b (h w) c -> b c h w", h=self.sides[-1]), self.sides, self.mode
+        )
 
 
 def default_sides(side: int) -> tuple[int, ...]:
@@ -81,5 +95,8 @@ def default_sides(side: int) -> tuple[int, ...]:
 
 def pyramid(maps: Tensor, sides: Sequence[int], mode: ResizeMode = "area") -> Tensor:
     """Latent maps [B, C, H, W] at all scales, each in raster order, coarse to fine: [B, N, C]."""
-    scales = [maps if side == maps.shape[-1] else F.interpolate(maps, (side, side), mode=mode) for side in sides]
+    scales = [
+        maps if side == maps.shape[-1] else F.interpolate(maps, (side, side), mode=mode)
+        for side in sides
+    ]
     return torch.cat([rearrange(scale, "b c h w -> b (h w) c") for scale in scales], dim=1)

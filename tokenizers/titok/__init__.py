@@ -1,4 +1,6 @@
-"""TiTok: an image as a short sequence of latent tokens (arXiv 2406.07550; single stage: arXiv 2501.07730)."""
+"""TiTok: an image as a short sequence of latent tokens (arXiv 2406.07550; single stage: arXiv
+2501.07730).
+"""
 
 from tessellar.tokenizers.titok.tokenizer import (
     TiTok,

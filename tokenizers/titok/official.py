@@ -1,7 +1,8 @@
-"""TiTok's checkpoints (arXiv 2406.07550, 2501.07730), which One-D-Piece's share (arXiv 2501.10064): keys to and fro.
+"""TiTok's checkpoints (arXiv 2406.07550, 2501.07730), which One-D-Piece's share (arXiv 2501.10064):
+keys to and fro.
 
-Tokenizers of all kinds (two-stage, single-stage, KL) and the discriminator.
-Sizes are read from the tensors' shapes; heads have 64 channels as published unless `num_heads` says otherwise. Old
+Tokenizers of all kinds (two-stage, single-stage, KL) and the discriminator. Sizes are read from the
+tensors' shapes; heads have 64 channels as published unless `num_heads` says otherwise. Old
 two-stage weights (with a head of scores) mix tokens, the others do not.
 """
 
@@ -52,7 +53,11 @@ _TRANSFORMER = {
 def keys(levels: int = 0) -> KeyTable:
     """The table of a tokenizer whose pixel decoder has that many levels (0: it has none)."""
     sides = ("encoder", "decoder")
-    pairs = {a.replace("{side}", s): b.replace("{side}", s) for s in sides for a, b in _TRANSFORMER.items()}
+    pairs = {
+        a.replace("{side}", s): b.replace("{side}", s)
+        for s in sides
+        for a, b in _TRANSFORMER.items()
+    }
     pairs |= {
         "latent_tokens": "encoder.tokens",
         "encoder.patch_embed.bias": "encoder.patch_in.bias",
@@ -84,7 +89,9 @@ DISCRIMINATOR_KEYS = table(
 )
 
 
-def load_official(tokenizer: TiTok, state: Mapping[str, Tensor], where: str = "the checkpoint") -> TiTok:
+def load_official(
+    tokenizer: TiTok, state: Mapping[str, Tensor], where: str = "the checkpoint"
+) -> TiTok:
     """Official weights into a tokenizer of the same sizes, strictly."""
     return OFFICIAL.fill(tokenizer, state, where)
 
@@ -104,15 +111,20 @@ def tokenizer_from_official(
 ) -> TiTok:
     """A tokenizer of class `kind` with the sizes that the weights show, filled with them.
 
-    `heads` are the encoder's and the decoder's; `quantizer` replaces the one that the shapes tell; `mixes` None: as
-    published. Raises UserError for weights of something else, and for a first stage without its VQGAN.
+    `heads` are the encoder's and the decoder's; `quantizer` replaces the one that the shapes tell;
+    `mixes` None: as published. Raises UserError for weights of something else, and for a first
+    stage without its VQGAN.
     """
     _check_tokenizer(state)
     width, _, patch_size, _ = state["encoder.patch_embed.weight"].shape
     decoder_width = len(state["decoder.decoder_embed.bias"])
     two_stage = "decoder.ffn.2.weight" in state
     sizes = [
-        ViTSize(wide, count(state, rf"{side}\.transformer\.(\d+)\."), heads_of(wide, heads[n] if heads else None))
+        ViTSize(
+            wide,
+            count(state, rf"{side}\.transformer\.(\d+)\."),
+            heads_of(wide, heads[n] if heads else None),
+        )
         for n, (side, wide) in enumerate((("encoder", width), ("decoder", decoder_width)))
     ]
     tokens = len(state["latent_tokens"])
@@ -167,7 +179,9 @@ def discriminator_from_official(state: Mapping[str, Tensor], pool: int = 16) -> 
     stages = count(state, r"blocks\.(\d+)\.")
     side = state["blocks.0.1.kernel"].shape[-1]
     made = BlurDiscriminator(len(state["block_in.0.bias"]), stages, pool, (1.0,) * side)
-    load_strict(made, DISCRIMINATOR_KEYS.from_official(state, "the discriminator"), "the discriminator")
+    load_strict(
+        made, DISCRIMINATOR_KEYS.from_official(state, "the discriminator"), "the discriminator"
+    )
     return made.eval()
 
 

@@ -1,4 +1,5 @@
-"""Replays of the official TiTok tokenizers, their VQGAN, discriminator and losses (recordings of system `titok`).
+"""Replays of the official TiTok tokenizers, their VQGAN, discriminator and losses (recordings of
+system `titok`).
 
 The recorded images are in [0, 1], ours in [-1, 1].
 """
@@ -31,8 +32,21 @@ from tessellar.tokenizers.titok.tokenizer import Stage, TiTok, proxy_loss
 
 T = TypeVar("T", bound=TiTok)
 START = 1  # the update from which the replayed loss has its adversarial part
-QUANTIZER = ("quantize_mode", "clustering_vq", "codebook_size", "token_size", "use_l2_norm", "commitment_cost")
-SIZES = ("vit_enc_model_size", "vit_dec_model_size", "vit_enc_patch_size", "vit_dec_patch_size", "num_latent_tokens")
+QUANTIZER = (
+    "quantize_mode",
+    "clustering_vq",
+    "codebook_size",
+    "token_size",
+    "use_l2_norm",
+    "commitment_cost",
+)
+SIZES = (
+    "vit_enc_model_size",
+    "vit_dec_model_size",
+    "vit_enc_patch_size",
+    "vit_dec_patch_size",
+    "num_latent_tokens",
+)
 
 
 def official_quantizer(options: Mapping[str, Any]) -> Quantizer:
@@ -48,8 +62,12 @@ def official_quantizer(options: Mapping[str, Any]) -> Quantizer:
     )
 
 
-def recorded_tokenizer(recording: Recording, variant: str, part: str, kind: type[T], stage: Stage = "decoder") -> T:
-    """The tokenizer of a variant's official options, filled with its weights; checked against the config's sizes."""
+def recorded_tokenizer(
+    recording: Recording, variant: str, part: str, kind: type[T], stage: Stage = "decoder"
+) -> T:
+    """The tokenizer of a variant's official options, filled with its weights; checked against the
+    config's sizes.
+    """
     options = recording.config[variant]
     supported = {"strict_length_assertion": False}
     check_options(options, f"the config's {variant}", (*QUANTIZER, *SIZES, "is_legacy"), supported)
@@ -68,7 +86,9 @@ def recorded_tokenizer(recording: Recording, variant: str, part: str, kind: type
     patches = (options["vit_enc_patch_size"], options["vit_dec_patch_size"])
     expected = (recording.config["crop_size"], *patches, options["num_latent_tokens"])
     if found != expected:
-        raise UserError(f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}")
+        raise UserError(
+            f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}"
+        )
     return made
 
 
@@ -80,7 +100,9 @@ def recorded_images(recording: Recording) -> Tensor:
 def _vqgan(recording: Recording) -> MaskGITVQGAN:
     """Encoder from its file, decoder and codebook from the two-stage tokenizer's pixel decoder."""
     pixels = prefixed(recording.weights["two_stage"], "pixel_")
-    return vqgan_from_official({**recording.weights["vqgan_encoder"], **pixels}, recording.config["crop_size"])
+    return vqgan_from_official(
+        {**recording.weights["vqgan_encoder"], **pixels}, recording.config["crop_size"]
+    )
 
 
 @replays("titok", "tok_shared", "tok_vqgan")
@@ -157,7 +179,9 @@ def kl(recording: Recording) -> dict[str, Tensor]:
     posterior = bottleneck.posterior(moments)
     sample = posterior.sample(as_vectors(recording.inputs["kl/noise"]))
     # theirs is summed over an image's values, ours is their mean
-    bottleneck.kl_weight = recording.settings("kl/kl_loss_weighted")["kl_weight"] * sample[0].numel()
+    bottleneck.kl_weight = (
+        recording.settings("kl/kl_loss_weighted")["kl_weight"] * sample[0].numel()
+    )
     return {
         "kl/moments": as_row(moments),
         "kl/sample": as_row(sample),
@@ -171,15 +195,21 @@ def kl(recording: Recording) -> dict[str, Tensor]:
 @replays("titok", "tok_shared", "tok_disc")
 @torch.no_grad()
 def discriminator(recording: Recording) -> dict[str, Tensor]:
-    """The discriminator, and the losses of both sides of the second stage (its quantizer's losses weigh nothing)."""
+    """The discriminator, and the losses of both sides of the second stage (its quantizer's losses
+    weigh nothing).
+    """
     settings = recording.settings("disc/gen_total")
     images = recorded_images(recording)
     fake = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)(images)
     plain = TokenizerOutput(fake.reconstruction, fake.tokens, {})
-    critic = discriminator_from_official(recording.weights["discriminator"], recording.config["discriminator"]["pool"])
+    critic = discriminator_from_official(
+        recording.weights["discriminator"], recording.config["discriminator"]["pool"]
+    )
     lecam = recorded_lecam(settings)
     loss = TokenizerLoss(
-        Reconstruction(l2=0.25),  # theirs is the squared error of images in [0, 1]: a quarter of ours
+        Reconstruction(
+            l2=0.25
+        ),  # theirs is the squared error of images in [0, 1]: a quarter of ours
         Fixed(torch.tensor(settings["perceptual_loss"])),
         perceptual_weight=settings["perceptual_weight"],
         discriminator=critic,
@@ -193,7 +223,9 @@ def discriminator(recording: Recording) -> dict[str, Tensor]:
     return {
         "disc/logits_real": critic(images),
         "disc/logits_fake": critic(fake.reconstruction),
-        "disc/gen_rec": loss.reconstruction.weighted(loss.reconstruction(images, fake.reconstruction)),
+        "disc/gen_rec": loss.reconstruction.weighted(
+            loss.reconstruction(images, fake.reconstruction)
+        ),
         "disc/gen_gan": late.terms["adversarial"],
         "disc/gen_total": late.total,
         "disc/gen_total_before_start": early.total,

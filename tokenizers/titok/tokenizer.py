@@ -1,9 +1,11 @@
-"""TiTok: an image as a short sequence of latent tokens (arXiv 2406.07550; single stage: arXiv 2501.07730).
+"""TiTok: an image as a short sequence of latent tokens (arXiv 2406.07550; single stage: arXiv
+2501.07730).
 
-A transformer reads patches and N learned tokens and keeps the tokens; another draws the image from them and mask
-tokens. Two-stage models first learn to predict the codes of a frozen MaskGIT-VQGAN (`stage` "proxy"), whose decoder
-then draws the expected code and is trained with TiTok's own (`stage` "decoder"); single-stage models give pixels.
-Works on images in [0, 1] inside. Different from the official code: models below the published widths start otherwise.
+A transformer reads patches and N learned tokens and keeps the tokens; another draws the image from
+them and mask tokens. Two-stage models first learn to predict the codes of a frozen MaskGIT-VQGAN
+(`stage` "proxy"), whose decoder then draws the expected code and is trained with TiTok's own
+(`stage` "decoder"); single-stage models give pixels. Works on images in [0, 1] inside. Different
+from the official code: models below the published widths start otherwise.
 """
 
 from dataclasses import dataclass
@@ -47,36 +49,51 @@ def _learned(*shape: int) -> nn.Parameter:
 
 
 class Stack(nn.Module):
-    """A class token, position tables of the map and of the tokens, norm, blocks, and the norm of what is kept."""
+    """A class token, position tables of the map and of the tokens, norm, blocks, and the norm of
+    what is kept.
+    """
 
     def __init__(self, cells: int, num_tokens: int, size: ViTSize, attention: str) -> None:
         super().__init__()
-        self.class_token, self.positions = _learned(1, size.width), _learned(cells + 1, size.width)
+        self.class_token = _learned(1, size.width)
+        self.positions = _learned(cells + 1, size.width)
         self.token_positions = _learned(num_tokens, size.width)
-        self.norm_in, self.norm_out = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.norm_in = nn.LayerNorm(size.width)
+        self.norm_out = nn.LayerNorm(size.width)
         self.blocks = nn.ModuleList(
-            ViTBlock(size.width, size.num_heads, attention=attention, gelu="none") for _ in range(size.depth)
+            ViTBlock(size.width, size.num_heads, attention=attention, gelu="none")
+            for _ in range(size.depth)
         )
 
     def place(self, cells: Tensor, tokens: Tensor) -> Tensor:
         """[class, cells [B, h * w, D], tokens [B, n, D]] with their positions, normed."""
         first = repeat(self.class_token, "one d -> b one d", b=len(cells))
         grid = torch.cat([first.to(cells.dtype), cells], dim=1) + self.positions
-        return self.norm_in(torch.cat([grid, tokens + self.token_positions[: tokens.shape[1]]], dim=1))
+        return self.norm_in(
+            torch.cat([grid, tokens + self.token_positions[: tokens.shape[1]]], dim=1)
+        )
 
 
 class TokenEncoder(Stack):
     """Images [B, 3, H, W] in [0, 1] to latents [B, N, C].
 
-    `mixes`: the tokens' memory [B, N, D] is read again as [B, D, N], so that each latent mixes many tokens: a slip of
-    the two-stage models that their weights need.
+    `mixes`: the tokens' memory [B, N, D] is read again as [B, D, N], so that each latent mixes many
+    tokens: a slip of the two-stage models that their weights need.
     """
 
     def __init__(
-        self, side: int, patch_size: int, num_tokens: int, size: ViTSize, out_dim: int, mixes: bool, attention: str
+        self,
+        side: int,
+        patch_size: int,
+        num_tokens: int,
+        size: ViTSize,
+        out_dim: int,
+        mixes: bool,
+        attention: str,
     ) -> None:
         super().__init__(side**2, num_tokens, size, attention)
-        self.patch_size, self.mixes = patch_size, mixes
+        self.patch_size = patch_size
+        self.mixes = mixes
         self.patch_in = nn.Linear(3 * patch_size**2, size.width)
         self.tokens = _learned(num_tokens, size.width)
         self.to_code = nn.Linear(size.width, out_dim)
@@ -103,17 +120,28 @@ class TokenEncoder(Stack):
 
 
 class Decoded(NamedTuple):
-    """What the decoder says of each cell [B, h * w, ...], and its first layer: [B, 1 + h * w + n, D]."""
+    """What the decoder says of each cell [B, h * w, ...], and its first layer: [B, 1 + h * w + n,
+    D].
+    """
 
     cells: Tensor
     first_layer: Tensor
 
 
 class TokenDecoder(Stack):
-    """Code vectors [B, n <= N, C] to the map: scores of `proxies` codes, or with 0 the pixels of each patch."""
+    """Code vectors [B, n <= N, C] to the map: scores of `proxies` codes, or with 0 the pixels of
+    each patch.
+    """
 
     def __init__(
-        self, side: int, patch_size: int, num_tokens: int, size: ViTSize, dim: int, proxies: int, attention: str
+        self,
+        side: int,
+        patch_size: int,
+        num_tokens: int,
+        size: ViTSize,
+        dim: int,
+        proxies: int,
+        attention: str,
     ) -> None:
         super().__init__(side**2, num_tokens, size, attention)
         width = size.width
@@ -122,7 +150,9 @@ class TokenDecoder(Stack):
         self.mask_token = _learned(1, 1, width)
         tag(self.from_code.weight, "no_decay")
         if proxies:
-            self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, proxies))
+            self.head = nn.Sequential(
+                nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, proxies)
+            )
         else:
             self.head = nn.Sequential(nn.Linear(width, 3 * patch_size**2))
 
@@ -140,10 +170,10 @@ class TokenDecoder(Stack):
 class TiTok(Tokenizer):
     """Square images of `image_size` as `num_tokens` tokens.
 
-    With `pixels` a two-stage model, whose decoder scores that network's codes; `target` is the VQGAN that `stage`
-    "proxy" learns from (its decoder is copied into `pixels`). `stage` "decoder" trains the decoders alone. `mixes` as
-    TokenEncoder says. `decoder_patch_size` None: that of the encoder. Raises ValueError for sizes that do not fit each
-    other.
+    With `pixels` a two-stage model, whose decoder scores that network's codes; `target` is the
+    VQGAN that `stage` "proxy" learns from (its decoder is copied into `pixels`). `stage` "decoder"
+    trains the decoders alone. `mixes` as TokenEncoder says. `decoder_patch_size` None: that of the
+    encoder. Raises ValueError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -165,17 +195,25 @@ class TiTok(Tokenizer):
         drawn = patch_size if decoder_patch_size is None else decoder_patch_size
         _check_sizes(image_size, patch_size, drawn, num_tokens, pixels, stage)
         self.image_size = (image_size, image_size)
-        self.patch_size, self.decoder_patch_size = patch_size, drawn
+        self.patch_size = patch_size
+        self.decoder_patch_size = drawn
         self.side = image_size // drawn  # of the map that the decoder draws
-        self.num_tokens, self.stage, self.target = num_tokens, stage, target
+        self.num_tokens = num_tokens
+        self.stage = stage
+        self.target = target
         self.layout = self._layout(num_tokens, quantizer)
         read = image_size // patch_size
-        self.encoder = TokenEncoder(read, patch_size, num_tokens, encoder_size, quantizer.in_dim, mixes, attention)
+        self.encoder = TokenEncoder(
+            read, patch_size, num_tokens, encoder_size, quantizer.in_dim, mixes, attention
+        )
         proxies = pixels.vocab_size if pixels else 0
-        self.decoder = TokenDecoder(self.side, drawn, num_tokens, decoder_size, quantizer.dim, proxies, attention)
+        self.decoder = TokenDecoder(
+            self.side, drawn, num_tokens, decoder_size, quantizer.dim, proxies, attention
+        )
         self.smooth = None if pixels else nn.Conv2d(3, 3, 3, padding=1)
         init_weights(self, small=min(encoder_size.width, decoder_size.width) < SIZES["small"].width)
-        self.quantizer, self.pixels = quantizer, pixels
+        self.quantizer = quantizer
+        self.pixels = pixels
         if pixels is not None and target is not None:
             pixels.copy_from(target.model)
         self._freeze()
@@ -200,7 +238,11 @@ class TiTok(Tokenizer):
 
     @property
     def last_layer(self) -> Tensor:
-        head = self.decoder.head[-1].weight if self.pixels is None else self.pixels.decoder.conv_out.weight
+        head = (
+            self.decoder.head[-1].weight
+            if self.pixels is None
+            else self.pixels.decoder.conv_out.weight
+        )
         assert isinstance(head, Tensor)
         return head
 
@@ -218,7 +260,9 @@ class TiTok(Tokenizer):
         return rearrange(decoded.cells, "b (h w) k -> b h w k", h=self.side)
 
     def draw_image(self, decoded: Decoded) -> Tensor:
-        """Images [B, 3, H, W] of what the decoder says: in stage "proxy" of the likeliest codes, without gradients."""
+        """Images [B, 3, H, W] of what the decoder says: in stage "proxy" of the likeliest codes,
+        without gradients.
+        """
         if self.pixels is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "proxy"):
                 return self.pixels(self._map(decoded), hard=self.stage == "proxy")
@@ -248,20 +292,28 @@ class TiTok(Tokenizer):
         output = TokenizerOutput(images, quantized.tokens, losses)
         return self._reconstruct(images, quantized.quantized, output)
 
-    def _reconstruct(self, images: Tensor, vectors: Tensor, output: TokenizerOutput) -> TokenizerOutput:
-        """`output` with the reconstruction from code vectors [B, N, C], and with the decoder's losses."""
+    def _reconstruct(
+        self, images: Tensor, vectors: Tensor, output: TokenizerOutput
+    ) -> TokenizerOutput:
+        """`output` with the reconstruction from code vectors [B, N, C], and with the decoder's
+        losses.
+        """
         decoded = self.decoder(vectors)
         losses = output.losses | self.decoder_losses(images, decoded)
         return output._replace(reconstruction=self.drawn(images, decoded), losses=losses)
 
     def drawn(self, images: Tensor, decoded: Decoded) -> Tensor:
-        """The reconstruction of a forward pass: empty in training of stage "proxy", whose losses read scores alone."""
+        """The reconstruction of a forward pass: empty in training of stage "proxy", whose losses
+        read scores alone.
+        """
         if self.training and self.stage == "proxy":
             return images[:, :0]
         return self.draw_image(decoded)
 
     def decoder_losses(self, images: Tensor, decoded: Decoded) -> dict[str, Tensor]:
-        """In training of stage "proxy": cross entropy of the scores with the VQGAN's codes of the same images."""
+        """In training of stage "proxy": cross entropy of the scores with the VQGAN's codes of the
+        same images.
+        """
         if self.stage != "proxy" or not self.training:
             return {}
         if self.target is None:
@@ -271,7 +323,9 @@ class TiTok(Tokenizer):
 
 def proxy_loss(scores: Tensor, codes: Tensor) -> Tensor:
     """Mean cross entropy of scores [B, h, w, V] with codes [B, h * w]."""
-    return F.cross_entropy(at_least_float32(rearrange(scores, "b h w v -> (b h w) v")), codes.flatten())
+    return F.cross_entropy(
+        at_least_float32(rearrange(scores, "b h w v -> (b h w) v")), codes.flatten()
+    )
 
 
 def init_weights(titok: TiTok, small: bool) -> None:
@@ -294,7 +348,12 @@ def init_weights(titok: TiTok, small: bool) -> None:
 
 
 def _check_sizes(
-    image_size: int, patch_size: int, decoder_patch_size: int, num_tokens: int, pixels: PixelDecoder | None, stage: str
+    image_size: int,
+    patch_size: int,
+    decoder_patch_size: int,
+    num_tokens: int,
+    pixels: PixelDecoder | None,
+    stage: str,
 ) -> None:
     for name, size in (("patch_size", patch_size), ("decoder_patch_size", decoder_patch_size)):
         if image_size % size:
@@ -306,12 +365,26 @@ def _check_sizes(
             f"the pixel decoder enlarges {pixels.stride} times; decoder_patch_size is {decoder_patch_size}"
         )
     if stage not in ("all", "proxy", "decoder") or (stage == "proxy" and pixels is None):
-        raise ValueError(f'stage is {stage!r}; it must be "all", "decoder" or, with a pixel decoder, "proxy"')
+        raise ValueError(
+            f'stage is {stage!r}; it must be "all", "decoder" or, with a pixel decoder, "proxy"'
+        )
 
 
 def _two_stage(size: str, num_tokens: int, stage: Stage, target: ProxyCodes | None) -> TiTok:
-    quantizer, width = VectorQuantizer(4096, 12, unit_codes=False), SIZES[size]
-    return TiTok(quantizer, 256, 16, num_tokens, width, width, PixelDecoder(), True, stage, target)
+    quantizer = VectorQuantizer(4096, 12, unit_codes=False)
+    width = SIZES[size]
+    return TiTok(
+        quantizer,
+        256,
+        patch_size=16,
+        num_tokens=num_tokens,
+        encoder_size=width,
+        decoder_size=width,
+        pixels=PixelDecoder(),
+        mixes=True,
+        stage=stage,
+        target=target,
+    )
 
 
 def _single_stage(quantizer: Quantizer, encoder: str, decoder: str, num_tokens: int) -> TiTok:
@@ -319,7 +392,9 @@ def _single_stage(quantizer: Quantizer, encoder: str, decoder: str, num_tokens: 
 
 
 def _vq8k(clustering: bool) -> VectorQuantizer:
-    """`clustering`: as TA-TiTok trains it, without which most codes die; the published weights read it as plain VQ."""
+    """`clustering`: as TA-TiTok trains it, without which most codes die; the published weights read
+    it as plain VQ.
+    """
     return ClusteringVQ(8192, 64) if clustering else VectorQuantizer(8192, 64, l2_normalize=False)
 
 

@@ -1,6 +1,8 @@
-"""The checkpoints of VAR's VQVAE (arXiv 2404.02905), official keys to ours and back. (The transformer: models/var.)
+"""The checkpoints of VAR's VQVAE (arXiv 2404.02905), official keys to ours and back. (The
+transformer: models/var.)
 
-Their CNN is LDM's with fused attention, which is split into three here; sizes are read from the tensors' shapes.
+Their CNN is LDM's with fused attention, which is split into three here; sizes are read from the
+tensors' shapes.
 """
 
 import re
@@ -80,7 +82,9 @@ def vqvae_from_official(
 
 def _count_phis(split: Mapping[str, Tensor]) -> int:
     """How many phis there are, behind `_split`."""
-    return len({key.split(".")[3] for key in split if key.startswith("quantize.quant_resi.qresi_ls.")})
+    return len(
+        {key.split(".")[3] for key in split if key.startswith("quantize.quant_resi.qresi_ls.")}
+    )
 
 
 def _named_phis(state: Mapping[str, Tensor], scales: int) -> dict[str, Tensor]:
@@ -122,7 +126,9 @@ def _build(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:
 OFFICIAL = TokenizerImporter(
     what="a multi-scale VQVAE of VAR",
     marks=("encoder.conv_in.weight", "quantize.embedding.weight"),
-    entries=("trainer.vae_local",),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
+    entries=(
+        "trainer.vae_local",
+    ),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
     keys=_keys_of,
     own=("quantizer.step", "quantizer.counts"),
     split=_split,

@@ -1,4 +1,6 @@
-"""Replays of VAR's multi-scale tokenizer (cases `vae` and `vq_train` of recordings of system `var`)."""
+"""Replays of VAR's multi-scale tokenizer (cases `vae` and `vq_train` of recordings of system
+`var`).
+"""
 
 import torch
 from torch import Tensor
@@ -21,7 +23,11 @@ def recorded_vqvae(recording: Recording) -> VARVQVAE:
     """Our tokenizer with the recorded weights."""
     config = recording.config["vae"]
     check_options(config, "the config's vae", READ, {"test_mode": True})
-    require(config.get("encoder_decoder_override", {}), "the config's vae", {"using_sa": True, "using_mid_sa": True})
+    require(
+        config.get("encoder_decoder_override", {}),
+        "the config's vae",
+        {"using_sa": True, "using_mid_sa": True},
+    )
     settings = recording.case_settings.get("vq_train", {})
     return vqvae_from_official(
         prefixed(recording.weights["model"], "vae."),
@@ -60,7 +66,9 @@ def quantizer(recording: Recording) -> dict[str, Tensor]:
     output = quantizer(latents)
     cotangent = as_vectors(recording.inputs["vq_train.cot"])
     loss = output.losses["codebook"] + output.losses["commitment"]
-    (through,) = torch.autograd.grad((output.quantized * cotangent).sum(), latents, retain_graph=True)
+    (through,) = torch.autograd.grad(
+        (output.quantized * cotangent).sum(), latents, retain_graph=True
+    )
     wanted = [latents, quantizer.codebook.weight, quantizer.phis[0].weight]
     of_latents, of_codebook, of_phi = torch.autograd.grad(loss, wanted)  # type: ignore[arg-type]
     return {

@@ -1,8 +1,10 @@
-"""Multi-scale residual quantization: one codebook, maps from coarse to fine that add up (VAR, arXiv 2404.02905).
+"""Multi-scale residual quantization: one codebook, maps from coarse to fine that add up (VAR, arXiv
+2404.02905).
 
-At each scale the rest is averaged down to p x p, quantized, resized up and passed through a residual convolution phi;
-the sum of those maps is the quantized latent. z and the result are [B, h w, C] in raster order of the finest scale,
-tokens [B, sum p^2] scale by scale. Different from the official code: codes may be initialised from data and restarted.
+At each scale the rest is averaged down to p x p, quantized, resized up and passed through a
+residual convolution phi; the sum of those maps is the quantized latent. z and the result are [B, h
+w, C] in raster order of the finest scale, tokens [B, sum p^2] scale by scale. Different from the
+official code: codes may be initialised from data and restarted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,17 +35,21 @@ class Phi(nn.Conv2d):
 
 
 def phi_of_scale(scales: int, count: int) -> list[int]:
-    """Which of `count` phis each scale takes: the nearest tick. The official float64 expression decides the ties."""
+    """Which of `count` phis each scale takes: the nearest tick. The official float64 expression
+    decides the ties.
+    """
     ends = 1 / 3 / count if count == 4 else 1 / 2 / count
     ticks = np.linspace(ends, 1 - ends, count)
     return [int(np.argmin(np.abs(ticks - k / max(scales - 1, 1)))) for k in range(scales)]
 
 
 class MultiScaleQuantizer(VectorQuantizer):
-    """Scales of `sides`, the last that of the latent grid; `phis` convolutions are shared among them (0: one each).
+    """Scales of `sides`, the last that of the latent grid; `phis` convolutions are shared among
+    them (0: one each).
 
-    With `phi_ratio` 0 there are no convolutions. `cosine` compares directions instead of distances. The other options
-    are those of VectorQuantizer, whose codes are not normalised here. Raises ValueError for sides that do not grow.
+    With `phi_ratio` 0 there are no convolutions. `cosine` compares directions instead of distances.
+    The other options are those of VectorQuantizer, whose codes are not normalised here. Raises
+    ValueError for sides that do not grow.
     """
 
     def __init__(
@@ -60,13 +66,17 @@ class MultiScaleQuantizer(VectorQuantizer):
         restart_every: int | None = None,
         restart_until: int | None = None,
     ) -> None:
-        weights, plan = (codebook_weight, commitment_weight), (init_step, restart_every, restart_until)
+        weights = (codebook_weight, commitment_weight)
+        plan = (init_step, restart_every, restart_until)
         super().__init__(vocab_size, dim, False, *weights, 0.0, 0.01, *plan)
         if not sides or any(a >= b for a, b in pairwise((0, *sides))):
             raise ValueError(f"scales {tuple(sides)} must grow from at least 1")
-        self.sides, self.cosine = tuple(sides), cosine
+        self.sides = tuple(sides)
+        self.cosine = cosine
         self.which = phi_of_scale(len(sides), phis or len(sides))
-        made = (Phi(dim, phi_ratio) if phi_ratio else nn.Identity() for _ in range(phis or len(sides)))
+        made = (
+            Phi(dim, phi_ratio) if phi_ratio else nn.Identity() for _ in range(phis or len(sides))
+        )
         self.phis = nn.ModuleList(made)
 
     @property
@@ -81,17 +91,22 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     def _map(self, scale: int, tokens: Tensor) -> Tensor:
         """What a scale's tokens [B, p p] add to the latent [B, C, h, w]."""
-        side, finest = self.sides[scale], self.sides[-1]
+        side = self.sides[scale]
+        finest = self.sides[-1]
         h = rearrange(self.codebook(tokens), "b (h w) c -> b c h w", h=side).contiguous()
         if side != finest:
             h = F.interpolate(h, (finest, finest), mode="bicubic")
         return self.phis[self.which[scale]](h)
 
     def scan(self, z: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Scale by scale: averaged rests [B, p p, C], their tokens [B, p p], and the map [B, C, h, w] of those."""
+        """Scale by scale: averaged rests [B, p p, C], their tokens [B, p p], and the map [B, C, h,
+        w] of those.
+        """
         rest = rearrange(z.detach(), "b (h w) c -> b c h w", h=self.sides[-1]).contiguous()
         for scale, side in enumerate(self.sides):
-            small = rest if side == self.sides[-1] else F.interpolate(rest, (side, side), mode="area")
+            small = (
+                rest if side == self.sides[-1] else F.interpolate(rest, (side, side), mode="area")
+            )
             latents = rearrange(small, "b c h w -> b (h w) c")
             tokens = self._nearest(latents)
             added = self._map(scale, tokens)
@@ -105,7 +120,8 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     def sums(self, tokens: Tensor) -> Iterator[Tensor]:
         """Latents [B, C, h, w] summed over the first 1, 2, .. scales that `tokens` [B, n] cover."""
-        total, start = None, 0
+        total = None
+        start = 0
         for scale, side in enumerate(self.sides):
             if start + side**2 > tokens.shape[1]:
                 return
@@ -120,7 +136,9 @@ class MultiScaleQuantizer(VectorQuantizer):
         return rearrange(total, "b c h w -> b (h w) c")
 
     def next_inputs(self, tokens: Tensor, count: int) -> Tensor:
-        """Inputs [B, n, C] of scales 1 .. count - 1: the sum of all coarser maps, averaged down to the scale."""
+        """Inputs [B, n, C] of scales 1 .. count - 1: the sum of all coarser maps, averaged down to
+        the scale.
+        """
         with torch.autocast(self.codebook.weight.device.type, enabled=False):
             known = sum(side**2 for side in self.sides[: count - 1])
             sums = zip(self.sides[1:count], self.sums(tokens[:, :known]), strict=True)
@@ -133,7 +151,9 @@ class MultiScaleQuantizer(VectorQuantizer):
             finite = distributed.all_finite(z.detach()) if self.training else None
             if finite is not None:
                 self._learn_codes(z, finite)
-            found, total, squares = [], torch.zeros_like(z), []
+            found = []
+            total = torch.zeros_like(z)
+            squares = []
             for _, tokens, added in self.scan(z):
                 total = total + rearrange(added, "b c h w -> b (h w) c")
                 found.append(tokens)
@@ -142,8 +162,13 @@ class MultiScaleQuantizer(VectorQuantizer):
             if finite is not None and self.restart_every is not None:
                 used = tokens.flatten().bincount(minlength=len(self.counts))
                 self.counts += distributed.all_reduce_sum(used) * finite
-            codebook, commitment = (torch.stack(terms).mean() for terms in zip(*squares, strict=True))
-            losses = {"codebook": self.codebook_weight * codebook, "commitment": self.commitment_weight * commitment}
+            codebook, commitment = (
+                torch.stack(terms).mean() for terms in zip(*squares, strict=True)
+            )
+            losses = {
+                "codebook": self.codebook_weight * codebook,
+                "commitment": self.commitment_weight * commitment,
+            }
             return QuantizerOutput(z + (total - z).detach(), tokens, losses)
 
     def _learn_codes(self, z: Tensor, finite: Tensor) -> None:

@@ -1,7 +1,9 @@
-"""VAR's tokenizer: a VQGAN whose latent is a sum of token maps from 1 x 1 to the full grid (arXiv 2404.02905).
+"""VAR's tokenizer: a VQGAN whose latent is a sum of token maps from 1 x 1 to the full grid (arXiv
+2404.02905).
 
-Tokens are a pyramid of scales with one codebook; a prefix of scales decodes to a coarse preview. Different from the
-official repository, which never released its training: it trains here with the house's tokenizer module.
+Tokens are a pyramid of scales with one codebook; a prefix of scales decodes to a coarse preview.
+Different from the official repository, which never released its training: it trains here with the
+house's tokenizer module.
 """
 
 import torch
@@ -19,8 +21,8 @@ from tessellar.tokenizers.var.quantizer import MultiScaleQuantizer
 class VARVQVAE(Tokenizer):
     """Square images whose grid of latents is the finest scale of `quantizer`.
 
-    `kernel` is that of the convolutions on both sides of it, an odd number. Raises UserError where image size, stride
-    and scales disagree.
+    `kernel` is that of the convolutions on both sides of it, an odd number. Raises UserError where
+    image size, stride and scales disagree.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class VARVQVAE(Tokenizer):
             raise UserError(
                 f"image_size {image_size} at stride {stride} has no grid of {quantizer.sides[-1]}, the finest scale"
             )
-        self.image_size, self.latent_dim = (image_size, image_size), quantizer.dim
+        self.image_size = (image_size, image_size)
+        self.latent_dim = quantizer.dim
         first = quantizer.segments[0].length
         self.layout = Layout(quantizer.segments, min_prefix=first)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, quantizer.dim, dropout)
-        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
+        self.encoder = Encoder(sizes)
+        self.decoder = Decoder(sizes)
         self.quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, kernel, padding=kernel // 2)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, kernel, padding=kernel // 2)
@@ -67,7 +71,9 @@ class VARVQVAE(Tokenizer):
         for module in self.modules():
             if isinstance(module, SpatialAttention):
                 for layer in (module.q, module.k, module.v):
-                    nn.init.xavier_normal_(layer.weight, gain=0.5 * 2**-0.5)  # fan in + out: 4, not 2, times the width
+                    nn.init.xavier_normal_(
+                        layer.weight, gain=0.5 * 2**-0.5
+                    )  # fan in + out: 4, not 2, times the width
         codes = self.quantizer.codebook.weight
         nn.init.uniform_(codes, -20 / len(codes), 20 / len(codes))
 
@@ -83,7 +89,9 @@ class VARVQVAE(Tokenizer):
     def render(self, vectors: Tensor) -> Tensor:
         """Images of summed maps [B, h w, C]."""
         maps = rearrange(
-            vectors.to(self.post_quant_conv.weight.dtype), "b (h w) c -> b c h w", h=self.quantizer.sides[-1]
+            vectors.to(self.post_quant_conv.weight.dtype),
+            "b (h w) c -> b c h w",
+            h=self.quantizer.sides[-1],
         )
         return at_least_float32(self.decoder(self.post_quant_conv(maps.contiguous())))
 
@@ -91,7 +99,9 @@ class VARVQVAE(Tokenizer):
         return self.quantizer.encode(self.latents(images))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of all scales, or of the first ones; a scale that is not complete is not looked at."""
+        """Images of all scales, or of the first ones; a scale that is not complete is not looked
+        at.
+        """
         self.layout.check(tokens)
         return self.render(self.quantizer.decode(tokens))
 
@@ -101,7 +111,9 @@ class VARVQVAE(Tokenizer):
 
     @torch.no_grad()
     def next_inputs(self, tokens: Tensor, count: int) -> Tensor:
-        """Inputs [B, n, C] of scales 1 .. count - 1 from the tokens [B, N] of the coarser ones, as VAR reads them."""
+        """Inputs [B, n, C] of scales 1 .. count - 1 from the tokens [B, N] of the coarser ones, as
+        VAR reads them.
+        """
         return self.quantizer.next_inputs(tokens, count)
 
 
@@ -115,10 +127,14 @@ SCALES = {
 def scales(image_size: int) -> tuple[int, ...]:
     """The published scales of images of that side; raises UserError for others."""
     if image_size not in SCALES:
-        raise UserError(f"VAR's tokenizer is published for {', '.join(map(str, SCALES))} pixels, not {image_size}")
+        raise UserError(
+            f"VAR's tokenizer is published for {', '.join(map(str, SCALES))} pixels, not {image_size}"
+        )
     return SCALES[image_size]
 
 
 def var_vqvae(image_size: int = 256, dropout: float = 0.0) -> VARVQVAE:
-    """108,948,355 parameters; 680 tokens of 4,096 codes at 256 pixels, 2,240 at 512, 9,451 at 1,024."""
+    """108,948,355 parameters; 680 tokens of 4,096 codes at 256 pixels, 2,240 at 512, 9,451 at
+    1,024.
+    """
     return VARVQVAE(MultiScaleQuantizer(4096, 32, scales(image_size)), image_size, dropout=dropout)

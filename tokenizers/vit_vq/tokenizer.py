@@ -1,8 +1,9 @@
-"""ViT-VQ: patch transformers around a vector quantizer (ViT-VQGAN, arXiv 2110.04627), the CPU-friendly tokenizer.
+"""ViT-VQ: patch transformers around a vector quantizer (ViT-VQGAN, arXiv 2110.04627), the
+CPU-friendly tokenizer.
 
-Different from the paper: residual outputs start at zero, positions are learned, the decoder ends in a linear map to
-pixels and a 3x3 convolution that starts as the identity and mends patch borders. With a Gaussian bottleneck in place of
-the vector quantizer it is a KL autoencoder.
+Different from the paper: residual outputs start at zero, positions are learned, the decoder ends in
+a linear map to pixels and a 3x3 convolution that starts as the identity and mends patch borders.
+With a Gaussian bottleneck in place of the vector quantizer it is a KL autoencoder.
 """
 
 import torch
@@ -24,7 +25,9 @@ class PatchTransformer(nn.Module):
     def __init__(self, length: int, width: int, depth: int, num_heads: int, attention: str) -> None:
         super().__init__()
         self.positions = tag(nn.Parameter(torch.empty(1, length, width)), "no_decay")
-        self.blocks = nn.ModuleList(ViTBlock(width, num_heads, attention=attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, num_heads, attention=attention) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -55,9 +58,12 @@ class ViTVQ(Tokenizer):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
-        self.image_size, self.patch_size, self.side = (image_size, image_size), patch_size, image_size // patch_size
+        self.image_size = (image_size, image_size)
+        self.patch_size = patch_size
+        self.side = image_size // patch_size
         self.layout = grid_layout(self.side, self.side, quantizer.kind)
-        length, pixels = self.side**2, 3 * patch_size**2
+        length = self.side**2
+        pixels = 3 * patch_size**2
         self.patch_in = nn.Linear(pixels, width)
         self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention)
         self.to_code = nn.Linear(width, quantizer.in_dim)

@@ -1,12 +1,16 @@
-"""Fashion-MNIST (arXiv 1708.07747) from its four IDX files: 60,000 training and 10,000 test images of 28 x 28.
+"""Fashion-MNIST (arXiv 1708.07747) from its four IDX files: 60,000 training and 10,000 test images
+of 28 x 28.
 
-Zero-padded to 32 x 32 (black), the grey channel three times. Everything is read once and kept as bytes, so a batch is a
-slice. There is no third split: the test images are also the validation images.
+Zero-padded to 32 x 32 (black), the grey channel three times. Everything is read once and kept as
+bytes, so a batch is a slice. There is no third split: the test images are also the validation
+images.
 
-The data sets as LightningDataModules, to be named in a run's YAML: `class_path: tessellar.data.ShapesData`.
+The data sets as LightningDataModules, to be named in a run's YAML: `class_path:
+tessellar.data.ShapesData`.
 
-The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in training, every sample once
-in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
+The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in
+training, every sample once in validation, and no draw from the global random numbers, so that the
+rest of a run does not depend on its loaders.
 """
 
 import hashlib
@@ -57,26 +61,37 @@ def photo_of(name: str) -> str:
 
 
 class FashionMNIST(ImageDataset):
-    """One split from the folder `root`, which holds the IDX files (plain or .gz); raises UserError if they do not."""
+    """One split from the folder `root`, which holds the IDX files (plain or .gz); raises UserError
+    if they do not.
+    """
 
     class_names = CLASS_NAMES
 
     def __init__(
-        self, root: str | Path, split: Literal["train", "test"] = "train", flip: bool = False, seed: int = 0
+        self,
+        root: str | Path,
+        split: Literal["train", "test"] = "train",
+        flip: bool = False,
+        seed: int = 0,
     ) -> None:
         images_file = find_idx(Path(root), f"{PREFIX[split]}-images-idx3-ubyte")
         labels_file = find_idx(Path(root), f"{PREFIX[split]}-labels-idx1-ubyte")
-        pixels, labels = read_idx(images_file, axes=3), read_idx(labels_file, axes=1)
+        pixels = read_idx(images_file, axes=3)
+        labels = read_idx(labels_file, axes=1)
         if pixels.shape[1:] != (SIDE, SIDE) or len(pixels) != len(labels) or len(labels) == 0:
             raise UserError(
                 f"{images_file} holds {pixels.shape} pixels and {labels_file} {len(labels)} labels: no match"
             )
         if labels.max() >= len(CLASS_NAMES):
-            raise UserError(f"{labels_file} holds label {labels.max()}; labels must be below {len(CLASS_NAMES)}")
+            raise UserError(
+                f"{labels_file} holds label {labels.max()}; labels must be below {len(CLASS_NAMES)}"
+            )
         self.flip = flip
         self.seed = seed
         self.labels = torch.from_numpy(labels.astype(np.int64))
-        self._pixels = torch.from_numpy(np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING))))
+        self._pixels = torch.from_numpy(
+            np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
+        )
 
     @property
     def num_views(self) -> int:
@@ -107,14 +122,21 @@ class FashionMNIST(ImageDataset):
 
 
 class FashionMNISTData(ImageDataModule):
-    """Fashion-MNIST, 32 x 32; `root` holds its four IDX files. The test images are also the validation images."""
+    """Fashion-MNIST, 32 x 32; `root` holds its four IDX files. The test images are also the
+    validation images.
+    """
 
     name = "fashion-mnist"
     class_names = CLASS_NAMES
     image_size = (32, 32)
 
     def __init__(
-        self, root: str, batch_size: int = 64, num_workers: int = 0, flip: bool = False, seed: int = 0
+        self,
+        root: str,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        flip: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.root = root

@@ -1,7 +1,8 @@
-"""A Hugging Face data set (the optional package `datasets`) by index: from the hub, or a folder of `save_to_disk`.
+"""A Hugging Face data set (the optional package `datasets`) by index: from the hub, or a folder of
+`save_to_disk`.
 
-Images are taken as they are stored and decoded here, so that rotation, palettes, 16 bits and damage are treated as in
-every other reader.
+Images are taken as they are stored and decoded here, so that rotation, palettes, 16 bits and damage
+are treated as in every other reader.
 """
 
 from collections.abc import Sequence
@@ -28,25 +29,35 @@ CHUNK = 4096  # rows whose captions are looked at together
 
 
 def load_table(path: str, config: str | None, split: str, revision: str | None) -> Any:
-    """The rows of one split as a `datasets.Dataset`; raises UserError where the package or the split is missing."""
+    """The rows of one split as a `datasets.Dataset`; raises UserError where the package or the
+    split is missing.
+    """
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError as error:
-        raise UserError("reading Hugging Face data sets needs their package: pip install datasets") from error
+        raise UserError(
+            "reading Hugging Face data sets needs their package: pip install datasets"
+        ) from error
     try:
-        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if Path(path).is_dir() and any(
+            (Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")
+        ):
             found = datasets.load_from_disk(path)
             table = found[split] if isinstance(found, dict) else found
         else:
             table = datasets.load_dataset(path, config, split=split, revision=revision)
-    except Exception as error:  # the package raises whatever its file readers and its connection raise
+    except (
+        Exception
+    ) as error:  # the package raises whatever its file readers and its connection raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {path}, split {split!r}: {reason}") from error
     return table
 
 
 class Rows(NamedTuple):
-    """The rows of a table, with images as they are stored, their classes, and which have a caption (bool [N])."""
+    """The rows of a table, with images as they are stored, their classes, and which have a caption
+    (bool [N]).
+    """
 
     table: Any
     labels: Tensor
@@ -58,11 +69,15 @@ class Rows(NamedTuple):
         """Some of the rows."""
         rows = list(places)
         captioned = None if self.captioned is None else self.captioned[rows]
-        return Rows(self.table.select(places), self.labels[rows], self.class_names, self.name, captioned)
+        return Rows(
+            self.table.select(places), self.labels[rows], self.class_names, self.name, captioned
+        )
 
 
 def classes_of(table: Any, column: str | None, name: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Classes int64 [N] and their names: of whole numbers, of names, or one class `name` where there is no column."""
+    """Classes int64 [N] and their names: of whole numbers, of names, or one class `name` where
+    there is no column.
+    """
     if column is None:
         return torch.zeros(len(table), dtype=torch.int64), (name,)
     values = list(table.select_columns([column])[:][column])
@@ -73,8 +88,13 @@ def classes_of(table: Any, column: str | None, name: str) -> tuple[Tensor, tuple
     whole = [isinstance(value, int) and not isinstance(value, bool) for value in values]
     if not all(whole):
         row = whole.index(False)
-        raise UserError(f"{name}[{row}] has class {values[row]!r}; column {column!r} must hold whole numbers or names")
-    names = tuple(getattr(table.features[column], "names", None) or map(str, range(_bounded(max(values), name) + 1)))
+        raise UserError(
+            f"{name}[{row}] has class {values[row]!r}; column {column!r} must hold whole numbers or names"
+        )
+    names = tuple(
+        getattr(table.features[column], "names", None)
+        or map(str, range(_bounded(max(values), name) + 1))
+    )
     if min(values) < 0 or max(values) >= len(names):
         row = next(row for row, value in enumerate(values) if not 0 <= value < len(names))
         raise UserError(f"{name}[{row}] has class {values[row]}; there are {len(names)} classes")
@@ -88,13 +108,18 @@ def _bounded(label: int, name: str) -> int:
 
 
 def captioned_of(table: Any, column: str, name: str) -> Tensor:
-    """Which rows have a caption, bool [N]; raises UserError where the column holds none, or what is no text."""
+    """Which rows have a caption, bool [N]; raises UserError where the column holds none, or what is
+    no text.
+    """
     texts = table.select_columns([column])
     found: list[bool] = []
     for start in range(0, len(table), CHUNK):
         values = texts[start : start + CHUNK][column]
         places = range(start, start + len(values))
-        found += [bool(read_captions(value, f"{name}[{row}]")) for row, value in zip(places, values, strict=True)]
+        found += [
+            bool(read_captions(value, f"{name}[{row}]"))
+            for row, value in zip(places, values, strict=True)
+        ]
     if not any(found):
         raise UserError(f"column {column!r} of {name} holds no text; it should hold captions")
     return torch.tensor(found)
@@ -103,16 +128,21 @@ def captioned_of(table: Any, column: str, name: str) -> Tensor:
 def read_rows(table: Any, image: str, label: str | None, caption: str | None, name: str) -> Rows:
     """The rows of a `datasets.Dataset`.
 
-    Raises UserError for a column that is not there, for what is no class, and for captions that are no text.
+    Raises UserError for a column that is not there, for what is no class, and for captions that are
+    no text.
     """
     import datasets  # type: ignore[import-not-found]
 
     for column in filter(None, (image, label, caption)):
         if column not in table.column_names:
-            raise UserError(f"{name} has no column {column!r}; it has {', '.join(table.column_names)}")
+            raise UserError(
+                f"{name} has no column {column!r}; it has {', '.join(table.column_names)}"
+            )
     labels, class_names = classes_of(table, label, name)
     captioned = None if caption is None else captioned_of(table, caption, name)
-    return Rows(table.cast_column(image, datasets.Image(decode=False)), labels, class_names, name, captioned)
+    return Rows(
+        table.cast_column(image, datasets.Image(decode=False)), labels, class_names, name, captioned
+    )
 
 
 class HFImages(PictureDataset):
@@ -128,11 +158,15 @@ class HFImages(PictureDataset):
         max_corrupt: float = MAX_CORRUPT,
         vary_captions: bool = False,
     ) -> None:
-        self.name, self.table = rows.name, rows.table
-        self.image_column, self.caption_column = image, caption
+        self.name = rows.name
+        self.table = rows.table
+        self.image_column = image
+        self.caption_column = caption
         self._text_table: Any = None if caption is None else rows.table.select_columns([caption])
         captioned = None if caption is None else rows.captioned
-        super().__init__(rows.labels, rows.class_names, framing, seed, max_corrupt, captioned, vary_captions)
+        super().__init__(
+            rows.labels, rows.class_names, framing, seed, max_corrupt, captioned, vary_captions
+        )
 
     def where(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -153,16 +187,19 @@ class HFImages(PictureDataset):
     def fingerprint(self) -> str:
         """Built on the package's own, which follows content and history of the table."""
         content = self.table._fingerprint
-        labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
+        labels = self.labels.tolist()
+        size = self.framing.size
+        views = self.framing.describe()
         return digest(set="hf", content=content, labels=labels, size=size, views=views)
 
 
 class HFData(ImageDataModule):
-    """A Hugging Face data set: `path` is its name on the hub, or a folder; needs the package `datasets`.
+    """A Hugging Face data set: `path` is its name on the hub, or a folder; needs the package
+    `datasets`.
 
-    `image`, `label` and `caption` name columns; without `label` there is one class. Without `val_split`, the share
-    `val_share` of the rows is held out, and never trained on. `crop`, `flip`, `ten_ratios` and `resize` apply
-    to training (see Framing).
+    `image`, `label` and `caption` name columns; without `label` there is one class. Without
+    `val_split`, the share `val_share` of the rows is held out, and never trained on. `crop`,
+    `flip`, `ten_ratios` and `resize` apply to training (see Framing).
     """
 
     def __init__(
@@ -188,10 +225,16 @@ class HFData(ImageDataModule):
         resize: Resize | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        self.path, self.config, self.revision = path, config, revision
-        self.split, self.val_split, self.val_share = split, val_split, val_share
+        self.path = path
+        self.config = config
+        self.revision = revision
+        self.split = split
+        self.val_split = val_split
+        self.val_share = val_share
         self.image_size = (size, size)
-        self.image, self.label, self.caption = image, label, caption
+        self.image = image
+        self.label = label
+        self.caption = caption
         self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
         self.name = name or Path(path).name
         self.max_corrupt = max_corrupt
@@ -209,7 +252,9 @@ class HFData(ImageDataModule):
             return rows.take(train), rows.take(val)
         val = self._rows(self.val_split)
         if val.class_names != rows.class_names:
-            raise UserError(f"splits {self.split!r} and {self.val_split!r} of {self.name} have different classes")
+            raise UserError(
+                f"splits {self.split!r} and {self.val_split!r} of {self.name} have different classes"
+            )
         return rows, val
 
     def _rows(self, split: str) -> Rows:
@@ -228,4 +273,12 @@ class HFData(ImageDataModule):
         return self._images(self._parts[1], self.framing.still())
 
     def _images(self, rows: Rows, framing: Framing, vary_captions: bool = False) -> HFImages:
-        return HFImages(rows, framing, self.image, self.caption, self.seed, self.max_corrupt, vary_captions)
+        return HFImages(
+            rows,
+            framing,
+            image=self.image,
+            caption=self.caption,
+            seed=self.seed,
+            max_corrupt=self.max_corrupt,
+            vary_captions=vary_captions,
+        )

@@ -1,6 +1,8 @@
-"""IDX, the file format of MNIST and its successors: a magic number, the sizes, then bytes; plain or gzipped.
+"""IDX, the file format of MNIST and its successors: a magic number, the sizes, then bytes; plain or
+gzipped.
 
-Magic: 0, 0, type (8 = unsigned byte), number of axes; then each size as a big-endian 32-bit integer.
+Magic: 0, 0, type (8 = unsigned byte), number of axes; then each size as a big-endian 32-bit
+integer.
 """
 
 import gzip
@@ -20,18 +22,26 @@ def find_idx(root: Path, name: str) -> Path:
     for path in (root / name, root / f"{name}.gz"):
         if path.is_file():
             return path
-    raise UserError(f"{root / name} is missing (also as .gz): put the data set's IDX files there, or name their folder")
+    raise UserError(
+        f"{root / name} is missing (also as .gz): put the data set's IDX files there, or name their folder"
+    )
 
 
 def read_idx(path: Path, axes: int) -> np.ndarray:
-    """The array of an IDX file, uint8 with `axes` axes; raises UserError for any other or incomplete content."""
+    """The array of an IDX file, uint8 with `axes` axes; raises UserError for any other or
+    incomplete content.
+    """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as a gzip file ({error}): fetch it again") from error
+        raise UserError(
+            f"{path} cannot be read as a gzip file ({error}): fetch it again"
+        ) from error
     magic = bytes([0, 0, UNSIGNED_BYTE, axes])
     if raw[:4] != magic:
-        raise UserError(f"{path} begins with {raw[:4].hex()}; an IDX file of {axes} axes begins with {magic.hex()}")
+        raise UserError(
+            f"{path} begins with {raw[:4].hex()}; an IDX file of {axes} axes begins with {magic.hex()}"
+        )
     header = 4 + 4 * axes
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
     if len(raw) != header + prod(shape):

@@ -1,11 +1,14 @@
-"""ImageFolder: images in one sub-folder a class (in the order of `classes.py`), or all in one folder, the only class.
+"""ImageFolder: images in one sub-folder a class (in the order of `classes.py`), or all in one
+folder, the only class.
 
 Crops, augmentation and corrupt images are `pictures.py`'s.
 
-The data sets as LightningDataModules, to be named in a run's YAML: `class_path: tessellar.data.ShapesData`.
+The data sets as LightningDataModules, to be named in a run's YAML: `class_path:
+tessellar.data.ShapesData`.
 
-The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in training, every sample once
-in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
+The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in
+training, every sample once in validation, and no draw from the global random numbers, so that the
+rest of a run does not depend on its loaders.
 """
 
 import os
@@ -36,14 +39,22 @@ class Listing(NamedTuple):
 
     def take(self, rows: Sequence[int]) -> "Listing":
         """The listing of some of its rows."""
-        return Listing(tuple(self.files[i] for i in rows), tuple(self.labels[i] for i in rows), self.class_names)
+        return Listing(
+            tuple(self.files[i] for i in rows),
+            tuple(self.labels[i] for i in rows),
+            self.class_names,
+        )
 
 
 def list_folder(root: str | Path) -> Listing:
-    """The images below `root`; raises UserError if there are none, or some beside and some inside sub-folders."""
+    """The images below `root`; raises UserError if there are none, or some beside and some inside
+    sub-folders.
+    """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; it should hold images, or one sub-folder of images for each class")
+        raise UserError(
+            f"{root} is not a folder; it should hold images, or one sub-folder of images for each class"
+        )
     flat = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
     folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     classes = order_classes(folders, str(root))
@@ -102,7 +113,9 @@ class ImageFolder(PictureDataset):
         listing = list_folder(root) if listing is None else listing
         self.root = Path(root)
         self.files = listing.files
-        super().__init__(torch.tensor(listing.labels), listing.class_names, framing, seed, max_corrupt)
+        super().__init__(
+            torch.tensor(listing.labels), listing.class_names, framing, seed, max_corrupt
+        )
 
     def where(self, index: int) -> str:
         return str(self.root / self.files[index])
@@ -112,17 +125,19 @@ class ImageFolder(PictureDataset):
 
     def fingerprint(self) -> str:
         files = [(file, _size(os.path.join(self.root, file))) for file in self.files]
-        labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
+        labels = self.labels.tolist()
+        size = self.framing.size
+        views = self.framing.describe()
         return digest(set="image-folder", files=files, labels=labels, size=size, views=views)
 
 
 class ImageFolderData(ImageDataModule):
     """Your own images: one sub-folder a class, or one flat folder.
 
-    Without `val_root`, the share `val_share` of the files is held out for validation: they are never trained on, which
-    no published recipe does. `crop`, `flip`, `ten_ratios` and `resize`
-    apply to training (see Framing); validation and reference statistics take the ADM centre crop. `name` is the
-    folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
+    Without `val_root`, the share `val_share` of the files is held out for validation: they are
+    never trained on, which no published recipe does. `crop`, `flip`, `ten_ratios` and `resize`
+    apply to training (see Framing); validation and reference statistics take the ADM centre crop.
+    `name` is the folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
     """
 
     def __init__(
@@ -161,10 +176,16 @@ class ImageFolderData(ImageDataModule):
     def _listings(self) -> tuple[Listing, Listing]:
         if self.val_root is None:
             return split_listing(list_folder(self.root), self.val_share)
-        train, val = list_folder(self.root), list_folder(self.val_root)
-        if train.class_names != val.class_names and max(len(train.class_names), len(val.class_names)) > 1:
+        train = list_folder(self.root)
+        val = list_folder(self.val_root)
+        if (
+            train.class_names != val.class_names
+            and max(len(train.class_names), len(val.class_names)) > 1
+        ):
             missing = sorted(set(train.class_names) ^ set(val.class_names))
-            raise UserError(f"{self.root} and {self.val_root} hold different classes, for example {missing[0]!r}")
+            raise UserError(
+                f"{self.root} and {self.val_root} hold different classes, for example {missing[0]!r}"
+            )
         return train, val
 
     @property
@@ -185,4 +206,6 @@ class ImageFolderData(ImageDataModule):
         """One view an image: the ADM centre crop, or the image itself where it has the right size."""
         size = self.image_size[0]
         crop: Crop = "none" if self.crop == "none" else "adm"
-        return ImageFolder(root, size, crop, seed=self.seed, listing=listing, max_corrupt=self.max_corrupt)
+        return ImageFolder(
+            root, size, crop, seed=self.seed, listing=listing, max_corrupt=self.max_corrupt
+        )

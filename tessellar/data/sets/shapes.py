@@ -1,13 +1,16 @@
-"""Shapes: coloured shapes on plain backgrounds with class labels and captions, drawn from a seed, at any size.
+"""Shapes: coloured shapes on plain backgrounds with class labels and captions, drawn from a seed,
+at any size.
 
-The embedded default: no files, no download. A scene is a few numbers that depend on (seed, split, index) alone, in
-coordinates of [-1, 1], so that the same scene can be drawn at every size. Edges are anti-aliased by the signed distance
-of each pixel's centre; shapes are equally frequent.
+The embedded default: no files, no download. A scene is a few numbers that depend on (seed, split,
+index) alone, in coordinates of [-1, 1], so that the same scene can be drawn at every size. Edges
+are anti-aliased by the signed distance of each pixel's centre; shapes are equally frequent.
 
-The data sets as LightningDataModules, to be named in a run's YAML: `class_path: tessellar.data.ShapesData`.
+The data sets as LightningDataModules, to be named in a run's YAML: `class_path:
+tessellar.data.ShapesData`.
 
-The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in training, every sample once
-in validation, and no draw from the global random numbers, so that the rest of a run does not depend on its loaders.
+The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in
+training, every sample once in validation, and no draw from the global random numbers, so that the
+rest of a run does not depend on its loaders.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +41,12 @@ COLOURS = {
 }
 
 
-BACKGROUNDS = {"black": (20, 20, 20), "grey": (128, 128, 128), "white": (240, 240, 240), "brown": (95, 65, 45)}
+BACKGROUNDS = {
+    "black": (20, 20, 20),
+    "grey": (128, 128, 128),
+    "white": (240, 240, 240),
+    "brown": (95, 65, 45),
+}
 
 
 SIZES = {"small": (0.5, 0.58), "medium": (0.66, 0.74), "large": (0.82, 0.9)}  # range of the radius
@@ -86,10 +94,14 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Five tips: the angle is folded to half a tip, bounded by the line from the tip to the inner corner."""
+    """Five tips: the angle is folded to half a tip, bounded by the line from the tip to the inner
+    corner.
+    """
     angle = (np.arctan2(x, y) + pi / 5) % (2 * pi / 5) - pi / 5
-    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * abs(np.sin(angle))
-    corner_along, corner_across = 0.42 * np.cos(pi / 5), 0.42 * np.sin(pi / 5)
+    along = np.hypot(x, y) * np.cos(angle)
+    across = np.hypot(x, y) * abs(np.sin(angle))
+    corner_along = 0.42 * np.cos(pi / 5)
+    corner_across = 0.42 * np.sin(pi / 5)
     edge = np.hypot(1 - corner_along, corner_across)
     return ((along - 1) * corner_across + across * (1 - corner_along)) / edge
 
@@ -172,17 +184,26 @@ def captions(scenes: Scenes) -> list[str]:
     """For example 'a large red circle on a grey background'."""
     words = [list(names) for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
     rows = zip(scenes.size, scenes.colour, scenes.shape, scenes.background, strict=True)
-    return [f"a {words[0][s]} {words[1][c]} {words[2][k]} on a {words[3][b]} background" for s, c, k, b in rows]
+    return [
+        f"a {words[0][s]} {words[1][c]} {words[2][k]} on a {words[3][b]} background"
+        for s, c, k, b in rows
+    ]
 
 
 class Shapes(ImageDataset):
     """`length` images of `size` x `size` pixels; the splits "train" and "val" share no scene."""
 
     def __init__(
-        self, size: int = 32, length: int = 20_000, seed: int = 0, split: Literal["train", "val"] = "train"
+        self,
+        size: int = 32,
+        length: int = 20_000,
+        seed: int = 0,
+        split: Literal["train", "val"] = "train",
     ) -> None:
         if size < 8 or length < 1 or split not in SPLITS:
-            raise ValueError(f"size {size} must be >= 8, length {length} >= 1, and split {split!r} one of {SPLITS}")
+            raise ValueError(
+                f"size {size} must be >= 8, length {length} >= 1, and split {split!r} one of {SPLITS}"
+            )
         self.size = size
         self.seed = derive(seed, SPLITS.index(split))
         self.class_names = tuple(SHAPES)

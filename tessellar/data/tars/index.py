@@ -1,9 +1,10 @@
-"""Where the members of one uncompressed tar are: read once from its headers, then kept beside it as `<name>.index.npz`.
+"""Where the members of one uncompressed tar are: read once from its headers, then kept beside it as
+`<name>.index.npz`.
 
-With the offsets a tar is a map-style set: any sample at once, exact shuffling and resume. The index is made anew when
-the tar's size or time changes, and stays in memory where the folder cannot be written. Classes and captions are read
-while indexing, so that mistakes show before a run: a sample whose text cannot be read is left out, and `left_out` says
-why.
+With the offsets a tar is a map-style set: any sample at once, exact shuffling and resume. The index
+is made anew when the tar's size or time changes, and stays in memory where the folder cannot be
+written. Classes and captions are read while indexing, so that mistakes show before a run: a sample
+whose text cannot be read is left out, and `left_out` says why.
 """
 
 import json
@@ -74,7 +75,9 @@ class TarIndex:
     def members(self, sample: int) -> dict[str, Place]:
         """Place of each field of a sample."""
         rows = range(self.starts[sample], self.starts[sample + 1])
-        return {FIELDS[self.fields[row]]: (int(self.offsets[row]), int(self.sizes[row])) for row in rows}
+        return {
+            FIELDS[self.fields[row]]: (int(self.offsets[row]), int(self.sizes[row])) for row in rows
+        }
 
     def read(self, sample: int, field: str) -> bytes:
         """The bytes of one member; fewer than it should have where the tar was cut off since."""
@@ -87,7 +90,9 @@ class TarIndex:
         """Bytes of the image of each sample, int64 [N]."""
         owners = np.repeat(np.arange(len(self)), np.diff(self.starts))
         rows = np.flatnonzero(self.fields < len(IMAGE_FIELDS))  # FIELDS begins with IMAGE_FIELDS
-        ranked = rows[np.lexsort((self.fields[rows], owners[rows]))]  # a sample's image is of its first field
+        ranked = rows[
+            np.lexsort((self.fields[rows], owners[rows]))
+        ]  # a sample's image is of its first field
         _, first = np.unique(owners[ranked], return_index=True)
         return self.sizes[ranked[first]]
 
@@ -100,7 +105,9 @@ class TarIndex:
 
 
 def load_index(path: Path, keys: Keys = Keys()) -> TarIndex:  # noqa: B008
-    """The index kept beside the tar, or a new one, which is then kept; raises UserError for a tar it cannot trust."""
+    """The index kept beside the tar, or a new one, which is then kept; raises UserError for a tar
+    it cannot trust.
+    """
     stat = path.stat()
     facts = {"version": VERSION, "size": stat.st_size, "time": stat.st_mtime_ns, "keys": vars(keys)}
     kept = path.with_suffix(".index.npz")
@@ -130,14 +137,18 @@ def build_index(path: Path, keys: Keys = Keys()) -> TarIndex:  # noqa: B008
 
 
 def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
-    """Names and places of the plain files of a tar; raises UserError for what is damaged, and for links."""
+    """Names and places of the plain files of a tar; raises UserError for what is damaged, and for
+    links.
+    """
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
                 if member.offset_data < end or member.size < 0:
-                    raise UserError(f"{path}: member {member.name!r} lies inside another; the tar is damaged")
+                    raise UserError(
+                        f"{path}: member {member.name!r} lies inside another; the tar is damaged"
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -151,10 +162,14 @@ def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
         raise UserError(f"{path} is truncated or not an uncompressed tar ({error})") from error
     # Python's reader takes a damaged header for the end; a whole tar ends in a block of zeros.
     if file.read(BLOCK) != bytes(BLOCK):
-        raise UserError(f"{path} is truncated or damaged at byte {tar.offset}: there is no end mark")
+        raise UserError(
+            f"{path} is truncated or damaged at byte {tar.offset}: there is no end mark"
+        )
 
 
-def _collect(path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], keys: Keys) -> TarIndex:
+def _collect(
+    path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], keys: Keys
+) -> TarIndex:
     kept: dict[str, dict[str, Place]] = {}
     labels: list[int] = []
     captioned: list[bool] = []
@@ -173,8 +188,14 @@ def _collect(path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], k
         labels.append(label)
         captioned.append(has_caption)
         if name is not None and class_names.setdefault(label, name) != name:
-            raise UserError(f"{where}: class {label} is {name!r} here and {class_names[label]!r} before")
-    rows = [(FIELDS.index(field), *place) for members in kept.values() for field, place in members.items()]
+            raise UserError(
+                f"{where}: class {label} is {name!r} here and {class_names[label]!r} before"
+            )
+    rows = [
+        (FIELDS.index(field), *place)
+        for members in kept.values()
+        for field, place in members.items()
+    ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
     return TarIndex(
         path,
@@ -197,7 +218,9 @@ class _Text(NamedTuple):
 
 
 def _text(file: BinaryIO, members: dict[str, Place], keys: Keys, where: str) -> _Text:
-    """What the text of a sample says; raises UnreadableMember also for a caption that cannot be read."""
+    """What the text of a sample says; raises UnreadableMember also for a caption that cannot be
+    read.
+    """
     decoded: dict[str, Any] = {}
     for field in ("json", "cls", "txt"):
         if field in members:
@@ -216,7 +239,9 @@ def _text(file: BinaryIO, members: dict[str, Place], keys: Keys, where: str) -> 
 
 
 def _keep(index: TarIndex, kept: Path, facts: dict[str, Any]) -> None:
-    """Write the index beside its place and move it there; a folder that cannot be written is no mistake."""
+    """Write the index beside its place and move it there; a folder that cannot be written is no
+    mistake.
+    """
     names = {str(label): name for label, name in index.class_names.items()}
     meta = json.dumps({**facts, "class_names": names, "left_out": index.left_out})
     stage = kept.with_name(f".{kept.stem}.{uuid.uuid4().hex[:8]}.npz")
@@ -229,11 +254,21 @@ def _keep(index: TarIndex, kept: Path, facts: dict[str, Any]) -> None:
         log.info("the index of %s is not kept (%s)", index.path, error)
 
 
-_ARRAYS = {"names": "S", "starts": "i", "fields": "u", "offsets": "i", "sizes": "i", "labels": "i", "captioned": "u"}
+_ARRAYS = {
+    "names": "S",
+    "starts": "i",
+    "fields": "u",
+    "offsets": "i",
+    "sizes": "i",
+    "labels": "i",
+    "captioned": "u",
+}
 
 
 def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
-    """The kept index, or None where there is none, or one that does not belong to this tar or makes no sense."""
+    """The kept index, or None where there is none, or one that does not belong to this tar or makes
+    no sense.
+    """
     try:
         with np.load(kept, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS}
@@ -241,14 +276,27 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
         if any(meta[key] != value for key, value in facts.items()):
             return None
         names = {int(label): str(name) for label, name in meta["class_names"].items()}
-        index = TarIndex(path, **arrays, class_names=names, left_out=tuple(map(str, meta["left_out"])))
+        index = TarIndex(
+            path, **arrays, class_names=names, left_out=tuple(map(str, meta["left_out"]))
+        )
         return index if _makes_sense(index, facts["size"]) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error, MemoryError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        BadZipFile,
+        zlib.error,
+        MemoryError,
+    ):
         return None
 
 
 def _makes_sense(index: TarIndex, size: int) -> bool:
-    n, m = len(index.names), len(index.fields)
+    n = len(index.names)
+    m = len(index.fields)
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     return (
         all(array.ndim == 1 and array.dtype.kind == _ARRAYS[name] for name, array in arrays.items())
@@ -259,5 +307,9 @@ def _makes_sense(index: TarIndex, size: int) -> bool:
         and index.starts[-1] == m
         and bool((np.diff(index.starts) > 0).all())
         and bool((index.fields < len(FIELDS)).all())
-        and bool(((index.offsets >= 0) & (index.sizes >= 0) & (index.offsets + index.sizes <= size)).all())
+        and bool(
+            (
+                (index.offsets >= 0) & (index.sizes >= 0) & (index.offsets + index.sizes <= size)
+            ).all()
+        )
     )

@@ -1,8 +1,10 @@
-"""Members of WebDataset tars: which are read, and how. Only images, json, txt and cls are decoded, and npy on request.
+"""Members of WebDataset tars: which are read, and how. Only images, json, txt and cls are decoded,
+and npy on request.
 
-A sample is all members with one name up to the first dot of its last part; the rest, in lower case, is the field.
-Text is read as `captions.py` says. Nothing is ever unpickled: a member that would need it is refused by name, as is a
-name that leads out of the tar's folder. Members of any other kind are left unread.
+A sample is all members with one name up to the first dot of its last part; the rest, in lower case,
+is the field. Text is read as `captions.py` says. Nothing is ever unpickled: a member that would
+need it is refused by name, as is a name that leads out of the tar's folder. Members of any other
+kind are left unread.
 """
 
 import io
@@ -36,14 +38,17 @@ def split_name(name: str) -> tuple[str, str] | None:
         raise UserError(f"member {name!r} leads out of the tar: such a file is not opened")
     stem, _, field = path.name.partition(".")
     if field.lower().rpartition(".")[2] in PICKLES:
-        raise UserError(f"member {name!r} is a pickle, which can hold code; only {', '.join(FIELDS)} are read")
+        raise UserError(
+            f"member {name!r} is a pickle, which can hold code; only {', '.join(FIELDS)} are read"
+        )
     if not stem or field.lower() not in FIELDS:
         return None
     return str(path.parent / stem), field.lower()
 
 
 def decode(field: str, content: bytes, name: str) -> Any:
-    """The content of a member: an RGB image, JSON, text, an int (cls), or an array (npy, without pickles).
+    """The content of a member: an RGB image, JSON, text, an int (cls), or an array (npy, without
+    pickles).
 
     Raises UnreadableImage or UnreadableMember naming the member.
     """
@@ -67,7 +72,8 @@ def decode(field: str, content: bytes, name: str) -> Any:
 
 
 def label_of(fields: dict[str, Any], key: str, name: str) -> int | None:
-    """The class of a sample's decoded `fields`: `cls`, or entry `key` of its JSON; None where it has none.
+    """The class of a sample's decoded `fields`: `cls`, or entry `key` of its JSON; None where it
+    has none.
 
     Raises UnreadableMember unless it is in [0, MAX_CLASSES).
     """
@@ -75,12 +81,15 @@ def label_of(fields: dict[str, Any], key: str, name: str) -> int | None:
     if label is None:
         return None
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < MAX_CLASSES:
-        raise UnreadableMember(f"{name}: the class is {_short(label)}; it must be a whole number, 0 or more")
+        raise UnreadableMember(
+            f"{name}: the class is {_short(label)}; it must be a whole number, 0 or more"
+        )
     return label
 
 
 def captions_of(fields: dict[str, Any], key: str, name: str) -> tuple[str, ...]:
-    """The captions of a sample's decoded `fields`: `txt`, or a text or list of texts at `key` of its JSON.
+    """The captions of a sample's decoded `fields`: `txt`, or a text or list of texts at `key` of
+    its JSON.
 
     Empty where it has none; raises UnreadableMember where one is no text.
     """

@@ -15,15 +15,21 @@ def expand_braces(spec: str | Sequence[str]) -> list[str]:
     try:
         return [str(name) for one in specs for name in braceexpand(str(one))]
     except ValueError as error:
-        raise UserError(f"{spec}: braces do not match; write for example train-{{0000..0127}}.tar") from error
+        raise UserError(
+            f"{spec}: braces do not match; write for example train-{{0000..0127}}.tar"
+        ) from error
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Path]:
-    """The local tars of `spec`, sorted within each part; raises UserError where one is missing or comes twice."""
+    """The local tars of `spec`, sorted within each part; raises UserError where one is missing or
+    comes twice.
+    """
     found: list[Path] = []
     for name in expand_braces(spec):
         path = Path(name).expanduser()
-        matches = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
+        matches = (
+            sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
+        )
         matches = matches or ([path] if path.is_file() else [])
         if not matches:
             raise UserError(f"{name}: there is no such tar, and no folder that holds tars")

@@ -1,9 +1,11 @@
-"""Remote WebDataset shards (http, https, hf, gs, ...), read as streams with the `webdataset` library.
+"""Remote WebDataset shards (http, https, hf, gs, ...), read as streams with the `webdataset`
+library.
 
-Nothing is exact here, by the nature of a stream: shards are drawn with repetition, samples mixed within a buffer, and
-an epoch is a declared number of samples, so an epoch may show a sample twice or not at all, and a resumed run goes on
-with freshly drawn shards. Validation shards are read once through, each sample once. Copy the shards to disk and use
-WebDatasetData for exact epochs and resume. Decoding is that of `members.py`; addresses that run commands are refused.
+Nothing is exact here, by the nature of a stream: shards are drawn with repetition, samples mixed
+within a buffer, and an epoch is a declared number of samples, so an epoch may show a sample twice
+or not at all, and a resumed run goes on with freshly drawn shards. Validation shards are read once
+through, each sample once. Copy the shards to disk and use WebDatasetData for exact epochs and
+resume. Decoding is that of `members.py`; addresses that run commands are refused.
 """
 
 import random
@@ -26,31 +28,60 @@ from tessellar.data.framing import DRAWS, Crop, Framing
 from tessellar.data.image_file import UnreadableImage
 from tessellar.data.pictures import MAX_CORRUPT, to_tensor
 from tessellar.data.tars.index import Keys
-from tessellar.data.tars.members import IMAGE_FIELDS, UnreadableMember, captions_of, decode, label_of, split_name
+from tessellar.data.tars.members import (
+    IMAGE_FIELDS,
+    UnreadableMember,
+    captions_of,
+    decode,
+    label_of,
+    split_name,
+)
 from tessellar.data.tars.shards import expand_braces
 from tessellar.data.workers import ignore_interruptions
 from tessellar.errors import UserError
 from tessellar.randomness import derive
 
-SCHEMES = ("", "file", "http", "https", "hf", "gs", "ais", "sftp", "ftps", "scp")  # without pipe, which runs a shell
+SCHEMES = (
+    "",
+    "file",
+    "http",
+    "https",
+    "hf",
+    "gs",
+    "ais",
+    "sftp",
+    "ftps",
+    "scp",
+)  # without pipe, which runs a shell
 Raw = dict[str, bytes]
 PEEKED = 100  # samples looked at before a run that reads text
 
 
 def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of one tar's files, in order; raises UserError for a stream that breaks off."""
+    """Names and contents of one tar's files, in order; raises UserError for a stream that breaks
+    off.
+    """
     if urlparse(url).scheme not in SCHEMES:
-        raise UserError(f"{url} is not opened: it must be a path or begin with {', '.join(filter(None, SCHEMES))}")
+        raise UserError(
+            f"{url} is not opened: it must be a path or begin with {', '.join(filter(None, SCHEMES))}"
+        )
     try:
         for member in tar_file_expander(url_opener(iter([{"url": url}])), eof_value=None):
             yield member["fname"], member["data"]
-    except Exception as error:  # the library passes on whatever its openers and Python's tar reader raise
-        raise UserError(f"{url} cannot be read: {error.args[0] if error.args else type(error).__name__}") from error
+    except (
+        Exception
+    ) as error:  # the library passes on whatever its openers and Python's tar reader raise
+        raise UserError(
+            f"{url} cannot be read: {error.args[0] if error.args else type(error).__name__}"
+        ) from error
 
 
 def stream_samples(url: str) -> Iterator[tuple[str, Raw]]:
-    """Name and fields of each sample of one tar: runs of members with the same name up to the first dot."""
-    current, fields = "", {}
+    """Name and fields of each sample of one tar: runs of members with the same name up to the first
+    dot.
+    """
+    current = ""
+    fields = {}
     for name, content in stream_members(url):
         try:
             parts = split_name(name)
@@ -62,18 +93,20 @@ def stream_samples(url: str) -> Iterator[tuple[str, Raw]]:
         if key != current:
             if fields:
                 yield f"{url}:{current}", fields
-            current, fields = key, {}
+            current = key
+            fields = {}
         fields[field] = content
     if fields:
         yield f"{url}:{current}", fields
 
 
 class WebDatasetStream(IterableDataset[Sample]):
-    """`length` samples of endlessly drawn shards for this rank, or with `length` None every sample of them once.
+    """`length` samples of endlessly drawn shards for this rank, or with `length` None every sample
+    of them once.
 
-    `class_names` bound the classes: one outside is a mistake (UserError); a sample without one has class 0. Corrupt
-    samples are skipped, counted in each worker. A pass depends on (seed, epoch, start, rank, number of workers), where
-    `start` is the step that a run was resumed at.
+    `class_names` bound the classes: one outside is a mistake (UserError); a sample without one has
+    class 0. Corrupt samples are skipped, counted in each worker. A pass depends on (seed, epoch,
+    start, rank, number of workers), where `start` is the step that a run was resumed at.
     """
 
     def __init__(
@@ -90,10 +123,17 @@ class WebDatasetStream(IterableDataset[Sample]):
         keys: Keys = Keys(),  # noqa: B008
         max_corrupt: float = MAX_CORRUPT,
     ) -> None:
-        self.urls, self.class_names, self.framing = tuple(urls), class_names, framing
-        self.length, self.buffer, self.batch_size = length, buffer, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.keys, self.max_corrupt = keys, max_corrupt
+        self.urls = tuple(urls)
+        self.class_names = class_names
+        self.framing = framing
+        self.length = length
+        self.buffer = buffer
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.keys = keys
+        self.max_corrupt = max_corrupt
         self.epoch = self.start = 0
         self.corrupt = self.met = 0
         self.captioned = self.uncaptioned = 0
@@ -103,7 +143,8 @@ class WebDatasetStream(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        place, places = self.rank * workers + number, self.world_size * workers
+        place = self.rank * workers + number
+        places = self.world_size * workers
         if self.length is None:
             return self._once(place, places)
         batches = len(range(number, self.length // self.batch_size, workers))
@@ -113,7 +154,9 @@ class WebDatasetStream(IterableDataset[Sample]):
         """Every `places`-th sample of all shards, from `place` on."""
         samples = (sample for url in self.urls for sample in stream_samples(url))
         for index, (name, fields) in enumerate(samples):
-            if index % places == place and (sample := self._decode(name, fields, index, [0.0] * (DRAWS + 1))):
+            if index % places == place and (
+                sample := self._decode(name, fields, index, [0.0] * (DRAWS + 1))
+            ):
                 yield sample
 
     def _endless(self, place: int, places: int) -> Iterator[Sample]:
@@ -123,7 +166,11 @@ class WebDatasetStream(IterableDataset[Sample]):
             while True:
                 yield from stream_samples(rng.choice(self.urls))
 
-        mixed: Any = shuffle(self.buffer, initial=self.buffer, rng=rng)(samples()) if self.buffer else samples()
+        mixed: Any = (
+            shuffle(self.buffer, initial=self.buffer, rng=rng)(samples())
+            if self.buffer
+            else samples()
+        )
         for number, (name, fields) in enumerate(mixed):
             draws = [rng.random() for _ in range(DRAWS + 1)]  # the last one chooses a caption
             if sample := self._decode(name, fields, number * places + place, draws):
@@ -153,7 +200,9 @@ class WebDatasetStream(IterableDataset[Sample]):
         decoded = {field: decode(field, fields[field], f"{name}.{field}") for field in wanted}
         label = label_of(decoded, self.keys.label, name) or 0
         if label >= len(self.class_names):
-            raise UserError(f"{name} has class {label}; it must be below {len(self.class_names)} (num_classes)")
+            raise UserError(
+                f"{name} has class {label}; it must be below {len(self.class_names)} (num_classes)"
+            )
         own = captions_of(decoded, self.keys.caption, name)
         self._count_caption(bool(own), name)
         texts = own or class_text(self.class_names, label)
@@ -174,13 +223,22 @@ class WebDatasetStream(IterableDataset[Sample]):
         if self.captioned and self.uncaptioned and not self.gaps_told:
             self.gaps_told = True
             met = self.captioned + self.uncaptioned
-            tell_missing(self.uncaptioned, met, self.first_uncaptioned, "an empty text is taken, as for others to come")
+            tell_missing(
+                self.uncaptioned,
+                met,
+                self.first_uncaptioned,
+                "an empty text is taken, as for others to come",
+            )
 
 
 def _has_caption(name: str, fields: Raw, keys: Keys) -> bool:
     """False also where its text cannot be read."""
     try:
-        text = {field: decode(field, fields[field], name) for field in ("json", "txt") if field in fields}
+        text = {
+            field: decode(field, fields[field], name)
+            for field in ("json", "txt")
+            if field in fields
+        }
         return bool(captions_of(text, keys.caption, name))
     except UnreadableMember:
         return False
@@ -197,10 +255,11 @@ class _EpochLoader(DataLoader):
 
 
 class WebDatasetStreamData(ImageDataModule):
-    """Remote shards; `shards` and `val_shards` may hold braces, as in `.../train-{0000..0127}.tar`. Nothing is exact.
+    """Remote shards; `shards` and `val_shards` may hold braces, as in `.../train-{0000..0127}.tar`.
+    Nothing is exact.
 
-    `epoch_length` samples over all ranks make an epoch. There is no image by index, so measure against a folder or a
-    statistics file.
+    `epoch_length` samples over all ranks make an epoch. There is no image by index, so measure
+    against a folder or a statistics file.
     """
 
     def __init__(
@@ -225,10 +284,14 @@ class WebDatasetStreamData(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         if num_classes < 1 or epoch_length < 1 or buffer < 0:
-            raise ValueError(f"num_classes {num_classes} and epoch_length {epoch_length} must be positive, buffer >= 0")
-        self.shards, self.val_shards = shards, val_shards
+            raise ValueError(
+                f"num_classes {num_classes} and epoch_length {epoch_length} must be positive, buffer >= 0"
+            )
+        self.shards = shards
+        self.val_shards = val_shards
         self.image_size = (size, size)
-        self.epoch_length, self.buffer = epoch_length, buffer
+        self.epoch_length = epoch_length
+        self.buffer = buffer
         self.class_names = tuple(map(str, range(num_classes)))
         self.keys = Keys(label=label, caption=caption)
         self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
@@ -236,7 +299,9 @@ class WebDatasetStreamData(ImageDataModule):
         self.max_corrupt = max_corrupt
 
     def train_dataset(self, augment: bool = True) -> ImageDataset:
-        raise UserError(f"{self.name} is a stream, without images by index: measure against a folder or statistics")
+        raise UserError(
+            f"{self.name} is a stream, without images by index: measure against a folder or statistics"
+        )
 
     def val_dataset(self) -> ImageDataset:
         return self.train_dataset()
@@ -261,7 +326,8 @@ class WebDatasetStreamData(ImageDataModule):
 
     def contents(self) -> tuple[str, str]:
         """Hashes of the names of the shards: what they hold is not known before it is read."""
-        size, parts = self.image_size, [expand_braces(spec) for spec in (self.shards, self.val_shards)]
+        size = self.image_size
+        parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]
         train, val = (digest(set="webdataset-stream", shards=part, size=size) for part in parts)
         return train, val
 
@@ -282,22 +348,25 @@ class WebDatasetStreamData(ImageDataModule):
         return self.val_dataloader()
 
     def _stream(self, spec: str | list[str], framing: Framing, length: int | None) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         dataset = WebDatasetStream(
             expand_braces(spec),
             self.class_names,
-            framing,
-            length,
-            self.buffer,
-            self.batch_size,
-            rank,
-            world_size,
-            self.seed,
-            self.keys,
-            self.max_corrupt,
+            framing=framing,
+            length=length,
+            buffer=self.buffer,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            keys=self.keys,
+            max_corrupt=self.max_corrupt,
         )
         if self.trainer:
-            dataset.epoch, dataset.start = self.trainer.current_epoch, self.trainer.global_step
+            dataset.epoch = self.trainer.current_epoch
+            dataset.start = self.trainer.global_step
         return _EpochLoader(
             dataset,
             self.batch_size,

@@ -1,7 +1,9 @@
-"""Local WebDataset tars as a map-style set: every sample once an epoch, exactly shuffled and resumed.
+"""Local WebDataset tars as a map-style set: every sample once an epoch, exactly shuffled and
+resumed.
 
-A sample has an image and, as it may be, a class (`cls`, or an entry of `json`) and a caption (`txt`, or an entry of
-`json`). `tar_index.py` says how its place is known, `members.py` what is decoded.
+A sample has an image and, as it may be, a class (`cls`, or an entry of `json`) and a caption
+(`txt`, or an entry of `json`). `tar_index.py` says how its place is known, `members.py` what is
+decoded.
 """
 
 import hashlib
@@ -34,7 +36,9 @@ log = logging.getLogger(__name__)
 class TarSamples:
     """The samples of several tars, numbered through; some of them after `take`."""
 
-    def __init__(self, shards: Sequence[TarIndex], keys: Keys = Keys(), rows: np.ndarray | None = None) -> None:  # noqa: B008
+    def __init__(
+        self, shards: Sequence[TarIndex], keys: Keys = Keys(), rows: np.ndarray | None = None
+    ) -> None:  # noqa: B008
         self.shards = tuple(shards)
         self.keys = keys
         self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
@@ -73,17 +77,25 @@ class TarSamples:
         for shard in self.shards:
             for label, name in shard.class_names.items():
                 if names.setdefault(label, name) != name:
-                    raise UserError(f"{shard.path}: class {label} is {name!r} here and {names[label]!r} before")
+                    raise UserError(
+                        f"{shard.path}: class {label} is {name!r} here and {names[label]!r} before"
+                    )
         return names
 
     def split(self, val_share: float) -> tuple["TarSamples", "TarSamples"]:
-        """Training and validation part, the latter the share `val_share` of the samples (see `hold_out`)."""
+        """Training and validation part, the latter the share `val_share` of the samples (see
+        `hold_out`).
+        """
         train, val = hold_out([self.name(place) for place in range(len(self))], val_share)
         return self.take(train), self.take(val)
 
 
-def read_shards(spec: str | Sequence[str], keys: Keys = Keys(), max_corrupt: float = MAX_CORRUPT) -> TarSamples:  # noqa: B008
-    """All samples of the tars that `spec` names; raises UserError where none is left or too many had to be left out."""
+def read_shards(
+    spec: str | Sequence[str], keys: Keys = Keys(), max_corrupt: float = MAX_CORRUPT
+) -> TarSamples:  # noqa: B008
+    """All samples of the tars that `spec` names; raises UserError where none is left or too many
+    had to be left out.
+    """
     shards = [load_index(path, keys) for path in find_shards(spec)]
     samples = TarSamples(shards, keys)
     left_out = [line for shard in shards for line in shard.left_out]
@@ -96,16 +108,20 @@ def read_shards(spec: str | Sequence[str], keys: Keys = Keys(), max_corrupt: flo
             f"the first: {left_out[0]}"
         )
     if left_out:
-        log.warning("%d of %d samples are left out, the first: %s", len(left_out), total, left_out[0])
+        log.warning(
+            "%d of %d samples are left out, the first: %s", len(left_out), total, left_out[0]
+        )
     return samples
 
 
 def name_classes(samples: TarSamples, name: str, num_classes: int | None) -> tuple[str, ...]:
     """A name for each class: the tars', else its number; without classes there is one, `name`.
 
-    Raises UserError where some samples have a class and others have none, or one is `num_classes` or more.
+    Raises UserError where some samples have a class and others have none, or one is `num_classes`
+    or more.
     """
-    labels, given = samples.labels, samples.class_names
+    labels = samples.labels
+    given = samples.class_names
     if (labels < 0).all():
         return (name,) if num_classes is None else tuple(map(str, range(num_classes)))
     if (labels < 0).any():
@@ -135,11 +151,17 @@ class WebDatasetTars(PictureDataset):
     ) -> None:
         self.samples = samples
         chosen = torch.Generator().manual_seed(derive(seed))
-        self.told = torch.randperm(len(samples), generator=chosen) if shuffle_captions else torch.arange(len(samples))
+        self.told = (
+            torch.randperm(len(samples), generator=chosen)
+            if shuffle_captions
+            else torch.arange(len(samples))
+        )
         labels = torch.from_numpy(samples.labels).clamp(min=0)
         if int(labels.max()) >= len(class_names):
             worst = int(labels.argmax())
-            raise UserError(f"{samples.name(worst)} has class {labels[worst]}; there are {len(class_names)} classes")
+            raise UserError(
+                f"{samples.name(worst)} has class {labels[worst]}; there are {len(class_names)} classes"
+            )
         captioned = torch.from_numpy(samples.captioned)[self.told]
         super().__init__(labels, class_names, framing, seed, max_corrupt, captioned, vary_captions)
 
@@ -157,10 +179,15 @@ class WebDatasetTars(PictureDataset):
             raise UnreadableImage(f"cannot read the image {name}: {error}") from error
 
     def members(self, index: int) -> dict[str, Any]:
-        """All that is known of a sample, decoded: `json`, `txt`, `cls`, `npy`, and its image under its own field."""
+        """All that is known of a sample, decoded: `json`, `txt`, `cls`, `npy`, and its image under
+        its own field.
+        """
         shard, sample = self.samples.find(index)
         where = shard.where(sample)
-        return {field: decode(field, shard.read(sample, field), f"{where}.{field}") for field in shard.members(sample)}
+        return {
+            field: decode(field, shard.read(sample, field), f"{where}.{field}")
+            for field in shard.members(sample)
+        }
 
     def texts(self, index: int) -> tuple[str, ...]:
         return super().texts(int(self.told[index]))
@@ -169,15 +196,22 @@ class WebDatasetTars(PictureDataset):
         shard, sample = self.samples.find(index)
         where = shard.where(sample)
         there = shard.members(sample)
-        read = {f: decode(f, shard.read(sample, f), f"{where}.{f}") for f in ("txt", "json") if f in there}
+        read = {
+            f: decode(f, shard.read(sample, f), f"{where}.{f}")
+            for f in ("txt", "json")
+            if f in there
+        }
         return captions_of(read, self.samples.keys.caption, where)
 
     def fingerprint(self) -> str:
-        shards, rows = self.samples.shards, self.samples.rows
+        shards = self.samples.shards
+        rows = self.samples.rows
         names = [shard.name(sample) for shard in shards for sample in range(len(shard))]
         sizes = np.concatenate([shard.image_sizes() for shard in shards])[rows].tolist()
         images = list(zip((names[row] for row in rows.tolist()), sizes, strict=True))
-        labels, size, views = self.labels.tolist(), self.framing.size, self.framing.describe()
+        labels = self.labels.tolist()
+        size = self.framing.size
+        views = self.framing.describe()
         return digest(set="webdataset", images=images, labels=labels, size=size, views=views)
 
     def content(self) -> str:
@@ -188,13 +222,15 @@ class WebDatasetTars(PictureDataset):
 
 
 class WebDatasetData(ImageDataModule):
-    """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a list of such.
+    """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a
+    list of such.
 
-    Without `val_shards`, the share `val_share` of the samples is held out for validation, never trained on. `label`,
-    `class_name` and `caption` name entries of a sample's `.json`; a `.cls` or `.txt` member goes before them. Of a list
-    of captions, training draws one at each visit. `crop`, `flip`, `ten_ratios` and `resize` apply to training
-    (see Framing). `name` is that of the folder unless given. `shuffle_captions` gives training images each other's
-    captions, in an order that `seed` fixes: the control that shows what text does.
+    Without `val_shards`, the share `val_share` of the samples is held out for validation, never
+    trained on. `label`, `class_name` and `caption` name entries of a sample's `.json`; a `.cls` or
+    `.txt` member goes before them. Of a list of captions, training draws one at each visit. `crop`,
+    `flip`, `ten_ratios` and `resize` apply to training (see Framing). `name` is that of the folder
+    unless given. `shuffle_captions` gives training images each other's captions, in an order that
+    `seed` fixes: the control that shows what text does.
     """
 
     def __init__(
@@ -220,14 +256,17 @@ class WebDatasetData(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.shuffle_captions = shuffle_captions
-        self.shards, self.val_shards = shards, val_shards
+        self.shards = shards
+        self.val_shards = val_shards
         self.val_share = val_share
         self.image_size = (size, size)
         self.given_classes = num_classes
         self.keys = Keys(label, class_name, caption)
         self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
         self.max_corrupt = max_corrupt
-        self.name = name or Path(shards if isinstance(shards, str) else shards[0]).absolute().parent.name
+        self.name = (
+            name or Path(shards if isinstance(shards, str) else shards[0]).absolute().parent.name
+        )
 
     @property
     def holds_out(self) -> bool:
@@ -246,7 +285,9 @@ class WebDatasetData(ImageDataModule):
         given = train.class_names
         for label, name in val.class_names.items():
             if given.get(label, name) != name:
-                raise UserError(f"{self.val_shards}: class {label} is {name!r} here, {given[label]!r} in {self.shards}")
+                raise UserError(
+                    f"{self.val_shards}: class {label} is {name!r} here, {given[label]!r} in {self.shards}"
+                )
         return name_classes(train, self.name, self.given_classes)
 
     def train_dataset(self, augment: bool = True) -> WebDatasetTars:
@@ -257,7 +298,11 @@ class WebDatasetData(ImageDataModule):
         return self._tars(self._samples[1], self.framing.still())
 
     def _tars(
-        self, samples: TarSamples, framing: Framing, shuffled: bool = False, vary_captions: bool = False
+        self,
+        samples: TarSamples,
+        framing: Framing,
+        shuffled: bool = False,
+        vary_captions: bool = False,
     ) -> WebDatasetTars:
         options = (self.seed, self.max_corrupt, shuffled, vary_captions)
         return WebDatasetTars(samples, self.class_names, framing, *options)

@@ -1,8 +1,9 @@
-"""Training from a cache of tokens instead of images: the same views at the same visits, without reading an image.
+"""Training from a cache of tokens instead of images: the same views at the same visits, without
+reading an image.
 
-At each visit one of the cached views, and of the captions, is drawn by the very numbers that draw it in the set of
-images, so with the same seed a run sees the same tokens and texts in the same order. Other tokenizers' caches are
-refused.
+At each visit one of the cached views, and of the captions, is drawn by the very numbers that draw
+it in the set of images, so with the same seed a run sees the same tokens and texts in the same
+order. Other tokenizers' caches are refused.
 """
 
 import hashlib
@@ -48,7 +49,8 @@ POSTERIOR = 0x7E  # sets the noise of a posterior apart from the choice of a vie
 
 
 class CachedTokens(IndexedDataset[TokenBatch]):
-    """Tokens of the cache in `folder`: one view a visit, drawn from (seed, epoch, index), or always the first.
+    """Tokens of the cache in `folder`: one view a visit, drawn from (seed, epoch, index), or always
+    the first.
 
     Raises UserError for an incomplete or damaged cache, and for labels without a class.
     """
@@ -56,7 +58,8 @@ class CachedTokens(IndexedDataset[TokenBatch]):
     def __init__(self, folder: str | Path, seed: int = 0, augment: bool = True) -> None:
         self.folder = Path(folder)
         self.header: Header = read_header(folder)
-        self.seed, self.augment = seed, augment
+        self.seed = seed
+        self.augment = augment
         self.class_names = self.header.class_names
         labels = open_array(self.folder / LABELS, (self.header.count,), "int64")
         if labels.min() < 0 or labels.max() >= len(self.class_names):
@@ -67,13 +70,19 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         self.labels = torch.from_numpy(np.array(labels))
         assert self._ends is None or len(self._ends) == len(self)
         self.has_captions = self._ends is not None and bool(self._ends[-1] > 0)
-        assert len(self._tokens) == len(self)  # opens the file: a damaged one is no surprise for the first epoch
+        assert len(self._tokens) == len(
+            self
+        )  # opens the file: a damaged one is no surprise for the first epoch
         self._check_files()
 
     @cached_property
     def _tokens(self) -> np.ndarray:
         storage = self.header.storage
-        return open_array(self.folder / TOKENS, (self.header.count, self.header.views, *storage.shape), storage.dtype)
+        return open_array(
+            self.folder / TOKENS,
+            (self.header.count, self.header.views, *storage.shape),
+            storage.dtype,
+        )
 
     @cached_property
     def _sums(self) -> np.ndarray | None:
@@ -89,7 +98,9 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         for name, expected in (self.header.checksums or {}).items():
             path = self.folder / Path(name).name
             if not path.is_file() or crc_of(path) != expected:
-                raise UserError(f"{path} is damaged: it does not have its checksum; make the cache anew")
+                raise UserError(
+                    f"{path} is damaged: it does not have its checksum; make the cache anew"
+                )
 
     @cached_property
     def _ends(self) -> np.ndarray | None:
@@ -107,11 +118,15 @@ class CachedTokens(IndexedDataset[TokenBatch]):
     def _captions(self) -> memoryview:
         with open(self.folder / CAPTIONS, "rb") as file:
             empty = os.fstat(file.fileno()).st_size == 0
-            return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return memoryview(
+                b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            name: value for name, value in vars(self).items() if name not in ("_tokens", "_sums", "_ends", "_captions")
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("_tokens", "_sums", "_ends", "_captions")
         }
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
@@ -123,7 +138,9 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         tokens = unpack(rows, self.header.storage, self.header.token_layout)
         self._check(tokens)
         if self._sums is not None and (crc_of_rows(rows) != self._sums[places]).any():
-            raise UserError(f"{self.folder / TOKENS} is damaged: a row lacks its checksum; make the cache anew")
+            raise UserError(
+                f"{self.folder / TOKENS} is damaged: a row lacks its checksum; make the cache anew"
+            )
         if self.header.storage.kind == "posterior":
             count = tokens[0].numel() // 2
             u = torch.from_numpy(uniforms(derive(seed, POSTERIOR), indices, count))
@@ -145,13 +162,18 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         try:
             self.header.token_layout.check(tokens)
         except ValueError as error:
-            raise UserError(f"{self.folder / TOKENS} is damaged ({error}); make the cache anew") from error
+            raise UserError(
+                f"{self.folder / TOKENS} is damaged ({error}); make the cache anew"
+            ) from error
 
     def _captions_of(self, index: np.ndarray) -> list[str]:
         assert self._ends is not None
-        ends, starts = self._ends[index], np.where(index > 0, self._ends[index - 1], 0)
+        ends = self._ends[index]
+        starts = np.where(index > 0, self._ends[index - 1], 0)
         places = zip(starts.tolist(), ends.tolist(), strict=True)
-        stored = [bytes(self._captions[start:end]).decode(errors="replace") for start, end in places]
+        stored = [
+            bytes(self._captions[start:end]).decode(errors="replace") for start, end in places
+        ]
         texts = [tuple(several.split(SEPARATOR)) for several in stored]
         if not self.augment:
             return [pick(several, 0.0) for several in texts]
@@ -168,7 +190,12 @@ class CachedTokens(IndexedDataset[TokenBatch]):
 
     def fingerprint(self) -> str:
         header = self.header
-        return digest(set="tokens", tokenizer=header.tokenizer, data=header.data_fingerprint, views=header.views)
+        return digest(
+            set="tokens",
+            tokenizer=header.tokenizer,
+            data=header.data_fingerprint,
+            views=header.views,
+        )
 
     def content(self) -> str:
         """With the labels as they are, and the lengths of the captions."""
@@ -180,7 +207,8 @@ class CachedTokens(IndexedDataset[TokenBatch]):
 class CachedTokensData(ImageDataModule):
     """The cache that `convert.py cache` wrote into `root`: its parts `train` and `val`.
 
-    `images` is the data set that was encoded: only needed where real images are, such as reference statistics.
+    `images` is the data set that was encoded: only needed where real images are, such as reference
+    statistics.
     """
 
     def __init__(
@@ -264,7 +292,9 @@ class CachedTokensData(ImageDataModule):
         return self.val_dataloader()
 
     def _checked(self, tokens: CachedTokens) -> CachedTokens:
-        """The cache, if it was made by the tokenizer of the model in training; a model without one takes any cache."""
+        """The cache, if it was made by the tokenizer of the model in training; a model without one
+        takes any cache.
+        """
         module: Any = self.trainer.lightning_module if self.trainer else None
         tokenizer = getattr(module, "tokenizer", None)
         if isinstance(tokenizer, Tokenizer):

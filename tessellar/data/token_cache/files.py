@@ -23,9 +23,14 @@ from tessellar.errors import UserError
 from tessellar.protocol.configured import build
 from tessellar.protocol.layout import Layout
 
-HEADER, TOKENS, LABELS, CAPTIONS, ENDS = "header.json", "tokens.npy", "labels.npy", "captions.bin", "captions.npy"
+HEADER = "header.json"
+TOKENS = "tokens.npy"
+LABELS = "labels.npy"
+CAPTIONS = "captions.bin"
+ENDS = "captions.npy"
 CHECKSUMS = "checksums.npy"
-FORMAT, VERSION = "tessellar token cache", 1
+FORMAT = "tessellar token cache"
+VERSION = 1
 Precision = Literal["float32", "bf16"]
 
 
@@ -33,8 +38,8 @@ Precision = Literal["float32", "bf16"]
 class Header:
     """What a cache says of itself.
 
-    `tokenizer` is its fingerprint, `corrupt` counts images that others stand for, `checksums` holds the CRC-32 of the
-    small files (None in caches of older versions).
+    `tokenizer` is its fingerprint, `corrupt` counts images that others stand for, `checksums` holds
+    the CRC-32 of the small files (None in caches of older versions).
     """
 
     data: str
@@ -66,12 +71,18 @@ def read_header(folder: str | Path) -> Header:
     """The header of a cache; raises UserError for anything else."""
     path = Path(folder) / HEADER
     if not path.is_file():
-        raise UserError(f"{folder} is not a complete cache (it has no {HEADER}); make one with convert.py cache")
+        raise UserError(
+            f"{folder} is not a complete cache (it has no {HEADER}); make one with convert.py cache"
+        )
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("version") != VERSION:
+    if (
+        not isinstance(facts, dict)
+        or facts.get("format") != FORMAT
+        or facts.get("version") != VERSION
+    ):
         raise UserError(f"{path} is not of a {FORMAT} of version {VERSION}")
     try:
         header = _header(facts)
@@ -79,7 +90,9 @@ def read_header(folder: str | Path) -> Header:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a header as it should be ({error!r})") from error
     if header.storage != expected or header.count < 1 or header.views < 1:
-        raise UserError(f"{path} contradicts itself: {header.count} images in {header.storage}, not {expected}")
+        raise UserError(
+            f"{path} contradicts itself: {header.count} images in {header.storage}, not {expected}"
+        )
     return header
 
 
@@ -110,11 +123,17 @@ def crc_of_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An npy file mapped into memory; raises UserError unless it is whole and has this shape and type."""
+    """An npy file mapped into memory; raises UserError unless it is whole and has this shape and
+    type.
+    """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is missing, truncated or no npy file ({error}); make the cache anew") from error
+        raise UserError(
+            f"{path} is missing, truncated or no npy file ({error}); make the cache anew"
+        ) from error
     if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}; the header says {dtype} {shape}")
+        raise UserError(
+            f"{path} holds {array.dtype} {array.shape}; the header says {dtype} {shape}"
+        )
     return array

@@ -1,8 +1,9 @@
-"""How tokens lie on disk: ids in the smallest unsigned integers, bits eight to a byte, real vectors as bfloat16.
+"""How tokens lie on disk: ids in the smallest unsigned integers, bits eight to a byte, real vectors
+as bfloat16.
 
-`pack` and `unpack` are each other's inverse, but for the rounding of real vectors. bfloat16 is stored as its bit
-pattern in uint16. Of a continuous tokenizer with a posterior, mean and standard deviation are stored, to be sampled at
-each visit.
+`pack` and `unpack` are each other's inverse, but for the rounding of real vectors. bfloat16 is
+stored as its bit pattern in uint16. Of a continuous tokenizer with a posterior, mean and standard
+deviation are stored, to be sampled at each visit.
 """
 
 from typing import Literal, NamedTuple
@@ -26,7 +27,9 @@ class Storage(NamedTuple):
 
 
 def storage_of(layout: Layout, posterior: bool = False) -> Storage:
-    """How the tokens of a layout are stored; `posterior` asks for mean and standard deviation of vectors."""
+    """How the tokens of a layout are stored; `posterior` asks for mean and standard deviation of
+    vectors.
+    """
     kinds = [segment.kind for segment in layout.segments]
     trailing = tuple(layout.blank(1).shape[2:])
     if layout.is_continuous:
@@ -60,7 +63,9 @@ def _smallest(vocab: int) -> str:
 
 
 def pack(tokens: Tensor, storage: Storage) -> np.ndarray:
-    """Tokens [B, N, ...] (of a posterior: mean and standard deviation side by side) to an array [B, *shape]."""
+    """Tokens [B, N, ...] (of a posterior: mean and standard deviation side by side) to an array [B,
+    *shape].
+    """
     tokens = tokens.detach().cpu()
     match storage.kind:
         case "ids":
@@ -68,13 +73,19 @@ def pack(tokens: Tensor, storage: Storage) -> np.ndarray:
         case "bits":
             packed = np.packbits(tokens.numpy().astype(np.uint8), axis=-1)
         case _:
-            packed = tokens.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
-    assert packed.shape[1:] == storage.shape, f"tokens have shape {packed.shape[1:]}, expected {storage.shape}"
+            packed = (
+                tokens.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
+            )
+    assert packed.shape[1:] == storage.shape, (
+        f"tokens have shape {packed.shape[1:]}, expected {storage.shape}"
+    )
     return packed
 
 
 def unpack(array: np.ndarray, storage: Storage, layout: Layout) -> Tensor:
-    """An array [B, *shape] to tokens: int64 or float32 [B, N, ...]; of a posterior its two halves side by side."""
+    """An array [B, *shape] to tokens: int64 or float32 [B, N, ...]; of a posterior its two halves
+    side by side.
+    """
     match storage.kind:
         case "ids":
             return torch.from_numpy(array.astype(np.int64))
@@ -82,7 +93,11 @@ def unpack(array: np.ndarray, storage: Storage, layout: Layout) -> Tensor:
             count = layout.blank(1).shape[2]
             return torch.from_numpy(np.unpackbits(array, axis=-1, count=count).astype(np.int64))
         case _:
-            return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).float()
+            return (
+                torch.from_numpy(np.ascontiguousarray(array).view(np.int16))
+                .view(torch.bfloat16)
+                .float()
+            )
 
 
 def sample_posterior(halves: Tensor, noise: Tensor) -> Tensor:

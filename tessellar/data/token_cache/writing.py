@@ -1,7 +1,9 @@
-"""Encode a data set once, into a folder that training then reads instead of images (`cached_tokens.py`).
+"""Encode a data set once, into a folder that training then reads instead of images
+(`cached_tokens.py`).
 
-The folder is written beside its place and moved there, the header last, so what an interruption leaves never looks
-complete. Every view (crops, mirror images) of an image is encoded; it is read and decoded once.
+The folder is written beside its place and moved there, the header last, so what an interruption
+leaves never looks complete. Every view (crops, mirror images) of an image is encoded; it is read
+and decoded once.
 """
 
 import json
@@ -44,7 +46,9 @@ Posterior = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def posterior_of(tokenizer: Tokenizer) -> Posterior | None:
-    """`posterior(images) -> (mean, std)`, both [B, N, C] in the space of the tokens, where a tokenizer offers it."""
+    """`posterior(images) -> (mean, std)`, both [B, N, C] in the space of the tokens, where a
+    tokenizer offers it.
+    """
     return getattr(tokenizer, "posterior", None) if tokenizer.layout.is_continuous else None
 
 
@@ -59,11 +63,12 @@ def encode_dataset(
     precision: Precision = "float32",
     overwrite: bool = False,
 ) -> Header:
-    """Encode all views of all images on the tokenizer's device, and return the header of the finished cache.
+    """Encode all views of all images on the tokenizer's device, and return the header of the
+    finished cache.
 
-    Of a tokenizer with a posterior, mean and standard deviation are cached, to be sampled at each visit. Puts the
-    tokenizer in eval mode. Raises UserError where `folder` exists: a cache is replaced with `overwrite`, anything else
-    never.
+    Of a tokenizer with a posterior, mean and standard deviation are cached, to be sampled at each
+    visit. Puts the tokenizer in eval mode. Raises UserError where `folder` exists: a cache is
+    replaced with `overwrite`, anything else never.
     """
     shown = tuple(dataset.views(0)["image"].shape[2:])
     if shown != tuple(tokenizer.image_size):
@@ -90,7 +95,9 @@ def encode_dataset(
         header = _header(tokenizer, dataset, name, storage, precision, bool(ends))
         small = [name for name in (LABELS, CHECKSUMS, CAPTIONS, ENDS) if (stage / name).is_file()]
         header = replace(header, checksums={name: crc_of(stage / name) for name in small})
-        (stage / HEADER).write_text(json.dumps(asdict(header) | {"storage": storage._asdict()}, indent=1))
+        (stage / HEADER).write_text(
+            json.dumps(asdict(header) | {"storage": storage._asdict()}, indent=1)
+        )
     return header
 
 
@@ -115,7 +122,9 @@ def _write(
     tokens: BinaryIO,
     captions: BinaryIO,
 ) -> tuple[list[int], list[int], list[np.ndarray]]:
-    """Append tokens and captions; returns labels, where captions end, and the checksums of the rows of tokens."""
+    """Append tokens and captions; returns labels, where captions end, and the checksums of the rows
+    of tokens.
+    """
     labels: list[int] = []
     ends: list[int] = []
     sums: list[np.ndarray] = []
@@ -149,20 +158,31 @@ def encode(tokenizer: Tokenizer, images: Tensor, precision: Precision = "float32
         posterior = posterior_of(tokenizer)
         tokens = torch.cat(posterior(images), dim=-1) if posterior else tokenizer.encode(images)
     if not bool(tokens.isfinite().all()):
-        raise UserError(f"the tokenizer makes tokens that are not finite in {precision}; its weights may be damaged")
+        raise UserError(
+            f"the tokenizer makes tokens that are not finite in {precision}; its weights may be damaged"
+        )
     if posterior is None:
         tokenizer.layout.check(tokens)
     return tokens
 
 
 def _start(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
-    """The header of an npy file whose rows follow; rows are appended, since a mapped file dies on a full disk."""
+    """The header of an npy file whose rows follow; rows are appended, since a mapped file dies on a
+    full disk.
+    """
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_2_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_2_0(
+        file, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
 
 
 def _header(
-    tokenizer: Tokenizer, dataset: ImageDataset, name: str, storage: Storage, precision: Precision, captions: bool
+    tokenizer: Tokenizer,
+    dataset: ImageDataset,
+    name: str,
+    storage: Storage,
+    precision: Precision,
+    captions: bool,
 ) -> Header:
     return Header(
         data=name,

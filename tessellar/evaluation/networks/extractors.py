@@ -1,7 +1,9 @@
-"""Feature networks: what a distance is measured with. Only the TF-compatible Inception network may be called FID.
+"""Feature networks: what a distance is measured with. Only the TF-compatible Inception network may
+be called FID.
 
-An extractor takes uint8 images and gives float32 features, always in eval mode and in full float32 precision (a bf16
-autocast or TF32 around it would move the distance). `load_extractor` finds the right class for a name or a file.
+An extractor takes uint8 images and gives float32 features, always in eval mode and in full float32
+precision (a bf16 autocast or TF32 around it would move the distance). `load_extractor` finds the
+right class for a name or a file.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +18,9 @@ from tessellar.errors import UserError
 
 
 class Features(NamedTuple):
-    """What a network says about B images, float32: `features` [B, D], class `logits` [B, C], `spatial` [B, S]."""
+    """What a network says about B images, float32: `features` [B, D], class `logits` [B, C],
+    `spatial` [B, S].
+    """
 
     features: Tensor
     logits: Tensor
@@ -24,7 +28,9 @@ class Features(NamedTuple):
 
 
 class Extractor(nn.Module, ABC):
-    """A frozen feature network; `sha256` is that of its weights file, `resize` how images reach its input size."""
+    """A frozen feature network; `sha256` is that of its weights file, `resize` how images reach its
+    input size.
+    """
 
     name: str
     sha256: str
@@ -63,7 +69,12 @@ class Extractor(nn.Module, ABC):
 
     def describe(self) -> dict[str, Any]:
         """Plain data for records: what must be equal for two numbers to be comparable."""
-        return {"name": self.name, "sha256": self.sha256, "features": self.dim, "resize": self.resize}
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "features": self.dim,
+            "resize": self.resize,
+        }
 
 
 @contextmanager

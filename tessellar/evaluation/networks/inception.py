@@ -1,8 +1,9 @@
 """The TF-compatible Inception network of FID: torch-fidelity's port of the 2015 TensorFlow graph.
 
-Features are the 2048 pooled activations (`pool_3`), logits come without bias as in the ADM suite and torch-fidelity,
-spatial features for sFID are the first 7 channels of `mixed_6/conv` (17 x 17, channels last), arXiv 2103.03841. Weights
-other than the published file are measured with, but never called FID.
+Features are the 2048 pooled activations (`pool_3`), logits come without bias as in the ADM suite
+and torch-fidelity, spatial features for sFID are the first 7 channels of `mixed_6/conv` (17 x 17,
+channels last), arXiv 2103.03841. Weights other than the published file are measured with, but never
+called FID.
 """
 
 import io
@@ -14,7 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.hub import load_state_dict_from_url
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
 
 from tessellar.errors import UserError
 from tessellar.evaluation.networks.extractors import Extractor, Features
@@ -24,7 +28,8 @@ from tessellar.tensor_files import read_pickle, read_safetensors
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE = (299, 299)
-SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7  # TensorFlow's mixed_6; its first branch is mixed_6/conv
+SPATIAL_BLOCK = "Mixed_6d"
+SPATIAL_CHANNELS = 7  # TensorFlow's mixed_6; its first branch is mixed_6/conv
 
 
 def is_inception(state: Mapping[str, Tensor]) -> bool:
@@ -44,12 +49,17 @@ class Inception(Extractor):
         self.sha256 = sha256
         self.name = "inception" if self.is_published else f"inception-{sha256[:8]}"
         self.resize = "tf1-bilinear" if resize == "any" else resize
-        # torch-fidelity reads its weights with the unsafe unpickler, so it gets a file that we wrote ourselves.
+        # torch-fidelity reads its weights with the unsafe unpickler, so it gets a file that we
+        # wrote ourselves.
         file = io.BytesIO()
         torch.save(dict(state), file)
         file.seek(0)
-        with torch.random.fork_rng(devices=[]):  # a run that measures draws the same numbers as one that does not
-            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)  # type: ignore
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a run that measures draws the same numbers as one that does not
+            self.network = FeatureExtractorInceptionV3(
+                "inception", ["2048"], feature_extractor_weights_path=file
+            )  # type: ignore
         self.network.to(memory_format=torch.channels_last)
 
     @property
@@ -72,9 +82,13 @@ class Inception(Extractor):
 
     @classmethod
     def download(cls, resize: str = "any") -> "Inception":
-        """The published weights from torch-fidelity's release, kept in torch's hub cache; raises UserError offline."""
+        """The published weights from torch-fidelity's release, kept in torch's hub cache; raises
+        UserError offline.
+        """
         try:
-            state = load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True)
+            state = load_state_dict_from_url(
+                URL_INCEPTION_V3, map_location="cpu", check_hash=True, weights_only=True
+            )
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
                 f"the Inception weights cannot be downloaded ({error}); give a file instead, --extractor "

@@ -11,11 +11,12 @@ from tessellar.tensor_files import read_safetensors, require_file, say_unchecked
 def load_extractor(
     source: str | Path = "inception", network: NetworkFacts | None = None, resize: str = "any"
 ) -> Extractor:
-    """An extractor: "inception" (downloaded), a file of Inception weights, a timm network's file, or "none".
+    """An extractor: "inception" (downloaded), a file of Inception weights, a timm network's file,
+    or "none".
 
-    `resize` is for Inception alone: "tf1-bilinear" (also for "any") or "clean-bicubic". A timm network is a safetensors
-    file that says in its metadata what it is, or a published one that is known by its hash, or one that `network`
-    describes. Raises UserError where none of this holds.
+    `resize` is for Inception alone: "tf1-bilinear" (also for "any") or "clean-bicubic". A timm
+    network is a safetensors file that says in its metadata what it is, or a published one that is
+    known by its hash, or one that `network` describes. Raises UserError where none of this holds.
     """
     from tessellar.evaluation.networks.inception import Inception, is_inception
     from tessellar.evaluation.networks.no_network import NoNetwork
@@ -35,7 +36,9 @@ def load_extractor(
     digest = sha256_of(path)
     facts = network or PUBLISHED.get(digest) or NetworkFacts.from_metadata(metadata, path)
     if "teacher" in (facts.purpose, metadata.get("purpose")):
-        raise UserError(f"{path} is a network for teaching; a model that it taught may not be measured with it")
+        raise UserError(
+            f"{path} is a network for teaching; a model that it taught may not be measured with it"
+        )
     if digest not in PUBLISHED:  # else the file's own hash is its checksum
         say_unchecked(path, metadata)
     return TimmNetwork(facts, state, digest, str(path))

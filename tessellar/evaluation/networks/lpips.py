@@ -1,7 +1,8 @@
-"""LPIPS (arXiv 1801.03924) through torchmetrics, whose package holds the linear heads on top of the backbone.
+"""LPIPS (arXiv 1801.03924) through torchmetrics, whose package holds the linear heads on top of the
+backbone.
 
-The backbone is torchvision's VGG-16 or AlexNet; papers on tokenizers report VGG. Its weights come from a file, so that
-LPIPS also works offline, or from torchvision's download.
+The backbone is torchvision's VGG-16 or AlexNet; papers on tokenizers report VGG. Its weights come
+from a file, so that LPIPS also works offline, or from torchvision's download.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ Backbone = Literal["vgg", "alex"]
 def load_lpips(weights: str | Path | None = None, backbone: Backbone = "vgg") -> nn.Module:
     """A frozen module (x, y in [-1, 1], [B, 3, H, W]) -> distances [B, 1, 1, 1].
 
-    `weights` is torchvision's file for the backbone (.pth or .safetensors); without it they are downloaded. Raises
-    UserError where neither works.
+    `weights` is torchvision's file for the backbone (.pth or .safetensors); without it they are
+    downloaded. Raises UserError where neither works.
     """
     from torchmetrics.functional.image.lpips import _LPIPS  # slow to import, and seldom needed
 
@@ -40,7 +41,9 @@ def load_lpips(weights: str | Path | None = None, backbone: Backbone = "vgg") ->
 
 
 def _backbone_state(path: Path, backbone: nn.Module) -> Mapping[str, Tensor]:
-    """Tensors of a torchvision file (`features.0.weight`) under the backbone's names (`slice1.0.weight`)."""
+    """Tensors of a torchvision file (`features.0.weight`) under the backbone's names
+    (`slice1.0.weight`).
+    """
     state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
     theirs = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
     return {ours: state[name] for ours, name in theirs.items() if name in state}

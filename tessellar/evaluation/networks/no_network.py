@@ -1,4 +1,6 @@
-"""`--extractor none`: no features, for measures of pixels alone (PSNR, SSIM, LPIPS), which need no feature network."""
+"""`--extractor none`: no features, for measures of pixels alone (PSNR, SSIM, LPIPS), which need no
+feature network.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +11,11 @@ from tessellar.evaluation.networks.extractors import Extractor, Features
 class NoNetwork(Extractor):
     """Gives 0 features of images of any size."""
 
-    name, sha256, dim, num_classes, resize = "none", "", 0, 0, "any"
+    name = "none"
+    sha256 = ""
+    dim = 0
+    num_classes = 0
+    resize = "any"
 
     def __init__(self) -> None:
         super().__init__()

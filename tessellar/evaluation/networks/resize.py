@@ -1,7 +1,9 @@
-"""The resizers that published numbers used before their feature network; another resizer is another metric.
+"""The resizers that published numbers used before their feature network; another resizer is another
+metric.
 
-`tf1-bilinear`: TensorFlow 1's bilinear without half-pixel centres (ADM, torch-fidelity, arXiv 1706.08500).
-`clean-bicubic`: Pillow's antialiased bicubic on each channel as float, not rounded (clean-fid, arXiv 2104.11222).
+`tf1-bilinear`: TensorFlow 1's bilinear without half-pixel centres (ADM, torch-fidelity, arXiv
+1706.08500). `clean-bicubic`: Pillow's antialiased bicubic on each channel as float, not rounded
+(clean-fid, arXiv 2104.11222).
 """
 
 from collections.abc import Callable
@@ -27,7 +29,9 @@ def clean_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 [B, 3, H, W] to float32 [B, 3, *size] in [0, 255]."""
     channels = rearrange(images.cpu().numpy().astype(np.float32), "b c h w -> (b c) h w")
     shape = (size[1], size[0])
-    resized = [np.asarray(Image.fromarray(c).resize(shape, Image.Resampling.BICUBIC)) for c in channels]
+    resized = [
+        np.asarray(Image.fromarray(c).resize(shape, Image.Resampling.BICUBIC)) for c in channels
+    ]
     stacked = rearrange(torch.from_numpy(np.stack(resized)), "(b c) h w -> b c h w", b=len(images))
     return stacked.clamp(0, 255).to(images.device)
 

@@ -15,24 +15,37 @@ from tessellar.networks.timm_networks import create_network
 
 
 def network_of(facts: NetworkFacts) -> torch.nn.Module:
-    """The timm network with random weights; raises UserError where timm does not know it or its options."""
+    """The timm network with random weights; raises UserError where timm does not know it or its
+    options.
+    """
     try:
         return create_network(facts.arch, facts.options, num_classes=facts.num_classes)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"timm cannot make {facts.arch!r} with options {facts.options}: {error}") from error
+        raise UserError(
+            f"timm cannot make {facts.arch!r} with options {facts.options}: {error}"
+        ) from error
 
 
 class TimmNetwork(ExactTables, Extractor):
     """Features are the pooled vector in front of the classifier."""
 
-    def __init__(self, facts: NetworkFacts, state: Mapping[str, Tensor], sha256: str, where: str) -> None:
+    def __init__(
+        self, facts: NetworkFacts, state: Mapping[str, Tensor], sha256: str, where: str
+    ) -> None:
         super().__init__()
         self.facts = facts
-        self.name, self.resize, self.sha256 = facts.name, facts.resize, sha256
-        self.num_classes, self.class_names = facts.num_classes, facts.class_names
+        self.name = facts.name
+        self.resize = facts.resize
+        self.sha256 = sha256
+        self.num_classes = facts.num_classes
+        self.class_names = facts.class_names
         if self.class_names and len(self.class_names) != self.num_classes:
-            raise UserError(f"{where} has {self.num_classes} classes, but {len(self.class_names)} class_names")
-        with torch.random.fork_rng(devices=[]):  # a run that measures draws the same numbers as one that does not
+            raise UserError(
+                f"{where} has {self.num_classes} classes, but {len(self.class_names)} class_names"
+            )
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a run that measures draws the same numbers as one that does not
             network = network_of(facts)
         load_strict(network, state, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -50,7 +63,9 @@ class TimmNetwork(ExactTables, Extractor):
         return Features(pooled, self.network.get_classifier()(pooled))  # type: ignore[operator]
 
     def _to_size(self, images: Tensor) -> Tensor:
-        """float32 images of the network's size; raises UserError if they differ and no resize is declared."""
+        """float32 images of the network's size; raises UserError if they differ and no resize is
+        declared.
+        """
         if images.shape[-2:] == self.facts.image_size:
             return images.float()
         if self.facts.resize == "none":
@@ -61,5 +76,14 @@ class TimmNetwork(ExactTables, Extractor):
         return RESIZERS[self.facts.resize](images, self.facts.image_size)
 
     def describe(self) -> dict[str, object]:
-        facts = {"arch": self.facts.arch, "options": self.facts.options, "image_size": list(self.facts.image_size)}
-        return {**super().describe(), **facts, "mean": list(self.facts.mean), "std": list(self.facts.std)}
+        facts = {
+            "arch": self.facts.arch,
+            "options": self.facts.options,
+            "image_size": list(self.facts.image_size),
+        }
+        return {
+            **super().describe(),
+            **facts,
+            "mean": list(self.facts.mean),
+            "std": list(self.facts.std),
+        }

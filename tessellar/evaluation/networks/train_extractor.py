@@ -1,7 +1,9 @@
-"""Train a small timm classifier on any labelled data set, to measure with where no published network fits.
+"""Train a small timm classifier on any labelled data set, to measure with where no published
+network fits.
 
-AdamW, one cycle of the learning rate, label smoothing, flips and shifted crops; averaged weights are kept. The file
-says in its metadata what it is and that it may only measure (`refuse_evaluator`), or, where that is its purpose, teach.
+AdamW, one cycle of the learning rate, label smoothing, flips and shifted crops; averaged weights
+are kept. The file says in its metadata what it is and that it may only measure
+(`refuse_evaluator`), or, where that is its purpose, teach.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,9 @@ SMALL = 64  # below this side, ResNets keep a higher resolution
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained; `crop` is the largest shift in pixels, `ema` the decay of the averaged weights."""
+    """How a classifier is trained; `crop` is the largest shift in pixels, `ema` the decay of the
+    averaged weights.
+    """
 
     epochs: int = 5
     lr: float = 2e-3
@@ -56,15 +60,21 @@ def train_extractor(
     device: torch.device | str = "cpu",
     purpose: Purpose = PURPOSE,
 ) -> NetworkFacts:
-    """Train, measure the validation accuracy, write a safetensors file to `out`; returns what its metadata says."""
+    """Train, measure the validation accuracy, write a safetensors file to `out`; returns what its
+    metadata says.
+    """
     if data.num_classes < 2:
-        raise UserError(f"{data.name} has {data.num_classes} class; a feature network is trained on labelled classes")
+        raise UserError(
+            f"{data.name} has {data.num_classes} class; a feature network is trained on labelled classes"
+        )
     facts = _facts(data, architecture)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         network = network_of(facts).to(device)
         average = _fit(network, data, recipe)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()
+    }
     accuracy = _accuracy(TimmNetwork(facts, state, "", str(out)).to(device), data)
     training = {"data": data.name, "data_fingerprint": data.fingerprint(), "val_accuracy": accuracy}
     facts = replace(facts, training={**training, **recipe.__dict__}, purpose=purpose)
@@ -80,7 +90,14 @@ def _facts(data: ImageDataModule, architecture: Architecture) -> NetworkFacts:
         options.setdefault("output_stride", 8)
     name = architecture.name or f"{data.name}-{architecture.arch}"
     names = tuple(data.class_names)
-    return NetworkFacts(name, architecture.arch, data.num_classes, (height, width), options=options, class_names=names)
+    return NetworkFacts(
+        name,
+        architecture.arch,
+        data.num_classes,
+        (height, width),
+        options=options,
+        class_names=names,
+    )
 
 
 def _fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module:
@@ -103,7 +120,9 @@ def _fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module
 
 
 def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Exponential average with the warm-up min(decay, (1 + n) / (10 + n)); integer buffers are copied."""
+    """Exponential average with the warm-up min(decay, (1 + n) / (10 + n)); integer buffers are
+    copied.
+    """
 
     @torch.no_grad()
     def update(average: Sequence[Tensor], current: Sequence[Tensor], n: Tensor | int) -> None:
@@ -125,21 +144,27 @@ def _batches(data: ImageDataModule, recipe: Recipe) -> Iterator[tuple[Tensor, Te
 
 
 def augment(images: Tensor, flip: bool, crop: int, draw: torch.Generator) -> Tensor:
-    """Images [B, 3, H, W], each mirrored with probability 0.5 if `flip`, and shifted by up to `crop` pixels."""
+    """Images [B, 3, H, W], each mirrored with probability 0.5 if `flip`, and shifted by up to
+    `crop` pixels.
+    """
     batch, _, height, width = images.shape
     if flip:
         mirrored = torch.rand(batch, generator=draw) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     padded = F.pad(images, (crop,) * 4, mode="replicate")
     top, left = torch.randint(0, 2 * crop + 1, (2, batch, 1), generator=draw)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    rows = top + torch.arange(height)
+    columns = left + torch.arange(width)
     shifted = padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return rearrange(shifted, "b h w c -> b c h w")
 
 
 def _accuracy(network: TimmNetwork, data: ImageDataModule) -> float:
-    """Share of the validation images that the network classifies rightly, seen as an evaluation sees them."""
-    right, seen = 0, 0
+    """Share of the validation images that the network classifies rightly, seen as an evaluation
+    sees them.
+    """
+    right = 0
+    seen = 0
     for batch in DatasetImages(data.val_dataset(), data.name, "val").batches(128):
         if batch.labels is None:
             raise UserError(f"{data.name} gives no labels")

@@ -1,7 +1,9 @@
-"""Replays of recorded passes of SJD and GSD: clusters, acceptance probabilities, what is committed, the next drafts.
+"""Replays of recorded passes of SJD and GSD: clusters, acceptance probabilities, what is committed,
+the next drafts.
 
-A recorded window's position 0 is the last committed token and position i + 1 the draft that the prediction at i
-judges; slot i of ours is that draft. The official initial tokens are our `random`, `repeat-left` and `argmax-left`.
+A recorded window's position 0 is the last committed token and position i + 1 the draft that the
+prediction at i judges; slot i of ours is that draft. The official initial tokens are our `random`,
+`repeat-left` and `argmax-left`.
 """
 
 import torch
@@ -29,7 +31,9 @@ def plain(recording: Recording) -> dict[str, Tensor]:
 
 @replays("gsd", "shared", "gsd")
 def grouped(recording: Recording) -> dict[str, Tensor]:
-    """GSD with the released rules, and its clusters (none for drafts of low rank, which take the plain ratio)."""
+    """GSD with the released rules, and its clusters (none for drafts of low rank, which take the
+    plain ratio).
+    """
     rule = _rule(recording)
     p = Choice().probs(recording.inputs["target_logits"])
     outputs = _judged(recording, "gsd", p, rule)
@@ -49,12 +53,18 @@ def _rule(recording: Recording) -> GroupedRatio:
     config = recording.config
     table = recording.weights["model"]["embed_tokens.weight"]
     if not torch.equal(table, recording.inputs["embedding"]):
-        raise UserError(f"{recording.folder}: the embedding among the inputs is not the one of the weights")
+        raise UserError(
+            f"{recording.folder}: the embedding among the inputs is not the one of the weights"
+        )
     size = config["cluster_below"] + config["cluster_above_incl_self"]
-    return GroupedRatio(size, config["p_threshold"], config["d_threshold"], table, exact_official=True)
+    return GroupedRatio(
+        size, config["p_threshold"], config["d_threshold"], table, exact_official=True
+    )
 
 
-def _judged(recording: Recording, case: str, p: Tensor, acceptance: Acceptance) -> dict[str, Tensor]:
+def _judged(
+    recording: Recording, case: str, p: Tensor, acceptance: Acceptance
+) -> dict[str, Tensor]:
     inputs = recording.inputs
     draft = inputs["draft_tokens"]
     q = inputs["draft_probs"]
@@ -82,7 +92,9 @@ def _verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict
     sampled = inputs["sampled_tokens"]
     exponential = inputs["resample_noise"][:, None].repeat(1, p.shape[1], 1)
     exponential[:, -1].scatter_(-1, sampled[:, -1:], FORCED)
-    draft, q, uniform = (inputs[name].roll(-1, dims=1) for name in ("draft_tokens", "draft_probs", "uniforms"))
+    draft, q, uniform = (
+        inputs[name].roll(-1, dims=1) for name in ("draft_tokens", "draft_probs", "uniforms")
+    )
     q[:, -1] = 0  # the last slot has no draft
 
     def recorded(window: Judged) -> tuple[Tensor, Tensor]:
@@ -95,7 +107,9 @@ def _verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict
 
 @replays("gsd", "init")
 def initial(recording: Recording) -> dict[str, Tensor]:
-    """New drafts behind committed tokens and kept drafts; a row of the recording ends with an end-of-line token."""
+    """New drafts behind committed tokens and kept drafts; a row of the recording ends with an
+    end-of-line token.
+    """
     inputs = recording.inputs
     config = recording.config["init"]
     codes = recording.config["vocab_size"]
@@ -105,13 +119,23 @@ def initial(recording: Recording) -> dict[str, Tensor]:
     ranks = known.shape[1] + torch.arange(new)[None]
     rows = -(-(known.shape[1] + new - config["prefix_tokens"]) // config["row_length"])
     kind = Categorical(codes)
-    layout = Layout((Segment((config["prefix_tokens"],), kind), Segment((rows, config["row_length"]), kind)))
+    layout = Layout(
+        (Segment((config["prefix_tokens"],), kind), Segment((rows, config["row_length"]), kind))
+    )
     uniform = (inputs["init/random_fill"] + 0.5) / codes
     outputs = {}
     for name in recording.names("output", {"init"}):
         scheme = SCHEMES[recording.settings(name)["multi_token_init_scheme"]]
         last = torch.tensor([known.shape[1] - 1])
         source = sources(scheme, Neighbourhood.of(layout), token_order(layout), ranks, last)
-        filled = fill(scheme, source, known, torch.full_like(ranks, codes), laws[:, -1], uniform, uniform)
+        filled = fill(
+            scheme,
+            source,
+            known=known,
+            vocab=torch.full_like(ranks, codes),
+            law=laws[:, -1],
+            uniform=uniform,
+            exponential=uniform,
+        )
         outputs[name] = filled.tokens
     return outputs

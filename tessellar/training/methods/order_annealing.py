@@ -1,7 +1,9 @@
-"""Order annealing: the share of randomly ordered samples falls from one to zero in training (RAR, arXiv 2411.00776).
+"""Order annealing: the share of randomly ordered samples falls from one to zero in training (RAR,
+arXiv 2411.00776).
 
-RAR-L's best of the paper's schedules: all orders random for half of the updates, then a linear fall to raster order
-that ends at three quarters. The share is a function of the update's number, so a resumed run needs no state.
+RAR-L's best of the paper's schedules: all orders random for half of the updates, then a linear fall
+to raster order that ends at three quarters. The share is a function of the update's number, so a
+resumed run needs no state.
 """
 
 from typing import Any
@@ -20,13 +22,16 @@ class OrderAnnealing(Callback):
     def __init__(self, start: int, end: int) -> None:
         if not 0 <= start < end:
             raise UserError(f"order annealing from update {start} to {end}: give 0 <= start < end")
-        self.start, self.end = start, end
+        self.start = start
+        self.end = end
 
     def share(self, update: int) -> float:
         """Share of randomly ordered samples at an update."""
         return min(max((self.end - update) / (self.end - self.start), 0.0), 1.0)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         generator = getattr(getattr(pl_module, "model", None), "generator", None)
         if getattr(generator, "random_order", None) is None:
             raise UserError("OrderAnnealing needs a generator with random orders, such as RAR")

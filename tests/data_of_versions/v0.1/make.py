@@ -29,7 +29,12 @@ from torch import Tensor, nn
 from tessellar.cli.train import parse
 from tessellar.interop.export import export_generator, export_tokenizer
 from tessellar.models.condition import Condition
-from tessellar.models.conditioners import CaptionConditioner, ClassConditioner, Conditioner, EncoderConditioner
+from tessellar.models.conditioners import (
+    CaptionConditioner,
+    ClassConditioner,
+    Conditioner,
+    EncoderConditioner,
+)
 from tessellar.models.flextok_ar import FlexAR
 from tessellar.models.generator import Generator
 from tessellar.models.har import HAR
@@ -97,7 +102,9 @@ CAPTIONS = ["a red circle on blue", "a green square"]
 
 def vit(quantizer: Quantizer, size: int = 8) -> ViTVQ:
     """2 x 2 tokens of 8 x 8 pixels, 4 x 4 of 16 x 16."""
-    return ViTVQ(quantizer, size, patch_size=4, width=8, encoder_depth=1, decoder_depth=1, num_heads=2)
+    return ViTVQ(
+        quantizer, size, patch_size=4, width=8, encoder_depth=1, decoder_depth=1, num_heads=2
+    )
 
 
 def line(quantizer: Quantizer, length: int) -> OneDPiece:
@@ -194,7 +201,11 @@ def retok() -> ReToK:
 
 def vqgan() -> MaskGITVQGAN:
     return MaskGITVQGAN(
-        VectorQuantizer(12, 4, l2_normalize=False), image_size=8, channels=32, multipliers=(1, 1), num_res_blocks=1
+        VectorQuantizer(12, 4, l2_normalize=False),
+        image_size=8,
+        channels=32,
+        multipliers=(1, 1),
+        num_res_blocks=1,
     )
 
 
@@ -205,7 +216,9 @@ def titok(quantizer: Quantizer, **options: Any) -> TiTok:
 
 def two_stages() -> TiTok:
     pixels = PixelDecoder(12, 4, channels=32, multipliers=(1, 1), num_res_blocks=1)
-    return titok(VectorQuantizer(10, 4), pixels=pixels, mixes=True, stage="proxy", target=ProxyCodes(vqgan()))
+    return titok(
+        VectorQuantizer(10, 4), pixels=pixels, mixes=True, stage="proxy", target=ProxyCodes(vqgan())
+    )
 
 
 def var_vqvae(image_size: int = 4, multipliers: tuple[int, ...] = (1, 1)) -> VARVQVAE:
@@ -214,7 +227,9 @@ def var_vqvae(image_size: int = 4, multipliers: tuple[int, ...] = (1, 1)) -> VAR
 
 
 def residual(depth: int | None = None, **options: Any) -> ResidualQuantizer:
-    return ResidualQuantizer((VectorQuantizer(12, 4, False), VectorQuantizer(8, 4, False))[: depth or 2], **options)
+    return ResidualQuantizer(
+        (VectorQuantizer(12, 4, False), VectorQuantizer(8, 4, False))[: depth or 2], **options
+    )
 
 
 KL = GaussianBottleneck
@@ -234,7 +249,9 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
         VectorQuantizer(12, 4), 8, 4, 4, ViTSize(8, 1, 2), ViTSize(8, 1, 2), drop=TailDrop()
     ),
     "flextok": flextok,
-    "flextok_latents": lambda: flextok(flextok_vae(4, 8, scale=0.5, widths=(8, 8), num_res_blocks=1, groups=4)),
+    "flextok_latents": lambda: flextok(
+        flextok_vae(4, 8, scale=0.5, widths=(8, 8), num_res_blocks=1, groups=4)
+    ),
     "flextok_repa": lambda: flextok(repa_dim=24, teacher=teacher()),
     "hita": hita,
     "restok": restok,
@@ -257,7 +274,9 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "bsq_index": lambda: BSQ(4, 4, "index", analytical=False),
     "residual": lambda: residual(dropout=0.5),
     "residual_shared": lambda: ResidualQuantizer((EMAVectorQuantizer(12, 4, False),), depth=3),
-    "product": lambda: ProductQuantizer((VectorQuantizer(8, 2), ResidualQuantizer((LFQ(3), LFQ(3)), ratio=2.0))),
+    "product": lambda: ProductQuantizer(
+        (VectorQuantizer(8, 2), ResidualQuantizer((LFQ(3), LFQ(3)), ratio=2.0))
+    ),
     "projected": lambda: Projected(FSQ((3, 3)), 6),
 }
 DISCRIMINATORS: dict[str, Callable[[], nn.Module]] = {
@@ -296,7 +315,9 @@ def latents() -> Tokenizer:
 
 
 def t2i(layout: Any) -> LlamaGen:
-    return LlamaGen(layout, num_classes=None, caption_dim=6, caption_length=5, ffn_multiple_of=8, **SMALL)
+    return LlamaGen(
+        layout, num_classes=None, caption_dim=6, caption_length=5, ffn_multiple_of=8, **SMALL
+    )
 
 
 GENERATORS: dict[str, Made] = {
@@ -308,7 +329,9 @@ GENERATORS: dict[str, Made] = {
     "flextok_ar": (sequence, lambda layout: FlexAR(layout, learned_positions=True, **CLASS)),
     "flextok_ar_text": (
         sequence,
-        lambda layout: FlexAR(layout, num_classes=None, text_dim=6, text_hidden=8, text_length=5, **SMALL),
+        lambda layout: FlexAR(
+            layout, num_classes=None, text_dim=6, text_hidden=8, text_length=5, **SMALL
+        ),
     ),
     "har": (sequence, lambda layout: HAR(layout, **LLAMA)),
     "hita_ar": (holistic, lambda layout: HitaAR(layout, **LLAMA)),
@@ -318,19 +341,31 @@ GENERATORS: dict[str, Made] = {
     "rar": (grid, lambda layout: RAR(layout, hidden=16, dropout=0.0, **CLASS)),
     "maskgit": (sequence, lambda layout: MaskGIT(layout, hidden=16, dropout=0.0, **CLASS)),
     "maskgit_uvit": (grid, lambda layout: MaskGIT(layout, "uvit", hidden=16, dropout=0.0, **CLASS)),
-    "token_shuffle": (grid, lambda layout: TokenShuffle(layout, num_classes=CLASSES, ffn_hidden=12, **SMALL)),
+    "token_shuffle": (
+        grid,
+        lambda layout: TokenShuffle(layout, num_classes=CLASSES, ffn_hidden=12, **SMALL),
+    ),
     "token_shuffle_text": (
         grid,
-        lambda layout: TokenShuffle(layout, text_vocab=270, caption_length=6, ffn_hidden=12, **SMALL),
+        lambda layout: TokenShuffle(
+            layout, text_vocab=270, caption_length=6, ffn_hidden=12, **SMALL
+        ),
     ),
     "token_shuffle_features": (
         grid,
-        lambda layout: TokenShuffle(layout, caption_dim=6, caption_length=5, ffn_hidden=12, tied=True, **SMALL),
+        lambda layout: TokenShuffle(
+            layout, caption_dim=6, caption_length=5, ffn_hidden=12, tied=True, **SMALL
+        ),
     ),
-    "var": (scales, lambda layout: VAR(layout, latent_dim=4, mlp_ratio=2.0, drop_path=0.0, **CLASS)),
+    "var": (
+        scales,
+        lambda layout: VAR(layout, latent_dim=4, mlp_ratio=2.0, drop_path=0.0, **CLASS),
+    ),
     "var_shared": (
         scales,
-        lambda layout: VAR(layout, latent_dim=4, mlp_ratio=2.0, drop_path=0.0, shared_modulation=True, **CLASS),
+        lambda layout: VAR(
+            layout, latent_dim=4, mlp_ratio=2.0, drop_path=0.0, shared_modulation=True, **CLASS
+        ),
     ),
     "xar": (latents, lambda layout: XAR(layout, "cell:1x2", dropout=0.0, mlp_ratio=2.0, **CLASS)),
     "xar_scales": (
@@ -340,7 +375,14 @@ GENERATORS: dict[str, Made] = {
     "mar": (
         latents,
         lambda layout: MAR(
-            layout, decoder_width=12, head_width=8, head_depth=1, buffer=2, mlp_ratio=2.0, steps=3, **CLASS
+            layout,
+            decoder_width=12,
+            head_width=8,
+            head_depth=1,
+            buffer=2,
+            mlp_ratio=2.0,
+            steps=3,
+            **CLASS,
         ),
     ),
     "table": (grid, lambda layout: TableGenerator(layout, CLASSES, entity_size=2)),
@@ -396,7 +438,9 @@ def images_of(tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def export_of_tokenizer(name: str, tokenizer: Tokenizer, discriminator: nn.Module | None = None) -> None:
+def export_of_tokenizer(
+    name: str, tokenizer: Tokenizer, discriminator: nn.Module | None = None
+) -> None:
     shake(tokenizer)
     tokenizer.eval()
     images = images_of(tokenizer)
@@ -420,11 +464,17 @@ def export_of_generator(name: str, tokenizer: Tokenizer, make: Callable[[Any], G
     torch.manual_seed(0)
     expected = {f"loss.{term}": value for term, value in generator.loss(tokens, condition).items()}
     if tokenizer.layout.is_categorical:
-        distribution = generator.predict(generator.start(condition), tokens, generator.entities.count)
+        distribution = generator.predict(
+            generator.start(condition), tokens, generator.entities.count
+        )
         assert isinstance(distribution, Logits)
         expected["logits"] = distribution.logits
     expected["drawn"] = model.sample_tokens(condition, Sampling(), [0, 1])
-    given = {f"condition.{part}": tensor for part, tensor in condition._asdict().items() if tensor is not None}
+    given = {
+        f"condition.{part}": tensor
+        for part, tensor in condition._asdict().items()
+        if tensor is not None
+    }
     shrink(tokenizer)
     folder = export_generator(model, HERE / "exports" / name)
     finish(folder, {"tokens": tokens, **given, **expected})
@@ -433,7 +483,10 @@ def export_of_generator(name: str, tokenizer: Tokenizer, make: Callable[[Any], G
 def finish(folder: Path, expected: dict[str, Tensor]) -> None:
     """What it gives stands beside it; the model card is left out."""
     (folder / "README.md").unlink()
-    save_file({name: tensor.contiguous().clone() for name, tensor in expected.items()}, folder / "expected.safetensors")
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in expected.items()},
+        folder / "expected.safetensors",
+    )
     for name, tensor in expected.items():
         assert not bool(tensor.isnan().any()), f"{folder.name} {name}"
 
@@ -463,7 +516,13 @@ def command(folder: Path, script: str, *arguments: str) -> None:
 
 
 def cache(folder: Path) -> None:
-    shapes = ["--data", "tessellar.data.ShapesData", "--data.size=16", "--data.length=32", "--data.val_length=8"]
+    shapes = [
+        "--data",
+        "tessellar.data.ShapesData",
+        "--data.size=16",
+        "--data.length=32",
+        "--data.val_length=8",
+    ]
     command(folder, "convert.py", "cache", "exports/vit_vq", *shapes, "--out", "cache")
     shutil.rmtree(HERE / "cache", ignore_errors=True)
     shutil.copytree(folder / "cache", HERE / "cache")
@@ -477,9 +536,18 @@ def run(folder: Path, name: str) -> None:
     for file in ("config.yaml", "run.json", "metrics.csv", "checkpoints/last.ckpt"):
         shutil.copy(made / file, kept / Path(file).name)
     moments(folder, kept, config)
-    again = ["--name", f"{name}-again", "--resume", f"runs_of/{name}/last.ckpt", "--trainer.max_steps", "5"]
+    again = [
+        "--name",
+        f"{name}-again",
+        "--resume",
+        f"runs_of/{name}/last.ckpt",
+        "--trainer.max_steps",
+        "5",
+    ]
     command(folder, "train.py", *config, *again)
-    after = torch.load(folder / "runs" / f"{name}-again" / "checkpoints" / "last.ckpt", weights_only=True)
+    after = torch.load(
+        folder / "runs" / f"{name}-again" / "checkpoints" / "last.ckpt", weights_only=True
+    )
     frozen = "model.tokenizer."
     trained = {k: v for k, v in after["state_dict"].items() if not k.startswith(frozen)}
     save_file({k: v.contiguous() for k, v in trained.items()}, kept / "after.safetensors")
@@ -499,8 +567,14 @@ def moments(folder: Path, kept: Path, config: list[str]) -> None:
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 tensors = state["state"][index]
-                norms = {key: float(torch.as_tensor(value).double().norm()) for key, value in tensors.items()}
-                found[names[id(parameter)]] = {"weight_decay": saved["weight_decay"], "state": norms}
+                norms = {
+                    key: float(torch.as_tensor(value).double().norm())
+                    for key, value in tensors.items()
+                }
+                found[names[id(parameter)]] = {
+                    "weight_decay": saved["weight_decay"],
+                    "state": norms,
+                }
     (kept / "moments.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
