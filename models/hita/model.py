@@ -58,7 +58,14 @@ class HitaAR(LlamaGenerator):
         attention: str = "auto",
     ) -> None:
         super().__init__(
-            width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, 0.0, attention
+            width,
+            depth,
+            num_heads=num_heads,
+            ffn_multiple_of=ffn_multiple_of,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            drop_path=0.0,
+            attention=attention,
         )
         self.layout = layout
         self.entities = token_order(layout)

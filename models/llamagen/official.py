@@ -149,12 +149,12 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
     return from_official(
         state,
         layout,
-        heads,
-        config.get("norm_eps", 1e-5),
-        config.get("rope_base", 10000),
-        config.get("multiple_of", 256),
-        config.get("class_dropout_prob", 0.1),
-        config.get("dropouts", 0.1),
+        num_heads=heads,
+        norm_eps=config.get("norm_eps", 1e-5),
+        rope_base=config.get("rope_base", 10000),
+        multiple_of=config.get("multiple_of", 256),
+        condition_dropout=config.get("class_dropout_prob", 0.1),
+        dropout=config.get("dropouts", 0.1),
     )
 
 

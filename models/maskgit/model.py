@@ -278,9 +278,13 @@ class MaskGIT(MaskedGenerator):
 # Published variants                                                    parameters at 4,096 codes, 1,000 classes
 def maskgit_vit(layout: Layout, num_classes: int = 1000) -> MaskGIT:
     """177,202,432 parameters at 32 tokens (TiTok-L), 177,227,008 at 64 (TiTok-B)."""
-    return MaskGIT(layout, "vit", 768, 24, 16, 3072, num_classes)
+    return MaskGIT(
+        layout, "vit", width=768, depth=24, num_heads=16, hidden=3072, num_classes=num_classes
+    )
 
 
 def maskgit_uvit(layout: Layout, num_classes: int = 1000) -> MaskGIT:
     """294,990,848 parameters at 128 tokens (TiTok-S)."""
-    return MaskGIT(layout, "uvit", 1024, 20, 16, 4096, num_classes)
+    return MaskGIT(
+        layout, "uvit", width=1024, depth=20, num_heads=16, hidden=4096, num_classes=num_classes
+    )

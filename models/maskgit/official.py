@@ -89,11 +89,11 @@ def from_official(
     generator = MaskGIT(
         layout,
         "uvit" if is_uvit else "vit",
-        width,
-        2 * depth if is_uvit else depth,
-        num_heads,
-        ours[f"backbone.{first}.0.fc1.weight"].shape[0],
-        ours["backbone.embedding.weight"].shape[0] - vocab - 2,
+        width=width,
+        depth=2 * depth if is_uvit else depth,
+        num_heads=num_heads,
+        hidden=ours[f"backbone.{first}.0.fc1.weight"].shape[0],
+        num_classes=ours["backbone.embedding.weight"].shape[0] - vocab - 2,
     )
     if generator.vocab != vocab:
         raise UserError(

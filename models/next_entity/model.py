@@ -63,7 +63,14 @@ class NextEntity(LlamaGenerator):
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__(
-            width, depth, num_heads, ffn_multiple_of, norm_eps, dropout, drop_path, attention
+            width,
+            depth,
+            num_heads=num_heads,
+            ffn_multiple_of=ffn_multiple_of,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            drop_path=drop_path,
+            attention=attention,
         )
         if not layout.is_categorical:
             raise UserError(

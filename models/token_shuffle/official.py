@@ -145,11 +145,11 @@ def from_config(
     made = from_official(
         state,
         layout,
-        config["heads"],
-        bos,
-        config.get("rope_theta", 10000.0),
-        config.get("norm_eps", 1e-5),
-        config.get("z_coefficient"),
+        num_heads=config["heads"],
+        bos=bos,
+        rope_base=config.get("rope_theta", 10000.0),
+        norm_eps=config.get("norm_eps", 1e-5),
+        z_loss=config.get("z_coefficient"),
     )
     if made.codes != config["window"] ** 2 and made.codes > 1:
         raise UserError(

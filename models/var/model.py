@@ -102,7 +102,15 @@ class VARAttention(nn.Module):
         k, v = shared.cache.write(layer, shared.slots, k, v)
         mask = shared.slots.mask
         is_causal = shared.slots.is_causal
-        out = attend(q.to(k.dtype), k, v.to(k.dtype), mask, is_causal, self.implementation, scale)
+        out = attend(
+            q.to(k.dtype),
+            k,
+            v.to(k.dtype),
+            mask=mask,
+            is_causal=is_causal,
+            implementation=self.implementation,
+            scale=scale,
+        )
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 

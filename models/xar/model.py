@@ -258,7 +258,13 @@ class XAR(Generator):
         cache = NoCache(noisy.device)
         if clean is None:
             return self._run(
-                noisy, order, t, sizes, condition, cache, self._training_slots(noisy.device)
+                noisy,
+                order,
+                t=t,
+                sizes=sizes,
+                condition=condition,
+                cache=cache,
+                slots=self._training_slots(noisy.device),
             )
         both = (
             torch.cat([clean, noisy], 1),
@@ -339,7 +345,13 @@ class XAR(Generator):
         t = torch.zeros(1, 1, device=x.device)
         condition = state.condition
         self._run(
-            state.rows(x), _shared(place, state), t, (x.shape[1],), condition, state.cache, slots
+            state.rows(x),
+            _shared(place, state),
+            t=t,
+            sizes=(x.shape[1],),
+            condition=condition,
+            cache=state.cache,
+            slots=slots,
         )
         state.cache.commit()
 
@@ -357,7 +369,15 @@ class XAR(Generator):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             rows = state.rows(x.float())
             time = t.to(x.device, torch.float32).expand(1, 1)
-            v = self._run(rows, place, time, (length,), state.condition, cache, slots)
+            v = self._run(
+                rows,
+                place,
+                t=time,
+                sizes=(length,),
+                condition=state.condition,
+                cache=cache,
+                slots=slots,
+            )
             return state.merge(v.float(), number)
 
         return ImplicitFlow(

@@ -146,7 +146,9 @@ def model(
         metrics = metrics or (measures if protocol == "free" else None)
     else:
         sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
-        generated = _generated(loaded, count, sampling, seed, precision, data, facts)
+        generated = _generated(
+            loaded, count, sampling=sampling, seed=seed, precision=precision, data=data, facts=facts
+        )
         source = generated
         against = measurement.reference(reference or "train", data)
         metrics = metrics or (

@@ -37,7 +37,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         mean = self.running_mean.clone()
         variance = self.running_var.clone()
-        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, self._share(), self.eps)
+        y = F.batch_norm(
+            x,
+            mean,
+            variance,
+            weight=self.weight,
+            bias=self.bias,
+            training=True,
+            momentum=self._share(),
+            eps=self.eps,
+        )
         self._keep(mean, variance)
         return y
 

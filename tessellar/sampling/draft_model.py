@@ -66,7 +66,9 @@ def draft_model(
                 drafts=drafts,
                 recorder=recorder,
             )
-            verdict = _judged(target, state, tokens, q, choice, noise, recorder)
+            verdict = _judged(
+                target, state, tokens=tokens, q=q, choice=choice, noise=noise, recorder=recorder
+            )
             accepted = verdict.accepted.cpu()
             committed = torch.minimum(accepted + 1, state.entities.count - done)
             if recorder is not None:
@@ -124,7 +126,15 @@ def _judged(
     p = probabilities(distribution, choice, state)
     uniform = F.pad(noise.uniform(slots - 1, size), (0, 0, 0, 1))
     exponential = noise.exponential(*p.shape[1:])
-    return verify(p, F.pad(q, (0, 0, 0, 0, 0, 1)), window, uniform, exponential, plain_ratio, fresh)
+    return verify(
+        p,
+        F.pad(q, (0, 0, 0, 0, 0, 1)),
+        draft=window,
+        uniform=uniform,
+        exponential=exponential,
+        acceptance=plain_ratio,
+        coupling=fresh,
+    )
 
 
 def _catch_up(

@@ -97,12 +97,12 @@ def sample_conditions(
     return _checked(
         model,
         lambda rows: condition.select(torch.tensor(rows)),
-        sampling,
-        seed,
-        batch_size,
-        precision,
-        todo,
-        recorder,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        indices=todo,
+        recorder=recorder,
     )
 
 
@@ -128,12 +128,12 @@ def sample_texts(
     return _checked(
         model,
         lambda rows: conditioner.of_texts([texts[i] for i in rows]),
-        sampling,
-        seed,
-        batch_size,
-        precision,
-        todo,
-        recorder,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        indices=todo,
+        recorder=recorder,
     )
 
 
@@ -154,7 +154,16 @@ def _checked(
         raise UserError(
             f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}"
         )
-    return _batches(model, condition_of, sampling, seed, batch_size, precision, indices, recorder)
+    return _batches(
+        model,
+        condition_of,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        indices=indices,
+        recorder=recorder,
+    )
 
 
 def _batches(

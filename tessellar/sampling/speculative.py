@@ -201,7 +201,16 @@ class _Decoder:
         tied = None if window.tied is None else window.tied[:, :width]
         law = window.law[:, :width]
         draft = window.draft[:, :width]
-        return verify(p, law, draft, uniform, exponential, rules.acceptance, rules.coupling, tied)
+        return verify(
+            p,
+            law,
+            draft=draft,
+            uniform=uniform,
+            exponential=exponential,
+            acceptance=rules.acceptance,
+            coupling=rules.coupling,
+            tied=tied,
+        )
 
     def _shifted(self, batch: Batch, verdict: Verdict, committed: Tensor) -> Window:
         """The next window: tokens behind the committed ones with their laws, then initial drafts."""

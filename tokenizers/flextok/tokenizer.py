@@ -97,12 +97,12 @@ class FlexTok(Tokenizer):
         self.decoder = Decoder(
             decoder_size,
             grid,
-            num_tokens,
-            quantizer.dim,
-            tap,
-            null,
-            1000.0 / max_timestep,
-            attention,
+            registers=num_tokens,
+            code_dim=quantizer.dim,
+            tap=tap,
+            null=null,
+            time_factor=1000.0 / max_timestep,
+            implementation=attention,
         )
         self.repa = None if repa_dim is None else _projection(decoder_size.width, repa_dim)
 

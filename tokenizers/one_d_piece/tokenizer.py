@@ -69,8 +69,20 @@ class OneDPiece(TiTok):
         if drop.alignment and not drop.cross_length:
             raise ValueError("alignment compares a prefix with all tokens: it needs cross_length")
         self.drop = drop
-        shared = (quantizer, image_size, patch_size, num_tokens, encoder_size, decoder_size)
-        super().__init__(*shared, pixels, mixes, stage, target, attention, decoder_patch_size)
+        super().__init__(
+            quantizer,
+            image_size,
+            patch_size=patch_size,
+            num_tokens=num_tokens,
+            encoder_size=encoder_size,
+            decoder_size=decoder_size,
+            pixels=pixels,
+            mixes=mixes,
+            stage=stage,
+            target=target,
+            attention=attention,
+            decoder_patch_size=decoder_patch_size,
+        )
         # One-D-Piece's list of what is not decayed lacks "embed", by which TiTok leaves out these
         # two.
         untag(self.encoder.patch_in.weight, "no_decay")

@@ -45,15 +45,15 @@ class EMAVectorQuantizer(VectorQuantizer):
             raise ValueError(
                 f"decay {decay} must be in [0, 1] and threshold {threshold} at least 0"
             )
-        entropy = (entropy_weight, entropy_temperature)
         super().__init__(
             vocab_size,
             dim,
-            l2_normalize,
-            0.0,
-            commitment_weight,
-            *entropy,
-            init_step,
+            l2_normalize=l2_normalize,
+            codebook_weight=0.0,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+            init_step=init_step,
             rotation=rotation,
         )
         self.decay = decay

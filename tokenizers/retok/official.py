@@ -52,6 +52,25 @@ _LAYERS = {
 }
 
 
+# Their 1x1 convolutions are our linear layers.
+_MATRICES = {
+    "s2to1encoder.conv_out.weight": "token_encoder.out.weight",
+    "quant_conv.weight": "to_code.weight",
+    "post_quant_conv.weight": "from_code.weight",
+}
+
+
+# Theirs are [N, 1, D], with an axis for the batch behind the sequence; ours [N, D].
+_POSITIONS = {
+    "s2to1encoder.positional_embedding": "token_encoder.memory_positions",
+    "s2to1encoder.latent_token_positional_embedding": "token_encoder.positions",
+    "s2to1encoder.latent_token_positional_embedding_comp": "token_encoder.redundant_positions",
+    "s1to2decoder.positional_embedding": "token_decoder.positions",
+    "s1to2decoder.latent_token_positional_embedding": "token_decoder.memory_positions",
+    "s1to2decoder.latent_token_positional_embedding_comp": "token_decoder.redundant_positions",
+}
+
+
 def _named(pairs: Mapping[str, str], side: str, ours: str) -> dict[str, str]:
     """The table of one side."""
     return {
@@ -79,35 +98,8 @@ KEYS = table(
         "quant_conv.bias": "to_code.bias",
         "post_quant_conv.bias": "from_code.bias",
     },
-    Rule("s2to1encoder.conv_out.weight", "token_encoder.out.weight", matrix, convolution),
-    Rule("quant_conv.weight", "to_code.weight", matrix, convolution),
-    Rule("post_quant_conv.weight", "from_code.weight", matrix, convolution),
-    Rule("s2to1encoder.positional_embedding", "token_encoder.memory_positions", _row, _with_batch),
-    Rule(
-        "s2to1encoder.latent_token_positional_embedding",
-        "token_encoder.positions",
-        _row,
-        _with_batch,
-    ),
-    Rule(
-        "s2to1encoder.latent_token_positional_embedding_comp",
-        "token_encoder.redundant_positions",
-        _row,
-        _with_batch,
-    ),
-    Rule("s1to2decoder.positional_embedding", "token_decoder.positions", _row, _with_batch),
-    Rule(
-        "s1to2decoder.latent_token_positional_embedding",
-        "token_decoder.memory_positions",
-        _row,
-        _with_batch,
-    ),
-    Rule(
-        "s1to2decoder.latent_token_positional_embedding_comp",
-        "token_decoder.redundant_positions",
-        _row,
-        _with_batch,
-    ),
+    *(Rule(theirs, ours, matrix, convolution) for theirs, ours in _MATRICES.items()),
+    *(Rule(theirs, ours, _row, _with_batch) for theirs, ours in _POSITIONS.items()),
     drop=("quantize.codebook_used",),
 )
 

@@ -119,12 +119,12 @@ class ReToK(Tokenizer):
         self.token_decoder = TokenDecoder(
             side,
             num_tokens,
-            redundant,
-            z_channels,
-            decoder_size,
-            semantic_dim,
-            semantic_layer,
-            attention,
+            redundant=redundant,
+            z=z_channels,
+            size=decoder_size,
+            semantic_dim=semantic_dim,
+            semantic_layer=semantic_layer,
+            attention=attention,
         )
         self.decoder = AdaptiveDecoder(sizes.decoding(decoder_multipliers))
         init_weights(

@@ -133,13 +133,13 @@ def tokenizer_from_official(
     made = kind(
         quantizer or _quantizer(state, two_stage, tokens),
         image_size,
-        patch_size,
-        tokens,
-        sizes[0],
-        sizes[1],
-        _pixels(state) if two_stage else None,
-        two_stage if mixes is None else mixes,
-        stage if two_stage else "all",
+        patch_size=patch_size,
+        num_tokens=tokens,
+        encoder_size=sizes[0],
+        decoder_size=sizes[1],
+        pixels=_pixels(state) if two_stage else None,
+        mixes=two_stage if mixes is None else mixes,
+        stage=stage if two_stage else "all",
         decoder_patch_size=None if decoder_patch_size == patch_size else decoder_patch_size,
     )
     return load_official(made, state)

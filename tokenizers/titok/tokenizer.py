@@ -204,11 +204,23 @@ class TiTok(Tokenizer):
         self.layout = self._layout(num_tokens, quantizer)
         read = image_size // patch_size
         self.encoder = TokenEncoder(
-            read, patch_size, num_tokens, encoder_size, quantizer.in_dim, mixes, attention
+            read,
+            patch_size,
+            num_tokens=num_tokens,
+            size=encoder_size,
+            out_dim=quantizer.in_dim,
+            mixes=mixes,
+            attention=attention,
         )
         proxies = pixels.vocab_size if pixels else 0
         self.decoder = TokenDecoder(
-            self.side, drawn, num_tokens, decoder_size, quantizer.dim, proxies, attention
+            self.side,
+            drawn,
+            num_tokens=num_tokens,
+            size=decoder_size,
+            dim=quantizer.dim,
+            proxies=proxies,
+            attention=attention,
         )
         self.smooth = None if pixels else nn.Conv2d(3, 3, 3, padding=1)
         init_weights(self, small=min(encoder_size.width, decoder_size.width) < SIZES["small"].width)

@@ -66,9 +66,16 @@ class MultiScaleQuantizer(VectorQuantizer):
         restart_every: int | None = None,
         restart_until: int | None = None,
     ) -> None:
-        weights = (codebook_weight, commitment_weight)
-        plan = (init_step, restart_every, restart_until)
-        super().__init__(vocab_size, dim, False, *weights, 0.0, 0.01, *plan)
+        super().__init__(
+            vocab_size,
+            dim,
+            l2_normalize=False,
+            codebook_weight=codebook_weight,
+            commitment_weight=commitment_weight,
+            init_step=init_step,
+            restart_every=restart_every,
+            restart_until=restart_until,
+        )
         if not sides or any(a >= b for a, b in pairwise((0, *sides))):
             raise ValueError(f"scales {tuple(sides)} must grow from at least 1")
         self.sides = tuple(sides)

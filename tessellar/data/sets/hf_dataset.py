@@ -165,7 +165,13 @@ class HFImages(PictureDataset):
         self._text_table: Any = None if caption is None else rows.table.select_columns([caption])
         captioned = None if caption is None else rows.captioned
         super().__init__(
-            rows.labels, rows.class_names, framing, seed, max_corrupt, captioned, vary_captions
+            rows.labels,
+            rows.class_names,
+            framing=framing,
+            seed=seed,
+            max_corrupt=max_corrupt,
+            captioned=captioned,
+            vary_captions=vary_captions,
         )
 
     def where(self, index: int) -> str:

@@ -163,7 +163,15 @@ class WebDatasetTars(PictureDataset):
                 f"{samples.name(worst)} has class {labels[worst]}; there are {len(class_names)} classes"
             )
         captioned = torch.from_numpy(samples.captioned)[self.told]
-        super().__init__(labels, class_names, framing, seed, max_corrupt, captioned, vary_captions)
+        super().__init__(
+            labels,
+            class_names,
+            framing=framing,
+            seed=seed,
+            max_corrupt=max_corrupt,
+            captioned=captioned,
+            vary_captions=vary_captions,
+        )
 
     def where(self, index: int) -> str:
         shard, sample = self.samples.find(index)

@@ -102,7 +102,15 @@ def _verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict
 
     window = (x.unsqueeze(2) for x in (p, q, draft, uniform, exponential))
     p, q, draft, uniform, exponential = window
-    return verify(p, q, draft, uniform, exponential, acceptance, recorded)
+    return verify(
+        p,
+        q,
+        draft=draft,
+        uniform=uniform,
+        exponential=exponential,
+        acceptance=acceptance,
+        coupling=recorded,
+    )
 
 
 @replays("gsd", "init")
