@@ -304,9 +304,9 @@ def test_memory_of_sampling_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> No
     """Every batch makes one cache of its own size, and none of the earlier ones is alive."""
     made: list[tuple[weakref.ref, int]] = []
 
-    def counted(*sizes: Any) -> kv_cache.KVCache:
+    def counted(*sizes: Any, **kinds: Any) -> kv_cache.KVCache:
         assert not any(ref() is not None for ref, _ in made)
-        cache = kv_cache.KVCache(*sizes)
+        cache = kv_cache.KVCache(*sizes, **kinds)
         made.append((weakref.ref(cache), cache.data.numel()))
         return cache
 
@@ -324,9 +324,9 @@ def test_calls_of_the_solver_are_counted_as_time_in_the_network(
     generator, clock = model("cell:2"), [0.0]
     run = generator._run
 
-    def slow(*args: Any) -> Tensor:
+    def slow(*args: Any, **named: Any) -> Tensor:
         clock[0] += 1.0
-        return run(*args)
+        return run(*args, **named)
 
     monkeypatch.setattr(generator, "_run", slow)
     monkeypatch.setattr("tessellar.sampling.report._now", lambda _: clock[0])
