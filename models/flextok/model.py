@@ -116,8 +116,8 @@ class TextConditioning(Conditioning, nn.Module):
     filled in.
     """
 
-    def __init__(self, length: int, dim: int) -> None:
-        super().__init__()
+    def __init__(self, length: int, dim: int, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
         self.register_buffer("empty", torch.zeros(length, dim))
         self.register_buffer("empty_valid", torch.zeros(length, dtype=torch.bool))
         self.empty: Tensor
@@ -170,7 +170,6 @@ class FlexAR(PrefixTransformer):
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
         self.layout = layout
         self.entities = token_order(layout)
-        self.condition_dropout = condition_dropout
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         self.num_classes = num_classes
@@ -187,9 +186,11 @@ class FlexAR(PrefixTransformer):
             fc1 = nn.Linear(text_dim, hidden, bias=False)
             fc2 = nn.Linear(hidden, width, bias=False)
             self.text = nn.Sequential(fc1, nn.GELU(approximate="tanh"), fc2)
-            self.conditioning = TextConditioning(text_length, text_dim)
+            self.conditioning = TextConditioning(text_length, text_dim, dropout=condition_dropout)
         elif num_classes is not None:
-            self.conditioning = ClassConditioning(num_classes, null_class)
+            self.conditioning = ClassConditioning(
+                num_classes, null_class, dropout=condition_dropout
+            )
         self.embedding_dropout = nn.Identity()
         blocks = (
             FlexARBlock(width, num_heads, qk_norm, text_dim is not None, attention)

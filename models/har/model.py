@@ -86,11 +86,10 @@ class HAR(LlamaGenerator):
             attention=attention,
         )
         self.layout = layout
-        self.condition_dropout = condition_dropout
         self.first = first
         self.entities = levels(layout, level_sizes(layout.length, first))
         vocab = require_categorical(layout, "HAR")
-        self.conditioning = ClassPrefix(num_classes, width)
+        self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         self.token_embedding = nn.Embedding(vocab, width)
         self.special_embedding = nn.Embedding(
             layout.length - 1, width

@@ -69,11 +69,10 @@ class HitaAR(LlamaGenerator):
         )
         self.layout = layout
         self.entities = token_order(layout)
-        self.condition_dropout = condition_dropout
         self.vocabularies = two_vocabularies(layout)
         self.lookup = lookup
         self.holistic = layout.segments[0].length
-        self.conditioning = ClassPrefix(num_classes, width)
+        self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         self.holistic_embedding = nn.Embedding(self.vocabularies[0], width)
         self.patch_embedding = nn.Embedding(self.vocabularies[1], width)
         self.holistic_positions = nn.Parameter(torch.empty(self.holistic, width))

@@ -61,14 +61,15 @@ class LlamaGen(LlamaGenerator):
             raise ValueError("LlamaGen needs either num_classes or caption_dim")
         self.layout = layout
         self.entities = token_order(layout)
-        self.condition_dropout = condition_dropout
         vocab = require_categorical(layout, "LlamaGen")
         self.token_embedding = nn.Embedding(vocab, width)
         if num_classes is not None:
-            self.conditioning = ClassPrefix(num_classes, width)
+            self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         else:
             assert caption_dim is not None
-            self.conditioning = CaptionPrefix(caption_dim, caption_length, width)
+            self.conditioning = CaptionPrefix(
+                caption_dim, caption_length, width=width, dropout=condition_dropout
+            )
         self.output = nn.Linear(width, vocab, bias=False)
         self.set_rotations(*rope_table(layout, self.conditioning.length, self.head_dim, rope_base))
         self.init_weights(zero_init_residual)

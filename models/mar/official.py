@@ -20,19 +20,19 @@ HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads of the published variant
 _NET = "diffloss.net"
 KEYS = table(
     {
-        "class_emb.weight": "class_embedding.weight",
-        "fake_latent": "null_embedding",
-        "mask_token": "mask_token",
-        "z_proj.{tensor}": "input.{tensor}",
-        "z_proj_ln.{tensor}": "input_norm.{tensor}",
-        "encoder_pos_embed_learned": "encoder_positions",
-        "decoder_pos_embed_learned": "decoder_positions",
-        "diffusion_pos_embed_learned": "z_positions",
-        "decoder_embed.{tensor}": "decoder_input.{tensor}",
-        "encoder_norm.{tensor}": "encoder_norm.{tensor}",
-        "decoder_norm.{tensor}": "decoder_norm.{tensor}",
-        "{side}_blocks.{i}.{part}.{layer}.{tensor}": "{side}_blocks.{i}.{part}.{layer}.{tensor}",
-        "{side}_blocks.{i}.{norm}.{tensor}": "{side}_blocks.{i}.{norm}.{tensor}",
+        "class_emb.weight": "backbone.class_embedding.weight",
+        "fake_latent": "backbone.null_embedding",
+        "mask_token": "backbone.mask_token",
+        "z_proj.{tensor}": "backbone.input.{tensor}",
+        "z_proj_ln.{tensor}": "backbone.input_norm.{tensor}",
+        "encoder_pos_embed_learned": "backbone.encoder_positions",
+        "decoder_pos_embed_learned": "backbone.decoder_positions",
+        "diffusion_pos_embed_learned": "backbone.z_positions",
+        "decoder_embed.{tensor}": "backbone.decoder_input.{tensor}",
+        "encoder_norm.{tensor}": "backbone.encoder_norm.{tensor}",
+        "decoder_norm.{tensor}": "backbone.decoder_norm.{tensor}",
+        "{side}_blocks.{i}.{part}.{layer}.{tensor}": "backbone.{side}_blocks.{i}.{part}.{layer}.{tensor}",
+        "{side}_blocks.{i}.{norm}.{tensor}": "backbone.{side}_blocks.{i}.{norm}.{tensor}",
         f"{_NET}.time_embed.mlp.0.{{tensor}}": "head.time.fc1.{tensor}",
         f"{_NET}.time_embed.mlp.2.{{tensor}}": "head.time.fc2.{tensor}",
         f"{_NET}.cond_embed.{{tensor}}": "head.condition.{tensor}",
@@ -60,9 +60,9 @@ def from_official(
     The decoder has as many heads as the encoder unless `decoder_heads` says otherwise.
     """
     ours = KEYS.from_official(state, where)
-    classes, width = ours["class_embedding.weight"].shape
-    length, inner = ours["z_positions"].shape[1:]
-    channels = ours["input.weight"].shape[1]
+    classes, width = ours["backbone.class_embedding.weight"].shape
+    length, inner = ours["backbone.z_positions"].shape[1:]
+    channels = ours["backbone.input.weight"].shape[1]
     kind = layout.segments[0].kind
     patch = isqrt(channels // kind.dim) if isinstance(kind, Continuous) else 0
     if (
@@ -78,17 +78,17 @@ def from_official(
     generator = MAR(
         layout,
         width,
-        depth=count(ours, r"encoder_blocks\.(\d+)\."),
+        depth=count(ours, r"backbone\.encoder_blocks\.(\d+)\."),
         num_heads=num_heads or HEADS[width],
         decoder_width=inner,
         head_width=ours["head.input.weight"].shape[0],
         head_depth=count(ours, r"head\.blocks\.(\d+)\."),
         num_classes=classes,
         patch=patch,
-        buffer=ours["encoder_positions"].shape[1] - length,
-        mlp_ratio=ours["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        buffer=ours["backbone.encoder_positions"].shape[1] - length,
+        mlp_ratio=ours["backbone.encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
         steps=min(64, length),
-        decoder_depth=count(ours, r"decoder_blocks\.(\d+)\."),
+        decoder_depth=count(ours, r"backbone\.decoder_blocks\.(\d+)\."),
         decoder_heads=decoder_heads,
     )
     return OFFICIAL.fill(generator, state, where)

@@ -173,8 +173,8 @@ def training(recording: Recording) -> dict[str, Tensor]:
     count = masked.shape[1] - hidden.shape[1]
     visible = masked.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
     with torch.no_grad():
-        encoded = generator.encode(patches, visible, condition)
-        z = generator.vectors(patches, ~masked, condition)
+        encoded = generator.backbone.encode(patches, visible, condition)
+        z = generator.backbone(patches, ~masked, condition)
     loss = generator.masked_loss(tokens, masked, dropped, given["mar/t"], given["mar/noise"])
     return {
         "mar/tokens": patches,

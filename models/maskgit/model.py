@@ -169,12 +169,11 @@ class MaskGIT(MaskedGenerator):
         super().__init__()
         self.layout = layout
         self.entities = token_order(layout)
-        self.condition_dropout = condition_dropout
         self.vocab = require_categorical(layout, "MaskGIT")
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.known_weight = known_weight
-        self.conditioning = ClassConditioning(num_classes)
+        self.conditioning = ClassConditioning(num_classes, dropout=condition_dropout)
         ids = self.vocab + 1 + num_classes + 1
         length = layout.length + 1
         if backbone == "vit":

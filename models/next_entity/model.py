@@ -78,11 +78,10 @@ class NextEntity(LlamaGenerator):
             )
         self.layout = layout
         self.entities = parse_entities(x, layout)
-        self.condition_dropout = condition_dropout
         self.random_order = random_order
         with torch.device("cpu"):  # sizes are read while the model is built, on the meta device too
             self.vocab = layout.vocab()
-        self.conditioning = ClassPrefix(num_classes, width)
+        self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         self.token_embedding = nn.Embedding(int(self.vocab.max()), width)
         self.position_embedding = nn.Embedding(layout.length, width)
         self.query = nn.Parameter(torch.empty(width))

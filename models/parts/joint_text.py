@@ -24,8 +24,8 @@ class JointText(Conditioning, nn.Module):
     tokens.
     """
 
-    def __init__(self, text_vocab: int, length: int, bos: int = 0) -> None:
-        super().__init__()
+    def __init__(self, text_vocab: int, length: int, bos: int = 0, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
         if not 0 <= bos < text_vocab:
             raise UserError(f"bos is {bos}; it must be one of the {text_vocab} text ids")
         self.text_vocab = text_vocab

@@ -20,8 +20,8 @@ class ClassPrefix(ClassConditioning, nn.Module):
 
     length = 1
 
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__(num_classes)
+    def __init__(self, num_classes: int, width: int, dropout: float = 0.0) -> None:
+        super().__init__(num_classes, dropout=dropout)
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def forward(self, condition: Condition) -> Prefix:
@@ -34,8 +34,8 @@ class CaptionPrefix(Conditioning, nn.Module):
     fixed random buffer.
     """
 
-    def __init__(self, feature_dim: int, length: int, width: int) -> None:
-        super().__init__()
+    def __init__(self, feature_dim: int, length: int, width: int, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
         self.length = length
         self.fc1 = nn.Linear(feature_dim, width, bias=False)
         self.fc2 = nn.Linear(width, width, bias=False)

@@ -114,11 +114,10 @@ class RAR(PrefixTransformer):
         super().__init__()
         self.layout = layout
         self.entities = token_order(layout)
-        self.condition_dropout = condition_dropout
         self.num_classes = num_classes
         self.random_order = random_order
         self.vocab = require_categorical(layout, "RAR")
-        self.conditioning = ClassConditioning(num_classes)
+        self.conditioning = ClassConditioning(num_classes, dropout=condition_dropout)
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         # rows: tokens, a mask token that is never used, classes, no class

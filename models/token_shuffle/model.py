@@ -163,18 +163,22 @@ class TokenShuffle(LlamaGenerator):
         self.layout = layout
         self.entities = windows(layout, window)
         self.codes = codes
-        self.condition_dropout = condition_dropout
         self.text_loss_weight = text_loss_weight
         self.z_loss = (
             z_loss if z_loss is not None else 1e-5 if layout.length >= HIGH_RESOLUTION else 0.0
         )
         vocab = require_categorical(layout, "TokenShuffle")
         if num_classes is not None:
-            self.conditioning = ClassPrefix(num_classes, width)
+            self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         elif caption_dim is not None:
-            self.conditioning = CaptionPrefix(caption_dim, caption_length, width)
+            self.conditioning = CaptionPrefix(
+                caption_dim, caption_length, width=width, dropout=condition_dropout
+            )
         else:
-            self.conditioning = JointText(text_vocab, caption_length, bos)  # type: ignore[arg-type]
+            assert text_vocab is not None
+            self.conditioning = JointText(
+                text_vocab, caption_length, bos=bos, dropout=condition_dropout
+            )
         self.offset = (
             self.conditioning.joint_vocab if isinstance(self.conditioning, JointText) else 0
         )

@@ -168,10 +168,9 @@ class VAR(PrefixTransformer):
         super().__init__()
         self.layout = layout
         self.entities = scales(layout)
-        self.condition_dropout = condition_dropout
         self.num_classes = num_classes
         self.latent_dim = latent_dim
-        self.conditioning = ClassConditioning(num_classes)
+        self.conditioning = ClassConditioning(num_classes, dropout=condition_dropout)
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         vocab = require_categorical(layout, "VAR")

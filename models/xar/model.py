@@ -133,7 +133,6 @@ class XAR(Generator):
         self.num_heads = num_heads
         self.num_classes = num_classes
         self.context_noise = context_noise
-        self.condition_dropout = condition_dropout
         self.loss_over = loss_over
         self.flex = attention == "flex"
         if self.flex and (dropout or context_noise == "clean"):
@@ -141,7 +140,7 @@ class XAR(Generator):
                 "FlexAttention has no dropout and no clean context here; set dropout 0 and context noise"
             )
         self.channels = channels_of(layout)
-        self.conditioning = ClassConditioning(num_classes)
+        self.conditioning = ClassConditioning(num_classes, dropout=condition_dropout)
         hidden = int(width * mlp_ratio * 2 / 3)
         total = depth + (depth if decoder_depth is None else decoder_depth)
         blocks = [

@@ -167,14 +167,17 @@ class Generator(Configured, ExactTables, ABC):
     """Tokens from a condition, entity by entity.
 
     The constructor sets `layout`, `entities` (the default partition) and `conditioning` (what is
-    read as a condition, and which one stands for none). `condition_dropout` is the probability with
-    which training replaces a sample's condition by the null condition.
+    read as a condition, which one stands for none, and how often training takes that one).
     """
 
     layout: Layout
     entities: Entities
     conditioning: Conditioning
-    condition_dropout: float = 0.0
+
+    @property
+    def condition_dropout(self) -> float:
+        """How often training takes the null condition; set where the conditioning is made."""
+        return self.conditioning.dropout
 
     def null(self, condition: Condition) -> Condition:
         """The unconditional counterpart of every row."""
@@ -256,12 +259,8 @@ class Generator(Configured, ExactTables, ABC):
         return self.conditioning.conditioner()
 
     def drop_condition(self, condition: Condition) -> Condition:
-        """In training, rows become null with probability `condition_dropout` (arXiv 2207.12598)."""
-        if not self.training or self.condition_dropout == 0:
-            return condition
-        device = next(t.device for t in condition if t is not None)
-        keep = torch.rand(condition.batch, device=device) >= self.condition_dropout
-        return condition.where(keep, self.null(condition))
+        """In training, rows become null as often as `conditioning.dropout` says."""
+        return self.conditioning.drop(condition) if self.training else condition
 
     def stack_branches(self, condition: Condition, guidance: Guidance) -> Condition:
         """Rows of all guidance branches: the condition, then its null."""

@@ -75,6 +75,21 @@ TENSORS: dict[str, dict[str, str]] = {
         "empty": "conditioning.empty",
         "empty_valid": "conditioning.empty_valid",
     },
+    "tessellar.models.mar.MAR": {
+        "class_embedding": "backbone.class_embedding",
+        "null_embedding": "backbone.null_embedding",
+        "input": "backbone.input",
+        "input_norm": "backbone.input_norm",
+        "encoder_positions": "backbone.encoder_positions",
+        "encoder_blocks": "backbone.encoder_blocks",
+        "encoder_norm": "backbone.encoder_norm",
+        "decoder_input": "backbone.decoder_input",
+        "mask_token": "backbone.mask_token",
+        "decoder_positions": "backbone.decoder_positions",
+        "decoder_blocks": "backbone.decoder_blocks",
+        "decoder_norm": "backbone.decoder_norm",
+        "z_positions": "backbone.z_positions",
+    },
 }
 """Public class path of today: former name of a tensor or a sub-module, within that class: its name of today."""
 

@@ -193,7 +193,7 @@ def test_first_loss_is_log_of_the_vocabulary() -> None:
 
 def test_dropped_condition_is_the_null_condition() -> None:
     generator, tokens = model(), tokens_of(4)
-    generator.condition_dropout = 1.0
+    generator.conditioning.dropout = 1.0
     generator.train()
     for module in generator.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -213,7 +213,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
         for module in generator.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        generator.condition_dropout = 0.0
+        generator.conditioning.dropout = 0.0
         generator.loss(tokens_of(2), condition(False, 2))["cross_entropy"].backward()
         gradients.append([p.grad for p in generator.parameters()])
     for a, b in zip(*gradients, strict=True):

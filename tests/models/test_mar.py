@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.models.mar import MAR, mar_b, mar_h, mar_l
-from tessellar.models.mar.model import planned_sizes
 from tessellar.models.mar.official import from_official, to_official
+from tessellar.models.parts.random_sets import planned_sizes
 from tessellar.processes.diffusion import (
     AncestralDiffusion,
     cosine_betas,
@@ -64,9 +64,9 @@ def test_values_of_masked_tokens_are_not_seen(patch: int) -> None:
     masked = torch.arange(generator.length).expand(2, -1) % 2 == 0
     one, other = generator.to_patches(latents()), generator.to_patches(latents(1))
     mixed = torch.where(masked[..., None], other, one)
-    z = generator.vectors(one, ~masked, LABELS)
-    torch.testing.assert_close(z, generator.vectors(mixed, ~masked, LABELS))
-    assert not torch.allclose(z, generator.vectors(other, ~masked, LABELS))
+    z = generator.backbone(one, ~masked, LABELS)
+    torch.testing.assert_close(z, generator.backbone(mixed, ~masked, LABELS))
+    assert not torch.allclose(z, generator.backbone(other, ~masked, LABELS))
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -77,7 +77,7 @@ def test_only_masked_tokens_and_weighed_samples_count(patch: int) -> None:
     masked = torch.zeros(2, generator.length, dtype=torch.bool)
     masked[:, 1:3] = True
     loss = generator.masked_loss(tokens, masked, LABELS, t, noise)
-    z = generator.vectors(generator.to_patches(tokens), ~masked, LABELS)
+    z = generator.backbone(generator.to_patches(tokens), ~masked, LABELS)
     rows = [x.flatten(0, 1).repeat(2, 1) for x in (generator.to_patches(tokens), z)]
     chosen = masked.flatten().repeat(2)
     each = generator.row_losses(rows[0], rows[1], t, noise)
@@ -89,7 +89,7 @@ def test_only_masked_tokens_and_weighed_samples_count(patch: int) -> None:
 
 def test_training_reaches_every_parameter() -> None:
     generator = model().train()
-    generator.condition_dropout = 0.5
+    generator.conditioning.dropout = 0.5
     sum(
         generator.loss(latents().repeat(8, 1, 1), Condition(ids=torch.arange(16) % 5)).values()
     ).backward()  # type: ignore[union-attr]

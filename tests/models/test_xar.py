@@ -229,7 +229,7 @@ def test_dropped_labels_do_not_matter() -> None:
         torch.manual_seed(4)
         losses.append(generator.loss(tokens, Condition(ids=torch.tensor(ids)))["flow"])
     assert torch.equal(*losses)
-    generator.condition_dropout = 0.0
+    generator.conditioning.dropout = 0.0
     torch.manual_seed(4)
     assert not torch.equal(generator.loss(tokens, labels(2))["flow"], losses[0])
 

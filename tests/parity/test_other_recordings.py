@@ -165,7 +165,7 @@ def test_mar_of_two_shapes_without_a_linear_schedule() -> None:
     masked = torch.tensor([[True, False, True, True], [True, True, False, True]])
     patches = outputs["mar/tokens"]
     assert torch.equal(outputs["mar/mask"] > 0, masked)
-    assert torch.equal(outputs["mar/z"], made.vectors(patches, ~masked, CLASSES).detach())
+    assert torch.equal(outputs["mar/z"], made.backbone(patches, ~masked, CLASSES).detach())
     assert outputs["mar_sample_flat/cfg_per_iter"].tolist() == [2.0] * 3
     assert outputs["mar_sample_flat/latents"].shape == (2, 3, 4, 4)
 

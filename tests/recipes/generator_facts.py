@@ -109,7 +109,7 @@ def _(generator: MaskGIT) -> Facts:
 
 @_facts.register
 def _(generator: MAR) -> Facts:
-    blocks: Any = [*generator.encoder_blocks, *generator.decoder_blocks]
+    blocks: Any = [*generator.backbone.encoder_blocks, *generator.backbone.decoder_blocks]
     inner = {
         *(b.attn.proj_drop.p for b in blocks),
         *(b.mlp.drop1.p for b in blocks),

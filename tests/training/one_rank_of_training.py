@@ -67,7 +67,7 @@ def generator() -> TrainingModule:
     module = GeneratorModule(
         TINY.make_tokenizer(), partial(LlamaGen, **settings), optimizer=optimizer, clip=0.5
     )
-    module.model.generator.condition_dropout = 0.0
+    module.model.generator.conditioning.dropout = 0.0
     return module
 
 

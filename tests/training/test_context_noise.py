@@ -39,7 +39,7 @@ def make(name: str):
     generator = GENERATORS[name]().train()
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    generator.condition_dropout = 0.0
+    generator.conditioning.dropout = 0.0
     return generator
 
 

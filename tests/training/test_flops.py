@@ -21,7 +21,7 @@ def test_a_training_batch_is_about_six_operations_a_parameter_and_token(fit, mak
     logged: list[dict[str, float]] = []
     module = make.generator_module()
     module.log_dict = lambda values, **_: logged.append(values)
-    module.model.generator.condition_dropout = 0.0
+    module.model.generator.conditioning.dropout = 0.0
     callback = Throughput(every=2)
     fit(module, 2, [callback], data=make.data(8))
     matrices = sum(

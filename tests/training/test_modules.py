@@ -70,7 +70,7 @@ def test_accumulated_batches_equal_one_large_batch(fit, make) -> None:
         for part in module.modules():
             if isinstance(part, torch.nn.Dropout):
                 part.p = 0.0
-        module.model.generator.condition_dropout = 0.0
+        module.model.generator.conditioning.dropout = 0.0
         trainer, _ = fit(module, 2, data=make.data(batch))
         assert module.updates == trainer.global_step == 2 and module.batches == 2 * accumulate
         results.append(weights(module.model.generator))

@@ -1,0 +1,84 @@
+"""Random sets: masked generators of patches of one grid, in an order of each image's own, a growing
+set at a time (MAR, arXiv 2406.11838).
+"""
+
+from math import ceil, cos, floor, pi
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.protocol.entities import Entities, cells, take
+from tessellar.protocol.layout import Layout
+from tessellar.protocol.masked import MaskedGenerator
+from tessellar.protocol.noise import Noise
+
+
+def planned_sizes(patches: int, steps: int) -> tuple[int, ...]:
+    """Patches that become known at each step: floor(L cos(pi / 2 (i + 1) / T)) are left behind step
+    i, at least one.
+
+    Raises UserError for more steps than patches.
+    """
+    if not 1 <= steps <= patches:
+        raise UserError(f"{steps} steps for {patches} tokens; give 1 to {patches}")
+    left = [patches]
+    for i in range(1, steps):
+        left.append(max(1, min(left[-1] - 1, floor(patches * cos(pi / 2 * i / steps)))))
+    return tuple(a - b for a, b in zip(left, [*left[1:], 0], strict=True) if a > b)
+
+
+class RandomSets(MaskedGenerator):
+    """Patches of `patch` x `patch` latents each, decoded in `steps` sets unless a plan says
+    otherwise.
+
+    `least_masked` is the smallest share of patches that training hides. Raises UserError where the
+    patches do not divide the grid, and for layouts without one.
+    """
+
+    def __init__(self, layout: Layout, patch: int, steps: int, least_masked: float) -> None:
+        super().__init__()
+        self.layout = layout
+        self.patch = patch
+        self.steps = steps
+        self.least_masked = least_masked
+        self.cells = cells(layout, patch, patch)
+        self.length = self.cells.count
+        self.entities = self.sets(torch.arange(self.length, device="cpu"), steps)
+
+    def sets(self, order: Tensor, steps: int) -> Entities:
+        """Entities of latents from an order of patches [L] or [B, L]; raster order inside each set."""
+        sizes = planned_sizes(self.length, steps)
+        order = torch.cat([part.sort(-1).values for part in order.split(sizes, dim=-1)], -1)
+        places = self.cells.order.view(self.length, -1)[order].flatten(-2)
+        return Entities(places, tuple(size * self.patch**2 for size in sizes))
+
+    def plan(self, noise: Noise, steps: int | None = None) -> Entities:
+        """An order of its own for each image."""
+        return self.sets(noise.uniform(self.length).argsort(-1).cpu(), steps or self.steps)
+
+    def to_patches(self, tokens: Tensor) -> Tensor:
+        """Latents [B, N, C] to [B, L, C p p], channel slowest."""
+        cells = take(tokens, self.cells.order.expand(len(tokens), -1))
+        return rearrange(cells, "b (l q) c -> b l (c q)", l=self.length)
+
+    def patches_at(self, places: Tensor) -> Tensor:
+        """[B, T / p p] patches of the latents at `places` [B, T], given patch by patch."""
+        area = self.patch**2
+        patch_of = torch.empty(self.layout.length, dtype=torch.int64)
+        patch_of[self.cells.order] = torch.arange(self.layout.length) // area
+        return patch_of[places[:, ::area]]
+
+    def known_patches(self, known: Tensor) -> Tensor:
+        """[B, L] patches that are known, of `known` [B, N] latents."""
+        return known[:, self.cells.order[:: self.patch**2]]
+
+    def draw_mask(self, batch: int) -> Tensor:
+        """[B, L], True where training hides a patch: one share a batch, N(1, 0.25) within
+        [least_masked, 1].
+        """
+        ratio = nn.init.trunc_normal_(torch.empty(1), 1.0, 0.25, self.least_masked, 1.0)
+        count = ceil(self.length * float(ratio))
+        rank = torch.rand(batch, self.length).argsort(1).argsort(1)
+        return rank < count
