@@ -1,13 +1,21 @@
 """One image file to RGB pixels: EXIF rotation, palette, CMYK, 16-bit and alpha (flattened on white)
 are resolved here.
 
-Every failure is an UnreadableImage that names the file, also for truncated files and for
-decompression bombs. Of an animation the first frame is taken.
+Only the formats listed here are opened, by content: Pillow knows others that start a program (EPS)
+or that nobody trains on. Every failure is an UnreadableImage that names the file, whatever the
+decoder raises, also for truncated files, decompression bombs and shapes that no crop could take.
+
+Rules where a file does not tell its range, or holds more than one image:
+- 16-bit grey is [0, 65535]; a file whose values all fit into 12 bits is read so too, and said once;
+- floats are taken as [0, 1] where all of them lie there, and refused otherwise;
+- 32-bit and signed integers are refused;
+- of an animation the first frame is taken, of a TIFF with several pages the first page.
 """
 
 import io
-import struct
+import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +23,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tessellar.errors import UserError
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
-_UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # Pillow's names
+MAX_RATIO = 64  # of the sides: a crop resizes the shorter one, and the longer one with it
+TWELVE_BITS = 4095
+WHITE_IS_ZERO = (262, 0)  # TIFF's tag PhotometricInterpretation, and its value for inverted grey
 
 
 class UnreadableImage(UserError):
@@ -47,32 +51,95 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
+            with Image.open(source, formats=_formats()) as image:
+                _check_shape(image)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except _UNREADABLE as error:
-        reason = (
-            "not an image"
-            if isinstance(error, UnidentifiedImageError)
-            else str(error) or type(error).__name__
-        )
+                return _to_rgb(ImageOps.exif_transpose(image), image, name)
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(
+            f"cannot read the image {name}: not an image, or of a format that is not read "
+            f"({', '.join(FORMATS)} are)"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise every kind on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"cannot read the image {name}: {reason}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_16_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+@cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS as far as this Pillow was built with them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Grey levels of [0, 65535] to [0, 255]; Pillow's own conversion would clip them at 255
-    instead.
-    """
+def _check_shape(image: Image.Image) -> None:
+    """Raise ValueError for a shape that no crop could take, before its pixels are decoded."""
+    shorter, longer = sorted(image.size)
+    if shorter < 1 or longer > MAX_RATIO * shorter:
+        raise ValueError(
+            f"it is {image.width} x {image.height}; a side of more than {MAX_RATIO} times the "
+            "other is not read"
+        )
+
+
+def _to_rgb(upright: Image.Image, file: Image.Image, name: str) -> Image.Image:
+    """`upright` is what `file` shows, without what the file says of its values."""
+    if upright.mode == "F":
+        return _from_levels(_unit_levels(upright), file)
+    if upright.mode.startswith("I"):
+        return _from_levels(_16_bit_levels(upright, file, name), file)
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, upright).convert("RGB")
+    return upright.convert("RGB")
+
+
+def _unit_levels(image: Image.Image) -> np.ndarray:
+    """Grey levels in [0, 1] of floats; raises ValueError for floats of any other range."""
     levels = np.asarray(image).astype(np.float64)
-    return Image.fromarray(np.rint(np.clip(levels / 257, 0, 255)).astype(np.uint8))
+    low = float(levels.min())
+    high = float(levels.max())
+    if not (low >= 0 and high <= 1):  # so written, NaN is refused as well
+        raise ValueError(
+            f"its values are floats from {low:g} to {high:g}, whose range is not told: save floats "
+            "in [0, 1], or 8 or 16 bits"
+        )
+    return levels
+
+
+def _16_bit_levels(image: Image.Image, file: Image.Image, name: str) -> np.ndarray:
+    """Grey levels in [0, 1]; Pillow's own conversion would clip at 255 instead of scaling."""
+    if image.mode == "I" and file.format != "PNG":  # some versions give 16-bit PNG this mode
+        raise ValueError("its values are 32-bit or signed integers, whose range is not told")
+    levels = np.asarray(image).astype(np.float64)
+    if levels.max() <= TWELVE_BITS:
+        _tell_dark(name)
+    return np.clip(levels / 65535, 0, 1)
+
+
+class _Once:
+    """Lines that a process prints once, whatever the file that is the first."""
+
+    dark = False
+
+
+def _tell_dark(name: str) -> None:
+    if not _Once.dark:
+        _Once.dark = True
+        log.warning(
+            "%s has 16 bits, but no value above %d: if its sensor has 12 bits or fewer, such images "
+            "are read too dark; scale them to 65535",
+            name,
+            TWELVE_BITS,
+        )
+
+
+def _from_levels(levels: np.ndarray, file: Image.Image) -> Image.Image:
+    """Grey levels in [0, 1] as an RGB image."""
+    tag, value = WHITE_IS_ZERO
+    if getattr(file, "tag_v2", {}).get(tag) == value:
+        levels = 1 - levels
+    return Image.fromarray(np.rint(255 * levels).astype(np.uint8)).convert("RGB")

@@ -30,7 +30,7 @@ from tessellar.evaluation.subset import subset
 from tessellar.images import to_uint8
 from tessellar.sampling.older import in_one_line, respell
 
-LOSSY = (".jpg", ".jpeg", ".webp")
+LOSSY = (".jpg", ".jpeg", ".webp", ".avif")
 SAMPLE_NAME = re.compile(r"\d+_\d+\.png")
 MADE_KEYS = (
     "model",

@@ -1,6 +1,7 @@
 """ImageFolder: images in one sub-folder a class (in the order of `classes.py`), or all in one
 folder, the only class.
 
+Hidden and system files are passed over, files of other kinds named with their count (`files.py`).
 Crops, augmentation and corrupt images are `pictures.py`'s.
 
 The data sets as LightningDataModules, to be named in a run's YAML: `class_path:
@@ -14,6 +15,7 @@ rest of a run does not depend on its loaders.
 import os
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,13 @@ from tessellar.data.classes import order_classes
 from tessellar.data.crops import Resize
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import digest, hold_out
+from tessellar.data.files import (
+    files_below,
+    is_image,
+    plain_files,
+    sub_folders,
+    tell_left_out,
+)
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import EXTENSIONS, read_image
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
@@ -55,29 +64,35 @@ def list_folder(root: str | Path) -> Listing:
         raise UserError(
             f"{root} is not a folder; it should hold images, or one sub-folder of images for each class"
         )
-    flat = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
-    folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    classes = order_classes(folders, str(root))
+    beside = plain_files(root)
+    flat = [file for file in beside if is_image(file)]
+    classes = order_classes(sub_folders(root), str(root))
     if flat and classes:
         raise UserError(
             f"{root} holds images ({flat[0]}) and folders ({classes[0]}): move the images into class folders"
         )
     if flat:
+        _tell(root, beside)
         return Listing(tuple(flat), (0,) * len(flat), (root.resolve().name,))
-    files = [_images_below(root, name) for name in classes]
-    if not classes or not all(files):
-        empty = root if not classes else root / classes[[bool(f) for f in files].index(False)]
-        raise UserError(f"{empty} holds no image ({', '.join(EXTENSIONS)})")
-    labels = tuple(label for label, group in enumerate(files) for _ in group)
-    return Listing(tuple(file for group in files for file in group), labels, classes)
+    below = {name: [f"{name}/{file}" for file in files_below(root / name)] for name in classes}
+    images = {name: [file for file in files if is_image(file)] for name, files in below.items()}
+    if not all(images.values()) or not images:
+        empty = next((root / name for name, files in images.items() if not files), root)
+        raise UserError(f"{empty} holds no image ({', '.join(EXTENSIONS)}){_others(empty)}")
+    _tell(root, [*beside, *chain.from_iterable(below.values())])
+    labels = tuple(label for label, name in enumerate(classes) for _ in images[name])
+    return Listing(tuple(chain.from_iterable(images.values())), labels, classes)
 
 
-def _images_below(root: Path, name: str) -> list[str]:
-    found = []
-    for folder, _, files in os.walk(root / name, followlinks=True):
-        below = Path(folder).relative_to(root)
-        found += [(below / file).as_posix() for file in files if file.lower().endswith(EXTENSIONS)]
-    return sorted(found)
+def _tell(root: Path, files: Sequence[str]) -> None:
+    left_out = tuple(file for file in files if not is_image(file))
+    tell_left_out(str(root), len(files), left_out)
+
+
+def _others(folder: Path) -> str:
+    """The files that a folder without images does hold, for the message."""
+    files = files_below(folder)
+    return f"; it holds {len(files)} other files, such as {files[0]}" if files else ""
 
 
 def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]:

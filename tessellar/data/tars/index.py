@@ -33,7 +33,7 @@ from tessellar.data.tars.members import (
 from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
-VERSION = 2
+VERSION = 3
 BLOCK = 512
 MAX_TEXT = 1 << 24  # bytes of a json, txt or cls member
 Place = tuple[int, int]  # offset and size

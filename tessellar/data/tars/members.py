@@ -4,7 +4,7 @@ and npy on request.
 A sample is all members with one name up to the first dot of its last part; the rest, in lower case,
 is the field. Text is read as `captions.py` says. Nothing is ever unpickled: a member that would
 need it is refused by name, as is a name that leads out of the tar's folder. Members of any other
-kind are left unread.
+kind are left unread, and so are hidden and system files.
 """
 
 import io
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tessellar.data.captions import UnreadableText, decode_text, read_captions
+from tessellar.data.files import is_junk
 from tessellar.data.image_file import EXTENSIONS, decode_image
 from tessellar.errors import UserError
 
@@ -36,6 +37,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UserError(f"member {name!r} leads out of the tar: such a file is not opened")
+    if any(is_junk(part) for part in path.parts if part != "."):
+        return None
     stem, _, field = path.name.partition(".")
     if field.lower().rpartition(".")[2] in PICKLES:
         raise UserError(

@@ -8,15 +8,17 @@ through, each sample once. Copy the shards to disk and use WebDatasetData for ex
 resume. Decoding is that of `members.py`; addresses that run commands are refused.
 """
 
+import logging
 import random
+import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
-from webdataset.tariterators import tar_file_expander, url_opener
+from webdataset.tariterators import url_opener
 
 from tessellar.data.batch import Sample, collate
 from tessellar.data.captions import class_text, pick, tell_missing
@@ -29,6 +31,7 @@ from tessellar.data.image_file import UnreadableImage
 from tessellar.data.pictures import MAX_CORRUPT, to_tensor
 from tessellar.data.tars.index import Keys
 from tessellar.data.tars.members import (
+    FIELDS,
     IMAGE_FIELDS,
     UnreadableMember,
     captions_of,
@@ -41,6 +44,7 @@ from tessellar.data.workers import ignore_interruptions
 from tessellar.errors import UserError
 from tessellar.randomness import derive
 
+log = logging.getLogger(__name__)
 SCHEMES = (
     "",
     "file",
@@ -66,14 +70,44 @@ def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
             f"{url} is not opened: it must be a path or begin with {', '.join(filter(None, SCHEMES))}"
         )
     try:
-        for member in tar_file_expander(url_opener(iter([{"url": url}])), eof_value=None):
-            yield member["fname"], member["data"]
+        for opened in url_opener(iter([{"url": url}])):
+            yield from _members(opened["stream"], url)
+    except UserError:
+        raise
     except (
         Exception
     ) as error:  # the library passes on whatever its openers and Python's tar reader raise
         raise UserError(
             f"{url} cannot be read: {error.args[0] if error.args else type(error).__name__}"
         ) from error
+
+
+class _Header(tarfile.TarInfo):
+    """A header that tells its tar when it is the block of zeros that ends it.
+
+    Python's reader takes a stream that stops between two members, or a damaged header, for the end.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:
+            tarfile_.has_end_mark = True  # type: ignore[attr-defined]
+            raise
+
+
+def _members(stream: BinaryIO, url: str) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
+            file = tar.extractfile(member) if member.isreg() else None
+            if file is not None:
+                yield member.name, file.read()
+        if not getattr(tar, "has_end_mark", False):
+            raise UserError(
+                f"{url} breaks off, or is damaged, behind byte {tar.offset}: there is no end mark"
+            )
 
 
 def stream_samples(url: str) -> Iterator[tuple[str, Raw]]:
@@ -153,18 +187,31 @@ class WebDatasetStream(IterableDataset[Sample]):
     def _once(self, place: int, places: int) -> Iterator[Sample]:
         """Every `places`-th sample of all shards, from `place` on."""
         samples = (sample for url in self.urls for sample in stream_samples(url))
+        seen = 0
         for index, (name, fields) in enumerate(samples):
+            seen += 1
             if index % places == place and (
                 sample := self._decode(name, fields, index, [0.0] * (DRAWS + 1))
             ):
                 yield sample
+        if not seen:
+            raise UserError(f"{_named(self.urls)} no sample: nothing with {', '.join(FIELDS)}")
 
     def _endless(self, place: int, places: int) -> Iterator[Sample]:
         rng = random.Random(derive(self.seed, self.epoch, self.start, place, places))
 
         def samples() -> Iterator[tuple[str, Raw]]:
-            while True:
-                yield from stream_samples(rng.choice(self.urls))
+            empty: set[str] = set()
+            while len(empty) < len(set(self.urls)):
+                url = rng.choice(self.urls)
+                has_samples = False
+                for sample in stream_samples(url):
+                    has_samples = True
+                    yield sample
+                if not has_samples and url not in empty:
+                    empty.add(url)
+                    log.warning("%s holds no sample", url)
+            raise UserError(f"{_named(self.urls)} no sample: nothing with {', '.join(FIELDS)}")
 
         mixed: Any = (
             shuffle(self.buffer, initial=self.buffer, rng=rng)(samples())
@@ -229,6 +276,10 @@ class WebDatasetStream(IterableDataset[Sample]):
                 self.first_uncaptioned,
                 "an empty text is taken, as for others to come",
             )
+
+
+def _named(urls: Sequence[str]) -> str:
+    return f"{urls[0]} holds" if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} others hold"
 
 
 def _has_caption(name: str, fields: Raw, keys: Keys) -> bool:
