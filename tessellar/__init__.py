@@ -37,7 +37,7 @@ def load(
 
 def _check_links(package: Path) -> None:
     """Raise ImportError where a link of the package was checked out as a text file."""
-    broken = [name for name in ("tokenizers", "models") if (package / name).is_file()]
+    broken = [name for name in ("tokenizers", "models", "configs") if (package / name).is_file()]
     if broken:
         raise ImportError(
             f"{package / broken[0]} should be a symbolic link but is a text file, as zip downloads and Windows "

@@ -74,7 +74,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("tessellar", *LINKS):
+    for name in ("tessellar", "configs", *LINKS):
         shutil.copytree(
             ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -107,7 +107,8 @@ def sources() -> set[str]:
 def test_wheel_and_sdist_hold_every_module_as_a_real_file(built: Path):
     wheel, sdist = next(built.glob("*.whl")), next(built.glob("*.tar.gz"))
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
-    assert sources() | {"tessellar/py.typed"} <= in_wheel
+    configs = {f"tessellar/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.yaml")}
+    assert sources() | configs | {"tessellar/py.typed"} <= in_wheel
     assert {name.split("/")[0].split("-")[0] for name in in_wheel} == {"tessellar"}
     with tarfile.open(sdist) as archive:
         regular = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
@@ -116,8 +117,15 @@ def test_wheel_and_sdist_hold_every_module_as_a_real_file(built: Path):
 
 def test_an_unpacked_wheel_works_away_from_the_checkout(built: Path, tmp_path: Path):
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
-    code = "import tessellar.protocol.tokenizer as ours; print(ours.__file__)"
-    assert run("-c", code, cwd=tmp_path, path=tmp_path / "site").startswith(str(tmp_path / "site"))
+    code = """
+import tessellar.protocol.tokenizer as ours
+from tessellar.cli.catalogue import config_file, entries
+print(ours.__file__, config_file("demo/tokenizer"), config_file("configs/demo/tokenizer.yaml"), len(entries("configs")))
+"""
+    printed = run("-c", code, cwd=tmp_path, path=tmp_path / "site").split()
+    site = tmp_path / "site" / "tessellar"
+    assert Path(printed[0]).is_relative_to(site) and int(printed[3]) > 60
+    assert printed[1:3] == [str(site / "configs" / "demo" / "tokenizer.yaml")] * 2
 
 
 def test_every_dependency_has_a_tested_version_and_pins_are_plain():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = "tessellar"
 ORDER = (
-    ("errors", "distributed", "images", "randomness", "tensor_files"),
+    ("errors", "distributed", "images", "randomness", "tensor_files", "places", "progress"),
     ("layers",),
     ("protocol",),
     ("text", "processes", "checkpoints"),

@@ -2,13 +2,17 @@
 record.
 """
 
+import shlex
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tessellar.errors import in_one_line
 
 TAGS = {
     "tokenizer": ("image-feature-extraction", ("image-tokenizer", "autoregressive")),
@@ -33,6 +37,14 @@ def commit() -> str:
         _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
         or "unknown"
     )
+
+
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """The command of this process, quoted so that it can be pasted into a shell; in one line."""
+    script, *words = sys.argv if argv is None else argv
+    name = Path(script).name
+    start = ["python", script] if name.endswith(".py") else [name]
+    return in_one_line(shlex.join([*start, *words]))
 
 
 def _git(folder: Path, *arguments: str) -> str:

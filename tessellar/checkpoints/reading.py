@@ -32,6 +32,7 @@ from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.checkpoints.hub import fetch, is_hub_id
 from tessellar.checkpoints.weights import load_strict, with_current_names
 from tessellar.errors import UserError
+from tessellar.places import in_runs
 from tessellar.protocol.conditioner import Conditioner
 from tessellar.protocol.configured import build
 from tessellar.protocol.generator import Generator
@@ -268,7 +269,7 @@ def _tell_left(source: Source, taken: list[str]) -> None:
 
 def read_source(path: str | Path, *, raw: bool = False) -> Source:
     """What is at `path`, read but not built."""
-    local = Path(path).expanduser()
+    local = in_runs(path)
     if not local.exists():
         if not is_hub_id(str(path)):
             raise UserError(f"{path} does not exist")

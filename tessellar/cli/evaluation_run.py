@@ -22,6 +22,7 @@ from tessellar.evaluation.record import Record, summary, write_record
 from tessellar.evaluation.references import Reference, load_reference, reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageSource
 from tessellar.networks.facts import NetworkFacts
+from tessellar.places import in_runs
 
 CACHE = "runs/.cache"
 SPLITS = ("train", "val")
@@ -101,7 +102,7 @@ def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) 
 
 def data_of_run(path: str) -> ImageDataModule | None:
     """The data set in the config of the run that `path` lies in; None outside of runs."""
-    for folder in [Path(path), *Path(path).parents][:3]:
+    for folder in [in_runs(path), *in_runs(path).parents][:3]:
         config = (
             yaml.safe_load((folder / "config.yaml").read_text())
             if (folder / "config.yaml").is_file()

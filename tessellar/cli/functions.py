@@ -11,8 +11,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -62,6 +62,8 @@ def _run(
         return auto_cli(components, args=shell_habits(components, argv), **settings)
     places = [i for i, word in enumerate(argv) if not word.startswith("-")]
     name = argv[places[0]] if places else None
+    if not {"-h", "--help"} & set(argv) and name not in components:
+        _refuse(name, components)
     if name is None or name not in components:
         everything: dict[str, Any] = {
             each: _loaded(function) for each, function in components.items()
@@ -71,6 +73,15 @@ def _run(
     function = _loaded(components[name])
     chosen: dict[str, Any] = {name: function}
     return auto_cli(chosen, args=argv[:rest] + shell_habits(function, argv[rest:]), **settings)
+
+
+def _refuse(name: str | None, components: Iterable[str]) -> NoReturn:
+    """Raise UserError where no command, or none of ours, is named."""
+    commands = ", ".join(components)
+    if name is None:
+        raise UserError(f"say which command: {commands}; --help says what each does")
+    hint = nearest(name, components, listed=0)
+    raise UserError(f"{name!r} is not a command; there are {commands}{hint}")
 
 
 def _loaded(function: Function | Elsewhere) -> Function:
@@ -138,9 +149,14 @@ def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
     hints = get_type_hints(function)
     for word, after in zip(argv, [*argv[1:], "--"], strict=False):
         name = word.removeprefix("--").removesuffix(".help").replace("-", "_")
-        asked = word == f"--{name}.help" and after.startswith("--")
-        if asked and inspect.isabstract(hints.get(name)):
+        if word != f"--{name}.help" or not after.startswith("--"):
+            continue
+        if inspect.isabstract(hints.get(name)):
             return "\n".join(_listed(name, cls) for cls in concrete(hints[name]))
+        kinds = (hints.get(name), *get_args(hints.get(name)))
+        of_options = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+        if of_options:
+            return _listed(name, of_options[0])
     return None
 
 

@@ -1,4 +1,4 @@
-"""`tessellar train|sample|evaluate|convert ...`, and the entry of the four scripts at the
+"""`tessellar train|sample|evaluate|convert|list|show ...`, and the entry of the four scripts at the
 checkout's root.
 
 A command's module is imported only when it is called, so that help and mistakes are answered at
@@ -7,18 +7,28 @@ once.
 
 import importlib
 import logging
+import platform
 import sys
+from importlib.metadata import version
 from typing import NoReturn
 
+from tessellar.cli.catalogue import KINDS
 from tessellar.cli.errors import run
+from tessellar.cli.listing import list_main, show_main
 from tessellar.cli.nearest import nearest
+from tessellar.cli.pages import page, wants_all
 from tessellar.errors import UserError, in_one_line
 
-COMMANDS = {
+SCRIPTS = {
     "train": "train a tokenizer or a generator from a YAML",
     "sample": "make images with a trained generator",
     "evaluate": "measure a tokenizer, a generator, or folders of images",
     "convert": "import official checkpoints, verify them, make and inspect exports",
+}
+COMMANDS = {
+    **SCRIPTS,
+    "list": "name all tokenizers, generators, data, configs or algorithms",
+    "show": "say what one of them is, or a run",
 }
 
 
@@ -55,15 +65,51 @@ def dispatch(command: str | None, argv: list[str]) -> int | None:
             return 0 if argv else 2
         command = argv[0]
         argv = argv[1:]
+    if "--version" in (command, *argv):
+        print(versions())
+        return 0
+    if command in ("list", "show"):
+        return _catalogue(command, argv)
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS, listed=0)
         raise UserError(f"{command!r} is not a command; there are {', '.join(COMMANDS)}{hint}")
-    return importlib.import_module(f"tessellar.cli.{command}").main(argv)
+    text = page(command, argv)
+    if text is not None:
+        print(text)
+        return 0
+    return importlib.import_module(f"tessellar.cli.{command}").main(wants_all(argv))
+
+
+def _catalogue(command: str, argv: list[str]) -> int:
+    """`tessellar list` and `tessellar show`."""
+    if "-h" in argv or "--help" in argv:
+        print(usage())
+        return 0
+    return list_main(argv) if command == "list" else show_main(argv)
+
+
+def versions() -> str:
+    """This package's version, and those of what it stands on."""
+    others = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    return f"tessellar {version('tessellar')} ({others}, Python {platform.python_version()})"
 
 
 def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:<9} {what}" for name, what in COMMANDS.items()]
+    kinds = ", ".join(KINDS)
     return "\n".join(
-        ["usage: tessellar COMMAND ...", "", *lines, "", "tessellar COMMAND --help says more."]
+        [
+            "usage: tessellar COMMAND ...",
+            "",
+            *lines,
+            "",
+            f"tessellar list KIND [PATTERN], of {kinds}; tessellar show NAME",
+            "tessellar COMMAND --help says more, tessellar --version which version this is.",
+            "",
+            "first steps:",
+            "  tessellar train --config demo/tokenizer",
+            "  tessellar train --config demo/generator",
+            "  tessellar sample runs/demo-generator/export --per-class 8 --guidance.scale 2",
+        ]
     )

@@ -1,12 +1,13 @@
 """`train.py`: LightningCLI in subclass mode; everything a run writes goes to runs/<name>/.
 
-    python train.py --config configs/fashion_mnist/tokenizer.yaml --name tok --data.root DIR
-    python train.py validate --config configs/fashion_mnist/tokenizer.yaml --name tok --resume auto
+    python train.py --config fashion_mnist/tokenizer --name tok --data.root DIR
+    python train.py validate --config fashion_mnist/tokenizer --name tok --resume auto
 
 Any key of the YAML can be given as an option; `--print_config` shows them all, `--model.help CLASS`
 explains a class.
 """
 
+import inspect
 import logging
 import sys
 import warnings
@@ -28,23 +29,26 @@ from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.interruption import Interrupted, Interruption
 from tessellar.callbacks.throughput import Throughput
-from tessellar.checkpoints.card import Record
+from tessellar.checkpoints.card import Record, command_line, commit
 from tessellar.checkpoints.description import PARTS
 from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.hub import is_hub_id
 from tessellar.checkpoints.reading import read_source
+from tessellar.cli.catalogue import config_file
 from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.cli.older_sampling import refuse_older
+from tessellar.cli.spelling import spelled
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.networks.vision import stand_ins
+from tessellar.places import in_runs, runs_in, runs_root
 from tessellar.protocol.configured import Configured, check_buildable
 from tessellar.protocol.packages import trust, trusting
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.continuing import CONFIG, compare_settings, say_where
-from tessellar.training.runs import CHECKPOINTS, LAST, Run, check_data, commit, restoring
+from tessellar.training.runs import CHECKPOINTS, LAST, Run, check_data, restoring
 
 log = logging.getLogger(__name__)
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -73,6 +77,12 @@ class TrainCLI(LightningCLI):
             type=str | None,
             default=None,
             help="folder under runs/ (default: the YAML's name)",
+        )
+        parser.add_argument(
+            "--runs_root",
+            type=str | None,
+            default=None,
+            help="where runs lie (default: what TESSELLAR_RUNS names, or runs)",
         )
         parser.add_argument(
             "--package",
@@ -117,7 +127,7 @@ class TrainCLI(LightningCLI):
         name = with_teachers(
             config.name or _default_name(config.config), stand_ins(config.model.as_dict())
         )
-        self.run_folder = Run(name, resume=config.resume)
+        self.run_folder = Run(name, runs_root(), resume=config.resume)
         self.asked = self.parser.dump(self.config, skip_unset=False)
         if self.run_folder.checkpoint is not None:
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
@@ -129,7 +139,7 @@ class TrainCLI(LightningCLI):
         if "init_from" in model:
             model.init_from = None
         path = model.get("tokenizer")
-        if isinstance(path, str) and not Path(path).exists() and not is_hub_id(path):
+        if isinstance(path, str) and not in_runs(path).exists() and not is_hub_id(path):
             log.info("%s is not there any more: the tokenizer of %s is taken", path, checkpoint)
             model.tokenizer = read_source(checkpoint).tokenizer()
 
@@ -137,8 +147,7 @@ class TrainCLI(LightningCLI):
         config: Any = self.config_init
         run = self.run_folder
         best_metric, best_mode = self.model.best_by
-        if config.trainer.log_every_n_steps is not None:
-            raise UserError("set --log_every, not --trainer.log_every_n_steps")
+        _refuse_decided(config.trainer)
         callbacks: list[L.Callback] = [
             LambdaCallback(on_train_start=lambda trainer, _: self.begin(trainer)),
             Throughput(config.log_every),
@@ -183,8 +192,12 @@ def main(argv: Sequence[str]) -> int:
     actions = {"fit": fit, "validate": validate}
     word = argv[0] if argv and not argv[0].startswith("-") else "fit"
     if word not in actions:
+        raise UserError(_no_action(word, list(actions)))
+    given = list(argv[1:] if argv[:1] == [word] else argv)
+    if not given:
         raise UserError(
-            f"{word!r} is not an action; there are {', '.join(actions)}{nearest(word, actions)}"
+            f"give a config: {spelled('train')} --config demo/tokenizer, or the path of a YAML; "
+            "`tessellar list configs` lists ours, --help says more"
         )
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -192,8 +205,8 @@ def main(argv: Sequence[str]) -> int:
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
         try:
-            with trusting(_given(argv, "--package")):
-                actions[word](parse(argv[1:] if argv[:1] == [word] else argv))
+            with trusting(_given(given, "--package")), runs_in(_last(given, "--runs_root")):
+                actions[word](parse(given))
         except Interrupted as signal:
             print(signal, file=sys.stderr)
             return 128 + signal.number
@@ -273,6 +286,7 @@ def validate(cli: TrainCLI) -> None:
 def parse(argv: Sequence[str]) -> TrainCLI:
     """The instantiated command line; raises UserError, in one line, for whatever does not fit."""
     torch.set_float32_matmul_precision("high")
+    argv = with_config_files(argv)
     refuse_older(argv)
     try:
         return TrainCLI(
@@ -293,6 +307,58 @@ def parse(argv: Sequence[str]) -> TrainCLI:
         raise cause_of(error) or UserError(
             explain(str(error), _options(), _given(argv, "--config"), argv)
         ) from error
+
+
+def with_config_files(argv: Sequence[str]) -> list[str]:
+    """`argv` with the paths of the configs that it names; raises UserError where there are none."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        before = words[place - 1] if place else ""
+        if before == "--config" and not word.startswith("-"):
+            words[place] = str(config_file(word))
+        elif word.startswith("--config="):
+            words[place] = f"--config={config_file(word.partition('=')[2])}"
+    return words
+
+
+def _no_action(word: str, actions: list[str]) -> str:
+    """What is wrong with a first word that is no action: often it is a config."""
+    try:
+        config_file(word)
+    except UserError:
+        return f"{word!r} is not an action; there are {', '.join(actions)}{nearest(word, actions, listed=0)}"
+    return f"{word} is a config: {spelled('train')} --config {word}"
+
+
+def _last(argv: Sequence[str], option: str) -> str | None:
+    """The last value of an option on the command line."""
+    values = _given(argv, option)
+    return values[-1] if values else None
+
+
+#: Trainer options that a run decides itself, and what says the same here.
+DECIDED = {
+    "log_every_n_steps": "set --log_every",
+    "logger": "metrics.csv and TensorBoard are always written, --wandb PROJECT adds Weights & Biases",
+    "default_root_dir": "set --name and --runs_root",
+    "enable_checkpointing": "checkpoints are always written; --save_every says how often",
+    "enable_progress_bar": "a bar is shown on a terminal, lines elsewhere",
+    "enable_model_summary": "the parameters are counted in one line; `convert.py info` tells more of an export",
+    "accumulate_grad_batches": "set --model.accumulate",
+    "gradient_clip_val": "set --model.clip",
+    "gradient_clip_algorithm": "gradients are clipped by their norm: set --model.clip",
+    "use_distributed_sampler": "the order of the data is the same on any number of processes",
+    "barebones": "it switches off what a run writes",
+    "model_registry": "exports are folders; docs/checkpoints.md says how to share them",
+}
+DEFAULTS = inspect.signature(L.Trainer.__init__).parameters
+
+
+def _refuse_decided(trainer: Any) -> None:
+    """Raise UserError for a trainer option that would be overridden."""
+    for name, instead in DECIDED.items():
+        if trainer.get(name) != DEFAULTS[name].default:
+            raise UserError(f"trainer.{name} is decided by the run: {instead}")
 
 
 def _options() -> list[str]:
@@ -341,10 +407,6 @@ def check(cli: TrainCLI, training: bool = True) -> None:
     data = cli.datamodule
     trainer = cli.trainer
     check_buildable([part.config for part in model.modules() if isinstance(part, Configured)])
-    if trainer.gradient_clip_val is not None or trainer.accumulate_grad_batches != 1:
-        raise UserError(
-            "set model.clip and model.accumulate, not trainer.gradient_clip_val or accumulate_grad_batches"
-        )
     precision = trainer.precision
     if str(cli.config.trainer.precision) in ("16", "16-mixed"):  # type: ignore[union-attr]
         precision = "16-mixed"  # on a CPU Lightning takes it for bf16-mixed
@@ -386,7 +448,7 @@ def _finish(cli: TrainCLI) -> None:
         weights="raw" if ema is None else "ema",
         data=cli.datamodule.name,
         steps=module.updates,
-        command=" ".join(["python", *sys.argv]),
+        command=command_line(),
         commit=commit(),
     )
     if module.is_sharded:

@@ -26,6 +26,7 @@ from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.sources import ArrayImages, ImageSource, open_images
 from tessellar.measures.pixels import array_hash
 from tessellar.measures.statistics import Moments
+from tessellar.places import cache_folder
 
 KEPT_FEATURES = 10_000
 """Images of a reference whose features are kept for KID, precision and recall; the ADM reference batch has as many."""
@@ -87,7 +88,7 @@ def reference_from(
     batch_size: int = 64,
 ) -> Reference:
     """Statistics of a source's images, read from the cache if they are there; all ranks take part."""
-    path = None if cache_dir is None else Path(cache_dir) / _cache_name(source, extractor)
+    path = None if cache_dir is None else cache_folder(cache_dir) / _cache_name(source, extractor)
     cached = broadcast(
         load_statistics(path) if path is not None and rank() == 0 and path.is_file() else None
     )

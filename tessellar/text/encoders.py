@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.places import cache_folder
 from tessellar.tensor_files import read_safetensors, write_safetensors
 from tessellar.text.bpe import log, require
 
@@ -102,7 +103,7 @@ class FeatureCache:
         key = json.dumps([self.encoder.source, self.encoder.length, text])
         name = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
         assert self.folder is not None
-        return Path(self.folder) / name[:2] / f"{name}.safetensors"
+        return cache_folder(self.folder) / name[:2] / f"{name}.safetensors"
 
     def _read(self, text: str) -> Tensor | None:
         if self.folder is None or not self.path(text).is_file():

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -30,10 +29,11 @@ from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from tessellar.checkpoints.card import commit
+from tessellar.checkpoints.card import command_line, commit
 from tessellar.checkpoints.data_facts import facts_in, other_class, other_content
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.errors import UserError, in_one_line, writing
+from tessellar.errors import UserError, writing
+from tessellar.places import in_runs
 from tessellar.tensor_files import intact
 from tessellar.training.continuing import CONFIG, keep_config
 from tessellar.training.metrics_file import MetricsFile
@@ -123,11 +123,12 @@ class Run:
         if resume is None:
             return None
         if resume != "auto":
-            if not Path(resume).is_file():
+            chosen = in_runs(resume)
+            if not chosen.is_file():
                 raise UserError(f"--resume {resume}: there is no such checkpoint")
-            if not intact(Path(resume)):
+            if not intact(chosen):
                 raise UserError(f"--resume {resume}: this checkpoint is damaged, or it is none")
-            return Path(resume)
+            return chosen
         for path in (self.folder / CHECKPOINTS / name for name in (LAST, PREVIOUS)):
             if path.is_file() and intact(path):
                 return path
@@ -267,7 +268,7 @@ class Run:
         """What a later reader wants to know of the machine and the code."""
         return {
             "name": self.name,
-            "command": in_one_line(" ".join(["python", *sys.argv])),
+            "command": command_line(),
             "commit": commit(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in LIBRARIES},

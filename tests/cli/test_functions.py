@@ -81,7 +81,7 @@ def test_paths_behind_a_list_option_are_positional(tmp_path) -> None:
         ("single m --per-class x", "--per_class: expected int, not 'x'"),
         ("single m extra", "extra"),
         ("singel m", "did you mean 'single'"),
-        ("", "single,many,choose"),
+        ("", "single, many, choose"),
         ("many", "folders"),
         ("choose --which on", "--which: expected 'one' or 'two', not 'on'; did you mean 'one'"),
         ("choose --several one four", "--several: expected 'one' or 'two', not 'four'"),

@@ -69,7 +69,7 @@ def test_scripts_hand_over_to_their_command(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("command", list(dispatcher.COMMANDS))
+@pytest.mark.parametrize("command", list(dispatcher.SCRIPTS))
 def test_every_script_is_a_shim(command: str) -> None:
     lines = [line for line in (ROOT / f"{command}.py").read_text().splitlines() if line]
     assert lines == [

@@ -206,7 +206,7 @@ def test_missing_config_and_missing_data(call) -> None:
     code, printed = call(config, "--data.root", "elsewhere")
     assert code == 2 and "elsewhere" in printed and not Path("runs").exists()
     assert call(TOKENIZER, action="fitt")[1].startswith(
-        "error: 'fitt' is not an action; there are fit, validate; did"
+        "error: 'fitt' is not an action; there are fit, validate; did you mean 'fit'?"
     )
 
 

@@ -1,0 +1,249 @@
+"""What there is to choose from: systems, data sets, algorithms, configs.
+
+Sources are read, not imported, so that a list is there at once: a system is a folder with a header,
+its models are the functions and classes that its package names.
+"""
+
+import ast
+import fnmatch
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import tessellar
+from tessellar.cli.nearest import nearest
+from tessellar.errors import UserError
+
+PACKAGE = Path(tessellar.__file__).parent
+CONFIGS = PACKAGE / "configs"
+KINDS = ("tokenizers", "generators", "data", "configs", "algorithms")
+FOLDERS = {"tokenizers": "tokenizers", "generators": "models"}
+FILES = {"tokenizers": "tokenizer.py", "generators": "model.py"}
+SHARED = ("parts", "losses", "quantizers")  # rooms of the papers' folders that are no system
+ARXIV = re.compile(r"\d{4}\.\d{5}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to choose: its name, one line about it, its file, and the names that it offers."""
+
+    name: str
+    what: str
+    file: Path
+    offers: tuple[str, ...] = ()
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(ARXIV.findall(self.what)))
+
+    @property
+    def short(self) -> str:
+        """The line without its papers."""
+        return re.sub(r"\s*\([^()]*arXiv[^()]*\)", "", self.what).rstrip(".:;, ")
+
+
+def entries(kind: str, packages: str = "") -> list[Entry]:
+    """All of one of KINDS, by name; `packages` of others, separated by commas, add their systems."""
+    if kind in FOLDERS:
+        folders = [PACKAGE / FOLDERS[kind], *_folders_of(packages)]
+        return [entry for folder in folders for entry in _systems(folder, FILES[kind])]
+    if kind == "data":
+        return _data_sets()
+    if kind == "configs":
+        return _configs()
+    if kind == "algorithms":
+        return _algorithms()
+    raise UserError(f"there is no list of {kind!r}{nearest(kind, KINDS)}")
+
+
+def matching(found: list[Entry], pattern: str) -> list[Entry]:
+    """Entries whose name, or a name that they offer, fits a shell pattern, or holds it as a part."""
+    lowered = pattern.lower()
+    wanted = lowered if any(c in lowered for c in "*?[") else f"*{lowered}*"
+    return [
+        entry
+        for entry in found
+        if any(fnmatch.fnmatch(name.lower(), wanted) for name in (entry.name, *entry.offers))
+    ]
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    """The syntax tree of a Python file."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def first_sentence(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
+    """The first paragraph of a docstring, in one line."""
+    docstring = ast.get_docstring(node) or ""
+    return " ".join(docstring.split("\n\n")[0].split())
+
+
+def _folders_of(packages: str) -> list[Path]:
+    """Folders of packages of others, which are looked up and not imported."""
+    folders = []
+    for name in filter(None, (part.strip() for part in packages.split(","))):
+        spec = find_spec(name) if name.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"package {name!r} is not found: install it, or name it in PYTHONPATH")
+        folders += [Path(place) for place in spec.submodule_search_locations]
+    return folders
+
+
+def _systems(folder: Path, file: str) -> Iterator[Entry]:
+    """The systems in a folder; the folder itself is one where it holds `file`."""
+    for package in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        header = package / "__init__.py"
+        if package.name in SHARED or not header.is_file() or not (package / file).is_file():
+            continue
+        tree = parsed(header)
+        yield Entry(package.name, first_sentence(tree), header, tuple(_models(package, tree)))
+
+
+def _models(package: Path, header: ast.Module) -> list[str]:
+    """Names that a package offers and that build a model: classes of systems, and their presets."""
+    offered = [
+        alias.asname or alias.name
+        for node in header.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    own = _classes(tuple(sorted(package.glob("*.py"))))
+    bases = {**_classes(tuple(sorted(PACKAGE.glob("models/**/*.py")))), **own}
+    bases = {**_classes(tuple(sorted(PACKAGE.glob("tokenizers/**/*.py")))), **bases}
+    systems = {name for name in own if derives(name, ROOTS, bases)}
+    presets = {
+        node.name
+        for file in package.glob("*.py")
+        for node in parsed(file).body
+        if isinstance(node, ast.FunctionDef)
+        and node.returns is not None
+        and derives(ast.unparse(node.returns).strip("'\""), ROOTS, bases)
+    }
+    return [name for name in offered if name in systems | presets]
+
+
+ROOTS = ("Tokenizer", "Generator", "MaskedGenerator")
+
+
+@cache
+def _classes(files: tuple[Path, ...]) -> dict[str, tuple[str, ...]]:
+    """Names of the bases of every class in some files."""
+    return {
+        node.name: tuple(ast.unparse(base).rpartition(".")[2] for base in node.bases)
+        for file in files
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def derives(name: str, roots: tuple[str, ...], bases: dict[str, tuple[str, ...]]) -> bool:
+    """Whether a class is, or derives from, one of `roots`."""
+    return name in roots or any(
+        base != name and derives(base, roots, bases) for base in bases.get(name, ())
+    )
+
+
+def _data_sets() -> list[Entry]:
+    """The data sets that `tessellar.data` names."""
+    header = PACKAGE / "data" / "__init__.py"
+    homes = next(
+        node.value
+        for node in parsed(header).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
+    )
+    found = []
+    for name, module in ast.literal_eval(homes).items():
+        if name.endswith("Data"):
+            file = header.parent / f"{module.replace('.', '/')}.py"
+            found.append(Entry(name, first_sentence(definition(file, name)), file, (name,)))
+    return found
+
+
+def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
+    """The class or function `name` of a file."""
+    return next(
+        node
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
+    )
+
+
+def _algorithms() -> list[Entry]:
+    """Decoding algorithms: classes of `tessellar/sampling` that derive from Algorithm."""
+    files = tuple(sorted((PACKAGE / "sampling").glob("*.py")))
+    bases = _classes(files)
+    return [
+        Entry(node.name, first_sentence(node), file, (node.name,))
+        for file in files
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef)
+        and derives(node.name, ("Algorithm",), bases)
+        and "abstractmethod" not in ast.unparse(node)
+    ]
+
+
+def _configs() -> list[Entry]:
+    """The configs of this package, and those of the folder `configs` here where it is another one."""
+    roots = [CONFIGS]
+    here = Path("configs")
+    if here.is_dir() and here.resolve() != CONFIGS.resolve():
+        roots.append(here)
+    return [
+        Entry(config_name(file, root), _header_line(file), file)
+        for root in roots
+        for file in sorted(root.rglob("*.yaml"))
+    ]
+
+
+def config_name(file: Path, root: Path = CONFIGS) -> str:
+    return file.relative_to(root).with_suffix("").as_posix()
+
+
+def header_of(file: Path) -> list[str]:
+    """The lines of comment that a YAML begins with, without their marks."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def _header_line(file: Path) -> str:
+    """The first sentence of a YAML's header, which may take several lines."""
+    said = []
+    for line in header_of(file):
+        if line.startswith("python "):
+            break
+        said.append(line)
+        if line.endswith("."):
+            break
+    return re.split(r"(?<=[a-z0-9)])\. ", " ".join(said))[0]
+
+
+def config_file(name: str) -> Path:
+    """The file of a config: its path, or that of one of ours by its name, such as demo/tokenizer.
+
+    Raises UserError for what is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    bare = name.removesuffix(".yaml")
+    inner = bare.removeprefix("configs/")
+    for candidate in (Path(f"{bare}.yaml"), Path("configs") / f"{inner}.yaml"):
+        if candidate.is_file():
+            return candidate
+    ours = CONFIGS / f"{inner}.yaml"
+    if ours.is_file() and ours.resolve().is_relative_to(CONFIGS.resolve()):
+        return ours
+    names = [config_name(file) for file in CONFIGS.rglob("*.yaml")]
+    hint = nearest(inner, names, listed=0)
+    raise UserError(
+        f"--config {name}: there is no such file, nor a config of that name{hint}; "
+        "`tessellar list configs` lists them"
+    )

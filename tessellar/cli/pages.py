@@ -1,0 +1,250 @@
+"""`--help` of every command in at most two screens, made from the sources without importing them.
+
+A command's options are the arguments of its function and their lines in its docstring; `--help all`
+gives the parser's own page, with every option of every class.
+"""
+
+import ast
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from tessellar.cli.catalogue import FOLDERS, PACKAGE, entries, first_sentence, parsed
+from tessellar.cli.spelling import spelled
+
+WIDTH = 100
+COLUMN = 18
+PLAIN = ("str", "int", "float", "bool", "list", "Literal", "Metric", "Purpose", "ImageDataModule")
+EXAMPLES = {
+    "train": (
+        "--config demo/tokenizer",
+        "--config own_images/tokenizer --name mine --data.root PICTURES",
+        "--config demo/tokenizer --resume auto",
+        "validate --config demo/tokenizer --resume auto",
+    ),
+    "sample": (
+        "runs/demo-generator/export --classes 0,3 --per-class 8 --guidance.scale 2",
+        "runs/t2i/export --prompts prompts.txt --out outputs/prompts",
+        "runs/demo-generator/export --algorithm SpeculativeJacobi --algorithm.window 16",
+    ),
+    "evaluate": (
+        "model runs/demo-generator/export --extractor NET.safetensors --count 1000",
+        "samples outputs/samples --reference REF.npz",
+        "stats FOLDER --size 256 --out REF.npz",
+    ),
+    "convert": (
+        "import llamagen c2i_B_256.pt --tokenizer vq_ds16_c2i.pt --out llamagen-b",
+        "cache runs/mine/export --data ImageFolderData --data.root PICTURES --out mine",
+        "info runs/mine/export",
+    ),
+}
+
+
+def page(command: str, argv: Sequence[str]) -> str | None:
+    """The help that `argv` of a command asks for; None where it asks for none, or for all of it."""
+    asked = [place for place, word in enumerate(argv) if word in ("-h", "--help")]
+    if not asked or list(argv[asked[0] + 1 : asked[0] + 2]) == ["all"]:
+        return None
+    if command == "train":
+        return _train()
+    if command == "sample":
+        return _function(command, "sample", "sample")
+    functions = _functions(command)
+    name = next((word for word in argv[: asked[0]] if not word.startswith("-")), None)
+    if name not in functions:
+        return _commands(command, functions)
+    module, function = functions[name]
+    return _function(command, module, function, name)
+
+
+def wants_all(argv: Sequence[str]) -> list[str]:
+    """`argv` with `--help all` as parsers know it."""
+    words = list(argv)
+    places = [place for place, word in enumerate(words) if word in ("-h", "--help")]
+    if places and words[places[0] + 1 : places[0] + 2] == ["all"]:
+        del words[places[0] + 1]
+    return words
+
+
+def _train() -> str:
+    usage = f"usage: {spelled('train')} [fit | validate] --config CONFIG [options]"
+    what = (
+        "Train a tokenizer or a generator as a YAML says. All that a run writes lies in "
+        "runs/NAME: checkpoints, metrics.csv, pictures, log.txt and the export."
+    )
+    options = [("--config CONFIG", "a YAML, or the name of one of ours; several add up")]
+    options += _own_options()
+    options += [
+        ("--print_config", "the whole config with its defaults"),
+        ("--help all", "every option; --model.help CLASS and --data.help CLASS: those of a class"),
+    ]
+    keys = (
+        "Every key of a YAML is an option: --trainer.max_steps 500 --data.batch_size 32 "
+        "--model.optimizer.lr 0.001 --data.root FOLDER"
+    )
+    sections = [usage, _wrapped(what), _table(options), _wrapped(keys), _choices()]
+    return "\n\n".join([*sections, _examples("train")])
+
+
+def _own_options() -> list[tuple[str, str]]:
+    """The options that our training command adds to the keys of a config."""
+    found = []
+    for node in ast.walk(parsed(PACKAGE / "cli" / "train.py")):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument":
+            help_text = [k.value for k in node.keywords if k.arg == "help"]
+            if help_text and isinstance(node.args[0], ast.Constant):
+                found.append((str(node.args[0].value), ast.literal_eval(help_text[0])))
+    return found
+
+
+def _choices() -> str:
+    """Names of systems and data sets, a line or two each."""
+    lines = []
+    for title, kind in (
+        ("tokenizers", "tokenizers"),
+        ("generators", "generators"),
+        ("data sets", "data"),
+    ):
+        names = ", ".join(entry.name for entry in entries(kind))
+        lines.append(_hanging(f"{title}:", names))
+    configs = entries("configs")
+    folders = sorted({entry.name.partition("/")[0] for entry in configs})
+    lines.append(_hanging("configs:", f"{len(configs)} in {', '.join(folders)}"))
+    lines.append(_hanging("more:", "tessellar list KIND [PATTERN], tessellar show NAME"))
+    return "\n".join(lines)
+
+
+def _functions(command: str) -> dict[str, tuple[str, str]]:
+    """Commands of `evaluate` or `convert`: name to module of `tessellar.cli` and function."""
+    tree = parsed(PACKAGE / "cli" / f"{command}.py")
+    homes = {
+        alias.asname or alias.name: (node.module.rpartition(".")[2], alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    table = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS"
+    )
+    assert isinstance(table, ast.Dict)
+    found = {}
+    for key, value in zip(table.keys, table.values, strict=True):
+        assert isinstance(key, ast.Constant)
+        if isinstance(value, ast.Call):  # Elsewhere(module, name)
+            module, name = (ast.literal_eval(argument) for argument in value.args)
+            found[str(key.value)] = (module.rpartition(".")[2], name)
+        else:
+            name = ast.unparse(value)
+            found[str(key.value)] = homes.get(name, (command, name))
+    return found
+
+
+def _commands(command: str, functions: dict[str, tuple[str, str]]) -> str:
+    """All commands of `evaluate` or `convert` with a line each."""
+    rows = [
+        (name, first_sentence(_definition(module, function)))
+        for name, (module, function) in functions.items()
+    ]
+    usage = f"usage: {spelled(command)} COMMAND ... (COMMAND --help lists its options)"
+    said = first_sentence(parsed(PACKAGE / "cli" / f"{command}.py")).partition(": ")[2]
+    what = _wrapped(said[:1].upper() + said[1:])
+    return "\n\n".join([usage, what, _table(rows), _choices(), _examples(command)])
+
+
+def _function(command: str, module: str, function: str, name: str = "") -> str:
+    """The page of one function."""
+    node = _definition(module, function)
+    docstring = ast.get_docstring(node) or ""
+    said = _arguments(docstring)
+    count = len(node.args.args) - len(node.args.defaults)
+    needed = [argument.arg for argument in node.args.args[:count]]
+    rows = [(needed_name.upper(), said.get(needed_name, "")) for needed_name in needed]
+    for argument, default in zip(node.args.args[count:], node.args.defaults, strict=True):
+        rows.append((_option(argument.arg), _told(argument, default, said.get(argument.arg, ""))))
+    words = " ".join(filter(None, [spelled(command), name, *(row[0] for row in rows[:count])]))
+    what = _wrapped(" ".join(docstring.partition("\n\nArgs:")[0].split()))
+    sections = [f"usage: {words} [options]", what, _table(rows)]
+    sections += _names_for({argument.arg for argument in node.args.args})
+    shown = [each for each in EXAMPLES[command] if not name or each.startswith(f"{name} ")]
+    return "\n\n".join([*sections, *([_examples(command, shown)] if shown else [])])
+
+
+def _names_for(arguments: set[str]) -> list[str]:
+    """What the arguments of a command choose among: data sets, algorithms, whose weights."""
+    lines = []
+    if "system" in arguments and "file" in arguments:
+        systems = {
+            entry.name
+            for kind in FOLDERS
+            for entry in entries(kind)
+            if (entry.file.parent / "official.py").is_file()
+        }
+        lines.append(_hanging("systems:", ", ".join(sorted(systems))))
+    for title, argument, kind in (
+        ("data sets", "data", "data"),
+        ("algorithms", "algorithm", "algorithms"),
+    ):
+        if argument in arguments:
+            names = ", ".join(entry.name for entry in entries(kind))
+            lines.append(_hanging(f"{title}:", names))
+    return ["\n".join(lines)] if lines else []
+
+
+def _definition(module: str, function: str) -> ast.FunctionDef:
+    tree = parsed(PACKAGE / "cli" / f"{module}.py")
+    return next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function
+    )
+
+
+def _arguments(docstring: str) -> dict[str, str]:
+    """The lines of `Args:`, by argument."""
+    said: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Args:\n")[2].splitlines():
+        depth = len(line) - len(line.lstrip())
+        if depth == 4:
+            name, _, text = line.strip().partition(": ")
+            said[name] = text
+        elif name:
+            said[name] += f" {line.strip()}"
+    return said
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _told(argument: ast.arg, default: ast.expr, said: str) -> str:
+    """An option's line, with its default where the line does not say it, and how to ask for more."""
+    annotation = ast.unparse(argument.annotation) if argument.annotation else "str"
+    kind = annotation.partition("[")[0].partition(" ")[0]
+    if kind not in PLAIN:
+        return f"{said} ({_option(argument.arg)}.help)" if ".help" not in said else said
+    value = default.value if isinstance(default, ast.Constant) else None
+    if kind == "bool" and value is True:
+        return f"{said} (--no-{argument.arg.replace('_', '-')} turns it off)"
+    if value in (None, "", False) or "default" in said:
+        return said
+    return f"{said} (default {value})"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(_hanging(f"  {name}", text) for name, text in rows)
+
+
+def _hanging(head: str, text: str) -> str:
+    start = f"{head:<{COLUMN}} "
+    return textwrap.fill(
+        start + text, WIDTH, subsequent_indent=" " * (COLUMN + 1), break_on_hyphens=False
+    )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
+def _examples(command: str, shown: Sequence[str] | None = None) -> str:
+    lines = EXAMPLES[command] if shown is None else shown
+    return "\n".join(["examples:", *(f"  {spelled(command)} {line}" for line in lines)])
