@@ -142,7 +142,7 @@ MISTAKES = [
     (tokenizer("model", delete=True), (), "model missing"),
     (tokenizer(f"{MODEL}.patch_size", 5), (), "patch_size 5 does not divide image_size 16"),
     (tokenizer("data.size", 8), (), "the tokenizer takes images of (16, 16); the data set shapes gives (8, 8)"),
-    (tokenizer("trainer.gradient_clip_val", 1.0), (), "set model.clip"),
+    (tokenizer("trainer.gradient_clip_val", 1.0), (), "set --model.clip"),
     (tokenizer("trainer.precision", "16-mixed"), (), "use bf16-mixed"),
     (tokenizer("trainer.accelerator", "cpuu"), (), "cpuu"),
     ("model: [a\nb: }", (), "run.yaml: not valid YAML"),
