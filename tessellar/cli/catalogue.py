@@ -13,11 +13,10 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import tessellar
 from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 
-PACKAGE = Path(tessellar.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
 KINDS = ("tokenizers", "generators", "data", "configs", "algorithms")
 FOLDERS = {"tokenizers": "tokenizers", "generators": "models"}
