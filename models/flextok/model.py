@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import Condition
@@ -249,7 +250,7 @@ class FlexAR(PrefixTransformer):
         return FlexARPass(state.cache, slots, self.project_text(condition.features), visible)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        logits = self.output(hidden).float()
+        logits = at_least_float32(self.output(hidden))
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
 

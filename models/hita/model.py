@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import Positions
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.rope import grid_angles
 from tessellar.models.parts.llama import LlamaGenerator
 from tessellar.models.parts.prefixes import ClassPrefix
@@ -130,7 +131,7 @@ class HitaAR(LlamaGenerator):
             logits = self.patch_output(hidden)
         else:
             logits = torch.where(rows[..., None], *self._both(hidden))
-        return Logits(state.merge(logits.float(), entity))
+        return Logits(state.merge(at_least_float32(logits), entity))
 
     def _both(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of both heads, the smaller vocabulary padded with -inf."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.adaln import Modulation, modulate
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.time_embedding import TimeEmbedding
 
 
@@ -59,5 +60,5 @@ class DiffusionMLP(nn.Module):
         for block in self.blocks:
             h = block(h, condition)
         shift, scale = self.modulation(condition)
-        eps, v = self.output(modulate(self.norm(h), scale, shift)).float().chunk(2, -1)
+        eps, v = at_least_float32(self.output(modulate(self.norm(h), scale, shift))).chunk(2, -1)
         return eps, v

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.models.mar.head import DiffusionMLP
 from tessellar.models.parts.masked_backbone import MaskedBackbone
@@ -145,7 +146,7 @@ class MAR(RandomSets):
         z = self.backbone(patches, ~masked, condition)
         chosen = masked.to(tokens.device).flatten().repeat(self.repeats)
         rows = [x.flatten(0, 1).repeat(self.repeats, 1)[chosen] for x in (patches, z)]
-        losses = self.row_losses(rows[0].float(), rows[1], t[chosen], noise[chosen])
+        losses = self.row_losses(at_least_float32(rows[0]), rows[1], t[chosen], noise[chosen])
         share = (
             torch.ones(masked.shape, device=tokens.device)
             if weight is None

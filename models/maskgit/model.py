@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.conditioning import ClassConditioning
@@ -227,7 +228,8 @@ class MaskGIT(MaskedGenerator):
         assert condition.ids is not None
         ids = torch.where(masked, self.vocab, tokens)
         label = self.vocab + 1 + condition.ids
-        return self.output(self.backbone(torch.cat([label[:, None], ids], 1))[:, 1:]).float()
+        hidden = self.backbone(torch.cat([label[:, None], ids], 1))
+        return at_least_float32(self.output(hidden[:, 1:]))
 
     def fill(
         self, state: State, tokens: Tensor, known: Tensor, places: Tensor, entity: Tensor

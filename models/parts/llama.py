@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import Slots
 from tessellar.layers.llama import LlamaBlock, Pass, Positions, swiglu_hidden
+from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.joint_text import JointText
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.models.parts.prefixes import CaptionPrefix, ClassPrefix
@@ -106,7 +107,7 @@ class LlamaGenerator(PrefixTransformer):
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         assert self.output is not None
-        logits = self.output(hidden).float()
+        logits = at_least_float32(self.output(hidden))
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
     def shared(self, place: Tensor, state: State, slots: Slots) -> Pass:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tessellar.layers.adaln import Modulation, modulate
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import Condition
@@ -206,7 +207,7 @@ class RAR(PrefixTransformer):
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         place = first[:, None] + torch.arange(want) + PREFIX - 1
         scale, shift = self.last_modulation(self.conditions(state.rows(place), state.condition))
-        logits = self.output(modulate(hidden, scale, shift)).float()
+        logits = at_least_float32(self.output(modulate(hidden, scale, shift)))
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
 

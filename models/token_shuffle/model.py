@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NoCache
 from tessellar.layers.llama import Positions
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.rope import frequencies
 from tessellar.models.llamagen.model import rope_table
 from tessellar.models.parts.joint_text import JointText
@@ -290,9 +291,9 @@ class TokenShuffle(LlamaGenerator):
     def logits(self, features: Tensor, first: int = 0) -> Tensor:
         """Logits of features [..., D] over the joint vocabulary from id `first` on."""
         if first == 0 and self.output is not None:
-            return self.output(features).float()
+            return at_least_float32(self.output(features))
         weight = self.token_embedding.weight if self.output is None else self.output.weight
-        return F.linear(features, weight[first:]).float()
+        return at_least_float32(F.linear(features, weight[first:]))
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         """Logits of image codes alone."""
@@ -332,8 +333,8 @@ class TokenShuffle(LlamaGenerator):
     def loss(
         self, tokens: Tensor, condition: Condition, weight: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Means over codes and over text tokens; in the gradient a text token counts
-        `text_loss_weight` of a code.
+        """`cross_entropy` and `text` are means over codes and over text tokens; `text_balance` is what
+        makes a text token count `text_loss_weight` of a code in the sum of all, which is minimised.
         """
         made = self.predictions(tokens, self.drop_condition(condition))
         mean = partial(weighted_mean, weight=weight)
@@ -344,8 +345,8 @@ class TokenShuffle(LlamaGenerator):
             real = made.text_targets >= 0
             nats = cross_entropy(made.text_logits, made.text_targets)
             share = self.text_loss_weight * mean(nats, tokens.shape[1])
-            # The value is the mean over text tokens, the gradient that of equal weight a token.
-            losses["text"] = mean(nats, real.sum(1)).detach() + share - share.detach()
+            losses["text"] = mean(nats, real.sum(1))
+            losses["text_balance"] = share - losses["text"]
             predicted = predicted.to(real.device) + real.sum(1)
             squares = torch.cat([squares, made.text_logits.logsumexp(-1).square() * real], dim=1)
         if self.z_loss:

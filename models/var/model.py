@@ -21,6 +21,7 @@ from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, modulate
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.stochastic_depth import StochasticDepth
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
@@ -305,9 +306,8 @@ class VAR(PrefixTransformer):
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         scale, shift = self.last_modulation(self._condition(state))
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.output(
-                modulate(hidden, scale, shift).to(self.output.weight.dtype)
-            ).float()
+            modulated = modulate(hidden, scale, shift).to(self.output.weight.dtype)
+            logits = at_least_float32(self.output(modulated))
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
 

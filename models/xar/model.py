@@ -21,6 +21,7 @@ from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, spread
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.llama import LlamaAttention, Pass, Positions, SwiGLU
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.rope import grid_angles
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
@@ -223,11 +224,8 @@ class XAR(Generator):
         x = self.in_order(tokens)
         noisy = flow.interpolate(x, noise, spread_times(t, self.entities))
         clean = x if self.context_noise == "clean" else None
-        error = (
-            (self.velocity(noisy, t, condition, clean).float() - flow.target(x, noise))
-            .square()
-            .mean(-1)
-        )
+        velocity = at_least_float32(self.velocity(noisy, t, condition, clean))
+        error = (velocity - flow.target(x, noise)).square().mean(-1)
         if self.loss_over == "entities":
             sizes = torch.tensor(self.entities.sizes, device=error.device)
             error = error * (error.shape[1] / self.entities.count / sizes).repeat_interleave(sizes)

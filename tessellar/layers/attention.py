@@ -82,7 +82,7 @@ def _explicit(
         scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(
             ~mask, -torch.inf
         )
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
 
 

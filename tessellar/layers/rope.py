@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tessellar.layers.precision import at_least_float32
+
 
 def frequencies(pairs: int, base: float = 10000.0) -> Tensor:
     """base^(-j / pairs) for j = 0 .. pairs - 1, float32 [pairs]."""
@@ -24,12 +26,12 @@ def grid_angles(rows: Tensor, columns: Tensor, head_dim: int, base: float = 1000
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (2j, 2j + 1) of x [B, H, n, D] by cos, sin [B or 1, n, D / 2]; computed in
-    float32.
+    float32, of float64 in float64.
 
     One complex product: a third of the memory traffic of the four real ones.
     """
     pairs = torch.view_as_complex(
-        rearrange(x.float(), "b h n (d two) -> b h n d two", two=2).contiguous()
+        rearrange(at_least_float32(x), "b h n (d two) -> b h n d two", two=2).contiguous()
     )
     rotated = torch.view_as_real(pairs * torch.complex(cos, sin)[:, None])
     return rearrange(rotated, "b h n d two -> b h n (d two)").to(x.dtype)

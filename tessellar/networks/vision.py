@@ -210,7 +210,8 @@ class Teacher(LossOnly, nn.Module):
     """A vision model that only a training loss reads.
 
     It moves with the module that holds it, but is no part of it: not in its parameters, state dict,
-    config or export.
+    config or export. It runs in the precision around it, as the teachers of ReToK (`vq_train.py`) and
+    ResTok (inside its forward pass) do under autocast; its features are compared in float32.
     """
 
     def __init__(self, model: VisionModel) -> None:

@@ -1,135 +1,25 @@
 """Weight decay acts on the parameters that it acts on in the official code, system by system, name by name.
 
-`recipe.json` of a recording says of every official parameter whether it decays. The replays import the recorded weights
-through the importers; here those weights remember their official names, so each parameter of ours knows where it is
-from. A part that trains without decay (Adam) is compared in that alone.
+`recipe.json` of a recording says of every official parameter whether it decays, and tests/interop/official_names.py
+where each parameter of ours is from. A part that trains without decay (Adam) is compared in that alone.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from tessellar.models.next_entity import NextEntity
 from tessellar.networks.vision import Teacher, VisionModel
-from tessellar.parity.recording import WeightFiles, read_recording
-from tessellar.parity.registration import replays_of
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.tokenizers.losses.dino_discriminator import DinoDiscriminator
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.training.optim import OptimizerSettings
+from tests.interop.official_names import GOLDEN, import_until, imported, recipe
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs" / "imagenet256"
 SYSTEMS = sorted(path.parent.name for path in GOLDEN.glob("*/recipe.json"))
-
-
-class Named(Tensor):
-    """A tensor that carries the official names that its values come from through every operation."""
-
-    names: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, tensor: Tensor, names: frozenset[str]) -> "Named":
-        made = tensor.as_subclass(cls)
-        made.names = names
-        return made
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        names = frozenset().union(
-            *(value.names for value in _flat((args, kwargs or {})) if isinstance(value, Named))
-        )
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        for value in _flat(result):
-            if isinstance(value, Named):
-                value.names = names
-        return result
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
-
-
-class NamedWeights(WeightFiles):
-    """The weight files of a recording, each tensor with its file and name."""
-
-    def __getitem__(self, part: str) -> dict[str, Tensor]:
-        file = self.files[part]
-        return {
-            name: Named.of(t, frozenset({f"{file}/{name}"}))
-            for name, t in super().__getitem__(part).items()
-        }
-
-
-class Imported(NamedTuple):
-    """A module that weights were put into, and the official names behind each of its parameters."""
-
-    module: nn.Module
-    names: dict[str, frozenset[str]]
-
-    @property
-    def all_names(self) -> set[str]:
-        return {name for sources in self.names.values() for name in sources}
-
-
-class Enough(Exception):
-    """What was looked for is imported: the replay need not go on."""
-
-
-def import_until(system: str, enough: Callable[[list[Imported]], bool]) -> list[Imported]:
-    """The modules that the replays of a system fill with recorded weights, until they are `enough`."""
-    recording = read_recording(GOLDEN / system)
-    weights = recording.weights
-    recording.weights = NamedWeights(weights.folder, weights.files, weights.storage)
-    found: list[Imported] = []
-    load = nn.Module.load_state_dict
-
-    def watch(module: nn.Module, state: Any, *rest: Any, **options: Any) -> None:
-        own = dict(module.named_parameters())
-        load(module, {key: t.as_subclass(Tensor) for key, t in state.items()}, *rest, **options)
-        names = {k: t.names for k, t in state.items() if k in own and isinstance(t, Named)}
-        if names:
-            found.append(Imported(module, names))
-        if enough(found):
-            raise Enough
-
-    with pytest.MonkeyPatch.context() as patch, suppress(Enough):
-        patch.setattr(nn.Module, "load_state_dict", watch)
-        for replay in replays_of(recording.system):
-            replay.function(recording)
-    return found
-
-
-@cache
-def imported(system: str) -> list[Imported]:
-    """Modules that hold every recorded parameter."""
-    return import_until(
-        system, lambda found: listed(system) <= {name for item in found for name in item.all_names}
-    )
-
-
-def listed(system: str) -> set[str]:
-    """File and name of every parameter that a recipe lists."""
-    lists = [part["decay"] for part in recipe(system).values() if part["decay"] is not None]
-    return {
-        f"{some['file']}/{name}"
-        for some in lists
-        for name, value in some["names"].items()
-        if value is not None
-    }
 
 
 def decaying(module: nn.Module) -> dict[str, bool]:
@@ -139,10 +29,6 @@ def decaying(module: nn.Module) -> dict[str, bool]:
     optimizers = OptimizerSettings(weight_decay=0.1).make(module)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return {names[id(p)]: group["weight_decay"] > 0 for group in groups for p in group["params"]}
-
-
-def recipe(system: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / system / "recipe.json").read_text())["parts"]
 
 
 PARTS = [(system, part) for system in SYSTEMS for part in recipe(system)]

@@ -177,11 +177,12 @@ def test_losses_count_codes_text_and_their_normalisers() -> None:
         if generator.output is not None
         else generator.token_embedding.weight
     )
-    (slope,) = torch.autograd.grad(losses["text"], weights, retain_graph=True)
-    (wanted,) = torch.autograd.grad(
-        2 * (nll * real).sum() / tokens.numel(), weights, retain_graph=True
-    )
-    assert torch.allclose(slope, wanted, atol=1e-7)
+    of_text = losses["text"] + losses["text_balance"]
+    wanted = 2 * (nll * real).sum() / tokens.numel()  # a text token counts two codes
+    assert torch.allclose(of_text, wanted)
+    (slope,) = torch.autograd.grad(of_text, weights, retain_graph=True)
+    (wanted_slope,) = torch.autograd.grad(wanted, weights, retain_graph=True)
+    assert torch.allclose(slope, wanted_slope, atol=1e-7)
     squares = torch.cat(
         [
             made.logits.logsumexp(-1).square().flatten(),
@@ -192,6 +193,18 @@ def test_losses_count_codes_text_and_their_normalisers() -> None:
     first = generator.loss(tokens[:1], given.select(torch.tensor([0])))
     weighed = generator.loss(tokens, given, torch.tensor([1.0, 0.0, 0.0]))
     assert all(torch.allclose(first[name], weighed[name], atol=1e-5) for name in losses)
+
+
+def test_the_sum_of_the_terms_is_what_its_gradient_says() -> None:
+    """A small step of the weights changes the printed total by the step times the gradient."""
+    generator = model(text_loss_weight=2.0, z_loss=0.1).double()
+    weights = generator.token_embedding.weight
+    total = torch.stack(list(generator.loss(tokens_of(), condition(TEXT)).values())).sum()
+    (slope,) = torch.autograd.grad(total, weights)
+    with torch.no_grad():
+        weights += 1e-5 * slope
+    after = torch.stack(list(generator.loss(tokens_of(), condition(TEXT)).values())).sum()
+    assert float(after - total) == pytest.approx(1e-5 * float(slope.square().sum()), rel=1e-3)
 
 
 def test_gradients_reach_every_parameter() -> None:

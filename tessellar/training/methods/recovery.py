@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from tessellar.errors import UserError
+from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.entities import Entities, take
 from tessellar.protocol.generator import Generator
@@ -100,7 +101,7 @@ class EmbeddingRecovery(nn.Module):
         assert trace.entities is not None
         order = trace.entities.order.expand(len(tokens), -1)
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            vectors = take(codebook(tokenizer).decode(tokens), order).float()
+            vectors = at_least_float32(take(codebook(tokenizer).decode(tokens), order))
         rows, ranks = (index.to(tokens.device) for index in generator.context_rows(trace.entities))
         shallow = trace.states[self.shallow]
         deep = trace.states[self.deep]
@@ -110,8 +111,8 @@ class EmbeddingRecovery(nn.Module):
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of 1 - cosine of vectors [..., C], in float32."""
-    return 1 - F.cosine_similarity(a.float(), b, dim=-1).mean()
+    """Mean of 1 - cosine of vectors [..., C], at least in float32."""
+    return 1 - F.cosine_similarity(at_least_float32(a), b, dim=-1).mean()
 
 
 def codebook(tokenizer: Tokenizer) -> Quantizer:
