@@ -5,8 +5,12 @@
 A test compares the page with what this makes of them.
 """
 
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tessellar.cli.recipes import (
     Entry,
@@ -170,12 +174,13 @@ def _results(entries: list[Entry]) -> list[str]:
     lines = [
         "## Published results",
         "",
-        "Samples, each with what its recording says of how they were drawn:",
+        "Samples, each with what its recording says of how they were drawn; `--config` of `sample.py` and of",
+        "`evaluate.py model` takes the file, which lies in `configs/imagenet256/sampling/`:",
         "",
     ]
     lines += [
-        "| system | variant | FID | IS | guidance | temperature, top-k, top-p | steps |",
-        "|---" * 7 + "|",
+        "| system | variant | FID | IS | guidance | temperature, top-k, top-p | steps | file |",
+        "|---" * 8 + "|",
     ]
     systems = list(dict.fromkeys(entry.system for entry in entries))
     for system in systems:
@@ -189,6 +194,19 @@ def _results(entries: list[Entry]) -> list[str]:
                 "| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |"
             )
     return lines
+
+
+@cache
+def _files() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((HERE / "sampling.yaml").read_text())
+
+
+def _file_of(system: str, variant: str) -> str | None:
+    """The file of sampling settings that holds a published variant's."""
+    for name, entry in _files().items():
+        if entry["system"] == system and any(fnmatchcase(variant, p) for p in entry["variants"]):
+            return f"`{name}.yaml`"
+    return None
 
 
 def _sampling(system: str, facts: dict[str, Any]) -> str:
@@ -213,6 +231,7 @@ def _sampling(system: str, facts: dict[str, Any]) -> str:
         guidance,
         draw,
         facts.get("steps"),
+        _file_of(system, facts["variant"]),
     )
     return (
         "| "
