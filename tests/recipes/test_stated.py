@@ -1,7 +1,7 @@
 """Systems without a recording have a recipe from their spec, each value with the spec's line, or one that is ours.
 
-docs/recipes/stated/SYSTEM/recipe.json: as the recordings', with `lines`, which gives for each value the spec's line, its
-words there and its mark.
+docs/recipes/stated/SYSTEM/recipe.json: as the recordings', with `lines`, which gives for each value the spec's line,
+its words there and its mark.
 """
 
 from fnmatch import fnmatchcase
