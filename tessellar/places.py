@@ -18,12 +18,15 @@ def runs_root() -> Path:
     return Path(os.environ.get(RUNS) or DEFAULT).expanduser()
 
 
+def put_runs_into(root: str) -> None:
+    """Let runs lie in `root` from now on, for child processes too."""
+    os.environ[RUNS] = root
+
+
 @contextmanager
-def runs_in(root: str | None) -> Iterator[None]:
-    """Let runs lie in `root` within (None: where they lie anyway), for child processes too."""
+def runs_stay() -> Iterator[None]:
+    """What `put_runs_into` says within is forgotten at the end."""
     before = os.environ.get(RUNS)
-    if root is not None:
-        os.environ[RUNS] = root
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from it.
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,23 +20,32 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessellar import distributed
-from tessellar.errors import UserError, remove
+from tessellar.errors import UserError, remove, writing
 from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.runs import BEST, LAST, PREVIOUS
 
 log = logging.getLogger(__name__)
+MILESTONE = "update_{:08d}.ckpt"
 
 
 class Checkpoints(Checkpoint):
     """Saves every `every` updates and at the end; best where `metric` (`val/loss`) has its `mode`
-    over validations.
+    over validations. Those of every `keep_every` updates stay, as `update_00010000.ckpt`.
     """
 
     def __init__(
-        self, folder: str | Path, every: int, metric: str, mode: Literal["min", "max"]
+        self,
+        folder: str | Path,
+        every: int,
+        metric: str,
+        mode: Literal["min", "max"],
+        keep_every: int | None = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"checkpoints are saved every {every} updates; at least 1 is needed")
+        if every < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(
+                f"checkpoints are saved every {every} updates and kept every {keep_every}; at least 1 is needed"
+            )
+        self.keep_every = keep_every
         self.folder = Path(folder)
         self.every = every
         self.metric = metric
@@ -52,12 +62,17 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         write_metrics(trainer)
-        if pl_module.updates % self.every == 0 and pl_module.updates != self._saved:
+        if self._is_due(pl_module.updates) and pl_module.updates != self._saved:
             self._due = validates_now(trainer)
             if not self._due:
                 self.save(trainer, pl_module)
         if self.metric != pl_module.best_by[0]:  # a callback may measure it between two validations
             self._consider(trainer)
+
+    def _is_due(self, updates: int) -> bool:
+        """Whether an update is one that is saved, or one that is kept."""
+        kept = self.keep_every is not None and updates % self.keep_every == 0
+        return kept or updates % self.every == 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._consider(trainer)
@@ -119,6 +134,23 @@ class Checkpoints(Checkpoint):
             require_finite(trainer, self._whole(LAST, PREVIOUS))
             self._write(trainer, LAST, keep=PREVIOUS)
             self._saved = pl_module.updates
+            if self.keep_every is not None and pl_module.updates % self.keep_every == 0:
+                self._keep(trainer, pl_module.updates)
+
+    def _keep(self, trainer: L.Trainer, updates: int) -> None:
+        """Have the file of `last.ckpt` under a second name too, which no later one replaces."""
+        if not trainer.is_global_zero:
+            return
+        milestone = self.folder / MILESTONE.format(updates)
+        staged = milestone.with_name(f"{milestone.name}.part")
+        with writing(milestone, unfinished=staged):
+            staged.unlink(missing_ok=True)
+            try:
+                os.link(self.folder / LAST, staged)
+            except OSError:  # a disk without links
+                shutil.copyfile(self.folder / LAST, staged)
+            staged.replace(milestone)
+            flush(self.folder)
 
     def _write(self, trainer: L.Trainer, name: str, keep: str | None = None) -> None:
         """Write `name`, its old content goes to `keep`; every process takes part, the first one

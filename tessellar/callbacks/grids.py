@@ -94,5 +94,5 @@ def log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
     kind = type(logger).__name__
     if kind == "TensorBoardLogger":
         logger.experiment.add_image(name, image, step)
-    elif kind == "WandbLogger":
-        logger.log_image(name, [image.permute(1, 2, 0).numpy()])
+    elif kind == "WandbPage":
+        logger.log_image(name, [image.permute(1, 2, 0).numpy()], step=step)

@@ -4,11 +4,13 @@ a run cost.
 
 import logging
 import os
+import sys
 import time
 from typing import Any
 
 import lightning as L
 
+from tessellar.callbacks.run_progress import gpu_memory
 from tessellar.training import flops
 from tessellar.training.base import TrainingModule
 
@@ -19,8 +21,7 @@ COUNT_EVERY = 1000  # batches between two counts of operations: a discriminator 
 class Throughput(L.Callback):
     """Logs rates every `every` batches, parameters at the start and totals at the end.
 
-    Where no progress bar is shown, a line says how far the run is, at most twenty times. Totals
-    count over resumes. CPU time includes that of data workers, as far as they have ended.
+    Totals count over resumes. CPU time includes that of data workers, as far as they have ended.
     Operations are those of one process, and MFU is their rate against its GPU's peak, where that is
     known.
     """
@@ -35,17 +36,17 @@ class Throughput(L.Callback):
         self._count: flops.CountFlops | None = None
         self._flops = self._batches = 0
         self._peak: float | None = None
-        self._said = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
         if trainer.is_global_zero:
+            total = pl_module.total_updates  # type: ignore[attr-defined]
             log.info(
-                "parameters: %s trained, %s frozen; updates: %d",
+                "parameters: %s trained, %s frozen; updates: %s",
                 f"{trained:,}",
                 f"{frozen:,}",
-                trainer.max_steps,
+                "no end" if total == sys.maxsize else f"{total:,}",
             )
         self._cpu = cpu_time()
         self._wall = time.perf_counter()
@@ -89,25 +90,11 @@ class Throughput(L.Callback):
         self.samples += len(tokens) * trainer.world_size
         self.tokens += tokens.shape[0] * tokens.shape[1] * trainer.world_size
         if pl_module.batches % self.every == 0:
-            rate = self._log_rates(pl_module)
-            if trainer.progress_bar_callback is None and trainer.is_global_zero:
-                self._say(pl_module.updates, trainer.max_steps, float(outputs["loss"]), rate)
+            self._log_rates(pl_module)
         self._batch_end = time.perf_counter()
 
-    def _say(self, updates: int, total: int, loss: float, rate: float) -> None:
-        done = updates / total if total > 0 else 0.0
-        if done >= self._said + 0.05:
-            self._said = done
-            log.info(
-                "update %s of %s: loss %.4f, %.0f images/s",
-                f"{updates:,}",
-                f"{total:,}",
-                loss,
-                rate,
-            )
-
-    def _log_rates(self, pl_module: TrainingModule) -> float:
-        """Log all rates of the batches since the last time; returns images/s."""
+    def _log_rates(self, pl_module: TrainingModule) -> None:
+        """Log all rates of the batches since the last time."""
         now = time.perf_counter()
         before, samples, tokens = self._mark
         elapsed = max(now - before, 1e-9)
@@ -115,6 +102,9 @@ class Throughput(L.Callback):
         counted = {"speed/tflops_per_second": rate / 1e12} if rate else {}
         if rate and self._peak:
             counted["speed/mfu"] = rate / self._peak
+        memory = gpu_memory(pl_module.device)
+        if memory is not None:
+            counted["speed/gpu_memory_gb"] = memory
         pl_module.log_dict(
             {
                 **counted,
@@ -127,7 +117,6 @@ class Throughput(L.Callback):
         self._batches = 0
         self._mark = (now, self.samples, self.tokens)
         self._waited = 0.0
-        return (self.samples - samples) / elapsed
 
     def _add_times(self) -> None:
         cpu = cpu_time()

@@ -96,7 +96,7 @@ def checkpoint_tensors(
     state = content.get("state_dict")
     kind = description["kind"]
     if not isinstance(state, dict):
-        raise UserError(f"{where} has no state_dict")
+        raise UserError(f"{where} holds no weights: training did not write it, or it is damaged")
     averages = {} if raw else _averages(content)
     merged = {**state, **{AVERAGED[kind] + name: tensor for name, tensor in averages.items()}}
     tensors = {}

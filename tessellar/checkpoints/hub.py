@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tessellar.checkpoints.export import CARD, CONFIG, WEIGHTS
 from tessellar.errors import UserError
+from tessellar.places import DEFAULT
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 FILE_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".yaml")
@@ -18,6 +19,7 @@ def is_hub_id(text: str) -> bool:
     return (
         bool(HUB_ID.fullmatch(text))
         and not text.endswith(FILE_SUFFIXES)
+        and owner != DEFAULT  # the folder of runs, which may lie elsewhere
         and not Path(owner).is_dir()
     )
 

@@ -51,6 +51,12 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def finish(stage: Path, target: Path, marker: str, overwrite: bool = False) -> None:
+    """Put a folder that was written beside `target`, over several commands maybe, in its place."""
+    check_target(target, marker, overwrite)
+    _move(stage, target, marker, overwrite)
+
+
 def beside(target: Path, what: str) -> Path:
     """A fresh hidden name in the folder of `target`."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{what}")

@@ -2,13 +2,17 @@
 tokens.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from tessellar import distributed
 from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.staging import check_target
+from tessellar.cli.next_steps import after_cache
 from tessellar.cli.sample import pick_device
-from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.datamodule import ImageDataModule, count_of
 from tessellar.data.token_cache.files import HEADER
 from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
@@ -16,6 +20,7 @@ from tessellar.pipeline import assemble
 from tessellar.protocol.packages import trust
 from tessellar.protocol.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 PARTS = ("train", "val")
 
 
@@ -32,6 +37,8 @@ def cache(
     overwrite: bool = False,
 ) -> None:
     """Encode a data set once: all crops and mirror images of training, one view of validation.
+
+    Interrupted, the same command goes on. torchrun starts it on several processes or GPUs.
 
     Args:
         tokenizer: export folder, .safetensors, .ckpt or hub id of a tokenizer, or of a generator, which holds one
@@ -55,21 +62,61 @@ def cache(
     chosen = parts or list(PARTS)
     for part in chosen:  # before hours of encoding, not after
         check_target(Path(out) / part, HEADER, overwrite)
+    with distributed.session():
+        _encode(
+            tokenizer,
+            data,
+            Path(out),
+            chosen,
+            raw=raw,
+            device=device,
+            overwrite=overwrite,
+            batch_size=batch_size,
+            precision=precision,
+        )
+
+
+def _encode(
+    tokenizer: str,
+    data: ImageDataModule,
+    out: Path,
+    parts: Sequence[str],
+    *,
+    raw: bool,
+    device: str,
+    overwrite: bool,
+    batch_size: int,
+    precision: Literal["float32", "bf16"],
+) -> None:
+    """Encode the parts, on as many processes as torchrun started."""
     loaded = assemble(read_source(tokenizer, raw=raw))
     model = (loaded if isinstance(loaded, Tokenizer) else loaded.tokenizer).to(pick_device(device))
-    for part in chosen:
+    for part in parts:
         dataset = data.train_dataset() if part == "train" else data.val_dataset()
+        if distributed.rank() == 0:
+            log.info(
+                "%s: %s images of %s, views of each: %d; writes %s",
+                part,
+                f"{len(dataset):,}",
+                count_of(len(dataset.class_names), "class", "classes"),
+                dataset.num_views,
+                out / part,
+            )
         options = {
             "batch_size": batch_size,
             "num_workers": data.num_workers,
             "precision": precision,
         }
         header = encode_dataset(
-            model, dataset, Path(out) / part, name=data.name, overwrite=overwrite, **options
+            model, dataset, out / part, name=data.name, overwrite=overwrite, **options
         )
-        size = sum(file.stat().st_size for file in (Path(out) / part).iterdir())
+        if distributed.rank() > 0:
+            continue
+        size = sum(file.stat().st_size for file in (out / part).iterdir())
         skipped = f", {header.corrupt} of them corrupt and replaced" if header.corrupt else ""
         print(
             f"{part}: {header.count} images{skipped}, views of each: {header.views}, {size / 1e6:.2f} MB"
         )
-    print(f"wrote {out}")
+    if distributed.rank() == 0:
+        print(f"wrote {out}")
+        log.info("%s", after_cache(str(out)))

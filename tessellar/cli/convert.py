@@ -1,6 +1,7 @@
 """`convert.py`: official checkpoints in, exports out, and the proof that both say the same."""
 
 import json as json_module
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,12 +19,15 @@ from tessellar.checkpoints.staging import check_target
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.importing import import_model
+from tessellar.cli.next_steps import after_export
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions
 from tessellar.parity.verify import Report, UnknownSystem, verify
 from tessellar.pipeline import ImageGenerator, assemble
 from tessellar.protocol.packages import trust, trusted
 from tessellar.protocol.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def import_official(
@@ -202,6 +206,7 @@ def _export(
     else:
         export_generator(model, out, record=record, overwrite=overwrite)
     print(f"wrote {out}")
+    log.info("%s", after_export(model, out))
 
 
 def _check_out(out: str, overwrite: bool) -> None:

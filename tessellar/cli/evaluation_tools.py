@@ -1,5 +1,6 @@
 """`evaluate.py stats|extractor|neighbours|compare`: what is needed around a measurement."""
 
+import logging
 from pathlib import Path
 
 from tessellar import distributed
@@ -21,6 +22,8 @@ from tessellar.evaluation.sources import DatasetImages, ImageSource, open_images
 from tessellar.networks.facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.pipeline import ImageGenerator, load
 from tessellar.sampling.output import save_png
+
+log = logging.getLogger(__name__)
 
 
 def stats(
@@ -102,6 +105,7 @@ def extractor(
         raise UserError(
             "say what to train on and where to write: --data CLASS ... --out NET.safetensors"
         )
+    log.info("data: %s: %s; writes %s", data.name, data.found(), out)
     facts = train_extractor(data, out, architecture, recipe, pick_device(device), purpose)
     print(f"wrote {out}: {facts.name}, validation accuracy {facts.training['val_accuracy']:.4f}")
 

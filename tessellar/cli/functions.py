@@ -216,6 +216,8 @@ def _plain(message: str, names: Sequence[str]) -> str:
     if message.startswith("unrecognized arguments: --"):
         return explain(message, names, (), ())
     text = " ".join(message.split())
+    if found := re.match(r"the following arguments are required: (.*)", text):
+        return f"{found[1]} missing; --help says what it is"
     choice = re.search(r"invalid choice: '([\w.]+)'", text)
     return text + (nearest(choice[1], names, listed=0) if choice else "")
 

@@ -165,7 +165,7 @@ def _systems(name: str, packages: str) -> list[str]:
     if used:
         lines.append("configs that train it:")
         lines += [f"    {spelled('train')} --config {each}" for each in used]
-    lines.append(f"tessellar show {name} names its models; tessellar show MODEL lists its options")
+    lines.append("tessellar show MODEL lists a model's options")
     return lines
 
 
@@ -179,13 +179,15 @@ def _class(entry: Entry, name: str, kind: str) -> list[str]:
         except StopIteration:
             continue
         docstring = (ast.get_docstring(node) or "").splitlines()
-        options = [f"    {option}" for option in options_of(node)]
+        options = [f"    {option}" for option in options_of(node, file)]
         return [name, *docstring, "options:", *options, f"file: {_relative(file)}"]
     return [name, entry.what, f"file: {_home(entry)}"]
 
 
-def options_of(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
-    """`name: type = default` of a function, of a class's constructor, or of a dataclass's fields."""
+def options_of(node: ast.ClassDef | ast.FunctionDef, file: Path) -> list[str]:
+    """`name: type = default` of a function, of a class's constructor, or of a dataclass's fields with
+    those of its bases in the same file.
+    """
     if isinstance(node, ast.ClassDef):
         makers = [
             item
@@ -193,7 +195,7 @@ def options_of(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
             if isinstance(item, ast.FunctionDef) and item.name == "__init__"
         ]
         if not makers:
-            return [ast.unparse(item) for item in node.body if isinstance(item, ast.AnnAssign)]
+            return list(_fields(node, file).values())
         node = makers[0]
     given = [argument for argument in node.args.args if argument.arg != "self"]
     defaults = [None] * (len(given) - len(node.args.defaults)) + list(node.args.defaults)
@@ -203,6 +205,22 @@ def options_of(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
         value = f" = {ast.unparse(default)}" if default is not None else ""
         options.append(f"{argument.arg}{kind}{value}")
     return options
+
+
+def _fields(node: ast.ClassDef, file: Path) -> dict[str, str]:
+    """The fields of a dataclass by name, those of its bases first."""
+    found: dict[str, str] = {}
+    for base in node.bases:
+        try:
+            above = definition(file, ast.unparse(base))
+        except StopIteration:
+            continue
+        if isinstance(above, ast.ClassDef):
+            found |= _fields(above, file)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and "ClassVar" not in ast.unparse(item.annotation):
+            found[ast.unparse(item.target)] = ast.unparse(item)
+    return found
 
 
 def _home(entry: Entry) -> str:

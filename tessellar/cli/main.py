@@ -1,4 +1,4 @@
-"""`tessellar train|sample|evaluate|convert|list|show ...`, and the entry of the four scripts at the
+"""`tessellar train|sample|evaluate|convert|data|list|show ...`, and the entry of the four scripts at the
 checkout's root.
 
 A command's module is imported only when it is called, so that help and mistakes are answered at
@@ -18,6 +18,7 @@ from tessellar.cli.listing import list_main, show_main
 from tessellar.cli.nearest import nearest
 from tessellar.cli.pages import page, wants_all
 from tessellar.errors import UserError, in_one_line
+from tessellar.progress import BesideBar
 
 SCRIPTS = {
     "train": "train a tokenizer or a generator from a YAML",
@@ -27,6 +28,7 @@ SCRIPTS = {
 }
 COMMANDS = {
     **SCRIPTS,
+    "data": "prepare a data set that was downloaded: ImageNet",
     "list": "name all tokenizers, generators, data, configs or algorithms",
     "show": "say what one of them is, or a run",
 }
@@ -45,7 +47,7 @@ def show_log() -> None:
     log = logging.getLogger("tessellar")
     log.setLevel(logging.INFO)
     if not log.handlers:
-        handler = logging.StreamHandler()
+        handler = BesideBar()
         handler.setFormatter(OneLine())
         log.addHandler(handler)
 

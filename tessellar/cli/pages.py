@@ -36,6 +36,9 @@ EXAMPLES = {
         "cache runs/mine/export --data ImageFolderData --data.root PICTURES --out mine",
         "info runs/mine/export",
     ),
+    "data": (
+        "imagenet ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar --labels DEVKIT.tar.gz --out imagenet",
+    ),
 }
 
 
@@ -46,8 +49,8 @@ def page(command: str, argv: Sequence[str]) -> str | None:
         return None
     if command == "train":
         return _train()
-    if command == "sample":
-        return _function(command, "sample", "sample")
+    if _table_of(command) is None:
+        return _function(command, command, command)
     functions = _functions(command)
     name = next((word for word in argv[: asked[0]] if not word.startswith("-")), None)
     if name not in functions:
@@ -113,6 +116,14 @@ def _choices() -> str:
     return "\n".join(lines)
 
 
+def _table_of(command: str) -> ast.expr | None:
+    """The table COMMANDS in a command's module, where it has several."""
+    for node in parsed(PACKAGE / "cli" / f"{command}.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
+            return node.value
+    return None
+
+
 def _functions(command: str) -> dict[str, tuple[str, str]]:
     """Commands of `evaluate` or `convert`: name to module of `tessellar.cli` and function."""
     tree = parsed(PACKAGE / "cli" / f"{command}.py")
@@ -122,11 +133,7 @@ def _functions(command: str) -> dict[str, tuple[str, str]]:
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    table = next(
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS"
-    )
+    table = _table_of(command)
     assert isinstance(table, ast.Dict)
     found = {}
     for key, value in zip(table.keys, table.values, strict=True):
@@ -166,7 +173,8 @@ def _function(command: str, module: str, function: str, name: str = "") -> str:
     what = _wrapped(" ".join(docstring.partition("\n\nArgs:")[0].split()))
     sections = [f"usage: {words} [options]", what, _table(rows)]
     sections += _names_for({argument.arg for argument in node.args.args})
-    shown = [each for each in EXAMPLES[command] if not name or each.startswith(f"{name} ")]
+    every = EXAMPLES.get(command, ())
+    shown = [each for each in every if not name or each.startswith(f"{name} ")]
     return "\n\n".join([*sections, *([_examples(command, shown)] if shown else [])])
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from tessellar import distributed
 from tessellar.checkpoints.reading import Source, read_source
@@ -24,6 +23,7 @@ from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble
 from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
 from tessellar.processes.flow import EulerMaruyama, Flow
+from tessellar.progress import Progress
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.conditioner import ClassConditioner
 from tessellar.protocol.guidance import Constant, GuidanceSchedule
@@ -242,16 +242,14 @@ def _draw(
     folder: SampleFolder,
     recorder: Recorder,
 ) -> None:
-    """Draw this process's share and write it; the bar shows images/s and is quiet where nobody
-    watches.
-    """
+    """Draw this process's share and write it, and say how far it is."""
     share = distributed.own_share(len(labels))
     settings = (sampling, seed, batch_size, precision, share, recorder)
     if texts is None:
         batches = sample_images(model, labels, *settings)
     else:
         batches = sample_texts(model, [texts[label] for label in labels], *settings)
-    with tqdm(total=len(share), unit="image", disable=True if distributed.rank() else None) as bar:
+    with Progress("sampling", len(share), "images", quiet=distributed.rank() > 0) as bar:
         for indices, images in batches:
             folder.write(indices, images)
             bar.update(len(indices))

@@ -12,11 +12,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,6 +30,7 @@ from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.interruption import Interrupted, Interruption
+from tessellar.callbacks.run_progress import RunProgress
 from tessellar.callbacks.throughput import Throughput
 from tessellar.checkpoints.card import Record, command_line, commit
 from tessellar.checkpoints.description import PARTS
@@ -37,18 +40,21 @@ from tessellar.checkpoints.reading import read_source
 from tessellar.cli.catalogue import config_file
 from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.mistakes import cause_of, explain, nearest
+from tessellar.cli.next_steps import next_steps
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.cli.spelling import spelled
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.networks.vision import stand_ins
-from tessellar.places import in_runs, runs_in, runs_root
+from tessellar.places import in_runs, put_runs_into, runs_root, runs_stay
 from tessellar.protocol.configured import Configured, check_buildable
 from tessellar.protocol.packages import trust, trusting
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
-from tessellar.training.continuing import CONFIG, compare_settings, say_where
-from tessellar.training.runs import CHECKPOINTS, LAST, Run, check_data, restoring
+from tessellar.training.continuing import CONFIG, compare_settings, flat, say_where
+from tessellar.training.run_log import LOG, RunLog, logging_into
+from tessellar.training.runs import BEST, CHECKPOINTS, LAST, Run, check_data, restoring
+from tessellar.training.wandb_page import WandbOptions, WandbPage
 
 log = logging.getLogger(__name__)
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -69,6 +75,7 @@ class TrainCLI(LightningCLI):
     """Adds the run's own options to Lightning's."""
 
     run_folder: Run
+    log_file: RunLog
     asked: str  # the whole config as it was given
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -97,13 +104,34 @@ class TrainCLI(LightningCLI):
             "--ema", type=float | None, default=None, help="decay of averaged weights; null is none"
         )
         parser.add_argument(
-            "--wandb", type=str | None, default=None, help="a project name switches wandb on"
+            "--wandb",
+            type=str | None,
+            default=None,
+            help="a project switches Weights & Biases on; with --wandb_entity, --wandb_group, "
+            "--wandb_tags a,b, --wandb_notes",
+        )
+        for option in ("entity", "group", "tags", "notes"):
+            parser.add_argument(f"--wandb_{option}", type=str | None, default=None)
+        parser.add_argument(
+            "--wandb_export", type=bool, default=False, help="true: send the export there too"
         )
         parser.add_argument(
             "--log_every", type=PositiveInt, default=50, help="batches between lines of the logs"
         )
         parser.add_argument(
             "--save_every", type=PositiveInt, default=1000, help="updates between checkpoints"
+        )
+        parser.add_argument(
+            "--keep_every",
+            type=PositiveInt | None,
+            default=None,
+            help="updates between checkpoints that stay, for curves over training",
+        )
+        parser.add_argument(
+            "--export",
+            type=Literal["last", "best"],
+            default="last",
+            help="which weights are exported at the end: those of the end, or of best.ckpt",
         )
         parser.add_argument(
             "--best_metric",
@@ -127,7 +155,10 @@ class TrainCLI(LightningCLI):
         name = with_teachers(
             config.name or _default_name(config.config), stand_ins(config.model.as_dict())
         )
+        if config.runs_root:
+            put_runs_into(config.runs_root)
         self.run_folder = Run(name, runs_root(), resume=config.resume)
+        self.log_file = RunLog(self.run_folder.folder)
         self.asked = self.parser.dump(self.config, skip_unset=False)
         if self.run_folder.checkpoint is not None:
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
@@ -151,6 +182,7 @@ class TrainCLI(LightningCLI):
         callbacks: list[L.Callback] = [
             LambdaCallback(on_train_start=lambda trainer, _: self.begin(trainer)),
             Throughput(config.log_every),
+            RunProgress(),
             CodebookUsage(config.log_every, self.model.least_codes_used),
             Grids(run, config.sampling),
             Interruption(),
@@ -159,6 +191,7 @@ class TrainCLI(LightningCLI):
                 config.save_every,
                 config.best_metric or best_metric,
                 config.best_mode if config.best_metric else best_mode,
+                config.keep_every,
             ),
         ]
         if config.ema is not None:
@@ -170,11 +203,11 @@ class TrainCLI(LightningCLI):
                 if config.trainer.strategy == "ddp" and self.model.takes_turns
                 else {}
             ),
-            logger=run.loggers(config.wandb),
+            logger=run.loggers(config.wandb, _wandb_options(config)),
             callbacks=[*(config.trainer.callbacks or []), *callbacks],
             default_root_dir=run.folder,
             log_every_n_steps=config.log_every,
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=False,  # RunProgress shows the run, not its epochs
             enable_model_summary=False,
         )
 
@@ -182,6 +215,11 @@ class TrainCLI(LightningCLI):
         """Nothing of the run's folder changes before: whatever can be refused has been."""
         if trainer.is_global_zero:
             self.run_folder.begin(self.asked, run_facts(self))
+            self.log_file.open()
+            settings = flat(yaml.safe_load(self.asked))
+            settings.pop("config", None)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(settings)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -201,11 +239,12 @@ def main(argv: Sequence[str]) -> int:
         )
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # its table
     with warnings.catch_warnings():
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
         try:
-            with trusting(_given(given, "--package")), runs_in(_last(given, "--runs_root")):
+            with trusting(_given(given, "--package")), runs_stay():
                 actions[word](parse(given))
         except Interrupted as signal:
             print(signal, file=sys.stderr)
@@ -222,6 +261,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fit(cli: TrainCLI) -> None:
+    """Train with log.txt and run.json as witnesses: what was said, and how it ended."""
+    run = cli.run_folder
+    if not cli.trainer.is_global_zero:
+        _fit(cli)
+        return
+    try:
+        with logging_into(cli.log_file):
+            _fit(cli)
+    except (Interrupted, KeyboardInterrupt):
+        run.end("interrupted")
+        raise
+    except BaseException as error:
+        with suppress(UserError):  # the disk is full: the first error is the one to tell
+            run.end("failed", {"error": " ".join(str(error).split())[:500]})
+        raise
+
+
+def _fit(cli: TrainCLI) -> None:
     """Train, then write the run's export and what it cost."""
     run = cli.run_folder
     trainer = cli.trainer
@@ -231,7 +288,9 @@ def fit(cli: TrainCLI) -> None:
         say_where(run.checkpoint, trainer.max_steps)
     if trainer.is_global_zero:
         run.create()
-        print(cli.model.facts())
+        log.info("data: %s: %s", cli.datamodule.name, cli.datamodule.found())
+        log.info("model: %s", cli.model.facts())
+        log.info("writes %s: checkpoints, metrics.csv, pictures, %s, export", run.folder, LOG)
     put_tracebacks_into(run.folder)
     last = run.folder / CHECKPOINTS / LAST
     try:
@@ -328,12 +387,6 @@ def _no_action(word: str, actions: list[str]) -> str:
     except UserError:
         return f"{word!r} is not an action; there are {', '.join(actions)}{nearest(word, actions, listed=0)}"
     return f"{word} is a config: {spelled('train')} --config {word}"
-
-
-def _last(argv: Sequence[str], option: str) -> str | None:
-    """The last value of an option on the command line."""
-    values = _given(argv, option)
-    return values[-1] if values else None
 
 
 #: Trainer options that a run decides itself, and what says the same here.
@@ -442,28 +495,58 @@ def _finish(cli: TrainCLI) -> None:
     trainer = cli.trainer
     ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-    run.write("run.json", {**run_facts(cli), "updates": module.updates, **speed.costs()})
+    export, steps = _exported(cli)
+    costs = {"updates": module.updates, "exported": export, **speed.costs()}
     record = Record(
         title=run.name,
         weights="raw" if ema is None else "ema",
         data=cli.datamodule.name,
-        steps=module.updates,
+        steps=steps,
         command=command_line(),
         commit=commit(),
     )
-    if module.is_sharded:
-        _export_checkpoint(run, record)
+    if module.is_sharded or export == BEST:
+        _export_checkpoint(run, record, export)
     elif ema is not None:
         with ema.swapped(module):
             module.export(run.folder / "export", record)
     else:
         module.export(run.folder / "export", record)
+    run.end("finished", costs)
     print(f"export: {run.folder / 'export'}")
+    pages = [logger for logger in trainer.loggers if isinstance(logger, WandbPage)]
+    for page in pages if cli.config_init.wandb_export else []:  # type: ignore[union-attr]
+        page.send_export(run.folder / "export")
+    for line in next_steps(module, run.folder):
+        log.info("%s", line)
 
 
-def _export_checkpoint(run: Run, record: Record) -> None:
-    """The export of a sharded run, of its last checkpoint: no process holds all weights."""
-    source = read_source(run.folder / CHECKPOINTS / LAST)
+def _exported(cli: TrainCLI) -> tuple[str, int]:
+    """Which checkpoint the export is of, and its number of updates."""
+    best = cli.run_folder.folder / CHECKPOINTS / BEST
+    if cli.config_init.export == "best" and best.exists():  # type: ignore[union-attr]
+        content = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+        return BEST, int(content["global_step"])
+    if cli.config_init.export == "best":  # type: ignore[union-attr]
+        log.warning("there is no %s, since no validation measured it: the last is exported", BEST)
+    return LAST, cli.model.updates
+
+
+def _wandb_options(config: Any) -> WandbOptions:
+    """What the run's options say of its page."""
+    tags = tuple(tag.strip() for tag in (config.wandb_tags or "").split(",") if tag.strip())
+    return WandbOptions(
+        entity=config.wandb_entity,
+        group=config.wandb_group,
+        tags=tags,
+        notes=config.wandb_notes,
+        export=config.wandb_export,
+    )
+
+
+def _export_checkpoint(run: Run, record: Record, name: str = LAST) -> None:
+    """The export of one of a run's checkpoints: of a sharded run no process holds all weights."""
+    source = read_source(run.folder / CHECKPOINTS / name)
     source.check()
     parts = {part: source.build(part) for part in PARTS if part in source.description}
     export_parts(parts, run.folder / "export", record=record, overwrite=True)

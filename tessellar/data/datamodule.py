@@ -19,7 +19,7 @@ from tessellar.data.batch import collate
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.pictures import PictureDataset
 from tessellar.data.sampler import ResumableSampler
-from tessellar.data.workers import ignore_interruptions
+from tessellar.data.workers import ignore_interruptions, sensible_workers
 from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,23 +28,24 @@ log = logging.getLogger(__name__)
 class ImageDataModule(LightningDataModule, ABC):
     """Loaders over two or three data sets; `batch_size` is that of one process.
 
-    `name` identifies the data in records, `image_size` is (height, width).
+    `name` identifies the data in records, `image_size` is (height, width). `num_workers` None: as
+    many as help on this machine.
     """
 
     name: str
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(self, batch_size: int, num_workers: int | None, seed: int) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
+        if batch_size < 1 or (num_workers is not None and num_workers < 0):
             raise ValueError(
                 f"batch_size is {batch_size}, num_workers {num_workers}; at least 1 and 0 are needed"
             )
         if not 0 <= seed < 2**63:
             raise ValueError(f"data.seed is {seed}; it must be at least 0 and below 2^63")
         self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.num_workers = sensible_workers() if num_workers is None else num_workers
         self.seed = seed
         self._loaded: list[IndexedDataset] = []
         self._facts: DataFacts | None = None
@@ -87,6 +88,11 @@ class ImageDataModule(LightningDataModule, ABC):
                 len(val),
                 total,
             )
+
+    def found(self) -> str:
+        """What was found, for the start of a run: numbers of images and classes."""
+        train, val = len(self.train_dataset()), len(self.val_dataset())
+        return f"{train:,} training and {val:,} validation images, {count_of(self.num_classes, 'class', 'classes')}"
 
     def text_datasets(self) -> Sequence[IndexedDataset]:
         """The training and validation sets, whose captions a generator of text reads."""
@@ -189,6 +195,11 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"the run was at sample {start} of an epoch; {self.name} now has {total}: continue it with its own data"
             )
         return epoch, start
+
+
+def count_of(number: int, one: str, several: str) -> str:
+    """`1 class`, `8 classes`."""
+    return f"{number:,} {one if number == 1 else several}"
 
 
 def _some(names: Sequence[str], shown: int = 5) -> str:

@@ -1,9 +1,30 @@
-"""What the processes of a data loader do at their start."""
+"""How many processes load data, and what each does at its start."""
 
+import os
 import signal
+
+import torch
 
 #: Signals that end a run in order, see tessellar/callbacks/interruption.py.
 INTERRUPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+MOST = 8
+"""More processes than these rarely feed one GPU faster."""
+
+
+def sensible_workers() -> int:
+    """Processes that load data where nobody said how many: this process's share of the cores, at
+    most 8.
+
+    None without a GPU, where they would take the cores that train.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MOST, max(1, (cores or 1) // max(here, 1)))
 
 
 def ignore_interruptions(_: int) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from tessellar.distributed import all_reduce_sum, gather_rows, own_share, rank
 from tessellar.errors import UserError
@@ -25,6 +24,7 @@ from tessellar.measures.inception_score import InceptionScore, ScoreSums, SplitR
 from tessellar.measures.paired import PairedScores, PairedSums
 from tessellar.measures.pixels import image_hashes, set_hash
 from tessellar.measures.statistics import FeatureStatistics, Moments
+from tessellar.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,7 @@ def collect(
     all ranks.
     """
     collector = Collector(extractor, total, needs)
-    # The bar is quiet where nobody watches (no terminal), and on all ranks but the first.
-    with tqdm(
-        total=len(own_share(total)), unit="image", leave=False, disable=True if rank() else None
-    ) as bar:
+    with Progress("features", len(own_share(total)), "images", quiet=rank() > 0) as bar:
         for batch in rebatch(batches, size):
             count = len(batch.images)
             filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))

@@ -11,11 +11,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.distributed import all_gather
+from tessellar.distributed import all_gather, own_share, rank
 from tessellar.errors import UserError
 from tessellar.evaluation.sources import ImageSource
 from tessellar.evaluation.subset import subset
 from tessellar.images import from_uint8
+from tessellar.progress import Progress
 from tessellar.sampling.output import tile
 
 Embed = Callable[[Tensor], Tensor]
@@ -58,11 +59,13 @@ def nearest(
     """
     points = embed(queries).cpu().double()
     best: Neighbours | None = None
-    for batch in source.batches(batch_size):
-        distances = torch.cdist(points, embed(batch.images).cpu().double())
-        closest = distances.sort(dim=1, stable=True)
-        found = Neighbours(batch.images[closest.indices[:, :count]], closest.values[:, :count])
-        best = found if best is None else _closest([best, found], count)
+    with Progress("searching", len(own_share(source.count)), "images", quiet=rank() > 0) as bar:
+        for batch in source.batches(batch_size):
+            distances = torch.cdist(points, embed(batch.images).cpu().double())
+            closest = distances.sort(dim=1, stable=True)
+            found = Neighbours(batch.images[closest.indices[:, :count]], closest.values[:, :count])
+            best = found if best is None else _closest([best, found], count)
+            bar.update(len(batch.images))
     parts = [part for part in all_gather(best) if part is not None]
     if not parts:
         raise UserError(f"{source.name} holds no images")

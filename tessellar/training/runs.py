@@ -15,8 +15,9 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ from tessellar.places import in_runs
 from tessellar.tensor_files import intact
 from tessellar.training.continuing import CONFIG, keep_config
 from tessellar.training.metrics_file import MetricsFile
+from tessellar.training.wandb_page import WandbOptions, WandbPage
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,12 @@ WANDB_ID = "wandb_id"
 LOCK = "lock"
 LONGEST_NAME = 200
 INTERRUPTED = "interrupted"
+RUNNING = "running"
 
 
 #: What a run's folder may hold without a checkpoint or an export: such a run may be started again.
 OF_A_BEGINNING = (
-    r"checkpoints|config(\.\d+)?\.yaml|run\.json|metrics\.csv|pictures|tensorboard|wandb|wandb_id|lock|interrupted"
+    r"checkpoints|config(\.\d+)?\.yaml|run\.json|metrics\.csv|pictures|tensorboard|wandb|wandb_id|lock|interrupted|log\.txt"
     r"|traceback.*\.txt|.*\.(tmp|part)"
 )
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
@@ -81,6 +84,7 @@ class Run:
         self._damaged: list[Path] = []
         self._lock: IO[str] | None = None
         self.parts: list[dict[str, Any]] = []
+        self.record: dict[str, Any] = {}  # what run.json says
         self.checkpoint = self._find(resume)
         self.begun = False
         self._made: list[
@@ -142,7 +146,11 @@ class Run:
             )
         return None
 
-    def loggers(self, wandb: str | None = None) -> list[Logger]:
+    def loggers(
+        self,
+        wandb: str | None = None,
+        options: WandbOptions = WandbOptions(),  # noqa: B008
+    ) -> list[Logger]:
         """CSV always, TensorBoard where it is installed, wandb where a project is named. Nothing is
         written yet.
         """
@@ -150,26 +158,22 @@ class Run:
         if find_spec("tensorboard") is not None:
             loggers.append(LateTensorBoard(self, name="", version="tensorboard"))
         if wandb:
-            loggers.append(self._wandb(wandb))
+            loggers.append(self._wandb(wandb, options))
         return loggers
 
-    def _wandb(self, project: str) -> Logger:
-        """Offline unless a key is set; its id lies in the run's folder, so that a resumed run
-        continues its page.
-        """
+    def _wandb(self, project: str, options: WandbOptions) -> Logger:
+        """Its id lies in the run's folder, so that a resumed run continues its page."""
         if find_spec("wandb") is None:
             raise UserError("--wandb needs the package wandb: pip install wandb")
-        from lightning.pytorch.loggers import WandbLogger
-
         kept = self.folder / WANDB_ID
         self._wandb_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
-        online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
-        return WandbLogger(
+        return WandbPage(
+            lambda: self.begun,
             project=project,
             name=self.name,
             id=self._wandb_id,
             save_dir=self.folder,
-            offline=not online,
+            **options.given(),
         )
 
     def create(self) -> None:
@@ -227,13 +231,26 @@ class Run:
             "command": facts["command"],
             "commit": facts["commit"],
             "from": since,
+            "host": facts.get("host"),
+            "started": now(),
+            "status": RUNNING,
         }
         self.parts = [
             {**p, "config": f"config.{n}.yaml"}
             for n, p in enumerate(self._earlier_parts()[:number])
         ]
         self.parts.append(part)
-        self.write("run.json", facts)
+        self.record = {**facts, "status": RUNNING, "started": part["started"]}
+        self.write("run.json", self.record)
+
+    def end(self, status: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Say in run.json how the part that began has ended: finished, interrupted or failed."""
+        if not self.begun:
+            return
+        ended = {"status": status, "ended": now()}
+        self.parts[-1] |= ended
+        self.record |= {**(facts or {}), **ended}
+        self.write("run.json", self.record)
 
     def _earlier_parts(self) -> list[dict[str, Any]]:
         """The parts that run.json lists; of an older one that lists none, what it says of the run."""
@@ -271,10 +288,33 @@ class Run:
             "command": command_line(),
             "commit": commit(),
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {
+                **{name: version(name) for name in LIBRARIES},
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+            },
+            "host": platform.node(),
+            "process": os.getpid(),
             "precision": trainer.precision,
             "devices": trainer.num_devices,
+            "processes": trainer.world_size,
+            "strategy": type(trainer.strategy).__name__,
+            "device_names": device_names(),
         }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def device_names() -> list[str]:
+    """The GPUs that this process sees; without any, the processor and its cores."""
+    count = torch.cuda.device_count()
+    if count:
+        return [torch.cuda.get_device_name(number) for number in range(count)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [f"{platform.processor() or platform.machine()}, {cores} cores"]
 
 
 class LateTensorBoard(TensorBoardLogger):
@@ -292,8 +332,13 @@ class LateTensorBoard(TensorBoardLogger):
             return _DummyExperiment()  # takes whatever it is given, and Lightning asks for it early
         return super().experiment
 
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The run's config.yaml holds them."""
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Settings of this part of the run; Lightning keeps those of the first one otherwise."""
+        if not self._run.begun:
+            return
+        (self._run.folder / "tensorboard" / self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        super().log_hyperparams(params)
+        self.save()
 
 
 @contextmanager

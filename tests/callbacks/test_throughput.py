@@ -25,6 +25,8 @@ class Module(TrainingModule):
     def parts(self):
         return {}
 
+    total_updates = 4  # type: ignore[assignment]
+
     def log_dict(self, values, **_):
         self.logged.append(values)
 
@@ -38,9 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return times
 
 
-TRAINER = SimpleNamespace(
-    is_global_zero=True, world_size=2, max_steps=4, progress_bar_callback=None, precision="32-true"
-)
+TRAINER = SimpleNamespace(is_global_zero=True, world_size=2, max_steps=4, precision="32-true")
 
 
 def train(callback: Throughput, module: Module, clock: SimpleNamespace, batches: int) -> None:
@@ -87,12 +87,8 @@ def test_totals_go_on_after_a_resume(clock: SimpleNamespace) -> None:
     }
 
 
-def test_progress_is_said_where_no_bar_shows_it(
-    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        train(Throughput(every=2), Module(), clock, 4)
-    assert [m for m in caplog.messages if m.startswith("update")] == [
-        "update 2 of 4: loss 0.5000, 2 images/s",
-        "update 4 of 4: loss 0.5000, 2 images/s",
-    ]
+def test_the_memory_of_a_gpu_is_logged(clock: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "gpu_memory", lambda device: 1.5)
+    module = Module()
+    train(Throughput(every=2), module, clock, 4)
+    assert [values["speed/gpu_memory_gb"] for values in module.logged] == [1.5, 1.5]

@@ -78,6 +78,8 @@ def test_every_kind_is_listed_and_can_be_shown(capsys) -> None:
         assert name.rpartition("/")[2] in said(capsys, "show", name)
     assert "--config imagenet256/titok_l32" in said(capsys, "show", "titok")
     assert "drop" in said(capsys, "show", "LlamaGen")
+    options = said(capsys, "show", "GroupedJacobi")
+    assert "window" in options and "group_size" in options and "ClassVar" not in options
 
 
 def test_lists_are_complete() -> None:

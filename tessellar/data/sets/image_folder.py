@@ -165,7 +165,7 @@ class ImageFolderData(ImageDataModule):
         flip: bool = True,
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 0,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,

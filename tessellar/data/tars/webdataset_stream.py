@@ -327,7 +327,7 @@ class WebDatasetStreamData(ImageDataModule):
         flip: bool = True,
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 0,
         name: str = "webdataset",
         max_corrupt: float = MAX_CORRUPT,
@@ -359,6 +359,13 @@ class WebDatasetStreamData(ImageDataModule):
 
     def check_files(self) -> None:
         _ = expand_braces(self.shards), expand_braces(self.val_shards)
+
+    def found(self) -> str:
+        shards = len(expand_braces(self.shards)), len(expand_braces(self.val_shards))
+        return (
+            f"{shards[0]:,} training and {shards[1]:,} validation shards, streamed: "
+            f"{self.epoch_length:,} images an epoch"
+        )
 
     def check_captions(self) -> None:
         """Looks at the first samples of the first training and the first validation shard."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tessellar import distributed
 from tessellar.data.crops import Resize
 from tessellar.data.damage import too_many
 from tessellar.data.datamodule import ImageDataModule
@@ -28,6 +29,7 @@ from tessellar.data.tars.index import Keys, TarIndex, load_index
 from tessellar.data.tars.members import captions_of, decode
 from tessellar.data.tars.shards import find_shards
 from tessellar.errors import UserError
+from tessellar.progress import Progress
 from tessellar.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -96,7 +98,12 @@ def read_shards(
     """All samples of the tars that `spec` names; raises UserError where none is left or too many
     had to be left out.
     """
-    shards = [load_index(path, keys) for path in find_shards(spec)]
+    shards = []
+    paths = find_shards(spec)
+    with Progress("reading shards", len(paths), "shards", quiet=distributed.rank() > 0) as bar:
+        for path in paths:
+            shards.append(load_index(path, keys))
+            bar.update()
     samples = TarSamples(shards, keys)
     left_out = [line for shard in shards for line in shard.left_out]
     total = len(samples) + len(left_out)
@@ -255,7 +262,7 @@ class WebDatasetData(ImageDataModule):
         flip: bool = True,
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 0,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,

@@ -2,28 +2,32 @@
 (`cached_tokens.py`).
 
 The folder is written beside its place and moved there, the header last, so what an interruption
-leaves never looks complete. Every view (crops, mirror images) of an image is encoded; it is read
-and decoded once.
+leaves never looks complete; the same command goes on with it (`blocks.py`), on any number of
+processes. Every view (crops, mirror images) of an image is encoded; it is read and decoded once.
 """
 
+import io
 import json
-from collections.abc import Callable, Iterator
+import logging
+import os
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
+from tessellar import distributed
 from tessellar.checkpoints.fingerprint import model_fingerprint
-from tessellar.checkpoints.staging import staged_folder
+from tessellar.checkpoints.staging import check_target, finish
 from tessellar.data.batch import Batch
 from tessellar.data.captions import SEPARATOR
 from tessellar.data.dataset import ImageDataset
+from tessellar.data.token_cache import blocks as blocks_of
+from tessellar.data.token_cache.blocks import Block, Blocks
 from tessellar.data.token_cache.files import (
     CAPTIONS,
     CHECKSUMS,
@@ -39,9 +43,11 @@ from tessellar.data.token_cache.files import (
 from tessellar.data.token_cache.storage import Storage, pack, storage_of
 from tessellar.data.workers import ignore_interruptions
 from tessellar.errors import UserError
+from tessellar.progress import Progress
 from tessellar.protocol.configured import describe
 from tessellar.protocol.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 Posterior = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -75,30 +81,32 @@ def encode_dataset(
         ours, theirs = ("x".join(map(str, size)) for size in (shown, tokenizer.image_size))
         raise UserError(f"the data set {name} has images of {ours}, the tokenizer takes {theirs}")
     tokenizer.eval()
+    target = Path(os.path.abspath(folder))
+    check_target(target, HEADER, overwrite)
     storage = storage_of(tokenizer.layout, posterior_of(tokenizer) is not None)
-    loader = DataLoader(
-        _Views(dataset),
-        batch_size=max(1, batch_size // dataset.num_views),
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
-        worker_init_fn=ignore_interruptions,
-    )
-    with staged_folder(Path(folder), HEADER, overwrite) as stage:
-        with open(stage / TOKENS, "wb") as tokens, open(stage / CAPTIONS, "wb") as captions:
-            _start(tokens, (len(dataset), dataset.num_views, *storage.shape), storage.dtype)
-            labels, ends, sums = _write(tokenizer, loader, storage, precision, tokens, captions)
-        np.save(stage / LABELS, np.array(labels, dtype=np.int64))
-        np.save(stage / CHECKSUMS, np.concatenate(sums).reshape(len(dataset), dataset.num_views))
-        if ends:
-            np.save(stage / ENDS, np.array(ends, dtype=np.int64))
-        header = _header(tokenizer, dataset, name, storage, precision, bool(ends))
-        small = [name for name in (LABELS, CHECKSUMS, CAPTIONS, ENDS) if (stage / name).is_file()]
-        header = replace(header, checksums={name: crc_of(stage / name) for name in small})
-        (stage / HEADER).write_text(
-            json.dumps(asdict(header) | {"storage": storage._asdict()}, indent=1)
+    header = _header(tokenizer, dataset, name, storage, precision)
+    at_once = max(1, batch_size // dataset.num_views)
+    size = -(-blocks_of.SIZE // at_once) * at_once
+    plan = {**asdict(header), "content": dataset.content(), "batch_size": batch_size, "block": size}
+    with blocks_of.unfinished(target, plan, len(dataset), size) as blocks:
+        shape = (len(dataset), dataset.num_views, *storage.shape)
+        start = _start(blocks.folder / TOKENS, shape, storage.dtype)
+        _encode_blocks(
+            tokenizer,
+            dataset,
+            blocks,
+            storage=storage,
+            precision=precision,
+            start=start,
+            at_once=at_once,
+            num_workers=num_workers,
         )
-    return header
+        distributed.barrier()
+        if distributed.rank() == 0:
+            header = _finish(blocks, header, dataset.num_views)
+            finish(blocks.folder, target, HEADER, overwrite)
+            Blocks(target, blocks.count, blocks.size).clear()
+    return distributed.broadcast(header)
 
 
 class _Views(Dataset):
@@ -114,39 +122,116 @@ class _Views(Dataset):
         return self.dataset.views(index)
 
 
-def _write(
+def _encode_blocks(
     tokenizer: Tokenizer,
-    loader: DataLoader,
+    dataset: ImageDataset,
+    blocks: Blocks,
+    *,
     storage: Storage,
     precision: Precision,
-    tokens: BinaryIO,
-    captions: BinaryIO,
-) -> tuple[list[int], list[int], list[np.ndarray]]:
-    """Append tokens and captions; returns labels, where captions end, and the checksums of the rows
-    of tokens.
-    """
-    labels: list[int] = []
-    ends: list[int] = []
-    sums: list[np.ndarray] = []
-    for items in _progress(loader):
-        images = torch.cat([item["image"] for item in items])
-        packed = pack(encode(tokenizer, images, precision), storage)
-        tokens.write(packed.tobytes())
-        sums.append(crc_of_rows(packed))
+    start: int,
+    at_once: int,
+    num_workers: int,
+) -> None:
+    """Encode this process's share of the blocks that are not done; `start` is where rows begin."""
+    done = set(blocks.done())
+    open_ones = [block for block in range(blocks.number) if block not in done]
+    distributed.barrier()  # all have looked before one writes
+    own = open_ones[distributed.rank() :: distributed.world_size()]
+    batches = [
+        list(blocks.images(block)[place : place + at_once])
+        for block in own
+        for place in range(0, len(blocks.images(block)), at_once)
+    ]
+    loader = DataLoader(
+        _Views(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
+        worker_init_fn=ignore_interruptions,
+    )
+    if done and distributed.rank() == 0:
+        log.info("goes on after %d of %d blocks", len(done), blocks.number)
+    loaded = iter(loader) if batches else iter(())
+    width = int(np.prod(storage.shape)) * np.dtype(storage.dtype).itemsize * dataset.num_views
+    total = sum(len(blocks.images(block)) for block in own)
+    with (
+        Progress("encoding", total, "images", quiet=distributed.rank() > 0) as bar,
+        open(blocks.folder / TOKENS, "r+b") as tokens,
+    ):
+        for block in own:
+            images = blocks.images(block)
+            tokens.seek(start + images.start * width)
+            content = _Content()
+            for _ in range(0, len(images), at_once):
+                items = next(loaded)
+                packed = pack(encode(tokenizer, _images(items), precision), storage)
+                tokens.write(packed.tobytes())
+                content.add(items, packed)
+                bar.update(len(items))
+            tokens.flush()
+            os.fsync(tokens.fileno())
+            corrupt = sum(index in images for index in dataset.corrupt)
+            blocks.write(block, content.as_block(corrupt))
+
+
+def _images(items: Sequence[Batch]) -> Tensor:
+    return torch.cat([item["image"] for item in items])
+
+
+class _Content:
+    """Labels, checksums and captions of a block, as its images come."""
+
+    def __init__(self) -> None:
+        self._labels: list[int] = []
+        self._sums: list[np.ndarray] = []
+        self._captions = bytearray()
+        self._ends: list[int] = []
+
+    def add(self, items: Sequence[Batch], packed: np.ndarray) -> None:
+        self._sums.append(crc_of_rows(packed))
         for item in items:
-            labels.append(int(item["label"][0]) if "label" in item else 0)
+            self._labels.append(int(item["label"][0]) if "label" in item else 0)
             if "caption" in item:
                 texts = item.get("texts") or [item["caption"][0]]
-                captions.write(SEPARATOR.join(texts).encode())
-                ends.append(captions.tell())
-    return labels, ends, sums
+                self._captions += SEPARATOR.join(texts).encode()
+                self._ends.append(len(self._captions))
+
+    def as_block(self, corrupt: int) -> Block:
+        return Block(
+            labels=np.array(self._labels, dtype=np.int64),
+            sums=np.concatenate(self._sums),
+            captions=bytes(self._captions),
+            ends=np.array(self._ends, dtype=np.int64),
+            corrupt=corrupt,
+        )
 
 
-def _progress(loader: DataLoader) -> Iterator[list[Batch]]:
-    with tqdm(total=len(loader.dataset), unit="image", leave=False, disable=None) as bar:  # type: ignore[arg-type]
-        for items in loader:
-            yield items
-            bar.update(len(items))
+def _finish(blocks: Blocks, header: Header, views: int) -> Header:
+    """Write what the blocks brought as the cache's own files, and the header that it is complete by."""
+    stage = blocks.folder
+    found = [blocks.read(block) for block in range(blocks.number)]
+    np.save(stage / LABELS, np.concatenate([block.labels for block in found]))
+    sums = np.concatenate([block.sums for block in found])
+    np.save(stage / CHECKSUMS, sums.reshape(blocks.count, views))
+    starts = np.cumsum([0, *(len(block.captions) for block in found)])
+    ends = np.concatenate(
+        [block.ends + start for block, start in zip(found, starts[:-1], strict=True)]
+    )
+    (stage / CAPTIONS).write_bytes(b"".join(block.captions for block in found))
+    if len(ends):
+        np.save(stage / ENDS, ends.astype(np.int64))
+    small = [name for name in (LABELS, CHECKSUMS, CAPTIONS, ENDS) if (stage / name).is_file()]
+    header = replace(
+        header,
+        captions=bool(len(ends)),
+        corrupt=sum(block.corrupt for block in found),
+        checksums={name: crc_of(stage / name) for name in small},
+    )
+    text = json.dumps(asdict(header) | {"storage": header.storage._asdict()}, indent=1)
+    (stage / HEADER).write_text(text)
+    return header
 
 
 @torch.no_grad()
@@ -166,14 +251,24 @@ def encode(tokenizer: Tokenizer, images: Tensor, precision: Precision = "float32
     return tokens
 
 
-def _start(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
-    """The header of an npy file whose rows follow; rows are appended, since a mapped file dies on a
-    full disk.
+def _start(path: Path, shape: tuple[int, ...], dtype: str) -> int:
+    """Make the npy file of all rows, as large as it will be, unless it is there; returns where its
+    rows begin.
+
+    Rows are written with `write`, since a mapped file dies on a full disk.
     """
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    head = io.BytesIO()
     np.lib.format.write_array_header_2_0(
-        file, {"descr": descr, "fortran_order": False, "shape": shape}
+        head, {"descr": descr, "fortran_order": False, "shape": shape}
     )
+    start = len(head.getvalue())
+    if distributed.rank() == 0 and not path.is_file():
+        with open(path, "wb") as file:
+            file.write(head.getvalue())
+            file.truncate(start + int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    distributed.barrier()
+    return start
 
 
 def _header(
@@ -182,8 +277,8 @@ def _header(
     name: str,
     storage: Storage,
     precision: Precision,
-    captions: bool,
 ) -> Header:
+    """What is known before the first image is read."""
     return Header(
         data=name,
         data_fingerprint=dataset.fingerprint(),
@@ -196,6 +291,5 @@ def _header(
         precision=precision,
         count=len(dataset),
         views=dataset.num_views,
-        captions=captions,
-        corrupt=len(dataset.corrupt),
+        captions=False,
     )

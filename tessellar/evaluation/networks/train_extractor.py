@@ -15,13 +15,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
 
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation.networks.timm_network import TimmNetwork, network_of
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.networks.facts import PURPOSE, NetworkFacts, Purpose
+from tessellar.progress import Progress
 from tessellar.tensor_files import write_safetensors
 
 SMALL = 64  # below this side, ResNets keep a higher resolution
@@ -107,15 +107,19 @@ def _fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(steps, 2))
     average = AveragedModel(network, multi_avg_fn=_averaging(recipe.ema), use_buffers=True)
     network.train()
-    for images, labels in tqdm(_batches(data, recipe), total=steps, unit="step", disable=None):
-        device = next(network.parameters()).device
-        logits = network(images.to(device))
-        loss = F.cross_entropy(logits, labels.to(device), label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(network)
+    device = next(network.parameters()).device
+    with Progress("training the network", steps, "steps") as bar:
+        for images, labels in _batches(data, recipe):
+            logits = network(images.to(device))
+            loss = F.cross_entropy(
+                logits, labels.to(device), label_smoothing=recipe.label_smoothing
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(network)
+            bar.update()
     return average.module
 
 

@@ -1,0 +1,309 @@
+"""ImageNet as it is downloaded, made into what training reads: class folders or shards, and small crops.
+
+The training file is a tar of 1,000 tars, one a class; the validation file is a tar of 50,000 pictures
+whose classes stand in the development kit, or in the CSV that Kaggle gives. Folders that are there
+already are taken as they are. Every class is written beside its place and then moved there, so that
+an interrupted command goes on where it was.
+"""
+
+import csv
+import io
+import logging
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+from tessellar.data.crops import center_crop
+from tessellar.data.image_file import UnreadableImage, read_image
+from tessellar.data.tars.index import load_index
+from tessellar.errors import UserError, writing
+from tessellar.progress import Progress
+
+log = logging.getLogger(__name__)
+CLASS = re.compile(r"n\d{8}")
+PICTURES = (".jpeg", ".jpg", ".png")
+NUMBER = re.compile(r"_(\d{8})$")
+EXPECTED = {"train": 1_281_167, "val": 50_000}
+CLASSES = 1000
+SHARD = 10_000  # pictures of a shard
+DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+DEVKIT_CLASSES = "data/meta.mat"
+
+Labels = Mapping[str, str]  # class of a picture, by its file's name without ending
+
+
+def prepare_train(source: Path, target: Path) -> None:
+    """Class folders of the training pictures in `target`: unpacked from a tar of tars or a folder of
+    tars, or a link to a folder of class folders.
+    """
+    if source.is_dir() and _class_folders(source):
+        _link(source, target)
+        return
+    if source.is_dir():
+        tars = sorted(path for path in source.glob("n*.tar") if CLASS.fullmatch(path.stem))
+        if not tars:
+            raise UserError(f"{source} holds neither class folders (n01440764, ...) nor their tars")
+        with Progress("unpacking", len(tars), "classes") as bar:
+            for path in tars:
+                with open(path, "rb") as file:
+                    _unpack_class(file, path.stem, target, str(path))
+                bar.update()
+        return
+    with closing(_open_tar(source)) as outer:
+        with Progress("unpacking", None, "classes") as bar:
+            for member in outer:
+                name = Path(member.name)
+                if not member.isfile() or not CLASS.fullmatch(name.stem) or name.suffix != ".tar":
+                    raise UserError(
+                        f"{source} holds {member.name!r}; ImageNet's training file holds one tar a class, n01440764.tar"
+                    )
+                inner = outer.extractfile(member)
+                assert inner is not None
+                _unpack_class(inner, name.stem, target, f"{source}:{member.name}")  # type: ignore[arg-type]
+                bar.update()
+
+
+def _unpack_class(file: BinaryIO, name: str, target: Path, where: str) -> None:
+    """The pictures of one class's tar in `target`/`name`, unless they are there."""
+    folder = target / name
+    if folder.is_dir():
+        return
+    staged = target / f".{name}.part"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    with writing(folder), closing(_as_tar(file, where)) as tar:
+        for member in tar:
+            if member.isfile():
+                _write_member(tar, member, staged / Path(member.name).name)
+        staged.replace(folder)
+
+
+def prepare_val(source: Path, target: Path, labels: Path | None) -> None:
+    """Class folders of the validation pictures: of a tar or a folder of pictures with `labels`, or a
+    link to a folder of class folders.
+    """
+    if source.is_dir() and _class_folders(source):
+        _link(source, target)
+        return
+    if target.is_dir():
+        return
+    if labels is None:
+        raise UserError(
+            f"{source} holds pictures without classes: name them, --labels with the development kit "
+            "(ILSVRC2012_devkit_t12.tar.gz), Kaggle's LOC_val_solution.csv, or a text of one class a line"
+        )
+    classes = read_labels(labels)
+    staged = target.with_name(f".{target.name}.part")
+    with writing(target), Progress("sorting", len(classes), "pictures") as bar:
+        for name, content in _pictures(source):
+            stem = Path(name).stem
+            if stem not in classes:
+                raise UserError(f"{labels} tells no class of {name}")
+            place = staged / classes[stem] / Path(name).name
+            if not place.is_file():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                part = place.with_suffix(".part")
+                with open(part, "wb") as out:
+                    shutil.copyfileobj(content, out)
+                part.replace(place)
+            bar.update()
+        staged.replace(target)
+
+
+def _pictures(source: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Names and contents of the pictures of a tar or of a flat folder."""
+    if source.is_dir():
+        for path in sorted(source.iterdir()):
+            if path.suffix.lower() in PICTURES:
+                with open(path, "rb") as file:
+                    yield path.name, file
+        return
+    with closing(_open_tar(source)) as tar:
+        for member in tar:
+            if member.isfile() and Path(member.name).suffix.lower() in PICTURES:
+                content = tar.extractfile(member)
+                assert content is not None
+                yield Path(member.name).name, content  # type: ignore[misc]
+
+
+def read_labels(path: Path) -> Labels:
+    """Classes of the validation pictures: of the development kit, Kaggle's CSV, or a text with the
+    class of picture 1, 2, ... a line.
+    """
+    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return _of_devkit(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels {path} cannot be read ({error})") from error
+    if path.suffix == ".csv":
+        rows = list(csv.reader(io.StringIO(text)))
+        labels = {row[0]: row[1].split(" ")[0] for row in rows[1:] if len(row) > 1}
+    else:
+        labels = _numbered(text.split())
+    wrong = next((name for name in labels.values() if not CLASS.fullmatch(name)), None)
+    if wrong is not None or not labels:
+        raise UserError(f"--labels {path}: {wrong!r} is no class such as n01440764")
+    return labels
+
+
+def _numbered(classes: Sequence[str]) -> dict[str, str]:
+    return {f"ILSVRC2012_val_{i:08d}": name for i, name in enumerate(classes, start=1)}
+
+
+def _of_devkit(path: Path) -> Labels:
+    """The kit numbers classes by its own table, a MATLAB file that scipy reads."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs the package scipy (pip install scipy); or give Kaggle's LOC_val_solution.csv as --labels"
+        ) from error
+    found: dict[str, bytes] = {}
+    with closing(_open_tar(path)) as tar:
+        for member in tar:
+            for wanted in (DEVKIT_TRUTH, DEVKIT_CLASSES):
+                if member.isfile() and member.name.endswith(wanted):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    found[wanted] = content.read()
+    if len(found) < 2:
+        raise UserError(f"{path} is not ImageNet's development kit: it lacks {DEVKIT_TRUTH}")
+    table = loadmat(io.BytesIO(found[DEVKIT_CLASSES]), squeeze_me=True)["synsets"]
+    by_number = {int(row[0]): str(row[1]) for row in table}
+    return _numbered([by_number[int(number)] for number in found[DEVKIT_TRUTH].split()])
+
+
+def write_shards(folder: Path, target: Path, size: int = SHARD) -> int:
+    """The class folders of `folder` as tars of `size` pictures with their classes, and the index of
+    each; returns their number.
+
+    Pictures are dealt out in turn, so that every shard holds all classes. Shards that are there are
+    left.
+    """
+    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in PICTURES)
+    classes = sorted({path.parent.name for path in files})
+    numbers = {name: number for number, name in enumerate(classes)}
+    count = max(1, -(-len(files) // size))
+    target.mkdir(parents=True, exist_ok=True)
+    with Progress("writing shards", count, "shards") as bar:
+        for number in range(count):
+            path = target / f"{folder.name}-{number:05d}.tar"
+            if not path.is_file():
+                _write_shard(path, files[number::count], numbers)
+            load_index(path)
+            bar.update()
+    return count
+
+
+def _write_shard(path: Path, files: Sequence[Path], numbers: Mapping[str, int]) -> None:
+    staged = path.with_suffix(".part")
+    with writing(path, unfinished=staged):
+        with tarfile.open(staged, "w") as tar:
+            for file in files:
+                name = file.parent.name
+                tar.add(file, arcname=f"{name}_{file.stem}{file.suffix.lower()}", recursive=False)
+                _add_text(tar, f"{name}_{file.stem}.cls", str(numbers[name]))
+        staged.replace(path)
+
+
+def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
+    content = text.encode()
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def write_crops(folder: Path, target: Path, size: int) -> int:
+    """The pictures of class folders as `size` x `size` PNG files, cropped from the centre as ADM
+    does; returns their number. Classes that are there are left.
+    """
+    total = 0
+    classes = _class_folders(folder)
+    with Progress("cropping", len(classes), "classes") as bar:
+        for name in classes:
+            total += _crop_class(folder / name, target / name, size)
+            bar.update()
+    return total
+
+
+def _crop_class(folder: Path, target: Path, size: int) -> int:
+    if target.is_dir():
+        return sum(1 for _ in target.glob("*.png"))
+    staged = target.with_name(f".{target.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    count = 0
+    with writing(target):
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() not in PICTURES:
+                continue
+            try:
+                center_crop(read_image(path), size).save(staged / f"{path.stem}.png")
+                count += 1
+            except UnreadableImage as error:
+                log.warning("left out: %s", error)
+        staged.replace(target)
+    return count
+
+
+def count_pictures(folder: Path) -> dict[str, int]:
+    """Pictures of each class folder."""
+    return {
+        name: sum(path.suffix.lower() in PICTURES for path in (folder / name).iterdir())
+        for name in _class_folders(folder)
+    }
+
+
+def tell_counts(split: str, counts: Mapping[str, int]) -> str:
+    """`train: 1,281,167 pictures of 1,000 classes`, and what ImageNet would have where it differs."""
+    total = sum(counts.values())
+    said = f"{split}: {total:,} pictures of {len(counts):,} classes"
+    if total == EXPECTED[split] and len(counts) == CLASSES:
+        return said
+    return f"{said} (all of ImageNet: {EXPECTED[split]:,} of {CLASSES:,})"
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A link to a folder that is as it should be: nothing is copied."""
+    if target.is_symlink() and target.resolve() == source.resolve():
+        return
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists and is not a link to {source}; choose another --out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.symlink(source.resolve(), target)
+
+
+def _open_tar(path: Path) -> tarfile.TarFile:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    try:
+        return tarfile.open(path)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path} is not a tar ({error})") from error
+
+
+def _as_tar(file: BinaryIO, where: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{where} is not a tar ({error})") from error
+
+
+def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+    """The content of a picture alone: a tar's owners, modes and paths are not taken over."""
+    content = tar.extractfile(member)
+    assert content is not None
+    with open(place, "wb") as out:
+        shutil.copyfileobj(content, out)
+    if place.stat().st_size != member.size:
+        raise UserError(f"{member.name} ends too early: the file was not downloaded to its end")

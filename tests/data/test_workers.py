@@ -1,0 +1,29 @@
+"""How many processes load data where nobody said it."""
+
+import pytest
+import torch
+
+from tessellar.data import ImageFolderData, ShapesData
+from tessellar.data.workers import sensible_workers
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "here", "workers"),
+    [(0, 64, None, 0), (1, 4, None, 4), (1, 64, None, 8), (8, 64, None, 8), (8, 32, None, 4), (8, 4, "8", 1)],
+)  # fmt: skip
+def test_the_number_follows_gpus_and_cores(monkeypatch, gpus, cores, here, workers) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    if here is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert sensible_workers() == workers
+    assert ImageFolderData("nowhere", 16).num_workers == workers
+    assert ImageFolderData("nowhere", 16, num_workers=3).num_workers == 3
+    assert ShapesData(16).num_workers == 0
+
+
+def test_a_negative_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_workers -1"):
+        ImageFolderData("nowhere", 16, num_workers=-1)
