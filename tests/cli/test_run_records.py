@@ -43,7 +43,7 @@ def facts(name: str) -> dict:
 
 
 def test_a_run_says_what_it_found_does_and_leaves(here: Path, caplog, capsys) -> None:
-    options = "--keep_every 2 --export best --best_metric val/loss --trainer.profiler simple"
+    options = "--keep_every 2 --export best --trainer.profiler simple"
     assert call(*TOKENIZER, "--name", "tok", *options.split()) == 0
     said = caplog.messages
     assert "data: shapes: 32 training and 8 validation images, 10 classes" in said
