@@ -114,10 +114,10 @@ def missed(trainer: L.Trainer, pl_module: Any, total: int) -> list[str]:
     """What a run of `total` updates will not leave, since it ends before the first time."""
     batches = total * pl_module.accumulate
     said = []
-    epochs = trainer.check_val_every_n_epoch
-    first = trainer.val_check_batch + (
-        0 if epochs is None else (epochs - 1) * trainer.num_training_batches
-    )
+    epochs = trainer.check_val_every_n_epoch or 1
+    first = float(trainer.val_check_batch or 0)
+    if epochs > 1:
+        first += (epochs - 1) * trainer.num_training_batches
     if trainer.enable_validation and batches < first:
         said.append(
             f"the run ends after {total:,} updates, before its first validation: no best.ckpt and no pictures; "

@@ -123,7 +123,7 @@ class TrainCLI(LightningCLI):
         )
         parser.add_argument(
             "--keep_every",
-            type=PositiveInt | None,
+            type=PositiveInt | None,  # type: ignore[operator]
             default=None,
             help="updates between checkpoints that stay, for curves over training",
         )

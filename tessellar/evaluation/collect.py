@@ -136,9 +136,8 @@ def collect(
             count = len(batch.images)
             filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))
             output = extractor(filled)
-            collector.update(
-                batch, Features(*(None if part is None else part[:count] for part in output))
-            )  # type: ignore
+            parts = [None if part is None else part[:count] for part in output]
+            collector.update(batch, Features(*parts))  # type: ignore[arg-type]
             bar.update(count)
     return collector.finish()
 
