@@ -289,14 +289,14 @@ def _open_tar(path: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(path)
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{path} is not a tar ({error})") from error
+        raise UserError(f"{path} is not a tar, or it is cut off") from error
 
 
 def _as_tar(file: BinaryIO, where: str) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file)
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{where} is not a tar ({error})") from error
+        raise UserError(f"{where} is not a tar, or it is cut off") from error
 
 
 def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
