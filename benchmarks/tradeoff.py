@@ -32,7 +32,7 @@ from tessellar.evaluation.sources import DatasetImages, ImageBatch
 from tessellar.images import to_uint8
 from tessellar.pipeline import ImageGenerator, load
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import Constant
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral

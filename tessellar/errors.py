@@ -31,7 +31,7 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _of_a_write(error):
+        if not is_of_a_write(error):
             raise
         if unfinished is not None:
             remove(Path(unfinished))
@@ -43,7 +43,7 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
         raise UserError(f"{path} could not be written: {reason}") from error
 
 
-def _of_a_write(error: Exception) -> bool:
+def is_of_a_write(error: Exception) -> bool:
     """Whether an error is that of a failing write: those of Pillow, torch.save and safetensors have
     no type of it.
 

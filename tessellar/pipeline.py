@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tessellar.checkpoints.reading import Source, read_source
 from tessellar.errors import UserError
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.condition import ClassConditioner, Condition, Conditioner
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.packages import trusting
 from tessellar.protocol.tokenizer import Tokenizer

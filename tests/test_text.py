@@ -16,7 +16,7 @@ from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.pipeline import ImageGenerator, load_generator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import SpeculativeJacobi
 from tessellar.text.bpe import BOS, FIRST_PAIR, bpe_of, pad_left, require, train_bpe

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
 from tessellar.interop.options import check_options
 from tessellar.models.flextok.model import FlexAR
 from tessellar.models.flextok.official import generator_from_official
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import greedy, logits_of, prefixed
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.parity.stand_ins import greedy, logits_of
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
@@ -28,7 +28,7 @@ READ = (
 def _generator(recording: Recording, part: str) -> FlexAR:
     config = recording.config
     check_options(config, "the config", READ)
-    state = prefixed(recording.weights["model"], f"{part}/")
+    state = part_of(recording.weights["model"], f"{part}/")
     layout = sequence_layout(
         config["num_tokens"], Categorical(config["codebook_size"]), min_prefix=1
     )
@@ -65,16 +65,16 @@ def c2i(recording: Recording) -> dict[str, Tensor]:
         count = recording.settings(name)["prefix_length"] + 1
         outputs[name] = logits_of(generator.predict(generator.start(condition), tokens, count))
     for name in recording.outputs("c2i/greedy_*"):
-        outputs[name] = _greedy(generator, recording.settings(name))
+        outputs[name] = greedy_of_labels(generator, recording.settings(name))
     return outputs | {
         "c2i/train_embeddings": torch.cat([generator.prefix(condition).embeddings, behind], dim=1),
         "c2i/train_logits": scores.logits,
         "c2i/ce": scores.cross_entropy(tokens),
-        **_branches(recording, generator, tokens),
+        **branches(recording, generator, tokens),
     }
 
 
-def _greedy(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
+def greedy_of_labels(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
     """Official code guides the first token against one label and the later ones, all computed anew,
     against another.
     """
@@ -96,7 +96,7 @@ def _greedy(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
     return tokens
 
 
-def _branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[str, Tensor]:
+def branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[str, Tensor]:
     """Continuations of a prefix, greedy but for the last token, which takes its most likely values."""
     settings = recording.settings("c2i/branch_tokens")
     condition = Condition(ids=torch.tensor(settings["classes"]))

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.rope import frequencies
 from tessellar.layers.tags import tag
-from tessellar.models.parts.llama import LlamaGenerator
-from tessellar.models.parts.prefixes import ClassPrefix
+from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
 from tessellar.protocol.entities import Entities, levels
 from tessellar.protocol.generator import require_categorical
 from tessellar.protocol.layout import Layout

@@ -19,8 +19,7 @@ from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import Positions
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.rope import grid_angles
-from tessellar.models.parts.llama import LlamaGenerator
-from tessellar.models.parts.prefixes import ClassPrefix
+from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import State
@@ -79,7 +78,7 @@ class HitaAR(LlamaGenerator):
         self.holistic_positions = nn.Parameter(torch.empty(self.holistic, width))
         self.holistic_output = nn.Linear(width, self.vocabularies[0], bias=False)
         self.patch_output = nn.Linear(width, self.vocabularies[1], bias=False)
-        self.set_rotations(*self._rotations(rope_base))
+        self.set_rotations(*self.rotations(rope_base))
         self.init_weights()
 
     def init_weights(self, zero_init_residual: bool = False) -> None:
@@ -89,7 +88,7 @@ class HitaAR(LlamaGenerator):
         nn.init.zeros_(self.holistic_output.weight)
         nn.init.zeros_(self.patch_output.weight)
 
-    def _rotations(self, base: float) -> tuple[Tensor, Tensor]:
+    def rotations(self, base: float) -> tuple[Tensor, Tensor]:
         """cos, sin [S + 1 + N, head_dim / 2]: none before the boundary, zero at it, then the
         grid's.
         """
@@ -130,20 +129,14 @@ class HitaAR(LlamaGenerator):
         elif not bool(rows.any()):
             logits = self.patch_output(hidden)
         else:
-            logits = torch.where(rows[..., None], *self._both(hidden))
+            # The smaller vocabulary is padded, so that one tensor holds the logits of both heads.
+            widest = max(self.vocabularies)
+            holistic = self.holistic_output(hidden)
+            patches = self.patch_output(hidden)
+            holistic = F.pad(holistic, (0, widest - holistic.shape[-1]), value=-torch.inf)
+            patches = F.pad(patches, (0, widest - patches.shape[-1]), value=-torch.inf)
+            logits = torch.where(rows[..., None], holistic, patches)
         return Logits(state.merge(at_least_float32(logits), entity))
-
-    def _both(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of both heads, the smaller vocabulary padded with -inf."""
-        widest = max(self.vocabularies)
-        both = self.holistic_output(hidden), self.patch_output(hidden)
-        return (
-            both
-            if both[0].shape == both[1].shape
-            else tuple(  # type: ignore[return-value]
-                F.pad(x, (0, widest - x.shape[-1]), value=-torch.inf) for x in both
-            )
-        )
 
     def losses_of(
         self, scores: Distribution, targets: Tensor, weight: Tensor | None = None
@@ -151,10 +144,11 @@ class HitaAR(LlamaGenerator):
         """Two means with equal weight, whatever the lengths of the segments."""
         assert isinstance(scores, Logits)
         parts = {"holistic": slice(None, self.holistic), "patches": slice(self.holistic, None)}
-        return {
-            name: Logits(scores.logits[:, part]).cross_entropy(targets[:, part], weight)
-            for name, part in parts.items()
-        }
+        losses = {}
+        for name, part in parts.items():
+            of_part = Logits(scores.logits[:, part])
+            losses[name] = of_part.cross_entropy(targets[:, part], weight)
+        return losses
 
 
 # Published variants: width, depth, heads.      parameters on 128 + 441 tokens of 16,384 codes each, 1,000 classes

@@ -85,7 +85,7 @@ def to_official(generator: HitaAR) -> dict[str, Tensor]:
     return OFFICIAL.to_official(generator)
 
 
-def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The heads apart: rows of the holistic codes come first."""
     rest = {name: tensor for name, tensor in state.items() if name != "output.weight"}
     first = len(state["slot_embeddings.weight"])
@@ -93,7 +93,7 @@ def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**rest, "output.holistic": heads[:first], "output.patches": heads[first:]}
 
 
-def _join(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def join_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rest = dict(state)
     heads = [rest.pop("output.holistic"), rest.pop("output.patches")]
     return {**rest, "output.weight": torch.cat(heads)}
@@ -108,7 +108,7 @@ OFFICIAL = GeneratorImporter(
     marks=("slot_pos.weight", "slot_embeddings.weight"),
     entries=("ema", "model"),  # the official scripts load the average
     keys=KEYS,
-    split=_split,
-    join=_join,
+    split=split_heads,
+    join=join_heads,
     build=_build,
 )

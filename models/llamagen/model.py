@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.rope import grid_angles
-from tessellar.models.parts.llama import LlamaGenerator
-from tessellar.models.parts.prefixes import CaptionPrefix, ClassPrefix
+from tessellar.models.parts.llama import CaptionPrefix, ClassPrefix, LlamaGenerator
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import require_categorical
 from tessellar.protocol.layout import Layout

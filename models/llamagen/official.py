@@ -112,7 +112,7 @@ def from_official(
         layout,
         sizes.width,
         depth=sizes.depth,
-        num_heads=num_heads or _heads(state, sizes),
+        num_heads=num_heads or heads_shown(state, sizes),
         num_classes=sizes.num_classes,
         caption_dim=sizes.caption_dim,
         caption_length=sizes.caption_length,
@@ -158,7 +158,7 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
     )
 
 
-def _heads(state: Mapping[str, Tensor], sizes: Sizes) -> int:
+def heads_shown(state: Mapping[str, Tensor], sizes: Sizes) -> int:
     """From the saved rotation table, or the published variant of that width and depth."""
     if "freqs_cis" in state:
         return sizes.width // (2 * state["freqs_cis"].shape[1])

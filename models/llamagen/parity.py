@@ -12,7 +12,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.models.llamagen.model import LlamaGen
 from tessellar.models.llamagen.official import from_config
-from tessellar.models.parts.prefixes import CaptionPrefix
+from tessellar.models.parts.llama import CaptionPrefix
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import choice_of, gradient_norm, greedy

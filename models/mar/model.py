@@ -19,8 +19,7 @@ from tessellar.models.mar.head import DiffusionMLP
 from tessellar.models.parts.masked_backbone import MaskedBackbone
 from tessellar.models.parts.random_sets import RandomSets
 from tessellar.processes.diffusion import TRAINING_STEPS, full_process
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import ImplicitDiffusion
 from tessellar.protocol.entities import Entities, take
 from tessellar.protocol.generator import State

@@ -57,19 +57,13 @@ def _generator(recording: Recording) -> MAR:
     return generator
 
 
-def _kept(spacing: str) -> list[int]:
-    """Kept steps of the official option `timestep_respacing`: `ddimN`, a number, or nothing for
-    all.
-    """
-    if not spacing:
-        return list(full_process().steps)
-    if spacing.startswith("ddim"):
-        return strided_steps(int(spacing.removeprefix("ddim")))
-    return kept_steps(int(spacing))
-
-
 def _process(spacing: str) -> Diffusion:
-    return respaced(full_process(), _kept(spacing)) if spacing else full_process()
+    """Of the official option `timestep_respacing`: `ddimN`, a number, or nothing for all steps."""
+    if not spacing:
+        return full_process()
+    if spacing.startswith("ddim"):
+        return respaced(full_process(), strided_steps(int(spacing.removeprefix("ddim"))))
+    return respaced(full_process(), kept_steps(int(spacing)))
 
 
 @replays("mar", "gen_schedule")

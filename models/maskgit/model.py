@@ -19,8 +19,7 @@ from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, take, token_order
 from tessellar.protocol.generator import State, require_categorical
@@ -36,7 +35,9 @@ class BertLayer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.rate = dropout
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
         self.fc1 = nn.Linear(width, hidden)
@@ -45,11 +46,10 @@ class BertLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (
-            rearrange(f(x), "b n (h d) -> b h n d", h=self.num_heads)
-            for f in (self.query, self.key, self.value)
-        )
-        out = attend(*heads, dropout=self.rate if self.training else 0.0)
+        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k = rearrange(self.key(x), "b n (h d) -> b h n d", h=self.num_heads)
+        v = rearrange(self.value(x), "b n (h d) -> b h n d", h=self.num_heads)
+        out = attend(q, k, v, dropout=self.rate if self.training else 0.0)
         x = self.attention_norm(x + self.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)"))))
         return self.mlp_norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 

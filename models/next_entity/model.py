@@ -20,8 +20,7 @@ from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.llama import Pass, Positions
 from tessellar.models.llamagen.model import rope_table
-from tessellar.models.parts.llama import LlamaGenerator
-from tessellar.models.parts.prefixes import ClassPrefix
+from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities, parse_entities
@@ -154,10 +153,10 @@ class NextEntity(LlamaGenerator):
     def shared(self, place: Tensor, state: State, slots: Slots) -> Pass:
         assert state.cache is not None
         return Pass(
-            self.positions(place, state), state.cache, self._hide_queries(place, state, slots)
+            self.positions(place, state), state.cache, self.hide_queries(place, state, slots)
         )
 
-    def _blocks(self, state: State, place: Tensor) -> Tensor:
+    def visibility(self, state: State, place: Tensor) -> Tensor:
         """Prefix up to 0; a token of entity n is n + 1, seen from the next entity on; a query of
         entity n is n.
         """
@@ -166,7 +165,7 @@ class NextEntity(LlamaGenerator):
         entity = _entity_of(index.clamp(min=0) % QUERY, state.entities)
         return torch.where(index < 0, index + 1, torch.where(index >= QUERY, entity, entity + 1))
 
-    def _hide_queries(self, place: Tensor, state: State, slots: Slots) -> Slots:
+    def hide_queries(self, place: Tensor, state: State, slots: Slots) -> Slots:
         """The visibility of blocks, less the queries of other entities."""
         assert state.prefix is not None
         index = place - state.prefix.length

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import Conditioner
-from tessellar.protocol.conditioning import Conditioning
+from tessellar.protocol.condition import Condition, Conditioner, Conditioning
 from tessellar.text.conditioners import CaptionConditioner
 
 IGNORED = -100

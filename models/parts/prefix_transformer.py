@@ -235,7 +235,7 @@ class PrefixTransformer(Generator):
         """
         assert state.cache is not None and state.prefix is not None
         x = self.embedding_dropout(self._inputs(state, place, tokens))
-        shared = self.shared(place, state, state.cache.reserve(self._blocks(state, place)))
+        shared = self.shared(place, state, state.cache.reserve(self.visibility(state, place)))
         for number, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, number, shared, use_reentrant=False)
@@ -267,7 +267,8 @@ class PrefixTransformer(Generator):
             entities = entities.select(torch.arange(state.batch).repeat(state.guidance.branches))
         return self.embed(state.rows(tokens), index, entities)
 
-    def _blocks(self, state: State, place: Tensor) -> Tensor:
+    def visibility(self, state: State, place: Tensor) -> Tensor:
+        """Visibility numbers [R or 1, n] of places of a sequence, NEVER at the padding of a prefix."""
         block = self.block(place)
         valid = state.prefix.valid  # type: ignore[union-attr]
         if valid is None or bool(valid.all()):

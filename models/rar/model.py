@@ -21,8 +21,7 @@ from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import Prefix, State, require_categorical

@@ -23,8 +23,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.rope import frequencies
 from tessellar.models.llamagen.model import rope_table
 from tessellar.models.parts.joint_text import JointText
-from tessellar.models.parts.llama import LlamaGenerator
-from tessellar.models.parts.prefixes import CaptionPrefix, ClassPrefix
+from tessellar.models.parts.llama import CaptionPrefix, ClassPrefix, LlamaGenerator
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, cells
@@ -188,10 +187,10 @@ class TokenShuffle(LlamaGenerator):
         self.shuffle = Shuffle(width, codes, mlp_blocks, mlp_ratio, project)
         self.unshuffle = Unshuffle(width, codes, mlp_blocks, mlp_ratio, project)
         self.output = None if tied else nn.Linear(width, self.offset + vocab, bias=False)
-        self._set_rotary(rotary, window, rope_base)
+        self.set_rotary(rotary, window, rope_base)
         self.init_weights(zero_init_residual)
 
-    def _set_rotary(self, rotary: str, window: int, base: float) -> None:
+    def set_rotary(self, rotary: str, window: int, base: float) -> None:
         """Tables of LlamaGen's rotation over the grid of windows, or the frequencies of consecutive
         positions.
         """

@@ -166,29 +166,35 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
     return from_official(state, layout, options.num_heads)
 
 
-def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with one wqkv a layer; raises UserError where one of the three is missing."""
-    fused = {key: t for key, t in state.items() if key.rsplit(".", 2)[-2] not in QKV}
-    for key in [key for key in state if key.endswith("attention.wq.weight")]:
-        parts = [key.replace("wq", name) for name in QKV]
-        missing = [part for part in parts if part not in state]
-        if missing:
-            raise UserError(f"the Token-Shuffle checkpoint lacks {', '.join(missing)}")
-        fused[key.replace("wq", "wqkv")] = torch.cat([state[part] for part in parts])
+    fused = {}
+    for key, tensor in state.items():
+        layer = key.rsplit(".", 2)[-2]
+        if layer not in QKV:
+            fused[key] = tensor
+        elif layer == "wq":
+            parts = [key.replace("wq", name) for name in QKV]
+            missing = set(parts) - state.keys()
+            if missing:
+                raise UserError(f"the Token-Shuffle checkpoint lacks {', '.join(sorted(missing))}")
+            fused[key.replace("wq", "wqkv")] = torch.cat([state[part] for part in parts])
     return fused
 
 
-def _parted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def part_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with wq, wk and wv in place of wqkv: as many rows of q as columns, of k and v half
     of the others.
     """
-    parted = dict(state)
-    for key in [key for key in state if key.endswith("attention.wqkv.weight")]:
-        fused = parted.pop(key)
-        width = fused.shape[1]
-        kv_width = (len(fused) - width) // 2
-        parts = fused.split((width, kv_width, kv_width))
-        parted |= {key.replace("wqkv", name): part for name, part in zip(QKV, parts, strict=True)}
+    parted = {}
+    for key, tensor in state.items():
+        if not key.endswith("attention.wqkv.weight"):
+            parted[key] = tensor
+            continue
+        width = tensor.shape[1]
+        kv_width = (len(tensor) - width) // 2
+        for name, part in zip(QKV, tensor.split((width, kv_width, kv_width)), strict=True):
+            parted[key.replace("wqkv", name)] = part
     return parted
 
 
@@ -201,7 +207,7 @@ OFFICIAL = GeneratorImporter(
     ),
     entries=("model", "module", "state_dict"),  # as LlamaGen's files; none of its own is published
     keys=KEYS,
-    split=_fused,
-    join=_parted,
+    split=fuse_qkv,
+    join=part_qkv,
     build=_build,
 )

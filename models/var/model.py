@@ -25,8 +25,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.stochastic_depth import StochasticDepth
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, scales
 from tessellar.protocol.generator import Prefix, State, require_categorical
@@ -120,6 +119,27 @@ class VARBlock(AdaLNBlock):
 
     def forward(self, x: Tensor, layer: int, shared: VARPass) -> Tensor:  # type: ignore[override]
         return super().forward(x, shared.condition, (x.shape[1],), layer, shared)
+
+    def init_weights(self, width: int, depth: int, gate_init: float) -> None:
+        """Outputs of both branches by 1 / sqrt(2 depth), gates by `gate_init`, the other vectors of
+        the modulation by a half.
+        """
+        attention = cast(VARAttention, self.attention)
+        mlp = cast(Mlp, self.mlp)
+        if attention.log_scale is not None:
+            tag(attention.log_scale, "no_decay")
+        for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
+            tag(linear.weight, "hidden")  # type: ignore[arg-type]
+        for linear in (attention.proj, mlp.fc2):
+            linear.weight.div_(sqrt(2 * depth))  # type: ignore[operator, union-attr]
+        # The six vectors are gate1, gate2, scale1, scale2, shift1, shift2.
+        if isinstance(self.modulation, Modulation):
+            self.modulation.linear.weight[: 2 * width].mul_(gate_init)
+            self.modulation.linear.weight[2 * width :].mul_(0.5)
+        else:
+            tag(self.modulation.offset, "no_decay")  # type: ignore[arg-type]
+            self.modulation.offset[:, :, :2].mul_(gate_init)  # type: ignore[index]
+            self.modulation.offset[:, :, 2:].mul_(0.5)  # type: ignore[index]
 
 
 def block(
@@ -216,24 +236,7 @@ class VAR(PrefixTransformer):
             self.output.weight.mul_(0.02)
             self.last_modulation.linear.weight.mul_(0.5)
             for layer in self.layers:
-                self._init_block(cast(VARBlock, layer), width, depth, gate_init)
-
-    def _init_block(self, layer: VARBlock, width: int, depth: int, gate_init: float) -> None:
-        attention = cast(VARAttention, layer.attention)
-        mlp = cast(Mlp, layer.mlp)
-        if attention.log_scale is not None:
-            tag(attention.log_scale, "no_decay")
-        for linear in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2):
-            tag(linear.weight, "hidden")  # type: ignore[arg-type]
-        for linear in (attention.proj, mlp.fc2):
-            linear.weight.div_(sqrt(2 * depth))  # type: ignore[operator, union-attr]
-        if isinstance(layer.modulation, Modulation):
-            layer.modulation.linear.weight[: 2 * width].mul_(gate_init)
-            layer.modulation.linear.weight[2 * width :].mul_(0.5)
-        else:
-            tag(layer.modulation.offset, "no_decay")  # type: ignore[arg-type]
-            layer.modulation.offset[:, :, :2].mul_(gate_init)  # type: ignore[index]
-            layer.modulation.offset[:, :, 2:].mul_(0.5)  # type: ignore[index]
+                cast(VARBlock, layer).init_weights(width, depth, gate_init)
 
     def bind(self, tokenizer: Tokenizer) -> None:
         if not hasattr(tokenizer, "next_inputs"):

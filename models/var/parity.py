@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.interop.options import check_options
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import choice_of, greedy, logits_of, prefixed
+from tessellar.parity.stand_ins import choice_of, greedy, logits_of
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.tokenizers.var import VARVQVAE
@@ -21,7 +22,7 @@ READ = (
 
 
 def _generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
-    state = prefixed(recording.weights["model"], "var.")
+    state = part_of(recording.weights["model"], "var.")
     config = recording.config["var"]
     check_options(config, "the config's var", READ, {"norm_eps": 1e-6})
     generator = from_official(state, vqvae.layout, config["num_heads"])

@@ -10,7 +10,7 @@ single entity is fully guided; clean context is trained with two streams.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from tessellar.layers.rope import grid_angles
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
 from tessellar.processes import flow
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.entities import Entities, parse_entities, take
 from tessellar.protocol.generator import Generator, State
@@ -254,6 +253,12 @@ class XAR(Generator):
         sizes = self.entities.sizes
         cache = NoCache(noisy.device)
         if clean is None:
+            if self.flex:
+                mask: Any = flex_mask(self.entities, noisy.device)
+                n = self.entities.length
+                slots = Slots(torch.arange(n)[None], 0, n, mask, False)
+            else:
+                slots = cache.reserve(self.entities.numbers[None])
             return self._run(
                 noisy,
                 order,
@@ -261,7 +266,7 @@ class XAR(Generator):
                 sizes=sizes,
                 condition=condition,
                 cache=cache,
-                slots=self._training_slots(noisy.device),
+                slots=slots,
             )
         both = (
             torch.cat([clean, noisy], 1),
@@ -271,12 +276,6 @@ class XAR(Generator):
         mask = two_streams(self.entities).to(noisy.device)
         slots = Slots(torch.arange(2 * len(mask))[None], 0, len(mask), mask[None, None], False)
         return self._run(*both, sizes + sizes, condition, cache, slots)[:, noisy.shape[1] :]
-
-    def _training_slots(self, device: torch.device) -> Slots:
-        n = self.entities.length
-        if self.flex:
-            return Slots(torch.arange(n)[None], 0, n, _block_mask(self.entities, device), False)  # type: ignore[arg-type]
-        return NoCache(device).reserve(self.entities.numbers[None])
 
     # sampling
 
@@ -452,7 +451,8 @@ def coordinates(layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=4)
-def _block_mask(entities: Entities, device: torch.device) -> object:
+def flex_mask(entities: Entities, device: torch.device) -> object:
+    """FlexAttention's mask of training: the same at every step, so it is kept."""
     return entities.block_mask(device)
 
 

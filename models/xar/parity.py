@@ -99,10 +99,10 @@ def sample(recording: Recording) -> dict[str, Tensor]:
     outputs = {"sample/timestep_index": time_index(sde_times(steps)[:-1]).long()}
     for name in recording.outputs("sample/*_latents*"):
         outputs[name] = _latents(recording, generator, recording.settings(name))
-    return outputs | _single_calls(recording, generator)
+    return outputs | single_calls(recording, generator)
 
 
-def _single_calls(recording: Recording, generator: XAR) -> dict[str, Tensor]:
+def single_calls(recording: Recording, generator: XAR) -> dict[str, Tensor]:
     """What single calls of the network read and predict."""
     names = recording.outputs("sample/*_input")
     if not names:

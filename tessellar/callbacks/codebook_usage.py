@@ -111,10 +111,16 @@ def add_counts(counts: list[Tensor], tokens: Tensor, layout: Layout) -> list[Ten
 
 def usage(counts: tuple[Tensor, ...]) -> dict[str, float]:
     """Usage and perplexity (means over codebooks) and the number of codes that were never drawn."""
-    shares = [float((count > 0).double().mean()) for count in counts]
-    entropies = [torch.special.entr(count.double() / count.sum()).sum() for count in counts]
+    used = 0.0
+    perplexity = 0.0
+    dead = 0
+    for count in counts:
+        entropy = torch.special.entr(count.double() / count.sum()).sum()
+        used += float((count > 0).double().mean())
+        perplexity += float(entropy.exp())
+        dead += int((count == 0).sum())
     return {
-        "usage": sum(shares) / len(shares),
-        "perplexity": float(sum(h.exp() for h in entropies)) / len(counts),
-        "dead": float(sum(int((count == 0).sum()) for count in counts)),
+        "usage": used / len(counts),
+        "perplexity": perplexity / len(counts),
+        "dead": float(dead),
     }

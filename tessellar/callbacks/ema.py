@@ -13,10 +13,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tessellar.checkpoints.weights import with_current_names
-from tessellar.training.sharding import like, whole
+from tessellar.training.sharding import by_kind, like, whole
 
 
 class EMA(L.Callback):
@@ -36,17 +35,11 @@ class EMA(L.Callback):
         self._raw: dict[str, Tensor] | None = None
         self._seen = 0
 
-    @staticmethod
-    def _tensors(module: nn.Module) -> dict[str, Tensor]:
-        return {n: t.detach() for n, t in module.state_dict().items()}
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.average:
-            current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
-            self.average = {
-                n: t.float().clone() if t.is_floating_point() else t.clone()
-                for n, t in current.items()
-            }
+            for name, tensor in tensors_of(pl_module).items():
+                average = tensor.float() if tensor.is_floating_point() else tensor
+                self.average[name] = average.clone()
         self._place(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,34 +48,38 @@ class EMA(L.Callback):
 
     def _place(self, pl_module: L.LightningModule) -> None:
         """Averages where the weights are, and sharded as they are."""
-        current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
-        self.average = with_current_names(pl_module.ema_target, self.average)  # type: ignore[arg-type]
-        saved = {
-            n: self.average[n].float() if t.is_floating_point() else self.average[n]
-            for n, t in current.items()
-        }
-        self.average = {n: like(saved[n], t) for n, t in current.items()}
+        saved = with_current_names(pl_module.ema_target, self.average)  # type: ignore[arg-type]
+        self.average = {}
+        for name, tensor in tensors_of(pl_module).items():
+            average = saved[name].float() if tensor.is_floating_point() else saved[name]
+            self.average[name] = like(average, tensor)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if pl_module.updates == self._seen:
             return
         self._seen = pl_module.updates
-        current = self._tensors(pl_module.ema_target)  # type: ignore[arg-type]
-        floating = [n for n, t in current.items() if t.is_floating_point()]
-        if not _finite([current[n] for n in floating]):
+        new: list[Tensor] = []
+        averages: list[Tensor] = []
+        counters: list[tuple[Tensor, Tensor]] = []  # whole numbers are copied, not averaged
+        for name, tensor in tensors_of(pl_module).items():
+            if tensor.is_floating_point():
+                new.append(tensor)
+                averages.append(self.average[name])
+            else:
+                counters.append((self.average[name], tensor))
+        if not all_finite(new):
             return
         self.updates += 1
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        for sharded in (False, True):
-            names = [n for n in floating if isinstance(current[n], DTensor) is sharded]
-            if names:
-                new = [current[n].float() for n in names]
-                torch._foreach_lerp_([self.average[n] for n in names], new, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        for name in current.keys() - set(floating):
-            self.average[name].copy_(current[name])
+        for ours, theirs in zip(by_kind(averages), by_kind(new), strict=True):
+            if ours:
+                theirs = [tensor.float() for tensor in theirs]
+                torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        for kept, counter in counters:
+            kept.copy_(counter)
 
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
@@ -100,7 +97,7 @@ class EMA(L.Callback):
             return
         self._place(pl_module)
         target: nn.Module = pl_module.ema_target  # type: ignore[assignment]
-        self._raw = {n: t.clone() for n, t in self._tensors(target).items()}
+        self._raw = {name: tensor.clone() for name, tensor in tensors_of(pl_module).items()}
         target.load_state_dict(self.average)
 
     def _swap_out(self, pl_module: L.LightningModule) -> None:
@@ -136,8 +133,18 @@ class EMA(L.Callback):
         self.average = state_dict["average"]
 
 
-def _finite(tensors: list[Tensor]) -> bool:
+def tensors_of(pl_module: L.LightningModule) -> dict[str, Tensor]:
+    """What is averaged: parameters and buffers of the module's `ema_target`."""
+    state = pl_module.ema_target.state_dict()  # type: ignore[union-attr, operator]
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
     """Whether all are finite; the same on all processes of a sharded run."""
-    kinds = [[t for t in tensors if isinstance(t, DTensor) is sharded] for sharded in (False, True)]
-    norms = [whole(torch.stack(torch._foreach_norm(kind)).norm()) for kind in kinds if kind]  # pyright: ignore[reportPrivateImportUsage]
-    return all(bool(torch.isfinite(norm)) for norm in norms)
+    for kind in by_kind(tensors):
+        if kind:
+            # One norm of all norms is NaN or infinite where any value is.
+            norm = whole(torch.stack(torch._foreach_norm(kind)).norm())  # pyright: ignore[reportPrivateImportUsage]
+            if not bool(torch.isfinite(norm)):
+                return False
+    return True

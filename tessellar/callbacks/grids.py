@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tessellar.images import to_uint8
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.sampling.output import save_png, tile
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner

@@ -20,7 +20,7 @@ from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.pictures import Embed, metric_curves, nearest, neighbour_grid, pixels
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.sampling.output import save_png
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
-from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.condition import Conditioner
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.moved import renewed
@@ -25,7 +26,11 @@ PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
 # averages.
 PREFIXES = {
     "tokenizer": {"tokenizer": "tokenizer.", "discriminator": "loss.discriminator."},
-    "generator": {part: f"model.{part}." for part in ("tokenizer", "generator", "conditioner")},
+    "generator": {
+        "tokenizer": "model.tokenizer.",
+        "generator": "model.generator.",
+        "conditioner": "model.conditioner.",
+    },
 }
 AVERAGED = {"tokenizer": "tokenizer.", "generator": "model.generator."}
 REQUIRED = {"tokenizer": ("tokenizer",), "generator": ("tokenizer", "generator", "conditioner")}
@@ -97,17 +102,15 @@ def checkpoint_tensors(
     kind = description["kind"]
     if not isinstance(state, dict):
         raise UserError(f"{where} holds no weights: training did not write it, or it is damaged")
-    averages = {} if raw else _averages(content)
-    merged = {**state, **{AVERAGED[kind] + name: tensor for name, tensor in averages.items()}}
+    averages = {} if raw else averages_in(content)
+    merged = dict(state)
+    for name, tensor in averages.items():
+        merged[AVERAGED[kind] + name] = tensor
     tensors = {}
     for part, prefix in PREFIXES[kind].items():
         if part in description:
-            of_part = {
-                name.removeprefix(prefix): t
-                for name, t in merged.items()
-                if name.startswith(prefix)
-            }
-            tensors |= {f"{part}.{name}": tensor for name, tensor in of_part.items()}
+            for name, tensor in part_of(merged, prefix).items():
+                tensors[f"{part}.{name}"] = tensor
     return tensors, "ema" if averages else "raw"
 
 
@@ -123,12 +126,13 @@ def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[s
     return (*modules, "optimizer states") if content.get("optimizer_states") else tuple(modules)
 
 
-def _averages(content: dict[str, Any]) -> dict[str, Tensor]:
+def averages_in(content: dict[str, Any]) -> dict[str, Tensor]:
     """What the EMA callback saved, names relative to the module that it averages; empty without
     one.
     """
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, dict) else ()
-    return next(
-        (state["average"] for state in states if isinstance(state, dict) and "average" in state), {}
-    )
+    for state in states:
+        if isinstance(state, dict) and "average" in state:
+            return state["average"]
+    return {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tessellar.checkpoints.card import Record, card
 from tessellar.checkpoints.description import HEADER_KEY, describe_model
 from tessellar.checkpoints.staging import staged_folder
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.condition import ClassConditioner, Conditioner
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tensor_files import write_safetensors

@@ -64,7 +64,7 @@ def _without_defaults(config: Any) -> Any:
         return config
     path = config["class_path"]
     given = config["init_args"]
-    defaults = _defaults(path)
+    defaults = defaults_of(path)
     first = {new: old for old, new in reversed(ARGUMENTS.get(path, {}).items()) if new is not None}
     kept = {
         first.get(name, name): _without_defaults(value)
@@ -74,7 +74,7 @@ def _without_defaults(config: Any) -> Any:
     return {"class_path": first_path(path), "init_args": kept}
 
 
-def _defaults(path: str) -> dict[str, Any]:
+def defaults_of(path: str) -> dict[str, Any]:
     """Described default of each argument that has one; none for a class that this version does not
     know.
     """

@@ -30,10 +30,10 @@ from tessellar.checkpoints.description import (
 from tessellar.checkpoints.differences import differences
 from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.checkpoints.hub import fetch, is_hub_id
-from tessellar.checkpoints.weights import load_strict, with_current_names
+from tessellar.checkpoints.weights import load_strict, part_of, with_current_names
 from tessellar.errors import UserError
 from tessellar.places import in_runs
-from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.condition import Conditioner
 from tessellar.protocol.configured import build
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
@@ -82,8 +82,7 @@ class Source:
 
     def state(self, part: str) -> dict[str, Tensor]:
         """State dict of one part."""
-        prefix = f"{part}."
-        return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+        return part_of(self.tensors, f"{part}.")
 
     def arguments(self, part: str) -> dict[str, Any]:
         """Constructor arguments of one part, as the file gives them; raises UserError where it
@@ -173,16 +172,16 @@ def init_generator(
     _tell_settings(source, "generator", generator.config, besides=("layout",))
     taken = ["generator"]
     if conditioner is not None:
-        _init_conditioner(source, conditioner)
+        init_conditioner(source, conditioner)
         taken.append("conditioner")
     if tokenizer is not None:
-        _compare_tokenizer(source, tokenizer)
+        compare_tokenizer(source, tokenizer)
         taken.append("tokenizer")  # the run brings its own
     _tell_left(source, taken)
     return source.data
 
 
-def _init_conditioner(source: Source, conditioner: Conditioner) -> None:
+def init_conditioner(source: Source, conditioner: Conditioner) -> None:
     """The state of the source's conditioner into this one; raises UserError where they mean
     different things.
     """
@@ -214,7 +213,7 @@ def _init_conditioner(source: Source, conditioner: Conditioner) -> None:
         )
 
 
-def _compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+def compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     """Warn, in one line, where a generator goes on with other tokens than it was trained on."""
     described = source.arguments("generator").get("layout")
     layout = (
@@ -275,11 +274,11 @@ def read_source(path: str | Path, *, raw: bool = False) -> Source:
             raise UserError(f"{path} does not exist")
         local = fetch(str(path))
     if local.is_dir():
-        source = _read_folder(local)
+        source = read_export(local)
     elif local.suffix == ".safetensors":
-        source = _read_single(local)
+        source = read_single_file(local)
     elif local.suffix == ".ckpt":
-        return _read_checkpoint(local, raw)
+        return read_checkpoint(local, raw)
     else:
         raise UserError(
             f"{path} is none of: export folder, .safetensors, .ckpt. An official file is read by `convert.py import`"
@@ -291,7 +290,7 @@ def read_source(path: str | Path, *, raw: bool = False) -> Source:
     return source
 
 
-def _read_folder(folder: Path) -> Source:
+def read_export(folder: Path) -> Source:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         inside = [p.parent for p in folder.glob(f"*/{WEIGHTS}")] or sorted(folder.glob("**/*.ckpt"))
         hint = f"; did you mean {inside[-1]}?" if inside else ""
@@ -307,7 +306,7 @@ def _read_folder(folder: Path) -> Source:
     return _source(folder, check_config(config, str(folder / CONFIG)), tensors)
 
 
-def _read_single(path: Path) -> Source:
+def read_single_file(path: Path) -> Source:
     tensors, metadata = read_safetensors(path)
     if HEADER_KEY not in metadata:
         raise UserError(
@@ -321,7 +320,7 @@ def _source(path: Path, description: dict[str, Any], tensors: dict[str, Tensor])
     return Source(str(path), description, tensors, record_from(description.get("record")).weights)
 
 
-def _read_checkpoint(path: Path, raw: bool) -> Source:
+def read_checkpoint(path: Path, raw: bool) -> Source:
     require_file(path)
     content = read_pickle(path)
     if not isinstance(content, dict) or HEADER_KEY not in content:

@@ -46,7 +46,7 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
     try:
         with writing(target):
             yield stage
-            _move(stage, target, marker, overwrite)
+            put_in_place(stage, target, marker, overwrite)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -62,7 +62,7 @@ def beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{what}")
 
 
-def _move(stage: Path, target: Path, marker: str, overwrite: bool) -> None:
+def put_in_place(stage: Path, target: Path, marker: str, overwrite: bool) -> None:
     """Put the folder in its place, as a whole, even where another command writes to the same place
     at once.
 

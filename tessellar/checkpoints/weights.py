@@ -56,30 +56,35 @@ def _replaced(name: str, former: str, new: str) -> str:
     return name
 
 
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    part = {}
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            part[name.removeprefix(prefix)] = tensor
+    return part
+
+
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Copy `state` into `module`; raises UserError that lists (shortened) what is missing, unknown
     or misshapen.
     """
     own = module.state_dict()
     state = with_current_names(module, state)
+    misshapen = []
+    for name in own.keys() & state.keys():
+        if own[name].shape != state[name].shape:
+            misshapen.append(f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}")
     problems = [
         listing("missing", own.keys() - state.keys()),
         listing("unknown", state.keys() - own.keys()),
-        listing("of another shape", _misshapen(own, state)),
+        listing("of another shape", misshapen),
     ]
     if any(problems):
         raise UserError(
             f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}"
         )
     module.load_state_dict(state, strict=True)
-
-
-def _misshapen(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
 
 
 def fingerprint(module: nn.Module) -> str:

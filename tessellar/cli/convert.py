@@ -96,7 +96,12 @@ def export(
     trust(package)
     _check_out(out, overwrite)
     source = read_source(checkpoint, raw=raw)
-    given = {"title": title, "data": data, "license": license, "metrics": _metrics(metrics)}
+    given = {
+        "title": title,
+        "data": data,
+        "license": license,
+        "metrics": metrics_of_record(metrics),
+    }
     record = replace(source.record, **{name: value for name, value in given.items() if value})
     kept = (
         source.build("discriminator")
@@ -216,7 +221,7 @@ def _check_out(out: str, overwrite: bool) -> None:
     check_target(Path(out), WEIGHTS, overwrite)
 
 
-def _metrics(path: str | None) -> dict[str, float]:
+def metrics_of_record(path: str | None) -> dict[str, float]:
     """Numbers under `metrics` of an evaluation's JSON record."""
     if path is None:
         return {}

@@ -44,7 +44,7 @@ def run(command: Callable[[], int | None]) -> int:
         if named:
             _say(f"error: {error.filename}: {error.strerror}")  # type: ignore[attr-defined]
             return 2
-        _say(f"error: {_in_short(error)} ({_kept(error)})")
+        _say(f"error: {in_short(error)} ({_kept(error)})")
         return 1
 
 
@@ -53,7 +53,7 @@ def _say(line: str) -> None:
     print(in_one_line(line), file=sys.stderr)
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """The kind of an error and the first 200 characters of its text."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

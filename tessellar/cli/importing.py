@@ -147,10 +147,10 @@ def _tokenizer(paper: Paper, path: str, options: ImportOptions) -> Tokenizer:
     size = options.image_size
     if size is None or tokenizer.image_size == (size, size):
         return tokenizer
-    return _resized(tokenizer, size)
+    return resized(tokenizer, size)
 
 
-def _resized(tokenizer: Tokenizer, image_size: int) -> Tokenizer:
+def resized(tokenizer: Tokenizer, image_size: int) -> Tokenizer:
     """The same weights for images of another size, for tokenizers that are convolutional."""
     config = tokenizer.config
     if "image_size" not in config["init_args"]:

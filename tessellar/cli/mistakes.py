@@ -63,7 +63,7 @@ def explain(message: str, options: Iterable[str], files: Sequence[str], argv: Se
         cause = deepest(message)
     text = _say(cause, set(options))
     files = [f for f in files if not _given_on_command_line(cause, argv)]
-    return ": ".join([*_holding(files, cause), text])
+    return ": ".join([*files_holding(files, cause), text])
 
 
 def deepest(message: str) -> Cause:
@@ -123,7 +123,9 @@ def _say(cause: Cause, options: set[str]) -> str:
         names = _members(cause.class_path, group) | _under(options, group)
         return f"{prefix}there is no option {found[1]!r}{nearest(key, names, 0)}"
     if found := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        return f"{prefix}there is no {found[2]!r} in {found[1]}{nearest(found[2], _contents(found[1]))}"
+        return (
+            f"{prefix}there is no {found[2]!r} in {found[1]}{nearest(found[2], contents(found[1]))}"
+        )
     if found := re.match(
         r"(?:Import path|Expected) '?([\w.]+)'? (?:does not correspond|to be).*subclass of (?:<class ')?(\w+)",
         text,
@@ -143,11 +145,11 @@ def _say(cause: Cause, options: set[str]) -> str:
     if text.startswith("Unexpected config"):
         return "a config is a mapping of keys (trainer, model, data); this is something else"
     if text.startswith("Expected"):
-        return prefix + _expected(cause)
+        return prefix + say_expected(cause)
     return prefix + " ".join(text.split())
 
 
-def _expected(cause: Cause) -> str:
+def say_expected(cause: Cause) -> str:
     """`Expected a X. Got value: V` of one or several alternatives in plain words."""
     wanted = []
     value = cause.value
@@ -206,7 +208,7 @@ def _under(options: Iterable[str], group: str) -> set[str]:
     return {o.removeprefix(start).split(".")[0] for o in options if o.startswith(start)}
 
 
-def _contents(module: str) -> set[str]:
+def contents(module: str) -> set[str]:
     """Public names and sub-modules of a module of this package; nothing is imported for a foreign
     one.
     """
@@ -235,7 +237,7 @@ def _words(cause: Cause) -> list[str]:
     return quoted or list(cause.keys[-1:])
 
 
-def _holding(files: Sequence[str], cause: Cause) -> list[str]:
+def files_holding(files: Sequence[str], cause: Cause) -> list[str]:
     """The configs that hold the offending word; all of them where that cannot be told."""
     words = [w.split(".")[0] for w in _words(cause)[-1:]] or [""]
     texts = {

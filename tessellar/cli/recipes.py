@@ -264,8 +264,8 @@ def facts_of(recipe: Recipe) -> Facts:
     return {
         **optimizer_facts(recipe.optimizer(), recipe.global_batch),
         **schedule_facts(recipe.schedule(), recipe.optimizer(), recipe.updates),
-        **_ema_facts(recipe),
-        **_framing_facts(recipe.framing),
+        **ema_facts(recipe),
+        **framing_facts(recipe.framing),
         "grad_clip": recipe.model.get("clip", 1.0) or "none",
         "global_batch": recipe.global_batch,
         "epochs": recipe.updates * recipe.global_batch / IMAGES,
@@ -306,7 +306,7 @@ def schedule_facts(schedule: Schedule, settings: OptimizerSettings, updates: int
     }
 
 
-def _ema_facts(recipe: Recipe) -> Facts:
+def ema_facts(recipe: Recipe) -> Facts:
     if recipe.ema is None:
         return {"ema": "none"}
     decay, warmup = recipe.ema
@@ -314,7 +314,7 @@ def _ema_facts(recipe: Recipe) -> Facts:
     return {"ema.decay": decay, "ema.warmup": words, "ema.evaluated": True}
 
 
-def _framing_facts(framing: Framing) -> Facts:
+def framing_facts(framing: Framing) -> Facts:
     names = ("crop", "size", "flip", "ten_ratios", "resize")
     return {f"framing.{name}": getattr(framing, name) for name in names}
 

@@ -72,7 +72,7 @@ def _made(path: str, raw: bool) -> nn.Module | Callable[[Recorder], Any]:
         return assemble(read_source(path, raw=raw))
     if not is_trusted(path):
         raise UserError(f"{path} is of the package {names[0]!r}: name it, --package {names[0]}")
-    found = _found(path)
+    found = found_at(path)
     function = getattr(found, "record", None) if inspect.ismodule(found) else found
     if not callable(function):
         raise UserError(
@@ -92,7 +92,7 @@ def _made(path: str, raw: bool) -> nn.Module | Callable[[Recorder], Any]:
     return made
 
 
-def _found(path: str) -> Any:
+def found_at(path: str) -> Any:
     """The Python module at a path, or what its last name is in the module before it."""
     try:
         return importlib.import_module(path)

@@ -25,7 +25,7 @@ from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
 from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.progress import Progress
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import Constant, GuidanceSchedule
 from tessellar.protocol.packages import trust
 from tessellar.sampling.algorithm import Algorithm

@@ -315,7 +315,7 @@ def _fit(cli: TrainCLI) -> None:
         if trainer.is_global_zero:
             run.abandon()
     if trainer.is_global_zero and trainer.state.finished:
-        _finish(cli)
+        finish(cli)
 
 
 def validate(cli: TrainCLI) -> None:
@@ -488,7 +488,7 @@ def lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-def _finish(cli: TrainCLI) -> None:
+def finish(cli: TrainCLI) -> None:
     """Write the export of the run (averaged weights where they are kept) and its costs."""
     module = cli.model
     run = cli.run_folder

@@ -55,13 +55,13 @@ class Damage:
             try:
                 image = read(candidate)
             except UnreadableImage as error:
-                self._note(candidate, error)
+                self.note(candidate, error)
                 continue
             self.state[candidate] = READABLE
             return candidate, image
         raise UserError(f"no image can be read, not even {self.where(index)}")
 
-    def _note(self, index: int, error: UnreadableImage) -> None:
+    def note(self, index: int, error: UnreadableImage) -> None:
         if self.max_share == 0:
             raise error
         self.state[index] = CORRUPT

@@ -23,6 +23,7 @@ from tessellar.data.workers import ignore_interruptions, sensible_workers
 from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
+SHOWN = 5  # corrupt images that are named, of all that are counted
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -145,11 +146,12 @@ class ImageDataModule(LightningDataModule, ABC):
         damaged = [d for d in self._loaded if isinstance(d, PictureDataset) and d.corrupt]
         for dataset in damaged:
             names = [dataset.where(index) for index in dataset.corrupt]
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             log.warning(
                 "%d of %d images are corrupt and were skipped: %s",
                 len(names),
                 len(dataset),
-                _some(names),
+                ", ".join(names[:SHOWN]) + more,
             )
         self._loaded.clear()
 
@@ -200,8 +202,3 @@ class ImageDataModule(LightningDataModule, ABC):
 def count_of(number: int, one: str, several: str) -> str:
     """`1 class`, `8 classes`."""
     return f"{number:,} {one if number == 1 else several}"
-
-
-def _some(names: Sequence[str], shown: int = 5) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest

@@ -40,11 +40,11 @@ def match_classes(source: ImageSource, extractor: Extractor) -> ClassMatch:
     ours = source.class_names
     theirs = extractor.class_names
     if not ours:
-        return _bare_labels(source, extractor)
+        return match_bare_labels(source, extractor)
     if ours == theirs:
         return ClassMatch(torch.arange(len(ours)))
     if not theirs:
-        return _nameless_network(source, extractor)
+        return match_nameless_network(source, extractor)
     if len(set(theirs)) < len(theirs):
         raise UserError(
             f"{extractor.name} has several classes of one name: those of {source.name} cannot be found"
@@ -62,7 +62,7 @@ def match_classes(source: ImageSource, extractor: Extractor) -> ClassMatch:
     )
 
 
-def _bare_labels(source: ImageSource, extractor: Extractor) -> ClassMatch:
+def match_bare_labels(source: ImageSource, extractor: Extractor) -> ClassMatch:
     ids = torch.arange(extractor.num_classes)
     names = extractor.class_names
     if not names or names == tuple(map(str, ids.tolist())):
@@ -73,7 +73,7 @@ def _bare_labels(source: ImageSource, extractor: Extractor) -> ClassMatch:
     return ClassMatch(ids, (said,))
 
 
-def _nameless_network(source: ImageSource, extractor: Extractor) -> ClassMatch:
+def match_nameless_network(source: ImageSource, extractor: Extractor) -> ClassMatch:
     ours = source.class_names
     unknown = f"{extractor.name} does not say the names of its classes"
     if are_numbers(ours) and _in_range(ours, extractor):

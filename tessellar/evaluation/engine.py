@@ -53,15 +53,15 @@ def evaluate_samples(
     values = measure(collected, reference, extractor, metrics)
     return make_record(
         metrics=values,
-        comparable=_comparable(source, extractor, reference, protocol),
+        comparable=comparable_facts(source, extractor, reference, protocol),
         samples={**source.describe(), "hash": collected.image_hash},
         reference=reference.describe() if reference else None,
-        warnings=[*unsure, *match.warnings, *_warnings(collected, source, extractor, reference)],
+        warnings=[*unsure, *match.warnings, *warnings_of(collected, source, extractor, reference)],
         seconds=time.perf_counter() - started,
     )
 
 
-def _comparable(
+def comparable_facts(
     source: ImageSource, extractor: Extractor, reference: Reference | None, protocol: Protocol
 ) -> dict[str, Any]:
     """What must agree for two numbers to be comparable."""
@@ -76,7 +76,7 @@ def _comparable(
     }
 
 
-def _warnings(
+def warnings_of(
     collected: Collected, source: ImageSource, extractor: Extractor, reference: Reference | None
 ) -> list[str]:
     found = [*source.warnings]

@@ -18,7 +18,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation.sources import ImageBatch, ImageSource
 from tessellar.images import from_uint8, to_uint8
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import Sampling

@@ -102,11 +102,11 @@ def measure(
     """Values by name, in the order of `metrics`, which `check_metrics` has passed."""
     values: dict[str, float] = {}
     for metric in metrics:
-        values |= _values(metric, samples, reference, extractor)
+        values |= values_of(metric, samples, reference, extractor)
     return values
 
 
-def _values(
+def values_of(
     metric: Metric, samples: Collected, reference: Reference | None, extractor: Extractor
 ) -> dict[str, float]:
     match metric:

@@ -88,7 +88,7 @@ def reference_from(
     batch_size: int = 64,
 ) -> Reference:
     """Statistics of a source's images, read from the cache if they are there; all ranks take part."""
-    path = None if cache_dir is None else cache_folder(cache_dir) / _cache_name(source, extractor)
+    path = None if cache_dir is None else cache_folder(cache_dir) / cache_name(source, extractor)
     cached = broadcast(
         load_statistics(path) if path is not None and rank() == 0 and path.is_file() else None
     )
@@ -96,13 +96,13 @@ def reference_from(
         return cached
     needs = Needs(spatial=extractor.spatial_dim is not None, keep=KEPT_FEATURES)
     collected = collect(source.batches(batch_size), source.count, extractor, needs, batch_size)
-    reference = _from_collected(collected, source, extractor)
+    reference = reference_of(collected, source, extractor)
     if path is not None and rank() == 0:
         save_statistics(reference, path)
     return reference
 
 
-def _from_collected(collected: Collected, source: ImageSource, extractor: Extractor) -> Reference:
+def reference_of(collected: Collected, source: ImageSource, extractor: Extractor) -> Reference:
     return Reference(
         name=source.name,
         hash=collected.image_hash,
@@ -116,7 +116,7 @@ def _from_collected(collected: Collected, source: ImageSource, extractor: Extrac
     )
 
 
-def _cache_name(source: ImageSource, extractor: Extractor) -> str:
+def cache_name(source: ImageSource, extractor: Extractor) -> str:
     key = digest(
         images=source.fingerprint(),
         extractor=extractor.describe(),

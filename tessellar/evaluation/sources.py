@@ -155,7 +155,7 @@ class FolderImages(ImageSource):
         self.root = Path(root)
         self.name = self.root.resolve().name
         self.made = made_by(self.root)
-        listed = _sampled_files(self.root) if self.made else _listed_files(self.root)
+        listed = sampled_files(self.root) if self.made else listed_files(self.root)
         self.files, self.labels, self.class_names = listed
         self.count = len(self.files)
         self.label_plan = label_plan_of(self.labels)
@@ -252,7 +252,7 @@ class ListedFiles(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def _sampled_files(root: Path) -> ListedFiles:
+def sampled_files(root: Path) -> ListedFiles:
     """Files `<index>_<class>.png` of `sample.py`, and their classes; its grid is no sample."""
     found = sorted(file.name for file in root.iterdir() if SAMPLE_NAME.fullmatch(file.name))
     if not found:
@@ -263,7 +263,7 @@ def _sampled_files(root: Path) -> ListedFiles:
     return ListedFiles(found, labels, names_of_record(root))
 
 
-def _listed_files(root: Path) -> ListedFiles:
+def listed_files(root: Path) -> ListedFiles:
     """All images, numbered as a data set of the same folder is; one class alone says nothing."""
     listing = list_folder(root)
     if len(listing.class_names) == 1:

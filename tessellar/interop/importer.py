@@ -8,7 +8,7 @@
 packages that `--package` names.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.files import entry_of, sets_of_weights, state_dicts, unwrap
-from tessellar.interop.keys import KeyTable, match_key
+from tessellar.interop.keys import KeyTable, match_key, matches
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
@@ -171,11 +171,6 @@ class GeneratorImporter(Importer[G]):
 
     build: Callable[[State, Layout, ImportOptions], G]
     tokenizer: str = ""
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a key is like one of the patterns."""
-    return any(match_key(pattern, name) is not None for pattern in patterns)
 
 
 def _has(state: State, mark: str) -> bool:

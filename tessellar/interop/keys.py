@@ -47,9 +47,10 @@ class KeyTable:
         self, state: Mapping[str, Tensor], where: str = "the checkpoint"
     ) -> dict[str, Tensor]:
         """Our state dict from theirs; raises UserError that lists keys without a rule."""
-        kept = {
-            key: t for key, t in state.items() if all(match_key(p, key) is None for p in self.drop)
-        }
+        kept = {}
+        for key, tensor in state.items():
+            if not matches(key, self.drop):
+                kept[key] = tensor
         return Weights(
             self._translate(kept, where, lambda rule: (rule.theirs, rule.ours, rule.to_ours)), where
         )
@@ -84,17 +85,23 @@ def table(pairs: Mapping[str, str], *rules: Rule, drop: Iterable[str] = ()) -> K
     return KeyTable((*(Rule(theirs, ours) for theirs, ours in pairs.items()), *rules), tuple(drop))
 
 
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether a key matches one of several patterns."""
+    return any(match_key(pattern, key) is not None for pattern in patterns)
+
+
 def match_key(pattern: str, key: str) -> dict[str, str] | None:
     """Placeholder values where `key` matches the pattern; `*` matches anything."""
-    parts = re.split(r"(\{\w+\}|\*)", pattern)
-    found = re.fullmatch("".join(map(_regex, parts)), key)
+    expression = ""
+    for part in re.split(r"(\{\w+\}|\*)", pattern):
+        name = part[1:-1]
+        if part == "*":
+            expression += ".*"
+        elif not part.startswith("{"):
+            expression += re.escape(part)
+        elif len(name) == 1:  # {i}: a number
+            expression += f"(?P<{name}>[0-9]+)"
+        else:  # {tensor}: one component of the path
+            expression += f"(?P<{name}>[^.]+)"
+    found = re.fullmatch(expression, key)
     return found.groupdict() if found else None
-
-
-def _regex(part: str) -> str:
-    if part == "*":
-        return ".*"
-    if not part.startswith("{"):
-        return re.escape(part)
-    name = part[1:-1]
-    return f"(?P<{name}>{r'[0-9]+' if len(name) == 1 else r'[^.]+'})"

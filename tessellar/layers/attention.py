@@ -42,7 +42,7 @@ def attention(
     """
     if mask is not None and not isinstance(mask, Tensor):
         assert not dropout and not is_causal, "FlexAttention has no dropout; its mask says all"
-        return _flex(q.device.type)(q, k, v, block_mask=mask, scale=scale)
+        return flex_kernel(q.device.type)(q, k, v, block_mask=mask, scale=scale)
     if implementation == "auto":
         implementation = (
             "explicit" if q.device.type == "cpu" and k.shape[-2] <= EXPLICIT_UP_TO else "sdpa"
@@ -55,7 +55,7 @@ def attention(
         raise ValueError(
             f"attention implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
         )
-    return _explicit(
+    return explicit_attention(
         q,
         k,
         v=v,
@@ -66,7 +66,7 @@ def attention(
     )
 
 
-def _explicit(
+def explicit_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -87,7 +87,7 @@ def _explicit(
 
 
 @lru_cache
-def _flex(device: str) -> Any:
+def flex_kernel(device: str) -> Any:
     """FlexAttention; importing it is slow, and only its compiled form is fast."""
     from torch.nn.attention.flex_attention import flex_attention
 

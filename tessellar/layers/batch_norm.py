@@ -57,26 +57,17 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean = total[:-1] / count
         centred = x - mean[:, None, None]
         variance = distributed.sum_over_ranks(centred.square().sum((0, 2, 3))) / count
-        self._track(mean.detach(), variance.detach() * count / (count - 1))
+        if self.running_mean is not None and self.running_var is not None:
+            share = self._share()
+            unbiased = variance.detach() * count / (count - 1)  # as torch has it
+            self._keep(
+                self.running_mean.lerp(mean.detach().to(self.running_mean), share),
+                self.running_var.lerp(unbiased.to(self.running_var), share),
+            )
         scaled = centred * (variance + self.eps).rsqrt()[:, None, None]
         if self.weight is None:
             return scaled
         return scaled * self.weight[:, None, None] + self.bias[:, None, None]
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Running statistics, with the unbiased variance as torch has them."""
-        if (
-            self.running_mean is None
-            or self.running_var is None
-            or self.num_batches_tracked is None
-        ):
-            return
-        share = self._share()
-        self._keep(
-            self.running_mean.lerp(mean.to(self.running_mean), share),
-            self.running_var.lerp(variance.to(self.running_var), share),
-        )
 
     def _share(self) -> float:
         """The share of this batch in the running statistics."""

@@ -43,14 +43,16 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, groups: int = 32) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v)
-        )
+        q = rearrange(self.q(h), "b c h w -> b (h w) c")
+        k = rearrange(self.k(h), "b c h w -> b (h w) c")
+        v = rearrange(self.v(h), "b c h w -> b (h w) c")
         out = F.scaled_dot_product_attention(q, k, v)
         # contiguous: GroupNorm on CPU loses precision on transposed memory
         return x + self.proj(rearrange(out, "b (h w) c -> b c h w", h=x.shape[2]).contiguous())

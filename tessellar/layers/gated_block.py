@@ -24,15 +24,16 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.rate = attention_dropout
-        self.q, self.k, self.v = (nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.q = nn.Linear(width, width, bias=bias)
+        self.k = nn.Linear(width, width, bias=bias)
+        self.v = nn.Linear(width, width, bias=bias)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        q, k, v = (
-            rearrange(f(x), "b n (h d) -> b h n d", h=self.num_heads)
-            for f in (self.q, self.k, self.v)
-        )
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k = rearrange(self.k(x), "b n (h d) -> b h n d", h=self.num_heads)
+        v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads)
         out = attend(q, k, v, mask, is_causal, dropout=self.rate if self.training else 0.0)
         return self.dropout(self.out(rearrange(out, "b h n d -> b n (h d)")))
 

@@ -33,10 +33,13 @@ class QKVAttention(nn.Module):
         """q [B, n, D] attends to k, v [B, S, D] where `mask` (broadcasting to [B, H, n, S]) is
         True.
         """
+        projected = []
         weights = self.qkv.weight.chunk(3)
         biases = self.qkv.bias.chunk(3)
-        projected = (F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=True))
-        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.num_heads) for x in projected)
+        for x, weight, bias in zip((q, k, v), weights, biases, strict=True):
+            y = F.linear(x, weight, bias)
+            projected.append(rearrange(y, "b n (h d) -> b h n d", h=self.num_heads))
+        q, k, v = projected
         out = attend(q, k, v, mask, implementation=self.implementation)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -50,7 +53,9 @@ class QFormerLayer(nn.Module):
         self, width: int, num_heads: int, mlp_ratio: int = 4, attention: str = "auto"
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
         self.self_attention = QKVAttention(width, num_heads, attention)
         self.cross_attention = QKVAttention(width, num_heads, attention)
         self.fc1 = nn.Linear(width, mlp_ratio * width)

@@ -57,9 +57,7 @@ def kernel_distance(
             torch.from_numpy(draw.choice(len(side), size, replace=False))
             for side in (samples, reference)
         ]
-        x, y = (
-            side[r.to(side.device)].double()
-            for side, r in zip((samples, reference), rows, strict=True)
-        )
+        x = samples[rows[0].to(samples.device)].double()
+        y = reference[rows[1].to(reference.device)].double()
         values.append(float(unbiased_mmd(x, y)))
     return KID(float(np.mean(values)), float(np.std(values)))

@@ -111,7 +111,7 @@ class FeatureStatistics:
         if len(x):
             mean = x.mean(dim=0)
             self._shift(len(x), mean)
-            _add_outer(self.scatter, x - mean)
+            add_outer(self.scatter, x - mean)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add everything that `other` has seen."""
@@ -150,7 +150,7 @@ class FeatureStatistics:
         return Moments(self.mean.clone(), (upper + upper.triu(1).T) / (self.count - 1), self.count)
 
 
-def _add_outer(scatter: Tensor, x: Tensor) -> None:
+def add_outer(scatter: Tensor, x: Tensor) -> None:
     """Add x^T x to `scatter` [D, D] in blocks from the diagonal to the right; what is left of them
     mirrors the rest.
     """

@@ -83,19 +83,20 @@ class VisionModel(Configured, ExactTables):
         if weights is not None:
             refuse_outside(f"weights of a vision model, {weights}")
         downloads = weights == DOWNLOAD
-        file = (
-            None if weights is None or downloads or (_on_meta() and name) else read_weights(weights)
-        )
+        on_meta = torch.get_default_device().type == "meta"
+        file = None
+        if weights is not None and not downloads and not (on_meta and name):
+            file = read_weights(weights)
         facts = file.facts if file else None
-        self.name = _one_name(name, facts, weights)
+        self.name = network_name(name, facts, weights)
         self.label = label or (facts.name if facts else self.name)
         self.options = {**(facts.options if facts else {}), **options}
         check_network(self.name, self.options)
-        self.network = _create(self.name, image_size, self.options, downloads)
+        self.network = create(self.name, image_size, self.options, downloads)
         given = (image_size, image_size) if image_size else facts and facts.image_size
-        self.input_size = given or _input_size(self.network)
+        self.input_size = given or input_size_of(self.network)
         self.preprocessing = _completed(preprocessing, facts, self.network)
-        self.layers = _checked_layers(self.network, tuple(layers), self.name)
+        self.layers = counted_layers(self.network, tuple(layers), self.name)
         for buffer, values in (("mean", self.preprocessing.mean), ("std", self.preprocessing.std)):
             self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.mean: Tensor
@@ -110,7 +111,14 @@ class VisionModel(Configured, ExactTables):
         """Weights as timm or the network's authors publish them; raises UserError where they do not
         fit.
         """
-        _fill(self.network, state, where)
+        own = self.network.state_dict()
+        kept = _without_classifier(self.network, state)
+        module = sys.modules[type(self.network).__module__]
+        convert = getattr(module, "checkpoint_filter_fn", None)  # timm's, of authors' names
+        fits = kept.keys() == own.keys() and all(kept[key].shape == own[key].shape for key in own)
+        if convert and not fits:
+            kept = _without_classifier(self.network, convert(dict(state), self.network))
+        load_strict(self.network, kept, where)
         self.filled = True
 
     @property
@@ -173,15 +181,15 @@ class VisionModel(Configured, ExactTables):
         found = self.network.forward_intermediates(
             self.preprocess(images), list(self.layers), **arguments
         )  # type: ignore[operator]
-        maps = [item[0] if has_prefix else item for item in found]
-        patches = torch.cat(
-            [rearrange(at_least_float32(m), "b c h w -> b (h w) c") for m in maps], dim=-1
-        )
-        prefix = (
-            torch.cat([at_least_float32(item[1]) for item in found], dim=-1)
-            if has_prefix
-            else patches[:, :0]
-        )
+        of_patches = []
+        of_prefix = []
+        for item in found:
+            maps = item[0] if has_prefix else item
+            vectors = rearrange(at_least_float32(maps), "b c h w -> b (h w) c")
+            of_patches.append(vectors)
+            of_prefix.append(at_least_float32(item[1]) if has_prefix else vectors[:, :0])
+        patches = torch.cat(of_patches, dim=-1)
+        prefix = torch.cat(of_prefix, dim=-1)
         return VisionFeatures(prefix, patches)
 
     def patch_features(self, images: Tensor) -> Tensor:
@@ -315,11 +323,7 @@ def _stand_in(path: Path) -> list[str]:
     return [NetworkFacts.from_metadata(metadata, path).name] if KEY in metadata else []
 
 
-def _on_meta() -> bool:
-    return torch.get_default_device().type == "meta"
-
-
-def _one_name(name: str | None, facts: NetworkFacts | None, weights: str | None) -> str:
+def network_name(name: str | None, facts: NetworkFacts | None, weights: str | None) -> str:
     """timm's name; raises UserError where nothing tells it, or the file tells another."""
     if facts and name not in (None, facts.arch):
         raise UserError(f"{weights} holds the network {facts.arch}, not {name}")
@@ -330,7 +334,7 @@ def _one_name(name: str | None, facts: NetworkFacts | None, weights: str | None)
     return facts.arch if facts else str(name)
 
 
-def _create(name: str, image_size: int | None, options: Options, download: bool) -> nn.Module:
+def create(name: str, image_size: int | None, options: Options, download: bool) -> nn.Module:
     """The network without a classifier; raises UserError where timm cannot make or download it."""
     sized: Options = {**options, "img_size": image_size} if image_size else options
     for arguments in (sized, options):  # convolutional networks take no img_size
@@ -351,7 +355,7 @@ def _create(name: str, image_size: int | None, options: Options, download: bool)
     ) from reason
 
 
-def _checked_layers(network: nn.Module, layers: tuple[int, ...], name: str) -> tuple[int, ...]:
+def counted_layers(network: nn.Module, layers: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Layers counted from the first, in order; raises UserError where one is not there or has a map
     of another size.
     """
@@ -375,23 +379,9 @@ def _completed(how: Preprocessing, facts: NetworkFacts | None, network: nn.Modul
     return replace(how, mean=mean, std=std)
 
 
-def _input_size(network: nn.Module) -> tuple[int, int]:
+def input_size_of(network: nn.Module) -> tuple[int, int]:
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     return tuple(size) if size else tuple(network.pretrained_cfg["input_size"][1:])  # type: ignore[index, return-value]
-
-
-def _fill(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Weights as timm or the network's authors publish them: converted by timm, without the
-    classifier, strictly.
-    """
-    own = network.state_dict()
-    kept = _without_classifier(network, state)
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert and (
-        kept.keys() != own.keys() or any(kept[key].shape != own[key].shape for key in own)
-    ):
-        kept = _without_classifier(network, convert(dict(state), network))
-    load_strict(network, kept, where)
 
 
 def _without_classifier(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,8 +21,7 @@ from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import GREEDY
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.condition import ClassConditioner, Condition, Conditioner
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.tokenizer import Tokenizer
@@ -92,7 +91,7 @@ def record_module(module: nn.Module, count: int = 2, seed: int = 0) -> tuple[Rec
             )
             _record(recorder, parts, "decode", inputs, {}, left_out)
     if parts.generator is not None:
-        settings = _conditions(recorder, parts, inputs, count, draw)
+        settings = record_conditions(recorder, parts, inputs, count, draw)
         made = _record(recorder, parts, "sample", inputs, settings, left_out)
         if "sample/tokens" in made:
             inputs["loss/tokens"] = recorder.input(
@@ -110,7 +109,7 @@ def _config(parts: Parts) -> dict[str, Any]:
     return described
 
 
-def _conditions(
+def record_conditions(
     recorder: Recorder, parts: Parts, inputs: dict[str, Tensor], count: int, draw: torch.Generator
 ) -> dict[str, Any]:
     """Labels among the inputs and seeds of samples, or prompts as settings of both cases."""
@@ -174,7 +173,7 @@ def run_case(
     return {f"loss/{name}": loss for name, loss in losses.items()}
 
 
-def _rebuilt(recording: Recording) -> Parts:
+def rebuilt(recording: Recording) -> Parts:
     """The recorded module, made anew; raises UserError for a class of a package that is not
     trusted.
     """
@@ -192,7 +191,7 @@ def _rebuilt(recording: Recording) -> Parts:
 @replays(SYSTEM, "encode", "decode", "sample", "loss")
 def replay(recording: Recording) -> dict[str, Tensor]:
     """The recorded cases again."""
-    parts = _rebuilt(recording)
+    parts = rebuilt(recording)
     outputs: dict[str, Tensor] = {}
     for case in ("encode", "decode", "sample", "loss"):
         if case in recording.cases:

@@ -83,7 +83,9 @@ class Recorder:
         """
         if not any(entry["role"] == "output" for entry in self._entries.values()):
             raise UserError("nothing was recorded: no output")
-        files = {part: _file(part) for part in self._parts}
+        files = {part: f"weights_{part}.safetensors" for part in self._parts}
+        if "model" in files:
+            files["model"] = "weights.safetensors"
         meta = {
             "system": self.system,
             "source": self.source,
@@ -105,10 +107,6 @@ class Recorder:
         self._tensors[name] = _kept(tensor)
         self._cases.setdefault(facts["case"], {})
         self._entries[name] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor), **facts}
-
-
-def _file(part: str) -> str:
-    return "weights.safetensors" if part == "model" else f"weights_{part}.safetensors"
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -154,9 +154,16 @@ class Recording:
 def read_recording(folder: str | Path) -> Recording:
     """The recording in `folder`, all cases selected; raises UserError where the folder is not one."""
     folder = Path(folder)
-    meta = _read_meta(folder / "meta.json")
+    meta = read_meta(folder / "meta.json")
     tensors, _ = read_safetensors(folder / "io.safetensors")
     entries = {name: _entry(name, facts) for name, facts in meta["tensors"].items()}
+    try:
+        cases = meta.get("cases", {})
+        settings = {case: dict(facts.get("settings", {})) for case, facts in cases.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"meta.json: `cases` is not a table of settings by case ({error})"
+        ) from error
     return Recording(
         folder=folder,
         system=meta["system"],
@@ -165,11 +172,11 @@ def read_recording(folder: str | Path) -> Recording:
         tensors=tensors,
         weights=WeightFiles(folder, meta.get("files", {}), meta.get("storage", {})),
         cases={entry.case for entry in entries.values()},
-        case_settings=_case_settings(meta.get("cases", {})),
+        case_settings=settings,
     )
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -186,15 +193,6 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
     return meta
-
-
-def _case_settings(cases: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    try:
-        return {case: dict(facts.get("settings", {})) for case, facts in cases.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"meta.json: `cases` is not a table of settings by case ({error})"
-        ) from error
 
 
 def _entry(name: str, facts: Mapping[str, Any]) -> Entry:

@@ -142,10 +142,3 @@ def gradient_norm(loss: Tensor, module: nn.Module) -> Tensor:
         loss, list(module.parameters()), retain_graph=True, allow_unused=True
     )
     return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-
-
-def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    return {
-        key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)
-    }

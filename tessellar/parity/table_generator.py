@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import Generator, State, require_categorical
@@ -100,12 +99,12 @@ class TableGenerator(Generator):
         state.fed = state.fed + count
         first = state.fed - want
         rank = state.entities.steps(first, want).clamp(max=self.layout.length - 1).to(tokens.device)
-        logits = self._logits(
+        logits = self.logits_at(
             state.rows(_generated(tokens, state.entities)), state.rows(rank), state.condition
         )
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
 
-    def _logits(self, generated: Tensor, rank: Tensor, condition: Condition) -> Tensor:
+    def logits_at(self, generated: Tensor, rank: Tensor, condition: Condition) -> Tensor:
         """Logits [R, T, V] at generation ranks [R, T], given tokens [R, N] in generation order."""
         assert condition.ids is not None
         weights = self.codes ** torch.arange(self.layout.length, device=generated.device)

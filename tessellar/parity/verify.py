@@ -80,30 +80,25 @@ def verify(
             "a package of others is named by --package"
         )
     selected = list(cases or ())
-    _select(recording, selected)
+    unknown = [case for case in selected if case not in recording.cases]
+    if unknown:
+        there = ", ".join(sorted(recording.cases))
+        raise UserError(f"{recording.folder} has no case {', '.join(unknown)}; there are {there}")
+    recording.cases = set(selected) or recording.cases
+    if not recording.output_cases:
+        what = ", ".join(selected) or "the recording"
+        raise UserError(f"{recording.folder}: {what} has no outputs, only inputs")
     report = Report(str(folder), recording.system)
-    outputs = _replay(recording, known, report)
+    outputs = replay_all(recording, known, report)
     report.comparisons = [
         compare(name, recording.entries[name], outputs.get(name), recording.tensors.get(name))
         for name in recording.names("output", recording.cases)
     ]
-    report.leftovers += _leftovers(recording, outputs, complete=not selected)
+    report.leftovers += leftovers_of(recording, outputs, complete=not selected)
     return report
 
 
-def _select(recording: Recording, cases: list[str]) -> None:
-    unknown = [case for case in cases if case not in recording.cases]
-    if unknown:
-        there = ", ".join(sorted(recording.cases))
-        raise UserError(f"{recording.folder} has no case {', '.join(unknown)}; there are {there}")
-    recording.cases = set(cases) or recording.cases
-    if not recording.output_cases:
-        raise UserError(
-            f"{recording.folder}: {', '.join(cases) or 'the recording'} has no outputs, only inputs"
-        )
-
-
-def _replay(recording: Recording, known: Sequence[Replay], report: Report) -> dict[str, Tensor]:
+def replay_all(recording: Recording, known: Sequence[Replay], report: Report) -> dict[str, Tensor]:
     """Outputs of all replays that have a selected case; a replay that fails is a leftover, and the
     others still run.
     """
@@ -125,7 +120,7 @@ def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None)
     """One output of ours against the recorded one; reports the value that is worst in terms of its
     tolerance.
     """
-    problem = _problem(entry, ours, theirs)
+    problem = problem_of(entry, ours, theirs)
     if problem:
         return Comparison(name, entry.case, float("inf"), entry.atol, False, problem)
     assert ours is not None and theirs is not None
@@ -147,7 +142,7 @@ def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None)
     )
 
 
-def _problem(entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> str:
+def problem_of(entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> str:
     if theirs is None:
         return "not in io.safetensors"
     if tuple(theirs.shape) != entry.shape or dtype_name(theirs) != entry.dtype:
@@ -160,7 +155,7 @@ def _problem(entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> str:
     return ""
 
 
-def _leftovers(recording: Recording, outputs: dict[str, Tensor], complete: bool) -> list[str]:
+def leftovers_of(recording: Recording, outputs: dict[str, Tensor], complete: bool) -> list[str]:
     """Lines about inputs and weight files that were not read, and tensors that only one side has."""
     inputs = set(recording.names("input", recording.cases))
     recorded = set(recording.names("output"))

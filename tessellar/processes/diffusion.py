@@ -229,12 +229,12 @@ class AncestralDiffusion(DiffusionSampler):
     def integrate(
         self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
     ) -> Tensor:
-        process = _process(self.steps_of(entity, count))
+        process = process_of(self.steps_of(entity, count))
         return ancestral_diffusion(model, process, shape, noise, temperature=self.temperature)
 
 
 @lru_cache
-def _process(steps: int) -> Diffusion:
+def process_of(steps: int) -> Diffusion:
     return respaced(full_process(), kept_steps(steps))
 
 

@@ -1,11 +1,20 @@
-"""Condition: what an image is generated from (a class label, or caption features), and its null for
-guidance.
+"""Condition: what an image is generated from; what makes one of a batch of data, and how a generator
+reads it.
+
+`Condition` is the data: a class label, or caption features. A `Conditioner` makes it of a batch (of
+captions: `tessellar.text`). A generator's `Conditioning` knows which condition stands for none, and
+how often training takes that one (classifier-free guidance, arXiv 2207.12598).
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.protocol.configured import Configured
+from tessellar.protocol.ranges import check_number
 
 
 class Condition(NamedTuple):
@@ -41,12 +50,10 @@ def cat(conditions: list[Condition]) -> Condition:
     """Rows of several conditions in one; texts of unequal length are padded on the left."""
     fields = []
     for values in zip(*conditions, strict=True):
-        present = [v for v in values if v is not None]
-        fields.append(
-            torch.cat([_pad_left(v, max(map(_width, present))) for v in present])
-            if present
-            else None
-        )
+        present = [value for value in values if value is not None]
+        widest = max(map(_width, present), default=0)
+        padded = [pad_left(value, widest) for value in present]
+        fields.append(torch.cat(padded) if present else None)
     return Condition(*fields)
 
 
@@ -54,8 +61,105 @@ def _width(t: Tensor) -> int:
     return t.shape[1] if t.ndim > 1 else 0
 
 
-def _pad_left(t: Tensor, width: int) -> Tensor:
+def pad_left(t: Tensor, width: int) -> Tensor:
     if _width(t) == width:
         return t
     pad = t.new_zeros(t.shape[0], width - t.shape[1], *t.shape[2:])
     return torch.cat([pad, t], dim=1)
+
+
+class Conditioner(Configured, nn.Module, ABC):
+    """Reads what it needs from a batch.
+
+    `gives` names what its conditions hold, where other conditioners give the same; a generator
+    reads one kind. `meaning` are the constructor arguments that decide what a condition means to a
+    trained generator, `free` those that never matter to it.
+    """
+
+    gives: ClassVar[str] = ""
+    meaning: ClassVar[tuple[str, ...]] = ()
+    free: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether nothing is left to learn from a run's captions."""
+        return True
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        """Condition of the batch's B samples."""
+
+
+class ClassConditioner(Conditioner):
+    """Class labels in [0, num_classes)."""
+
+    gives = "class ids"
+    meaning = ("num_classes",)
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, batch: dict[str, Any]) -> Condition:
+        if "label" not in batch:
+            raise UserError("the data set gives no labels, but the generator is class-conditional")
+        return self.of_labels(batch["label"])
+
+    def of_labels(self, labels: Tensor) -> Condition:
+        """Condition of int64 labels [B]; raises UserError for a label outside [0, num_classes)."""
+        bad = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(bad):
+            raise UserError(
+                f"class id {int(bad[0])} does not exist; classes are 0 to {self.num_classes - 1}"
+            )
+        return Condition(ids=labels.to(torch.int64))
+
+
+class Conditioning(ABC):
+    """The one place of a generator that knows its conditions; a module where it has weights or
+    buffers of its own.
+
+    `dropout` is the probability with which training replaces a sample's condition by the null
+    condition; raises UserError where it is none.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_number("condition_dropout", dropout, least=0, most=1)
+        self.dropout = dropout
+
+    @abstractmethod
+    def conditioner(self) -> Conditioner:
+        """What turns a batch of data into this condition."""
+
+    @abstractmethod
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional counterpart of every row."""
+
+    def drop(self, condition: Condition) -> Condition:
+        """Each row null with probability `dropout`, drawn anew (arXiv 2207.12598)."""
+        if self.dropout == 0:
+            return condition
+        device = next(t.device for t in condition if t is not None)
+        keep = torch.rand(condition.batch, device=device) >= self.dropout
+        return condition.where(keep, self.null(condition))
+
+
+class ClassConditioning(Conditioning):
+    """One of `num_classes` labels; `null_class` (default: the number of classes) stands for none of
+    them.
+    """
+
+    def __init__(
+        self, num_classes: int, null_class: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__(dropout)
+        self.num_classes = num_classes
+        self.null_class = num_classes if null_class is None else null_class
+
+    def conditioner(self) -> Conditioner:
+        return ClassConditioner(self.num_classes)
+
+    def null(self, condition: Condition) -> Condition:
+        assert condition.ids is not None
+        return Condition(ids=torch.full_like(condition.ids, self.null_class))

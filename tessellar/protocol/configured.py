@@ -36,7 +36,7 @@ class Configured:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
-            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = remembering(cls.__init__)  # type: ignore[method-assign]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class LossOnly:
     """
 
 
-def _recording(init: Any) -> Any:
+def remembering(init: Any) -> Any:
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
         if "_config" not in self.__dict__:
@@ -74,12 +74,12 @@ def class_path(cls: type) -> str:
     `tessellar.models.xar.XAR`, not `tessellar.models.xar.model.XAR`: files may move, names stay.
     """
     module = cls.__module__
-    while (parent := module.rpartition(".")[0]) and _exports(parent, cls):
+    while (parent := module.rpartition(".")[0]) and exports_class(parent, cls):
         module = parent
     return f"{module}.{cls.__qualname__}"
 
 
-def _exports(module: str, cls: type) -> bool:
+def exports_class(module: str, cls: type) -> bool:
     return (
         vars(sys.modules[module]).get(cls.__qualname__) is cls if module in sys.modules else False
     )
@@ -118,7 +118,7 @@ def build(config: Any, expected: Any = object, where: str = "this config") -> An
     class path of a package that is neither this one nor a trusted one, an unknown class, a class or
     arguments that are not taken, and for what would open a file or a connection (`refuse_outside`).
     """
-    with _from_a_file():
+    with reading_a_file():
         return _build(config, expected, where)
 
 
@@ -131,7 +131,8 @@ def _build(config: Any, expected: Any, where: str) -> Any:
         return {key: _build(item, _item(expected, Mapping), where) for key, item in config.items()}
     path = config["class_path"]
     target = resolve(path)
-    classes = _classes(expected)
+    # None for Any, or without an annotation.
+    classes = [member for member in _alternatives(expected) if isinstance(member, type)]
     if not any(issubclass(target, cls) for cls in classes):
         needed = " or ".join(cls.__name__ for cls in classes) or "plain value"
         raise UserError(f"{where} must be a {needed}, not {path}")
@@ -155,11 +156,6 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _classes(annotation: Any) -> list[type]:
-    """Classes that an object of this annotation may have; none for Any, or without an annotation."""
-    return [member for member in _alternatives(annotation) if isinstance(member, type)]
-
-
 def _item(annotation: Any, kind: type) -> Any:
     """Annotation of what the sequences (or mappings, their values) of an annotation hold; None
     where it has none.
@@ -180,7 +176,7 @@ _reading_a_file: ContextVar[bool] = ContextVar("_reading_a_file", default=False)
 
 
 @contextmanager
-def _from_a_file() -> Iterator[None]:
+def reading_a_file() -> Iterator[None]:
     token = _reading_a_file.set(True)
     try:
         yield

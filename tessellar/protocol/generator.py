@@ -22,9 +22,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache
 from tessellar.layers.precision import ExactTables
-from tessellar.protocol.condition import Condition, cat
-from tessellar.protocol.conditioner import Conditioner
-from tessellar.protocol.conditioning import Conditioning
+from tessellar.protocol.condition import Condition, Conditioner, Conditioning, cat
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.distribution import Distribution
 from tessellar.protocol.entities import Entities
@@ -88,14 +86,14 @@ class State:
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, ...] of images to [R, ...] of rows; batch-independent data [1, ...] stays as it is."""
-        return (
-            x
-            if len(x) != self.batch or self.guidance.branches == 1
-            else torch.cat([x] * self.guidance.branches)
-        )
+        if len(x) != self.batch or self.guidance.schedule is None:
+            return x
+        return torch.cat([x] * self.guidance.branches)
 
     def merge(self, x: Tensor, entity: Tensor) -> Tensor:
         """Guidance: predictions [R, T, ...] of entities [B, T] to [B, T, ...]."""
+        if self.guidance.schedule is None:
+            return x
         return self.guidance.merge(x, entity, self.entities)
 
     def _input_end(self, entity: Tensor) -> Tensor:
@@ -127,12 +125,7 @@ class State:
         if self.part is not None:
             self.part.rollback(self.fed)
         if isinstance(self.cache, KVCache):
-            self.cache.truncate(
-                self.rows(self._input_end(self.fed)) if self.batch > 1 else self._rows_of_one()
-            )
-
-    def _rows_of_one(self) -> Tensor:
-        return self._input_end(self.fed).expand(self.guidance.branches)
+            self.cache.truncate(self._input_end(self.fed).repeat(self.guidance.branches))
 
     def select(self, index: Tensor) -> "State":
         """The state of images `index` [b], all their rows copied: fork, reorder, drop."""
@@ -264,7 +257,9 @@ class Generator(Configured, ExactTables, ABC):
 
     def stack_branches(self, condition: Condition, guidance: Guidance) -> Condition:
         """Rows of all guidance branches: the condition, then its null."""
-        return condition if guidance.branches == 1 else cat([condition, self.null(condition)])
+        if guidance.schedule is None:
+            return condition
+        return cat([condition, self.null(condition)])
 
 
 def require_categorical(layout: Layout, generator: str) -> int:

@@ -158,18 +158,15 @@ class Layout:
                 f"tokens have shape {tuple(tokens.shape)}; {self} needs [B, {self.length}, *{trailing}]"
             )
         if self.is_continuous:
-            self._check_vectors(tokens)
+            if not tokens.is_floating_point():
+                raise ValueError(f"tokens are {tokens.dtype}; {self} needs real numbers")
+            if not bool(tokens.isfinite().all()):
+                raise ValueError(f"some of the tokens of {self} are not finite")
             return
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens are {tokens.dtype}; {self} needs integers")
         for start, segment in zip(self.starts, self.segments, strict=False):
-            _check_range(tokens[:, start : start + segment.length], segment)
-
-    def _check_vectors(self, tokens: Tensor) -> None:
-        if not tokens.is_floating_point():
-            raise ValueError(f"tokens are {tokens.dtype}; {self} needs real numbers")
-        if not bool(tokens.isfinite().all()):
-            raise ValueError(f"some of the tokens of {self} are not finite")
+            check_range(tokens[:, start : start + segment.length], segment)
 
     def __str__(self) -> str:
         parts = [f"{'x'.join(map(str, s.shape))} {s.name} of {s.kind}" for s in self.segments]
@@ -177,7 +174,7 @@ class Layout:
         return " + ".join(parts) + prefix
 
 
-def _check_range(tokens: Tensor, segment: Segment) -> None:
+def check_range(tokens: Tensor, segment: Segment) -> None:
     """Raise ValueError unless the ids [B, n] or [B, n, F] of a segment lie in its vocabularies."""
     match segment.kind:
         case Categorical(vocab):

@@ -21,6 +21,7 @@ MOVED: dict[str, str] = {
     "tessellar.flow.Times": "tessellar.processes.flow.Times",
     "tessellar.models.conditioners.CaptionConditioner": "tessellar.text.conditioners.CaptionConditioner",
     "tessellar.models.conditioners.ClassConditioner": "tessellar.protocol.conditioner.ClassConditioner",
+    "tessellar.protocol.conditioner.ClassConditioner": "tessellar.protocol.condition.ClassConditioner",
     "tessellar.models.conditioners.EncoderConditioner": "tessellar.text.conditioners.EncoderConditioner",
     "tessellar.models.conditioners.FeatureConditioner": "tessellar.text.conditioners.FeatureConditioner",
     "tessellar.models.entities.Entities": "tessellar.protocol.entities.Entities",

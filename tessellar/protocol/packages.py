@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -96,24 +97,23 @@ class Room:
 def rooms(name: str) -> Iterator[Room]:
     """The modules called `name` of all papers: ours, then those of trusted packages."""
     for root in (*ROOTS, *trusted()):
-        yield from _rooms_in(root, name)
+        yield from rooms_in(root, name)
 
 
-def _rooms_in(root: str, name: str) -> Iterator[Room]:
+def rooms_in(root: str, name: str) -> Iterator[Room]:
     """The modules called `name` of a package and of the packages in it, in the order of their
     names.
     """
     package = importlib.import_module(root)
-    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+    folders = list(getattr(package, "__path__", ()))
     owner = root.partition(".")[0]
-    if _has(folders, name):
+    if _has(folders, f"{name}.py"):
         yield Room(root.rpartition(".")[2], owner, f"{root}.{name}")
-    for info in sorted(
-        pkgutil.iter_modules([str(folder) for folder in folders]), key=lambda info: info.name
-    ):
-        if info.ispkg and _has([folder / info.name for folder in folders], name):
+    for info in sorted(pkgutil.iter_modules(folders), key=attrgetter("name")):
+        if info.ispkg and _has(folders, f"{info.name}/{name}.py"):
             yield Room(info.name, owner, f"{root}.{info.name}.{name}")
 
 
-def _has(folders: list[Path], name: str) -> bool:
-    return any((folder / f"{name}.py").is_file() for folder in folders)
+def _has(folders: list[str], file: str) -> bool:
+    """A package may lie in several folders (PEP 420)."""
+    return any((Path(folder) / file).is_file() for folder in folders)

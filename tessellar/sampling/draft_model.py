@@ -56,7 +56,7 @@ def draft_model(
         tokens = target.layout.blank(condition.batch).to(noise.device)
         done = torch.zeros_like(state.fed)
         while bool((done < state.entities.count).any()):
-            tokens, q = _drafted(
+            tokens, q = draw_drafts(
                 draft,
                 drafting,
                 tokens=tokens,
@@ -79,12 +79,12 @@ def draft_model(
                 recorder.draft_evaluations += drafts * int(alive.sum())
             tokens = state.entities.put(tokens, done, drafts + 1, verdict.tokens.flatten(1))
             done = done + committed
-            _catch_up(draft, drafting, tokens, done, recorder)
+            catch_up(draft, drafting, tokens, done, recorder)
             state.rollback(done)
     return tokens
 
 
-def _drafted(
+def draw_drafts(
     draft: Generator,
     state: State,
     tokens: Tensor,
@@ -137,7 +137,7 @@ def _judged(
     )
 
 
-def _catch_up(
+def catch_up(
     draft: Generator, state: State, tokens: Tensor, done: Tensor, recorder: Recorder | None
 ) -> None:
     """Roll the draft model back; where all drafts were accepted it has not read the last of them,
@@ -192,7 +192,7 @@ class DraftModel(Algorithm):
     ) -> Tensor:
         check_in_order(generator)
         parameter = next(generator.parameters())
-        draft = _load_generator(self.model).to(parameter.device, parameter.dtype)
+        draft = load_draft(self.model).to(parameter.device, parameter.dtype)
         own = None if self.guidance_scale is None else Constant(self.guidance_scale).guidance()
         return draft_model(
             generator,
@@ -208,7 +208,7 @@ class DraftModel(Algorithm):
 
 
 @lru_cache(maxsize=2)
-def _load_generator(path: str) -> Generator:
+def load_draft(path: str) -> Generator:
     source = read_source(path)
     if source.kind != "generator":
         raise UserError(f"{path} is a tokenizer; a draft model is a generator")

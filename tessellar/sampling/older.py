@@ -44,7 +44,7 @@ def refuse_words(argv: Sequence[str]) -> None:
     old: list[str] = []
     new: list[str] = []
     for name, value in _options(argv):
-        respelled = _respelled_option(name, value)
+        respelled = respell_option(name, value)
         if respelled is not None:
             old.append(shlex.join([f"--{name}", value]))
             new += respelled
@@ -73,7 +73,7 @@ def refuse_config(config: Any, where: str) -> None:
 def respell(sampling: Mapping[str, Any]) -> dict[str, Any] | None:
     """Settings of a YAML or a record in the new spelling; None where they are in it already."""
     if any(key in sampling for key in FLAT):
-        return _respelled_record(sampling)
+        return respell_record(sampling)
     guidance = sampling.get("guidance")
     flow = sampling.get("flow")
     old_guidance = isinstance(guidance, Mapping) and (
@@ -98,7 +98,7 @@ def respell(sampling: Mapping[str, Any]) -> dict[str, Any] | None:
     return result
 
 
-def _respelled_record(record: Mapping[str, Any]) -> dict[str, Any]:
+def respell_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Of `samples.json` and of evaluations, where every setting was a key of its own."""
     known = (*FLAT, *CHOICE, "algorithm")
     prefixes = ("algorithm_", "flow_", "diffusion_")
@@ -137,7 +137,7 @@ def _chosen(names: Mapping[str, str], name: Any, options: Mapping[str, Any]) -> 
     return chosen
 
 
-def _respelled_option(name: str, value: str) -> list[str] | None:
+def respell_option(name: str, value: str) -> list[str] | None:
     """Words for one option of the command line; None where it is not in the older spelling."""
     before, dot, bare = name.rpartition("sampling.")
     prefix = before + dot
@@ -149,13 +149,13 @@ def _respelled_option(name: str, value: str) -> list[str] | None:
         return [f"--{prefix}flow", SOLVERS.get(value, value)]
     for old, new in (("options", "algorithm"), ("guidance.options", "guidance")):
         if bare == old:
-            return _each(f"--{prefix}{new}", value)
+            return each_option(f"--{prefix}{new}", value)
         if bare.startswith(f"{old}."):
             return [f"--{prefix}{new}.{bare.removeprefix(f'{old}.')}", value]
     return None
 
 
-def _each(option: str, value: str) -> list[str]:
+def each_option(option: str, value: str) -> list[str]:
     """`--algorithm.window 32 ...` of a YAML dict of options."""
     try:
         options = yaml.safe_load(value)

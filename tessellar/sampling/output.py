@@ -84,9 +84,9 @@ class SampleFolder:
         self.rows = grid_rows(labels) if grid else []
         self.shown: dict[int, Tensor] = {}
         self._wanted = {index for row in self.rows for index in row}
-        self._pixels = self._open(len(labels), image_size) if npz else None
+        self._pixels = self.open_pixels(len(labels), image_size) if npz else None
 
-    def _open(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
+    def open_pixels(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
         """An array on disk that all processes write their rows into."""
         path = self.folder / "pixels.npy"
         shape = (count, *image_size, 3)

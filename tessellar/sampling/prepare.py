@@ -39,7 +39,7 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
-        packable = weight.device.type == "cpu" and _can_pack(dtype)
+        packable = weight.device.type == "cpu" and can_pack(dtype)
         if layout == "auto":
             layout = "packed" if packable and dtype == torch.bfloat16 else "plain"
         if layout == "packed" and not packable:
@@ -61,7 +61,7 @@ class Product:
 
 
 @cache
-def _can_pack(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
     """Whether this processor's oneDNN packs weights of `dtype`: bfloat16 needs instructions that
     older ones lack.
     """
@@ -97,7 +97,7 @@ class FusedBlock:
 
     def __call__(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """x [R, n, D] to [R, n, D]."""
-        x = x + self.wo(self._attend(self._normed(x, 0), layer, shared))
+        x = x + self.wo(self.attend(self._normed(x, 0), layer, shared))
         gate, value = self.w13(self._normed(x, 1)).chunk(2, dim=-1)
         return x + self.w2(F.silu(gate).mul_(value))
 
@@ -107,7 +107,7 @@ class FusedBlock:
             self.dtype
         )
 
-    def _attend(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
+    def attend(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
         """Attention output [R, n, D] before the last projection."""
         positions = shared.positions
         heads = self.num_heads
@@ -168,7 +168,7 @@ def prepared(
     try:
         for module in generator.modules():
             fused = (
-                _fused(module, dtype, layout)
+                fused_form(module, dtype, layout)
                 if isinstance(module, LlamaBlock) or id(module) not in inside
                 else None
             )
@@ -183,7 +183,7 @@ def prepared(
             object.__delattr__(module, "forward")
 
 
-def _fused(
+def fused_form(
     module: nn.Module, dtype: torch.dtype | None, layout: WeightLayout
 ) -> Callable[..., Tensor] | None:
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=True)):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.condition import Condition, Conditioner
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner

@@ -180,16 +180,16 @@ class _Decoder:
         with forward(self.recorder, tokens.device):
             distribution = self.generator.predict(state, tokens, count=width)
         p = probabilities(distribution, self.choice, state)
-        verdict = self._judge(batch, p)
+        verdict = self.judge(batch, p)
         accepted = verdict.accepted.cpu()
         committed = torch.minimum((accepted + 1).clamp(max=width), remaining)
         if self.recorder is not None:
             self._record(self.recorder, first, remaining, accepted, committed, p)
         tokens = state.entities.put(tokens, first, width, verdict.tokens.flatten(1))
         batch = replace(batch, tokens=tokens, done=first + committed)
-        return replace(batch, window=self._shifted(batch, verdict, committed))
+        return replace(batch, window=self.shift(batch, verdict, committed))
 
-    def _judge(self, batch: Batch, p: Tensor) -> Verdict:
+    def judge(self, batch: Batch, p: Tensor) -> Verdict:
         """Noise is always drawn for the full window, so that it does not depend on the other
         images.
         """
@@ -212,7 +212,7 @@ class _Decoder:
             tied=tied,
         )
 
-    def _shifted(self, batch: Batch, verdict: Verdict, committed: Tensor) -> Window:
+    def shift(self, batch: Batch, verdict: Verdict, committed: Tensor) -> Window:
         """The next window: tokens behind the committed ones with their laws, then initial drafts."""
         width = verdict.tokens.shape[1]
         slots = self.rules.window

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tessellar import distributed
 from tessellar.errors import UserError
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import Conditioner
+from tessellar.protocol.condition import Condition, Conditioner
 from tessellar.protocol.configured import from_a_file
 from tessellar.text.bpe import BPE, FIRST_PAIR, bpe_of, pad_left, train_bpe
 from tessellar.text.encoders import FeatureCache, FrozenEncoder

@@ -13,7 +13,9 @@ wherever it was interrupted.
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -233,34 +235,26 @@ class TrainingModule(L.LightningModule, ABC):
             self._skipped_in_a_row[player.name] = 0
             set_factor(player.optimizers, factor)
             if player.schedule.final_weight_decay is not None:
-                self._schedule_weight_decay(player)
-            self._step(player)
+                step = self.updates - player.start
+                total = self.total_updates - player.start
+                decay = partial(player.schedule.weight_decay, step=step, total=total)
+                set_weight_decay(player.optimizers, decay)
+            for number, optimizer in enumerate(player.optimizers):
+                # Lightning counts one update a batch: the first optimizer of the first player.
+                if player is self.players[0] and number == 0:
+                    self._lightning_optimizer().step()
+                else:
+                    optimizer.step()
         else:
-            self._skip(player)
+            self.skip_update(player)
         for optimizer in player.optimizers:
             optimizer.zero_grad()
-
-    def _schedule_weight_decay(self, player: Player) -> None:
-        step = self.updates - player.start
-        total = self.total_updates - player.start
-        set_weight_decay(
-            player.optimizers, lambda initial: player.schedule.weight_decay(initial, step, total)
-        )
-
-    def _step(self, player: Player) -> None:
-        for number, optimizer in enumerate(player.optimizers):
-            through = (
-                self._lightning_optimizer()
-                if player is self.players[0] and number == 0
-                else optimizer
-            )
-            through.step()
 
     def _lightning_optimizer(self) -> LightningOptimizer:
         first = self.optimizers()
         return first[0] if isinstance(first, list) else first  # type: ignore[return-value]
 
-    def _skip(self, player: Player) -> None:
+    def skip_update(self, player: Player) -> None:
         """Leave the update out: codes and statistics are put back; Lightning counts it all the
         same.
         """
@@ -358,27 +352,30 @@ class TrainingModule(L.LightningModule, ABC):
         if "random" in self._to_restore:
             random_state.restore_own(self._to_restore.pop("random"))
         if self.batches % self.accumulate == 0:
-            self._written_before = {
-                p.name: [t.detach().clone() for t in written(p)] for p in self.players
-            }
+            self._written_before = {}
+            for player in self.players:
+                before = [tensor.detach().clone() for tensor in written(player)]
+                self._written_before[player.name] = before
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        gradients = {}
+        written_before = {}
+        if self.batches % self.accumulate:  # an update is under way
+            written_before = self._written_before
+            for name, parameter in self.named_parameters():
+                if parameter.grad is not None:
+                    gradients[name] = whole(parameter.grad)
         checkpoint[STATE_KEY] = {
             **{name: getattr(self, name) for name in COUNTERS},
             "skipped_in_a_row": dict(self._skipped_in_a_row),
             "random": self._random_before_validation or random_state.capture_all(),
-            "gradients": self._gradients_under_way(),
-            "written_before": self._written_before if self.batches % self.accumulate else {},
+            "gradients": gradients,
+            "written_before": written_before,
             "parameters": names_by_place(self._all_optimizers, self),
         }
         if self.data_facts is not None:
             checkpoint[DATA_KEY] = self.data_facts.as_dict()
         checkpoint[HEADER_KEY] = checkpoint_header(**self.parts())  # type: ignore[arg-type]
-
-    def _gradients_under_way(self) -> dict[str, Tensor]:
-        if self.batches % self.accumulate == 0:
-            return {}
-        return {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = with_current_names(self, checkpoint["state_dict"])
@@ -390,23 +387,25 @@ class TrainingModule(L.LightningModule, ABC):
         ):  # then a checkpoint is read after the optimizers are made; else before, and before a fit
             self._arrange_optimizer_states()
         self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
-        self._to_restore = {
-            name: state.pop(name) for name in ("random", "gradients") if name in state
-        }
-        if "gradients" in self._to_restore:
-            self._to_restore["gradients"] = with_current_names(self, self._to_restore["gradients"])
-        before = state.get("written_before", {})
-        self._written_before = {
-            name: [t.to(self.device) for t in tensors] for name, tensors in before.items()
-        }
+        self._to_restore = {}
+        if "random" in state:
+            self._to_restore["random"] = state["random"]
+        if "gradients" in state:
+            self._to_restore["gradients"] = with_current_names(self, state["gradients"])
+        self._written_before = {}
+        for name, tensors in state.get("written_before", {}).items():
+            self._written_before[name] = [tensor.to(self.device) for tensor in tensors]
         for name in COUNTERS:
             setattr(self, name, state.get(name, 0))
         if STATE_KEY in checkpoint and "loops" in checkpoint:
-            self._place_loops(checkpoint["loops"]["fit_loop"])
+            self.place_loops(checkpoint["loops"]["fit_loop"])
 
     @property
     def _all_optimizers(self) -> list[Optimizer]:
-        return [optimizer for player in self.players for optimizer in player.optimizers]
+        optimizers: list[Optimizer] = []
+        for player in self.players:
+            optimizers += player.optimizers
+        return optimizers
 
     def _arrange_optimizer_states(self) -> None:
         """Put the states of a loaded checkpoint in the order of this run's optimizers, before
@@ -426,7 +425,7 @@ class TrainingModule(L.LightningModule, ABC):
             checkpoint["optimizer_states"], names, self._all_optimizers, self
         )
 
-    def _place_loops(self, loop: dict[str, Any]) -> None:
+    def place_loops(self, loop: dict[str, Any]) -> None:
         """Tell Lightning's loops where the run is: over several resumes they lose count of epochs, and at the end of
         one they do not say in which state they were saved."""
         begun = self.epoch_samples > 0
@@ -445,16 +444,20 @@ def written(player: Player) -> list[Tensor]:
     parameters tagged so.
     """
     found: list[Tensor] = []
-    for part in (part for module in player.modules for part in module.modules()):
-        kept = part._buffers.keys() - part._non_persistent_buffers_set
-        found += [
-            buffer for name, buffer in part._buffers.items() if name in kept and buffer is not None
-        ]
-        found += [p for p in part._parameters.values() if p is not None and "written" in tags(p)]
+    for part in chain.from_iterable(module.modules() for module in player.modules):
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                found.append(buffer)
+        for parameter in part._parameters.values():
+            if parameter is not None and "written" in tags(parameter):
+                found.append(parameter)
     return found
 
 
 def trainable(*modules: nn.Module | None) -> list[nn.Parameter]:
     """Parameters of modules that take gradients."""
-    chosen: Iterable[nn.Module] = (m for m in modules if m is not None)
-    return [p for module in chosen for p in module.parameters() if p.requires_grad]
+    found: list[nn.Parameter] = []
+    for module in modules:
+        if module is not None:
+            found += [p for p in module.parameters() if p.requires_grad]
+    return found

@@ -16,8 +16,7 @@ from tessellar.data.dataset import IndexedDataset
 from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.condition import ClassConditioner, Condition, Conditioner
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
@@ -178,14 +177,7 @@ class GeneratorModule(TrainingModule):
             encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
             return encode(batch["image"].float())
 
-    def _losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = self.tokens_of(batch)
-        condition = self.model.conditioner(batch)
-        if self.training and (self.context_noise is not None or self.recovery is not None):
-            return tokens, self._regularised(tokens, condition)
-        return tokens, self.model.generator.loss(tokens, condition)
-
-    def _regularised(self, tokens: Tensor, condition: Condition) -> dict[str, Tensor]:
+    def regularised_losses(self, tokens: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Losses under a noisy context, and that of the recovery of code vectors."""
         generator = self.model.generator
         recovery = self.recovery
@@ -207,7 +199,12 @@ class GeneratorModule(TrainingModule):
         return terms
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
-        tokens, terms = self._losses(batch)
+        tokens = self.tokens_of(batch)
+        condition = self.model.conditioner(batch)
+        if self.context_noise is None and self.recovery is None:
+            terms = self.model.generator.loss(tokens, condition)
+        else:
+            terms = self.regularised_losses(tokens, condition)
         total = torch.stack(list(terms.values())).sum()
         self.backward_and_step(self.players[0], total)
         self.log_terms("train", {"loss": total, **terms}, len(tokens))

@@ -81,9 +81,7 @@ class MetricsFile(Logger):
         lines = text.rpartition("\n")[0].splitlines()
         table = list(csv.reader(lines))
         columns = table[0] if table else []
-        return [
-            dict(zip(columns, row, strict=True)) for row in table[1:] if _is_whole(row, columns)
-        ]
+        return [dict(zip(columns, row, strict=True)) for row in table[1:] if is_whole(row, columns)]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Put the header, `rows` and the last row in place of the file."""
@@ -112,5 +110,5 @@ def _lines(columns: list[str], rows: list[dict[str, str]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _is_whole(row: list[str], columns: list[str]) -> bool:
+def is_whole(row: list[str], columns: list[str]) -> bool:
     return len(row) == len(columns) and row[columns.index("step")].isdecimal()

@@ -7,9 +7,9 @@ published recipe in this project uses Muon; short runs on a CPU gain from it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -56,13 +56,14 @@ class OptimizerSettings:
 
     def make(self, *modules: nn.Module) -> list[Optimizer]:
         """Optimizers over the trainable parameters of `modules`: one, or Muon and AdamW."""
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        hidden = [
-            p for p in parameters if self.name == "muon" and p.ndim == 2 and "hidden" in tags(p)
-        ]
-        chosen = {id(p) for p in hidden}
-        rest = [p for p in parameters if id(p) not in chosen]
-        made: list[Optimizer] = [self._adam(rest)] if rest else []
+        hidden: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for parameter in nn.ModuleList(modules).parameters():
+            if not parameter.requires_grad:
+                continue
+            by_muon = self.name == "muon" and parameter.ndim == 2 and "hidden" in tags(parameter)
+            (hidden if by_muon else rest).append(parameter)
+        made: list[Optimizer] = [self.adam(rest)] if rest else []
         if hidden:
             made.append(
                 torch.optim.Muon(
@@ -73,19 +74,22 @@ class OptimizerSettings:
                     adjust_lr_fn="original",
                 )
             )
-        for group in (group for optimizer in made for group in optimizer.param_groups):
+        for group in groups_of(made):
             group["peak_lr"] = group["lr"]
         return made
 
-    def _adam(self, parameters: list[nn.Parameter]) -> Optimizer:
-        every = self.decayed == "all"
-        decayed = [p for p in parameters if every or decays(p)]
-        others = [p for p in parameters if not (every or decays(p))]
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, self.weight_decay), (others, 0.0))
-            if group
-        ]
+    def adam(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """Adam or AdamW in at most two groups: what decays, then what does not."""
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for parameter in parameters:
+            decay = self.decayed == "all" or decays(parameter)
+            (decayed if decay else others).append(parameter)
+        groups: list[dict[str, Any]] = []
+        if decayed:
+            groups.append({"params": decayed, "weight_decay": self.weight_decay})
+        if others:
+            groups.append({"params": others, "weight_decay": 0.0})
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         return kind(
             groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=parameters[0].is_cuda or None
@@ -99,9 +103,15 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 or "decay" in tags(parameter)
 
 
+def groups_of(optimizers: Iterable[Optimizer]) -> Iterator[dict[str, Any]]:
+    """Groups of parameters of all optimizers, which hold their settings."""
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
+
+
 def set_factor(optimizers: list[Optimizer], factor: float) -> None:
     """Set every group's learning rate to its peak times `factor`."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in groups_of(optimizers):
         group["lr"] = group["peak_lr"] * factor
 
 
@@ -110,6 +120,6 @@ def set_weight_decay(optimizers: list[Optimizer], value: Callable[[float], float
 
     That beginning is kept in the group, and so in checkpoints.
     """
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in groups_of(optimizers):
         initial = group.setdefault("initial_weight_decay", group["weight_decay"])
         group["weight_decay"] = value(initial)

@@ -5,9 +5,9 @@ changes its group would take the moments of another. Checkpoints therefore list 
 groups themselves (learning rate, decay, betas) are always those of the run that resumes.
 """
 
+import fnmatch
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -24,11 +24,14 @@ OPTIONS = ("peak_lr", "betas", "eps", "weight_decay", "momentum")
 FORMERLY_DECAYED: dict[str, dict[str, bool]] = {
     "RAR": {"embedding.weight": True, "last_modulation.linear.weight": True, "start_token": False},
     "MaskGIT": {
-        f"backbone.{table}.weight": True for table in ("embedding", "position", "token_type")
+        "backbone.embedding.weight": True,
+        "backbone.position.weight": True,
+        "backbone.token_type.weight": True,
     },
     "HAR": {
-        f"{table}.weight": True
-        for table in ("conditioning.embedding", "token_embedding", "special_embedding")
+        "conditioning.embedding.weight": True,
+        "token_embedding.weight": True,
+        "special_embedding.weight": True,
     },
     "VAR": {"scale_embedding.weight": True, "layers.*.attention.log_scale": True},
     "MAR": {
@@ -52,18 +55,21 @@ def names_by_place(optimizers: Sequence[Optimizer], module: nn.Module) -> list[l
     states are numbered.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [[names[id(p)] for p in _parameters(optimizer)] for optimizer in optimizers]
+    orders = []
+    for optimizer in optimizers:
+        orders.append([names[id(parameter)] for parameter in _parameters(optimizer)])
+    return orders
 
 
 def former_names(optimizers: Sequence[Optimizer], module: nn.Module) -> list[list[str]]:
     """The same of a checkpoint from before names were listed: what decayed came first, each part as
     in the module.
     """
-    formerly = _formerly_decayed(module)
+    formerly = formerly_decayed(module)
     orders = []
     for optimizer in optimizers:
-        own = {id(p) for p in _parameters(optimizer)}
-        named = [name for name, p in module.named_parameters() if id(p) in own]
+        own = set(_parameters(optimizer))
+        named = [name for name, parameter in module.named_parameters() if parameter in own]
         orders.append(sorted(named, key=lambda name: not formerly[name]))  # stable
     return orders
 
@@ -86,26 +92,22 @@ def arrange(
         )
     arranged = []
     for states, there, optimizer, here in zip(saved, names, optimizers, own_names, strict=True):
-        _check_names(states, there, here)
-        place = {
-            name: number
-            for number, name in zip(_numbers(states["param_groups"]), there, strict=True)
-        }
+        check_names(states, there, here)
+        place = dict(zip(there, _numbers(states["param_groups"]), strict=True))
         own = optimizer.state_dict()
-        moved = {
-            number: states["state"][place[name]]
-            for number, name in zip(_numbers(own["param_groups"]), here, strict=True)
-            if place[name] in states["state"]
-        }
+        moved = {}
+        for number, name in zip(_numbers(own["param_groups"]), here, strict=True):
+            if place[name] in states["state"]:
+                moved[number] = states["state"][place[name]]
         if distributed.rank() == 0:
-            _log_changes(
+            log_changes(
                 _options(states["param_groups"], there), _options(own["param_groups"], here)
             )
         arranged.append({**states, "state": moved, "param_groups": own["param_groups"]})
     return arranged
 
 
-def _check_names(states: Mapping[str, Any], there: Sequence[str], here: Sequence[str]) -> None:
+def check_names(states: Mapping[str, Any], there: Sequence[str], here: Sequence[str]) -> None:
     """Raise UserError unless the checkpoint's optimizer has the parameters of this run's."""
     count = len(list(_numbers(states["param_groups"])))
     if len(there) == count and set(there) == set(here):
@@ -113,11 +115,9 @@ def _check_names(states: Mapping[str, Any], there: Sequence[str], here: Sequence
     if len(there) != count:
         problem = f"{count} of its parameters have states, {len(there)} are expected"
     else:
-        lists = (
-            listing("missing", set(here) - set(there)),
-            listing("unknown", set(there) - set(here)),
-        )
-        problem = "; ".join(part for part in lists if part)
+        missing = listing("missing", set(here) - set(there))
+        unknown = listing("unknown", set(there) - set(here))
+        problem = "; ".join(filter(None, (missing, unknown)))
     raise UserError(
         f"the checkpoint's optimizer has other parameters than this run's ({problem}): resume with the model and the "
         "optimizer it was saved with, or start anew from its weights (init_from)"
@@ -125,7 +125,10 @@ def _check_names(states: Mapping[str, Any], there: Sequence[str], here: Sequence
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
 
 def _numbers(groups: Sequence[Mapping[str, Any]]) -> Iterator[int]:
@@ -146,7 +149,7 @@ def _options(
     return dict(zip(names, each, strict=True))
 
 
-def _log_changes(
+def log_changes(
     before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
 ) -> None:
     changes: dict[str, list[str]] = {}
@@ -166,15 +169,14 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def _formerly_decayed(module: nn.Module) -> dict[str, bool]:
-    former = {
-        name: p.ndim >= 2 and "no_decay" not in tags(p) for name, p in module.named_parameters()
-    }
+def formerly_decayed(module: nn.Module) -> dict[str, bool]:
+    """Whether each parameter of a module decayed in checkpoints that list no names."""
+    former = {}
+    for name, parameter in module.named_parameters():
+        former[name] = parameter.ndim >= 2 and "no_decay" not in tags(parameter)
     for prefix, part in module.named_modules():
         start = f"{prefix}." if prefix else ""
         for kind in type(part).__mro__:
             for pattern, decayed in FORMERLY_DECAYED.get(kind.__name__, {}).items():
-                former.update(
-                    {name: decayed for name in former if fnmatchcase(name, start + pattern)}
-                )
+                former |= dict.fromkeys(fnmatch.filter(former, start + pattern), decayed)
     return former

@@ -85,21 +85,21 @@ class Run:
         self._lock: IO[str] | None = None
         self.parts: list[dict[str, Any]] = []
         self.record: dict[str, Any] = {}  # what run.json says
-        self.checkpoint = self._find(resume)
+        self.checkpoint = self.find_checkpoint(resume)
         self.begun = False
         self._made: list[
             Path
         ] = []  # folders that are taken away again where the run does not begin
         own = self.checkpoint is not None and self.folder in self.checkpoint.parents
         if not own and rank_zero_only.rank == 0:
-            self._require_free(resume)
+            self.require_free(resume)
 
     @property
     def continues(self) -> bool:
         """Whether this run's own checkpoint is continued."""
         return self.checkpoint is not None and self.folder in self.checkpoint.parents
 
-    def _require_free(self, resume: str | None) -> None:
+    def require_free(self, resume: str | None) -> None:
         """Raise UserError where the folder holds anything that a start would replace; a run without
         results is free.
         """
@@ -117,7 +117,7 @@ class Run:
                 f"{self.folder} exists; choose another --name, or continue that run with --resume auto"
             )
 
-    def _find(self, resume: str | None) -> Path | None:
+    def find_checkpoint(self, resume: str | None) -> Path | None:
         """The checkpoint to continue from; for `auto` the one before the last where the last is
         damaged.
 
@@ -236,8 +236,7 @@ class Run:
             "status": RUNNING,
         }
         self.parts = [
-            {**p, "config": f"config.{n}.yaml"}
-            for n, p in enumerate(self._earlier_parts()[:number])
+            {**p, "config": f"config.{n}.yaml"} for n, p in enumerate(self.earlier_parts()[:number])
         ]
         self.parts.append(part)
         self.record = {**facts, "status": RUNNING, "started": part["started"]}
@@ -252,7 +251,7 @@ class Run:
         self.record |= {**(facts or {}), **ended}
         self.write("run.json", self.record)
 
-    def _earlier_parts(self) -> list[dict[str, Any]]:
+    def earlier_parts(self) -> list[dict[str, Any]]:
         """The parts that run.json lists; of an older one that lists none, what it says of the run."""
         if not self.continues:
             return []

@@ -47,7 +47,7 @@ class Schedule:
 
     def factor(self, step: int, total: int) -> float:
         """Factor of the peak learning rate at update `step` (0-based) of `total`."""
-        return self._warmup(step) * self._decay(step, self.length or total)
+        return self.warmup_factor(step) * self.decay_factor(step, self.length or total)
 
     def weight_decay(self, initial: float, step: int, total: int) -> float:
         """Weight decay at update `step` (0-based) of `total`, of a group that begins with
@@ -59,14 +59,14 @@ class Schedule:
         left = (1 + math.cos(math.pi * progress)) / 2
         return self.final_weight_decay + (initial - self.final_weight_decay) * left
 
-    def _warmup(self, step: int) -> float:
+    def warmup_factor(self, step: int) -> float:
         if step >= self.warmup:
             return 1.0
         if self.warmup_from is None:
             return (step + 1) / self.warmup
         return self.warmup_from + (1 - self.warmup_from) * step / self.warmup
 
-    def _decay(self, step: int, total: int) -> float:
+    def decay_factor(self, step: int, total: int) -> float:
         start = max(self.decay_start * total, self.warmup if self.decay_start == 0 else 0)
         if self.decay == "constant" or step <= start:
             return 1.0

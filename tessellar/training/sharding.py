@@ -7,10 +7,10 @@ forward (sampling, encoding), by one process alone or by processes with unequal 
 of processes.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,10 @@ from torch.optim import Optimizer
 
 from tessellar.errors import UserError
 from tessellar.tensor_files import require_intact
+from tessellar.training.optim import groups_of
 from tessellar.training.speed import blocks
+
+T = TypeVar("T", bound=Tensor)
 
 
 def mesh_of(strategy: Any) -> DeviceMesh | None:
@@ -55,21 +58,24 @@ class Sharded(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.model is not None
-        return {name: self._kept(tensor) for name, tensor in self.model.state_dict().items()}
+        return self._kept_all(self.model.state_dict())
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         saved = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        state = {
-            n: {k: self._kept(v) for k, v in values.items()} for n, values in saved["state"].items()
-        }
+        state = {}
+        for number, values in saved["state"].items():
+            state[number] = self._kept_all(values)
         return {**saved, "state": state}
 
-    def _kept(self, value: Any) -> Any:
-        """The full tensor on the first process, which writes it; all take part."""
-        if not isinstance(value, DTensor):
-            return value
-        full = value.full_tensor()
-        return full.cpu() if self.global_rank == 0 else full[:0]
+    def _kept_all(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Full tensors on the first process, which writes them; all take part."""
+        kept = {}
+        for name, value in values.items():
+            if isinstance(value, DTensor):
+                full = value.full_tensor()
+                value = full.cpu() if self.global_rank == 0 else full[:0]
+            kept[name] = value
+        return kept
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -88,27 +94,25 @@ class Sharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
         own = self.model.state_dict()
-        placed = {
-            n: like(t, own[n]) if n in own else t for n, t in checkpoint["state_dict"].items()
-        }
+        placed = {}
+        for name, tensor in checkpoint["state_dict"].items():
+            placed[name] = like(tensor, own[name]) if name in own else tensor
         self.model.load_state_dict(placed, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            ids = [n for group in saved["param_groups"] for n in group["params"]]
-            model = dict(zip(ids, parameters, strict=True))
-            state = {
-                n: {
-                    k: like(v, model[n]) if k != "step" and isinstance(v, Tensor) else v
-                    for k, v in values.items()
-                }
-                for n, values in saved["state"].items()
-            }
-            settings = [
-                {**group, **{k: own[k] for k in ("foreach", "fused") if k in own}}
-                for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-            ]
+            model: dict[int, Tensor] = {}  # parameters by the numbers of their states
+            settings = []
+            for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                model |= zip(group["params"], own["params"], strict=True)
+                here = {option: own[option] for option in ("foreach", "fused") if option in own}
+                settings.append({**group, **here})
+            state = {}
+            for number, values in saved["state"].items():
+                state[number] = dict(values)
+                for name, value in values.items():
+                    if name != "step" and isinstance(value, Tensor):  # moments, as the parameter
+                        state[number][name] = like(value, model[number])
             optimizer.load_state_dict({**saved, "state": state, "param_groups": settings})
 
 
@@ -159,9 +163,9 @@ def gather(module: nn.Module) -> None:
 
 def scatter(module: nn.Module) -> None:
     """Undo `gather`."""
-    roots = {id(m) for m in _roots(module)}
+    roots = set(_roots(module))
     for part in _sharded(module):
-        part.set_reshard_after_forward(id(part) not in roots, recurse=False)
+        part.set_reshard_after_forward(part not in roots, recurse=False)
         part.reshard()
 
 
@@ -202,18 +206,24 @@ def average_gradients(parameters: Collection[nn.Parameter]) -> None:
             parameter.grad.copy_(gradient)
 
 
+def by_kind(tensors: Iterable[T]) -> tuple[list[T], list[T]]:
+    """Sharded tensors and whole ones apart: torch's fused operations take one kind at a time."""
+    sharded: list[T] = []
+    plain: list[T] = []
+    for tensor in tensors:
+        (sharded if isinstance(tensor, DTensor) else plain).append(tensor)
+    return sharded, plain
+
+
 def clip_gradients(parameters: Collection[nn.Parameter], clip: float) -> Tensor:
     """As `clip_grad_norm_`, also of sharded and whole parameters together; the norm before."""
-    kinds = [
-        [p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)
-    ]
-    kinds = [kind for kind in kinds if kind]
+    kinds = [kind for kind in by_kind(parameters) if kind]
     if len(kinds) == 1:
         return whole(nn.utils.clip_grad_norm_(kinds[0], clip))
-    norms = [
-        whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]))
-        for kind in kinds
-    ]
+    norms = []
+    for kind in kinds:
+        gradients = [p.grad for p in kind if p.grad is not None]
+        norms.append(whole(nn.utils.get_total_norm(gradients)))
     norm = torch.stack(norms).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, clip, norm)
@@ -224,6 +234,6 @@ def settle(optimizers: Collection[Optimizer]) -> None:
     """Have optimizers of sharded and whole parameters update them one by one: torch cannot do both
     in one call.
     """
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        if len({isinstance(p, DTensor) for p in group["params"]}) == 2 and "foreach" in group:
+    for group in groups_of(optimizers):
+        if all(by_kind(group["params"])) and "foreach" in group:
             group["foreach"] = group["fused"] = False

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from tessellar.callbacks.grids import Grids
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner, Condition
 from tessellar.sampling.settings import Sampling
 
 

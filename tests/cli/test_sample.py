@@ -20,7 +20,7 @@ from tessellar.cli.sample import main
 from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

@@ -18,7 +18,7 @@ from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.networks.facts import KEY, NetworkFacts
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.tensor_files import CHECKSUM, read_safetensors
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ

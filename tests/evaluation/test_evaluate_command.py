@@ -19,7 +19,7 @@ from tessellar.evaluation.generation import reconstruct
 from tessellar.images import from_uint8, to_uint8
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

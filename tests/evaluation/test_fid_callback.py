@@ -17,8 +17,7 @@ from tessellar.callbacks.pictures import Pictures
 from tessellar.data.sets.shapes import ShapesData
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner, Condition
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.metrics_file import MetricsFile

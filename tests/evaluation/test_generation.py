@@ -16,8 +16,7 @@ from tessellar.evaluation.references import reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageBatch
 from tessellar.images import to_uint8
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.condition import ClassConditioner, Condition, Conditioner
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ

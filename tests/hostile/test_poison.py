@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.layers.batch_norm import BatchNorm2d
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.losses.lecam import LeCam
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck

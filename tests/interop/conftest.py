@@ -8,7 +8,7 @@ from torch import nn
 
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 

@@ -18,9 +18,9 @@ from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.sampling.settings import Sampling
 from tessellar.tensor_files import read_safetensors
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 MakeTokenizer = Callable[..., ViTVQ]

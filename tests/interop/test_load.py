@@ -166,12 +166,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
             f,
             lambda c: c.update(
                 tokenizer={
-                    "class_path": "tessellar.protocol.conditioner.ClassConditioner",
+                    "class_path": "tessellar.protocol.condition.ClassConditioner",
                     "init_args": {"num_classes": 3},
                 }
             ),
         ),
-        "the tokenizer must be a Tokenizer, not tessellar.protocol.conditioner.ClassConditioner",
+        "the tokenizer must be a Tokenizer, not tessellar.protocol.condition.ClassConditioner",
     ),
     "unknown argument": (
         lambda f: edit_config(f, lambda c: c["tokenizer"]["init_args"].update(widht=3)),

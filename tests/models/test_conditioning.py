@@ -8,9 +8,12 @@ import torch
 from tessellar.errors import UserError
 from tessellar.models.flextok import FlexAR
 from tessellar.models.llamagen import LlamaGen
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner
-from tessellar.protocol.conditioning import ClassConditioning, Conditioning
+from tessellar.protocol.condition import (
+    ClassConditioner,
+    ClassConditioning,
+    Condition,
+    Conditioning,
+)
 from tessellar.protocol.generator import Generator
 from tests.tiny.pairs import CLASSES, GENERATORS, TOKENIZERS, reason_against
 

@@ -10,8 +10,7 @@ from tessellar.errors import UserError
 from tessellar.models.var import VAR, var_d16, var_d20, var_d24, var_d30, var_d36_s
 from tessellar.models.var.official import from_official, to_official
 from tessellar.pipeline import ImageGenerator
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import Guidance, Linear
 from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout

@@ -69,7 +69,7 @@ def test_a_draft_model_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
         "same": TableGenerator(TABLE.layout, seed=5),
         "other": TableGenerator(sequence_layout(4, Categorical(3))),
     }
-    monkeypatch.setattr(draft_model, "_load_generator", drafts.__getitem__)
+    monkeypatch.setattr(draft_model, "load_draft", drafts.__getitem__)
     sampling = Sampling(choice=Choice(0), algorithm=DraftModel("same", guidance_scale=2.0))
     plain = GREEDY.tokens(TABLE, CONDITION, range(4))
     assert torch.equal(sampling.tokens(TABLE, CONDITION, range(4)), plain)

@@ -8,7 +8,7 @@ from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.conditioner import ClassConditioner
+from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import PowerCosine
 from tessellar.sampling.run import balanced_labels, sample_images
 from tessellar.sampling.settings import GREEDY, Sampling

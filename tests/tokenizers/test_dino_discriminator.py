@@ -78,7 +78,7 @@ def test_larger_images_are_cropped_or_averaged() -> None:
         averaged(images), averaged(torch.nn.functional.avg_pool2d(images, 2))
     )
     torch.manual_seed(3)
-    cropped = small(crop=1.0)._sized(images)
+    cropped = small(crop=1.0).at_network_size(images)
     windows = images.unfold(2, 32, 1).unfold(3, 32, 1)
     same = (windows == cropped[:, :, None, None]).all(-1).all(-1).all(1)
     assert cropped.shape == (2, 3, 32, 32) and same[0].equal(same[1]) and same[0].sum() == 1

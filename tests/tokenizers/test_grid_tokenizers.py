@@ -58,9 +58,9 @@ def test_config_rebuilds_an_equal_tokenizer(name: str) -> None:
 def test_tokens_are_in_raster_order() -> None:
     tokenizer, images = make("cnn").eval(), torch.rand(1, 3, 16, 16)
     assert isinstance(tokenizer, LlamaGenVQ)
-    latents = tokenizer.latents(images)
+    maps = tokenizer.maps(images)
     assert torch.equal(
-        tokenizer.encode(images)[0, 4 * 1 + 2], tokenizer.quantizer.encode(latents[:, 1, 2])[0]
+        tokenizer.encode(images)[0, 4 * 1 + 2], tokenizer.quantizer.encode(maps[:, :, 1, 2])[0]
     )
 
 
@@ -71,11 +71,12 @@ def test_the_cnn_takes_oblong_images_and_others_than_it_was_built_for() -> None:
     wide.load_state_dict(square.state_dict())
     assert wide.layout.grid == (4, 6) and build(wide.config).image_size == (16, 24)
     images = torch.rand(2, 3, 16, 24) * 2 - 1
-    output, latents = wide(images), square.latents(images)
+    output, maps = wide(images), square.maps(images)
     assert output.tokens.shape == (2, 24) and output.reconstruction.shape == images.shape
-    assert torch.equal(square.quantizer.encode(latents).flatten(1), output.tokens)
-    vectors = square.quantizer.decode(output.tokens.view(2, 4, 6))
-    torch.testing.assert_close(square.render(vectors), wide.decode(output.tokens))
+    tokens = square.quantizer.encode(maps.permute(0, 2, 3, 1))
+    assert torch.equal(tokens.flatten(1), output.tokens)
+    codes = square.quantizer.decode(output.tokens.view(2, 4, 6)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(square.paint(codes), wide.decode(output.tokens))
 
 
 @pytest.mark.parametrize("name", ["vit", "cnn"])

@@ -5,8 +5,8 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.protocol.layout import Factorized
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.quantizers import official
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.official import load_official, to_official

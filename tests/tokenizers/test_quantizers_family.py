@@ -9,9 +9,9 @@ from torch import Tensor
 from tessellar.callbacks.codebook_usage import add_counts, codebooks, usage
 from tessellar.protocol.configured import build
 from tessellar.protocol.layout import Segment, grid_layout
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.bsq import BSQ
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer

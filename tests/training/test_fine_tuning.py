@@ -10,7 +10,7 @@ import torch
 from tessellar.checkpoints.export import export_generator, export_tokenizer
 from tessellar.errors import UserError
 from tessellar.models.token_shuffle import TokenShuffle
-from tessellar.protocol.conditioner import ClassConditioner, Conditioner
+from tessellar.protocol.condition import ClassConditioner, Conditioner
 from tessellar.text.conditioners import CaptionConditioner, EncoderConditioner, FeatureConditioner
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.tokenizers.losses.lecam import LeCam

@@ -19,7 +19,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
+from tessellar.checkpoints.weights import load_strict, part_of
 from tessellar.errors import UserError
 from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
 from tessellar.interop.keys import KeyTable, Rule, table
@@ -140,7 +140,7 @@ def from_official(
         raise UserError(
             f"this is not the config of a FlexTok tokenizer: {', '.join(missing)} is absent"
         )
-    _check_options(config)
+    refuse_other_options(config)
     ours = keys(config).from_official(
         {k: t for k, t in state.items() if not k.startswith(VAE)}, "the FlexTok file"
     )
@@ -151,8 +151,8 @@ def from_official(
         raise UserError(
             f"these are not the weights of a FlexTok tokenizer: {', '.join(absent)} is absent"
         )
-    vae_state = {k.removeprefix(VAE): t for k, t in state.items() if k.startswith(VAE)}
-    made = _made(ours, vae_state, config, image_size)
+    vae_state = part_of(state, VAE)
+    made = built(ours, vae_state, config, image_size)
     own = {k: t for k, t in made.state_dict().items() if k.startswith(("vae.", "quantizer."))}
     load_strict(made, {**ours, **own}, "the FlexTok file")
     return made.eval()
@@ -163,17 +163,16 @@ def to_official(tokenizer: FlexTok, config: Config) -> dict[str, Tensor]:
     assert tokenizer.vae is not None
     state = tokenizer.state_dict()
     mine = {k: t for k, t in state.items() if not k.startswith(("vae.", "quantizer.", "repa."))}
-    vae = {
-        k.removeprefix("vae."): t
-        for k, t in state.items()
-        if k.startswith("vae.") and ".quantizer." not in f".{k}"
-    }
-    return keys(config).to_official(mine) | {
-        f"{VAE}{k}": t for k, t in VAE_KEYS.to_official(vae).items()
-    }
+    vae = part_of(state, "vae.")
+    for key in [key for key in vae if key.startswith("quantizer.")]:
+        del vae[key]  # scale and counters, which no official file holds
+    theirs = keys(config).to_official(mine)
+    for key, tensor in VAE_KEYS.to_official(vae).items():
+        theirs[f"{VAE}{key}"] = tensor
+    return theirs
 
 
-def _check_options(config: Config) -> None:
+def refuse_other_options(config: Config) -> None:
     """Raises UserError for options that would make another model of the same weights."""
     require(config["regularizer"], "the FlexTok config's regularizer", SUPPORTED["FSQ"])
     for side, mask in MASKS.items():
@@ -188,23 +187,21 @@ def _check_options(config: Config) -> None:
     require(expansion, f"the FlexTok config's {trunk.rpartition('.')[2]}", {"adaLN_expansion": 2})
 
 
-def _made(
+def built(
     ours: Mapping[str, Tensor], vae_state: Mapping[str, Tensor], config: Config, size: int | None
 ) -> FlexTok:
     encoder = Modules(config, "encoder")
     decoder = Modules(config, "decoder")
-    patch = _patch(encoder)
+    patches = encoder.find("PatchEmbedder")[1]["patch_sizes"]
+    if len(set(patches)) != 1:
+        raise UserError(f"patch_sizes is {list(patches)}; only square patches are supported")
+    patch = int(patches[0])
     table_side = ours["encoder.embed.table"].shape[-1]
     stride = 2 ** len({key.split(".")[2] for key in vae_state if ".downsamplers." in key})
     side = size or table_side * patch * stride
     null_key = decoder.key("LearnedNullCond", "ZeroNullCond")
     groups = (config.get("vae_base_config_override") or {}).get("norm_num_groups", 32)
     vae = vae_from_official(vae_state, side, float(config["vae"]["scaling_factor"]), groups)
-    sides = {"encoder": encoder, "decoder": decoder}
-    sizes = {
-        name: _size(ours, name, modules.find("FlexTransformer")[1])
-        for name, modules in sides.items()
-    }
     trunk = decoder.find("FlexTransformer")[1]
     time = decoder.find("TimestepEmbedder")[1]
     return FlexTok(
@@ -213,9 +210,9 @@ def _made(
         num_tokens=len(ours["encoder.registers"]),
         vae=vae,
         patch_size=patch,
-        encoder_size=sizes["encoder"],
-        decoder_size=sizes["decoder"],
-        training_settings=_training(config, decoder),
+        encoder_size=_size(ours, "encoder", encoder.find("FlexTransformer")[1]),
+        decoder_size=_size(ours, "decoder", trunk),
+        training_settings=training_of(config, decoder),
         tap=(trunk.get("intermediate_layers") or [1])[0],
         null="learned" if _class(decoder, null_key) == "LearnedNullCond" else "zero",
         max_timestep=float(time.get("max_timestep", DEFAULT_MAX_TIMESTEP)),
@@ -227,13 +224,6 @@ def _class(modules: Modules, key: str) -> str:
     return str(modules.entries[key.rpartition(".")[2]]["_target_"]).rpartition(".")[2]
 
 
-def _patch(modules: Modules) -> int:
-    sides = modules.find("PatchEmbedder")[1]["patch_sizes"]
-    if len(set(sides)) != 1:
-        raise UserError(f"patch_sizes is {list(sides)}; only square patches are supported")
-    return int(sides[0])
-
-
 def _size(ours: Mapping[str, Tensor], side: str, entry: Config) -> TransformerSize:
     depth = len({key.split(".")[2] for key in ours if key.startswith(f"{side}.blocks.")})
     return TransformerSize(
@@ -241,7 +231,7 @@ def _size(ours: Mapping[str, Tensor], side: str, entry: Config) -> TransformerSi
     )
 
 
-def _training(config: Config, decoder: Modules) -> FlowTraining:
+def training_of(config: Config, decoder: Modules) -> FlowTraining:
     """What the config says about training."""
     noise = config.get("flow_matching_noise_module") or {}
     times = Times(
@@ -264,14 +254,14 @@ def read_config(file: str | Path) -> dict[str, Any]:
         if beside.is_file():
             return json.loads(beside.read_text(encoding="utf-8"))
         with safe_open(str(file), "pt") as opened:
-            return {key: _plain(text) for key, text in (opened.metadata() or {}).items()}
+            return {key: plain_data(text) for key, text in (opened.metadata() or {}).items()}
     except (OSError, ValueError, SyntaxError, yaml.YAMLError) as error:
         raise UserError(
             f"{beside} or the metadata of {file} is no FlexTok config ({error})"
         ) from error
 
 
-def _plain(text: str) -> Any:
+def plain_data(text: str) -> Any:
     """Plain data that was written as Python or YAML; anything else is refused by both readers."""
     try:
         return ast.literal_eval(text)

@@ -19,14 +19,14 @@ from tessellar.tokenizers.kl_vae.official import OWN
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 
-def _convolution(t: Tensor) -> Tensor:
+def as_convolution(t: Tensor) -> Tensor:
     """The weight of a linear layer (or of a 1x1 convolution, as older files have it) as that of a
     convolution.
     """
     return t[:, :, None, None] if t.ndim == 2 else t
 
 
-def _keys() -> KeyTable:
+def keys() -> KeyTable:
     pairs = {
         f"{layer}.{{tensor}}": f"{layer}.{{tensor}}" for layer in ("quant_conv", "post_quant_conv")
     }
@@ -50,10 +50,10 @@ def _keys() -> KeyTable:
         pairs[f"{side}.mid_block.attentions.0.group_norm.{{tensor}}"] = (
             f"{side}.mid.1.norm.{{tensor}}"
         )
-    return table(pairs, *_attention())
+    return table(pairs, *attention_rules())
 
 
-def _attention() -> list[Rule]:
+def attention_rules() -> list[Rule]:
     """The attention in the middle, with today's names first, then those of older files."""
     names = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj"}
     names |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj"}
@@ -61,12 +61,12 @@ def _attention() -> list[Rule]:
     for theirs, ours in names.items():
         key = f"{{side}}.mid_block.attentions.0.{theirs}"
         own = f"{{side}}.mid.1.{ours}"
-        rules.append(Rule(f"{key}.weight", f"{own}.weight", _convolution, matrix))
+        rules.append(Rule(f"{key}.weight", f"{own}.weight", as_convolution, matrix))
         rules.append(Rule(f"{key}.bias", f"{own}.bias"))
     return rules
 
 
-KEYS = _keys()
+KEYS = keys()
 
 
 def load_official(vae: KLVAE, state: Mapping[str, Tensor], where: str = "the VAE") -> KLVAE:

@@ -13,14 +13,14 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessellar.layers.precision import at_least_float32
 from tessellar.networks.vision import Teacher
 from tessellar.processes import flow
 from tessellar.protocol.layout import Categorical, Continuous, sequence_layout
 from tessellar.protocol.noise import Noise
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.flextok.flow_decoding import (
     FlowDecoding,
     FlowTraining,
@@ -37,8 +37,7 @@ from tessellar.tokenizers.flextok.transformer import (
 )
 from tessellar.tokenizers.flextok.vae import flextok_vae
 from tessellar.tokenizers.kl_vae import KLVAE
-from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
-from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.tokenizers.losses.alignment import cosine_distance, projection, regrid
 from tessellar.tokenizers.quantizers.fsq import FSQ
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -74,7 +73,7 @@ class FlexTok(Tokenizer):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        grid = _grid(vae, image_size, patch_size, table)
+        grid = grid_of(vae, image_size, patch_size, table)
         if not isinstance(quantizer.kind, Categorical) or num_tokens < 1:
             raise ValueError(
                 f"FlexTok needs one id a token and at least 1 token, not {num_tokens} of {quantizer.kind}"
@@ -104,7 +103,7 @@ class FlexTok(Tokenizer):
             time_factor=1000.0 / max_timestep,
             implementation=attention,
         )
-        self.repa = None if repa_dim is None else _projection(decoder_size.width, repa_dim)
+        self.repa = None if repa_dim is None else projection(decoder_size.width, repa_dim)
 
     def train(self, mode: bool = True) -> "FlexTok":
         """The VAE stays in eval mode."""
@@ -176,10 +175,21 @@ class FlexTok(Tokenizer):
         guidance: Scale | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Latents [B, C, h, w] of tokens [B, k] from the noise `start`."""
+        """Latents [B, C, h, w] of tokens [B, k] from the noise `start`.
+
+        Raises ValueError for `lengths` [B] that are not in [1, k].
+        """
         decoding = decoding or self.decoding
         guidance = decoding.guidance if guidance is None else guidance
-        kept = self._checked_lengths(tokens, lengths)
+        if lengths is None:
+            kept = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+        else:
+            kept = lengths
+            outside = (kept < 1) | (kept > tokens.shape[1])
+            if kept.shape != (len(tokens),) or bool(outside.any()):
+                raise ValueError(
+                    f"lengths are {kept.tolist()}; give {len(tokens)} in [1, {tokens.shape[1]}]"
+                )
         dtype = next(self.decoder.parameters()).dtype
         codes = self.quantizer.decode(tokens).to(dtype)
         no = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -191,18 +201,6 @@ class FlexTok(Tokenizer):
             return at_least_float32(self.decoder(x.to(dtype), t, registers).velocity)
 
         return solve(velocity, start, len(registers) // len(tokens), decoding, guidance)
-
-    def _checked_lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """[B]; raises ValueError for a length that is not in [1, k]."""
-        if lengths is None:
-            return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        if lengths.shape != (len(tokens),) or bool(
-            ((lengths < 1) | (lengths > tokens.shape[1])).any()
-        ):
-            raise ValueError(
-                f"lengths are {lengths.tolist()}; give {len(tokens)} in [1, {tokens.shape[1]}]"
-            )
-        return lengths
 
     def predict(
         self,
@@ -260,19 +258,7 @@ class FlexTok(Tokenizer):
         )
 
 
-def _projection(width: int, out: int) -> nn.Sequential:
-    """REPA's MLP: three layers, SiLU, 4 x width inside."""
-    hidden = 4 * width
-    return nn.Sequential(
-        nn.Linear(width, hidden),
-        nn.SiLU(),
-        nn.Linear(hidden, hidden),
-        nn.SiLU(),
-        nn.Linear(hidden, out),
-    )
-
-
-def _grid(vae: KLVAE | None, image_size: int, patch: int, table: int | None) -> Grid:
+def grid_of(vae: KLVAE | None, image_size: int, patch: int, table: int | None) -> Grid:
     """Raises ValueError unless the images, the VAE's latents and the patches fit each other."""
     channels = 3
     side = image_size

@@ -86,16 +86,16 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = size.head_dim
         self.implementation = implementation
-        self.wq, self.wk, self.wv, self.proj = (
-            nn.Linear(size.width, size.width, bias=False) for _ in range(4)
-        )
+        self.wq = nn.Linear(size.width, size.width, bias=False)
+        self.wk = nn.Linear(size.width, size.width, bias=False)
+        self.wv = nn.Linear(size.width, size.width, bias=False)
+        self.proj = nn.Linear(size.width, size.width, bias=False)
         self.head_norm = norm(size.head_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            rearrange(w(x), "b n (h d) -> b h n d", d=self.head_dim)
-            for w in (self.wq, self.wk, self.wv)
-        )
+        q = rearrange(self.wq(x), "b n (h d) -> b h n d", d=self.head_dim)
+        k = rearrange(self.wk(x), "b n (h d) -> b h n d", d=self.head_dim)
+        v = rearrange(self.wv(x), "b n (h d) -> b h n d", d=self.head_dim)
         q = self.head_norm(q).to(v.dtype)
         k = self.head_norm(k).to(v.dtype)
         out = attend(q, k, v, mask, implementation=self.implementation, scale=8 / self.head_dim)

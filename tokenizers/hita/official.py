@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.interop.importer import ImportOptions, TokenizerImporter
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import cnn_sizes, count
@@ -86,6 +87,7 @@ def from_official(
     options = dict(quantizer_options or {})
     holistic_size, holistic_dim = ours["holistic_quantizer.codebook.weight"].shape
     patch_size, patch_dim = ours["quantizer.codebook.weight"].shape
+    hidden = ours["encoder.mixing.0.mlp.fc2.weight"].shape[1]
     made = Hita(
         VectorQuantizer(holistic_size, holistic_dim, **options),
         VectorQuantizer(patch_size, patch_dim, **options),
@@ -97,7 +99,7 @@ def from_official(
         width=ours["encoder.queries"].shape[2],
         depth=count(ours, r"encoder\.mixing\.(\d+)\."),
         num_heads=num_heads,
-        mlp_dim=_mlp_dim(ours["encoder.mixing.0.mlp.fc2.weight"].shape[1]),
+        mlp_dim=-(-3 * hidden // 2),  # one that gives this hidden size; several do
         holistic=ours["encoder.queries"].shape[1],
         shift=shift,
         vision_dim=ours["encoder.project.0.weight"].shape[1],
@@ -105,11 +107,6 @@ def from_official(
         decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn),
     )
     return OFFICIAL.fill(made, state, where)
-
-
-def _mlp_dim(hidden: int) -> int:
-    """An `mlp_dim` that gives this hidden size (several do)."""
-    return -(-3 * hidden // 2)
 
 
 def to_official(tokenizer: Hita) -> dict[str, Tensor]:
@@ -125,10 +122,7 @@ def vision_from_official(
     """
     made = HitaVision("vit_large_patch14_reg4_dinov2", image_size=224, options=options)
     prefix = f"{BACKBONE}pretrained_encoder."
-    made.fill(
-        {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)},
-        "the backbone",
-    )
+    made.fill(part_of(state, prefix), "the backbone")
     return made
 
 

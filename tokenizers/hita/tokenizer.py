@@ -21,10 +21,9 @@ from tessellar.layers.gated_block import GatedBlock, packed_hidden
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.protocol.layout import Layout, Segment
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.hita.vision import HitaVision
 from tessellar.tokenizers.losses.alignment import cosine_distance
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
@@ -123,7 +122,7 @@ class FusionDecoder(nn.Module):
             and self.norm_vision is not None
             and self.to_vision is not None
         )
-        masks = (self.mask_token + self._positions(side)).expand(len(holistic), -1, -1)
+        masks = (self.mask_token + self.positions_on(side)).expand(len(holistic), -1, -1)
         x = self.norm_vision(torch.cat([holistic, masks], 1))
         count = holistic.shape[1]
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
@@ -133,7 +132,7 @@ class FusionDecoder(nn.Module):
             x = block(x, mask)
         return self.to_vision(x[:, count:])
 
-    def _positions(self, side: int) -> Tensor:
+    def positions_on(self, side: int) -> Tensor:
         """The table on a grid of `side`; the official factor (side + 0.1) / h decides where it is
         sampled.
         """
@@ -293,7 +292,10 @@ class Hita(Tokenizer):
         """The training pass on given vision features [B, V, Dv]."""
         holistic, patches = self.latents(images, vision)
         parts = (self.holistic_quantizer(holistic), self.quantizer(patches))
-        losses = _summed(*parts)
+        losses = {
+            name: torch.stack([loss, parts[1].losses[name]]).sum()
+            for name, loss in parts[0].losses.items()
+        }
         if self.vision_loss:
             predicted = self.predict_vision(parts[0].quantized)
             losses["vision"] = (
@@ -311,13 +313,6 @@ class Hita(Tokenizer):
         return self.decoder.predict_vision(
             self.from_holistic_code(holistic.to(self.from_code.weight.dtype)), side
         )
-
-
-def _summed(*parts: QuantizerOutput) -> dict[str, Tensor]:
-    """Losses of both quantizers, added name by name."""
-    return {
-        name: torch.stack([part.losses[name] for part in parts]).sum() for name in parts[0].losses
-    }
 
 
 def _published(vision: HitaVision | None, vision_loss: float, image_size: int) -> Hita:

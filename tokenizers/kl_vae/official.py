@@ -28,7 +28,7 @@ def keys(levels: int) -> KeyTable:
     """
     pairs: dict[str, str] = {}
     for side, group in (("encoder", "down"), ("decoder", "up")):
-        for theirs, ours in _level_pairs(side, group, levels):
+        for theirs, ours in level_pairs(side, group, levels):
             pairs[theirs] = ours
         for place, name in enumerate(("block_1", "attn_1", "block_2")):
             parts = _ATTENTION if name == "attn_1" else _BLOCK
@@ -40,7 +40,7 @@ def keys(levels: int) -> KeyTable:
     return table(pairs)
 
 
-def _level_pairs(side: str, group: str, levels: int) -> list[tuple[str, str]]:
+def level_pairs(side: str, group: str, levels: int) -> list[tuple[str, str]]:
     resample = "downsample" if group == "down" else "upsample"
     found = []
     for level in range(levels):

@@ -24,7 +24,7 @@ def replay(recording: Recording) -> dict[str, Tensor]:
     height, width = images.shape[-2:]
     scale = recording.settings("vae/decoded_from_scaled")["scale"]
     vae = from_official(recording.weights["vae"], (height, width), scale)
-    _check(recording, vae)
+    check_attention(recording, vae)
     rows = height // vae.stride
     moments = vae.latents(images)
     posterior = vae.quantizer.posterior(moments)
@@ -41,7 +41,7 @@ def replay(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-def _check(recording: Recording, vae: KLVAE) -> None:
+def check_attention(recording: Recording, vae: KLVAE) -> None:
     """Raises UserError where the config names attention at other levels than the weights have."""
     config = recording.config["vae"]
     supported = {

@@ -7,20 +7,17 @@ exists (it has none), attention is placed by level instead of by a nominal resol
 latent scale lives with the weights.
 """
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tessellar.layers.cnn import Decoder, Encoder, Sizes
-from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import grid_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.tokenizers.parts.vqgan import VQGAN
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 KL16_SCALE = 0.2325  # 1 / standard deviation of kl16.ckpt's sampled latents over ImageNet
 
 
-class KLVAE(Tokenizer):
+class KLVAE(VQGAN):
     """Images of `image_size` (one side, or height and width) to a grid of latents, `quantizer.dim`
     channels each.
 
@@ -28,6 +25,8 @@ class KLVAE(Tokenizer):
     the finest; None: the encoder's coarsest). Raises ValueError where the stride does not divide
     the image size.
     """
+
+    quantizer: GaussianBottleneck
 
     def __init__(
         self,
@@ -41,15 +40,8 @@ class KLVAE(Tokenizer):
         dropout: float = 0.0,
         groups: int = 32,
     ) -> None:
-        super().__init__()
-        self.stride = 2 ** (len(multipliers) - 1)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"the stride {self.stride} does not divide image_size {image_size}")
-        self.image_size = (height, width)
-        self.layout = grid_layout(
-            height // self.stride, width // self.stride, quantizer.kind, "latents"
-        )
+        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
+        self.layout = grid_layout(*self.grid, quantizer.kind, "latents")
         shared = (channels, tuple(multipliers), num_res_blocks)
         self.encoder = Encoder(Sizes(*shared, quantizer.in_dim, dropout, groups), encoder_attention)
         self.decoder = Decoder(Sizes(*shared, quantizer.dim, dropout, groups), decoder_attention)
@@ -57,42 +49,9 @@ class KLVAE(Tokenizer):
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 1)
 
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder.conv_out.weight
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Moments [B, N, 2 C] of images: means, then log variances."""
-        self.check_images(images)
-        return rearrange(self.quant_conv(self.encoder(images)), "b c h w -> b (h w) c")
-
-    def render(self, latents: Tensor) -> Tensor:
-        """Images of unscaled latents [B, N, C]."""
-        height = self.image_size[0] // self.stride
-        latents = rearrange(
-            latents.to(self.post_quant_conv.weight.dtype), "b (h w) c -> b c h w", h=height
-        )
-        return at_least_float32(self.decoder(self.post_quant_conv(latents.contiguous())))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(images))
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.quantizer.draw(self.latents(images), generator)
-
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, N, C] of the tokens, which a cache keeps."""
         return self.quantizer.law(self.latents(images))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.layout.check(tokens)
-        return self.render(self.quantizer.decode(tokens))
-
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        bottleneck = self.quantizer(self.latents(images))
-        return TokenizerOutput(
-            self.render(bottleneck.quantized), bottleneck.tokens, bottleneck.losses
-        )
 
 
 def kl16(

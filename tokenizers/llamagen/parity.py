@@ -47,13 +47,12 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
     """Latents, tokens, and images of the tokens and of recorded ones."""
     tokenizer = _tokenizer(recording)
     images = recording.inputs["vq/images"]
-    latents = tokenizer.latents(images)
     tokens = tokenizer.encode(images)
     return {
         "vq/encoder_out": tokenizer.encoder(images),
-        "vq/z_pre": latents.movedim(-1, 1),
+        "vq/z_pre": tokenizer.maps(images),
         "vq/indices": tokens,
-        "vq/quant": as_map(tokenizer.quantizer.decode(tokens), latents.shape[1]),
+        "vq/quant": as_map(tokenizer.quantizer.decode(tokens), tokenizer.grid[0]),
         "vq/recon": tokenizer.decode(tokens),
         "vq/codes_image": tokenizer.decode(recording.inputs["vq/codes"]),
     }
@@ -66,10 +65,9 @@ def without_normalisation(recording: Recording) -> dict[str, Tensor]:
     options = recording.settings("vq/no_l2/indices")
     tokenizer = _tokenizer(recording, codebook_l2_norm=options["codebook_l2_norm"])
     tokens = tokenizer.encode(recording.inputs["vq/images"])
-    height = tokenizer.image_size[0] // tokenizer.stride
     return {
         "vq/no_l2/indices": tokens,
-        "vq/no_l2/quant": as_map(tokenizer.quantizer.decode(tokens), height),
+        "vq/no_l2/quant": as_map(tokenizer.quantizer.decode(tokens), tokenizer.grid[0]),
     }
 
 
@@ -178,7 +176,7 @@ def plain_losses(recording: Recording) -> dict[str, Tensor]:
         if "discriminator" in name:
             outputs[name] = update.discriminator_loss(_discriminator(recording))
         elif "grad_to" in settings:
-            outputs[name] = _gradient(update, settings["grad_to"])
+            outputs[name] = gradient_to(update, settings["grad_to"])
         elif "grad_norm" in name:
             outputs[name] = gradient_norm(update.terms.total, update.tokenizer)
         else:
@@ -186,7 +184,7 @@ def plain_losses(recording: Recording) -> dict[str, Tensor]:
     return outputs
 
 
-def _gradient(update: _Update, name: str) -> Tensor:
+def gradient_to(update: _Update, name: str) -> Tensor:
     """Of the total, with respect to a tensor of an official name."""
     quantizer = update.tokenizer.quantizer
     assert isinstance(quantizer, VectorQuantizer)

@@ -6,18 +6,16 @@ downsampling padded at the right and bottom only. Different from the official co
 recent codes (usage is a callback's business), and codes can be restarted.
 """
 
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from tessellar.layers.cnn import Decoder, Encoder, Sizes
-from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import grid_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
-from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.protocol.tokenizer import Quantizer
+from tessellar.tokenizers.parts.vqgan import VQGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
-class LlamaGenVQ(Tokenizer):
+class LlamaGenVQ(VQGAN):
     """VQGAN over images of `image_size` (one side, or height and width); convolutional, so any
     multiple of the stride.
 
@@ -36,52 +34,14 @@ class LlamaGenVQ(Tokenizer):
         dropout: float = 0.0,
         decoder_multipliers: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
-        self.stride = 2 ** (len(multipliers) - 1)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"the stride {self.stride} does not divide image_size {image_size}")
-        self.image_size = (height, width)
-        self.layout = grid_layout(height // self.stride, width // self.stride, quantizer.kind)
+        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
+        self.layout = grid_layout(*self.grid, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
         self.encoder = Encoder(sizes)
         self.decoder = Decoder(sizes.decoding(decoder_multipliers))
         self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder.conv_out.weight
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Latents before quantization [B, h, w, C], of images of any multiple of the stride."""
-        return rearrange(self.quant_conv(self.encoder(images)), "b c h w -> b h w c")
-
-    def render(self, vectors: Tensor) -> Tensor:
-        """Images of code vectors [B, h, w, C]."""
-        vectors = vectors.to(self.post_quant_conv.weight.dtype)
-        return self.decoder(
-            self.post_quant_conv(rearrange(vectors, "b h w c -> b c h w").contiguous())
-        )
-
-    def encode(self, images: Tensor) -> Tensor:
-        self.check_images(images)
-        return self.quantizer.encode(self.latents(images)).flatten(1)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.layout.check(tokens)
-        height = self.image_size[0] // self.stride
-        vectors = rearrange(self.quantizer.decode(tokens), "b (h w) c -> b h w c", h=height)
-        return at_least_float32(self.render(vectors))
-
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        self.check_images(images)
-        quantized = self.quantizer(self.latents(images))
-        reconstruction = self.render(quantized.quantized)
-        return TokenizerOutput(
-            at_least_float32(reconstruction), quantized.tokens.flatten(1), quantized.losses
-        )
 
 
 def vq_16(

@@ -6,7 +6,7 @@ that of ReToK, Hita, TokenFlow and REPA (arXiv 2410.06940); with a margin it is 
 """
 
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
@@ -29,6 +29,18 @@ def cosine_distance(
     )
     distance = 1 - margin - cosine
     return (distance.relu() if margin else distance).flatten(1).mean(1)
+
+
+def projection(width: int, out: int) -> nn.Sequential:
+    """REPA's head from a tokenizer's features to a teacher's: three layers, SiLU, 4 x width inside."""
+    hidden = 4 * width
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, out),
+    )
 
 
 def regrid(features: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:

@@ -7,6 +7,8 @@ for images in [-1, 1], as VAR's authors feed them, and in [0, 1], as ResTok does
 twice as far, the fill is black, not grey); the order differs too.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -55,16 +57,16 @@ class DiffAugment(Configured, nn.Module):
         return self._augmented(images)
 
     def _augmented(self, images: Tensor) -> Tensor:
+        steps: dict[Step, Callable[[Tensor], Tensor]] = {
+            "translation": translate,
+            "colour": colour,
+            "cutout": partial(cut_out, share=self.cutout),
+        }
         happens = torch.rand(3, device="cpu") < self.probability
         for step, now in zip(self.order, happens.tolist(), strict=True):
             if now:
-                images = self._step(step, images)
+                images = steps[step](images)
         return images
-
-    def _step(self, step: Step, images: Tensor) -> Tensor:
-        if step == "translation":
-            return translate(images)
-        return colour(images) if step == "colour" else cut_out(images, self.cutout)
 
 
 def colour(images: Tensor) -> Tensor:
@@ -81,13 +83,13 @@ def colour(images: Tensor) -> Tensor:
 
 def translate(images: Tensor) -> Tensor:
     """Each image moved by up to an eighth of its sides; what comes in is 0."""
-    (rows, inside_h), (columns, inside_w) = (_moved(images, side) for side in (2, 3))
+    (rows, inside_h), (columns, inside_w) = (shifted_places(images, side) for side in (2, 3))
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     moved = images[batch, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
     return moved * (inside_h[:, None, :, None] & inside_w[:, None, None, :])
 
 
-def _moved(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def shifted_places(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Where along a side each place of each image comes from, int64 [B, size] clamped, and whether
     that is inside.
     """
@@ -100,11 +102,11 @@ def _moved(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 def cut_out(images: Tensor, share: float) -> Tensor:
     """A rectangle of `share` of the sides set to 0, centred anywhere in each image."""
-    height, width = (_cut(images, side, share) for side in (2, 3))
+    height, width = (cut_places(images, side, share) for side in (2, 3))
     return images.masked_fill(height[:, None, :, None] & width[:, None, None, :], 0.0)
 
 
-def _cut(images: Tensor, side: int, share: float) -> Tensor:
+def cut_places(images: Tensor, side: int, share: float) -> Tensor:
     """Which places of a side lie in each image's rectangle, bool [B, size]."""
     size = images.shape[side]
     length = round(size * share)

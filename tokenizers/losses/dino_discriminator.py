@@ -102,19 +102,17 @@ class DinoDiscriminator(Configured, nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.augment is not None:
             images = self.augment(images)
-        found = self._features(self._sized(images))
+        found = self._features(self.at_network_size(images))
         return torch.cat(
             [head(features) for head, features in zip(self.heads, found, strict=True)], dim=1
         )
 
-    def _sized(self, images: Tensor) -> Tensor:
+    def at_network_size(self, images: Tensor) -> Tensor:
         """At the network's size."""
         (height, width), (rows, columns) = self.vision.model.input_size, images.shape[-2:]
         if rows > height and columns > width and torch.rand((), device="cpu") < self.crop:
-            top, left = (
-                int(torch.randint(0, n + 1, (), device="cpu"))
-                for n in (rows - height, columns - width)
-            )
+            top = int(torch.randint(0, rows - height + 1, (), device="cpu"))
+            left = int(torch.randint(0, columns - width + 1, (), device="cpu"))
             return images[..., top : top + height, left : left + width]
         if (rows, columns) == (height, width):
             return images

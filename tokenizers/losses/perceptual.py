@@ -66,21 +66,19 @@ class LPIPS(ExactTables):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self._load(Path(vgg), Path(heads) if heads else _bundled_heads())
-        self.eval().requires_grad_(False)
-
-    def _load(self, vgg: Path, heads: Path) -> None:
-        if not vgg.is_file():
+        if not Path(vgg).is_file():
             raise UserError(
                 f"the perceptual loss needs torchvision's VGG-16 weights; there is no file {vgg}. Give their path, or "
                 "set the perceptual weight to 0"
             )
-        state = {k: v for k, v in _read(vgg).items() if k.startswith("features.")}
-        load_strict(self.backbone, state, str(vgg))
-        lines = {
-            f"{k.split('.')[0].removeprefix('lin')}.weight": v for k, v in _read(heads).items()
-        }
-        load_strict(self.heads, lines, str(heads))
+        state = {k: v for k, v in _read(Path(vgg)).items() if k.startswith("features.")}
+        load_strict(self.backbone, state, vgg)
+        of_heads = Path(heads) if heads else bundled_heads()
+        lines = {}
+        for key, tensor in _read(of_heads).items():  # theirs are lin0.model.1.weight, ...
+            lines[f"{key.split('.')[0].removeprefix('lin')}.weight"] = tensor
+        load_strict(self.heads, lines, str(of_heads))
+        self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stays in eval mode."""
@@ -108,7 +106,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
 
 
-def _bundled_heads() -> Path:
+def bundled_heads() -> Path:
     spec = find_spec("torchmetrics")
     assert spec is not None and spec.origin is not None, (
         "torchmetrics is a dependency of this package"

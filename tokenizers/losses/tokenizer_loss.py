@@ -145,7 +145,7 @@ class TokenizerLoss(nn.Module):
                 terms |= {f"shorter_{name}": value for name, value in others.items()}
             total = nll
             if self.adversarial_active(step):
-                found = self._adversarial_terms(output.reconstruction, step, nll, last_layer)
+                found = self.adversarial_terms(output.reconstruction, step, nll, last_layer)
                 total = (
                     total + self.weight_at(step) * found["adaptive_weight"] * found["adversarial"]
                 )
@@ -155,7 +155,7 @@ class TokenizerLoss(nn.Module):
             total = total + value
         return LossTerms(total, terms)
 
-    def _adversarial_terms(
+    def adversarial_terms(
         self, fake: Tensor, step: int, nll: Tensor, last_layer: Tensor
     ) -> dict[str, Tensor]:
         assert self.discriminator is not None
@@ -170,7 +170,8 @@ class TokenizerLoss(nn.Module):
     def _likeness(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of pixel and perceptual losses, and the terms."""
         if not reconstruction.numel():
-            return self._nothing_drawn(images)
+            self.require_no_image_loss()
+            return images.new_zeros(()), {}
         terms = self.reconstruction(images, reconstruction)
         total = self.reconstruction.weighted(terms)
         if self.perceptual is not None and self.perceptual_weight:
@@ -178,8 +179,8 @@ class TokenizerLoss(nn.Module):
             total = total + self.perceptual_weight * terms["perceptual"]
         return total, terms
 
-    def _nothing_drawn(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of a training pass without an image; raises UserError where a loss would need one."""
+    def require_no_image_loss(self) -> None:
+        """For a training pass that draws no image; raises UserError where a loss would need one."""
         pixels = self.reconstruction.l1 or self.reconstruction.l2 or self.reconstruction.gradient
         if (
             pixels
@@ -190,14 +191,14 @@ class TokenizerLoss(nn.Module):
                 "this tokenizer draws no image in training (TiTok's first stage): set the pixel losses to 0 "
                 "(`reconstruction: {l2: 0.0}`), and give no perceptual loss and no discriminator"
             )
-        return images.new_zeros(()), {}
 
     def discriminator_loss(self, images: Tensor, reconstruction: Tensor, step: int) -> LossTerms:
         """Loss of the discriminator; 0 before the start step."""
         assert self.discriminator is not None
         fakes = reconstruction.detach()
         with self._precision(images):
-            real, fake = (self.discriminator(self._shown(shown, step)) for shown in (images, fakes))
+            real = self.discriminator(self._shown(images, step))
+            fake = self.discriminator(self._shown(fakes, step))
             loss = self.discrimination(real, fake)
             terms = {"logits_real": real.mean(), "logits_fake": fake.mean()}
             if self.lecam is not None:

@@ -19,8 +19,8 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.protocol.configured import Configured, LossOnly
 from tessellar.protocol.layout import grid_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
-from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.protocol.tokenizer import Quantizer
+from tessellar.tokenizers.parts.vqgan import VQGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
@@ -98,10 +98,13 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class MaskGITVQGAN(Tokenizer):
+class MaskGITVQGAN(VQGAN):
     """Square images of `image_size` as a grid of codes; raises ValueError where the stride does not
     divide the size.
     """
+
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(
         self,
@@ -112,44 +115,19 @@ class MaskGITVQGAN(Tokenizer):
         num_res_blocks: int = 2,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        stride = 2 ** (len(multipliers) - 1)
-        if image_size % stride:
-            raise ValueError(f"the stride {stride} does not divide image_size {image_size}")
-        self.image_size = (image_size, image_size)
-        self.side = image_size // stride
-        self.layout = grid_layout(self.side, self.side, quantizer.kind)
+        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
+        self.layout = grid_layout(*self.grid, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, quantizer.dim, dropout)
         self.encoder = Encoder(sizes)
         self.decoder = Decoder(sizes)
         self.quantizer = quantizer
 
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder.conv_out.weight
+    def maps(self, images: Tensor) -> Tensor:
+        return self.encoder((images + 1) / 2)
 
-    def latents(self, images: Tensor) -> Tensor:
-        """Vectors before quantization [B, N, C]."""
-        self.check_images(images)
-        return rearrange(self.encoder((images + 1) / 2), "b c h w -> b (h w) c")
-
-    def render(self, vectors: Tensor) -> Tensor:
-        """Images of code vectors [B, N, C]."""
-        features = rearrange(
-            vectors.to(self.decoder.conv_in.weight.dtype), "b (h w) c -> b c h w", h=self.side
-        )
-        return 2 * at_least_float32(self.decoder(features)) - 1
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(images))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.layout.check(tokens)
-        return self.render(self.quantizer.decode(tokens))
-
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        quantized = self.quantizer(self.latents(images))
-        return TokenizerOutput(self.render(quantized.quantized), quantized.tokens, quantized.losses)
+    def paint(self, maps: Tensor) -> Tensor:
+        dtype = self.decoder.conv_in.weight.dtype
+        return 2 * at_least_float32(self.decoder(maps.to(dtype))) - 1
 
 
 class PixelDecoder(Configured, nn.Module):

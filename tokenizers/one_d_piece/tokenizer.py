@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tessellar.layers.tags import untag
 from tessellar.protocol.layout import Layout, sequence_layout
-from tessellar.protocol.tokenizer import TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance
 from tessellar.tokenizers.maskgit_vqgan import PixelDecoder, ProxyCodes
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.titok.tokenizer import SIZES, Decoded, Stage
@@ -88,7 +87,7 @@ class OneDPiece(TiTok):
         untag(self.encoder.patch_in.weight, "no_decay")
         untag(self.decoder.from_code.weight, "no_decay")
 
-    def _layout(self, num_tokens: int, quantizer: Quantizer) -> Layout:
+    def make_layout(self, num_tokens: int, quantizer: Quantizer) -> Layout:
         return sequence_layout(num_tokens, quantizer.kind, min_prefix=self.drop.shortest)
 
     def draw_length(self) -> int:

@@ -60,7 +60,11 @@ def quality_by_length(
     `candidates`).
     """
     tokens = tokenizer.encode(images)
-    wanted = _checked(tokenizer.layout, lengths)
+    layout = tokenizer.layout
+    shortest = _shortest(layout)
+    wanted = list(candidates(layout)) if lengths is None else sorted(lengths)
+    if not wanted or wanted[0] < shortest or wanted[-1] > layout.length:
+        raise UserError(f"lengths are {wanted}; each must be in [{shortest}, {layout.length}]")
     for length in wanted:
         error = (tokenizer.decode(tokens[:, :length]).clamp(-1, 1) - images) / 2
         yield length, -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10()
@@ -87,13 +91,3 @@ def _shortest(layout: Layout) -> int:
     if layout.min_prefix is None:
         raise UserError(f"only complete sequences of this tokenizer decode; its layout is {layout}")
     return layout.min_prefix
-
-
-def _checked(layout: Layout, lengths: Sequence[int] | None) -> list[int]:
-    """Ascending lengths; raises UserError for those that do not decode."""
-    shortest = _shortest(layout)
-    wanted = sorted(lengths) if lengths is not None else list(candidates(layout))
-    bad = [length for length in wanted if not shortest <= length <= layout.length]
-    if bad or not wanted:
-        raise UserError(f"lengths are {wanted}; each must be in [{shortest}, {layout.length}]")
-    return wanted

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.bits import bit_code
 from tessellar.tokenizers.quantizers.entropy import (
     MOST_BITS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
-from tessellar.tokenizers.quantizers.base import QuantizerOutput
+from tessellar.protocol.tokenizer import QuantizerOutput
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
@@ -41,11 +41,12 @@ class ClusteringVQ(VectorQuantizer):
     def forward(self, z: Tensor) -> QuantizerOutput:
         output = super().forward(z)
         if self.training:
-            self._drift(z.detach(), output.tokens)
+            self.drift(z.detach(), output.tokens)
         return output
 
     @torch.no_grad()
-    def _drift(self, z: Tensor, tokens: Tensor) -> None:
+    def drift(self, z: Tensor, tokens: Tensor) -> None:
+        """Move codes to latents of a training pass, z [..., C] with its tokens, all processes together."""
         used = tokens.flatten().bincount(minlength=len(self.shares)).to(self.shares.dtype)
         used = distributed.all_reduce_sum(used)
         latents = distributed.gather_rows(at_least_float32(z).flatten(0, -2))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tessellar import distributed
 from tessellar.layers.tags import tag
-from tessellar.tokenizers.quantizers.base import QuantizerOutput
+from tessellar.protocol.tokenizer import QuantizerOutput
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 SMOOTHING = 1e-5
@@ -69,11 +69,12 @@ class EMAVectorQuantizer(VectorQuantizer):
         del output.losses["codebook"]
         if self.training:
             with torch.autocast(z.device.type, enabled=False):
-                self._update(self._normalize(z.detach()), output.tokens)
+                self.update(self._normalize(z.detach()), output.tokens)
         return output
 
     @torch.no_grad()
-    def _update(self, z: Tensor, tokens: Tensor) -> None:
+    def update(self, z: Tensor, tokens: Tensor) -> None:
+        """Average what chose each code, of normalised latents z [B, ..., C]; codes follow."""
         rows = z.flatten(0, -2).to(self.sums.dtype)
         chosen = tokens.flatten()
         used = chosen.bincount(minlength=len(self.sizes)).to(self.sizes.dtype)
@@ -83,16 +84,16 @@ class EMAVectorQuantizer(VectorQuantizer):
         finite = torch.isfinite(sums).all()  # every latent of every rank is in one of the sums
         self.sizes.copy_(torch.where(finite, self.sizes.lerp(used, 1 - self.decay), self.sizes))
         self.sums.copy_(torch.where(finite, self.sums.lerp(sums, 1 - self.decay), self.sums))
-        self.codebook.weight.copy_(torch.where(finite, self._means(), self.codebook.weight))
-        expired = self.expired() & finite
-        if self.threshold > 0 and bool(expired.any()):
-            self._replace(expired, z)
-
-    def _means(self) -> Tensor:
+        # Codes are the mean of what chose them; smoothed counts keep unused codes from a zero.
         total = self.sizes.sum()
         smoothed = (self.sizes + SMOOTHING) / (total + len(self.sizes) * SMOOTHING) * total
         means = self.sums / smoothed[:, None]
-        return F.normalize(means, dim=-1) if self.l2_normalize else means
+        if self.l2_normalize:
+            means = F.normalize(means, dim=-1)
+        self.codebook.weight.copy_(torch.where(finite, means, self.codebook.weight))
+        expired = self.expired() & finite
+        if self.threshold > 0 and bool(expired.any()):
+            self._replace(expired, z)
 
     def expired(self) -> Tensor:
         """Which codes are used less than the threshold, [V]."""

@@ -20,7 +20,10 @@ def vocabs_of(kind: Kind) -> tuple[int, ...]:
 
 def factorized(kinds: Sequence[Kind]) -> Factorized:
     """The kind of all sub-tokens, in order."""
-    return Factorized(tuple(vocab for kind in kinds for vocab in vocabs_of(kind)))
+    vocabs: list[int] = []
+    for kind in kinds:
+        vocabs += vocabs_of(kind)
+    return Factorized(tuple(vocabs))
 
 
 def factors(tokens: Tensor, kind: Kind) -> Tensor:
@@ -30,16 +33,17 @@ def factors(tokens: Tensor, kind: Kind) -> Tensor:
 
 def split_tokens(tokens: Tensor, kinds: Sequence[Kind]) -> list[Tensor]:
     """Tokens [..., F] of all quantizers to those of each."""
-    parts = tokens.split([len(vocabs_of(kind)) for kind in kinds], -1)
-    return [
-        p[..., 0] if isinstance(k, Categorical) else p for p, k in zip(parts, kinds, strict=True)
-    ]
+    counts = [len(vocabs_of(kind)) for kind in kinds]
+    split = []
+    for part, kind in zip(tokens.split(counts, -1), kinds, strict=True):
+        split.append(part[..., 0] if isinstance(kind, Categorical) else part)
+    return split
 
 
-def named_mean(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each named loss over quantizers; one that lacks a name counts as zero."""
-    names = {name: None for some in losses for name in some}
-    return {
-        name: torch.stack([some[name] for some in losses if name in some]).sum() / len(losses)
-        for name in names
-    }
+def named_sum(losses: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of each named loss over quantizers; one that lacks a name counts as zero."""
+    terms: dict[str, list[Tensor]] = {}
+    for of_one in losses:
+        for name, value in of_one.items():
+            terms.setdefault(name, []).append(value)
+    return {name: torch.stack(values).sum() for name, values in terms.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Categorical
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 
 SLACK = 1e-3  # widens the range a little, so that the outermost levels are reached
 

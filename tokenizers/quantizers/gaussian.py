@@ -15,8 +15,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Continuous
-from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput, Tokenizer
 
 MEMORY = 200  # training passes that the measured scale averages over
 
@@ -80,7 +79,7 @@ class GaussianBottleneck(Quantizer):
         latents = posterior.mean
         if self.training:
             latents = posterior.sample(torch.randn_like(latents))
-            self._measure(latents.detach())
+            self.measure(latents.detach())
         return QuantizerOutput(
             latents, latents * self.scale, {"kl": self.kl_weight * posterior.kl().mean()}
         )
@@ -103,7 +102,8 @@ class GaussianBottleneck(Quantizer):
         return tokens / self.scale
 
     @torch.no_grad()
-    def _measure(self, latents: Tensor) -> None:
+    def measure(self, latents: Tensor) -> None:
+        """Follow mean and mean square of sampled latents, unless the scale is fixed."""
         if not self.measures:
             return
         now = torch.stack([latents.mean(), latents.square().mean()]).to(self.moments.dtype)

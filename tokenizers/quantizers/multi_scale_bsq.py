@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Bits, Segment
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 
 
 class MultiScaleBSQ(Quantizer):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.keys import KeyTable, Rule, table
-from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.quantizers.bsq import BSQ
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer
 from tessellar.tokenizers.quantizers.lfq import LFQ
@@ -27,20 +27,20 @@ Q = TypeVar("Q", bound=Quantizer)
 Config = Mapping[str, Any]
 
 
-def _without_heads(t: Tensor) -> Tensor:
+def without_heads(t: Tensor) -> Tensor:
     if t.shape[0] != 1:
         raise UserError(f"a codebook has {t.shape[0]} heads; only one can be imported")
     return t[0]
 
 
-def _with_heads(t: Tensor) -> Tensor:
+def with_heads(t: Tensor) -> Tensor:
     return t[None]
 
 
 def _lucid_codebook(theirs: str, ours: str) -> tuple[Rule, ...]:
     names = {"embed": "codebook.weight", "embed_avg": "sums", "cluster_size": "sizes"}
     return tuple(
-        Rule(f"{theirs}_codebook.{a}", f"{ours}{b}", _without_heads, _with_heads)
+        Rule(f"{theirs}_codebook.{a}", f"{ours}{b}", without_heads, with_heads)
         for a, b in names.items()
     )
 
@@ -172,14 +172,14 @@ def lucid_lfq(config: Config) -> Quantizer:
     dim = bits * groups
     wanted = config.get("dim", bits * groups)
     made = (
-        _lucid_bsq(dim, config)
+        spherical_bsq(dim, config)
         if config.get("spherical", False)
-        else _lucid_lfq(dim, groups, config)
+        else grouped_lfq(dim, groups, config)
     )
     return made if dim == wanted else Projected(made, wanted)
 
 
-def _lucid_lfq(dim: int, groups: int, config: Config) -> LFQ:
+def grouped_lfq(dim: int, groups: int, config: Config) -> LFQ:
     return LFQ(
         dim,
         groups,
@@ -193,7 +193,7 @@ def _lucid_lfq(dim: int, groups: int, config: Config) -> LFQ:
     )
 
 
-def _lucid_bsq(dim: int, config: Config) -> BSQ:
+def spherical_bsq(dim: int, config: Config) -> BSQ:
     """Their commitment is a mean over channels, their entropy term not divided by the inverse
     temperature.
     """

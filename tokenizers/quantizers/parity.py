@@ -11,14 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.interop.keys import KeyTable
 from tessellar.interop.options import require
 from tessellar.parity.forms import as_vectors
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import prefixed
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers import official
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.bsq import BSQ
 from tessellar.tokenizers.quantizers.ema_vq import EMAVectorQuantizer
 from tessellar.tokenizers.quantizers.entropy import entropies
@@ -42,7 +42,7 @@ class Case:
         self.name = name
         self.config: Mapping[str, Any] = recording.config["cases"][name]
         self.settings = recording.case_settings.get(name, {})
-        self.state = prefixed(recording.weights["model"], f"{name}/")
+        self.state = part_of(recording.weights["model"], f"{name}/")
 
     def input(self, name: str) -> Tensor:
         found = self.recording.inputs[f"{self.name}/{name}"]

@@ -5,11 +5,13 @@ Groups may hold any quantizers: VQ gives UniTok's multi-codebook quantizer, resi
 residual VQ (HiFi- Codec). Losses are means over groups.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
-from tessellar.tokenizers.quantizers.factors import factorized, factors, named_mean, split_tokens
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
+from tessellar.tokenizers.quantizers.factors import factorized, factors, named_sum, split_tokens
 
 
 class ProductQuantizer(Quantizer):
@@ -25,29 +27,33 @@ class ProductQuantizer(Quantizer):
         self.groups = nn.ModuleList(groups)
         self.dims = [group.dim for group in groups]
         self.kinds = [group.kind for group in groups]
-        self.kind, self.dim = factorized(self.kinds), sum(self.dims)
+        self.kind = factorized(self.kinds)
+        self.dim = sum(self.dims)
 
-    def _groups(self) -> list[Quantizer]:
-        return [group for group in self.groups if isinstance(group, Quantizer)]
-
-    def _join(self, tokens: list[Tensor]) -> Tensor:
-        return torch.cat([factors(t, kind) for t, kind in zip(tokens, self.kinds, strict=True)], -1)
+    def _with_groups(self, parts: Sequence[Tensor]) -> Iterator[tuple[Quantizer, Tensor]]:
+        """Each group with its part."""
+        for group, part in zip(self.groups, parts, strict=True):
+            assert isinstance(group, Quantizer)
+            yield group, part
 
     def encode(self, z: Tensor) -> Tensor:
-        parts = zip(self._groups(), z.split(self.dims, -1), strict=True)
-        return self._join([group.encode(part) for group, part in parts])
+        tokens = []
+        for group, part in self._with_groups(z.split(self.dims, -1)):
+            tokens.append(factors(group.encode(part), group.kind))
+        return torch.cat(tokens, -1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        parts = zip(self._groups(), split_tokens(tokens, self.kinds), strict=True)
+        parts = self._with_groups(split_tokens(tokens, self.kinds))
         return torch.cat([group.decode(part) for group, part in parts], -1)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        outputs = [
-            group(part) for group, part in zip(self._groups(), z.split(self.dims, -1), strict=True)
-        ]
-        quantized = torch.cat([out.quantized for out in outputs], -1)
-        return QuantizerOutput(
-            quantized,
-            self._join([out.tokens for out in outputs]),
-            named_mean([o.losses for o in outputs]),
-        )
+        quantized = []
+        tokens = []
+        losses = []
+        for group, part in self._with_groups(z.split(self.dims, -1)):
+            output = group(part)
+            quantized.append(output.quantized)
+            tokens.append(factors(output.tokens, group.kind))
+            losses.append(output.losses)
+        means = {name: total / len(losses) for name, total in named_sum(losses).items()}
+        return QuantizerOutput(torch.cat(quantized, -1), torch.cat(tokens, -1), means)

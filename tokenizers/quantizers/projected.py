@@ -4,7 +4,7 @@ codes, ViT-VQGAN).
 
 from torch import Tensor, nn
 
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 
 
 class Projected(Quantizer):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
-from tessellar.tokenizers.quantizers.factors import factorized, factors, split_tokens
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
+from tessellar.tokenizers.quantizers.factors import factorized, factors, named_sum, split_tokens
 from tessellar.tokenizers.quantizers.fsq import FSQ
 
 
@@ -58,7 +58,8 @@ class ResidualQuantizer(Quantizer):
         self.dropout = dropout
         self.keep = keep
         self.pass_each = pass_each
-        self.kind = factorized([self.layer(i).kind for i in range(self.depth)])
+        self.kinds = [self.layer(i).kind for i in range(self.depth)]
+        self.kind = factorized(self.kinds)
 
     def layer(self, i: int) -> Quantizer:
         layer = self.layers[i % len(self.layers)]
@@ -90,48 +91,47 @@ class ResidualQuantizer(Quantizer):
         with torch.autocast(z.device.type, enabled=False):
             rest = self._bound(z)
             found = []
-            for i in range(self.depth):
+            for i, kind in enumerate(self.kinds):
                 scale = self._scale(i, rest)
-                found.append(self.layer(i).encode(rest / scale))
-                rest = rest - self.layer(i).decode(found[-1]) * scale
-        return torch.cat(
-            [factors(tokens, self.layer(i).kind) for i, tokens in enumerate(found)], -1
-        )
+                tokens = self.layer(i).encode(rest / scale)
+                rest = rest - self.layer(i).decode(tokens) * scale
+                found.append(factors(tokens, kind))
+        return torch.cat(found, -1)
 
     def parts(self, tokens: Tensor) -> list[Tensor]:
         """What each layer's tokens add to the sum, [..., C] each."""
-        split = split_tokens(tokens, [self.layer(i).kind for i in range(self.depth)])
-        vectors = [self.layer(i).decode(part) for i, part in enumerate(split)]
-        return [v * self._scale(i, v) for i, v in enumerate(vectors)]
+        parts = []
+        for i, of_layer in enumerate(split_tokens(tokens, self.kinds)):
+            vectors = self.layer(i).decode(of_layer)
+            parts.append(vectors * self._scale(i, vectors))
+        return parts
 
     def decode(self, tokens: Tensor) -> Tensor:
         return torch.stack(self.parts(tokens)).sum(0)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            outputs = list(self.scan(z))
-            tokens = [factors(out.tokens, self.layer(i).kind) for i, out in enumerate(outputs)]
-            kept = outputs[: self._kept()]
-            total = torch.stack([out.quantized for out in kept]).sum(0)
+            tokens = []
+            added = []
+            losses = []
+            for output, kind in zip(self.scan(z), self.kinds, strict=True):
+                tokens.append(factors(output.tokens, kind))
+                added.append(output.quantized)
+                losses.append(output.losses)
+            kept = self.draw_depth()
+            total = torch.stack(added[:kept]).sum(0)
             if not self.pass_each:
                 bounded = self._bound(z)
                 total = bounded + (total - bounded).detach()
-            names = {name: None for out in kept for name in out.losses}
-            losses = {
-                name: torch.stack([out.losses[name] for out in kept if name in out.losses]).sum()
-                for name in names
-            }
-            return QuantizerOutput(total, torch.cat(tokens, -1), losses)
+            return QuantizerOutput(total, torch.cat(tokens, -1), named_sum(losses[:kept]))
 
-    def _kept(self) -> int:
+    def draw_depth(self) -> int:
         """How many layers this pass uses, the same in all processes."""
         if not self.training or not self.dropout:
             return self.depth
-        kept = (
-            int(torch.randint(self.keep, self.depth + 1, ()))
-            if float(torch.rand(())) < self.dropout
-            else self.depth
-        )
+        kept = self.depth
+        if float(torch.rand(())) < self.dropout:
+            kept = int(torch.randint(self.keep, self.depth + 1, ()))
         return int(distributed.broadcast(kept))
 
 

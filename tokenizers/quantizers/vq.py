@@ -17,7 +17,7 @@ from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.protocol.layout import Categorical
-from tessellar.tokenizers.quantizers.base import Quantizer, QuantizerOutput
+from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers.entropy import entropy_loss
 from tessellar.tokenizers.quantizers.rotation import rotate_to
 
@@ -144,13 +144,11 @@ class VectorQuantizer(Quantizer):
         step = int(self.step)
         if step == self.init_step:
             self._replace(torch.ones_like(self.counts, dtype=torch.bool), z)
-        elif self._restarts_at(step):
+            return
+        due = self.restart_every is not None and step % self.restart_every == 0
+        ended = self.restart_until is not None and step > self.restart_until
+        if due and not ended:
             self._replace(self.counts == 0, z)
-
-    def _restarts_at(self, step: int) -> bool:
-        if self.restart_every is None or step % self.restart_every:
-            return False
-        return self.restart_until is None or step <= self.restart_until
 
     def _replace(self, which: Tensor, z: Tensor) -> None:
         """Random latents of the global batch in place of the chosen codes; z [B, ..., C] is this

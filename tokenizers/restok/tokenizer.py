@@ -16,10 +16,9 @@ from tessellar.layers.cnn import Sizes
 from tessellar.layers.starts import start_layers
 from tessellar.networks.vision import Teacher
 from tessellar.protocol.layout import sequence_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
 from tessellar.tokenizers.maskgit_vqgan.tokenizer import Decoder, Encoder
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok.transformers import (
     Encoded,

@@ -95,10 +95,8 @@ class ResTokBlock(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(normed.dtype)
         qkv = F.linear(normed, self.qkv.weight.to(normed.dtype), bias)
         q, k, v = rearrange(qkv, "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
-        q, k = (
-            rotate(f(t), turn.cos, turn.sin).to(v.dtype)
-            for f, t in ((self.q_norm, q), (self.k_norm, k))
-        )
+        q = rotate(self.q_norm(q), turn.cos, turn.sin).to(v.dtype)
+        k = rotate(self.k_norm(k), turn.cos, turn.sin).to(v.dtype)
         out = attend(q, k, v, mask, implementation=self.implementation)
         return x + self.gamma_1 * self.proj(rearrange(out, "b h n d -> b n (h d)"))
 

@@ -21,11 +21,11 @@ from tessellar.tokenizers.retok.qformer import SIZES, QFormerSize
 from tessellar.tokenizers.retok.tokenizer import ReToK
 
 
-def _row(t: Tensor) -> Tensor:
+def without_batch(t: Tensor) -> Tensor:
     return t[:, 0]
 
 
-def _with_batch(t: Tensor) -> Tensor:
+def with_batch(t: Tensor) -> Tensor:
     return t[:, None]
 
 
@@ -99,7 +99,7 @@ KEYS = table(
         "post_quant_conv.bias": "from_code.bias",
     },
     *(Rule(theirs, ours, matrix, convolution) for theirs, ours in _MATRICES.items()),
-    *(Rule(theirs, ours, _row, _with_batch) for theirs, ours in _POSITIONS.items()),
+    *(Rule(theirs, ours, without_batch, with_batch) for theirs, ours in _POSITIONS.items()),
     drop=("quantize.codebook_used",),
 )
 

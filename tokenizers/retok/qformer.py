@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.layers.qformer import QFormerLayer, QKVAttention
 from tessellar.layers.starts import start_layers
+from tessellar.tokenizers.losses.alignment import projection
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class TokenDecoder(nn.Module):
         self.layers = _layers(size, attention)
         self.norm_out = nn.LayerNorm(size.width)
         self.conv_out = nn.Conv2d(size.width, z, 3, padding=1)
-        self.semantic = _semantic_head(size.width, semantic_dim) if semantic_dim else None
+        self.semantic = projection(size.width, semantic_dim) if semantic_dim else None
 
     def forward(self, latents: Tensor, visible: Tensor | None = None) -> Spread:
         """`visible` [B, k] hides latents of some images (False); the first is always seen."""
@@ -139,17 +140,6 @@ class TokenDecoder(nn.Module):
 def _layers(size: QFormerSize, attention: str) -> nn.ModuleList:
     return nn.ModuleList(
         QFormerLayer(size.width, size.num_heads, attention=attention) for _ in range(size.depth)
-    )
-
-
-def _semantic_head(width: int, dim: int) -> nn.Sequential:
-    hidden = 4 * width
-    return nn.Sequential(
-        nn.Linear(width, hidden),
-        nn.SiLU(),
-        nn.Linear(hidden, hidden),
-        nn.SiLU(),
-        nn.Linear(hidden, dim),
     )
 
 

@@ -23,9 +23,8 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag, untag
 from tessellar.networks.vision import Teacher
 from tessellar.protocol.layout import sequence_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok.qformer import (
     SIZES,
@@ -54,6 +53,20 @@ class Inferred:
     multiple: int = 1
     one_length: bool = False
     semantic_schedule: Literal["linear", "cosine", "constant"] = "linear"
+
+    def lengths(self, always: int, total: int) -> list[int]:
+        """The numbers of tokens that nested dropout may keep, of K = `always` and `total` = N + M.
+
+        Raises ValueError where there are none.
+        """
+        shortest = self.shortest or always
+        longest = self.longest or total
+        lengths = [k for k in range(shortest, longest + 1) if k % self.multiple == 0]
+        if not lengths or not 1 <= shortest <= longest <= total:
+            raise ValueError(
+                f"nested dropout keeps [{shortest}, {longest}] tokens; there are {total} with redundant ones"
+            )
+        return lengths
 
 
 class ReToK(Tokenizer):
@@ -106,7 +119,7 @@ class ReToK(Tokenizer):
         self.inferred = inferred
         self.stage = stage
         self.teacher = teacher
-        self.lengths = _lengths(inferred, always, num_tokens + redundant)
+        self.lengths = inferred.lengths(always, num_tokens + redundant)
         if teacher is not None and teacher.dim != semantic_dim:
             raise ValueError(
                 f"semantic_dim is {semantic_dim}; the teacher's patches have {teacher.dim} channels"
@@ -214,11 +227,11 @@ class ReToK(Tokenizer):
         found = self.spread(quantized.quantized[:, :longest], visible)
         losses = dict(quantized.losses) if self.stage == "all" else {}
         if self.training:
-            losses |= self._training_losses(images, spatial, found, kept)
+            losses |= self.training_losses(images, spatial, found, kept)
         reconstruction = at_least_float32(self.decoder(found.spatial))
         return TokenizerOutput(reconstruction, quantized.tokens[:, : self.num_tokens], losses)
 
-    def _training_losses(
+    def training_losses(
         self, images: Tensor, spatial: Tensor, found: Spread, kept: Tensor
     ) -> dict[str, Tensor]:
         losses = {}
@@ -269,18 +282,6 @@ def _check_sizes(
         raise ValueError(f"always is {always}; it must be in [1, {tokens - 1}]")
     if not 1 <= semantic_layer <= depth:
         raise ValueError(f"semantic_layer is {semantic_layer}; the decoder has {depth} layers")
-
-
-def _lengths(inferred: Inferred, always: int, total: int) -> list[int]:
-    """The numbers of tokens that nested dropout may keep."""
-    shortest = inferred.shortest or always
-    longest = inferred.longest or total
-    lengths = [k for k in range(shortest, longest + 1) if k % inferred.multiple == 0]
-    if not lengths or not 1 <= shortest <= longest <= total:
-        raise ValueError(
-            f"nested dropout keeps [{shortest}, {longest}] tokens; there are {total} with redundant ones"
-        )
-    return lengths
 
 
 def _published(

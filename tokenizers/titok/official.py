@@ -18,20 +18,20 @@ from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
 from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.maskgit_cnn import half, upsampling
 from tessellar.interop.sizes import cnn_sizes, convolution, count, heads_of, matrix
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.losses.blur_discriminator import BlurDiscriminator
 from tessellar.tokenizers.maskgit_vqgan import PixelDecoder
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok.tokenizer import Stage, TiTok, ViTSize
 
 
-def _patches(t: Tensor) -> Tensor:
+def patch_matrix(t: Tensor) -> Tensor:
     """The weight of a convolution over whole patches as that of a linear layer."""
     return rearrange(t, "d c p q -> d (c p q)")
 
 
-def _patch_convolution(t: Tensor) -> Tensor:
+def patch_convolution(t: Tensor) -> Tensor:
     return rearrange(t, "d (c p q) -> d c p q", c=3, p=isqrt(t.shape[1] // 3))
 
 
@@ -74,7 +74,9 @@ def keys(levels: int = 0) -> KeyTable:
     }
     return table(
         pairs,
-        Rule("encoder.patch_embed.weight", "encoder.patch_in.weight", _patches, _patch_convolution),
+        Rule(
+            "encoder.patch_embed.weight", "encoder.patch_in.weight", patch_matrix, patch_convolution
+        ),
         Rule("encoder.conv_out.weight", "encoder.to_code.weight", matrix, convolution),
         Rule("decoder.ffn.{i}.weight", "decoder.head.{i}.weight", matrix, convolution),
     )
@@ -115,7 +117,12 @@ def tokenizer_from_official(
     `mixes` None: as published. Raises UserError for weights of something else, and for a first
     stage without its VQGAN.
     """
-    _check_tokenizer(state)
+    OFFICIAL.check(state)
+    if "decoder.ffn.2.weight" in state and "pixel_quantize.embedding.weight" not in state:
+        raise UserError(
+            "these are the weights of the first stage, which cannot draw images: add the MaskGIT-VQGAN's decoder.* and "
+            "quantize.* to them as pixel_decoder.* and pixel_quantize.*"
+        )
     width, _, patch_size, _ = state["encoder.patch_embed.weight"].shape
     decoder_width = len(state["decoder.decoder_embed.bias"])
     two_stage = "decoder.ffn.2.weight" in state
@@ -131,13 +138,13 @@ def tokenizer_from_official(
     image_size = _side(state, "encoder") * patch_size
     decoder_patch_size = image_size // _side(state, "decoder")
     made = kind(
-        quantizer or _quantizer(state, two_stage, tokens),
+        quantizer or quantizer_of(state, two_stage, tokens),
         image_size,
         patch_size=patch_size,
         num_tokens=tokens,
         encoder_size=sizes[0],
         decoder_size=sizes[1],
-        pixels=_pixels(state) if two_stage else None,
+        pixels=pixels_of(state) if two_stage else None,
         mixes=two_stage if mixes is None else mixes,
         stage=stage if two_stage else "all",
         decoder_patch_size=None if decoder_patch_size == patch_size else decoder_patch_size,
@@ -150,16 +157,7 @@ def _side(state: Mapping[str, Tensor], half: str) -> int:
     return isqrt(len(state[f"{half}.positional_embedding"]) - 1)
 
 
-def _check_tokenizer(state: Mapping[str, Tensor]) -> None:
-    OFFICIAL.check(state)
-    if "decoder.ffn.2.weight" in state and "pixel_quantize.embedding.weight" not in state:
-        raise UserError(
-            "these are the weights of the first stage, which cannot draw images: add the MaskGIT-VQGAN's decoder.* and "
-            "quantize.* to them as pixel_decoder.* and pixel_quantize.*"
-        )
-
-
-def _quantizer(state: Mapping[str, Tensor], two_stage: bool, tokens: int) -> Quantizer:
+def quantizer_of(state: Mapping[str, Tensor], two_stage: bool, tokens: int) -> Quantizer:
     """As published: two-stage codes are on the unit sphere, single-stage ones are not."""
     if "quantize.embedding.weight" in state:
         vocab, dim = state["quantize.embedding.weight"].shape
@@ -168,7 +166,7 @@ def _quantizer(state: Mapping[str, Tensor], two_stage: bool, tokens: int) -> Qua
     return GaussianBottleneck(dim, kl_weight=1e-6 * dim * tokens, scale=1.0)
 
 
-def _pixels(state: Mapping[str, Tensor]) -> PixelDecoder:
+def pixels_of(state: Mapping[str, Tensor]) -> PixelDecoder:
     vocab, dim = state["pixel_quantize.embedding.weight"].shape
     cnn = cnn_sizes(state, "pixel_decoder.up.{i}.block.{j}")
     return PixelDecoder(vocab, dim, cnn.channels, cnn.multipliers, cnn.blocks)

@@ -11,19 +11,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
 from tessellar.interop.options import check_options
 from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import Fixed, prefixed
-from tessellar.protocol.tokenizer import TokenizerOutput
+from tessellar.parity.stand_ins import Fixed
+from tessellar.protocol.tokenizer import Quantizer, TokenizerOutput
 from tessellar.tokenizers.losses.parity import recorded_lecam
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from tessellar.tokenizers.maskgit_vqgan.official import vqgan_from_official
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -99,7 +99,7 @@ def recorded_images(recording: Recording) -> Tensor:
 
 def _vqgan(recording: Recording) -> MaskGITVQGAN:
     """Encoder from its file, decoder and codebook from the two-stage tokenizer's pixel decoder."""
-    pixels = prefixed(recording.weights["two_stage"], "pixel_")
+    pixels = part_of(recording.weights["two_stage"], "pixel_")
     return vqgan_from_official(
         {**recording.weights["vqgan_encoder"], **pixels}, recording.config["crop_size"]
     )

@@ -21,9 +21,8 @@ from tessellar.layers.starts import start_layers
 from tessellar.layers.tags import tag
 from tessellar.layers.vit import ViTBlock
 from tessellar.protocol.layout import Layout, sequence_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.maskgit_vqgan import PixelDecoder, ProxyCodes
-from tessellar.tokenizers.quantizers.base import Quantizer
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -201,7 +200,7 @@ class TiTok(Tokenizer):
         self.num_tokens = num_tokens
         self.stage = stage
         self.target = target
-        self.layout = self._layout(num_tokens, quantizer)
+        self.layout = self.make_layout(num_tokens, quantizer)
         read = image_size // patch_size
         self.encoder = TokenEncoder(
             read,
@@ -228,17 +227,15 @@ class TiTok(Tokenizer):
         self.pixels = pixels
         if pixels is not None and target is not None:
             pixels.copy_from(target.model)
-        self._freeze()
-
-    def _layout(self, num_tokens: int, quantizer: Quantizer) -> Layout:
-        return sequence_layout(num_tokens, quantizer.kind)
-
-    def _freeze(self) -> None:
-        if self.stage == "decoder":
+        if stage == "decoder":
             self.encoder.requires_grad_(False)
             self.quantizer.requires_grad_(False)
-        elif self.stage == "proxy" and self.pixels is not None:
-            self.pixels.requires_grad_(False)
+        elif stage == "proxy" and pixels is not None:
+            pixels.requires_grad_(False)
+
+    def make_layout(self, num_tokens: int, quantizer: Quantizer) -> Layout:
+        """One sequence, decodable as a whole."""
+        return sequence_layout(num_tokens, quantizer.kind)
 
     def train(self, mode: bool = True) -> Self:
         """With stage "decoder" the encoder and the quantizer stay in eval mode."""

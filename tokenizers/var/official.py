@@ -22,7 +22,7 @@ QKV = re.compile(r"(.*\.attn(?:_1|\.\d+))\.qkv\.(weight|bias)")
 
 
 def vqvae_keys(levels: int) -> KeyTable:
-    """The table of a VQVAE of that many levels, behind `_split`."""
+    """The table of a VQVAE of that many levels, behind `split_qkv`."""
     own = (
         Rule("quantize.embedding.weight", "quantizer.codebook.weight"),
         Rule("quantize.quant_resi.qresi_ls.{i}.{tensor}", "quantizer.phis.{i}.{tensor}"),
@@ -30,7 +30,7 @@ def vqvae_keys(levels: int) -> KeyTable:
     return KeyTable((*own, *cnn_table(levels).rules), ("quantize.ema_vocab_hit_SV",))
 
 
-def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fused projections apart, and the names of phis that are not in a list made as if they were."""
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -57,7 +57,7 @@ def vqvae_from_official(
     """
     OFFICIAL.check(state)
     cnn = cnn_sizes(state, "encoder.down.{i}.block.{j}", len(state["encoder.conv_in.weight"]))
-    split = _split(state)
+    split = split_qkv(state)
     phis = _count_phis(split)
     vocab_size, dim = state["quantize.embedding.weight"].shape
     quantizer = MultiScaleQuantizer(
@@ -81,29 +81,26 @@ def vqvae_from_official(
 
 
 def _count_phis(split: Mapping[str, Tensor]) -> int:
-    """How many phis there are, behind `_split`."""
+    """How many phis there are, behind `split_qkv`."""
     return len(
         {key.split(".")[3] for key in split if key.startswith("quantize.quant_resi.qresi_ls.")}
     )
 
 
-def _named_phis(state: Mapping[str, Tensor], scales: int) -> dict[str, Tensor]:
-    """Phis with their official names: one for all scales, one each, or a list that they share."""
+def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
+    """The official state dict, without their usage statistics."""
+    state = OFFICIAL.to_official(vqvae)
+    # Phis are one for all scales, one each, or a list that the scales share: three names.
     phis = _count_phis(state)
     if phis == 1:
         return {key.replace("qresi_ls.0.", "qresi."): tensor for key, tensor in state.items()}
-    if phis == scales:
+    if phis == len(vqvae.quantizer.sides):
         return {key.replace("qresi_ls.", ""): tensor for key, tensor in state.items()}
-    return dict(state)
+    return state
 
 
-def vqvae_to_official(vqvae: VARVQVAE) -> dict[str, Tensor]:
-    """The official state dict, without their usage statistics."""
-    return _named_phis(OFFICIAL.to_official(vqvae), len(vqvae.quantizer.sides))
-
-
-def _joined(split: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Projections that `_split` took apart, fused again."""
+def join_qkv(split: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Projections that `split_qkv` took apart, fused again."""
     fused = {}
     for key, tensor in split.items():
         if found := re.fullmatch(r"(.*\.attn(?:_1|\.\d+))\.([qkv])\.(weight|bias)", key):
@@ -131,7 +128,7 @@ OFFICIAL = TokenizerImporter(
     ),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
     keys=_keys_of,
     own=("quantizer.step", "quantizer.counts"),
-    split=_split,
-    join=_joined,
+    split=split_qkv,
+    join=join_qkv,
     build=_build,
 )

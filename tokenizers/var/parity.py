@@ -5,11 +5,11 @@
 import torch
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.interop.options import check_options, require
 from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import prefixed
 from tessellar.tokenizers.var.official import vqvae_from_official
 from tessellar.tokenizers.var.tokenizer import VARVQVAE
 
@@ -30,7 +30,7 @@ def recorded_vqvae(recording: Recording) -> VARVQVAE:
     )
     settings = recording.case_settings.get("vq_train", {})
     return vqvae_from_official(
-        prefixed(recording.weights["model"], "vae."),
+        part_of(recording.weights["model"], "vae."),
         tuple(config["v_patch_nums"]),
         phi_ratio=config.get("quant_resi", 0.5),
         commitment_weight=config.get("beta", settings.get("beta", 0.25)),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Segment
-from tessellar.tokenizers.quantizers.base import QuantizerOutput
+from tessellar.protocol.tokenizer import QuantizerOutput
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
@@ -148,39 +148,39 @@ class MultiScaleQuantizer(VectorQuantizer):
         """
         with torch.autocast(self.codebook.weight.device.type, enabled=False):
             known = sum(side**2 for side in self.sides[: count - 1])
-            sums = zip(self.sides[1:count], self.sums(tokens[:, :known]), strict=True)
-            inputs = [F.interpolate(total, (side, side), mode="area") for side, total in sums]
-        return torch.cat([rearrange(x, "b c h w -> b (h w) c") for x in inputs], 1)
+            inputs = []
+            sums = self.sums(tokens[:, :known])
+            for side, total in zip(self.sides[1:count], sums, strict=True):
+                small = F.interpolate(total, (side, side), mode="area")
+                inputs.append(rearrange(small, "b c h w -> b (h w) c"))
+        return torch.cat(inputs, 1)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_float32(z)
             finite = distributed.all_finite(z.detach()) if self.training else None
             if finite is not None:
-                self._learn_codes(z, finite)
+                # Codes from data, of the rests of all scales, before any is quantized with them.
+                latents = z
+                if self.init_step is not None or self.restart_every is not None:
+                    with torch.no_grad():
+                        latents = torch.cat([rest for rest, _, _ in self.scan(z)], 1)
+                self._maintain(latents, finite)
             found = []
             total = torch.zeros_like(z)
-            squares = []
+            to_codes = []  # squared errors that move the codes, and those that move z, by scale
+            to_latents = []
             for _, tokens, added in self.scan(z):
                 total = total + rearrange(added, "b c h w -> b (h w) c")
                 found.append(tokens)
-                squares.append((F.mse_loss(total, z.detach()), F.mse_loss(z, total.detach())))
+                to_codes.append(F.mse_loss(total, z.detach()))
+                to_latents.append(F.mse_loss(z, total.detach()))
             tokens = torch.cat(found, 1)
             if finite is not None and self.restart_every is not None:
                 used = tokens.flatten().bincount(minlength=len(self.counts))
                 self.counts += distributed.all_reduce_sum(used) * finite
-            codebook, commitment = (
-                torch.stack(terms).mean() for terms in zip(*squares, strict=True)
-            )
             losses = {
-                "codebook": self.codebook_weight * codebook,
-                "commitment": self.commitment_weight * commitment,
+                "codebook": self.codebook_weight * torch.stack(to_codes).mean(),
+                "commitment": self.commitment_weight * torch.stack(to_latents).mean(),
             }
             return QuantizerOutput(z + (total - z).detach(), tokens, losses)
-
-    def _learn_codes(self, z: Tensor, finite: Tensor) -> None:
-        """Codes from data, of the rests of all scales, before anything is quantized with them."""
-        due = self.init_step is not None or self.restart_every is not None
-        with torch.no_grad():
-            latents = torch.cat([rest for rest, _, _ in self.scan(z)], 1) if due else z
-            self._maintain(latents, finite)

@@ -7,23 +7,25 @@ house's tokenizer module.
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.layers.cnn import Decoder, Encoder, Sizes, SpatialAttention
-from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.tokenizers.parts.vqgan import VQGAN
 from tessellar.tokenizers.var.quantizer import MultiScaleQuantizer
 
 
-class VARVQVAE(Tokenizer):
+class VARVQVAE(VQGAN):
     """Square images whose grid of latents is the finest scale of `quantizer`.
 
     `kernel` is that of the convolutions on both sides of it, an odd number. Raises UserError where
     image size, stride and scales disagree.
+
+    The first scales alone decode too; a scale that is not complete is not looked at.
     """
+
+    quantizer: MultiScaleQuantizer
 
     def __init__(
         self,
@@ -35,13 +37,12 @@ class VARVQVAE(Tokenizer):
         dropout: float = 0.0,
         kernel: int = 3,
     ) -> None:
-        super().__init__()
         stride = 2 ** (len(multipliers) - 1)
         if quantizer.sides[-1] * stride != image_size:
             raise UserError(
                 f"image_size {image_size} at stride {stride} has no grid of {quantizer.sides[-1]}, the finest scale"
             )
-        self.image_size = (image_size, image_size)
+        super().__init__(image_size, stride)
         self.latent_dim = quantizer.dim
         first = quantizer.segments[0].length
         self.layout = Layout(quantizer.segments, min_prefix=first)
@@ -76,38 +77,6 @@ class VARVQVAE(Tokenizer):
                     )  # fan in + out: 4, not 2, times the width
         codes = self.quantizer.codebook.weight
         nn.init.uniform_(codes, -20 / len(codes), 20 / len(codes))
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder.conv_out.weight
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Vectors before quantization [B, h w, C]."""
-        self.check_images(images)
-        return rearrange(self.quant_conv(self.encoder(images)), "b c h w -> b (h w) c")
-
-    def render(self, vectors: Tensor) -> Tensor:
-        """Images of summed maps [B, h w, C]."""
-        maps = rearrange(
-            vectors.to(self.post_quant_conv.weight.dtype),
-            "b (h w) c -> b c h w",
-            h=self.quantizer.sides[-1],
-        )
-        return at_least_float32(self.decoder(self.post_quant_conv(maps.contiguous())))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(images))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images of all scales, or of the first ones; a scale that is not complete is not looked
-        at.
-        """
-        self.layout.check(tokens)
-        return self.render(self.quantizer.decode(tokens))
-
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        quantized = self.quantizer(self.latents(images))
-        return TokenizerOutput(self.render(quantized.quantized), quantized.tokens, quantized.losses)
 
     @torch.no_grad()
     def next_inputs(self, tokens: Tensor, count: int) -> Tensor:

@@ -14,8 +14,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.layers.vit import ViTBlock
 from tessellar.protocol.layout import grid_layout
-from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
-from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.protocol.tokenizer import GridTokenizer, Quantizer
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 
@@ -38,7 +37,7 @@ class PatchTransformer(nn.Module):
         return self.norm(x)
 
 
-class ViTVQ(Tokenizer):
+class ViTVQ(GridTokenizer):
     """Square images of `image_size` as a grid of image_size / patch_size codes a side.
 
     Raises ValueError where the patch does not divide the image.
@@ -92,25 +91,10 @@ class ViTVQ(Tokenizer):
         pixels = self.patch_out(self.decoder(self.from_code(vectors)))
         p = self.patch_size
         images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
-        return self.smooth(images)
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(images))
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.quantizer.draw(self.latents(images), generator)
+        return at_least_float32(self.smooth(images))
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, N, C] of continuous tokens, which a cache keeps."""
         if not isinstance(self.quantizer, GaussianBottleneck):
             raise TypeError(f"{type(self.quantizer).__name__} has no posterior")
         return self.quantizer.law(self.latents(images))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.layout.check(tokens)
-        return at_least_float32(self.render(self.quantizer.decode(tokens)))
-
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        quantized = self.quantizer(self.latents(images))
-        reconstruction = at_least_float32(self.render(quantized.quantized))
-        return TokenizerOutput(reconstruction, quantized.tokens, quantized.losses)

@@ -91,20 +91,16 @@ def classes_of(table: Any, column: str | None, name: str) -> tuple[Tensor, tuple
         raise UserError(
             f"{name}[{row}] has class {values[row]!r}; column {column!r} must hold whole numbers or names"
         )
-    names = tuple(
-        getattr(table.features[column], "names", None)
-        or map(str, range(_bounded(max(values), name) + 1))
-    )
+    names = tuple(getattr(table.features[column], "names", None) or ())
+    if not names:
+        # One wrong number must not become a billion classes.
+        if max(values) >= MAX_CLASSES:
+            raise UserError(f"{name} has class {max(values)}; it must be below {MAX_CLASSES}")
+        names = tuple(map(str, range(max(values) + 1)))
     if min(values) < 0 or max(values) >= len(names):
         row = next(row for row, value in enumerate(values) if not 0 <= value < len(names))
         raise UserError(f"{name}[{row}] has class {values[row]}; there are {len(names)} classes")
     return torch.tensor(values), names
-
-
-def _bounded(label: int, name: str) -> int:
-    if label >= MAX_CLASSES:
-        raise UserError(f"{name} has class {label}; it must be below {MAX_CLASSES}")
-    return label
 
 
 def captioned_of(table: Any, column: str, name: str) -> Tensor:

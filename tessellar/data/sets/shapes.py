@@ -61,7 +61,7 @@ JITTER = 12.0  # colours vary by up to this many grey levels
 DRAWS = 9  # random numbers a scene
 
 
-def _polygon(sides: int, inradius: float) -> Distance:
+def polygon(sides: int, inradius: float) -> Distance:
     """Regular polygon with a vertex at the top."""
     angles = [pi / 2 + pi / sides + 2 * pi * k / sides for k in range(sides)]
 
@@ -71,29 +71,29 @@ def _polygon(sides: int, inradius: float) -> Distance:
     return distance
 
 
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) - 0.95
 
 
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(abs(x), abs(y)) - 0.85
 
 
-def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (abs(x) + abs(y) - 1) / sqrt(2)
 
 
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return abs(np.hypot(x, y) - 0.76) - 0.22
 
 
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     across = np.maximum(abs(x) - 0.95, abs(y) - 0.3)
     upright = np.maximum(abs(x) - 0.3, abs(y) - 0.95)
     return np.minimum(across, upright)
 
 
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Five tips: the angle is folded to half a tip, bounded by the line from the tip to the inner
     corner.
     """
@@ -106,7 +106,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return ((along - 1) * corner_across + across * (1 - corner_along)) / edge
 
 
-def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A square on its corner with half a disc on each upper side."""
     half = 0.8
     corner = (abs(x) + abs(y) - half) / sqrt(2)
@@ -114,22 +114,22 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(corner, lobes)
 
 
-def _crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(np.hypot(x, y) - 0.95, 0.8 - np.hypot(x - 0.5, y))
 
 
 # Signed distance to each shape's edge, negative inside, in units of its radius; y points up.
 SHAPES: dict[str, Distance] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _polygon(3, 0.52),
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
-    "diamond": _diamond,
-    "hexagon": _polygon(6, 0.85),
-    "heart": _heart,
-    "crescent": _crescent,
+    "circle": circle,
+    "square": square,
+    "triangle": polygon(3, 0.52),
+    "star": star,
+    "cross": cross,
+    "ring": ring,
+    "diamond": diamond,
+    "hexagon": polygon(6, 0.85),
+    "heart": heart,
+    "crescent": crescent,
 }
 
 

@@ -122,7 +122,7 @@ def build_index(path: Path, keys: Keys = Keys()) -> TarIndex:  # noqa: B008
     """Read all headers, and the text, of a tar."""
     with path.open("rb") as file:
         samples: dict[str, dict[str, Place]] = {}
-        for name, place in _files(path, file):
+        for name, place in plain_files(path, file):
             try:
                 parts = split_name(name)
             except UserError as error:
@@ -133,10 +133,10 @@ def build_index(path: Path, keys: Keys = Keys()) -> TarIndex:  # noqa: B008
             if field in samples.setdefault(key, {}):
                 raise UserError(f"{path} holds {key}.{field} twice")
             samples[key][field] = place
-        return _collect(path, file, samples, keys)
+        return collect(path, file, samples, keys)
 
 
-def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
+def plain_files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
     """Names and places of the plain files of a tar; raises UserError for what is damaged, and for
     links.
     """
@@ -167,7 +167,7 @@ def _files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
         )
 
 
-def _collect(
+def collect(
     path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], keys: Keys
 ) -> TarIndex:
     kept: dict[str, dict[str, Place]] = {}
@@ -279,7 +279,7 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
         index = TarIndex(
             path, **arrays, class_names=names, left_out=tuple(map(str, meta["left_out"]))
         )
-        return index if _makes_sense(index, facts["size"]) else None
+        return index if makes_sense(index, facts["size"]) else None
     except (
         OSError,
         ValueError,
@@ -294,7 +294,7 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
         return None
 
 
-def _makes_sense(index: TarIndex, size: int) -> bool:
+def makes_sense(index: TarIndex, size: int) -> bool:
     n = len(index.names)
     m = len(index.fields)
     arrays = {name: getattr(index, name) for name in _ARRAYS}

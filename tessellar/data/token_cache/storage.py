@@ -38,10 +38,10 @@ def storage_of(layout: Layout, posterior: bool = False) -> Storage:
         return Storage("posterior" if posterior else "vectors", "uint16", (layout.length, width))
     if all(isinstance(kind, Bits) for kind in kinds):
         return Storage("bits", "uint8", (layout.length, -(-trailing[0] // 8)))
-    return Storage("ids", _smallest(max(_sizes(layout))), (layout.length, *trailing))
+    return Storage("ids", smallest_dtype(max(vocabulary_sizes(layout))), (layout.length, *trailing))
 
 
-def _sizes(layout: Layout) -> list[int]:
+def vocabulary_sizes(layout: Layout) -> list[int]:
     """Vocabulary sizes of a layout without real vectors."""
     sizes = []
     for segment in layout.segments:
@@ -55,7 +55,7 @@ def _sizes(layout: Layout) -> list[int]:
     return sizes
 
 
-def _smallest(vocab: int) -> str:
+def smallest_dtype(vocab: int) -> str:
     for dtype in ("uint8", "uint16", "uint32"):
         if vocab <= np.iinfo(dtype).max + 1:
             return dtype

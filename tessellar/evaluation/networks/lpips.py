@@ -29,7 +29,7 @@ def load_lpips(weights: str | Path | None = None, backbone: Backbone = "vgg") ->
 
     if weights is not None:
         network = _LPIPS(net=backbone, pnet_rand=True)
-        load_strict(network.net, _backbone_state(Path(weights), network.net), str(weights))
+        load_strict(network.net, backbone_state(Path(weights), network.net), str(weights))
         return network.requires_grad_(False)
     try:
         return _LPIPS(net=backbone).requires_grad_(False)
@@ -40,7 +40,7 @@ def load_lpips(weights: str | Path | None = None, backbone: Backbone = "vgg") ->
         ) from error
 
 
-def _backbone_state(path: Path, backbone: nn.Module) -> Mapping[str, Tensor]:
+def backbone_state(path: Path, backbone: nn.Module) -> Mapping[str, Tensor]:
     """Tensors of a torchvision file (`features.0.weight`) under the backbone's names
     (`slice1.0.weight`).
     """

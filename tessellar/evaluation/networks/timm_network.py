@@ -56,13 +56,13 @@ class TimmNetwork(ExactTables, Extractor):
         self.std: Tensor
 
     def extract(self, images: Tensor) -> Features:
-        x = self._to_size(images) / 255
+        x = self.at_network_size(images) / 255
         x = ((x - self.mean) / self.std).to(x.dtype).contiguous(memory_format=torch.channels_last)
         maps = self.network.forward_features(x)  # type: ignore[operator]
         pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
         return Features(pooled, self.network.get_classifier()(pooled))  # type: ignore[operator]
 
-    def _to_size(self, images: Tensor) -> Tensor:
+    def at_network_size(self, images: Tensor) -> Tensor:
         """float32 images of the network's size; raises UserError if they differ and no resize is
         declared.
         """

@@ -71,11 +71,11 @@ def train_extractor(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         network = network_of(facts).to(device)
-        average = _fit(network, data, recipe)
+        average = fit(network, data, recipe)
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()
     }
-    accuracy = _accuracy(TimmNetwork(facts, state, "", str(out)).to(device), data)
+    accuracy = accuracy_of(TimmNetwork(facts, state, "", str(out)).to(device), data)
     training = {"data": data.name, "data_fingerprint": data.fingerprint(), "val_accuracy": accuracy}
     facts = replace(facts, training={**training, **recipe.__dict__}, purpose=purpose)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -100,12 +100,12 @@ def _facts(data: ImageDataModule, architecture: Architecture) -> NetworkFacts:
     )
 
 
-def _fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module:
+def fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module:
     """The averaged network."""
     steps = recipe.epochs * len(data.train_dataloader())
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=max(steps, 2))
-    average = AveragedModel(network, multi_avg_fn=_averaging(recipe.ema), use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=averaging(recipe.ema), use_buffers=True)
     network.train()
     device = next(network.parameters()).device
     with Progress("training the network", steps, "steps") as bar:
@@ -123,7 +123,7 @@ def _fit(network: nn.Module, data: ImageDataModule, recipe: Recipe) -> nn.Module
     return average.module
 
 
-def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+def averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
     """Exponential average with the warm-up min(decay, (1 + n) / (10 + n)); integer buffers are
     copied.
     """
@@ -163,7 +163,7 @@ def augment(images: Tensor, flip: bool, crop: int, draw: torch.Generator) -> Ten
     return rearrange(shifted, "b h w c -> b c h w")
 
 
-def _accuracy(network: TimmNetwork, data: ImageDataModule) -> float:
+def accuracy_of(network: TimmNetwork, data: ImageDataModule) -> float:
     """Share of the validation images that the network classifies rightly, seen as an evaluation
     sees them.
     """

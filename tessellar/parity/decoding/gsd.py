@@ -34,7 +34,7 @@ def grouped(recording: Recording) -> dict[str, Tensor]:
     """GSD with the released rules, and its clusters (none for drafts of low rank, which take the
     plain ratio).
     """
-    rule = _rule(recording)
+    rule = released_rule(recording)
     p = Choice().probs(recording.inputs["target_logits"])
     outputs = _judged(recording, "gsd", p, rule)
     draft = recording.inputs["draft_tokens"][:, 1:]
@@ -49,7 +49,7 @@ def grouped(recording: Recording) -> dict[str, Tensor]:
     return {**outputs, "gsd/window": window, "gsd/cluster_mask": mask}
 
 
-def _rule(recording: Recording) -> GroupedRatio:
+def released_rule(recording: Recording) -> GroupedRatio:
     config = recording.config
     table = recording.weights["model"]["embed_tokens.weight"]
     if not torch.equal(table, recording.inputs["embedding"]):
@@ -69,7 +69,7 @@ def _judged(
     draft = inputs["draft_tokens"]
     q = inputs["draft_probs"]
     probability = acceptance(p[:, :-1], q[:, 1:], draft[:, 1:])
-    verdict = _verdict(recording, p, acceptance)
+    verdict = recorded_verdict(recording, p, acceptance)
     committed = (verdict.accepted + 1).clamp(max=p.shape[1])
     position = torch.arange(1, p.shape[1])
     ratio = torch.full(inputs["uniforms"].shape, -1.0)
@@ -86,7 +86,7 @@ def _judged(
     }
 
 
-def _verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict:
+def recorded_verdict(recording: Recording, p: Tensor, acceptance: Acceptance) -> Verdict:
     """Our verification under the recorded noise; behind the rejection stand the recorded samples."""
     inputs = recording.inputs
     sampled = inputs["sampled_tokens"]

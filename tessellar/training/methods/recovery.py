@@ -26,8 +26,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.entities import Entities, take
 from tessellar.protocol.generator import Generator
-from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.tokenizers.quantizers.base import Quantizer
+from tessellar.protocol.tokenizer import Quantizer, Tokenizer
 from tessellar.training.methods.context_noise import require_teacher_forcing
 
 
@@ -87,7 +86,7 @@ class EmbeddingRecovery(nn.Module):
     def watch(self, generator: PrefixTransformer) -> Iterator[Trace]:
         """Keeps the hidden states of both layers of the pass that is made inside."""
         trace = Trace()
-        handles = [_watch(generator, layer, trace) for layer in {self.shallow, self.deep}]
+        handles = [watch_layer(generator, layer, trace) for layer in {self.shallow, self.deep}]
         try:
             yield trace
         finally:
@@ -131,7 +130,7 @@ def codebook(tokenizer: Tokenizer) -> Quantizer:
     return found[0]
 
 
-def _watch(generator: PrefixTransformer, layer: int, trace: Trace) -> RemovableHandle:
+def watch_layer(generator: PrefixTransformer, layer: int, trace: Trace) -> RemovableHandle:
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         trace.states[layer] = inputs[0]
 

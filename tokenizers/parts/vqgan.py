@@ -1,0 +1,56 @@
+"""What convolutional tokenizers share (VQGAN, arXiv 2012.09841): maps of the encoder are quantized
+cell by cell, maps of codes are drawn.
+
+Shapes: images [B, 3, H, W], maps [B, C, h, w] at the stride of the encoder, vectors [B, h w, C].
+"""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.tokenizer import GridTokenizer
+
+
+class VQGAN(GridTokenizer):
+    """Images of `image_size` (one side, or height and width), any multiple of `stride`.
+
+    Subclasses set `layout`, `quantizer`, `encoder` and `decoder`, and 1x1 convolutions to the
+    quantizer and from it, where they have them. Raises ValueError where the stride does not divide
+    the image size.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+
+    def __init__(self, image_size: int | tuple[int, int], stride: int) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % stride or width % stride:
+            raise ValueError(f"the stride {stride} does not divide image_size {image_size}")
+        self.image_size = (height, width)
+        self.stride = stride
+        self.grid = (height // stride, width // stride)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.conv_out.weight  # type: ignore[union-attr, return-value]
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Maps before quantization, of images of any multiple of the stride."""
+        return self.quant_conv(self.encoder(images))
+
+    def paint(self, maps: Tensor) -> Tensor:
+        """Images of maps of codes, of any size."""
+        dtype = next(self.decoder.parameters()).dtype  # half precision, in a model that was cast
+        # contiguous: GroupNorm on a CPU loses precision on channels-last memory
+        images = self.decoder(self.post_quant_conv(maps.to(dtype).contiguous()))
+        return at_least_float32(images)
+
+    def latents(self, images: Tensor) -> Tensor:
+        self.check_images(images)
+        return rearrange(self.maps(images), "b c h w -> b (h w) c")
+
+    def render(self, vectors: Tensor) -> Tensor:
+        return self.paint(rearrange(vectors, "b (h w) c -> b c h w", h=self.grid[0]))
