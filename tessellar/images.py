@@ -11,6 +11,7 @@ from torch import Tensor
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images [..., H, W] in [-1, 1] (values outside are clamped) to uint8 of the same shape."""
+    # 128 = 127.5 + 0.5: the cast truncates, so a half is added to round.
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -37,10 +37,16 @@ def input_sources(length: int, first: int) -> tuple[Tensor, Tensor]:
     """What places 1 .. N - 1 of the sequence read: a token's number, or -1 and a special token's
     number.
     """
+    # N = 16, A = 4; place p is the input of token p, tokens 2^k .. 2^(k+1) - 1 are a level:
+    #
+    #   place    0      1  2  3  4 | 5  6  7 | 8  9  10 11 | 12 13 14 15
+    #   reads    class  t0 t1 t2 t3| s0 s1 s2| t4 t5 t6 t7 | s3 s4 s5 s6
+    #
+    # A level reads the level before it once (half of its own length), then special tokens.
     token = torch.full((length,), -1)
     special = torch.zeros(length, dtype=torch.int64)
     for place in range(1, length):
-        start = 1 << (place.bit_length() - 1)
+        start = 1 << (place.bit_length() - 1)  # of the level: the largest power of two
         inside = place - start
         if place <= first:
             token[place] = place - 1
@@ -90,14 +96,13 @@ class HAR(LlamaGenerator):
         vocab = require_categorical(layout, "HAR")
         self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         self.token_embedding = nn.Embedding(vocab, width)
-        self.special_embedding = nn.Embedding(
-            layout.length - 1, width
-        )  # as published; N / 2 - 1 of them are read
+        # As published; N / 2 - 1 of them are read.
+        self.special_embedding = nn.Embedding(layout.length - 1, width)
         self.output = nn.Linear(width, vocab, bias=False)
         self.token_of, self.special_of = input_sources(layout.length, first)
-        angles = torch.arange(2 * layout.length)[:, None] * frequencies(
-            self.head_dim // 2, rope_base
-        )
+        # Twice the length: windows of speculative decoding may run past the end.
+        places = torch.arange(2 * layout.length)
+        angles = places[:, None] * frequencies(self.head_dim // 2, rope_base)
         self.set_rotations(angles.cos(), angles.sin())
         self.init_weights(zero_init_residual)
         for table in (self.conditioning.embedding, self.token_embedding, self.special_embedding):
@@ -108,15 +113,14 @@ class HAR(LlamaGenerator):
         token = self.token_of[index].to(tokens.device)
         special = self.special_of[index].to(tokens.device)
         ids = tokens.gather(1, token.clamp(min=0).expand(len(tokens), -1))
-        return torch.where(
-            (token >= 0)[..., None], self.token_embedding(ids), self.special_embedding(special)
-        )
+        # Both tables are looked up and one is taken: no branch, so places may differ by image.
+        is_token = (token >= 0)[..., None]
+        return torch.where(is_token, self.token_embedding(ids), self.special_embedding(special))
 
     def block(self, place: Tensor) -> Tensor:
         """Causal among the first tokens, then one number a level."""
-        exponent = (
-            torch.bucketize(place, 2 ** torch.arange(40), right=True) - 1
-        )  # floor(log2), exact
+        # floor(log2), exact.
+        exponent = torch.bucketize(place, 2 ** torch.arange(40), right=True) - 1
         return torch.where(place < self.first, place, self.first + exponent)
 
     def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:

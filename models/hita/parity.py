@@ -61,6 +61,7 @@ def scores(recording: Recording) -> dict[str, Tensor]:
     """Logits of both heads at every place, and the loss of each segment."""
     generator = _generator(recording)
     tokens = _tokens(recording)
+    # The recording has the logits of both heads at every place; ours computes one of them each.
     calls = Calls(generator.norm)
     losses = generator.loss(tokens, _condition(recording))
     hidden = calls.outputs[0]
@@ -80,6 +81,7 @@ def incremental(recording: Recording) -> dict[str, Tensor]:
     generator = _generator(recording, recording.settings("ar_incremental_logits")["lookup"])
     tokens = _tokens(recording)
     steps = []
+    # Token n from a fresh cache each time: n + 1 inputs at once, of which the last counts.
     for count in range(1, generator.entities.count + 1):
         state = generator.start(_condition(recording))
         steps.append(logits_of(generator.predict(state, tokens, count, want=1)))

@@ -86,7 +86,8 @@ class MAR(RandomSets):
             self.channels, self.backbone.out_dim, width=head_width, depth=head_depth
         )
         self.backbone.init_weights()
-        for parameter in self.head.parameters():  # as published: all else that is a matrix decays
+        # As published: all else that is a matrix decays.
+        for parameter in self.head.parameters():
             tag(parameter, "no_decay")
 
     def fill(

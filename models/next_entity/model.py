@@ -29,9 +29,8 @@ from tessellar.protocol.guidance import NO_GUIDANCE
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.work import Work, linear_macs
 
-QUERY = (
-    2**20
-)  # place of the query of the first token, behind the prefix; tokens have places 0 .. N - 1 there
+# Place of the query of the first token, behind the prefix; tokens have places 0 .. N - 1 there.
+QUERY = 2**20
 
 
 class NextEntity(LlamaGenerator):
@@ -78,7 +77,8 @@ class NextEntity(LlamaGenerator):
         self.layout = layout
         self.entities = parse_entities(x, layout)
         self.random_order = random_order
-        with torch.device("cpu"):  # sizes are read while the model is built, on the meta device too
+        # Sizes are read while the model is built, on the meta device too.
+        with torch.device("cpu"):
             self.vocab = layout.vocab()
         self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)
         self.token_embedding = nn.Embedding(int(self.vocab.max()), width)
@@ -86,9 +86,8 @@ class NextEntity(LlamaGenerator):
         self.query = nn.Parameter(torch.empty(width))
         self.output = nn.Linear(width, int(self.vocab.max()), bias=False)
         cos, sin = rope_table(layout, 0, self.head_dim, rope_base)
-        self.set_rotations(
-            F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0))
-        )  # row 0: the prefix
+        # Row 0: the prefix.
+        self.set_rotations(F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0)))
         self.init_weights(zero_init_residual)
 
     def init_weights(self, zero_init_residual: bool = False) -> None:
@@ -112,9 +111,8 @@ class NextEntity(LlamaGenerator):
         with torch.device("cpu"):
             number = self.entities.numbers
             sizes = torch.tensor(self.entities.sizes)
-            seen = (
-                int(self.entities.ends[1:][number].sum()) + queries * self.prefix_length
-            )  # context, own queries
+            # Context, own queries.
+            seen = int(self.entities.ends[1:][number].sum()) + queries * self.prefix_length
             own = int((self.entities.ends[1:-1] * sizes[:-1]).sum()) + context * self.prefix_length
         attention = 2 * len(self.layers) * self.num_heads * self.head_dim * (seen + own)
         blocks = linear_macs(self.layers)

@@ -278,9 +278,8 @@ class TokenShuffle(LlamaGenerator):
             return super().positions(place, state)
         valid = state.prefix.valid  # type: ignore[union-attr]
         if valid is not None and not bool(valid.all()):
-            place = (place - (~valid).sum(1, keepdim=True)).clamp(
-                min=0
-            )  # counted from the first real token
+            # Counted from the first real token.
+            place = (place - (~valid).sum(1, keepdim=True)).clamp(min=0)
         angles = place.to(self.rope_frequencies.device)[..., None] * self.rope_frequencies
         return Positions(angles.cos(), angles.sin())
 

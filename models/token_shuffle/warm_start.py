@@ -24,23 +24,23 @@ def warm_start(generator: TokenShuffle, source: LlamaGen | TokenShuffle) -> None
 
     MLP blocks are the identity as made. Raises UserError where backbones differ.
     """
-    own = generator.state_dict()
-    given = source.state_dict()
-    wrong = [
-        key
-        for key, t in given.items()
-        if _is_backbone(key) and (key not in own or own[key].shape != t.shape)
-    ]
-    if wrong or not any(_is_backbone(key) for key in given):
+    state = generator.state_dict()
+    backbone = 0
+    wrong = []
+    for key, tensor in source.state_dict().items():
+        fits = key in state and state[key].shape == tensor.shape
+        if fits:
+            state[key] = tensor
+        # What depends on the window (the MLP blocks that fuse it) may differ, the backbone not.
+        if key.startswith(("layers.", "norm.", "token_embedding.", "output.")):
+            backbone += 1
+            if not fits:
+                wrong.append(key)
+    if wrong or not backbone:
         raise UserError(
             f"a warm start needs the same backbone; {', '.join(wrong[:3]) or 'it has none'} differs"
         )
-    same = {key: t for key, t in given.items() if key in own and own[key].shape == t.shape}
-    generator.load_state_dict({**own, **same})
-
-
-def _is_backbone(key: str) -> bool:
-    return key.startswith(("layers.", "norm.", "token_embedding.", "output."))
+    generator.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -52,11 +52,16 @@ def start_from_text(generator: TokenShuffle, state: Mapping[str, Tensor]) -> Non
     of images and marks stay as made. Raises UserError where sizes differ.
     """
     own = generator.state_dict()
+    # Rows of the joint vocabulary: [text 0 .. offset - 1, BOI, EOI, codes]; a text model has the
+    # first of them alone.
     offset = generator.offset - 2
     for layer in range(len(generator.layers)):
         theirs = f"model.layers.{layer}."
         ours = f"layers.{layer}."
-        q, k, v = (_need(state, f"{theirs}self_attn.{name}_proj.weight") for name in "qkv")
+        q = _need(state, f"{theirs}self_attn.q_proj.weight")
+        k = _need(state, f"{theirs}self_attn.k_proj.weight")
+        v = _need(state, f"{theirs}self_attn.v_proj.weight")
+        # Values are not rotated: their rows stay.
         q = _pairs(q, generator.head_dim)
         k = _pairs(k, generator.head_dim)
         _copy(own, f"{ours}attention.wqkv.weight", torch.cat([q, k, v]))
@@ -67,12 +72,14 @@ def start_from_text(generator: TokenShuffle, state: Mapping[str, Tensor]) -> Non
         "token_embedding.weight": "model.embed_tokens.weight",
         "output.weight": "lm_head.weight",
     }
+    # Either table may be absent: tied embeddings on one side, separate ones on the other.
     for name, source in tables.items():
         if name in own and offset > 0 and source in state:
             _copy({name: own[name][:offset]}, name, _need(state, source))
     generator.load_state_dict(own)
 
 
+# Ours, theirs: linear layers and norms of a block that have the same rows in both.
 HF_LAYER = {
     "attention.wo": "self_attn.o_proj",
     "attention_norm": "input_layernorm",

@@ -212,9 +212,8 @@ class VAR(PrefixTransformer):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.last_modulation = Modulation(width, count=2, zero=False)
         self.output = nn.Linear(width, vocab)
-        self.bound: tuple[
-            ScaleInputs, ...
-        ] = ()  # a tuple, so that the tokenizer's weights stay the tokenizer's
+        # A tuple, so that the tokenizer's weights stay the tokenizer's.
+        self.bound: tuple[ScaleInputs, ...] = ()
         self.init_weights(width, depth, gate_init)
 
     def init_weights(self, width: int, depth: int, gate_init: float) -> None:
@@ -229,9 +228,8 @@ class VAR(PrefixTransformer):
                 nn.init.zeros_(module.bias)
         for table in (self.start_position, self.position):
             nn.init.trunc_normal_(tag(table, "no_decay"), std=std)
-        tag(
-            self.scale_embedding.weight, "no_decay"
-        )  # as published; the class embedding and the input decay
+        # As published; the class embedding and the input decay.
+        tag(self.scale_embedding.weight, "no_decay")
         with torch.no_grad():
             self.output.weight.mul_(0.02)
             self.last_modulation.linear.weight.mul_(0.5)

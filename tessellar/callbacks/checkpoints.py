@@ -66,7 +66,8 @@ class Checkpoints(Checkpoint):
             self._due = validates_now(trainer)
             if not self._due:
                 self.save(trainer, pl_module)
-        if self.metric != pl_module.best_by[0]:  # a callback may measure it between two validations
+        # A callback may measure it between two validations.
+        if self.metric != pl_module.best_by[0]:
             self._consider(trainer)
 
     def _is_due(self, updates: int) -> bool:

@@ -127,9 +127,8 @@ class FID(L.Callback):
             MONITOR: next(iter(values.values())),
             "val/evaluation_seconds": record["seconds"],
         }
-        pl_module.log_dict(
-            values, logger=False
-        )  # for Checkpoints; loggers would drop it between their steps
+        # For Checkpoints; loggers would drop it between their steps.
+        pl_module.log_dict(values, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=pl_module.updates)
         if trainer.is_global_zero:

@@ -48,9 +48,8 @@ class Interruption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in INTERRUPTING:
-                signal.signal(
-                    number, self._receive
-                )  # Lightning restores the earlier handlers when the run ends
+                # Lightning restores the earlier handlers when the run ends.
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: Any) -> None:
         if number == self.received == signal.SIGINT:
@@ -68,13 +67,13 @@ class Interruption(L.Callback):
             if isinstance(callback, Checkpoints):
                 callback.save_at_once(trainer, pl_module)
         self._update = pl_module.updates
-        self._saved = not validates_now(
-            trainer
-        )  # else the validation that belongs to the update is made first
+        # Else the validation that belongs to the update is made first.
+        self._saved = not validates_now(trainer)
 
     def _of_all(self, trainer: L.Trainer) -> int:
         """The signal that any process received, 0 for none."""
-        if self.received == 0 and trainer.received_sigterm:  # it came before training began
+        # Lightning noted one that came before training began.
+        if self.received == 0 and trainer.received_sigterm:
             self.received = int(signal.SIGTERM)
         if not distributed.is_distributed():
             return self.received

@@ -15,7 +15,8 @@ from tessellar.training import flops
 from tessellar.training.base import TrainingModule
 
 log = logging.getLogger(__name__)
-COUNT_EVERY = 1000  # batches between two counts of operations: a discriminator may have joined
+# Batches between two counts of operations: a discriminator may have joined.
+COUNT_EVERY = 1000
 
 
 class Throughput(L.Callback):

@@ -67,9 +67,8 @@ class Source:
     description: dict[str, Any]
     tensors: dict[str, Tensor]
     weights: str  # raw, ema, official; empty where the file does not say
-    left_out: tuple[
-        str, ...
-    ] = ()  # what a checkpoint holds besides the model: losses, optimizer states
+    # What a checkpoint holds besides the model: losses, optimizer states.
+    left_out: tuple[str, ...] = ()
     data: DataFacts | None = None  # what a checkpoint says it was trained on
 
     @property

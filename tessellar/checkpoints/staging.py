@@ -75,7 +75,8 @@ def put_in_place(stage: Path, target: Path, marker: str, overwrite: bool) -> Non
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-    check_target(target, marker, overwrite)  # refuses where another command was the first
+    # Refuses where another command was the first.
+    check_target(target, marker, overwrite)
     old = beside(target, "old")
     target.rename(old)
     stage.rename(target)

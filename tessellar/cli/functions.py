@@ -95,9 +95,8 @@ class FunctionParser(ArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if (
-            not self.exit_on_error
-        ):  # the parser of a class inside the command's: the outer one says where
+        # The parser of a class inside the command's: the outer one says where.
+        if not self.exit_on_error:
             super().error(message, ex)
         raise UserError(_plain(message, _option_names(self))) from ex
 

@@ -33,9 +33,8 @@ class Paper:
             if importer.is_in(content, where, key):
                 return importer
         entries = [entry for importer in importers for entry in importer.entries]
-        unwrap(
-            content, where, key, entries, evaluated=False
-        )  # raises where there are no weights, or too many
+        # Raises where there are no weights, or too many.
+        unwrap(content, where, key, entries, evaluated=False)
         wanted = [
             f"not the weights of {importer.what} (they have {importer.marks[0]})"
             for importer in importers

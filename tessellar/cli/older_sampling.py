@@ -20,9 +20,8 @@ def refuse_older(argv: Sequence[str]) -> None:
         except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser says it better
         refuse_config(config, path)
-        flat = (
-            respell(config) if isinstance(config, dict) else None
-        )  # sample.py's own settings are not nested
+        # sample.py's own settings are not nested.
+        flat = respell(config) if isinstance(config, dict) else None
         if flat is not None:
             raise UserError(
                 f"{path}: sampling is in the older spelling; it is now {in_one_line(flat)}"

@@ -25,6 +25,7 @@ from tessellar.training.schedules import Schedule
 
 IMAGES = 1_281_167  # of ImageNet's training set
 PROCESSES = 8  # that the batch sizes of configs/imagenet256 are meant for
+# Of the run, where a recording has the schedule's factor.
 PERCENTS = (
     0,
     5,
@@ -34,7 +35,7 @@ PERCENTS = (
     75,
     90,
     99.9,
-)  # of the run, where a recording has the schedule's factor
+)
 CLASSES = {"adamw": "AdamW", "adam": "Adam", "muon": "Muon"}
 EMA_WARMUP = "min(decay, (1 + t) / (10 + t))"
 

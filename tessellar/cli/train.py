@@ -250,9 +250,8 @@ def main(argv: Sequence[str]) -> int:
             print(signal, file=sys.stderr)
             return 128 + signal.number
         except SystemExit as leaving:
-            if isinstance(
-                leaving.__context__, KeyboardInterrupt
-            ):  # Lightning's answer before and after training
+            # Lightning's answer before and after training.
+            if isinstance(leaving.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from leaving
             raise
         except MisconfigurationException as error:

@@ -72,9 +72,8 @@ def _text(one: Any, value: Any, name: str) -> str:
         raise UnreadableText(
             f"{name}: the caption is {repr(value)[:40]}; it must be text, or a list of texts"
         )
-    if any(
-        "\ud800" <= letter <= "\udfff" for letter in one
-    ):  # half a pair, which JSON can spell but UTF-8 cannot
+    # Half of a surrogate pair, which JSON can spell but UTF-8 cannot.
+    if any("\ud800" <= letter <= "\udfff" for letter in one):
         raise UnreadableText(f"{name}: the caption cannot be written as UTF-8")
     if SEPARATOR in one:
         raise UnreadableText(f"{name}: the caption holds a zero character, which is no text")

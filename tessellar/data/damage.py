@@ -22,7 +22,9 @@ T = TypeVar("T")
 UNREAD = 0
 READABLE = 1
 CORRUPT = 2
-SAMPLE = 1000  # the share is taken of at least this many images (or the whole set), so that an early one stops nothing
+# The share is taken of at least this many images (or the whole set), so that an early one stops
+# nothing.
+SAMPLE = 1000
 
 
 class Damage:

@@ -82,7 +82,8 @@ class ImageDataset(IndexedDataset[Batch], ABC):
         return self.batch([index])
 
     def __getitem__(self, index: int) -> Sample:
-        batch = self.batch([range(len(self))[index]])  # the range raises IndexError past the end
+        # The range raises IndexError past the end.
+        batch = self.batch([range(len(self))[index]])
         sample: Sample = {"image": batch["image"][0], "index": int(batch["index"][0])}
         if "label" in batch:
             sample["label"] = int(batch["label"][0])

@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # Pillow's names
-MAX_RATIO = 64  # of the sides: a crop resizes the shorter one, and the longer one with it
+# Of the sides: a crop resizes the shorter one, and the longer one with it.
+MAX_RATIO = 64
 TWELVE_BITS = 4095
-WHITE_IS_ZERO = (262, 0)  # TIFF's tag PhotometricInterpretation, and its value for inverted grey
+# TIFF's tag PhotometricInterpretation, and its value for inverted grey.
+WHITE_IS_ZERO = (262, 0)
 
 
 class UnreadableImage(UserError):
@@ -112,7 +114,8 @@ def _unit_levels(image: Image.Image) -> np.ndarray:
 
 def _16_bit_levels(image: Image.Image, file: Image.Image, name: str) -> np.ndarray:
     """Grey levels in [0, 1]; Pillow's own conversion would clip at 255 instead of scaling."""
-    if image.mode == "I" and file.format != "PNG":  # some versions give 16-bit PNG this mode
+    # Some versions give 16-bit PNG this mode.
+    if image.mode == "I" and file.format != "PNG":
         raise ValueError("its values are 32-bit or signed integers, whose range is not told")
     levels = np.asarray(image).astype(np.float64)
     if levels.max() <= TWELVE_BITS:

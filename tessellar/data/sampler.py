@@ -47,7 +47,8 @@ class ResumableSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.position = self.start
-        self.start = 0  # a start holds for one pass: the next one begins at the beginning
+        # A start holds for one pass: the next one begins at the beginning.
+        self.start = 0
         for index in self.order()[self.position + self.rank :: self.num_replicas].tolist():
             self.position = min(self.position + self.num_replicas, self.total)
             yield index

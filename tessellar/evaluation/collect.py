@@ -74,9 +74,8 @@ class Collector:
         )
         self.paired = PairedSums(needs.lpips) if needs.paired else None
         self.keep = subset(total, needs.keep)
-        self.hits = torch.zeros(
-            2, dtype=torch.float64
-        )  # images whose class the network finds, images with a label
+        # Images whose class the network finds, images with a label.
+        self.hits = torch.zeros(2, dtype=torch.float64)
         self.kept: list[tuple[Tensor, Tensor]] = [
             (torch.empty(0, extractor.dim), torch.empty(0, dtype=torch.int64))
         ]

@@ -29,10 +29,12 @@ class Rows(NamedTuple):
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` rows."""
+        # A stream is read in bytes: rows times values of a row times bytes of a value.
         size = count * int(np.prod(self.shape[1:])) * self.dtype.itemsize
         content = self.stream.read(size)
         if len(content) < size:
             raise EOFError("the array ends early")
+        # A copy, since a view of bytes cannot be written to, which torch warns of.
         return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:]).copy()
 
 
@@ -57,12 +59,15 @@ def open_rows(path: Path, name: str) -> Iterator[Rows]:
         )
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            header = {
+            # numpy's own loader would read the whole array; only its header is read here.
+            # Version 3 has names in UTF-8, which no plain array has: a KeyError, so a UserError.
+            headers = {
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }
-            shape, fortran, dtype = header[version](stream)
+            version = np.lib.format.read_magic(stream)
+            shape, fortran, dtype = headers[version](stream)
+            # Objects are pickled, which may run code; rows lie together in C order only.
             if dtype.hasobject or fortran:
                 raise ValueError(f"{name} is not a plain array in C order")
             yield Rows(stream, shape, dtype)
@@ -77,17 +82,20 @@ def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     present = names(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            found = {
-                ours: next((n for n in theirs if n in present), None)
-                for ours, theirs in wanted.items()
-            }
-            return {ours: archive[name] for ours, name in found.items() if name is not None}
+            found = {}
+            for ours, theirs in wanted.items():
+                for name in theirs:
+                    if name in present:
+                        found[ours] = archive[name]
+                        break
+            return found
     except _UNREADABLE as error:
         raise UserError(f"{path} is truncated or not readable ({error})") from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz so that readers see either nothing or the whole file."""
+    # In the same folder, so that the rename stays on one file system and is atomic.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with writing(path):

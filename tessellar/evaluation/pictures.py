@@ -94,7 +94,8 @@ def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") ->
     Returns the names of the columns drawn; without any, no file is written. Raises UserError for
     another kind of file.
     """
-    from matplotlib.figure import Figure  # slow to import; a Figure of its own needs no display
+    # Slow to import; a Figure of its own needs no display.
+    from matplotlib.figure import Figure
 
     curves = _columns(Path(metrics_csv), prefix)
     if not curves:

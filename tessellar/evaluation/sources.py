@@ -32,6 +32,7 @@ from tessellar.sampling.older import in_one_line, respell
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".avif")
 SAMPLE_NAME = re.compile(r"\d+_\d+\.png")
+# Of `sample.py`'s record.
 MADE_KEYS = (
     "model",
     "weights",
@@ -39,7 +40,7 @@ MADE_KEYS = (
     "sampling",
     "seed",
     "precision",
-)  # of `sample.py`'s record
+)
 
 
 class ImageBatch(NamedTuple):
@@ -301,7 +302,8 @@ class ArrayImages(ImageSource):
         with npz.open_rows(self.path, "arr_0") as rows:
             for first in range(0, self.count, batch_size * world_size()):
                 stop = min(first + batch_size * world_size(), self.count)
-                images = rows.read(stop - first)  # all ranks read all, each keeps its share
+                # All ranks read all, each keeps its share.
+                images = rows.read(stop - first)
                 index = torch.arange(first, stop)[rank() :: world_size()]
                 own = rearrange(
                     torch.from_numpy(images[rank() :: world_size()]), "b h w c -> b c h w"

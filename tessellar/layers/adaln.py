@@ -81,9 +81,8 @@ class AdaLNBlock(nn.Module):
         1: all of them).
         """
         vectors = self.modulation(condition)
-        if (
-            len(sizes) > 1 and len(set(sizes)) == 1
-        ):  # broadcasting over [B, E, n / E, D] is cheaper than repeating
+        # Broadcasting over [B, E, n / E, D] is cheaper than repeating.
+        if len(sizes) > 1 and len(set(sizes)) == 1:
             vectors = [v[:, :, None] for v in vectors]
             shape = (len(sizes), sizes[0])
         else:

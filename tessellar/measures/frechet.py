@@ -12,7 +12,8 @@ import torch
 from tessellar.errors import UserError
 from tessellar.measures.statistics import Moments
 
-NOISE = 64  # eigenvalues below so many units of rounding of the largest one are taken as zero
+# Eigenvalues below so many units of rounding of the largest one are taken as zero.
+NOISE = 64
 
 
 def frechet_distance(samples: Moments, reference: Moments) -> float:
@@ -35,9 +36,8 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
     )
     rounding = float(values.max()) * NOISE * torch.finfo(values.dtype).eps
     if float(values.min()) < rounding and higher.cholesky is None:
-        values = values[
-            values > rounding
-        ]  # of a singular covariance these are zeros, else small numbers that count
+        # Of a singular covariance these are zeros, else small numbers that count.
+        values = values[values > rounding]
     overlap = values.clamp(min=0).sqrt().sum()
     shift = samples.mean - reference.mean.to(samples.mean)
     spread = samples.cov.trace() + reference.cov.trace().to(samples.cov)

@@ -83,12 +83,10 @@ class FeatureStatistics:
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(
-            dim, dim, dtype=torch.float64, device=device
-        )  # only on and above the diagonal blocks
-        self.pending: list[
-            Tensor
-        ] = []  # fewer than BLOCK rows: a product of many rows takes less time than many products
+        # Only on and above the diagonal blocks.
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        # Fewer than BLOCK rows: a product of many rows takes less time than many products.
+        self.pending: list[Tensor] = []
 
     def update(self, features: Tensor) -> None:
         """Add features [B, D]; raises UserError if one is not finite."""

@@ -114,7 +114,8 @@ class VisionModel(Configured, ExactTables):
         own = self.network.state_dict()
         kept = _without_classifier(self.network, state)
         module = sys.modules[type(self.network).__module__]
-        convert = getattr(module, "checkpoint_filter_fn", None)  # timm's, of authors' names
+        # Authors' names to timm's; not every module has it.
+        convert = getattr(module, "checkpoint_filter_fn", None)
         fits = kept.keys() == own.keys() and all(kept[key].shape == own[key].shape for key in own)
         if convert and not fits:
             kept = _without_classifier(self.network, convert(dict(state), self.network))
@@ -224,7 +225,8 @@ class Teacher(LossOnly, nn.Module):
 
     def __init__(self, model: VisionModel) -> None:
         super().__init__()
-        self._held = (model,)  # a tuple hides it from the module's parameters and state dict
+        # A tuple hides it from the module's parameters and state dict.
+        self._held = (model,)
 
     @property
     def model(self) -> VisionModel:
@@ -339,9 +341,8 @@ def create(name: str, image_size: int | None, options: Options, download: bool) 
     sized: Options = {**options, "img_size": image_size} if image_size else options
     for arguments in (sized, options):  # convolutional networks take no img_size
         try:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # a run with a teacher draws the same numbers as one without
+            # A run with a teacher draws the same numbers as one without.
+            with torch.random.fork_rng(devices=[]):
                 return create_network(name, arguments, num_classes=0, download=download)
         except TypeError as error:
             reason: Exception = error

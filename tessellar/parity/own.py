@@ -163,7 +163,8 @@ def run_case(
         return {"decode/images": parts.tokenizer.decode(inputs["decode/tokens"])}
     assert parts.generator is not None
     condition = parts.condition(settings, inputs)
-    if case == "sample":  # the most likely tokens, or (of continuous tokens) those of the seeds
+    # The most likely tokens, or (of continuous tokens) those of the seeds.
+    if case == "sample":
         return {
             "sample/tokens": GREEDY.tokens(
                 parts.generator, condition, inputs["sample/seeds"].tolist()

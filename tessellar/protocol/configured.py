@@ -43,7 +43,8 @@ class Configured:
         """`{"class_path": ..., "init_args": {...}}`, JSON-able; `build(config)` makes an equal
         object.
         """
-        made_as = self.__dict__.get("_class", type(self))  # sharding gives a module another class
+        # Sharding gives a module another class.
+        made_as = self.__dict__.get("_class", type(self))
         return {"class_path": class_path(made_as), "init_args": self.__dict__.get("_config", {})}
 
 

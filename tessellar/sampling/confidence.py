@@ -83,7 +83,8 @@ class MaskGIT(Algorithm):
         batch = condition.batch
         length = generator.layout.length
         sizes = planned_sizes(length, self.steps)
-        step_of = torch.full((batch, length), self.steps)  # the step at which a token became known
+        # The step at which a token became known.
+        step_of = torch.full((batch, length), self.steps)
         state = generator.start(
             condition, guidance, Entities(torch.arange(length).expand(batch, -1), sizes)
         )

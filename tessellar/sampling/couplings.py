@@ -109,7 +109,8 @@ def verify(
     """
     residual = (p - q).clamp_(min=0)
     kept = uniform < acceptance(p, q, draft)
-    kept |= (residual.amax(-1) == 0) & (mass(q, draft) > 0)  # p = q: nothing to redraw from
+    # p = q: nothing to redraw from.
+    kept |= (residual.amax(-1) == 0) & (mass(q, draft) > 0)
     whole = kept.all(-1)
     accepted = torch.where(whole.all(-1), p.shape[1], (~whole).to(torch.int8).argmax(-1))
     slot = torch.arange(p.shape[1], device=p.device)[None, :, None]

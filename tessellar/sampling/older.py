@@ -35,7 +35,8 @@ SCHEDULES = {
     "revealed": "Revealed",
 }
 SOLVERS = {"sde": "EulerMaruyama", "ode": "Euler"}
-FLAT = ("guidance_scale", "guidance_schedule")  # of records: options lay flat beside them
+# Of records: options lay flat beside them.
+FLAT = ("guidance_scale", "guidance_schedule")
 CHOICE = ("temperature", "top_k", "top_p", "min_p")
 
 

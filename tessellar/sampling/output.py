@@ -93,9 +93,8 @@ class SampleFolder:
         if distributed.rank() == 0:
             with writing(path, unfinished=path):
                 np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-                with path.open(
-                    "r+b"
-                ) as file:  # a full disk is met here, not as SIGBUS at a later access
+                # A full disk is met here, not as SIGBUS at a later access.
+                with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         distributed.barrier()
         return np.lib.format.open_memmap(path, mode="r+")

@@ -83,7 +83,8 @@ class Report:
         return "\n".join(lines)
 
 
-ENTROPY_FLOOR = 0.5  # nat; tokens above it are "uncertain": flat backgrounds flatter acceptance
+# nat; tokens above it are "uncertain": flat backgrounds flatter acceptance.
+ENTROPY_FLOOR = 0.5
 
 
 @dataclass

@@ -127,7 +127,8 @@ class EncoderConditioner(TextConditioner):
             cache = TEXT_CACHE
         self.length = length
         self.features = FeatureCache(FrozenEncoder(source, length), cache)
-        self.register_buffer("place", torch.zeros(0), persistent=False)  # where features go
+        # Where features go.
+        self.register_buffer("place", torch.zeros(0), persistent=False)
         self.place: Tensor
 
     def of_texts(self, texts: Sequence[str]) -> Condition:

@@ -41,10 +41,13 @@ class FrozenEncoder:
             return_tensors="pt",
         ).to(device)
         mask = read["attention_mask"]
+        # Without autocast: T5 overflows in float16, and features should not depend on the run's
+        # precision.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             states = model(
                 input_ids=read["input_ids"], attention_mask=mask
             ).last_hidden_state.float()
+        # Padding is cut off, so that features of a text are the same in any batch.
         return [row[keep.bool()] for row, keep in zip(states, mask, strict=True)]
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
@@ -90,19 +93,26 @@ class FeatureCache:
         self.folder = folder
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[Tensor]:
-        found = {text: self._read(text) for text in dict.fromkeys(texts)}
-        missing = [text for text, features in found.items() if features is None]
-        for text, made in zip(
-            missing, self.encoder(missing, device) if missing else [], strict=True
-        ):
-            found[text] = rounded = made.to(torch.bfloat16).cpu()
-            self._write(text, rounded)
-        return [found[text].to(device, torch.float32) for text in texts]  # type: ignore[union-attr]
+        found: dict[str, Tensor] = {}
+        missing: list[str] = []
+        for text in dict.fromkeys(texts):  # each once, in order
+            features = self._read(text)
+            if features is None:
+                missing.append(text)
+            else:
+                found[text] = features
+        if missing:
+            for text, made in zip(missing, self.encoder(missing, device), strict=True):
+                found[text] = made.to(torch.bfloat16).cpu()
+                self._write(text, found[text])
+        return [found[text].to(device, torch.float32) for text in texts]
 
     def path(self, text: str) -> Path:
         key = json.dumps([self.encoder.source, self.encoder.length, text])
+        # "replace": half of a surrogate pair, which JSON can spell, has no UTF-8.
         name = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
         assert self.folder is not None
+        # 256 folders: millions of files in one are slow to list.
         return cache_folder(self.folder) / name[:2] / f"{name}.safetensors"
 
     def _read(self, text: str) -> Tensor | None:

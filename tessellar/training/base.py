@@ -116,9 +116,8 @@ class TrainingModule(L.LightningModule, ABC):
         self.epoch = 0
         self.epoch_samples = 0
         self._skipped_in_a_row: dict[str, int] = {}
-        self._written_before: dict[
-            str, list[Tensor]
-        ] = {}  # of each player, at the start of the update under way
+        # Of each player, at the start of the update under way.
+        self._written_before: dict[str, list[Tensor]] = {}
         self._to_restore: dict[str, Any] = {}
         self._loaded_optimizers: dict[str, Any] | None = None
         self._random_before_validation: list[random_state.State] | None = None
@@ -320,7 +319,8 @@ class TrainingModule(L.LightningModule, ABC):
             self.log_dict(values, batch_size=size * self.trainer.world_size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("step", float(self.updates))  # where loggers place the validation's metrics
+        # Where loggers place the validation's metrics.
+        self.log("step", float(self.updates))
 
     def on_validation_model_zero_grad(self) -> None:
         """Lightning frees gradients before a validation; those of an update that is under way have
@@ -382,9 +382,8 @@ class TrainingModule(L.LightningModule, ABC):
         state = dict(checkpoint.get(STATE_KEY, {}))
         if STATE_KEY in checkpoint and "optimizer_states" in checkpoint:
             self._loaded_optimizers = checkpoint
-        if (
-            self.is_sharded
-        ):  # then a checkpoint is read after the optimizers are made; else before, and before a fit
+        # Then a checkpoint is read after the optimizers are made; else before, and before a fit.
+        if self.is_sharded:
             self._arrange_optimizer_states()
         self._skipped_in_a_row = dict(state.pop("skipped_in_a_row", {}))
         self._to_restore = {}

@@ -26,9 +26,8 @@ SHOWN = 8
 
 def say_where(checkpoint: Path, max_steps: int) -> None:
     """One line: after which update of which file the run goes on."""
-    content = torch.load(
-        checkpoint, map_location="cpu", weights_only=True, mmap=True
-    )  # reads no tensor
+    # Reads no tensor.
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     update = int(content.get("global_step", 0))
     if 0 <= max_steps <= update:
         log.info(

@@ -111,7 +111,8 @@ class Sharded(ModelParallelStrategy):
             for number, values in saved["state"].items():
                 state[number] = dict(values)
                 for name, value in values.items():
-                    if name != "step" and isinstance(value, Tensor):  # moments, as the parameter
+                    # moments, as the parameter.
+                    if name != "step" and isinstance(value, Tensor):
                         state[number][name] = like(value, model[number])
             optimizer.load_state_dict({**saved, "state": state, "param_groups": settings})
 

@@ -46,7 +46,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "FSQ": {"drop_quant_p": 0.0, "corrupt_tokens_p": 0.0},
 }
 MASKS = {"encoder": "causal_last", "decoder": "full"}
-DEFAULT_MAX_TIMESTEP = 1000.0  # of the official class; the released configs give their own
+# Of the official class; the released configs give their own.
+DEFAULT_MAX_TIMESTEP = 1000.0
 # theirs: gate1 gate2 shift1 scale1 shift2 scale2; ours: gate1 gate2 scale1 scale2 shift1 shift2
 TO_OURS = [0, 1, 3, 5, 2, 4]
 TO_THEIRS = [0, 1, 4, 2, 5, 3]
@@ -183,7 +184,8 @@ def refuse_other_options(config: Config) -> None:
         packer, entry = modules.find("BlockWiseSequencePacker")
         require(entry, f"the FlexTok config's {packer.rpartition('.')[2]}", {"mask_mode": mask})
     trunk, entry = Modules(config, "decoder").find("FlexTransformer")
-    expansion = {"adaLN_expansion": entry.get("adaLN_expansion", 1)}  # their default is 1
+    # Their default is 1.
+    expansion = {"adaLN_expansion": entry.get("adaLN_expansion", 1)}
     require(expansion, f"the FlexTok config's {trunk.rpartition('.')[2]}", {"adaLN_expansion": 2})
 
 

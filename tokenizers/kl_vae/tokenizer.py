@@ -14,7 +14,8 @@ from tessellar.protocol.layout import grid_layout
 from tessellar.tokenizers.parts.vqgan import VQGAN
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
-KL16_SCALE = 0.2325  # 1 / standard deviation of kl16.ckpt's sampled latents over ImageNet
+# 1 / standard deviation of kl16.ckpt's sampled latents over ImageNet.
+KL16_SCALE = 0.2325
 
 
 class KLVAE(VQGAN):

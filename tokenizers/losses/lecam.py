@@ -33,7 +33,6 @@ class LeCam(nn.Module):
         loss = F.relu(real - self.means[1]).square() + F.relu(self.means[0] - fake).square()
         now = distributed.mean_over_ranks(torch.stack([real, fake]).detach())
         means = self.means * self.decay + now.to(self.means.dtype) * (1 - self.decay)
-        self.means = torch.where(
-            torch.isfinite(now).all(), means, self.means
-        )  # a NaN would stay for ever
+        # A NaN would stay for ever.
+        self.means = torch.where(torch.isfinite(now).all(), means, self.means)
         return self.weight * loss

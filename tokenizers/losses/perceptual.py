@@ -75,7 +75,8 @@ class LPIPS(ExactTables):
         load_strict(self.backbone, state, vgg)
         of_heads = Path(heads) if heads else bundled_heads()
         lines = {}
-        for key, tensor in _read(of_heads).items():  # theirs are lin0.model.1.weight, ...
+        # Theirs are lin0.model.1.weight, ...
+        for key, tensor in _read(of_heads).items():
             lines[f"{key.split('.')[0].removeprefix('lin')}.weight"] = tensor
         load_strict(self.heads, lines, str(of_heads))
         self.eval().requires_grad_(False)

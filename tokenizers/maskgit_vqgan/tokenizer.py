@@ -84,7 +84,8 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(
             _blocks(a, b, sizes) for a, b in zip([*widths[1:], widths[-1]], widths, strict=True)
         )
-        self.upsample = nn.ModuleList(Upsample(width) for width in widths[1:])  # after level i + 1
+        # After level i + 1.
+        self.upsample = nn.ModuleList(Upsample(width) for width in widths[1:])
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -191,9 +192,8 @@ class ProxyCodes(LossOnly, nn.Module):
 
     def __init__(self, model: MaskGITVQGAN) -> None:
         super().__init__()
-        self._held = (
-            model.eval().requires_grad_(False),
-        )  # a tuple hides it from the module's parameters
+        # A tuple hides it from the module's parameters.
+        self._held = (model.eval().requires_grad_(False),)
 
     @property
     def model(self) -> MaskGITVQGAN:

@@ -43,7 +43,8 @@ class VQGAN(GridTokenizer):
 
     def paint(self, maps: Tensor) -> Tensor:
         """Images of maps of codes, of any size."""
-        dtype = next(self.decoder.parameters()).dtype  # half precision, in a model that was cast
+        # Half precision, in a model that was cast.
+        dtype = next(self.decoder.parameters()).dtype
         # contiguous: GroupNorm on a CPU loses precision on channels-last memory
         images = self.decoder(self.post_quant_conv(maps.to(dtype).contiguous()))
         return at_least_float32(images)

@@ -81,7 +81,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, rows)
         used = distributed.all_reduce_sum(used)
         sums = distributed.all_reduce_sum(sums)
-        finite = torch.isfinite(sums).all()  # every latent of every rank is in one of the sums
+        # Every latent of every rank is in one of the sums.
+        finite = torch.isfinite(sums).all()
         self.sizes.copy_(torch.where(finite, self.sizes.lerp(used, 1 - self.decay), self.sizes))
         self.sums.copy_(torch.where(finite, self.sums.lerp(sums, 1 - self.decay), self.sums))
         # Codes are the mean of what chose them; smoothed counts keep unused codes from a zero.

@@ -53,9 +53,8 @@ def entropies(logits: Tensor, guard: str = "magvit") -> Entropies:
     rows = logits.flatten(0, -3)
     probs = rows.softmax(-1)
     sample = -(probs * rows.log_softmax(-1)).sum(-1) if guard == "magvit" else entropy(probs, guard)
-    mean = distributed.mean_over_ranks(
-        probs.mean(0)
-    )  # the entropy of a mean is not the mean of entropies
+    # The entropy of a mean is not the mean of entropies.
+    mean = distributed.mean_over_ranks(probs.mean(0))
     return Entropies(sample.mean(0), entropy(mean, guard))
 
 

@@ -60,9 +60,8 @@ class FSQ(Quantizer):
     def quantize(self, z: Tensor) -> Tensor:
         """Codes of z [..., C] on the grid in [-1, 1], straight through the rounding."""
         bounded = self.bound(z)
-        rounded = (
-            (bounded + 0.5).floor() if self.symmetric else bounded.round()
-        )  # ties differ, as officially
+        # Ties differ, as officially.
+        rounded = (bounded + 0.5).floor() if self.symmetric else bounded.round()
         passed = bounded + (rounded - bounded).detach()
         levels, _ = self._per_channel(z)
         return 2 / (levels - 1) * passed - 1 if self.symmetric else passed / (levels // 2)

@@ -148,9 +148,8 @@ class ReToK(Tokenizer):
         self.from_code = nn.Linear(quantizer.dim, z_channels)
         self.quantizer = quantizer
         for parameter in self.parameters():
-            untag(
-                parameter, "no_decay"
-            )  # one group in the official optimizer: biases, norms and tables decay too
+            # One group in the official optimizer: biases, norms and tables decay too.
+            untag(parameter, "no_decay")
             tag(parameter, "decay")
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.passes: Tensor

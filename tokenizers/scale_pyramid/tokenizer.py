@@ -43,9 +43,8 @@ class ScalePyramid(Tokenizer):
 
             refuse_outside(f"the tokenizer of a scale pyramid, {tokenizer}")
             tokenizer = load_tokenizer(tokenizer)
-            self._config["tokenizer"] = (
-                tokenizer.config
-            )  # an export holds the tokenizer, not where it was
+            # An export holds the tokenizer, not where it was.
+            self._config["tokenizer"] = tokenizer.config
         grid = tokenizer.layout.grid
         if grid is None or grid[0] != grid[1] or not tokenizer.layout.is_continuous:
             raise UserError(

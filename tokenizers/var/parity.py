@@ -62,6 +62,7 @@ def quantizer(recording: Recording) -> dict[str, Tensor]:
     vqvae = recorded_vqvae(recording)
     quantizer = vqvae.quantizer
     side = quantizer.sides[-1]
+    # Two gradients of one pass: through the straight-through estimate, and of the losses.
     latents = vqvae.latents(recording.inputs["image"]).detach().requires_grad_()
     output = quantizer(latents)
     cotangent = as_vectors(recording.inputs["vq_train.cot"])

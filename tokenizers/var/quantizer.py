@@ -168,7 +168,8 @@ class MultiScaleQuantizer(VectorQuantizer):
                 self._maintain(latents, finite)
             found = []
             total = torch.zeros_like(z)
-            to_codes = []  # squared errors that move the codes, and those that move z, by scale
+            # Squared errors that move the codes, and those that move z, by scale.
+            to_codes = []
             to_latents = []
             for _, tokens, added in self.scan(z):
                 total = total + rearrange(added, "b c h w -> b (h w) c")

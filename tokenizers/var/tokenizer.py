@@ -72,9 +72,8 @@ class VARVQVAE(VQGAN):
         for module in self.modules():
             if isinstance(module, SpatialAttention):
                 for layer in (module.q, module.k, module.v):
-                    nn.init.xavier_normal_(
-                        layer.weight, gain=0.5 * 2**-0.5
-                    )  # fan in + out: 4, not 2, times the width
+                    # Fan in + out: 4, not 2, times the width.
+                    nn.init.xavier_normal_(layer.weight, gain=0.5 * 2**-0.5)
         codes = self.quantizer.codebook.weight
         nn.init.uniform_(codes, -20 / len(codes), 20 / len(codes))
 

@@ -49,7 +49,8 @@ BACKGROUNDS = {
 }
 
 
-SIZES = {"small": (0.5, 0.58), "medium": (0.66, 0.74), "large": (0.82, 0.9)}  # range of the radius
+# Range of the radius.
+SIZES = {"small": (0.5, 0.58), "medium": (0.66, 0.74), "large": (0.82, 0.9)}
 
 
 SPLITS = ("train", "val")

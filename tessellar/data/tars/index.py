@@ -89,10 +89,10 @@ class TarIndex:
     def image_sizes(self) -> np.ndarray:
         """Bytes of the image of each sample, int64 [N]."""
         owners = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        rows = np.flatnonzero(self.fields < len(IMAGE_FIELDS))  # FIELDS begins with IMAGE_FIELDS
-        ranked = rows[
-            np.lexsort((self.fields[rows], owners[rows]))
-        ]  # a sample's image is of its first field
+        # FIELDS begins with IMAGE_FIELDS.
+        rows = np.flatnonzero(self.fields < len(IMAGE_FIELDS))
+        # A sample's image is of its first field.
+        ranked = rows[np.lexsort((self.fields[rows], owners[rows]))]
         _, first = np.unique(owners[ranked], return_index=True)
         return self.sizes[ranked[first]]
 

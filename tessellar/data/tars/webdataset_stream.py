@@ -45,6 +45,7 @@ from tessellar.errors import UserError
 from tessellar.randomness import derive
 
 log = logging.getLogger(__name__)
+# Without pipe, which runs a shell.
 SCHEMES = (
     "",
     "file",
@@ -56,7 +57,7 @@ SCHEMES = (
     "sftp",
     "ftps",
     "scp",
-)  # without pipe, which runs a shell
+)
 Raw = dict[str, bytes]
 PEEKED = 100  # samples looked at before a run that reads text
 
@@ -219,7 +220,8 @@ class WebDatasetStream(IterableDataset[Sample]):
             else samples()
         )
         for number, (name, fields) in enumerate(mixed):
-            draws = [rng.random() for _ in range(DRAWS + 1)]  # the last one chooses a caption
+            # The last one chooses a caption.
+            draws = [rng.random() for _ in range(DRAWS + 1)]
             if sample := self._decode(name, fields, number * places + place, draws):
                 yield sample
 

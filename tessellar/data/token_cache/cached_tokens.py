@@ -70,9 +70,8 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         self.labels = torch.from_numpy(np.array(labels))
         assert self._ends is None or len(self._ends) == len(self)
         self.has_captions = self._ends is not None and bool(self._ends[-1] > 0)
-        assert len(self._tokens) == len(
-            self
-        )  # opens the file: a damaged one is no surprise for the first epoch
+        # Opens the file: a damaged one is no surprise for the first epoch.
+        assert len(self._tokens) == len(self)
         self._check_files()
 
     @cached_property

@@ -54,9 +54,8 @@ class Inception(Extractor):
         file = io.BytesIO()
         torch.save(dict(state), file)
         file.seek(0)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a run that measures draws the same numbers as one that does not
+        # A run that measures draws the same numbers as one that does not.
+        with torch.random.fork_rng(devices=[]):
             self.network = FeatureExtractorInceptionV3(
                 "inception", ["2048"], feature_extractor_weights_path=file
             )  # type: ignore

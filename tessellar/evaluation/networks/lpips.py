@@ -25,7 +25,8 @@ def load_lpips(weights: str | Path | None = None, backbone: Backbone = "vgg") ->
     `weights` is torchvision's file for the backbone (.pth or .safetensors); without it they are
     downloaded. Raises UserError where neither works.
     """
-    from torchmetrics.functional.image.lpips import _LPIPS  # slow to import, and seldom needed
+    # Slow to import, and seldom needed.
+    from torchmetrics.functional.image.lpips import _LPIPS
 
     if weights is not None:
         network = _LPIPS(net=backbone, pnet_rand=True)

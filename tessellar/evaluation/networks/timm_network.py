@@ -43,9 +43,8 @@ class TimmNetwork(ExactTables, Extractor):
             raise UserError(
                 f"{where} has {self.num_classes} classes, but {len(self.class_names)} class_names"
             )
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a run that measures draws the same numbers as one that does not
+        # A run that measures draws the same numbers as one that does not.
+        with torch.random.fork_rng(devices=[]):
             network = network_of(facts)
         load_strict(network, state, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -57,6 +56,8 @@ class TimmNetwork(ExactTables, Extractor):
 
     def extract(self, images: Tensor) -> Features:
         x = self.at_network_size(images) / 255
+        # Tables are at least float32: back to the images' precision. Convolutions on a CPU are
+        # faster on channels-last memory.
         x = ((x - self.mean) / self.std).to(x.dtype).contiguous(memory_format=torch.channels_last)
         maps = self.network.forward_features(x)  # type: ignore[operator]
         pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
