@@ -45,7 +45,6 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
 
 
 @replays("flextok_ar", "c2i")
-@torch.no_grad()
 def c2i(recording: Recording) -> dict[str, Tensor]:
     """Embeddings, logits, loss, greedy tokens with and without guidance, and branches of the last
     token.
@@ -116,7 +115,6 @@ def branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[st
 
 
 @replays("flextok_ar", "t2i")
-@torch.no_grad()
 def t2i(recording: Recording) -> dict[str, Tensor]:
     """Projected text, logits, and greedy tokens guided against the empty prompt."""
     generator = _generator(recording, "t2i")

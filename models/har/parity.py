@@ -45,7 +45,6 @@ def _generator(recording: Recording) -> HAR:
 
 
 @replays("restok", "gen_train")
-@torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Mask, logits and loss of the tokens that the tokenizer gives."""
     generator = _generator(recording)
@@ -63,7 +62,6 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("restok", "gen_greedy_*")
-@torch.no_grad()
 def decoding(recording: Recording) -> dict[str, Tensor]:
     """Tokens and guided logits of every greedy run, and the images of those that have one."""
     generator = _generator(recording)

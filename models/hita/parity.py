@@ -56,7 +56,6 @@ def _tokens(recording: Recording) -> Tensor:
 
 
 @replays("hita", "gen_train")
-@torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Logits of both heads at every place, and the loss of each segment."""
     generator = _generator(recording)
@@ -75,7 +74,6 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("hita", "gen_incremental")
-@torch.no_grad()
 def incremental(recording: Recording) -> dict[str, Tensor]:
     """Logits of each token, decoded behind the ones that are given."""
     generator = _generator(recording, recording.settings("ar_incremental_logits")["lookup"])
@@ -89,7 +87,6 @@ def incremental(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("hita", "gen_greedy_*")
-@torch.no_grad()
 def decoding(recording: Recording) -> dict[str, Tensor]:
     """Greedy tokens of every run, and the images of those that have one."""
     images = recording.outputs("ar_greedy_*_image")

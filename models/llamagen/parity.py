@@ -31,7 +31,7 @@ def _generator(recording: Recording, part: str) -> LlamaGen:
     return from_config(recording.weights[part], config, layout)
 
 
-@replays("llamagen", "c2i")
+@replays("llamagen", "c2i", gradients=True)
 def c2i(recording: Recording) -> dict[str, Tensor]:
     """Teacher-forced logits, loss, gradient norm and rotation table of the class-conditional
     generator.
@@ -59,7 +59,6 @@ def c2i_gen(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "t2i")
-@torch.no_grad()
 def t2i(recording: Recording) -> dict[str, Tensor]:
     """Logits, weighted loss, projected null caption and greedy decoding of the text-conditional
     generator.

@@ -94,7 +94,6 @@ def schedules(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("mar", "gen_diffloss")
-@torch.no_grad()
 def head(recording: Recording) -> dict[str, Tensor]:
     """Predictions and losses of the diffusion head."""
     generator = _generator(recording)
@@ -115,7 +114,6 @@ def head(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("mar", "gen_diffloss_sample")
-@torch.no_grad()
 def head_samples(recording: Recording) -> dict[str, Tensor]:
     """Tokens as images of one token each.
 
@@ -153,7 +151,7 @@ def head_samples(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("mar", "gen_train")
+@replays("mar", "gen_train", gradients=True)
 def training(recording: Recording) -> dict[str, Tensor]:
     """Tokens, mask, hidden states with the classes; loss and gradient with some of them dropped."""
     generator = _generator(recording)
@@ -205,7 +203,6 @@ class RecordedDiffusion(AncestralDiffusion):
 
 
 @replays("mar", "gen_sample_*")
-@torch.no_grad()
 def sampling(recording: Recording) -> dict[str, Tensor]:
     """Latents of every run, and the scale of guidance at each of its steps."""
     generator = _generator(recording)

@@ -38,7 +38,6 @@ def _generator(recording: Recording, part: str) -> MaskGIT:
 
 
 @replays("titok_maskgit", "gen_*_train")
-@torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Logits with a class and without, loss and accuracy of masked tokens."""
     tokens = recording.inputs["tokens"]

@@ -49,7 +49,6 @@ def _logits(
 
 
 @replays("titok_rar", "gen_perm")
-@torch.no_grad()
 def any_order(recording: Recording) -> dict[str, Tensor]:
     """Scores of tokens in an order of its own for each image."""
     generator = _generator(recording)
@@ -70,7 +69,6 @@ def any_order(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok_rar", "gen_raster")
-@torch.no_grad()
 def raster(recording: Recording) -> dict[str, Tensor]:
     """Scores of tokens in raster order, with a class and without one."""
     generator = _generator(recording)
@@ -89,7 +87,6 @@ def raster(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok_rar", "gen_prefix")
-@torch.no_grad()
 def prefix(recording: Recording) -> dict[str, Tensor]:
     """Logits of the tokens of a prefix, and of the one behind it."""
     generator = _generator(recording)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
@@ -37,7 +36,6 @@ def _generator(recording: Recording) -> ReToKGPT:
 
 
 @replays("retok", "gen_train")
-@torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Teacher-forced logits with the class and with the null class, and the loss."""
     generator = _generator(recording)

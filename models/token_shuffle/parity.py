@@ -74,7 +74,6 @@ def _schedule(settings: Mapping[str, Any]) -> Schedule:
 
 
 @replays("token_shuffle", "shuffle")
-@torch.no_grad()
 def shuffle(recording: Recording) -> dict[str, Tensor]:
     """Windows of all samples, and the fused inputs and un-shuffled features of one."""
     generator = _generator(recording)
@@ -99,7 +98,6 @@ def shuffle(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("token_shuffle", "sample*")
-@torch.no_grad()
 def samples(recording: Recording) -> dict[str, Tensor]:
     """States, logits over the joint vocabulary, and the parts of the loss of every sample."""
     generator = _generator(recording)

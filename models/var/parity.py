@@ -1,6 +1,5 @@
 """Replays of VAR's transformer and sampler (recordings of system `var`)."""
 
-import torch
 from torch import Tensor
 
 from tessellar.checkpoints.weights import part_of
@@ -31,7 +30,6 @@ def _generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
 
 
 @replays("var", "train")
-@torch.no_grad()
 def scores(recording: Recording) -> dict[str, Tensor]:
     """Logits of all scales, with a class and without one."""
     vqvae = recorded_vqvae(recording)
@@ -45,7 +43,6 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("var", "greedy")
-@torch.no_grad()
 def decoding(recording: Recording) -> dict[str, Tensor]:
     """Their scale t = cfg k / (K - 1) multiplies c - u beside c, so ours goes from 1 to 1 + cfg."""
     settings = recording.config["sample"]

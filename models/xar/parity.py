@@ -62,7 +62,7 @@ def _generator(recording: Recording) -> XAR:
     return generator
 
 
-@replays("xar", "train")
+@replays("xar", "train", gradients=True)
 def train(recording: Recording) -> dict[str, Tensor]:
     """One training pass with recorded times and noise, and the gradient of its loss."""
     generator = _generator(recording).train()
@@ -89,7 +89,6 @@ def train(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("xar", "sample")
-@torch.no_grad()
 def sample(recording: Recording) -> dict[str, Tensor]:
     """Latents of both solvers, with and without guidance, and single network calls of the first of
     them.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
@@ -46,12 +47,18 @@ REGISTERED: dict[str, list[Replay]] = {}
 """What `replays` has seen so far, by system."""
 
 
-def replays(system: str, *cases: str) -> Callable[[ReplayFunction], ReplayFunction]:
-    """Registers the function below it as the replay of `cases` of recordings of `system`."""
+def replays(
+    system: str, *cases: str, gradients: bool = False
+) -> Callable[[ReplayFunction], ReplayFunction]:
+    """Registers the function below it as the replay of `cases` of recordings of `system`.
+
+    It is run without autograd, unless some of its outputs are gradients.
+    """
 
     def register(function: ReplayFunction) -> ReplayFunction:
-        REGISTERED.setdefault(system, []).append(Replay(function, cases))
-        return function
+        run = function if gradients else torch.no_grad()(function)
+        REGISTERED.setdefault(system, []).append(Replay(run, cases))
+        return run
 
     return register
 

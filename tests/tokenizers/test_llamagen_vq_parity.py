@@ -176,4 +176,4 @@ def test_sizes_are_told_by_the_weights(
     again = tokenizer_from_official(official_keys(made), 16)
     assert again.stride == stride and again.layout.grid == (16 // stride, 16 // stride)
     images = torch.rand(1, 3, 16, 16) * 2 - 1
-    assert torch.equal(again.latents(images), made.latents(images))
+    assert torch.equal(again.maps(images), made.maps(images))

@@ -39,7 +39,6 @@ def _codes(recording: Recording, tokenizer: FlexTok) -> Tensor:
 
 
 @replays("flextok", "shared", "vae")
-@torch.no_grad()
 def vae(recording: Recording) -> dict[str, Tensor]:
     """Moments and latents of the VAE, and its images of them."""
     tokenizer = _tokenizer(recording)
@@ -54,7 +53,6 @@ def vae(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "enc")
-@torch.no_grad()
 def encode(recording: Recording) -> dict[str, Tensor]:
     """Codes, tokens, the mask, and tokens of fewer registers."""
     tokenizer = _tokenizer(recording)
@@ -76,7 +74,6 @@ def encode(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "fsq")
-@torch.no_grad()
 def fsq(recording: Recording) -> dict[str, Tensor]:
     """The quantizer alone."""
     quantizer = _tokenizer(recording).quantizer
@@ -91,7 +88,6 @@ def fsq(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "time")
-@torch.no_grad()
 def time(recording: Recording) -> dict[str, Tensor]:
     """Features of times, and what the decoder makes of them."""
     decoder = _tokenizer(recording).decoder
@@ -103,7 +99,6 @@ def time(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "vel")
-@torch.no_grad()
 def velocity(recording: Recording) -> dict[str, Tensor]:
     """Velocities with some registers kept, with all, and without a condition of either kind."""
     inputs = recording.inputs
@@ -136,7 +131,6 @@ def mask(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "train")
-@torch.no_grad()
 def train(recording: Recording) -> dict[str, Tensor]:
     """The loss of given times and noise."""
     tokenizer = _tokenizer(recording)
@@ -163,7 +157,6 @@ def _projection(settings: Mapping[str, Any]) -> APG | None:
 
 
 @replays("flextok", "apg")
-@torch.no_grad()
 def apg(recording: Recording) -> dict[str, Tensor]:
     """Guidance of given predictions, one step after another."""
     cond = recording.inputs["apg/cond"]
@@ -186,7 +179,6 @@ def apg(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "decode")
-@torch.no_grad()
 def decode(recording: Recording) -> dict[str, Tensor]:
     """Latents and images of prefixes of several lengths, of every recorded run."""
     tokenizer = _tokenizer(recording)

@@ -57,7 +57,6 @@ def _vision(recording: Recording) -> HitaVision:
 
 
 @replays("hita", "tok_shared", "tok_prep")
-@torch.no_grad()
 def preparation(recording: Recording) -> dict[str, Tensor]:
     """Images as the vision model sees them, every few rows and columns: the recorded ones and a
     computed wave.
@@ -89,7 +88,6 @@ def _features(recording: Recording, made: Hita) -> Tensor:
 
 
 @replays("hita", "tok_shared", "tok_main")
-@torch.no_grad()
 def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
     """Both kinds of tokens and what leads to them, and images of them."""
     made = recorded_tokenizer(recording)
@@ -122,7 +120,6 @@ def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("hita", "tok_shared", "tok_loss")
-@torch.no_grad()
 def losses(recording: Recording) -> dict[str, Tensor]:
     """The losses of both sides, with the recorded perceptual distance and logits."""
     made = recorded_tokenizer(recording)

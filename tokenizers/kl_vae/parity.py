@@ -1,6 +1,5 @@
 """Replay of MAR's KL VAE (case `vae_main` of recordings of system `mar`)."""
 
-import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
@@ -16,7 +15,6 @@ ATTENTION = ("encoder_attn_resolutions", "decoder_attn_resolutions")
 
 
 @replays("mar", "vae_main")
-@torch.no_grad()
 def replay(recording: Recording) -> dict[str, Tensor]:
     """Moments, a posterior sample, its KL and images, of the recorded VAE."""
     inputs = recording.inputs

@@ -42,7 +42,6 @@ def _discriminator(recording: Recording) -> PatchGAN:
 
 
 @replays("llamagen", "shared", "vq")
-@torch.no_grad()
 def tokenizer(recording: Recording) -> dict[str, Tensor]:
     """Latents, tokens, and images of the tokens and of recorded ones."""
     tokenizer = _tokenizer(recording)
@@ -59,7 +58,6 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "shared", "vq_no_l2")
-@torch.no_grad()
 def without_normalisation(recording: Recording) -> dict[str, Tensor]:
     """The same latents and codebook, compared as they are."""
     options = recording.settings("vq/no_l2/indices")
@@ -72,7 +70,6 @@ def without_normalisation(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "shared", "vq_train")
-@torch.no_grad()
 def training_losses(recording: Recording) -> dict[str, Tensor]:
     """Losses of the quantizer, and the squared error."""
     images = recording.inputs["vq/images"]
@@ -86,7 +83,6 @@ def training_losses(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "shared", "disc")
-@torch.no_grad()
 def discriminator(recording: Recording) -> dict[str, Tensor]:
     """Logits with running and with batch statistics."""
     outputs = {}
@@ -166,7 +162,7 @@ class _Update:
         ).total
 
 
-@replays("llamagen", "shared", "loss_plain")
+@replays("llamagen", "shared", "loss_plain", gradients=True)
 def plain_losses(recording: Recording) -> dict[str, Tensor]:
     """Losses of both sides before and after the discriminator starts, and gradients of one."""
     outputs = {}
@@ -196,7 +192,7 @@ def gradient_to(update: _Update, name: str) -> Tensor:
     return gradient
 
 
-@replays("llamagen", "shared", "loss_adaptive")
+@replays("llamagen", "shared", "loss_adaptive", gradients=True)
 def adaptive_losses(recording: Recording) -> dict[str, Tensor]:
     """The total with an adversarial weight that follows the gradients, and that weight."""
     outputs = {}

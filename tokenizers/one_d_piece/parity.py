@@ -2,7 +2,6 @@
 1].
 """
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -20,7 +19,6 @@ def _tokenizer(recording: Recording, stage: Stage = "decoder") -> OneDPiece:
 
 
 @replays("one_d_piece", "shared", "encode", "decode")
-@torch.no_grad()
 def evaluate(recording: Recording) -> dict[str, Tensor]:
     """Tokens, and scores and images of their prefixes."""
     tokenizer = _tokenizer(recording)
@@ -43,7 +41,6 @@ def evaluate(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("one_d_piece", "shared", "train")
-@torch.no_grad()
 def train(recording: Recording) -> dict[str, Tensor]:
     """A training pass of the first stage that keeps the recorded number of tokens."""
     tokenizer = _tokenizer(recording, "proxy").train()

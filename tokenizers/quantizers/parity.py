@@ -106,7 +106,7 @@ def cases(*names: str) -> Callable[[Compute], Compute]:
     """Registers what computes the outputs of one case as the replay of all cases of these names."""
 
     def register(compute: Compute) -> Compute:
-        @replays("quantizers", *names)
+        @replays("quantizers", *names, gradients=True)
         def replay(recording: Recording) -> Outputs:
             outputs: Outputs = {}
             for name in names:

@@ -72,7 +72,6 @@ def recorded_images(recording: Recording) -> Tensor:
 
 
 @replays("restok", "tok_shared", "tok_main")
-@torch.no_grad()
 def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
     """What the encoder makes of images step by step, and images of all tokens and of a prefix."""
     made = recorded_tokenizer(recording)
@@ -129,7 +128,6 @@ def keep_output(block: torch.nn.Module, kept: list[Tensor]) -> None:
 
 
 @replays("restok", "tok_shared", "tok_train")
-@torch.no_grad()
 def training(recording: Recording) -> dict[str, Tensor]:
     """A pass that keeps a prefix of the tokens of each image, and how likely each length is."""
     made = recorded_tokenizer(recording)
@@ -147,7 +145,6 @@ def training(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("restok", "tok_shared", "tok_loss")
-@torch.no_grad()
 def losses(recording: Recording) -> dict[str, Tensor]:
     """The losses of both sides, with the recorded perceptual distance and logits."""
     made = recorded_tokenizer(recording)

@@ -52,7 +52,6 @@ def _tokenizer(recording: Recording) -> ReToK:
 
 
 @replays("retok", "tok_shared", "tok_encode")
-@torch.no_grad()
 def encode(recording: Recording) -> dict[str, Tensor]:
     """Map, latents, tokens and quantized vectors, redundant ones included."""
     tokenizer = _tokenizer(recording)
@@ -68,7 +67,6 @@ def encode(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("retok", "tok_shared", "tok_decode")
-@torch.no_grad()
 def decode(recording: Recording) -> dict[str, Tensor]:
     """Images of the first k tokens."""
     tokenizer = _tokenizer(recording)
@@ -82,7 +80,6 @@ def decode(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("retok", "tok_shared", "tok_train")
-@torch.no_grad()
 def train(recording: Recording) -> dict[str, Tensor]:
     """A training pass and its losses before their weights."""
     tokenizer = _tokenizer(recording).train()
@@ -105,7 +102,7 @@ def train(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("retok", "tok_rot")
+@replays("retok", "tok_rot", gradients=True)
 def rotation(recording: Recording) -> dict[str, Tensor]:
     """The quantizer's output and the gradient that it passes on."""
     quantizer = _tokenizer(recording).quantizer

@@ -106,14 +106,13 @@ def _vqgan(recording: Recording) -> MaskGITVQGAN:
 
 
 @replays("titok", "tok_shared", "tok_vqgan")
-@torch.no_grad()
 def vqgan(recording: Recording) -> dict[str, Tensor]:
     """Features, codes and the image of the codes."""
     model = _vqgan(recording)
     images = recorded_images(recording)
     codes = model.encode(images)
     return {
-        "vqgan/hidden": as_map(model.latents(images), model.side),
+        "vqgan/hidden": model.maps(images),
         "vqgan/codes": codes,
         "vqgan/recon": to_unit(model.decode(codes)).clamp(0, 1),
     }
@@ -131,7 +130,6 @@ def _quantization(tokenizer: TiTok, images: Tensor, name: str) -> dict[str, Tens
 
 
 @replays("titok", "tok_shared", "tok_vq2")
-@torch.no_grad()
 def two_stage(recording: Recording) -> dict[str, Tensor]:
     """Both stages of the two-stage tokenizer."""
     images = recorded_images(recording)
@@ -156,7 +154,6 @@ def two_stage(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_shared", "tok_single")
-@torch.no_grad()
 def single_stage(recording: Recording) -> dict[str, Tensor]:
     """The single-stage tokenizer."""
     tokenizer = recorded_tokenizer(recording, "single", "single", TiTok)
@@ -168,7 +165,6 @@ def single_stage(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_shared", "tok_kl")
-@torch.no_grad()
 def kl(recording: Recording) -> dict[str, Tensor]:
     """The continuous tokenizer."""
     tokenizer = recorded_tokenizer(recording, "kl", "kl", TiTok)
@@ -193,7 +189,6 @@ def kl(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_shared", "tok_disc")
-@torch.no_grad()
 def discriminator(recording: Recording) -> dict[str, Tensor]:
     """The discriminator, and the losses of both sides of the second stage (its quantizer's losses
     weigh nothing).
@@ -236,7 +231,6 @@ def discriminator(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_cvq")
-@torch.no_grad()
 def clustering(recording: Recording) -> dict[str, Tensor]:
     """A training pass of clustering VQ and what it does to the codebook."""
     codebook = recording.inputs["cvq/codebook_before"]

@@ -39,7 +39,6 @@ def recorded_vqvae(recording: Recording) -> VARVQVAE:
 
 
 @replays("var", "vae")
-@torch.no_grad()
 def tokenizer(recording: Recording) -> dict[str, Tensor]:
     """Latents, tokens, sums of scales, images."""
     vqvae = recorded_vqvae(recording)
@@ -56,7 +55,7 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-@replays("var", "vq_train")
+@replays("var", "vq_train", gradients=True)
 def quantizer(recording: Recording) -> dict[str, Tensor]:
     """A training pass of the quantizer, and gradients of its loss and through it."""
     vqvae = recorded_vqvae(recording)
