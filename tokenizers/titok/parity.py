@@ -14,7 +14,7 @@ from torch import Tensor
 from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
 from tessellar.interop.options import check_options
-from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
+from tessellar.parity.forms import as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed
