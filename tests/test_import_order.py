@@ -56,7 +56,7 @@ def test_packages_import_in_order():
             "(data) imports tessellar.sampling.run",
         ),
         (
-            "tessellar/layers/rope.py",
+            "tessellar/layers/adaln.py",
             "def f():\n    from tessellar.protocol import noise",
             "(layers) imports",
         ),

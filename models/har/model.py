@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
-from tessellar.layers.rope import frequencies
+from tessellar.layers.llama import frequencies
 from tessellar.layers.tags import tag
 from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
 from tessellar.protocol.entities import Entities, levels

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache
-from tessellar.layers.llama import Positions
+from tessellar.layers.llama import Positions, grid_angles
 from tessellar.layers.precision import at_least_float32
-from tessellar.layers.rope import grid_angles
 from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities, token_order

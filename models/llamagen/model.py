@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.layers.rope import grid_angles
+from tessellar.layers.llama import grid_angles
 from tessellar.models.parts.llama import CaptionPrefix, ClassPrefix, LlamaGenerator
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import require_categorical

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NoCache
-from tessellar.layers.llama import Positions
+from tessellar.layers.llama import Positions, frequencies
 from tessellar.layers.precision import at_least_float32
-from tessellar.layers.rope import frequencies
 from tessellar.models.llamagen.model import rope_table
 from tessellar.models.parts.joint_text import JointText
 from tessellar.models.parts.llama import CaptionPrefix, ClassPrefix, LlamaGenerator

@@ -21,8 +21,8 @@ from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, modulate
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.llama import StochasticDepth
 from tessellar.layers.precision import at_least_float32
-from tessellar.layers.stochastic_depth import StochasticDepth
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import ClassConditioning, Condition

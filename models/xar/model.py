@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, spread
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
-from tessellar.layers.llama import LlamaAttention, Pass, Positions, SwiGLU
+from tessellar.layers.llama import LlamaAttention, Pass, Positions, SwiGLU, grid_angles
 from tessellar.layers.precision import at_least_float32
-from tessellar.layers.rope import grid_angles
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
 from tessellar.processes import flow

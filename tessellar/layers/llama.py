@@ -1,18 +1,65 @@
-"""The Llama block: RMSNorm, attention with rotary positions, SwiGLU; no biases (arXiv 2302.13971,
-LlamaGen's sizes).
+"""The Llama block and its parts: rotary positions, stochastic depth, SwiGLU, attention; RMSNorm, no
+biases (arXiv 2302.13971, LlamaGen's sizes).
+
+Rotations turn pairs of adjacent channels (RoFormer, arXiv 2104.09864); in two dimensions, as in
+LlamaGen (arXiv 2406.06525), the first half of the pairs turns with the row, the second half with
+the column. Stochastic depth (arXiv 1603.09382) is here because timm's DropPath would load
+torchvision, which costs seconds where only a generator is needed.
 """
 
 from typing import NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.attention import attention
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
-from tessellar.layers.rope import rotate
-from tessellar.layers.stochastic_depth import StochasticDepth
+from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
+
+
+def frequencies(pairs: int, base: float = 10000.0) -> Tensor:
+    """base^(-j / pairs) for j = 0 .. pairs - 1, float32 [pairs]."""
+    return 1.0 / base ** (torch.arange(pairs, dtype=torch.float32) / pairs)
+
+
+def grid_angles(rows: Tensor, columns: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Angles [N, head_dim / 2] of positions `rows`, `columns` [N]: row angles, then column angles."""
+    if head_dim % 4:
+        raise ValueError(f"head_dim is {head_dim}; two-dimensional rotation needs a multiple of 4")
+    freqs = frequencies(head_dim // 4, base).to(rows.device)
+    return torch.cat([rows[:, None] * freqs, columns[:, None] * freqs], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (2j, 2j + 1) of x [B, H, n, D] by cos, sin [B or 1, n, D / 2]; computed in
+    float32, of float64 in float64.
+
+    One complex product: a third of the memory traffic of the four real ones.
+    """
+    pairs = torch.view_as_complex(
+        rearrange(at_least_float32(x), "b h n (d two) -> b h n d two", two=2).contiguous()
+    )
+    rotated = torch.view_as_real(pairs * torch.complex(cos, sin)[:, None])
+    return rearrange(rotated, "b h n d two -> b h n (d two)").to(x.dtype)
+
+
+class StochasticDepth(nn.Module):
+    """Zero a branch [B, ...] with probability `rate` a sample and scale the others by 1 / (1 -
+    rate).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        keep = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep.to(x.dtype) / (1 - self.rate)
 
 
 class Positions(NamedTuple):

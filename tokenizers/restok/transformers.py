@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.attention import attention as attend
+from tessellar.layers.llama import rotate
 from tessellar.layers.precision import ExactTables
-from tessellar.layers.rope import rotate
 from tessellar.layers.tags import tag
 
 Merge = Literal["nearest", "average"]
