@@ -166,41 +166,14 @@ class MAR(RandomSets):
 # Published variants: blocks of encoder and of decoder, width, heads; head depth, width.   parameters at 16 x 16 x 16
 def mar_b(layout: Layout, num_classes: int = 1000) -> MAR:
     """207,924,768 parameters."""
-    return MAR(
-        layout,
-        768,
-        depth=12,
-        num_heads=12,
-        decoder_width=None,
-        head_width=1024,
-        head_depth=6,
-        num_classes=num_classes,
-    )
+    return MAR(layout, 768, 12, 12, head_width=1024, head_depth=6, num_classes=num_classes)
 
 
 def mar_l(layout: Layout, num_classes: int = 1000) -> MAR:
     """478,326,304 parameters."""
-    return MAR(
-        layout,
-        1024,
-        depth=16,
-        num_heads=16,
-        decoder_width=None,
-        head_width=1280,
-        head_depth=8,
-        num_classes=num_classes,
-    )
+    return MAR(layout, 1024, 16, 16, head_width=1280, head_depth=8, num_classes=num_classes)
 
 
 def mar_h(layout: Layout, num_classes: int = 1000) -> MAR:
     """942,403,104 parameters."""
-    return MAR(
-        layout,
-        1280,
-        depth=20,
-        num_heads=16,
-        decoder_width=None,
-        head_width=1536,
-        head_depth=12,
-        num_classes=num_classes,
-    )
+    return MAR(layout, 1280, 20, 16, head_width=1536, head_depth=12, num_classes=num_classes)

@@ -14,31 +14,10 @@ from PIL import Image
 from tessellar.checkpoints.data_facts import DATA_KEY, facts_in
 from tessellar.cli import train
 from tessellar.cli.errors import run
+from tests.tiny.configs import tokenizer_model
 
 CLASSES = ("circle", "square", "triangle")
-TOKENIZER = {
-    "class_path": "tessellar.training.tokenizer_module.TokenizerModule",
-    "init_args": {
-        "tokenizer": {
-            "class_path": "tessellar.tokenizers.vit_vq.ViTVQ",
-            "init_args": {
-                "image_size": 16,
-                "width": 16,
-                "encoder_depth": 1,
-                "decoder_depth": 1,
-                "num_heads": 2,
-                "quantizer": {
-                    "class_path": "tessellar.tokenizers.quantizers.vq.VectorQuantizer",
-                    "init_args": {"vocab_size": 16, "dim": 4},
-                },
-            },
-        },
-        "loss": {
-            "class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss",
-            "init_args": {},
-        },
-    },
-}
+TOKENIZER = tokenizer_model()
 GENERATOR = {
     "class_path": "tessellar.training.generator_module.GeneratorModule",
     "init_args": {

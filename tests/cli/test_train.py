@@ -22,47 +22,9 @@ from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
 from tessellar.tokenizers.retok import ReToK
 from tessellar.tokenizers.vit_vq import ViTVQ
+from tests.tiny.configs import tokenizer_run
 
-TOKENIZER: dict[str, Any] = {
-    "trainer": {
-        "max_steps": 4,
-        "accelerator": "cpu",
-        "check_val_every_n_epoch": None,
-        "val_check_interval": 2,
-        "limit_val_batches": 1,
-        "num_sanity_val_steps": 0,
-    },
-    "log_every": 1,
-    "save_every": 3,
-    "model": {
-        "class_path": "tessellar.training.tokenizer_module.TokenizerModule",
-        "init_args": {
-            "tokenizer": {
-                "class_path": "tessellar.tokenizers.vit_vq.ViTVQ",
-                "init_args": {
-                    "image_size": 16,
-                    "width": 16,
-                    "encoder_depth": 1,
-                    "decoder_depth": 1,
-                    "num_heads": 2,
-                    "quantizer": {
-                        "class_path": "tessellar.tokenizers.quantizers.vq.VectorQuantizer",
-                        "init_args": {"vocab_size": 16, "dim": 4},
-                    },
-                },
-            },
-            "loss": {
-                "class_path": "tessellar.tokenizers.losses.tokenizer_loss.TokenizerLoss",
-                "init_args": {},
-            },
-            "schedule": {"decay": "linear"},
-        },
-    },
-    "data": {
-        "class_path": "tessellar.data.ShapesData",
-        "init_args": {"size": 16, "length": 64, "val_length": 16, "batch_size": 8},
-    },
-}
+TOKENIZER = tokenizer_run(4, validate_every=2, save_every=3, schedule={"decay": "linear"})
 GENERATOR: dict[str, Any] = {
     **{key: TOKENIZER[key] for key in ("trainer", "log_every", "save_every", "data")},
     "model": {
