@@ -54,7 +54,7 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
 def finish(stage: Path, target: Path, marker: str, overwrite: bool = False) -> None:
     """Put a folder that was written beside `target`, over several commands maybe, in its place."""
     check_target(target, marker, overwrite)
-    _move(stage, target, marker, overwrite)
+    put_in_place(stage, target, marker, overwrite)
 
 
 def beside(target: Path, what: str) -> Path:

@@ -47,8 +47,10 @@ class Entry:
 def entries(kind: str, packages: str = "") -> list[Entry]:
     """All of one of KINDS, by name; `packages` of others, separated by commas, add their systems."""
     if kind in FOLDERS:
-        folders = [PACKAGE / FOLDERS[kind], *_folders_of(packages)]
-        return [entry for folder in folders for entry in _systems(folder, FILES[kind])]
+        found: list[Entry] = []
+        for folder in (PACKAGE / FOLDERS[kind], *_folders_of(packages)):
+            found += _systems(folder, FILES[kind])
+        return found
     if kind == "data":
         return _data_sets()
     if kind == "configs":
@@ -61,18 +63,35 @@ def entries(kind: str, packages: str = "") -> list[Entry]:
 def matching(found: list[Entry], pattern: str) -> list[Entry]:
     """Entries whose name, or a name that they offer, fits a shell pattern, or holds it as a part."""
     lowered = pattern.lower()
-    wanted = lowered if any(c in lowered for c in "*?[") else f"*{lowered}*"
-    return [
-        entry
-        for entry in found
-        if any(fnmatch.fnmatch(name.lower(), wanted) for name in (entry.name, *entry.offers))
-    ]
+    wanted = lowered if set("*?[") & set(lowered) else f"*{lowered}*"
+    fitting = []
+    for entry in found:
+        names = [name.lower() for name in (entry.name, *entry.offers)]
+        if fnmatch.filter(names, wanted):
+            fitting.append(entry)
+    return fitting
 
 
 @cache
 def parsed(file: Path) -> ast.Module:
     """The syntax tree of a Python file."""
     return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """Names that a module imports from others: as it calls them, their module, their name there."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                yield alias.asname or alias.name, node.module, alias.name
+
+
+def assigned(tree: ast.Module, name: str) -> ast.expr:
+    """What a module assigns to a name of its own."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return node.value
+    raise KeyError(name)
 
 
 def first_sentence(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
@@ -104,25 +123,17 @@ def _systems(folder: Path, file: str) -> Iterator[Entry]:
 
 def _models(package: Path, header: ast.Module) -> list[str]:
     """Names that a package offers and that build a model: classes of systems, and their presets."""
-    offered = [
-        alias.asname or alias.name
-        for node in header.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    ]
     own = _classes(tuple(sorted(package.glob("*.py"))))
     bases = {**_classes(tuple(sorted(PACKAGE.glob("models/**/*.py")))), **own}
     bases = {**_classes(tuple(sorted(PACKAGE.glob("tokenizers/**/*.py")))), **bases}
-    systems = {name for name in own if derives(name, ROOTS, bases)}
-    presets = {
-        node.name
-        for file in package.glob("*.py")
-        for node in parsed(file).body
-        if isinstance(node, ast.FunctionDef)
-        and node.returns is not None
-        and derives(ast.unparse(node.returns).strip("'\""), ROOTS, bases)
-    }
-    return [name for name in offered if name in systems | presets]
+    builders = {name for name in own if derives(name, ROOTS, bases)}
+    for file in package.glob("*.py"):
+        for node in parsed(file).body:
+            if isinstance(node, ast.FunctionDef) and node.returns is not None:  # maybe a preset
+                made = ast.unparse(node.returns).strip("'\"")
+                if derives(made, ROOTS, bases):
+                    builders.add(node.name)
+    return [name for name, _, _ in imported(header) if name in builders]
 
 
 ROOTS = ("Tokenizer", "Generator", "MaskedGenerator")
@@ -131,12 +142,12 @@ ROOTS = ("Tokenizer", "Generator", "MaskedGenerator")
 @cache
 def _classes(files: tuple[Path, ...]) -> dict[str, tuple[str, ...]]:
     """Names of the bases of every class in some files."""
-    return {
-        node.name: tuple(ast.unparse(base).rpartition(".")[2] for base in node.bases)
-        for file in files
-        for node in parsed(file).body
-        if isinstance(node, ast.ClassDef)
-    }
+    bases = {}
+    for file in files:
+        for node in parsed(file).body:
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = tuple(ast.unparse(b).rpartition(".")[2] for b in node.bases)
+    return bases
 
 
 def derives(name: str, roots: tuple[str, ...], bases: dict[str, tuple[str, ...]]) -> bool:
@@ -149,13 +160,8 @@ def derives(name: str, roots: tuple[str, ...], bases: dict[str, tuple[str, ...]]
 def _data_sets() -> list[Entry]:
     """The data sets that `tessellar.data` names."""
     header = PACKAGE / "data" / "__init__.py"
-    homes = next(
-        node.value
-        for node in parsed(header).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
-    )
     found = []
-    for name, module in ast.literal_eval(homes).items():
+    for name, module in ast.literal_eval(assigned(parsed(header), "_HOMES")).items():
         if name.endswith("Data"):
             file = header.parent / f"{module.replace('.', '/')}.py"
             found.append(Entry(name, first_sentence(definition(file, name)), file, (name,)))
@@ -175,14 +181,14 @@ def _algorithms() -> list[Entry]:
     """Decoding algorithms: classes of `tessellar/sampling` that derive from Algorithm."""
     files = tuple(sorted((PACKAGE / "sampling").glob("*.py")))
     bases = _classes(files)
-    return [
-        Entry(node.name, first_sentence(node), file, (node.name,))
-        for file in files
-        for node in parsed(file).body
-        if isinstance(node, ast.ClassDef)
-        and derives(node.name, ("Algorithm",), bases)
-        and "abstractmethod" not in ast.unparse(node)
-    ]
+    found = []
+    for file in files:
+        for node in parsed(file).body:
+            if not isinstance(node, ast.ClassDef) or "abstractmethod" in ast.unparse(node):
+                continue
+            if derives(node.name, ("Algorithm",), bases):
+                found.append(Entry(node.name, first_sentence(node), file, (node.name,)))
+    return found
 
 
 def _configs() -> list[Entry]:
@@ -191,11 +197,11 @@ def _configs() -> list[Entry]:
     here = Path("configs")
     if here.is_dir() and here.resolve() != CONFIGS.resolve():
         roots.append(here)
-    return [
-        Entry(config_name(file, root), _header_line(file), file)
-        for root in roots
-        for file in sorted(root.rglob("*.yaml"))
-    ]
+    found = []
+    for root in roots:
+        for file in sorted(root.rglob("*.yaml")):
+            found.append(Entry(config_name(file, root), _header_line(file), file))
+    return found
 
 
 def config_name(file: Path, root: Path = CONFIGS) -> str:

@@ -5,6 +5,7 @@ Nothing heavy is imported: both answer at once.
 
 import ast
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -154,14 +155,11 @@ def _systems(name: str, packages: str) -> list[str]:
                 continue
             lines += [f"{kind.removesuffix('s')}: {entry.what}", f"    file: {_home(entry)}"]
             lines += [f"    {offered}" for offered in entry.offers]
-    used = [
-        entry.name
-        for entry in entries("configs")
-        if any(
-            f"tessellar.{folder}.{name}." in entry.file.read_text(encoding="utf-8")
-            for folder in FOLDERS.values()
-        )
-    ]
+    used = []
+    uses = re.compile(rf"tessellar\.({'|'.join(FOLDERS.values())})\.{re.escape(name)}\.")
+    for entry in entries("configs"):
+        if uses.search(entry.file.read_text(encoding="utf-8")):
+            used.append(entry.name)
     if used:
         lines.append("configs that train it:")
         lines += [f"    {spelled('train')} --config {each}" for each in used]

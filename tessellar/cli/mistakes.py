@@ -79,11 +79,8 @@ def deepest(message: str) -> Cause:
         level = len(line) - len(line.lstrip(" -"))
         text = line.strip(" -")
         path = [(depth, part) for depth, part in path if depth < level]
-        values |= (
-            {level: text.partition("Given value:")[2].strip()}
-            if text.startswith("Given value:")
-            else {}
-        )
+        if text.startswith("Given value:"):
+            values[level] = text.partition("Given value:")[2].strip()
         if not text or text.startswith(NOISE):
             continue
         key = KEY.match(text)
@@ -94,10 +91,16 @@ def deepest(message: str) -> Cause:
             best = (level, list(path), [text])
         elif text and level == best[0] and text.startswith("Expected") and path == best[1]:
             best[2].append(text)
-    keys = tuple(m[1] for _, part in best[1] if (m := KEY.match(part)))
-    classes = [m[1] for _, part in best[1] if (m := CLASS.match(part))]
-    value = values.get(max((level for level in values if level < best[0]), default=-1))
-    return Cause(keys, class_path or (classes[-1] if classes else None), tuple(best[2]), value)
+    keys = []
+    class_above = None
+    for _, part in best[1]:
+        if key := KEY.match(part):
+            keys.append(key[1])
+        elif found := CLASS.match(part):
+            class_above = found[1]
+    above = [level for level in values if level < best[0]]
+    value = values[max(above)] if above else None
+    return Cause(tuple(keys), class_path or class_above, tuple(best[2]), value)
 
 
 def _say(cause: Cause, options: set[str]) -> str:
@@ -160,8 +163,9 @@ def say_expected(cause: Cause) -> str:
         kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
         literal = re.match(r"typing\.Literal\[(.*)\]", kind)
         wanted += literal[1].split(", ") if literal else [kind]
-    wanted = [w for w in wanted if w != "NoneType"]
-    names = [w.strip("'") for w in wanted]
+    while "NoneType" in wanted:
+        wanted.remove("NoneType")
+    names = [word.strip("'") for word in wanted]
     return f"expected {' or '.join(wanted)}, not {value!r}{nearest(str(value), names, 0)}"
 
 
@@ -205,7 +209,11 @@ def _members(class_path: str | None, group: str) -> set[str]:
 
 def _under(options: Iterable[str], group: str) -> set[str]:
     start = f"{group}." if group else ""
-    return {o.removeprefix(start).split(".")[0] for o in options if o.startswith(start)}
+    names = set()
+    for option in options:
+        if option.startswith(start):
+            names.add(option.removeprefix(start).split(".")[0])
+    return names
 
 
 def contents(module: str) -> set[str]:
@@ -215,17 +223,20 @@ def contents(module: str) -> set[str]:
     if not module.startswith("tessellar"):
         return set()
     found = importlib.import_module(module)
-    return {n for n in [*dir(found), *getattr(found, "__all__", [])] if n[0] != "_"} | {
-        m.name for m in pkgutil.iter_modules(getattr(found, "__path__", []))
-    }
+    names = {*dir(found), *getattr(found, "__all__", [])}
+    for info in pkgutil.iter_modules(getattr(found, "__path__", [])):
+        names.add(info.name)
+    return {name for name in names if not name.startswith("_")}
 
 
 def _given_on_command_line(cause: Cause, argv: Sequence[str]) -> bool:
-    words = [w.split(".")[-1] for w in _words(cause)]
-    given = {
-        part for a in argv if a.startswith("--") for part in a[2:].partition("=")[0].split(".")
-    }
-    return bool(words) and words[-1] in given
+    words = _words(cause)
+    given: set[str] = set()
+    for argument in argv:
+        if argument.startswith("--"):
+            option = argument[2:].partition("=")[0]
+            given |= set(option.split("."))
+    return bool(words) and words[-1].split(".")[-1] in given
 
 
 def _words(cause: Cause) -> list[str]:
@@ -239,12 +250,16 @@ def _words(cause: Cause) -> list[str]:
 
 def files_holding(files: Sequence[str], cause: Cause) -> list[str]:
     """The configs that hold the offending word; all of them where that cannot be told."""
-    words = [w.split(".")[0] for w in _words(cause)[-1:]] or [""]
-    texts = {
-        f: Path(f).read_text(encoding="utf-8", errors="replace") for f in files if Path(f).is_file()
-    }
-    hit = [f for f, text in texts.items() if re.search(rf"\b{re.escape(words[0])}\b", text)]
-    return [", ".join(hit or list(texts))] if texts else []
+    words = _words(cause) or [""]
+    word = re.compile(rf"\b{re.escape(words[-1].split('.')[0])}\b")
+    there = []
+    hit = []
+    for file in filter(None, files):
+        if Path(file).is_file():
+            there.append(file)
+            if word.search(Path(file).read_text(encoding="utf-8", errors="replace")):
+                hit.append(file)
+    return [", ".join(hit or there)] if there else []
 
 
 def cause_of(error: BaseException) -> UserError | None:

@@ -8,7 +8,16 @@ import ast
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from tessellar.cli.catalogue import FOLDERS, PACKAGE, entries, first_sentence, parsed
+from tessellar.cli.catalogue import (
+    FOLDERS,
+    PACKAGE,
+    assigned,
+    definition,
+    entries,
+    first_sentence,
+    imported,
+    parsed,
+)
 from tessellar.cli.spelling import spelled
 
 WIDTH = 100
@@ -93,9 +102,9 @@ def _own_options() -> list[tuple[str, str]]:
     found = []
     for node in ast.walk(parsed(PACKAGE / "cli" / "train.py")):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument":
-            help_text = [k.value for k in node.keywords if k.arg == "help"]
-            if help_text and isinstance(node.args[0], ast.Constant):
-                found.append((str(node.args[0].value), ast.literal_eval(help_text[0])))
+            for keyword in node.keywords:
+                if keyword.arg == "help" and isinstance(node.args[0], ast.Constant):
+                    found.append((str(node.args[0].value), ast.literal_eval(keyword.value)))
     return found
 
 
@@ -127,19 +136,16 @@ def _table_of(command: str) -> ast.expr | None:
 def _functions(command: str) -> dict[str, tuple[str, str]]:
     """Commands of `evaluate` or `convert`: name to module of `tessellar.cli` and function."""
     tree = parsed(PACKAGE / "cli" / f"{command}.py")
-    homes = {
-        alias.asname or alias.name: (node.module.rpartition(".")[2], alias.name)
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-    }
+    homes = {}
+    for here, module, name in imported(tree):
+        homes[here] = (module.rpartition(".")[2], name)
     table = _table_of(command)
     assert isinstance(table, ast.Dict)
     found = {}
     for key, value in zip(table.keys, table.values, strict=True):
         assert isinstance(key, ast.Constant)
         if isinstance(value, ast.Call):  # Elsewhere(module, name)
-            module, name = (ast.literal_eval(argument) for argument in value.args)
+            module, name = map(ast.literal_eval, value.args)
             found[str(key.value)] = (module.rpartition(".")[2], name)
         else:
             name = ast.unparse(value)
@@ -149,10 +155,9 @@ def _functions(command: str) -> dict[str, tuple[str, str]]:
 
 def _commands(command: str, functions: dict[str, tuple[str, str]]) -> str:
     """All commands of `evaluate` or `convert` with a line each."""
-    rows = [
-        (name, first_sentence(_definition(module, function)))
-        for name, (module, function) in functions.items()
-    ]
+    rows = []
+    for name, (module, function) in functions.items():
+        rows.append((name, first_sentence(_definition(module, function))))
     usage = f"usage: {spelled(command)} COMMAND ... (COMMAND --help lists its options)"
     said = first_sentence(parsed(PACKAGE / "cli" / f"{command}.py")).partition(": ")[2]
     what = _wrapped(said[:1].upper() + said[1:])
@@ -182,12 +187,11 @@ def _names_for(arguments: set[str]) -> list[str]:
     """What the arguments of a command choose among: data sets, algorithms, whose weights."""
     lines = []
     if "system" in arguments and "file" in arguments:
-        systems = {
-            entry.name
-            for kind in FOLDERS
-            for entry in entries(kind)
-            if (entry.file.parent / "official.py").is_file()
-        }
+        systems = set()
+        for kind in FOLDERS:
+            for entry in entries(kind):
+                if (entry.file.parent / "official.py").is_file():
+                    systems.add(entry.name)
         lines.append(_hanging("systems:", ", ".join(sorted(systems))))
     for title, argument, kind in (
         ("data sets", "data", "data"),
@@ -200,10 +204,9 @@ def _names_for(arguments: set[str]) -> list[str]:
 
 
 def _definition(module: str, function: str) -> ast.FunctionDef:
-    tree = parsed(PACKAGE / "cli" / f"{module}.py")
-    return next(
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function
-    )
+    node = definition(PACKAGE / "cli" / f"{module}.py", function)
+    assert isinstance(node, ast.FunctionDef)
+    return node
 
 
 def _arguments(docstring: str) -> dict[str, str]:

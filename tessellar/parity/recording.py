@@ -126,11 +126,11 @@ class Recording:
 
     def names(self, role: str, cases: set[str] | None = None) -> list[str]:
         """Names of a role's tensors, of all cases or of some."""
-        return [
-            n
-            for n, e in self.entries.items()
-            if e.role == role and (cases is None or e.case in cases)
-        ]
+        names = []
+        for name, entry in self.entries.items():
+            if entry.role == role and (cases is None or entry.case in cases):
+                names.append(name)
+        return names
 
     @property
     def output_cases(self) -> set[str]:
@@ -185,11 +185,8 @@ def read_meta(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    missing = [
-        key
-        for key in ("system", "config", "tensors")
-        if not isinstance(meta, dict) or key not in meta
-    ]
+    keys = ["system", "config", "tensors"]
+    missing = [key for key in keys if key not in meta] if isinstance(meta, dict) else keys
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
     return meta

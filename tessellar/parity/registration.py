@@ -87,11 +87,8 @@ def _of_packages(system: str, packages: Sequence[str]) -> list[Replay]:
     question.
     """
     roots = (OWN, *(f"{root}." for root in (*PAPERS, DECODING, *packages)))
-    return [
-        replay
-        for replay in REGISTERED.get(system, [])
-        if replay.function.__module__.startswith(roots)
-    ]
+    found = REGISTERED.get(system, [])
+    return [replay for replay in found if replay.function.__module__.startswith(roots)]
 
 
 def _modules(packages: Sequence[str]) -> Iterator[tuple[str, Path]]:

@@ -90,10 +90,10 @@ def verify(
         raise UserError(f"{recording.folder}: {what} has no outputs, only inputs")
     report = Report(str(folder), recording.system)
     outputs = replay_all(recording, known, report)
-    report.comparisons = [
-        compare(name, recording.entries[name], outputs.get(name), recording.tensors.get(name))
-        for name in recording.names("output", recording.cases)
-    ]
+    for name in recording.names("output", recording.cases):
+        ours = outputs.get(name)
+        theirs = recording.tensors.get(name)
+        report.comparisons.append(compare(name, recording.entries[name], ours, theirs))
     report.leftovers += leftovers_of(recording, outputs, complete=not selected)
     return report
 
@@ -160,10 +160,13 @@ def leftovers_of(recording: Recording, outputs: dict[str, Tensor], complete: boo
     inputs = set(recording.names("input", recording.cases))
     recorded = set(recording.names("output"))
     undescribed = set(recording.tensors) - set(recording.entries)
-    odd = {n for n, e in recording.entries.items() if e.role not in ("input", "output", "info")}
-    absent = {n for n, e in recording.entries.items() if e.role != "output"} - set(
-        recording.tensors
-    )
+    odd = set()
+    absent = set()
+    for name, entry in recording.entries.items():
+        if entry.role not in ("input", "output", "info"):
+            odd.add(name)
+        if entry.role != "output" and name not in recording.tensors:
+            absent.add(name)
     unread = set(recording.weights) - recording.weights.used if complete else set()
     groups = {
         "input not used": inputs - recording.inputs.used - absent,
@@ -173,4 +176,7 @@ def leftovers_of(recording: Recording, outputs: dict[str, Tensor], complete: boo
         "in io.safetensors, but not in meta.json": undescribed,
         "weights not used": unread,
     }
-    return [f"{what}: {name}" for what, names in groups.items() for name in sorted(names)]
+    lines = []
+    for what, names in groups.items():
+        lines += [f"{what}: {name}" for name in sorted(names)]
+    return lines

@@ -93,12 +93,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, Configured):
         return value.config
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            "class_path": class_path(type(value)),
-            "init_args": {
-                f.name: describe(getattr(value, f.name)) for f in fields(value) if f.init
-            },
-        }
+        arguments = {}
+        for field in fields(value):
+            if field.init:
+                arguments[field.name] = describe(getattr(value, field.name))
+        return {"class_path": class_path(type(value)), "init_args": arguments}
     if isinstance(value, (tuple, list)):
         return [describe(item) for item in value]
     if isinstance(value, dict):
@@ -146,9 +145,9 @@ def _build(config: Any, expected: Any, where: str) -> Any:
     except TypeError as error:
         raise UserError(f"config of {path}: {error}") from error
     hints = get_type_hints(target.__init__)
-    arguments = {
-        key: _build(item, hints.get(key), f"{key} of {path}") for key, item in given.items()
-    }
+    arguments = {}
+    for key, item in given.items():
+        arguments[key] = _build(item, hints.get(key), f"{key} of {path}")
     return target(**arguments)
 
 

@@ -71,11 +71,12 @@ class Case:
 
     def recorded(self, outputs: Outputs) -> Outputs:
         """Those outputs that are recorded, by full name; single numbers as [1]."""
-        named = {f"{self.name}/{name}": value for name, value in outputs.items()}
-        kept = {name: value for name, value in named.items() if name in self.recording.entries}
-        return {
-            name: value.reshape(1) if value.ndim == 0 else value for name, value in kept.items()
-        }
+        kept = {}
+        for name, value in outputs.items():
+            full = f"{self.name}/{name}"
+            if full in self.recording.entries:
+                kept[full] = value.reshape(1) if value.ndim == 0 else value
+        return kept
 
     def gradients(self, x: Tensor, out: QuantizerOutput, parameters: Outputs) -> Outputs:
         """Gradients of <quantized, cot> and of the loss, to x and to parameters."""
@@ -92,9 +93,8 @@ class Case:
                 allow_unused=True,
                 materialize_grads=True,
             )
-            found |= {
-                f"grad_{name}_from_{source}": g for name, g in zip(wanted, grads, strict=True)
-            }
+            for name, gradient in zip(wanted, grads, strict=True):
+                found[f"grad_{name}_from_{source}"] = gradient
             found[f"grad_x_from_{source}"] = self.like_x(found[f"grad_x_from_{source}"])
         return found
 
@@ -295,9 +295,9 @@ def ema(case: Case) -> Outputs:
     case.load(made, official.LUCID_EMA)
     outputs, _, _ = _trained(case, made)
     after = official.to_official(made, official.LUCID_EMA)
-    return outputs | {
-        f"after_{key.removeprefix('_codebook.')}": value for key, value in after.items()
-    }
+    for key, value in after.items():
+        outputs[f"after_{key.removeprefix('_codebook.')}"] = value
+    return outputs
 
 
 @cases("dead_code_mask")
