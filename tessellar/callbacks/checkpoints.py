@@ -177,7 +177,10 @@ class Checkpoints(Checkpoint):
 
     def _whole(self, *names: str) -> Path | str:
         """The first of these checkpoints that is there, to be named to the user."""
-        return next((self.folder / name for name in names if (self.folder / name).exists()), "none")
+        for name in names:
+            if (self.folder / name).exists():
+                return self.folder / name
+        return "none"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -196,11 +199,9 @@ def validates_now(trainer: L.Trainer) -> bool:
 
 def tables_of(trainer: L.Trainer) -> list[MetricsFile]:
     """The run's metrics.csv, on the process that writes it."""
-    return [
-        logger
-        for logger in trainer.loggers
-        if isinstance(logger, MetricsFile) and trainer.is_global_zero
-    ]
+    if not trainer.is_global_zero:
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
 
 
 def write_metrics(trainer: L.Trainer) -> None:
@@ -223,14 +224,11 @@ def require_finite(trainer: L.Trainer, whole: Path | str) -> None:
     """Raise UserError, on all processes, where a weight of any is NaN or infinite; `whole` is what
     is left.
     """
-    first = next(
-        (
-            name
-            for name, tensor in trainer.lightning_module.state_dict().items()
-            if not _finite(tensor)
-        ),
-        None,
-    )
+    first = None
+    for name, tensor in trainer.lightning_module.state_dict().items():
+        if not _finite(tensor):
+            first = name
+            break
     found = [name for name in distributed.all_gather(first) if name is not None]
     if found:
         raise UserError(

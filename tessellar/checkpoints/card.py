@@ -85,11 +85,9 @@ class Record:
 def record_from(data: Any) -> Record:
     """The record in a config; unknown entries, written by another version, are ignored."""
     known = Record.__dataclass_fields__
-    return (
-        Record(**{key: value for key, value in data.items() if key in known})
-        if isinstance(data, dict)
-        else Record()
-    )
+    if not isinstance(data, dict):
+        return Record()
+    return Record(**{key: value for key, value in data.items() if key in known})
 
 
 def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
@@ -114,7 +112,7 @@ def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
         _table("metric", {k: f"{v:g}" for k, v in record.metrics.items()}),
         "" if record.license else "The record of this model states no license.\n",
     ]
-    return "\n".join(section for section in sections if section)
+    return "\n".join(filter(None, sections))
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

@@ -289,9 +289,9 @@ def optimizer_facts(settings: OptimizerSettings, batch: int) -> Facts:
 def schedule_facts(schedule: Schedule, settings: OptimizerSettings, updates: int) -> Facts:
     """Factors of the peak rate along the run, and the weight decay where it has a schedule."""
     at = {percent: math.floor(percent / 100 * updates) for percent in PERCENTS}
-    facts: Facts = {
-        f"schedule.factor.{p}": schedule.factor(step, updates) for p, step in at.items()
-    }
+    facts: Facts = {}
+    for percent, step in at.items():
+        facts[f"schedule.factor.{percent}"] = schedule.factor(step, updates)
     facts |= {
         "schedule.updates": updates,
         "schedule.warmup_updates": schedule.warmup,
@@ -301,10 +301,10 @@ def schedule_facts(schedule: Schedule, settings: OptimizerSettings, updates: int
     if schedule.final_weight_decay is None:
         return facts | {"weight_decay_schedule": "none"}
     decay = settings.weight_decay
-    return facts | {
-        f"weight_decay_schedule.weight_decay.{p}": schedule.weight_decay(decay, step, updates)
-        for p, step in at.items()
-    }
+    for percent, step in at.items():
+        value = schedule.weight_decay(decay, step, updates)
+        facts[f"weight_decay_schedule.weight_decay.{percent}"] = value
+    return facts
 
 
 def ema_facts(recipe: Recipe) -> Facts:

@@ -114,11 +114,10 @@ def compare(a: Record, b: Record, names: tuple[str, str] = ("a", "b")) -> str:
     why.
     """
     reasons = differences(a, b)
-    verdict = (
-        ["NOT comparable; these differ:", *(f"  {reason}" for reason in reasons)]
-        if reasons
-        else ["comparable"]
-    )
+    verdict = ["comparable"]
+    if reasons:
+        verdict = ["NOT comparable; these differ:"]
+        verdict += [f"  {reason}" for reason in reasons]
     metrics = {**a["metrics"], **b["metrics"]}
     width = max(map(len, metrics), default=0)
     rows = [f"{name:{width}}  {_cell(a, name)}  {_cell(b, name)}" for name in metrics]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tessellar.checkpoints.description import HEADER_KEY
+from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
 from tessellar.tensor_files import (
     Weights,
@@ -114,9 +115,8 @@ def state_dicts(content: Any, depth: int = DEEPEST) -> dict[str, Mapping[str, Te
         if _is_state_dict(value):
             found[name] = value
         else:
-            found |= {
-                f"{name}.{inner}": state for inner, state in state_dicts(value, depth - 1).items()
-            }
+            for inner, state in state_dicts(value, depth - 1).items():
+                found[f"{name}.{inner}"] = state
     return found
 
 
@@ -157,7 +157,5 @@ def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of what DDP and compilation wrapped."""
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
-            return without_prefix(
-                {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-            )
+            return without_prefix(part_of(state, prefix))
     return state

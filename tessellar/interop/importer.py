@@ -115,9 +115,11 @@ class Importer(Generic[M]):
         state = unwrap(content, where, key, self.entries)
         if self.buffers is not None and self.buffers.entry in state_dicts(content):
             there = unwrap(content, where, self.buffers.entry)
-            state = {
-                name: t for name, t in there.items() if matches(name, self.buffers.names)
-            } | state
+            buffers = {}
+            for name, tensor in there.items():
+                if matches(name, self.buffers.names):
+                    buffers[name] = tensor
+            state = buffers | state
         return Weights(state, where)
 
     def fill(self, module: M, state: State, where: str = "") -> M:
@@ -146,9 +148,11 @@ class Importer(Generic[M]):
         return self.keys if isinstance(self.keys, KeyTable) else self.keys(module)
 
     def _own(self, module: M) -> dict[str, Tensor]:
-        return {
-            name: tensor for name, tensor in module.state_dict().items() if matches(name, self.own)
-        }
+        own = {}
+        for name, tensor in module.state_dict().items():
+            if matches(name, self.own):
+                own[name] = tensor
+        return own
 
 
 T = TypeVar("T", bound=Tokenizer)

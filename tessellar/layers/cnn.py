@@ -164,8 +164,10 @@ class Encoder(nn.Module):
         last = len(sizes.widths) - 1
         attention = (last,) if attention is None else attention
         self.conv_in = nn.Conv2d(3, sizes.channels, 3, padding=1)
-        self.levels = nn.ModuleList(
-            Level(
+        self.levels = nn.ModuleList()
+        previous = sizes.channels
+        for i, width in enumerate(widths):  # the finest level first
+            level = Level(
                 previous,
                 width,
                 sizes.num_res_blocks,
@@ -174,10 +176,8 @@ class Encoder(nn.Module):
                 dropout=sizes.dropout,
                 groups=sizes.groups,
             )
-            for i, (previous, width) in enumerate(
-                zip([sizes.channels, *widths], widths, strict=False)
-            )
-        )
+            self.levels.append(level)
+            previous = width
         self.mid = middle(widths[-1], sizes.dropout, middle_attention, sizes.groups)
         self.norm_out = group_norm(widths[-1], sizes.groups)
         self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
@@ -201,8 +201,10 @@ class Decoder(nn.Module):
         attention = (last,) if attention is None else attention
         self.conv_in = nn.Conv2d(sizes.z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], sizes.dropout, groups=sizes.groups)
-        self.levels = nn.ModuleList(
-            Level(
+        self.levels = nn.ModuleList()
+        previous = widths[0]
+        for i, width in enumerate(widths):  # the coarsest level first
+            level = Level(
                 previous,
                 width,
                 sizes.num_res_blocks + 1,
@@ -211,8 +213,8 @@ class Decoder(nn.Module):
                 dropout=sizes.dropout,
                 groups=sizes.groups,
             )
-            for i, (previous, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
-        )
+            self.levels.append(level)
+            previous = width
         self.norm_out = group_norm(widths[-1], sizes.groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 

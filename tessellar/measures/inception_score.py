@@ -57,10 +57,9 @@ class ScoreSums:
     @classmethod
     def empty(cls, total: int, num_classes: int, rule: SplitRule) -> "ScoreSums":
         splits = split_of(total, rule)
-        zeros = [
-            torch.zeros(int(splits.max()) + 1, *s, dtype=torch.float64)
-            for s in ((), (num_classes,), ())
-        ]
+        zeros = []
+        for shape in ((), (num_classes,), ()):
+            zeros.append(torch.zeros(int(splits.max()) + 1, *shape, dtype=torch.float64))
         return cls(splits, *zeros)
 
     def update(self, logits: Tensor, index: Tensor) -> None:

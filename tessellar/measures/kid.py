@@ -53,11 +53,10 @@ def kernel_distance(
     draw = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
-        rows = [
-            torch.from_numpy(draw.choice(len(side), size, replace=False))
-            for side in (samples, reference)
-        ]
-        x = samples[rows[0].to(samples.device)].double()
-        y = reference[rows[1].to(reference.device)].double()
+        sides = []
+        for side in (samples, reference):
+            rows = torch.from_numpy(draw.choice(len(side), size, replace=False))
+            sides.append(side[rows.to(side.device)].double())
+        x, y = sides
         values.append(float(unbiased_mmd(x, y)))
     return KID(float(np.mean(values)), float(np.std(values)))

@@ -74,11 +74,12 @@ class PairedSums:
             raise UserError(
                 f"reconstructions are {tuple(images.shape)}, originals {tuple(originals.shape)}"
             )
-        scores = [
-            torch.ones(len(images)),
-            *(score(images, originals) for score in (psnr, ssim, self._lpips)),
-        ]
-        self.sums += torch.stack([score.sum().cpu().double() for score in scores])
+        ones = torch.ones(len(images))  # counts the pairs
+        quality = psnr(images, originals)
+        likeness = ssim(images, originals)
+        distance = self._lpips(images, originals)
+        for place, score in enumerate((ones, quality, likeness, distance)):
+            self.sums[place] += score.sum().cpu().double()
 
     @torch.inference_mode()
     def _lpips(self, images: Tensor, originals: Tensor) -> Tensor:

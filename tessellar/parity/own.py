@@ -143,10 +143,13 @@ def _record(
     """
     first = run_case(parts, case, inputs, settings)
     second = run_case(parts, case, inputs, settings)
-    kept = {name: tensor for name, tensor in first.items() if torch.equal(tensor, second[name])}
-    for name, tensor in kept.items():
-        recorder.output(name, tensor, case)
-    left_out += [name for name in first if name not in kept]
+    kept = {}
+    for name, tensor in first.items():
+        if torch.equal(tensor, second[name]):
+            recorder.output(name, tensor, case)
+            kept[name] = tensor
+        else:
+            left_out.append(name)
     return kept
 
 
@@ -179,11 +182,10 @@ def rebuilt(recording: Recording) -> Parts:
     trusted.
     """
     source = Source(str(recording.folder), recording.config, dict(recording.weights["model"]), "")
-    found = {
-        name: source.build(name)
-        for name in ("tokenizer", "generator", "conditioner")
-        if name in recording.config
-    }
+    found = {}
+    for name in ("tokenizer", "generator", "conditioner"):
+        if name in recording.config:
+            found[name] = source.build(name)
     if len(found) == 3:
         return parts_of(ImageGenerator(**found).eval())
     return Parts(**found)
@@ -199,5 +201,6 @@ def replay(recording: Recording) -> dict[str, Tensor]:
             settings = recording.case_settings.get(case, {})
             made = run_case(parts, case, recording.inputs, settings)
             recorded = recording.names("output", {case})
-            outputs |= {name: tensor for name, tensor in made.items() if name in recorded}
+            for name in made.keys() & set(recorded):
+                outputs[name] = made[name]
     return outputs

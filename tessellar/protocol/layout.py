@@ -133,10 +133,13 @@ class Layout:
         """Vocabulary size of each position, int64 [N]; raises TypeError unless the layout is
         categorical.
         """
-        sizes = [(s.kind.vocab, s.length) for s in self.segments if isinstance(s.kind, Categorical)]
+        sizes = []
+        for segment in self.segments:
+            if isinstance(segment.kind, Categorical):
+                sizes.append(torch.full((segment.length,), segment.kind.vocab, device="cpu"))
         if not self.is_categorical:
             raise TypeError(f"only a categorical layout has vocabularies; this one is {self}")
-        return torch.cat([torch.full((n,), v, device="cpu") for v, n in sizes])
+        return torch.cat(sizes)
 
     def blank(self, batch: int) -> Tensor:
         """Zeroed tokens of a batch: int64 [B, N] or [B, N, F], float32 [B, N, C] for continuous

@@ -126,9 +126,11 @@ def respell_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _under(prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)
-    }
+    options = {}
+    for key, value in record.items():
+        if key.startswith(prefix):
+            options[key.removeprefix(prefix)] = value
+    return options
 
 
 def _chosen(names: Mapping[str, str], name: Any, options: Mapping[str, Any]) -> dict[str, Any]:

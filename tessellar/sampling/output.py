@@ -113,11 +113,9 @@ class SampleFolder:
         """Write what needs all images; every process calls it."""
         if isinstance(self._pixels, np.memmap):
             self._pixels.flush()
-        shown = {
-            index: image
-            for part in distributed.all_gather(self.shown)
-            for index, image in part.items()
-        }
+        shown: dict[int, Tensor] = {}
+        for part in distributed.all_gather(self.shown):
+            shown |= part
         distributed.barrier()
         if distributed.rank() > 0:
             return

@@ -90,9 +90,9 @@ class FusedBlock:
         # `auto` prefers the explicit form on CPU for its backward pass; going forward SDPA is up to
         # 7 times faster.
         self.implementation = "sdpa" if own.implementation == "auto" else own.implementation
-        self.wqkv, self.wo, self.w2 = (
-            Product(m.weight, dtype, layout) for m in (own.wqkv, own.wo, feed.w2)
-        )
+        self.wqkv = Product(own.wqkv.weight, dtype, layout)
+        self.wo = Product(own.wo.weight, dtype, layout)
+        self.w2 = Product(feed.w2.weight, dtype, layout)
         self.w13 = Product(torch.cat([feed.w1.weight, feed.w3.weight]), dtype, layout)
 
     def __call__(self, x: Tensor, layer: int, shared: Pass) -> Tensor:
@@ -159,17 +159,15 @@ def prepared(
     kind = next(generator.parameters()).device.type
     if dtype is None and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    inside = {
-        id(m)
-        for block in generator.modules()
-        if isinstance(block, LlamaBlock)
-        for m in block.modules()
-    }
+    inside: set[nn.Module] = set()  # what blocks hold is fused with them
+    for block in generator.modules():
+        if isinstance(block, LlamaBlock):
+            inside.update(block.modules())
     try:
         for module in generator.modules():
             fused = (
                 fused_form(module, dtype, layout)
-                if isinstance(module, LlamaBlock) or id(module) not in inside
+                if isinstance(module, LlamaBlock) or module not in inside
                 else None
             )
             if fused is not None:

@@ -56,10 +56,9 @@ def train_bpe(captions: Iterable[str], pairs: int, lowercase: bool = True) -> Te
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [
-        m.split(" ") if isinstance(m, str) else m
-        for m in json.loads(learner.to_str())["model"]["merges"]
-    ]
+    merges = []
+    for merge in json.loads(learner.to_str())["model"]["merges"]:  # "a b", or ["a", "b"] later
+        merges.append(merge.split(" ") if isinstance(merge, str) else merge)
     ids = {letter: 1 + place for place, letter in enumerate(sorted(_alphabet(library)))}
     for number, (left, right) in enumerate(merges):
         ids.setdefault(left + right, FIRST_PAIR + number)

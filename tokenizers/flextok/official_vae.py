@@ -28,7 +28,8 @@ def as_convolution(t: Tensor) -> Tensor:
 
 def keys() -> KeyTable:
     pairs = {
-        f"{layer}.{{tensor}}": f"{layer}.{{tensor}}" for layer in ("quant_conv", "post_quant_conv")
+        "quant_conv.{tensor}": "quant_conv.{tensor}",
+        "post_quant_conv.{tensor}": "post_quant_conv.{tensor}",
     }
     for side, group, resample in (
         ("encoder", "down_blocks", "downsamplers"),
@@ -36,10 +37,8 @@ def keys() -> KeyTable:
     ):
         level = f"{side}.levels.{{i}}"
         block = f"{side}.{group}.{{i}}"
-        pairs |= {
-            f"{side}.{layer}.{{tensor}}": f"{side}.{layer}.{{tensor}}"
-            for layer in ("conv_in", "conv_out")
-        }
+        for layer in ("conv_in", "conv_out"):
+            pairs[f"{side}.{layer}.{{tensor}}"] = f"{side}.{layer}.{{tensor}}"
         pairs[f"{side}.conv_norm_out.{{tensor}}"] = f"{side}.norm_out.{{tensor}}"
         pairs[f"{block}.{resample}.0.conv.{{tensor}}"] = f"{level}.resample.conv.{{tensor}}"
         places = {f"{block}.resnets.{{j}}": f"{level}.res.{{j}}"}
@@ -87,9 +86,7 @@ def vae_from_official(
     state: Mapping[str, Tensor], image_size: int, scale: float, groups: int = 32
 ) -> KLVAE:
     """Our VAE with the sizes that the weights show, filled with them."""
-    missing = [
-        key for key in ("encoder.conv_in.weight", "post_quant_conv.weight") if key not in state
-    ]
+    missing = {"encoder.conv_in.weight", "post_quant_conv.weight"} - state.keys()
     if missing:
         raise UserError(
             f"these are not the weights of diffusers' AutoencoderKL: {', '.join(missing)} is absent"

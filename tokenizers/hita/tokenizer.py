@@ -102,7 +102,9 @@ class FusionDecoder(nn.Module):
         self.mask_token = learned(1, width) if vision_dim else None
         self.norm_vision = nn.LayerNorm(width) if vision_dim else None
         self.to_vision = nn.Linear(width, vision_dim) if vision_dim else None
-        for linear in (m for m in self.blocks.modules() if isinstance(m, nn.Linear)):
+        for linear in self.blocks.modules():
+            if not isinstance(linear, nn.Linear):
+                continue
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -303,9 +305,8 @@ class Hita(Tokenizer):
                 * cosine_distance(predicted, vision[:, -predicted.shape[1] :], eps=1e-6).mean()
             )
         reconstruction = self.render(parts[0].quantized, parts[1].quantized)
-        return TokenizerOutput(
-            reconstruction, torch.cat([part.tokens for part in parts], 1), losses
-        )
+        tokens = torch.cat([parts[0].tokens, parts[1].tokens], 1)
+        return TokenizerOutput(reconstruction, tokens, losses)
 
     def predict_vision(self, holistic: Tensor) -> Tensor:
         """Patches of the vision model [B, n, Dv] from holistic code vectors [B, S, C1] (Hita-U)."""

@@ -45,20 +45,13 @@ def level_pairs(side: str, group: str, levels: int) -> list[tuple[str, str]]:
     found = []
     for level in range(levels):
         own = f"{side}.levels.{level if group == 'down' else levels - 1 - level}"
-        found += [
-            (f"{side}.{group}.{level}.block.{{i}}.{a}", f"{own}.res.{{i}}.{b}")
-            for a, b in _BLOCK.items()
-        ]
-        found += [
-            (f"{side}.{group}.{level}.attn.{{i}}.{a}", f"{own}.attn.{{i}}.{b}")
-            for a, b in _ATTENTION.items()
-        ]
-        found.append(
-            (
-                f"{side}.{group}.{level}.{resample}.conv.{{tensor}}",
-                f"{own}.resample.conv.{{tensor}}",
-            )
-        )
+        theirs = f"{side}.{group}.{level}"
+        for a, b in _BLOCK.items():
+            found.append((f"{theirs}.block.{{i}}.{a}", f"{own}.res.{{i}}.{b}"))
+        for a, b in _ATTENTION.items():
+            found.append((f"{theirs}.attn.{{i}}.{a}", f"{own}.attn.{{i}}.{b}"))
+        resampled = f"{own}.resample.conv.{{tensor}}"
+        found.append((f"{theirs}.{resample}.conv.{{tensor}}", resampled))
     return found
 
 

@@ -39,10 +39,10 @@ def with_heads(t: Tensor) -> Tensor:
 
 def _lucid_codebook(theirs: str, ours: str) -> tuple[Rule, ...]:
     names = {"embed": "codebook.weight", "embed_avg": "sums", "cluster_size": "sizes"}
-    return tuple(
-        Rule(f"{theirs}_codebook.{a}", f"{ours}{b}", without_heads, with_heads)
-        for a, b in names.items()
-    )
+    rules = []
+    for a, b in names.items():
+        rules.append(Rule(f"{theirs}_codebook.{a}", f"{ours}{b}", without_heads, with_heads))
+    return tuple(rules)
 
 
 CODEBOOK = table({"embedding.weight": "codebook.weight"}, drop=("codebook_used",))
@@ -79,20 +79,20 @@ def load_official(
     quantizer: Q, keys: KeyTable, state: Mapping[str, Tensor], where: str = "the quantizer"
 ) -> Q:
     """Official weights into a quantizer of the same sizes, strictly."""
-    counters = {
-        n: torch.zeros_like(t)
-        for n, t in quantizer.state_dict().items()
-        if n.rsplit(".", 1)[-1] in OWN
-    }
+    counters = {}
+    for name, tensor in quantizer.state_dict().items():
+        if name.rsplit(".", 1)[-1] in OWN:
+            counters[name] = torch.zeros_like(tensor)
     load_strict(quantizer, {**keys.from_official(state, where), **counters}, where)
     return quantizer
 
 
 def to_official(quantizer: Quantizer, keys: KeyTable) -> dict[str, Tensor]:
     """Official state dict of a quantizer."""
-    return keys.to_official(
-        {n: t for n, t in quantizer.state_dict().items() if n.rsplit(".", 1)[-1] not in OWN}
-    )
+    state = quantizer.state_dict()
+    for name in [name for name in state if name.rsplit(".", 1)[-1] in OWN]:
+        del state[name]
+    return keys.to_official(state)
 
 
 def taming(config: Config) -> VectorQuantizer:
