@@ -102,11 +102,10 @@ class FusionDecoder(nn.Module):
         self.mask_token = learned(1, width) if vision_dim else None
         self.norm_vision = nn.LayerNorm(width) if vision_dim else None
         self.to_vision = nn.Linear(width, vision_dim) if vision_dim else None
-        for linear in self.blocks.modules():
-            if not isinstance(linear, nn.Linear):
-                continue
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, holistic: Tensor, patches: Tensor) -> Tensor:
         x = self.norm(torch.cat([holistic + self.holistic_positions, patches + self.positions], 1))
