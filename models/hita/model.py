@@ -93,6 +93,9 @@ class HitaAR(LlamaGenerator):
         """
         height, width = self.layout.segments[1].shape
         cell = torch.arange(height * width)
+        #   place       0 .. S - 1                    S               S + 1 ..
+        #   reads       class, holistic 0 .. S - 2    holistic S - 1  patches in raster order
+        #   rotation    none (cos 1, sin 0)           zero            of the grid
         angles = grid_angles(cell // width, cell % width, self.head_dim, base)
         before = torch.zeros(self.holistic, angles.shape[1])
         zero = torch.zeros(1, angles.shape[1])

@@ -86,6 +86,7 @@ def rope_table(
     layout: Layout, prefix_length: int, head_dim: int, base: float
 ) -> tuple[Tensor, Tensor]:
     """cos, sin [P + N, head_dim / 2]; all zero on the prefix."""
+    # Row and column of each token: of a grid its own, of a sequence (index, 0).
     rows = []
     columns = []
     for segment in layout.segments:
@@ -94,6 +95,7 @@ def rope_table(
         rows.append(place % side if len(segment.shape) == 1 else place // side)
         columns.append(torch.zeros_like(place) if len(segment.shape) == 1 else place % side)
     angles = grid_angles(torch.cat(rows), torch.cat(columns), head_dim, base)
+    # A zero rotation, not the identity: what stands in the prefix gets scores of 0.
     cos = angles.cos()
     sin = angles.sin()
     return F.pad(cos, (0, 0, prefix_length, 0)), F.pad(sin, (0, 0, prefix_length, 0))

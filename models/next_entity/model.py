@@ -158,6 +158,7 @@ class NextEntity(LlamaGenerator):
         """Prefix up to 0; a token of entity n is n + 1, seen from the next entity on; a query of
         entity n is n.
         """
+        # Queries lie QUERY places behind the tokens; `hide_queries` keeps them from one another.
         assert state.prefix is not None
         index = place - state.prefix.length
         entity = _entity_of(index.clamp(min=0) % QUERY, state.entities)

@@ -246,6 +246,10 @@ class PrefixTransformer(Generator):
 
     def _inputs(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:
         """Prefix embeddings at places below P, token inputs from there on; a batch may hold both."""
+        #   place    0 .. P - 1    P .. P + count - 2
+        #   input    the prefix    tokens of entities 0 .. count - 2
+        #
+        # The last place of the prefix is the input of entity 0, so nothing is shifted but the name.
         prefix = state.prefix.embeddings  # type: ignore[union-attr]
         length = prefix.shape[1]
         if len(place) == 1:
@@ -255,6 +259,7 @@ class PrefixTransformer(Generator):
                 assert tokens is not None
                 parts.append(self._embed(state, tokens, place[:, before:] - length))
             return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        # Images stand at different places: both kinds of inputs are made for all, and one is taken.
         assert tokens is not None
         behind = self._embed(state, tokens, (place - length).clamp(min=0))
         rows = torch.arange(len(place))[:, None]

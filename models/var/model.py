@@ -87,6 +87,7 @@ class VARAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, layer: int, shared: VARPass) -> Tensor:
+        # One fused bias, of which the part of the keys is fixed at zero, as published.
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = rearrange(
             F.linear(x, self.qkv.weight, bias.to(x.dtype)),
@@ -276,6 +277,8 @@ class VAR(PrefixTransformer):
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         if not self.bound:
             raise UserError("VAR has no tokenizer yet, whose maps are its inputs: bind one")
+        #   scale    0        1 .. S - 1
+        #   input    class    the sum of coarser maps, resized to the scale: `next_inputs`
         index = index.clamp(max=self.layout.length - self.first - 1)
         needed = int(self._scale(index.max() + self.first)) + 1
         inputs = self.bound[0].next_inputs(tokens, needed)

@@ -140,6 +140,7 @@ class XAR(Generator):
             )
         self.channels = channels_of(layout)
         self.conditioning = ClassConditioning(num_classes, dropout=condition_dropout)
+        # A gated MLP has three matrices: two thirds of the width keep the parameters of two.
         hidden = int(width * mlp_ratio * 2 / 3)
         total = depth + (depth if decoder_depth is None else decoder_depth)
         blocks = [
@@ -202,6 +203,7 @@ class XAR(Generator):
 
     def draw_times(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Flow times [B, entities], in the order that `context_noise` says."""
+        # One level an entity: the context of entity n is as noisy as its own entities were drawn.
         t = flow.logit_normal(batch, self.entities.count, device=device)
         if self.context_noise in ("increasing", "decreasing"):
             t = t.sort(dim=1, descending=self.context_noise == "decreasing").values
@@ -417,6 +419,9 @@ def two_streams(entities: Entities) -> Tensor:
     """[2 N, 2 N] visibility for clean tokens, then noisy ones: all see clean entities before, and
     their own alone.
     """
+    #                 clean keys        noisy keys
+    #   clean queries   before, own       none
+    #   noisy queries   before            own
     before = entities.numbers[None, :] < entities.numbers[:, None]
     own = entities.numbers[None, :] == entities.numbers[:, None]
     nothing = torch.zeros_like(own)

@@ -88,6 +88,8 @@ class AdaLNBlock(nn.Module):
         else:
             vectors = [spread(v, sizes) for v in vectors]
             shape = (x.shape[1],)
+        #   x [B, n, D] -> [B, E, n / E, D] where entities are of one size; vectors [B, E, 1, D]
+        #   else x stays, and vectors are [B, n, D] or [B, 1, D]
         gate1, gate2, scale1, scale2, shift1, shift2 = vectors
         x = x.unflatten(1, shape)
         branch = self.dropout(

@@ -75,6 +75,7 @@ def explicit_attention(
     scale: float,
     dropout: float,
 ) -> Tensor:
+    # The scale on q, which is smaller than the scores.
     scores = (q * scale) @ k.transpose(-1, -2)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()

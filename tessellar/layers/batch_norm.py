@@ -51,6 +51,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y
 
     def _global(self, x: Tensor) -> Tensor:
+        # Two passes, mean before variance: E[x^2] - E[x]^2 would lose digits. Both are sums over all
+        # processes through which gradients flow, as in one process with the whole batch.
         count = x.new_full((1,), x.numel() // x.shape[1])
         total = distributed.sum_over_ranks(torch.cat([x.sum((0, 2, 3)), count]))
         count = total[-1].detach()

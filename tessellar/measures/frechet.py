@@ -27,6 +27,7 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
     lower, higher = (
         (samples, reference) if samples.rank_bound < reference.rank_bound else (reference, samples)
     )
+    # S2 = A A^T. The non-zero eigenvalues of S1 A A^T are those of A^T S1 A.
     factor = lower.factor.to(samples.cov)
     product = factor.T @ higher.cov.to(factor) @ factor
     values = (

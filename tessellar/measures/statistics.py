@@ -121,6 +121,7 @@ class FeatureStatistics:
 
     def _shift(self, count: int, mean: Tensor) -> None:
         """Count and mean of both parts, and what the distance of their means adds to the scatter."""
+        # Chan et al.: S = S_a + S_b + n_a n_b / (n_a + n_b) (m_b - m_a)(m_b - m_a)^T; S_b comes later.
         total = self.count + count
         shift = mean - self.mean
         self.scatter.addr_(shift, shift, alpha=self.count * count / total)
@@ -134,6 +135,7 @@ class FeatureStatistics:
         whole = FeatureStatistics(len(self.mean), self.mean.device)
         whole.count = count
         if count:
+            # The same of all ranks at once: each adds the distance of its mean from the whole one.
             whole.mean = all_reduce_sum(self.mean * self.count) / count
             shift = self.mean - whole.mean
             whole.scatter = all_reduce_sum(torch.addr(self.scatter, shift, shift, alpha=self.count))
@@ -144,6 +146,7 @@ class FeatureStatistics:
         self.flush()
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images; there are {self.count}")
+        # What lies below the diagonal was not summed; it mirrors what lies above.
         upper = self.scatter.triu()
         return Moments(self.mean.clone(), (upper + upper.triu(1).T) / (self.count - 1), self.count)
 

@@ -132,6 +132,7 @@ class Diffusion:
         The bound teaches the variance alone: `eps` is detached in it. At t = 0 it is the likelihood
         of a bin of half width 1 / 255.
         """
+        # KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of two normals, arXiv 2006.11239 eq. 5.
         x = self.noisy(clean, t, noise)
         mean = self.posterior_mean(clean, x, t)
         log_variance = self._at(self.posterior_log_variance, t)
@@ -145,6 +146,7 @@ class Diffusion:
             + (mean - own_mean) ** 2 * (-own).exp()
         )
         surprise = -bin_log_likelihood(clean, own_mean, 0.5 * own)
+        # The first step has no KL: it decodes, and is scored by the likelihood of 8-bit bins.
         bound = torch.where(t[:, None] == 0, surprise, divergence).mean(-1) / log(2)
         return (noise - eps).square().mean(-1), bound
 
@@ -162,6 +164,7 @@ def respaced(process: Diffusion, steps: list[int]) -> Diffusion:
     """The process over some steps only: betas of their cumulative products; networks still see
     original numbers.
     """
+    # beta'_i = 1 - abar(s_i) / abar(s_{i-1}), so that abar at the kept steps stays what it was.
     survival = process.survival[steps]
     before = torch.cat([torch.ones(1, dtype=torch.float64), survival[:-1]])
     return Diffusion(1 - survival / before, tuple(process.steps[s] for s in steps))
@@ -175,6 +178,7 @@ def bin_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     def below(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(sqrt(2 / pi) * (z + 0.044715 * z**3)))
 
+    # The outermost bins reach to infinity, so that all of them add up to 1.
     scale = (-log_std).exp()
     upper = below(scale * (x - mean + 1 / 255))
     lower = below(scale * (x - mean - 1 / 255))

@@ -71,9 +71,11 @@ class Times:
             return (torch.randn(batch, device=device) + self.mean).sigmoid()
         u = torch.rand(batch, device=device)
         if self.stratified:
+            # One draw from each of the parts [i / B, (i + 1) / B), in random order.
             u = (torch.randperm(batch, device=device) + u) / batch
         if self.law == "mode":
             return mode_times(u, self.mode_scale)
+        # The normal's quantile of a uniform draw; its ends would be infinite.
         tiny = torch.finfo(u.dtype).eps
         return (
             sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny)) + self.mean
@@ -119,6 +121,7 @@ class Flow(ABC):
         self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
     ) -> Tensor:
         """Draw [B, *shape], float32, with the velocities `model(x, t)`."""
+        # Hundreds of small steps are added up: float32 would lose what the late ones move.
         start = noise.normal(*shape).double()
         return self.solve(model, start, self.steps_of(entity, count), noise).float()
 
@@ -147,6 +150,7 @@ class EulerMaruyama(Flow):
     def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
         times = sde_times(steps)
         for number, (now, after) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            # v - t score = v + (1 - t) v + x = (2 - t) v + x, since score = -((1 - t) v + x) / t.
             dt = after - now
             x_next = x + dt * ((2 - now) * model(x, now).double() + x)
             if number < steps - 1:

@@ -51,6 +51,7 @@ def neighbours(p: Tensor, draft: Tensor, below: int, above: int) -> Neighbours:
     so two partial selections give what a stable sort would, at a fifth of its time for 16,384
     codes.
     """
+    # The bits of floats >= 0 are ordered as the floats; the lower half breaks ties by index.
     index = torch.arange(p.shape[-1], device=p.device)
     key = (p.float().contiguous().view(torch.int32).to(torch.int64) << 32) | index
     own = key.gather(-1, draft[..., None])

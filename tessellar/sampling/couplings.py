@@ -107,6 +107,11 @@ def verify(
     redrawn from the residual; if every entity is kept, `accepted` is W. A slot without a draft has
     q = 0: it is never kept and its residual is p, so it gives a fresh sample.
     """
+    #            before         at the rejection        behind it
+    #   slot     0 .. a - 1     a                       a + 1 .. W - 1
+    #   token    the draft      of (p - q)+, or draft   as the coupling says
+    #
+    # a = `accepted`; within entity a only the rejected tokens are redrawn.
     residual = (p - q).clamp_(min=0)
     kept = uniform < acceptance(p, q, draft)
     # p = q: nothing to redraw from.
@@ -119,6 +124,7 @@ def verify(
     behind, law = coupling(
         Judged(p, q, draft=draft, kept=kept, residual=residual, exponential=exponential, tied=tied)
     )
+    # a = W where everything was kept: a gather needs a slot that is there; `at` is empty then.
     rows = torch.arange(len(p), device=p.device)
     first = accepted.clamp(max=p.shape[1] - 1)
     redrawn = torch.where(

@@ -54,10 +54,11 @@ def adaptive_weight(
     In several processes the gradients are those of the global batch, so that all of them take the
     same weight.
     """
-    rec, adv = (
-        distributed.mean_over_ranks(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
-        for loss in (reconstruction, adversarial)
-    )
+    # lambda = |d rec / d w| / (|d adv / d w| + eps), w the last layer (VQGAN, equation 7).
+    (rec,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (adv,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    rec = distributed.mean_over_ranks(rec)
+    adv = distributed.mean_over_ranks(adv)
     return (rec.norm() / (adv.norm() + eps)).clamp(lowest, highest).detach()
 
 

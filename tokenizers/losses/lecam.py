@@ -30,6 +30,7 @@ class LeCam(nn.Module):
         """Of logits on images and on reconstructions."""
         real = at_least_float32(real).mean()
         fake = at_least_float32(fake).mean()
+        # Logits on images should not leave the mean of those on fakes upwards, nor the reverse.
         loss = F.relu(real - self.means[1]).square() + F.relu(self.means[0] - fake).square()
         now = distributed.mean_over_ranks(torch.stack([real, fake]).detach())
         means = self.means * self.decay + now.to(self.means.dtype) * (1 - self.decay)

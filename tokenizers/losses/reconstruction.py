@@ -30,6 +30,7 @@ class Reconstruction:
         if self.l2:
             terms["l2"] = F.mse_loss(reconstruction, images)
         if self.gradient:
+            # The difference of gradients is the gradient of the difference.
             terms["gradient"] = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return terms
 

@@ -87,6 +87,7 @@ class BSQ(Quantizer):
             losses = {"commitment": self.commitment_weight * (codes - u).square().sum(-1).mean()}
             if self.entropy_weight:
                 found = self.entropies(u)
+                # Divided by the inverse temperature, as in the official code.
                 penalty = (
                     self.sample_weight * found.sample.sum() - self.diversity * found.batch.sum()
                 )

@@ -65,5 +65,6 @@ def entropy_loss(affinity: Tensor, temperature: float) -> Tensor:
 
 def all_signs(n: int, like: Tensor) -> Tensor:
     """All 2^n vectors of n signs, [2^n, n]."""
+    # Bit i of an id is the sign of channel i.
     ids = torch.arange(2**n, device=like.device)[:, None]
     return (ids >> torch.arange(n, device=like.device) & 1).to(like.dtype) * 2 - 1

@@ -42,6 +42,7 @@ class FSQ(Quantizer):
     def _per_channel(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Levels, and the weight of each digit in an id."""
         levels = torch.tensor(self.levels, device=like.device)
+        # Levels 8, 5, 5: digits count 1, 8, 40. The first channel is the least significant.
         basis = torch.tensor([prod(self.levels[:c]) for c in range(self.dim)], device=like.device)
         return levels, basis
 
@@ -53,6 +54,8 @@ class FSQ(Quantizer):
         levels, _ = self._per_channel(z)
         if self.symmetric:
             return (levels - 1) * ((z.clamp(-1, 1) if self.clamp else z.tanh()) + 1) / 2
+        # An even L has levels -L/2 .. L/2 - 1: tanh is moved down by a half after a shift of z
+        # that leaves 0 where it was.
         half = (levels - 1) * (1 + SLACK) / 2
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset

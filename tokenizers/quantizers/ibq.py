@@ -84,6 +84,7 @@ class IBQ(Quantizer):
         """Codes whose gradient is that of the softmax's mean code; its values stay exact."""
         if not self.training:
             return self.decode(tokens)
+        # One-hot in the forward pass, softmax in the backward one: every code gets a gradient.
         soft = logits.softmax(-1)
         hard = F.one_hot(tokens, logits.shape[-1]).to(soft.dtype)
         return (hard - soft.detach() + soft) @ at_least_float32(self.codebook.weight)

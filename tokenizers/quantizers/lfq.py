@@ -73,6 +73,7 @@ class LFQ(Quantizer):
         histogram.
         """
         grouped = rearrange(z, "... (g d) -> ... g d", g=self.groups)
+        # -|z - c|^2 up to what all codes share: codes of signs have one norm.
         logits = 2 * grouped @ all_signs(grouped.shape[-1], z).T / self.temperature
         return entropies(
             logits.flatten(0, -2)[:, None] if self.shared_histogram else logits, self.entropy_guard
@@ -86,6 +87,6 @@ class LFQ(Quantizer):
             losses = {"commitment": self.commitment_weight * F.mse_loss(z, codes)}
             if self.entropy_weight:
                 losses["entropy"] = self.entropy_weight * self.entropies(z).loss(self.diversity)
-            return QuantizerOutput(
-                z + (codes - z).detach() if self.training else codes, tokens, losses
-            )
+            # z + (c - z) is c up to rounding; outside of training it is c exactly.
+            passed = z + (codes - z).detach() if self.training else codes
+            return QuantizerOutput(passed, tokens, losses)

@@ -83,6 +83,7 @@ class ResidualQuantizer(Quantizer):
             scale = self._scale(i, rest)
             output = self.layer(i)(rest / scale)
             added = output.quantized * scale
+            # Each layer learns from its own loss; the rest that it leaves is data for the next.
             rest = rest - added.detach()
             yield QuantizerOutput(added, output.tokens, output.losses)
 

@@ -16,11 +16,13 @@ def rotate_to(z: Tensor, quantized: Tensor) -> Tensor:
     `quantized`.
     """
     target = quantized.detach()
+    # R = I - 2 w w^T + 2 q u^T turns u to q. It is applied to z by two dot products, never built.
     u = _unit(z.detach())
     q = _unit(target)
     w = _unit(u + q)
     ratio = target.norm(dim=-1, keepdim=True) / (z.detach().norm(dim=-1, keepdim=True) + EPS)
     rotated = ratio * (z - 2 * w * _dot(w, z) + 2 * q * _dot(u, z))
+    # Equal up to rounding; the forward value is the code itself.
     return rotated + (target - rotated).detach()
 
 

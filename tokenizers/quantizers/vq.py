@@ -97,6 +97,7 @@ class VectorQuantizer(Quantizer):
 
     def distances(self, z: Tensor) -> Tensor:
         """Squared distances [..., V] of normalised z [..., C] to every code."""
+        # |z - c|^2 = |z|^2 + |c|^2 - 2 z.c: one product instead of V differences a latent.
         codes = self.codes()
         return z.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * z @ codes.T
 
@@ -114,6 +115,7 @@ class VectorQuantizer(Quantizer):
             if finite is not None:
                 self._maintain(z.detach(), finite)
             tokens = self.encode(z)
+            # Counted in every process, so that each one sees the same codes unused.
             if finite is not None and self.restart_every is not None:
                 used = tokens.flatten().bincount(minlength=len(self.counts))
                 self.counts += distributed.all_reduce_sum(used) * finite
@@ -126,6 +128,7 @@ class VectorQuantizer(Quantizer):
                 losses["entropy"] = self.entropy_weight * entropy_loss(
                     -self.distances(z), self.entropy_temperature
                 )
+            # Straight through: the value of the code, the gradient of the latent.
             passed = rotate_to(z, quantized) if self.rotation else z + (quantized - z).detach()
             return QuantizerOutput(passed, tokens, losses)
 

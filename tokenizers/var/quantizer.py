@@ -111,12 +111,14 @@ class MultiScaleQuantizer(VectorQuantizer):
         """
         rest = rearrange(z.detach(), "b (h w) c -> b c h w", h=self.sides[-1]).contiguous()
         for scale, side in enumerate(self.sides):
+            # Averaged down, so that a token says what its whole cell lacks.
             small = (
                 rest if side == self.sides[-1] else F.interpolate(rest, (side, side), mode="area")
             )
             latents = rearrange(small, "b c h w -> b (h w) c")
             tokens = self._nearest(latents)
             added = self._map(scale, tokens)
+            # The rest is a target for the next scales: no gradient runs along it.
             rest = rest - added.detach()
             yield latents, tokens, added
 
