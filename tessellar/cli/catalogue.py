@@ -48,15 +48,15 @@ def entries(kind: str, packages: str = "") -> list[Entry]:
     """All of one of KINDS, by name; `packages` of others, separated by commas, add their systems."""
     if kind in FOLDERS:
         found: list[Entry] = []
-        for folder in (PACKAGE / FOLDERS[kind], *_folders_of(packages)):
+        for folder in (PACKAGE / FOLDERS[kind], *folders_of(packages)):
             found += _systems(folder, FILES[kind])
         return found
     if kind == "data":
-        return _data_sets()
+        return data_sets()
     if kind == "configs":
-        return _configs()
+        return configs()
     if kind == "algorithms":
-        return _algorithms()
+        return algorithms()
     raise UserError(f"there is no list of {kind!r}{nearest(kind, KINDS)}")
 
 
@@ -100,7 +100,7 @@ def first_sentence(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
     return " ".join(docstring.split("\n\n")[0].split())
 
 
-def _folders_of(packages: str) -> list[Path]:
+def folders_of(packages: str) -> list[Path]:
     """Folders of packages of others, which are looked up and not imported."""
     folders = []
     for name in filter(None, (part.strip() for part in packages.split(","))):
@@ -118,10 +118,10 @@ def _systems(folder: Path, file: str) -> Iterator[Entry]:
         if package.name in SHARED or not header.is_file() or not (package / file).is_file():
             continue
         tree = parsed(header)
-        yield Entry(package.name, first_sentence(tree), header, tuple(_models(package, tree)))
+        yield Entry(package.name, first_sentence(tree), header, tuple(models_of(package, tree)))
 
 
-def _models(package: Path, header: ast.Module) -> list[str]:
+def models_of(package: Path, header: ast.Module) -> list[str]:
     """Names that a package offers and that build a model: classes of systems, and their presets."""
     own = _classes(tuple(sorted(package.glob("*.py"))))
     bases = {**_classes(tuple(sorted(PACKAGE.glob("models/**/*.py")))), **own}
@@ -157,7 +157,7 @@ def derives(name: str, roots: tuple[str, ...], bases: dict[str, tuple[str, ...]]
     )
 
 
-def _data_sets() -> list[Entry]:
+def data_sets() -> list[Entry]:
     """The data sets that `tessellar.data` names."""
     header = PACKAGE / "data" / "__init__.py"
     found = []
@@ -177,7 +177,7 @@ def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
     )
 
 
-def _algorithms() -> list[Entry]:
+def algorithms() -> list[Entry]:
     """Decoding algorithms: classes of `tessellar/sampling` that derive from Algorithm."""
     files = tuple(sorted((PACKAGE / "sampling").glob("*.py")))
     bases = _classes(files)
@@ -191,7 +191,7 @@ def _algorithms() -> list[Entry]:
     return found
 
 
-def _configs() -> list[Entry]:
+def configs() -> list[Entry]:
     """The configs of this package, and those of the folder `configs` here where it is another one."""
     roots = [CONFIGS]
     here = Path("configs")
@@ -200,7 +200,7 @@ def _configs() -> list[Entry]:
     found = []
     for root in roots:
         for file in sorted(root.rglob("*.yaml")):
-            found.append(Entry(config_name(file, root), _header_line(file), file))
+            found.append(Entry(config_name(file, root), header_line(file), file))
     return found
 
 
@@ -218,7 +218,7 @@ def header_of(file: Path) -> list[str]:
     return lines
 
 
-def _header_line(file: Path) -> str:
+def header_line(file: Path) -> str:
     """The first sentence of a YAML's header, which may take several lines."""
     said = []
     for line in header_of(file):

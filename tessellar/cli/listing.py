@@ -46,7 +46,7 @@ def list_main(argv: Sequence[str]) -> int:
         found = matching(found, pattern)
     if not found:
         raise UserError(f"none of the {kind} fits {' '.join(patterns)!r}")
-    print("\n".join(_line(entry, kind, found) for entry in found))
+    print("\n".join(line_of(entry, kind, found) for entry in found))
     return 0
 
 
@@ -68,7 +68,7 @@ def _words(argv: Sequence[str]) -> tuple[list[str], str]:
     return words, packages
 
 
-def _line(entry: Entry, kind: str, among: Sequence[Entry]) -> str:
+def line_of(entry: Entry, kind: str, among: Sequence[Entry]) -> str:
     """Name, what it is and its papers, and under it the models of a system."""
     column = max(len(other.name) for other in among) + 2
     papers = f" ({', '.join(entry.papers)})" if entry.papers else ""
@@ -91,11 +91,11 @@ def show_main(argv: Sequence[str]) -> int:
     words, packages = _words(argv)
     if len(words) != 1:
         raise UserError("say what to show: tessellar show NAME, with a name that `list` gives")
-    print("\n".join(_shown(words[0], packages)))
+    print("\n".join(description_of(words[0], packages)))
     return 0
 
 
-def _shown(name: str, packages: str) -> list[str]:
+def description_of(name: str, packages: str) -> list[str]:
     path = Path(name)
     if path.is_dir() and (path / "run.json").is_file():
         return _run(path)

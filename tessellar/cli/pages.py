@@ -60,10 +60,10 @@ def page(command: str, argv: Sequence[str]) -> str | None:
         return _train()
     if _table_of(command) is None:
         return _function(command, command, command)
-    functions = _functions(command)
+    functions = functions_of(command)
     name = next((word for word in argv[: asked[0]] if not word.startswith("-")), None)
     if name not in functions:
-        return _commands(command, functions)
+        return page_of_commands(command, functions)
     module, function = functions[name]
     return _function(command, module, function, name)
 
@@ -84,7 +84,7 @@ def _train() -> str:
         "runs/NAME: checkpoints, metrics.csv, pictures, log.txt and the export."
     )
     options = [("--config CONFIG", "a YAML, or the name of one of ours; several add up")]
-    options += _own_options()
+    options += own_options()
     options += [
         ("--print_config", "the whole config with its defaults"),
         ("--help all", "every option; --model.help CLASS and --data.help CLASS: those of a class"),
@@ -97,7 +97,7 @@ def _train() -> str:
     return "\n\n".join([*sections, _examples("train")])
 
 
-def _own_options() -> list[tuple[str, str]]:
+def own_options() -> list[tuple[str, str]]:
     """The options that our training command adds to the keys of a config."""
     found = []
     for node in ast.walk(parsed(PACKAGE / "cli" / "train.py")):
@@ -133,7 +133,7 @@ def _table_of(command: str) -> ast.expr | None:
     return None
 
 
-def _functions(command: str) -> dict[str, tuple[str, str]]:
+def functions_of(command: str) -> dict[str, tuple[str, str]]:
     """Commands of `evaluate` or `convert`: name to module of `tessellar.cli` and function."""
     tree = parsed(PACKAGE / "cli" / f"{command}.py")
     homes = {}
@@ -153,7 +153,7 @@ def _functions(command: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _commands(command: str, functions: dict[str, tuple[str, str]]) -> str:
+def page_of_commands(command: str, functions: dict[str, tuple[str, str]]) -> str:
     """All commands of `evaluate` or `convert` with a line each."""
     rows = []
     for name, (module, function) in functions.items():
@@ -168,12 +168,14 @@ def _function(command: str, module: str, function: str, name: str = "") -> str:
     """The page of one function."""
     node = _definition(module, function)
     docstring = ast.get_docstring(node) or ""
-    said = _arguments(docstring)
+    said = argument_lines(docstring)
     count = len(node.args.args) - len(node.args.defaults)
     needed = [argument.arg for argument in node.args.args[:count]]
     rows = [(needed_name.upper(), said.get(needed_name, "")) for needed_name in needed]
     for argument, default in zip(node.args.args[count:], node.args.defaults, strict=True):
-        rows.append((_option(argument.arg), _told(argument, default, said.get(argument.arg, ""))))
+        rows.append(
+            (_option(argument.arg), option_line(argument, default, said.get(argument.arg, "")))
+        )
     words = " ".join(filter(None, [spelled(command), name, *(row[0] for row in rows[:count])]))
     what = _wrapped(" ".join(docstring.partition("\n\nArgs:")[0].split()))
     sections = [f"usage: {words} [options]", what, _table(rows)]
@@ -183,7 +185,7 @@ def _function(command: str, module: str, function: str, name: str = "") -> str:
     return "\n\n".join([*sections, *([_examples(command, shown)] if shown else [])])
 
 
-def _names_for(arguments: set[str]) -> list[str]:
+def names_for(arguments: set[str]) -> list[str]:
     """What the arguments of a command choose among: data sets, algorithms, whose weights."""
     lines = []
     if "system" in arguments and "file" in arguments:
@@ -209,7 +211,7 @@ def _definition(module: str, function: str) -> ast.FunctionDef:
     return node
 
 
-def _arguments(docstring: str) -> dict[str, str]:
+def argument_lines(docstring: str) -> dict[str, str]:
     """The lines of `Args:`, by argument."""
     said: dict[str, str] = {}
     name = ""
@@ -227,7 +229,7 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _told(argument: ast.arg, default: ast.expr, said: str) -> str:
+def option_line(argument: ast.arg, default: ast.expr, said: str) -> str:
     """An option's line, with its default where the line does not say it, and how to ask for more."""
     annotation = ast.unparse(argument.annotation) if argument.annotation else "str"
     kind = annotation.partition("[")[0].partition(" ")[0]

@@ -56,9 +56,9 @@ def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
             warnings.simplefilter("ignore")  # of metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source, formats=_formats()) as image:
-                _check_shape(image)
+                check_shape(image)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), image, name)
+                return to_rgb(ImageOps.exif_transpose(image), image, name)
     except UnidentifiedImageError as error:
         raise UnreadableImage(
             f"cannot read the image {name}: not an image, or of a format that is not read "
@@ -76,7 +76,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_shape(image: Image.Image) -> None:
+def check_shape(image: Image.Image) -> None:
     """Raise ValueError for a shape that no crop could take, before its pixels are decoded."""
     shorter, longer = sorted(image.size)
     if shorter < 1 or longer > MAX_RATIO * shorter:
@@ -86,12 +86,12 @@ def _check_shape(image: Image.Image) -> None:
         )
 
 
-def _to_rgb(upright: Image.Image, file: Image.Image, name: str) -> Image.Image:
+def to_rgb(upright: Image.Image, file: Image.Image, name: str) -> Image.Image:
     """`upright` is what `file` shows, without what the file says of its values."""
     if upright.mode == "F":
-        return _from_levels(_unit_levels(upright), file)
+        return _from_levels(unit_levels(upright), file)
     if upright.mode.startswith("I"):
-        return _from_levels(_16_bit_levels(upright, file, name), file)
+        return _from_levels(levels_of_16_bits(upright, file, name), file)
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
@@ -99,7 +99,7 @@ def _to_rgb(upright: Image.Image, file: Image.Image, name: str) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _unit_levels(image: Image.Image) -> np.ndarray:
+def unit_levels(image: Image.Image) -> np.ndarray:
     """Grey levels in [0, 1] of floats; raises ValueError for floats of any other range."""
     levels = np.asarray(image).astype(np.float64)
     low = float(levels.min())
@@ -112,14 +112,14 @@ def _unit_levels(image: Image.Image) -> np.ndarray:
     return levels
 
 
-def _16_bit_levels(image: Image.Image, file: Image.Image, name: str) -> np.ndarray:
+def levels_of_16_bits(image: Image.Image, file: Image.Image, name: str) -> np.ndarray:
     """Grey levels in [0, 1]; Pillow's own conversion would clip at 255 instead of scaling."""
     # Some versions give 16-bit PNG this mode.
     if image.mode == "I" and file.format != "PNG":
         raise ValueError("its values are 32-bit or signed integers, whose range is not told")
     levels = np.asarray(image).astype(np.float64)
     if levels.max() <= TWELVE_BITS:
-        _tell_dark(name)
+        tell_dark(name)
     return np.clip(levels / 65535, 0, 1)
 
 
@@ -129,7 +129,7 @@ class _Once:
     dark = False
 
 
-def _tell_dark(name: str) -> None:
+def tell_dark(name: str) -> None:
     if not _Once.dark:
         _Once.dark = True
         log.warning(
