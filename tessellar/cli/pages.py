@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from tessellar.cli.catalogue import (
     FOLDERS,
     PACKAGE,
-    assigned,
     definition,
     entries,
     first_sentence,
@@ -179,7 +178,7 @@ def _function(command: str, module: str, function: str, name: str = "") -> str:
     words = " ".join(filter(None, [spelled(command), name, *(row[0] for row in rows[:count])]))
     what = _wrapped(" ".join(docstring.partition("\n\nArgs:")[0].split()))
     sections = [f"usage: {words} [options]", what, _table(rows)]
-    sections += _names_for({argument.arg for argument in node.args.args})
+    sections += names_for({argument.arg for argument in node.args.args})
     every = EXAMPLES.get(command, ())
     shown = [each for each in every if not name or each.startswith(f"{name} ")]
     return "\n\n".join([*sections, *([_examples(command, shown)] if shown else [])])
