@@ -5,7 +5,7 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test soak lint format demo clean
+.PHONY: help venv test check soak lint format demo clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -20,9 +20,18 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-soak: $(STAMP)  ## kill a run 20 times at random steps, compare its end with an uninterrupted run's bit for bit
+# What `make check` runs beside the long tests: scripts that install the lowest versions, and that run the docs' commands.
+SCRIPTS := $(wildcard tools/lowest_versions.* tools/docs_commands.*)
+
+check: $(STAMP)  ## what `make test` leaves out: launchers, kills at every step, a short soak, lowest versions
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m long $(ARGS)
 	rm -rf outputs/soak
-	OMP_NUM_THREADS=1 $(PY) benchmarks/soak.py --kills 20 --folder outputs/soak
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 4 --updates 40 --folder outputs/soak
+	$(foreach script,$(SCRIPTS),$(if $(filter %.py,$(script)),$(PY),bash) $(script) &&) true
+
+soak: $(STAMP)  ## attack runs of every kind 20 times each, compare their ends with uninterrupted runs' bit for bit
+	rm -rf outputs/soak
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 20 --folder outputs/soak
 
 lint: $(STAMP)  ## ruff, pyright and the order of imports
 	$(PY) -m ruff check .

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,15 +27,16 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
     """Raise UserError, in one line that names `path`, where what is done inside cannot be written.
 
     A full or read-only disk is a user's matter, and the errors of a failing write name no file.
-    `unfinished`, the file or folder that is written beside `path`, is removed then.
+    `unfinished`, the file or folder that is written beside `path`, is removed whatever ends the
+    write.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not is_of_a_write(error):
-            raise
+    except BaseException as error:
         if unfinished is not None:
             remove(Path(unfinished))
+        if not is_of_a_write(error, Path(path), unfinished):
+            raise
         reason = (
             error.strerror
             if isinstance(error, OSError) and error.strerror
@@ -43,14 +45,16 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
         raise UserError(f"{path} could not be written: {reason}") from error
 
 
-def is_of_a_write(error: Exception) -> bool:
+def is_of_a_write(error: BaseException, path: Path, unfinished: str | Path | None) -> bool:
     """Whether an error is that of a failing write: those of Pillow, torch.save and safetensors have
     no type of it.
 
-    An error that names its file is left as it is, and so is one of reading.
+    An error that names another file is left as it is, and so is one of reading.
     """
     if isinstance(error, OSError):
-        return error.filename is None and error.errno is not None
+        return error.errno is not None and _names(error.filename, path, unfinished)
+    if not isinstance(error, (RuntimeError, SafetensorError)):
+        return False
     text = str(error)
     return (
         "PytorchStreamWriter" in text
@@ -58,6 +62,17 @@ def is_of_a_write(error: Exception) -> bool:
         or "I/O error" in text
         or "os error" in text.lower()
     )
+
+
+def _names(filename: Any, path: Path, unfinished: str | Path | None) -> bool:
+    """Whether an error names no file, the one that is written, a folder it lies in, or what is
+    written in its place.
+    """
+    if not isinstance(filename, (str, Path)):
+        return True
+    named = Path(filename)
+    staged = path if unfinished is None else Path(unfinished)
+    return named in (path, staged, *path.parents) or staged in named.parents
 
 
 def remove(path: Path) -> None:

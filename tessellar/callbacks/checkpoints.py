@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessellar import distributed
+from tessellar.callbacks.companions import lost_process
 from tessellar.errors import UserError, remove, writing
 from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.runs import BEST, LAST, PREVIOUS
@@ -124,6 +125,7 @@ class Checkpoints(Checkpoint):
 
     def save_at_once(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write `last.ckpt` now, and once more after a validation that belongs to this update."""
+        write_metrics(trainer)
         self.save(trainer, pl_module)
         self._due = validates_now(trainer)
 
@@ -155,13 +157,16 @@ class Checkpoints(Checkpoint):
 
     def _write(self, trainer: L.Trainer, name: str, keep: str | None = None) -> None:
         """Write `name`, its old content goes to `keep`; every process takes part, the first one
-        moves files.
+        moves files. None goes on before the file is in its place; where that fails all of them raise.
         """
         target = self.folder / name
         staged = self.folder / f"{name}.part"
         older = target if keep is None else self.folder / keep
+        failure: str | None = None
+        written = False
         try:
             trainer.save_checkpoint(staged)
+            written = True
             if trainer.is_global_zero:
                 flush(staged)
                 if older != target and target.exists():
@@ -169,11 +174,18 @@ class Checkpoints(Checkpoint):
                 staged.replace(target)
                 flush(self.folder)
         except (OSError, RuntimeError) as error:
+            if lost_process(error) is not None:
+                raise
+            if not written:
+                distributed.barrier()  # the others wait inside of save_checkpoint
             remove(staged)
+            failure = " ".join(str(error).split())
+        failures = [said for said in distributed.all_gather(failure) if said is not None]
+        if failures:
             whole = self._whole(target.name, older.name)
             raise UserError(
-                f"{target} could not be written: {error}. Last whole checkpoint: {whole}"
-            ) from error
+                f"{target} could not be written: {failures[0]}. Last whole checkpoint: {whole}"
+            )
 
     def _whole(self, *names: str) -> Path | str:
         """The first of these checkpoints that is there, to be named to the user."""

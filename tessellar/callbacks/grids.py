@@ -11,7 +11,7 @@ from tessellar.protocol.condition import ClassConditioner
 from tessellar.sampling.output import save_png, tile
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
-from tessellar.training.runs import Run
+from tessellar.training.runs import LateTensorBoard, Run
 
 
 class Grids(L.Callback):
@@ -91,8 +91,7 @@ class Grids(L.Callback):
 
 def log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
     """A uint8 picture [3, H, W] to TensorBoard or wandb; loggers without pictures are left out."""
-    kind = type(logger).__name__
-    if kind == "TensorBoardLogger":
-        logger.experiment.add_image(name, image, step)
-    elif kind == "WandbPage":
+    if isinstance(logger, LateTensorBoard):
+        logger.log_picture(name, image, step)
+    elif type(logger).__name__ == "WandbPage":
         logger.log_image(name, [image.permute(1, 2, 0).numpy()], step=step)

@@ -44,7 +44,7 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
     with writing(target):
         stage.mkdir(parents=True)
     try:
-        with writing(target):
+        with writing(target, unfinished=stage):
             yield stage
             put_in_place(stage, target, marker, overwrite)
     finally:

@@ -8,6 +8,7 @@ where there is one.
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,22 @@ def put_tracebacks_into(folder: Path) -> None:
 
 def run(command: Callable[[], int | None]) -> int:
     """Call `command` and return the process's exit code."""
+    before = threading.excepthook
+    threading.excepthook = _of_a_thread
+    try:
+        return _run(command)
+    finally:
+        threading.excepthook = before
+
+
+def _of_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """A thread that could not write (TensorBoard's) has said so to the one that asked it."""
+    error = failed.exc_value
+    if isinstance(error, Exception) and not isinstance(error, OSError):
+        _say(f"error: {_in_short(error)} ({_kept(error)})")
+
+
+def _run(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:

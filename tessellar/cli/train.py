@@ -24,9 +24,11 @@ from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.callbacks.codebook_usage import CodebookUsage
+from tessellar.callbacks.companions import Companions, lost_process, processes_beside
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.interruption import Interrupted, Interruption
@@ -185,7 +187,8 @@ class TrainCLI(LightningCLI):
             RunProgress(),
             CodebookUsage(config.log_every, self.model.least_codes_used),
             Grids(run, config.sampling),
-            Interruption(),
+            Companions(),
+            Interruption(run.interrupted),
             Checkpoints(
                 run.folder / CHECKPOINTS,
                 config.save_every,
@@ -247,7 +250,8 @@ def main(argv: Sequence[str]) -> int:
             with trusting(_given(given, "--package")), runs_stay():
                 actions[word](parse(given))
         except Interrupted as signal:
-            print(signal, file=sys.stderr)
+            if rank_zero_only.rank == 0:
+                print(signal, file=sys.stderr)
             return 128 + signal.number
         except SystemExit as leaving:
             # Lightning's answer before and after training.
@@ -292,6 +296,7 @@ def _fit(cli: TrainCLI) -> None:
         log.info("writes %s: checkpoints, metrics.csv, pictures, %s, export", run.folder, LOG)
     put_tracebacks_into(run.folder)
     last = run.folder / CHECKPOINTS / LAST
+    companions = next(c for c in trainer.callbacks if isinstance(c, Companions))  # type: ignore[attr-defined]
     try:
         with restoring(run.checkpoint):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
@@ -299,21 +304,21 @@ def _fit(cli: TrainCLI) -> None:
         raise UserError(
             f"{error}. Last checkpoint: {last if last.exists() else 'none yet'}"
         ) from error
-    except Interrupted as signal:
-        if trainer.is_global_zero:
-            run.interrupted(str(signal))
+    except Interrupted:
         raise
     except RuntimeError as error:
-        lost = lost_process(error)
+        lost = lost_process(error, processes_beside(trainer))
         if lost is None:
             raise
+        if companions.first_lives:
+            sys.exit(2)
         raise UserError(
             f"{lost}; {'continue with --resume auto' if last.exists() else 'nothing was saved'}"
         ) from error
     finally:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.state.finished:
             run.abandon()
-    if trainer.is_global_zero and trainer.state.finished:
+    if trainer.is_global_zero and trainer.state.finished and not run.ended_at(cli.model.updates):
         finish(cli)
 
 
@@ -472,30 +477,18 @@ def check(cli: TrainCLI, training: bool = True) -> None:
     model.check_data(data)
 
 
-def lost_process(error: RuntimeError) -> str | None:
-    """What an error says about a data worker or a process of the run that has ended, None where it
-    says nothing.
-    """
-    text = str(error)
-    if "DataLoader worker" in text:
-        return "a data worker was killed or ended by itself (out of memory?)"
-    if any(
-        words in text
-        for words in ("closed by peer", "Connection reset", "remote process exited", "Broken pipe")
-    ):
-        return "another process of this run has ended; its own lines say why"
-    return None
-
-
 def finish(cli: TrainCLI) -> None:
     """Write the export of the run (averaged weights where they are kept) and its costs."""
     module = cli.model
     run = cli.run_folder
     trainer = cli.trainer
+    if not run.begun:  # all updates were made before, and a kill came before the export
+        cli.begin(trainer)
     ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
     speed = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     export, steps = _exported(cli)
     costs = {"updates": module.updates, "exported": export, **speed.costs()}
+    run.unmark()
     record = Record(
         title=run.name,
         weights="raw" if ema is None else "ema",

@@ -1,7 +1,9 @@
-"""How many processes load data, and what each does at its start."""
+"""How many processes load data, what each does at its start, and the signals that end a run in order."""
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,3 +39,15 @@ def ignore_interruptions(_: int) -> None:
     """
     for number in INTERRUPTING:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def starting_readers() -> Iterator[None]:
+    """Programs that are started inside (`curl` of a stream) are not ended by these signals either:
+    they inherit which ones this thread blocks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

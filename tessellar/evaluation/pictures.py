@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.distributed import all_gather, own_share, rank
-from tessellar.errors import UserError
+from tessellar.errors import UserError, writing
 from tessellar.evaluation.sources import ImageSource
 from tessellar.evaluation.subset import subset
 from tessellar.images import from_uint8
@@ -106,7 +106,8 @@ def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") ->
         panel = figure.add_subplot(rows, 3, place)
         panel.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
         panel.set_title(name, fontsize=9)
-    figure.savefig(out, dpi=100)
+    with writing(out, unfinished=out):
+        figure.savefig(out, dpi=100)
     return list(curves)
 
 

@@ -4,7 +4,6 @@ on disk.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +125,4 @@ class FeatureCache:
             return
         target = self.path(text)
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_suffix(f".{os.getpid()}")
-        write_safetensors({"features": features.contiguous()}, staged)
-        staged.replace(target)
+        write_safetensors({"features": features.contiguous()}, target)

@@ -11,7 +11,7 @@ import csv
 import io
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -97,11 +97,26 @@ class MetricsFile(Logger):
         self._place = len(before)
 
     def _write_row(self) -> None:
-        """Put the last row in its place, by one write: a kill leaves the older or the newer one."""
+        """Put the last row in its place, by one write: a kill leaves the older or the newer one, and
+        a full disk the older one.
+        """
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
             file.seek(self._place)
-            file.write(_lines(self._columns, [self._row]))
-            file.truncate()
+            before = file.read()
+            try:
+                _put(file, self._place, _lines(self._columns, [self._row]))
+            except OSError:
+                _put(file, self._place, before)
+                raise
+
+
+def _put(file: BinaryIO, place: int, content: bytes) -> None:
+    """Have an unbuffered file end with `content` from `place` on."""
+    file.seek(place)
+    left = memoryview(content)
+    while left:  # the last write before a disk is full takes a part of it
+        left = left[file.write(left) :]
+    file.truncate()
 
 
 def _lines(columns: list[str], rows: list[dict[str, str]]) -> bytes:

@@ -5,11 +5,11 @@ began comes first, and the error that ended it last.
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from tessellar.errors import in_one_line, writing
+from tessellar.errors import UserError, in_one_line, writing
 
 LOG = "log.txt"
 OURS = "tessellar"
@@ -34,8 +34,9 @@ class RunLog(logging.Handler):
         if self._file is None:
             self._held.append(line)
         else:
-            self._file.write(line)
-            self._file.flush()
+            with writing(self.path):
+                self._file.write(line)
+                self._file.flush()
 
     def open(self) -> None:
         """Append to the run's file from now on."""
@@ -47,7 +48,8 @@ class RunLog(logging.Handler):
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take
+                self._file.close()
             self._file = None
         super().close()
 
@@ -63,7 +65,8 @@ def logging_into(log: RunLog) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.say(str(error) or type(error).__name__, "ERROR")
+        with suppress(UserError):  # the disk is full: the first error is the one to tell
+            log.say(str(error) or type(error).__name__, "ERROR")
         raise
     finally:
         ours.removeHandler(log)

@@ -29,6 +29,7 @@ import torch
 from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from tessellar.checkpoints.card import command_line, commit
 from tessellar.checkpoints.data_facts import facts_in, other_class, other_content
@@ -52,6 +53,7 @@ LOCK = "lock"
 LONGEST_NAME = 200
 INTERRUPTED = "interrupted"
 RUNNING = "running"
+EXPORT = "export"
 
 
 #: What a run's folder may hold without a checkpoint or an export: such a run may be started again.
@@ -103,7 +105,7 @@ class Run:
         """Raise UserError where the folder holds anything that a start would replace; a run without
         results is free.
         """
-        results = [self.folder / "export", *sorted((self.folder / CHECKPOINTS).glob("*"))]
+        results = [self.folder / EXPORT, *sorted((self.folder / CHECKPOINTS).glob("*"))]
         found = next((path for path in results if path.exists() and path.suffix != ".part"), None)
         if resume == "auto" and found is not None:
             raise UserError(
@@ -218,7 +220,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self._damaged:
             path.replace(path.with_suffix(".damaged"))
-        (self.folder / INTERRUPTED).unlink(missing_ok=True)
+        self.unmark()
         if self._wandb_id is not None:
             self._write_text(WANDB_ID, self._wandb_id)
         if not self.continues:
@@ -251,23 +253,38 @@ class Run:
         self.record |= {**(facts or {}), **ended}
         self.write("run.json", self.record)
 
+    def ended_at(self, update: int) -> bool:
+        """Whether this part had nothing left to do: the run came to its end at `update` before."""
+        said = self.said()
+        return not self.begun and said.get("updates") == update and (self.folder / EXPORT).exists()
+
+    def said(self) -> dict[str, Any]:
+        """What run.json holds; nothing where it cannot be read."""
+        try:
+            said = json.loads((self.folder / "run.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return said if isinstance(said, dict) else {}
+
     def earlier_parts(self) -> list[dict[str, Any]]:
         """The parts that run.json lists; of an older one that lists none, what it says of the run."""
         if not self.continues:
             return []
-        try:
-            said = json.loads((self.folder / "run.json").read_text())
-            return said.get("parts") or [
-                {name: said.get(name) for name in ("config", "command", "commit", "from")}
-            ]
-        except (OSError, ValueError, AttributeError, RecursionError):
+        said = self.said()
+        if not said:
             return []
+        facts = ("config", "command", "commit", "from")
+        return said.get("parts") or [{name: said.get(name) for name in facts}]
 
     def interrupted(self, line: str) -> None:
         """Leave a mark that the run was ended by a signal and wants to be continued; it goes when
         that is done.
         """
         self._write_text(INTERRUPTED, f"{line}\n")
+
+    def unmark(self) -> None:
+        """The run goes on, or has come to its end all the same."""
+        (self.folder / INTERRUPTED).unlink(missing_ok=True)
 
     def write(self, file: str, content: dict[str, Any]) -> None:
         """Write JSON into the run's folder, with the parts of the run, beside and then in place."""
@@ -331,12 +348,44 @@ class LateTensorBoard(TensorBoardLogger):
             return _DummyExperiment()  # takes whatever it is given, and Lightning asks for it early
         return super().experiment
 
+    @rank_zero_only
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UserError where an earlier one could not be written: that is done in a thread."""
+        with writing(self._run.folder / "tensorboard"):
+            try:
+                super().log_metrics(*args, **kwargs)
+            except ValueError as error:  # Lightning takes whatever fails for a value of no number
+                raise error.__cause__ or error from None
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what was logged; raises UserError as `log_metrics` does."""
+        with writing(self._run.folder / "tensorboard"):
+            super().save()
+
+    @rank_zero_only
+    def log_picture(self, name: str, image: Tensor, step: int) -> None:
+        """A uint8 picture [3, H, W]; raises UserError as `log_metrics` does."""
+        with writing(self._run.folder / "tensorboard"):
+            self.experiment.add_image(name, image, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left; of a run that failed it is its own error that is told."""
+        try:
+            with writing(self._run.folder / "tensorboard"):
+                super().finalize(status)
+        except UserError:
+            if status != "failed":
+                raise
+
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Settings of this part of the run; Lightning keeps those of the first one otherwise."""
         if not self._run.begun:
             return
-        (self._run.folder / "tensorboard" / self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-        super().log_hyperparams(params)
+        with writing(self._run.folder / "tensorboard"):
+            (self._run.folder / "tensorboard" / self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+            super().log_hyperparams(params)
         self.save()
 
 

@@ -1,3 +1,5 @@
+import signal
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -29,6 +31,22 @@ def test_samples_hold_what_local_tars_hold(shards: Path):
     samples = list(stream(shards / "train-0000.tar", shards / "val.tar"))
     assert colours(samples) == [*range(20), *range(30, 36)]
     assert samples[4] | {"image": 0} == {"image": 0, "index": 4, "label": 1, "caption": "picture 4"}
+
+
+def test_a_signal_to_the_whole_group_does_not_break_a_stream(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that reads it is started by this process, and gets what a terminal or a scheduler sends to all."""
+    program = tmp_path / "curl"
+    program.write_text(
+        f"#!{sys.executable} -SE\nimport os, sys\nos.kill(os.getpid(), {signal.SIGTERM:d})\n"
+        f"sys.stdout.buffer.write(open('{shards / 'val.tar'}', 'rb').read())\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert colours(stream("http://nowhere.invalid/val.tar")) == list(range(30, 36))
+    handlers = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.SIGTERM not in handlers and signal.SIGINT not in handlers
 
 
 def test_an_epoch_is_the_declared_number_of_samples_in_another_order_each_time(shards: Path):

@@ -1,28 +1,47 @@
-"""Full disks, shown by a limit on the size of files: one line that names the file, and nothing half-written."""
+"""Full and read-only disks: one line that names the file, and nothing half-written.
 
+A full disk is shown by a limit on the size of files, and by a tmpfs of a few kilobytes where this process may mount
+one; a read-only one by a mount, else by permissions.
+"""
+
+import ctypes
 import errno
 import json
 import os
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from benchmarks.attacked import tells_of_end
+from tessellar.callbacks.grids import log_image
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.checkpoints.staging import staged_folder
+from tessellar.cli import train
 from tessellar.cli.errors import run
+from tessellar.data.sets.shapes import Shapes
+from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError, writing
 from tessellar.evaluation.npz import write_arrays
+from tessellar.evaluation.pictures import metric_curves
 from tessellar.evaluation.record import write_record
 from tessellar.sampling.output import SampleFolder, save_png
 from tessellar.tensor_files import write_safetensors
+from tessellar.text.encoders import FeatureCache
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.continuing import keep_config
 from tessellar.training.metrics_file import MetricsFile
-from tessellar.training.runs import Run
+from tessellar.training.run_log import RunLog, logging_into
+from tessellar.training.runs import LateTensorBoard, Run
 
 
 @contextmanager
@@ -34,6 +53,58 @@ def full_disk(limit: int = 512) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NEWNS, NEWUSER = 0x00020000, 0x10000000
+RDONLY, REMOUNT, BIND, REC, PRIVATE = 1, 32, 4096, 16384, 1 << 18
+
+
+def mounted(folder: Path, kind: str) -> bool:
+    """Whether `folder` could be made a read-only mount, or a tmpfs of 16 kilobytes, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(NEWNS) != 0:
+        if libc.unshare(NEWNS | NEWUSER) != 0:
+            return False
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    target = os.fsencode(folder)
+    libc.mount(b"none", b"/", None, REC | PRIVATE, None)
+    if kind == "small":
+        return libc.mount(b"none", target, b"tmpfs", 0, b"size=16k") == 0
+    bound = libc.mount(target, target, None, BIND, None) == 0
+    return bound and libc.mount(None, target, None, REMOUNT | BIND | RDONLY, None) == 0
+
+
+def on_a_disk(
+    folder: Path, kind: str, action: Callable[[], int | None], change_to: bool = False
+) -> tuple[int, str]:
+    """The exit code and stderr of a command in a process that sees `folder` as a disk of that kind."""
+    folder.mkdir(exist_ok=True)
+    reading, ending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        os.dup2(ending, 2)
+        sys.stderr = os.fdopen(ending, "w", buffering=1)
+        code = 99
+        with suppress(BaseException):
+            if not mounted(folder, kind):  # then a user's permissions and a quota do the same
+                folder.chmod(0o555 if kind == "read-only" else 0o755)
+                if kind == "small":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (32768, 32768))
+            if change_to:
+                os.chdir(folder)
+            code = run(action)
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(ending)
+    with os.fdopen(reading) as file:
+        said = file.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    folder.chmod(0o755)
+    return code, said
 
 
 def metrics(path: Path) -> None:
@@ -56,6 +127,43 @@ def pixels(path: Path) -> None:
     SampleFolder(path.parent, [0] * 100, (32, 32), png=False, npz=True, grid=False)
 
 
+def samples(path: Path) -> None:
+    folder = SampleFolder(path.parent, [0] * 8, (16, 16), png=False, npz=True, grid=False)
+    folder.finish()
+
+
+def log_of_a_run(path: Path) -> None:
+    """What was written before a disk was full stays, as in any log."""
+    log = RunLog(path.parent)
+    with logging_into(log):
+        log.open()
+        try:
+            log.say("x" * 5000)
+        finally:
+            path.unlink()
+
+
+def curves(path: Path) -> None:
+    rows = path.parent.parent / "metrics.csv"
+    rows.write_text("step,loss\n1,2\n2,1\n")
+    metric_curves(rows, path)
+
+
+def tokenizer() -> ViTVQ:
+    return ViTVQ(VectorQuantizer(16, 4), 16, 4, 16, 1, 1, 2)
+
+
+def features(path: Path) -> None:
+    def encoder(texts: list[str], device: torch.device) -> list[torch.Tensor]:
+        return [torch.zeros(100, 64) for _ in texts]
+
+    encoder.source = "x"  # type: ignore[attr-defined]
+    encoder.length = 100  # type: ignore[attr-defined]
+    cache = FeatureCache(encoder, str(path.parent))  # type: ignore[arg-type]
+    cache.path = lambda text: path  # type: ignore[method-assign]
+    cache(["a text"], torch.device("cpu"))
+
+
 def staged(path: Path) -> None:
     with staged_folder(path, "marker") as stage, open(stage / "tokens", "wb") as file:
         file.write(b"x" * 5000)
@@ -72,8 +180,21 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "statistics.npz": lambda path: write_arrays(
         path, {"mu": np.random.default_rng(0).normal(size=5000)}
     ),
-    "export": staged,
+    "folder": staged,
+    "export": lambda path: export_tokenizer(tokenizer(), path) and None,
+    "cache": lambda path: (
+        encode_dataset(tokenizer(), Shapes(16, 200), path, name="shapes") and None
+    ),
+    "samples.npz": samples,
+    "curves.png": curves,
+    "log.txt": log_of_a_run,
+    "features.safetensors": features,
+    "interrupted": lambda path: Run(path.parent.name, path.parent.parent).interrupted("x" * 5000),
 }
+
+
+#: Where the memory map of the pixels shall fit, and the npz that is made of it not.
+LIMITS = {"samples.npz": 6400}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -82,12 +203,104 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 ) -> None:
     folder = tmp_path / "x"
     folder.mkdir()
-    with full_disk():
+    with full_disk(LIMITS.get(name, 512)):
         code = run(lambda: WRITERS[name](folder / name))
     said = capsys.readouterr().err
     assert code == 2 and said.count("\n") == 1, said
-    assert f"{folder / name} could not be written: " in said and "File too large" in said
+    assert "could not be written: " in said and "File too large" in said
+    assert name in said and str(folder) in said
+    left = {path.name for path in folder.iterdir()}
+    assert left <= ({"pixels.npy"} if name == "samples.npz" else set())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_read_only_disk_is_one_line_and_changes_nothing(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    code, said = on_a_disk(folder, "read-only", lambda: WRITERS[name](folder / name))
+    assert code == 2 and said.count("\n") == 1, said
+    assert str(folder) in said and ("Read-only file system" in said or "Permission" in said), said
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["pixels.npy", "cache", "export"])
+def test_a_disk_of_a_few_kilobytes_is_one_line_and_is_empty_again(
+    tmp_path: Path, name: str
+) -> None:
+    """Space for the pixels is reserved: a memory map on a full tmpfs ends in SIGBUS otherwise."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+
+    def action() -> None:
+        try:
+            WRITERS[name](folder / name)
+        finally:
+            assert list(folder.iterdir()) == []
+
+    code, said = on_a_disk(folder, "small", action)
+    assert code == 2 and said.count("\n") == 1, said
+    assert "could not be written: " in said and str(folder) in said
+
+
+def test_a_run_on_a_small_disk_is_one_line_and_can_go_on(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def action() -> int:
+        code = train.main(["--config", str(tmp_path / "run.yaml"), "--name", "x"])
+        return code + 50  # it ended well
+
+    code, said = on_a_disk(tmp_path / "disk", "small", action, change_to=True)
+    errors = [line for line in said.splitlines() if tells_of_end(line)]
+    assert code == 2 and len(errors) == 1, said
+    assert "runs/x/" in errors[0] and "could not be written" in errors[0]
+
+
+def test_the_last_row_of_metrics_stays_whole_on_a_full_disk(tmp_path: Path) -> None:
+    table = MetricsFile(tmp_path / "metrics.csv")
+    for step in range(1, 4):
+        table.log_metrics({"a": 1.0, "b": 2.0}, step)
+    table.log_metrics({"c": 3.0}, 4)
+    whole = table.path.read_bytes()
+    with full_disk(len(whole) + 3), pytest.raises(UserError, match="metrics.csv could not be"):
+        table.log_metrics({"a": 1.234567}, 4)
+    assert table.path.read_bytes() == whole
+    table.log_metrics({"a": 1.234567}, 4)
+    assert table.path.read_text().splitlines()[-1] == "4,1.234567,,3"
+
+
+def test_tensorboard_on_a_full_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its thread meets the full disk first."""
+    folder = Run("x", tmp_path)
+    folder.create()
+    folder.begin("", {"command": "", "commit": ""})
+    logger = LateTensorBoard(folder, name="", version="tensorboard")
+    logger.log_metrics({"a": 0.0}, 0)
+    log_image(logger, "a picture", torch.zeros(3, 2, 2, dtype=torch.uint8), 0)
+    logger.experiment.flush()
+    (events,) = (folder.folder / "tensorboard").glob("events*")
+    assert b"a picture" in events.read_bytes()
+
+    def action() -> None:
+        for step in range(200):
+            logger.log_metrics({f"loss_{step}": 1.0}, step)
+            logger.experiment.flush()
+
+    def through_the_logger() -> None:
+        try:
+            action()
+        except OSError:
+            logger.log_metrics({"a": 0.0}, 1)
+
+    with full_disk(1000):
+        code = run(through_the_logger)
+        logger.finalize("failed")
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1, said
+    assert "tensorboard could not be written: File too large" in said
 
 
 @pytest.mark.parametrize(

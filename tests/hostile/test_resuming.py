@@ -1,12 +1,20 @@
 """A refused resume changes nothing, a good one keeps and says everything, a run without a checkpoint starts again."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.attacked import differing_rows, rows
+from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.training.runs import Run
+from tessellar.training.schedules import Schedule
+from tessellar.training.tokenizer_module import TokenizerModule
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
@@ -59,6 +67,107 @@ def test_a_resume_keeps_every_config_and_says_what_differs(
 
     assert call(config, "--resume", "auto", "--trainer.max_steps", "8")[0] == 0
     assert "already at 8 of 8 updates: raise --trainer.max_steps" in caplog.text
+
+
+def test_a_resume_of_a_run_that_has_ended_changes_nothing(call, config) -> None:
+    """Also where fewer updates are asked for than were made; where a kill came before the export, that is written."""
+    assert call(config)[0] == 0
+    before = contents("runs")
+    for steps in ("6", "4"):
+        assert call(config, "--resume", "auto", "--trainer.max_steps", steps)[0] == 0
+        assert contents("runs") == before
+    for file in Path("runs/x/export").iterdir():
+        file.unlink()
+    Path("runs/x/export").rmdir()
+    assert call(config, "--resume", "auto")[0] == 0
+    assert Path("runs/x/export/model.safetensors").exists()
+    parts = json.loads(Path("runs/x/run.json").read_text())["parts"]
+    assert [part["config"] for part in parts] == ["config.0.yaml", "config.yaml"]
+
+
+def test_a_resume_with_other_rates_and_another_schedule_does_what_they_say(call, config) -> None:
+    """Learning rate, decay, betas, schedule and average; another kind of optimizer is refused."""
+    model = config["model"]["init_args"]
+    model["optimizer"] = {"lr": 1e-3, "weight_decay": 0.1}
+    model["schedule"] = {"decay": "cosine", "final_weight_decay": 0.4}
+    assert call(config, "--ema", "0.9")[0] == 0
+    before = contents("runs")
+    model["optimizer"] = {"name": "muon"}
+    code, said = call(config, "--resume", "auto", "--trainer.max_steps", "8")
+    assert code == 2 and "optimizer" in said.splitlines()[-1], said
+    assert contents("runs") == before
+
+    model["optimizer"] = {"lr": 2e-3, "weight_decay": 0.3, "betas": [0.8, 0.9]}
+    model["schedule"] = {"decay": "linear", "warmup": 20}
+    assert call(config, "--resume", "auto", "--trainer.max_steps", "8", "--ema", "0.5")[0] == 0
+    content = torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)
+    decayed, plain = content["optimizer_states"][0]["param_groups"]
+    factor = Schedule("linear", warmup=20).factor(7, 8)
+    for group in (decayed, plain):
+        assert group["peak_lr"] == 2e-3 and group["lr"] == pytest.approx(2e-3 * factor)
+        assert tuple(group["betas"]) == (0.8, 0.9)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert float(rows(Path("runs/x"))[-1]["train/lr_factor_tokenizer"]) == pytest.approx(factor)
+    averages = [state for state in content["callbacks"].values() if "average" in state]
+    assert [state["decay"] for state in averages] == [0.5]
+
+
+def killing(
+    monkeypatch: pytest.MonkeyPatch, owner: type, hook: str, batch: int, late: bool
+) -> None:
+    """This process dies by SIGKILL before or after a hook, as soon as `batch` batches were trained on."""
+    original: Callable[..., Any] = getattr(owner, hook)
+
+    def hooked(self: Any, *given: Any, **named: Any) -> Any:
+        module = self if isinstance(self, TokenizerModule) else given[1]
+        if module.batches >= batch and not late:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(self, *given, **named)
+        if module.batches >= batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(owner, hook, hooked)
+
+
+#: Where a run is killed: in which hook of whom, after how many batches, after the hook or before it.
+KILLS = [
+    (TokenizerModule, "on_train_batch_start", 5, False),
+    (Checkpoints, "save", 4, True),
+    (Checkpoints, "on_validation_end", 6, True),
+    pytest.param(TokenizerModule, "on_train_batch_start", 7, False, marks=pytest.mark.long),
+    pytest.param(Checkpoints, "on_train_batch_end", 8, True, marks=pytest.mark.long),
+    pytest.param(Checkpoints, "on_validation_end", 6, False, marks=pytest.mark.long),
+    pytest.param(TokenizerModule, "on_validation_epoch_end", 12, False, marks=pytest.mark.long),
+    pytest.param(Checkpoints, "on_train_end", 12, False, marks=pytest.mark.long),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of uninterrupted runs, by name, made by the first test that needs them."""
+    return {"folder": tmp_path_factory.mktemp("whole")}
+
+
+@pytest.mark.parametrize(("owner", "hook", "batch", "late"), KILLS)
+def test_metrics_of_a_killed_run_are_those_of_a_whole_one(
+    call, config, monkeypatch: pytest.MonkeyPatch, whole, owner, hook: str, batch: int, late: bool
+) -> None:
+    """With accumulated batches: every row once, no column lost, those of validations included."""
+    config["model"]["init_args"]["accumulate"] = 2
+    if "run" not in whole:
+        assert call(config, name="whole")[0] == 0
+        whole["run"] = Path("runs/whole").rename(whole["folder"] / "whole")
+    child = os.fork()
+    if child == 0:
+        killing(monkeypatch, owner, hook, batch=batch, late=late)
+        call(config)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    code, said = call(config, "--resume", "auto")
+    assert code == 0, said
+    assert differing_rows(whole["run"], Path("runs/x")) == []
+    assert any(row["val/psnr"] for row in rows(Path("runs/x")))
 
 
 def test_auto_without_a_checkpoint_refuses_where_there_are_results(tmp_path: Path) -> None:

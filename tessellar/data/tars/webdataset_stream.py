@@ -40,7 +40,7 @@ from tessellar.data.tars.members import (
     split_name,
 )
 from tessellar.data.tars.shards import expand_braces
-from tessellar.data.workers import ignore_interruptions
+from tessellar.data.workers import ignore_interruptions, starting_readers
 from tessellar.errors import UserError
 from tessellar.randomness import derive
 
@@ -71,7 +71,9 @@ def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
             f"{url} is not opened: it must be a path or begin with {', '.join(filter(None, SCHEMES))}"
         )
     try:
-        for opened in url_opener(iter([{"url": url}])):
+        with starting_readers():
+            sources = list(url_opener(iter([{"url": url}])))
+        for opened in sources:
             yield from _members(opened["stream"], url)
     except UserError:
         raise

@@ -151,8 +151,9 @@ def _prepare(folder: Path, plan: Any) -> IO[str]:
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     staged = folder / f"{PLAN}.part"
-    staged.write_text(json.dumps(plan), encoding="utf-8")
-    staged.replace(folder / PLAN)
+    with writing(folder / PLAN, unfinished=folder):  # nothing is lost: no block is done
+        staged.write_text(json.dumps(plan), encoding="utf-8")
+        staged.replace(folder / PLAN)
     return lock
 
 
