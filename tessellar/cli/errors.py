@@ -40,7 +40,7 @@ def _of_a_thread(failed: threading.ExceptHookArgs) -> None:
     """A thread that could not write (TensorBoard's) has said so to the one that asked it."""
     error = failed.exc_value
     if isinstance(error, Exception) and not isinstance(error, OSError):
-        _say(f"error: {_in_short(error)} ({_kept(error)})")
+        _say(f"error: {in_short(error)} ({_kept(error)})")
 
 
 def _run(command: Callable[[], int | None]) -> int:
