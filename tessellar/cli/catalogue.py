@@ -136,7 +136,7 @@ def models_of(package: Path, header: ast.Module) -> list[str]:
     return [name for name, _, _ in imported(header) if name in builders]
 
 
-ROOTS = ("Tokenizer", "Generator", "MaskedGenerator")
+ROOTS = ("Tokenizer", "GridTokenizer", "Generator", "MaskedGenerator")
 
 
 @cache
