@@ -71,7 +71,7 @@ class Measurement:
             lpips_weights=lpips_weights,
         )
         if distributed.rank() == 0:
-            path = Path(out) if out else _new_file(record)
+            path = Path(out) if out else new_file(record)
             write_record(record, path)
             warn(record["warnings"])
             print(f"{summary(record)}\nfingerprint {record['fingerprint']}, record: {path}")
@@ -82,7 +82,8 @@ def warn(warnings: Sequence[str]) -> None:
         print(f"warning: {warning}")
 
 
-def _new_file(record: Record) -> Path:
+def new_file(record: Record) -> Path:
+    """Where the record of an evaluation lies by default: by the name of what is measured, and now."""
     name = "".join(c if c.isalnum() else "-" for c in record["samples"]["name"])
     return Path("outputs/evaluations") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
 

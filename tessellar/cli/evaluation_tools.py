@@ -61,13 +61,14 @@ def stats(
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, None, batch_size
     )
-    source: ImageSource = (
-        split_of(images, data, count)
-        if images in SPLITS
-        else _cropped(images, size)
-        if size
-        else open_images(images, False)
-    )
+    source: ImageSource
+    if images in SPLITS:
+        source = split_of(images, data, count)
+    elif size:  # framed as ADM's references: shorter side, then the centre
+        name = Path(images).resolve().name
+        source = DatasetImages(ImageFolder(images, size, "adm"), name)
+    else:
+        source = open_images(images, False)
     if through:
         model = load(through).to(measurement.extractor.device)
         source = Reconstructions(
@@ -158,7 +159,3 @@ def compare(a: str, b: str) -> int:
     records = read_record(a), read_record(b)
     print(comparison(*records, names=(Path(a).stem[:12], Path(b).stem[:12])))
     return 1 if differences(*records) else 0
-
-
-def _cropped(folder: str, size: int) -> DatasetImages:
-    return DatasetImages(ImageFolder(folder, size, "adm"), Path(folder).resolve().name)

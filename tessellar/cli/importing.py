@@ -8,7 +8,7 @@ from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.files import is_official_file, read_content, unwrap
-from tessellar.interop.importer import GeneratorImporter, Importer, ImportOptions, TokenizerImporter
+from tessellar.interop.importer import GeneratorImporter, ImportOptions, TokenizerImporter
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.configured import build
 from tessellar.protocol.packages import rooms
@@ -46,7 +46,9 @@ def papers() -> dict[str, Paper]:
     """Every paper with an importer, by its name."""
     found: dict[str, Paper] = {}
     for room in rooms("official"):
-        for importer in _declared(room.module()):
+        # One importer or several; none where the folder is no paper's (quantizers).
+        official = getattr(room.module(), "OFFICIAL", ())
+        for importer in official if isinstance(official, tuple) else (official,):
             name = importer.paper or room.paper
             paper = found.setdefault(name, Paper(name, room.package))
             if room.package != paper.package:
@@ -66,14 +68,6 @@ def papers() -> dict[str, Paper]:
             if generator.tokenizer:
                 paper.tokenizers += found[generator.tokenizer].tokenizers
     return dict(sorted(found.items()))
-
-
-def _declared(module: Any) -> tuple[Importer, ...]:
-    """`OFFICIAL` of a module: one importer or several; none where the folder is no paper's
-    (quantizers).
-    """
-    official = getattr(module, "OFFICIAL", ())
-    return official if isinstance(official, tuple) else (official,)
 
 
 def import_model(

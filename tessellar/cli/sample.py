@@ -129,7 +129,9 @@ def sample(
             "decoding": recorder.report().as_dict(),
             "torch": torch.__version__,
         }
-        _write_record(stage, record)
+        if distributed.rank() == 0:
+            text = json.dumps(record, indent=1) + "\n"
+            (stage / RECORD).write_text(text, encoding="utf-8")
     if distributed.rank() == 0:
         print(
             f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}"
@@ -172,7 +174,10 @@ def parse_classes(text: str, model: ImageGenerator) -> list[int]:
     if text == "all":
         return list(range(model.conditioner.num_classes))
     try:
-        named = [n for part in text.split(",") for n in _range(part)]
+        named: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            named += range(int(first), int(last or first) + 1)
     except ValueError as error:
         raise UserError(
             f"--classes {text!r} is not a list of class ids such as 0,3,5 or 0-9, nor `all`"
@@ -202,11 +207,6 @@ def _what(named: list[int], texts: list[str] | None) -> dict[str, Any]:
     if texts is None:
         return {"classes": named, "labels": "image i has class classes[i % len(classes)]"}
     return {"prompts": texts, "labels": "image i has prompt prompts[i % len(prompts)]"}
-
-
-def _range(part: str) -> range:
-    first, _, last = part.partition("-")
-    return range(int(first), int(last or first) + 1)
 
 
 def _total(count: int | None, per_class: int | None, classes: int, default: int) -> int:
@@ -254,11 +254,6 @@ def _draw(
             folder.write(indices, images)
             bar.update(len(indices))
     folder.finish()
-
-
-def _write_record(stage: Path, record: dict[str, Any]) -> None:
-    if distributed.rank() == 0:
-        (stage / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

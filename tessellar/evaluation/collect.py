@@ -159,11 +159,18 @@ def _join(batches: list[ImageBatch]) -> ImageBatch:
         raise UserError(
             f"images differ in size: {', '.join(str(tuple(b.images.shape[2:])) for b in batches)}"
         )
-    columns = zip(*batches, strict=True)
-    return ImageBatch(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+    fields = []
+    for column in zip(*batches, strict=True):
+        fields.append(None if column[0] is None else torch.cat(column))
+    return ImageBatch(*fields)
 
 
 def _split(batch: ImageBatch, size: int) -> list[ImageBatch]:
     """Pieces of `size` images and the rest, which may be empty."""
-    bounds = range(0, len(batch.images) + 1, size)
-    return [ImageBatch(*(None if c is None else c[i : i + size] for c in batch)) for i in bounds]  # type: ignore[arg-type]
+    pieces = []
+    for start in range(0, len(batch.images) + 1, size):
+        fields = []
+        for column in batch:
+            fields.append(None if column is None else column[start : start + size])
+        pieces.append(ImageBatch(*fields))
+    return pieces

@@ -95,7 +95,7 @@ class VisionModel(Configured, ExactTables):
         self.network = create(self.name, image_size, self.options, downloads)
         given = (image_size, image_size) if image_size else facts and facts.image_size
         self.input_size = given or input_size_of(self.network)
-        self.preprocessing = _completed(preprocessing, facts, self.network)
+        self.preprocessing = completed(preprocessing, facts, self.network)
         self.layers = counted_layers(self.network, tuple(layers), self.name)
         for buffer, values in (("mean", self.preprocessing.mean), ("std", self.preprocessing.std)):
             self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -307,18 +307,21 @@ def stand_ins(config: Any) -> list[str]:
     """
     if isinstance(config, Mapping):
         path = config.get("weights")
-        own = (
-            []
-            if not isinstance(path, str) or path == DOWNLOAD
-            else _stand_in(Path(path).expanduser())
-        )
-        return own + [name for value in config.values() for name in stand_ins(value)]
+        found = []
+        if isinstance(path, str) and path != DOWNLOAD:
+            found += stand_in_of(Path(path).expanduser())
+        for value in config.values():
+            found += stand_ins(value)
+        return found
     if isinstance(config, (list, tuple)):
-        return [name for value in config for name in stand_ins(value)]
+        found = []
+        for value in config:
+            found += stand_ins(value)
+        return found
     return []
 
 
-def _stand_in(path: Path) -> list[str]:
+def stand_in_of(path: Path) -> list[str]:
     if path.suffix != ".safetensors" or not path.is_file():
         return []
     metadata = read_metadata(path)
@@ -372,7 +375,7 @@ def counted_layers(network: nn.Module, layers: tuple[int, ...], name: str) -> tu
     return counted
 
 
-def _completed(how: Preprocessing, facts: NetworkFacts | None, network: nn.Module) -> Preprocessing:
+def completed(how: Preprocessing, facts: NetworkFacts | None, network: nn.Module) -> Preprocessing:
     """Mean and standard deviation where they are not given: the file's, else timm's."""
     cfg: Any = network.pretrained_cfg
     mean = how.mean or (facts.mean if facts else tuple(cfg["mean"]))

@@ -178,12 +178,12 @@ def _batches(
     for start in range(0, len(indices), batch_size):
         chosen = list(indices[start : start + batch_size])
         rows = condition_of(chosen)
-        with _autocast(model, precision):
+        with generator_precision(model, precision):
             tokens = model.sample_tokens(rows, sampling, [seed + i for i in chosen], recorder)
         yield chosen, to_uint8(model.decode(tokens)).cpu()
 
 
-def _autocast(model: ImageModel, precision: str) -> AbstractContextManager:
+def generator_precision(model: ImageModel, precision: str) -> AbstractContextManager:
     """For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do."""
     if precision == "float32":
         return nullcontext()

@@ -28,6 +28,8 @@ class KLVAE(VQGAN):
     """
 
     quantizer: GaussianBottleneck
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(
         self,

@@ -23,6 +23,9 @@ class LlamaGenVQ(VQGAN):
     divide the image size.
     """
 
+    encoder: Encoder
+    decoder: Decoder
+
     def __init__(
         self,
         quantizer: Quantizer,

@@ -26,6 +26,8 @@ class VARVQVAE(VQGAN):
     """
 
     quantizer: MultiScaleQuantizer
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(
         self,
