@@ -156,6 +156,7 @@ class LlamaGenerator(PrefixTransformer):
 
     def positions(self, place: Tensor, state: State) -> Positions:
         """Rotations (and biases) at places [R or 1, n]; places past the end are clamped here."""
+        # Windows of speculative decoding look past the end; what is predicted there is thrown away.
         place = place.clamp(max=len(self.rope_cos) - 1).to(self.rope_cos.device)
         return Positions(self.rope_cos[place], self.rope_sin[place])
 

@@ -147,6 +147,7 @@ class TokenShuffle(LlamaGenerator):
         attention: str = "auto",
         zero_init_residual: bool = False,
     ) -> None:
+        # Vocabulary with joint text: [text 0 .. T - 1, BOI, EOI, codes]; `offset` = T + 2, else 0.
         given = [num_classes is not None, caption_dim is not None, text_vocab is not None]
         if sum(given) != 1:
             raise UserError(
@@ -163,9 +164,9 @@ class TokenShuffle(LlamaGenerator):
         self.entities = windows(layout, window)
         self.codes = codes
         self.text_loss_weight = text_loss_weight
-        self.z_loss = (
-            z_loss if z_loss is not None else 1e-5 if layout.length >= HIGH_RESOLUTION else 0.0
-        )
+        if z_loss is None:
+            z_loss = 1e-5 if layout.length >= HIGH_RESOLUTION else 0.0
+        self.z_loss = z_loss
         vocab = require_categorical(layout, "TokenShuffle")
         if num_classes is not None:
             self.conditioning = ClassPrefix(num_classes, width, dropout=condition_dropout)

@@ -71,6 +71,7 @@ class EMA(L.Callback):
         if not all_finite(new):
             return
         self.updates += 1
+        # average += (1 - decay) (weights - average)
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))

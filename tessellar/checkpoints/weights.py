@@ -71,6 +71,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     """
     own = module.state_dict()
     state = with_current_names(module, state)
+    # One message with everything that is wrong: weights of another size differ in many places.
     misshapen = []
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:

@@ -92,6 +92,7 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
 
 def match_key(pattern: str, key: str) -> dict[str, str] | None:
     """Placeholder values where `key` matches the pattern; `*` matches anything."""
+    # re.split keeps what a group matches: literal parts and placeholders alternate.
     expression = ""
     for part in re.split(r"(\{\w+\}|\*)", pattern):
         name = part[1:-1]

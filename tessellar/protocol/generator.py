@@ -125,6 +125,7 @@ class State:
         if self.part is not None:
             self.part.rollback(self.fed)
         if isinstance(self.cache, KVCache):
+            # Rows are all conditional ones, then all null ones: the lengths of images, repeated.
             self.cache.truncate(self._input_end(self.fed).repeat(self.guidance.branches))
 
     def select(self, index: Tensor) -> "State":

@@ -61,6 +61,7 @@ class OptimizerSettings:
         for parameter in nn.ModuleList(modules).parameters():
             if not parameter.requires_grad:
                 continue
+            # Muon orthogonalises matrices between hidden layers; embeddings and heads stay Adam's.
             by_muon = self.name == "muon" and parameter.ndim == 2 and "hidden" in tags(parameter)
             (hidden if by_muon else rest).append(parameter)
         made: list[Optimizer] = [self.adam(rest)] if rest else []

@@ -93,6 +93,7 @@ def arrange(
     arranged = []
     for states, there, optimizer, here in zip(saved, names, optimizers, own_names, strict=True):
         check_names(states, there, here)
+        # States lie under numbers: name -> number there, then number here -> that state.
         place = dict(zip(there, _numbers(states["param_groups"]), strict=True))
         own = optimizer.state_dict()
         moved = {}

@@ -225,6 +225,7 @@ def clip_gradients(parameters: Collection[nn.Parameter], clip: float) -> Tensor:
     for kind in kinds:
         gradients = [p.grad for p in kind if p.grad is not None]
         norms.append(whole(nn.utils.get_total_norm(gradients)))
+    # |g| = sqrt(|g_sharded|^2 + |g_whole|^2), so that both kinds shrink by one factor.
     norm = torch.stack(norms).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, clip, norm)

@@ -192,6 +192,7 @@ class FlexTok(Tokenizer):
                 )
         dtype = next(self.decoder.parameters()).dtype
         codes = self.quantizer.decode(tokens).to(dtype)
+        # With guidance all images are drawn twice at once: under their tokens, and under none.
         no = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         registers = self.decoder.condition(codes, kept)
         if guidance != 1:
@@ -239,6 +240,7 @@ class FlexTok(Tokenizer):
         losses = quantized.losses | {"flow": flow_loss(found.velocity, latents, noise).mean()}
         if self.teacher is not None and self.repa is not None and how.repa_weight:
             losses["repa"] = how.repa_weight * self.repa_distance(found.features, images).mean()
+        # x_t - t v = (1 - t) x + t n - t v: the clean latents where v = n - x.
         estimate = latents + t.view(-1, 1, 1, 1) * (
             noise - latents - at_least_float32(found.velocity)
         )

@@ -140,6 +140,7 @@ class FusionDecoder(nn.Module):
         if self.grid == (side, side):
             return self.positions
         maps = rearrange(self.positions, "b (h w) c -> b c h w", h=self.grid[0])
+        # Without the 0.1 a rounded factor could lose the last row.
         factors = [(side + 0.1) / length for length in self.grid]
         return rearrange(
             F.interpolate(maps, scale_factor=factors, mode="bicubic"), "b c h w -> b (h w) c"

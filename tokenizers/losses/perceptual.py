@@ -92,6 +92,8 @@ class LPIPS(ExactTables):
         )
         # Products, not convolutions: under autocast the features may be bfloat16, their distance is
         # not.
+        # LPIPS (arXiv 1801.03924, equation 1): channels of unit length, squared differences weighed
+        # by the heads, means over the map, a sum over layers.
         distances = [
             ((_unit(a) - _unit(b)).square() * weight[0]).sum(1).mean(dim=(1, 2))
             for a, b, weight in zip(ours, theirs, self.heads.parameters(), strict=True)

@@ -159,6 +159,7 @@ class TokenizerLoss(nn.Module):
         self, fake: Tensor, step: int, nll: Tensor, last_layer: Tensor
     ) -> dict[str, Tensor]:
         assert self.discriminator is not None
+        # Gradients go through the discriminator to the tokenizer, none into its own weights.
         with frozen(self.discriminator):
             adversarial = self.adversarial(self.discriminator(self._shown(fake, step)))
         if self.adaptive is None:

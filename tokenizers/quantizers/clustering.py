@@ -51,6 +51,8 @@ class ClusteringVQ(VectorQuantizer):
         used = distributed.all_reduce_sum(used)
         latents = distributed.gather_rows(at_least_float32(z).flatten(0, -2))
         finite = torch.isfinite(latents).all()
+        # alpha_k = exp(-p_k V 10 / 0.01 - 1e-3), p_k the running share of code k: about 1 for a code
+        # that nobody uses, 0 for one of average use.
         shares = self.shares.lerp(used / used.sum(), 1 - self.decay)
         speed = torch.exp(-shares * len(shares) * 10 / 0.01 - 1e-3)[:, None]
         codes = self.codebook.weight.lerp(

@@ -92,6 +92,7 @@ class EMAVectorQuantizer(VectorQuantizer):
         if self.l2_normalize:
             means = F.normalize(means, dim=-1)
         self.codebook.weight.copy_(torch.where(finite, means, self.codebook.weight))
+        # Dead codes move to latents of this pass (Jukebox, arXiv 2005.00341).
         expired = self.expired() & finite
         if self.threshold > 0 and bool(expired.any()):
             self._replace(expired, z)

@@ -110,6 +110,7 @@ class GaussianBottleneck(Quantizer):
         finite = torch.isfinite(
             now
         ).all()  # else this pass changes nothing: a NaN would stay in a running mean
+        # A mean of all passes at first, then a running one over the last MEMORY of them.
         moments = self.moments.lerp(now, (1 / (self.passes + 1).float()).clamp(min=1 / MEMORY))
         self.passes += finite
         self.moments.copy_(torch.where(finite, moments, self.moments))

@@ -169,6 +169,11 @@ class ResTokEncoder(nn.Module):
             if number not in self.merging:
                 x = block.mlp(x)  # type: ignore[operator]
                 continue
+            # A merge stands between attention and MLP of a block: the coarsest scale becomes half as
+            # many columns, and what those leave of it stays behind them.
+            #
+            #   before   [h x w              | latents]
+            #   after    [h x w / 2 | h x w  | latents]
             grids = [(grids[0][0], grids[0][1] // 2), *grids]
             x = block.mlp(self.split(x, grids[0]))  # type: ignore[operator]
             merged += 1
@@ -205,6 +210,7 @@ class ResTokEncoder(nn.Module):
             start += h * w
         line = start + torch.arange(sum(self.sizes))
         turn = rotation(torch.cat([*rows, line]), torch.cat([*columns, line]), self.head_dim)
+        # Visible is what is no finer: all of one's own level, and everything before it.
         level = self.levels(grids)
         mask = level[None, :] <= level[:, None]
         return Rotation(turn.cos.to(device), turn.sin.to(device)), mask[None, None].to(device)

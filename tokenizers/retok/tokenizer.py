@@ -216,6 +216,8 @@ class ReToK(Tokenizer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage == "all"):
             spatial = self.encoder(images)
             quantized = self.quantizer(self.latents(spatial))
+        # Images keep unequal numbers of tokens: all are spread at the longest length, and a mask
+        # hides the rest of the others.
         kept = self.draw_lengths(len(images))
         longest = int(kept.max())
         visible = (
@@ -241,6 +243,7 @@ class ReToK(Tokenizer):
                 self.semantic_weight * (weight * cosine_distance(found.semantic, target)).mean()
             )
         if self.feature_weight:
+            # Early on the map behind the tokens is pulled to the CNN's own.
             distance = feature_distance(spatial, found.spatial)
             losses["feature"] = self.feature_weight * (self.passes < self.feature_steps) * distance
             self.passes += 1

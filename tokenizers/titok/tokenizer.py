@@ -66,6 +66,8 @@ class Stack(nn.Module):
 
     def place(self, cells: Tensor, tokens: Tensor) -> Tensor:
         """[class, cells [B, h * w, D], tokens [B, n, D]] with their positions, normed."""
+        #   place   0        1 .. h w     1 + h w ..
+        #   reads   class    the map      the tokens, all or the first of them
         first = repeat(self.class_token, "one d -> b one d", b=len(cells))
         grid = torch.cat([first.to(cells.dtype), cells], dim=1) + self.positions
         return self.norm_in(
@@ -110,6 +112,7 @@ class TokenEncoder(Stack):
     def project(self, hidden: Tensor) -> Tensor:
         """Latents [B, N, C] of token states."""
         if self.mixes:
+            # A reshape where a transpose was meant: (n, d) is read from element d N + n.
             memory = rearrange(hidden, "b n d -> b (n d)")
             hidden = rearrange(memory, "b (d n) -> b n d", d=hidden.shape[-1])
         return self.to_code(hidden)
@@ -157,6 +160,7 @@ class TokenDecoder(Stack):
 
     def forward(self, vectors: Tensor) -> Decoded:
         tokens = self.from_code(vectors.to(self.from_code.weight.dtype))
+        # One token for every cell: what differs between cells are the positions alone.
         cells = self.mask_token.to(tokens.dtype).expand(len(tokens), self.num_cells, -1)
         x = first = self.place(cells, tokens)
         for number, block in enumerate(self.blocks):
