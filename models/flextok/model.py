@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.attention import attention as attend
-from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
@@ -36,7 +36,7 @@ class FlexARPass(NamedTuple):
     [R, 1, 1, P].
     """
 
-    cache: KVCache | NoCache
+    cache: KVCache | NoCache | PlacedCache
     slots: Slots
     text: Tensor | None = None
     visible: Tensor | None = None
@@ -146,6 +146,8 @@ class FlexAR(PrefixTransformer):
     several vocabularies.
     """
 
+    predicts_places = True
+
     def __init__(
         self,
         layout: Layout,
@@ -248,8 +250,11 @@ class FlexAR(PrefixTransformer):
         return FlexARPass(state.cache, slots, self.project_text(condition.features), visible)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
+        return self.head_at(state, hidden, state.entities.steps(first, want))
+
+    def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Logits:
         logits = at_least_float32(self.output(hidden))
-        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
+        return Logits(state.merge(logits, state.entities.entity_at(rank)))
 
 
 def positions_1d(length: int, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.layers.kv_cache import KVCache
+from tessellar.layers.kv_cache import NoCache
 from tessellar.layers.llama import Positions, grid_angles
 from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
@@ -40,6 +40,8 @@ def two_vocabularies(layout: Layout) -> tuple[int, int]:
 
 class HitaAR(LlamaGenerator):
     """Class-conditional next-token generator over a holistic segment and a grid."""
+
+    predicts_places = True
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class HitaAR(LlamaGenerator):
 
     def _embed(self, state: State, tokens: Tensor, index: Tensor) -> Tensor:
         """The official quirk is the sampler's alone: training and scoring keep to the right tables."""
-        quirk = self.lookup == "official" and isinstance(state.cache, KVCache)
+        quirk = self.lookup == "official" and not isinstance(state.cache, NoCache)
         return self._look_up(
             state.rows(tokens), index, self.holistic - 1 if quirk else self.holistic
         )
@@ -124,9 +126,14 @@ class HitaAR(LlamaGenerator):
         return Positions(self.rope_cos[place], self.rope_sin[place], bias)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        entity = state.entities.entity_of(first, want)
+        return self.head_at(state, hidden, state.entities.steps(first, want))
+
+    def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Logits:
+        entity = state.entities.entity_at(rank)
         rows = state.rows(entity < self.holistic).to(hidden.device)
-        if bool(rows.all()):
+        if state.input_size is not None:
+            logits = torch.where(rows[..., None], *self._both(hidden))
+        elif bool(rows.all()):
             logits = self.holistic_output(hidden)
         elif not bool(rows.any()):
             logits = self.patch_output(hidden)

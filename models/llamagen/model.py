@@ -27,6 +27,7 @@ class LlamaGen(LlamaGenerator):
     """
 
     output: nn.Linear
+    predicts_places = True
 
     def __init__(
         self,

@@ -202,7 +202,7 @@ class NextEntity(LlamaGenerator):
         hidden = self._run(state, torch.cat([context, asked], dim=1), tokens)
         if isinstance(state.cache, KVCache):
             state.cache.truncate(state.cache.lengths - asked.shape[1])
-        state.fed = state.fed + count
+        state.advance(count)
         return self._distribution(state, hidden, asked.shape[1], first, want)
 
     def score(

@@ -161,9 +161,12 @@ class LlamaGenerator(PrefixTransformer):
         return Positions(self.rope_cos[place], self.rope_sin[place])
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
+        return self.head_at(state, hidden, state.entities.steps(first, want))
+
+    def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Logits:
         assert self.output is not None
         logits = at_least_float32(self.output(hidden))
-        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
+        return Logits(state.merge(logits, state.entities.entity_at(rank)))
 
     def shared(self, place: Tensor, state: State, slots: Slots) -> Pass:
         assert state.cache is not None

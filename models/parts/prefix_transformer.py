@@ -10,14 +10,14 @@ token generator takes exactly one position.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tessellar.errors import UserError
-from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, PlacedCache, Slots
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities, take
@@ -43,6 +43,8 @@ class PrefixTransformer(Generator):
     reader: Callable[[Tensor, Entities], Tensor] | None = None
     #: Training only: the share of samples that are read in a uniform order of their own; None: the generator has one.
     random_order: float | None = None
+    #: Whether a window may be any set of places: one token an entity, and a head that asks `ranks` alone.
+    predicts_places: ClassVar[bool] = False
 
     @abstractmethod
     def shared(self, place: Tensor, state: State, slots: Slots) -> Any:
@@ -148,9 +150,46 @@ class PrefixTransformer(Generator):
     ) -> Distribution:
         want = count if want is None else want
         hidden = self._run(state, state.places(count), tokens)
-        state.fed = state.fed + count
+        state.advance(count)
         first = state.fed - want
         return self._distribution(state, hidden, self.num_reads(state, first, want), first, want)
+
+    def start_places(
+        self,
+        condition: Condition,
+        guidance: Guidance = NO_GUIDANCE,
+        entities: Entities | None = None,
+    ) -> State:
+        entities = entities or self.entities
+        if not self.predicts_places or set(entities.sizes) != {1}:
+            return super().start_places(condition, guidance, entities)
+        state = self.start(condition, guidance, entities)
+        assert isinstance(state.cache, KVCache)
+        state.cache = PlacedCache.after(state.cache)
+        return state
+
+    def predict_places(
+        self, state: State, tokens: Tensor, places: Tensor, groups: Tensor | None = None
+    ) -> Distribution:
+        if not self.predicts_places:
+            return super().predict_places(state, tokens, places, groups)
+        assert isinstance(state.cache, PlacedCache) and state.prefix is not None
+        places = places.to(state.entities.order.device)
+        rank = state.entities.ranks_of(places.clamp(min=0))
+        # The input of the token of rank r is at sequence place P - 1 + r.
+        place = state.rows(rank + state.prefix.length - 1)
+        groups = torch.zeros_like(places) if groups is None else groups
+        slot = torch.where(state.rows(places) < 0, -1, place)
+        slots = state.cache.reserve(slot, state.rows(groups), self.visibility(state, place))
+        hidden = self._run(state, place, tokens, slots)
+        normed = self.norm(hidden)
+        return self.head_at(state, normed, rank).with_hidden(normed[: state.batch])
+
+    def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Distribution:
+        """Distribution of the tokens of generation `rank` [B, T], of their normed hidden states [R,
+        T, D].
+        """
+        raise NotImplementedError(type(self).__name__)
 
     def score(
         self, tokens: Tensor, condition: Condition, entities: Entities | None = None
@@ -229,13 +268,18 @@ class PrefixTransformer(Generator):
         ranks = torch.arange(entities.length - 1)
         return ranks - len(ranks), ranks
 
-    def _run(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:
+    def _run(
+        self, state: State, place: Tensor, tokens: Tensor | None, slots: Slots | None = None
+    ) -> Tensor:
         """Hidden states [R, n, D] of the inputs at `place` [R or 1, n]; their keys are committed to
-        the cache.
+        the cache, in `slots` that were reserved for them or in the next ones.
         """
         assert state.cache is not None and state.prefix is not None
         x = self.embedding_dropout(self._inputs(state, place, tokens))
-        shared = self.shared(place, state, state.cache.reserve(self.visibility(state, place)))
+        if slots is None:
+            assert not isinstance(state.cache, PlacedCache)
+            slots = state.cache.reserve(self.visibility(state, place))
+        shared = self.shared(place, state, slots)
         for number, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, number, shared, use_reentrant=False)
@@ -252,7 +296,8 @@ class PrefixTransformer(Generator):
         # The last place of the prefix is the input of entity 0, so nothing is shifted but the name.
         prefix = state.prefix.embeddings  # type: ignore[union-attr]
         length = prefix.shape[1]
-        if len(place) == 1:
+        in_order = state.input_size is None and not isinstance(state.cache, PlacedCache)
+        if len(place) == 1 and in_order:
             before = int((place < length).sum())
             parts = [prefix[:, place[0, :before]]] if before else []
             if before < place.shape[1]:
@@ -262,21 +307,23 @@ class PrefixTransformer(Generator):
         # Images stand at different places: both kinds of inputs are made for all, and one is taken.
         assert tokens is not None
         behind = self._embed(state, tokens, (place - length).clamp(min=0))
-        rows = torch.arange(len(place))[:, None]
-        is_prefix = (place < length).to(prefix.device)
-        return torch.where(is_prefix[..., None], prefix[rows, place.clamp(max=length - 1)], behind)
+        place = place.to(prefix.device).expand(len(prefix), -1)
+        rows = torch.arange(len(prefix), device=prefix.device)[:, None]
+        before = prefix[rows, place.clamp(max=length - 1)]
+        return torch.where((place < length)[..., None], before, behind)
 
     def _embed(self, state: State, tokens: Tensor, index: Tensor) -> Tensor:
         entities = state.entities
         if entities.order.ndim == 2:
-            entities = entities.select(torch.arange(state.batch).repeat(state.guidance.branches))
+            images = torch.arange(state.batch, device=entities.order.device)
+            entities = entities.select(images.repeat(state.guidance.branches))
         return self.embed(state.rows(tokens), index, entities)
 
     def visibility(self, state: State, place: Tensor) -> Tensor:
         """Visibility numbers [R or 1, n] of places of a sequence, NEVER at the padding of a prefix."""
         block = self.block(place)
         valid = state.prefix.valid  # type: ignore[union-attr]
-        if valid is None or bool(valid.all()):
+        if valid is None or (state.input_size is None and bool(valid.all())):
             return block
         place = place.expand(len(valid), -1)
         inside = place.clamp(max=valid.shape[1] - 1)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.layers.adaln import Modulation, modulate
 from tessellar.layers.attention import attention as attend
-from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
@@ -37,7 +37,7 @@ class RARPass(NamedTuple):
     """What all blocks of one pass share: the condition [R, n, D] of each position, and the cache."""
 
     condition: Tensor
-    cache: KVCache | NoCache
+    cache: KVCache | NoCache | PlacedCache
     slots: Slots
 
 
@@ -97,6 +97,8 @@ class RAR(PrefixTransformer):
     permutations; the others follow the layout's order. Raises UserError for a layout that is not
     categorical or has several vocabularies.
     """
+
+    predicts_places = True
 
     def __init__(
         self,
@@ -204,10 +206,13 @@ class RAR(PrefixTransformer):
         return RARPass(self.conditions(place, state.condition), state.cache, slots)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        place = first[:, None] + torch.arange(want) + PREFIX - 1
-        scale, shift = self.last_modulation(self.conditions(state.rows(place), state.condition))
+        return self.head_at(state, hidden, state.entities.steps(first, want))
+
+    def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Logits:
+        place = state.rows(rank + PREFIX - 1)
+        scale, shift = self.last_modulation(self.conditions(place, state.condition))
         logits = at_least_float32(self.output(modulate(hidden, scale, shift)))
-        return Logits(state.merge(logits, state.entities.entity_of(first, want)))
+        return Logits(state.merge(logits, state.entities.entity_at(rank)))
 
 
 # Published variants: width, depth, heads, MLP.     parameters at N = 256, 1,024 codes, 1,000 classes

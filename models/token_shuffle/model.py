@@ -259,7 +259,7 @@ class TokenShuffle(LlamaGenerator):
         """Input i is the i-th window; in the joint vocabulary the end of the image follows the last
         one.
         """
-        ranks = index[..., None] * self.codes + torch.arange(self.codes)
+        ranks = index[..., None] * self.codes + torch.arange(self.codes, device=index.device)
         places = entities.order.expand(len(index), -1).gather(
             1, ranks.flatten(1).clamp(max=entities.length - 1)
         )
@@ -268,7 +268,7 @@ class TokenShuffle(LlamaGenerator):
         )
         ids = rearrange(ids + self.offset, "r (n c) -> r n c", c=self.codes)
         fused = self.shuffle(self.token_embedding(ids))
-        if isinstance(self.conditioning, JointText) and bool((index >= entities.count).any()):
+        if isinstance(self.conditioning, JointText):
             end = (index >= entities.count).to(fused.device)[..., None]
             fused = torch.where(end, self.token_embedding.weight[self.conditioning.eoi], fused)
         return fused
@@ -277,7 +277,7 @@ class TokenShuffle(LlamaGenerator):
         if self.rotary == "grid":
             return super().positions(place, state)
         valid = state.prefix.valid  # type: ignore[union-attr]
-        if valid is not None and not bool(valid.all()):
+        if valid is not None and (state.input_size is not None or not bool(valid.all())):
             # Counted from the first real token.
             place = (place - (~valid).sum(1, keepdim=True)).clamp(min=0)
         angles = place.to(self.rope_frequencies.device)[..., None] * self.rope_frequencies

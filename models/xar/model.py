@@ -322,7 +322,7 @@ class XAR(Generator):
         if (count if want is None else want) != 1:
             raise UserError("xAR draws one entity at a time; entities cannot be predicted together")
         read = (state.fed - 1).clamp(min=0)
-        state.fed = state.fed + count
+        state.advance(count)
         target = state.fed - 1
         missing = (target - read).unique()
         if len(missing) > 1:

@@ -4,13 +4,15 @@ visibility by number.
 Masks are data: every slot carries a block number and a query sees the filled slots whose block is
 at most its own, and itself. Causal, level, scale and entity masks, padding (`NEVER`), cached and
 uncached passes all follow from that rule. Block numbers and lengths stay on the CPU, so nothing
-here waits for an accelerator.
+here waits for an accelerator; or they lie on the accelerator and nothing is read from them
+(`KVCache.fixed`). `PlacedCache` holds inputs of any places, for windows that are no run of them.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NEVER = 2**40  # block of padding: no real query reaches it
 
@@ -49,6 +51,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.block = torch.zeros(rows, capacity, dtype=torch.int64)
         self._reserved = 0
+        self.is_fixed = False  # lengths and blocks lie with the data, and shapes depend on neither
 
     @property
     def capacity(self) -> int:
@@ -60,7 +63,12 @@ class KVCache:
         Raises ValueError where the buffer is too small.
         """
         n = block.shape[-1]
-        index = self.lengths[:, None] + torch.arange(n)
+        index = self.lengths[:, None] + torch.arange(n, device=self.lengths.device)
+        if self.is_fixed:
+            self.block.scatter_(1, index, block.expand(len(index), n))
+            self._reserved = n
+            mask = self._visible(block, index, self.capacity)
+            return Slots(index, None, self.capacity, mask, False)
         stop = int(self.lengths.max()) + n
         if stop > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; {stop} are needed")
@@ -84,7 +92,7 @@ class KVCache:
         )
 
     def _visible(self, block: Tensor, index: Tensor, stop: int) -> Tensor:
-        slots = torch.arange(stop)
+        slots = torch.arange(stop, device=index.device)
         filled = slots < self.lengths[:, None] + index.shape[1]
         seen = (self.block[:, None, :stop] <= block[..., None]) & filled[:, None]
         return (seen | (slots == index[..., None]))[:, None]
@@ -98,18 +106,33 @@ class KVCache:
             keys[:, :, slots.start : slots.stop] = k
             values[:, :, slots.start : slots.stop] = v
         else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            keys.transpose(1, 2)[rows, slots.index] = k.transpose(1, 2).to(keys.dtype)
-            values.transpose(1, 2)[rows, slots.index] = v.transpose(1, 2).to(values.dtype)
+            _put(keys, slots.index, k)
+            _put(values, slots.index, v)
         return keys[:, :, : slots.stop], values[:, :, : slots.stop]
 
     def commit(self) -> None:
         """Keep what the last pass wrote."""
-        self.lengths = self.lengths + self._reserved
+        if self.is_fixed:
+            self.lengths.add_(self._reserved)  # in place: a captured step goes on from there
+        else:
+            self.lengths = self.lengths + self._reserved
         self._reserved = 0
+
+    def fixed(self) -> "KVCache":
+        """The same cache with lengths and blocks where its data lies: nothing is read on the host.
+
+        A pass then attends to the whole buffer through a mask, and nobody notices where it is full.
+        """
+        device = self.data.device
+        made = self._of(self.data, self.lengths.to(device).clone(), self.block.to(device).clone())
+        made.is_fixed = True
+        return made
 
     def truncate(self, lengths: Tensor) -> None:
         """Roll each row back to `lengths` [R]; raises ValueError where a row would grow."""
+        if self.is_fixed:
+            self.lengths.copy_(lengths)
+            return
         if bool((lengths > self.lengths).any()):
             raise ValueError(
                 f"cannot roll back to {lengths.tolist()}: the rows hold {self.lengths.tolist()}"
@@ -118,12 +141,96 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A cache of copies of `rows` [r]: fork, reorder, drop."""
-        chosen = object.__new__(KVCache)
-        chosen.data = self.data[:, :, rows.to(self.data.device)]
-        chosen.lengths = self.lengths[rows]
-        chosen.block = self.block[rows]
-        chosen._reserved = 0
+        rows = rows.to(self.data.device)
+        there = rows.to(self.lengths.device)
+        chosen = self._of(self.data[:, :, rows], self.lengths[there], self.block[there])
+        chosen.is_fixed = self.is_fixed
         return chosen
+
+    @classmethod
+    def _of(cls, data: Tensor, lengths: Tensor, block: Tensor) -> "KVCache":
+        made = object.__new__(cls)
+        made.data = data
+        made.lengths = lengths
+        made.block = block
+        made._reserved = 0
+        made.is_fixed = False
+        return made
+
+
+class PlacedCache:
+    """A cache whose slot s holds the input of place s, and in which any set of places may be there.
+
+    A pass is `reserve`, one `write` a layer, then `keep`, which says what of it stays. Everything
+    lies where the data lies. The slot behind the last place takes what padding writes.
+    """
+
+    def __init__(self, data: Tensor, kept: Tensor, block: Tensor) -> None:
+        self.data = data  # [layers, 2, R, heads, capacity + 1, dim]
+        self.kept = kept  # [R, capacity + 1], never the last
+        self.block = block  # [R, capacity + 1]
+        self._window = torch.zeros(len(kept), 0, dtype=torch.int64, device=kept.device)
+
+    @classmethod
+    def after(cls, cache: KVCache) -> "PlacedCache":
+        """With what `cache` read so far, from place 0 on."""
+        data = F.pad(cache.data, (0, 0, 0, 1))
+        places = torch.arange(cache.capacity + 1, device=data.device)
+        kept = places < cache.lengths.to(data.device)[:, None]
+        return cls(data, kept, F.pad(cache.block.to(data.device), (0, 1)))
+
+    @property
+    def capacity(self) -> int:
+        return self.kept.shape[1] - 1
+
+    def reserve(self, place: Tensor, group: Tensor, block: Tensor) -> Slots:
+        """Slots of inputs at `place` [R, n] (below 0: padding), with visibility numbers `block`.
+
+        A query sees kept slots and inputs of this pass whose block is at most its own; of the pass
+        those of `group` [R, n] 0 and of its own group, and itself. What is read again replaces what
+        was kept.
+        """
+        device = self.kept.device
+        group = group.to(device)
+        block = block.to(device)
+        is_padding = (place < 0).to(device)
+        index = torch.where(is_padding, self.capacity, place.to(device))
+        together = (group[:, None] == 0) | (group[:, None] == group[..., None])
+        of_pass = (block[:, None] <= block[..., None]) & together
+        of_pass = of_pass | torch.eye(index.shape[1], dtype=torch.bool, device=device)
+        seen = self.kept[:, None] & (self.block[:, None] <= block[..., None])
+        seen = seen.scatter(2, index[:, None].expand_as(of_pass), of_pass)
+        seen[..., -1] = is_padding  # or it would have no key at all
+        self.block = self.block.scatter(1, index, block)
+        self._window = index
+        return Slots(index, None, self.capacity + 1, seen[:, None], False)
+
+    def write(self, layer: int, slots: Slots, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [R, H, n, D] of this pass; returns all keys and values."""
+        keys, values = self.data[layer]
+        _put(keys, slots.index, k)
+        _put(values, slots.index, v)
+        return keys, values
+
+    def keep(self, keep: Tensor) -> None:
+        """What of the last pass stays: `keep` [R, n]; the rest of its places is empty."""
+        self.kept = self.kept.scatter(1, self._window, keep.to(self.kept.device))
+        self.kept[:, -1] = False
+        self._window = self._window[:, :0]
+
+    def commit(self) -> None:
+        """Nothing stays unless `keep` says so."""
+
+    def select(self, rows: Tensor) -> "PlacedCache":
+        """A cache of copies of `rows` [r]."""
+        rows = rows.to(self.kept.device)
+        return PlacedCache(self.data[:, :, rows], self.kept[rows], self.block[rows])
+
+
+def _put(buffer: Tensor, index: Tensor, new: Tensor) -> None:
+    """Write `new` [R, H, n, D] into slots `index` [R, n] of `buffer` [R, H, S, D]."""
+    rows = torch.arange(len(new), device=new.device)[:, None]
+    buffer.transpose(1, 2)[rows, index] = new.transpose(1, 2).to(buffer.dtype)
 
 
 class NoCache:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.attention import attention
-from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 
@@ -76,7 +76,7 @@ class Pass(NamedTuple):
     """What all blocks of one forward pass share."""
 
     positions: Positions
-    cache: KVCache | NoCache
+    cache: KVCache | NoCache | PlacedCache
     slots: Slots
 
 

@@ -96,7 +96,7 @@ class TableGenerator(Generator):
         self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
     ) -> Logits:
         want = count if want is None else want
-        state.fed = state.fed + count
+        state.advance(count)
         first = state.fed - want
         rank = state.entities.steps(first, want).clamp(max=self.layout.length - 1).to(tokens.device)
         logits = self.logits_at(

@@ -27,7 +27,8 @@ class Entities:
 
     `order` [N], or [B, N] where every image has its own: `order[i]` is the place on the layout's
     token axis of the i-th token generated. `sizes` are the tokens of each entity, in the same
-    order. Lives on the CPU: host code reads it.
+    order. Lives on the CPU, where host code reads it, or where `to` brings it: entity numbers given
+    to its methods lie there too, and of entities of one size nothing is read on the host.
     """
 
     order: Tensor
@@ -50,6 +51,13 @@ class Entities:
     ends: Tensor = None  # type: ignore[assignment]  # [count + 1] tokens before each entity, and N
     _entity: Tensor = None  # type: ignore[assignment]  # [N] entity of the i-th token generated
     uniform: bool = False  # all entities are of one size
+
+    def to(self, device: torch.device | str) -> "Entities":
+        """The same partition with its tables on `device`."""
+        moved = Entities(self.order.to(device), self.sizes)
+        object.__setattr__(moved, "ends", self.ends.to(device))
+        object.__setattr__(moved, "_entity", self._entity.to(device))
+        return moved
 
     @property
     def count(self) -> int:
@@ -87,7 +95,7 @@ class Entities:
         past the end.
         """
         starts, length = self.span(first, count)
-        return starts[:, None] + torch.arange(length)
+        return starts[:, None] + torch.arange(length, device=starts.device)
 
     def indices(self, first: Tensor, count: int) -> Tensor:
         """[B, T] places on the token axis of `count` entities from `first` [B]; clamped to the last
@@ -98,12 +106,19 @@ class Entities:
 
     def entity_of(self, first: Tensor, count: int) -> Tensor:
         """[B, T] entity number of those tokens; grows past `count`, not clamped."""
-        steps = self.steps(first, count)
+        return self.entity_at(self.steps(first, count))
+
+    def entity_at(self, rank: Tensor) -> Tensor:
+        """Entity numbers of tokens by their generation ranks; they grow past `count`, not clamped."""
         if self.uniform:
-            return steps.div(self.sizes[0], rounding_mode="floor")
-        inside = self._entity[steps.clamp(max=self.length - 1)]
-        past = self.count + (steps - self.length).div(self.sizes[-1], rounding_mode="floor")
-        return torch.where(steps < self.length, inside, past)
+            return rank.div(self.sizes[0], rounding_mode="floor")
+        inside = self._entity[rank.clamp(max=self.length - 1)]
+        past = self.count + (rank - self.length).div(self.sizes[-1], rounding_mode="floor")
+        return torch.where(rank < self.length, inside, past)
+
+    def ranks_of(self, places: Tensor) -> Tensor:
+        """[B, T] generation ranks of the tokens at `places` [B, T]."""
+        return self.inverse.expand(len(places), -1).gather(1, places)
 
     def get(self, tokens: Tensor, first: Tensor, count: int) -> Tensor:
         """Tokens [B, T, ...] of `count` entities from `first` [B], read from the token buffer [B,
@@ -119,18 +134,17 @@ class Entities:
 
         Tokens past the end are never written.
         """
-        steps = self.steps(first, count)
-        keep = (steps < self.length) if keep is None else keep.cpu() & (steps < self.length)
+        inside = (self.steps(first, count) < self.length).to(tokens.device)
+        keep = inside if keep is None else keep.to(tokens.device) & inside
         index = self.indices(first, count).to(tokens.device)
-        rows = torch.arange(len(first), device=tokens.device)[:, None].expand_as(index)
-        keep = keep.to(tokens.device)
-        result = tokens.clone()
-        result[rows[keep], index[keep]] = values[keep].to(tokens.dtype)
-        return result
+        return put(tokens, index, values, keep)
 
     def select(self, index: Tensor) -> "Entities":
         """The partition of images `index` where every image has its own order."""
-        return self if self.order.ndim == 1 else Entities(self.order[index.cpu()], self.sizes)
+        if self.order.ndim == 1:
+            return self
+        chosen = Entities(self.order[index.to(self.order.device)].cpu(), self.sizes)
+        return chosen.to(self.order.device)
 
     @property
     def numbers(self) -> Tensor:
@@ -166,6 +180,18 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, T] of `x` [B, N, ...] along the second axis."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index.to(x.device)]
+
+
+def put(tokens: Tensor, index: Tensor, values: Tensor, keep: Tensor) -> Tensor:
+    """A copy of the buffer [B, N, ...] with `values` [B, T, ...] at places `index` [B, T], where
+    `keep` [B, T].
+    """
+    # What is not kept goes behind the end and is cut off: so no number of tokens is read.
+    spare = torch.zeros_like(tokens[:, :1])
+    result = torch.cat([tokens, spare], 1)
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    result[rows, torch.where(keep, index, tokens.shape[1])] = values.to(tokens.dtype)
+    return result[:, :-1].contiguous()
 
 
 def token_order(layout: Layout) -> Entities:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.layers.kv_cache import KVCache, NoCache
+from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache
 from tessellar.layers.precision import ExactTables
 from tessellar.protocol.condition import Condition, Conditioner, Conditioning, cat
 from tessellar.protocol.configured import Configured
@@ -34,8 +34,8 @@ from tessellar.protocol.work import Work, linear_macs
 
 
 class Prefix(NamedTuple):
-    """Condition as a generator reads it: embeddings [R, P, D], `valid` [R, P] on the CPU (False =
-    padding) or None.
+    """Condition as a generator reads it: embeddings [R, P, D], `valid` [R, P] (False = padding) or
+    None; on the CPU unless the state is fixed.
     """
 
     embeddings: Tensor
@@ -70,14 +70,15 @@ class State:
     condition: Condition  # R rows
     guidance: Guidance
     entities: Entities
-    fed: Tensor  # [B] entities whose input is in the cache = entities predicted so far; on the CPU
+    fed: Tensor  # [B] entities whose input is in the cache = entities predicted so far
     prefix: Prefix | None = None
-    cache: KVCache | NoCache | None = None
-    input_ends: Tensor | None = (
-        None  # [count + 1] cache length after the inputs of the first n entities; on the CPU
-    )
-
+    cache: KVCache | NoCache | PlacedCache | None = None
+    input_ends: Tensor | None = None  # [count + 1] cache length after the inputs of n entities
     part: TokenizerPart | None = None  # of a tokenizer that is asked in the loop
+    input_size: int | None = None  # positions of each entity's input; set where the state is fixed
+
+    # `fed`, `input_ends`, the entities and the prefix's padding lie on the CPU, where the host
+    # reads them, or all on one device (`fixed`).
 
     @property
     def batch(self) -> int:
@@ -99,7 +100,7 @@ class State:
     def _input_end(self, entity: Tensor) -> Tensor:
         assert self.input_ends is not None
         count = self.entities.count
-        step = int(self.input_ends[-1] - self.input_ends[-2])
+        step = self.input_ends[-1] - self.input_ends[-2]
         return self.input_ends[entity.clamp(max=count)] + (entity - count).clamp(min=0) * step
 
     def places(self, count: int) -> Tensor:
@@ -108,6 +109,9 @@ class State:
 
         Raises ValueError where images stand at entities with inputs of unequal length.
         """
+        if self.input_size is not None:
+            span = torch.arange(count * self.input_size, device=self.fed.device)
+            return self.rows(self._input_end(self.fed)[:, None] + span)
         first = self.fed[:1] if bool((self.fed == self.fed[0]).all()) else self.fed
         starts = self._input_end(first)
         stops = self._input_end(first + count)
@@ -119,9 +123,55 @@ class State:
         places = starts[:, None] + torch.arange(int(lengths))
         return places if len(places) == 1 else self.rows(places)
 
+    def advance(self, count: int) -> None:
+        """The inputs of `count` more entities of each image were fed."""
+        if self.input_size is None:
+            self.fed = self.fed + count
+        else:
+            self.fed.add_(count)  # in place: a captured step goes on from there
+
+    def fixed(self, device: torch.device | str) -> "State":
+        """The same state with positions, lengths and tables on `device`, of which the host reads
+        nothing: the shapes of a step depend on no value, so it can be captured.
+
+        Raises UserError where entities have inputs of unequal length: their shapes are values.
+        """
+        if self.input_ends is None or not isinstance(self.cache, KVCache):
+            raise UserError("only a state with a cache of one run of inputs can be fixed")
+        lengths = self.input_ends.diff().unique()
+        if len(lengths) > 1:
+            raise UserError(
+                f"entities with inputs of {lengths.tolist()} positions give steps of unequal shapes"
+            )
+        prefix = self.prefix
+        if prefix is not None and prefix.valid is not None:
+            prefix = Prefix(prefix.embeddings, prefix.valid.to(device))
+        return replace(
+            self,
+            entities=self.entities.to(device),
+            fed=self.fed.to(device).clone(),
+            prefix=prefix,
+            cache=self.cache.fixed(),
+            input_ends=self.input_ends.to(device),
+            input_size=int(lengths),
+        )
+
+    def keep_places(self, keep: Tensor) -> None:
+        """What the last window of places read stays where `keep` [B, T] is True, and is forgotten
+        elsewhere.
+        """
+        assert isinstance(self.cache, PlacedCache), "the state is not one of `start_places`"
+        self.cache.keep(self.rows(keep))
+
     def rollback(self, fed: Tensor) -> None:
         """Forget all but the first `fed` [B] entities of each image."""
-        self.fed = fed.to(self.fed.device).clone()
+        assert not isinstance(self.cache, PlacedCache), (
+            "of windows of places, `keep_places` forgets"
+        )
+        if self.input_size is None:
+            self.fed = fed.to(self.fed.device).clone()
+        else:
+            self.fed.copy_(fed)
         if self.part is not None:
             self.part.rollback(self.fed)
         if isinstance(self.cache, KVCache):
@@ -130,13 +180,14 @@ class State:
 
     def select(self, index: Tensor) -> "State":
         """The state of images `index` [b], all their rows copied: fork, reorder, drop."""
-        index = index.cpu()
+        index = index.to(self.fed.device)
         rows = torch.cat([index + branch * self.batch for branch in range(self.guidance.branches)])
         prefix = self.prefix and Prefix(
-            self.prefix.embeddings[rows],
+            self.prefix.embeddings[rows.to(self.prefix.embeddings.device)],
             None if self.prefix.valid is None else self.prefix.valid[rows],
         )
-        cache = self.cache.select(rows) if isinstance(self.cache, KVCache) else self.cache
+        has_rows = isinstance(self.cache, (KVCache, PlacedCache))
+        cache = self.cache.select(rows) if has_rows else self.cache  # type: ignore[union-attr]
         return replace(
             self,
             condition=self.condition.select(rows),
@@ -218,12 +269,31 @@ class Generator(Configured, ExactTables, ABC):
         of those entities.
         """
 
-    def predict_places(self, state: State, tokens: Tensor, places: Tensor) -> Distribution:
-        """Distribution of the tokens at `places` [B, T] of the layout, any set of them, given those
-        that are known.
+    def start_places(
+        self,
+        condition: Condition,
+        guidance: Guidance = NO_GUIDANCE,
+        entities: Entities | None = None,
+    ) -> State:
+        """A state for windows of places (`predict_places`), with nothing read but the prefix.
 
-        For algorithms whose window is no run of entities (several fronts in one image). Raises
-        UserError, naming the generator, where positions are not found by place.
+        Raises UserError, naming the generator, where it predicts none.
+        """
+        raise UserError(f"{type(self).__name__} predicts runs of entities, not any set of places")
+
+    def predict_places(
+        self, state: State, tokens: Tensor, places: Tensor, groups: Tensor | None = None
+    ) -> Distribution:
+        """Distribution of the tokens at `places` [B, T] of the layout, any set of them, each once.
+
+        For algorithms whose window is no run of entities: images stand at several fronts at once.
+        A generator with a cache reads the input of each place, which sees what was kept of earlier
+        windows and, of this one, the inputs of group 0 (final ones; the default) and of its own
+        group in `groups` [B, T] (one a front), as far as they come before it. Then
+        `State.keep_places` says which inputs stay. A place of -1 is padding: nobody sees it, and
+        what is predicted there means nothing. Generators that fill masks read the tokens of the
+        entities before `state.fed`. Raises UserError, naming the generator, where positions are not
+        found by place.
         """
         raise UserError(f"{type(self).__name__} predicts runs of entities, not any set of places")
 

@@ -27,7 +27,7 @@ def _progress(entity: Tensor, entities: Entities, reach_end: bool = True) -> Ten
     if not reach_end:
         return entity.clamp(max=entities.count - 1) / entities.count
     if entities.count == 1:
-        return torch.ones(entity.shape)
+        return torch.ones(entity.shape, device=entity.device)
     return entity.clamp(max=entities.count - 1) / (entities.count - 1)
 
 
@@ -88,7 +88,7 @@ class Constant(GuidanceSchedule):
     """w at every entity."""
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
-        return torch.full(entity.shape, float(self.scale))
+        return torch.full(entity.shape, float(self.scale), device=entity.device)
 
 
 @dataclass(frozen=True)

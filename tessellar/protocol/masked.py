@@ -51,7 +51,7 @@ class MaskedGenerator(Generator):
         logits.
         """
         want = count if want is None else want
-        state.fed = state.fed + count
+        state.advance(count)
         parts = [self._entity(state, tokens, state.fed - want + i) for i in range(want)]
         if want == 1:
             return parts[0]
@@ -60,16 +60,26 @@ class MaskedGenerator(Generator):
             raise UserError(f"{type(self).__name__} predicts one entity at a time")
         return Logits(torch.cat(logits, 1))
 
+    def start_places(
+        self,
+        condition: Condition,
+        guidance: Guidance = NO_GUIDANCE,
+        entities: Entities | None = None,
+    ) -> State:
+        return self.start(condition, guidance, entities)
+
+    def predict_places(
+        self, state: State, tokens: Tensor, places: Tensor, groups: Tensor | None = None
+    ) -> Distribution:
+        """Guided as entity `fed`; tokens of a window never see each other, so groups are one."""
+        places = places.clamp(min=0).cpu()
+        entity = state.fed[:, None].expand_as(places)
+        return self.fill(state, tokens, known_before(state, state.fed), places, entity)
+
     def predict_rest(self, state: State, tokens: Tensor) -> Distribution:
         """All N tokens, given those of the entities before `state.fed`; guided as entity `fed`."""
         places = torch.arange(self.layout.length).expand(state.batch, -1)
-        return self.fill(
-            state,
-            tokens,
-            known_before(state, state.fed),
-            places,
-            state.fed[:, None].expand_as(places),
-        )
+        return self.predict_places(state, tokens, places)
 
     def _entity(self, state: State, tokens: Tensor, number: Tensor) -> Distribution:
         places = state.entities.indices(number, 1)

@@ -45,6 +45,19 @@ class Tokenizer(Configured, ExactTables, ABC):
         """
         return self.encode(images)
 
+    @property
+    def source(self) -> "Tokenizer":
+        """The tokenizer whose tokens, or their posterior, a cache holds: this one, or the one whose
+        tokens this one quantises after training.
+        """
+        return self
+
+    def from_source(self, tokens: Tensor) -> Tensor:
+        """Tokens of those of `source`, wherever training or validation takes them from a cache: a
+        posterior is drawn anew at each visit, then quantised here.
+        """
+        return tokens
+
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of the tokens, about [-1, 1], not clamped."""

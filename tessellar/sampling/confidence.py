@@ -105,7 +105,7 @@ class MaskGIT(Algorithm):
                 surest = confidence.masked_fill(known, -torch.inf).topk(size).indices
                 step_of.scatter_(1, surest.cpu(), n)
                 state.entities = Entities(step_of.argsort(dim=1, stable=True), sizes)
-                state.fed = state.fed + 1
+                state.advance(1)
                 if recorder is not None:
                     recorder.plain(torch.full((batch,), n))
         return tokens

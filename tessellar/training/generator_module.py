@@ -168,12 +168,12 @@ class GeneratorModule(TrainingModule):
 
     @torch.no_grad()
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens of a batch, encoded in float32 whatever the precision of training; drawn anew
-        where that is random.
+        """Tokens of a batch, encoded (or made of those of a cache) in float32 whatever the
+        precision of training; drawn anew where that is random.
         """
-        if "tokens" in batch:
-            return batch["tokens"]
         with torch.autocast(self.device.type, enabled=False):
+            if "tokens" in batch:
+                return self.model.tokenizer.from_source(batch["tokens"])
             encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
             return encode(batch["image"].float())
 

@@ -179,7 +179,10 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         return draw_captions(texts, index, self.seed, self.epoch)
 
     def require(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError unless the cache was made by this very tokenizer."""
+        """Raise UserError unless the cache was made by this very tokenizer, or by the one whose
+        tokens it quantises.
+        """
+        tokenizer = tokenizer.source
         if is_made_by(self.header.tokenizer, self.header.tokenizer_config, tokenizer):
             return
         raise UserError(

@@ -73,9 +73,11 @@ def encode_dataset(
     finished cache.
 
     Of a tokenizer with a posterior, mean and standard deviation are cached, to be sampled at each
-    visit. Puts the tokenizer in eval mode. Raises UserError where `folder` exists: a cache is
+    visit; of one that quantises another's tokens, those of the other (`Tokenizer.source`), so that
+    one cache serves all of them. Puts the tokenizer in eval mode. Raises UserError where `folder` exists: a cache is
     replaced with `overwrite`, anything else never.
     """
+    tokenizer = tokenizer.source
     shown = tuple(dataset.views(0)["image"].shape[2:])
     if shown != tuple(tokenizer.image_size):
         ours, theirs = ("x".join(map(str, size)) for size in (shown, tokenizer.image_size))
