@@ -93,6 +93,10 @@ def tokenizer_option(name: str, options: list[str]) -> list[str]:
     """Names an export of the tokenizer that a generator's config reads; nothing for a tokenizer's config."""
     config = yaml.safe_load((ROOT / f"{name}.yaml").read_text(encoding="utf-8"))
     reads = config["model"]["init_args"]["tokenizer"]
+    option = "--model.init_args.tokenizer"
+    if not isinstance(reads, str):
+        reads = reads["init_args"].get("tokenizer")
+        option += ".init_args.tokenizer"
     if not isinstance(reads, str):
         return []
     run = Path(reads).parent.name
@@ -102,7 +106,7 @@ def tokenizer_option(name: str, options: list[str]) -> list[str]:
         export.parent.mkdir(parents=True, exist_ok=True)
         module: Any = built(source, options).model
         export_tokenizer(module.tokenizer, export)
-    return [f"--model.init_args.tokenizer={export}"]
+    return [f"{option}={export}"]
 
 
 def make_teacher() -> None:

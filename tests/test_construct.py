@@ -109,7 +109,7 @@ def test_an_export_names_no_weights(weights: str, unopened: list[str]) -> None:
 def test_an_export_names_no_tokenizer_by_path() -> None:
     with pytest.raises(
         UserError,
-        match="names the tokenizer of a scale pyramid, someone/else; only a run's own YAML",
+        match="names the tokenizer of ScalePyramid, someone/else; only a run's own YAML",
     ):
         build(config("tessellar.tokenizers.scale_pyramid.ScalePyramid", tokenizer="someone/else"))
     with pytest.raises(UserError, match="no local path|does not exist"):

@@ -29,6 +29,7 @@ KINDS = (
     "KL VAE",
     "TiTok KL",
     "scale pyramid of a KL VAE",
+    "TokenBridge's of a KL VAE",
 )
 LEGAL = [(t, g) for t in KINDS for g in GENERATORS if reason_against(t, g) is None]
 FAST = Sampling(Constant(2.0), flow=Euler(2), diffusion=AncestralDiffusion(2))
@@ -44,6 +45,8 @@ def random_tokens(layout: Layout, batch: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     if layout.is_continuous:
         return torch.randn(layout.blank(batch).shape, generator=draw)
+    if not layout.is_categorical:
+        return torch.randint(0, 2, layout.blank(batch).shape, generator=draw)
     return (torch.rand(batch, layout.length, generator=draw) * layout.vocab()).long()
 
 

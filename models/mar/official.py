@@ -18,21 +18,25 @@ from tessellar.protocol.layout import Continuous, Layout
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # width -> heads of the published variants
 _NET = "diffloss.net"
+BACKBONE = {
+    "class_emb.weight": "backbone.class_embedding.weight",
+    "fake_latent": "backbone.null_embedding",
+    "mask_token": "backbone.mask_token",
+    "z_proj.{tensor}": "backbone.input.{tensor}",
+    "z_proj_ln.{tensor}": "backbone.input_norm.{tensor}",
+    "encoder_pos_embed_learned": "backbone.encoder_positions",
+    "decoder_pos_embed_learned": "backbone.decoder_positions",
+    "decoder_embed.{tensor}": "backbone.decoder_input.{tensor}",
+    "encoder_norm.{tensor}": "backbone.encoder_norm.{tensor}",
+    "decoder_norm.{tensor}": "backbone.decoder_norm.{tensor}",
+    "{side}_blocks.{i}.{part}.{layer}.{tensor}": "backbone.{side}_blocks.{i}.{part}.{layer}.{tensor}",
+    "{side}_blocks.{i}.{norm}.{tensor}": "backbone.{side}_blocks.{i}.{norm}.{tensor}",
+}
+"""Keys of the masked backbone, but for the last table, whose name is each paper's own."""
 KEYS = table(
     {
-        "class_emb.weight": "backbone.class_embedding.weight",
-        "fake_latent": "backbone.null_embedding",
-        "mask_token": "backbone.mask_token",
-        "z_proj.{tensor}": "backbone.input.{tensor}",
-        "z_proj_ln.{tensor}": "backbone.input_norm.{tensor}",
-        "encoder_pos_embed_learned": "backbone.encoder_positions",
-        "decoder_pos_embed_learned": "backbone.decoder_positions",
+        **BACKBONE,
         "diffusion_pos_embed_learned": "backbone.z_positions",
-        "decoder_embed.{tensor}": "backbone.decoder_input.{tensor}",
-        "encoder_norm.{tensor}": "backbone.encoder_norm.{tensor}",
-        "decoder_norm.{tensor}": "backbone.decoder_norm.{tensor}",
-        "{side}_blocks.{i}.{part}.{layer}.{tensor}": "backbone.{side}_blocks.{i}.{part}.{layer}.{tensor}",
-        "{side}_blocks.{i}.{norm}.{tensor}": "backbone.{side}_blocks.{i}.{norm}.{tensor}",
         f"{_NET}.time_embed.mlp.0.{{tensor}}": "head.time.fc1.{tensor}",
         f"{_NET}.time_embed.mlp.2.{{tensor}}": "head.time.fc2.{tensor}",
         f"{_NET}.cond_embed.{{tensor}}": "head.condition.{tensor}",

@@ -8,18 +8,15 @@ random order during training; decoding runs in raster order. Different from the 
 categorical layout, and the cache is an argument.
 """
 
-from typing import NamedTuple
-
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.adaln import Modulation, modulate
-from tessellar.layers.attention import attention as attend
-from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
+from tessellar.layers.kv_cache import Slots
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
+from tessellar.models.parts.modulated_block import ModulatedBlock, ModulatedPass
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
@@ -31,63 +28,6 @@ from tessellar.protocol.layout import Layout
 PREFIX = 2  # a learned start token and the class
 SPARE_POSITIONS = 1024
 SPARE_STEPS = 100  # rows that the official tables have beyond N
-
-
-class RARPass(NamedTuple):
-    """What all blocks of one pass share: the condition [R, n, D] of each position, and the cache."""
-
-    condition: Tensor
-    cache: KVCache | NoCache | PlacedCache
-    slots: Slots
-
-
-class RARAttention(nn.Module):
-    """Multi-head attention with biases; queries and keys are normalised per head."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float, implementation: str) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.implementation = implementation
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-
-    def forward(self, x: Tensor, layer: int, shared: RARPass) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        k, v = shared.cache.write(layer, shared.slots, self.k_norm(k), v)
-        slots = shared.slots
-        dropout = self.dropout if self.training else 0.0
-        q = self.q_norm(q).to(k.dtype)
-        out = attend(q, k, v, slots.mask, slots.is_causal, self.implementation, dropout=dropout)
-        return F.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)")), dropout)
-
-
-class RARBlock(nn.Module):
-    """x += gate Attention(mod(norm1 x)); x += gate MLP(mod(norm2 x)): shift, scale, gate of each
-    branch in turn.
-    """
-
-    def __init__(
-        self, width: int, num_heads: int, hidden: int, dropout: float, implementation: str
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = RARAttention(width, num_heads, dropout, implementation)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.modulation = Modulation(width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, layer: int, shared: RARPass) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared.condition)
-        x = x + gate1 * self.attention(modulate(self.norm1(x), scale1, shift1), layer, shared)
-        hidden = self.dropout(F.gelu(self.fc1(modulate(self.norm2(x), scale2, shift2))))
-        return x + gate2 * self.dropout(self.fc2(hidden))
 
 
 class RAR(PrefixTransformer):
@@ -130,7 +70,7 @@ class RAR(PrefixTransformer):
         self.step_embedding = nn.Parameter(torch.empty(1, layout.length + SPARE_STEPS, width))
         self.embedding_dropout = nn.Identity()
         self.layers = nn.ModuleList(
-            RARBlock(width, num_heads, hidden, dropout, attention) for _ in range(depth)
+            ModulatedBlock(width, num_heads, hidden, dropout, attention) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.last_modulation = Modulation(width, count=2)
@@ -152,9 +92,6 @@ class RAR(PrefixTransformer):
         tables = (self.position, self.target_position, self.step_embedding, self.embedding.weight)
         for parameter in (*tables, self.last_modulation.linear.weight):
             tag(parameter, "no_decay")
-        for block in self.layers:
-            for linear in (block.attention.qkv, block.attention.proj, block.fc1, block.fc2):  # type: ignore[union-attr]
-                tag(linear.weight, "hidden")  # type: ignore[union-attr]
 
     def class_embedding(self, condition: Condition) -> Tensor:
         """[R, 1, D]; it is both a token of the prefix and the condition of every block."""
@@ -201,9 +138,9 @@ class RAR(PrefixTransformer):
         place = place.clamp(max=self.step_embedding.shape[1] - 1).to(self.step_embedding.device)
         return self.class_embedding(condition) + self.step_embedding[0, place]
 
-    def shared(self, place: Tensor, state: State, slots: Slots) -> RARPass:
+    def shared(self, place: Tensor, state: State, slots: Slots) -> ModulatedPass:
         assert state.cache is not None
-        return RARPass(self.conditions(place, state.condition), state.cache, slots)
+        return ModulatedPass(self.conditions(place, state.condition), state.cache, slots)
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
         return self.head_at(state, hidden, state.entities.steps(first, want))

@@ -3,7 +3,7 @@ collapses.
 
 Usage is the share of codes drawn in a window, perplexity the exponential of the entropy of their
 frequencies. Factorized tokens have one codebook a factor, binary ones one of two codes a bit: usage
-and perplexity are means then.
+and perplexity are means then, and the least used factor or bit is named by its number.
 """
 
 import logging
@@ -111,16 +111,21 @@ def add_counts(counts: list[Tensor], tokens: Tensor, layout: Layout) -> list[Ten
 
 def usage(counts: tuple[Tensor, ...]) -> dict[str, float]:
     """Usage and perplexity (means over codebooks) and the number of codes that were never drawn."""
-    used = 0.0
-    perplexity = 0.0
+    shares: list[float] = []
+    perplexities: list[float] = []
     dead = 0
     for count in counts:
         entropy = torch.special.entr(count.double() / count.sum()).sum()
-        used += float((count > 0).double().mean())
-        perplexity += float(entropy.exp())
+        shares.append(float((count > 0).double().mean()))
+        perplexities.append(float(entropy.exp()))
         dead += int((count == 0).sum())
-    return {
-        "usage": used / len(counts),
-        "perplexity": perplexity / len(counts),
+    facts = {
+        "usage": sum(shares) / len(counts),
+        "perplexity": sum(perplexities) / len(counts),
         "dead": float(dead),
     }
+    if len(counts) > 1:
+        facts["least_usage"] = min(shares)
+        facts["least_perplexity"] = min(perplexities)
+        facts["least_factor"] = float(perplexities.index(min(perplexities)))
+    return facts

@@ -170,6 +170,7 @@ ELSEWHERE: dict[str, str] = {
     "init_args.*": "options of the official initialisation, whose outcome is compared",
     "schedule.kind": "in words what schedule.factor.* says in numbers",
     "schedule.executed": "where the factors are from",
+    "schedule.paper": "what the paper says otherwise: the YAML's header names the one that it follows",
     "schedule.wpe": "the last factor: schedule.factor.99.9",
     "schedule.updates_per_epoch": "follows from the batch and the number of images",
     "schedule.updates_known": "whether the length of the run is published",

@@ -27,6 +27,10 @@ Model = Callable[[Tensor, Tensor], Tensor]
 """(x [B, T, C], time, a scalar tensor) to what the solver integrates, guidance inside."""
 
 
+Head = Callable[[Tensor, int], Tensor]
+"""(known [B, T, F], sub-token) to its logits [B, T, V]."""
+
+
 class Solver(Protocol):
     """What draws from an Implicit: a `Flow`, a `DiffusionSampler`, or anything with this method."""
 
@@ -161,29 +165,37 @@ class FactorLogits(Distribution):
     it.
 
     `head(known, factor)` gives the logits [B, T, V] of sub-token `factor`, guidance included; in
-    `known` [B, T, F] the sub-tokens before it in `order` hold their values, all others 0.
+    `known` [B, T, F] the sub-tokens before it in `order` hold their values, all others 0. `begin`,
+    where there is one, makes the same head with a cache, good for one walk through `order`.
     """
 
-    head: Callable[[Tensor, int], Tensor]
+    head: Head
     order: tuple[int, ...]
     shape: tuple[int, int]  # B, T
     device: torch.device | str = "cpu"
     hidden: Tensor | None = None
+    begin: Callable[[], Head] | None = None
 
     def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        head = self._walk()
         tokens = torch.zeros(*self.shape, len(self.order), dtype=torch.int64, device=self.device)
         for factor in self.order:
-            drawn = settings.choice.draw(self.head(tokens, factor), noise)
+            drawn = settings.choice.draw(head(tokens, factor), noise)
             tokens = _with_factor(tokens, factor, drawn)
         return tokens
 
     def log_prob(self, tokens: Tensor) -> Tensor:
+        head = self._walk()
         known = torch.zeros_like(tokens)
         total = torch.zeros(tokens.shape[:2], device=tokens.device)
         for factor in self.order:
-            total = total + _log_prob(self.head(known, factor), tokens[..., factor])
+            total = total + _log_prob(head(known, factor), tokens[..., factor])
             known = _with_factor(known, factor, tokens[..., factor])
         return total
+
+    def _walk(self) -> Head:
+        """The head for one walk through `order`."""
+        return self.head if self.begin is None else self.begin()
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ class Tokenizer(Configured, ExactTables, ABC):
         """
         return tokens
 
+    def to_source(self, tokens: Tensor) -> Tensor:
+        """Tokens of `source` that these stand for; the inverse of `from_source`, up to what it
+        rounds.
+        """
+        return tokens
+
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of the tokens, about [-1, 1], not clamped."""

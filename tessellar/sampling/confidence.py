@@ -4,6 +4,9 @@ repeat (MaskGIT).
 arXiv 2202.04200 with TiTok's arccos schedule (arXiv 2406.07550): behind step n of T a share
 arccos((n + 1) / T) 2 / pi of the tokens is still unknown. Gumbel noise of a falling temperature
 goes into the draw and into the confidence, so the law is not the generator's own: approximate.
+
+Tokens of several indices (TokenBridge, arXiv 2503.16430) are drawn as their head draws them; their
+confidence is the mean log-probability of an index.
 """
 
 from dataclasses import dataclass
@@ -49,7 +52,8 @@ class MaskGIT(Algorithm):
 
     Draws and confidences have noise of (1 - r) times `temperature` at progress r = (n + 1) / T;
     `anneal` divides the logits by 0.5 + 0.8 (1 - r). The temperature and filters of `choice` have
-    no part in it.
+    no part in it, but for tokens of several indices: those are drawn by `choice`, and noise is in
+    the confidence alone.
     """
 
     steps: int = 8
@@ -76,7 +80,7 @@ class MaskGIT(Algorithm):
             raise UserError(
                 f"algorithm MaskGIT needs a masked generator; {type(generator).__name__} predicts in order"
             )
-        if settings.choice != Choice():
+        if settings.choice != Choice() and generator.layout.is_categorical:
             raise UserError(
                 "algorithm MaskGIT has a temperature of its own: set it there, and leave choice as it is"
             )
@@ -94,13 +98,25 @@ class MaskGIT(Algorithm):
                 rest = 1 - (n + 1) / self.steps
                 with forward(recorder, noise.device):
                     predicted = generator.predict_rest(state, tokens)
-                assert isinstance(predicted, Logits)
-                logits = predicted.logits / (0.5 + 0.8 * rest) if self.anneal else predicted.logits
                 spread = self.temperature * rest
                 known = (step_of < n).to(noise.device)
-                drawn = (logits + spread * _gumbel(noise.uniform(*logits.shape[1:]))).argmax(-1)
-                tokens = torch.where(known, tokens, drawn)
-                confidence = logits.gather(2, tokens[..., None])[..., 0]
+                if isinstance(predicted, Logits):
+                    scale = 0.5 + 0.8 * rest if self.anneal else 1.0
+                    logits = predicted.logits / scale
+                    gumbel = _gumbel(noise.uniform(*logits.shape[1:]))
+                    drawn = (logits + spread * gumbel).argmax(-1)
+                    tokens = torch.where(known, tokens, drawn)
+                    confidence = logits.gather(2, tokens[..., None])[..., 0]
+                else:
+                    drawn = predicted.sample(settings, noise)
+                    tokens = torch.where(known[..., None], tokens, drawn)
+                    log_prob = predicted.log_prob(tokens)
+                    if log_prob is None:
+                        raise UserError(
+                            f"algorithm MaskGIT asks how sure a prediction is; {type(generator).__name__} "
+                            "cannot say"
+                        )
+                    confidence = log_prob / tokens.shape[-1]
                 confidence = confidence + spread * _gumbel(noise.uniform(length))
                 surest = confidence.masked_fill(known, -torch.inf).topk(size).indices
                 step_of.scatter_(1, surest.cpu(), n)

@@ -21,6 +21,7 @@ TAKEN = {  # of FILES, besides the system's own
     "one_d_piece": {"one_d_piece", "titok"},
     "xar": {"mar"},  # one VAE
     "kl_vae": {"mar"},
+    "tokenbridge": {"mar"},
 }
 
 

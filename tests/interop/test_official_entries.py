@@ -83,6 +83,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "retok": "ema",
         "kl_vae": "model",
         "mar": "model",
+        "tokenbridge": "model",
         "xar": "model",
     }
     generators = {
@@ -90,6 +91,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "hita": "ema",
         "retok": "model",
         "mar": "model_ema",
+        "tokenbridge": "model_ema",
         "xar": "model_ema",
     }
     assert evaluated("tokenizers") == {**tokenizers, "var": "trainer.vae_local"}

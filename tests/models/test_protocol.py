@@ -5,6 +5,7 @@ forgets, and training has gradients everywhere.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
+from tessellar.models.tokenbridge import TokenBridge
+from tessellar.models.tokenbridge.head import ChannelLogits
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 from tessellar.protocol.condition import Condition
@@ -30,11 +33,15 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.protocol.layout import (
     Categorical,
     Continuous,
+    Factorized,
     Layout,
     Segment,
     grid_layout,
     sequence_layout,
 )
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 
 CLASSES = 5
@@ -70,6 +77,30 @@ def var() -> VAR:
     return generator
 
 
+def tokenbridge(**options: Any) -> TokenBridge:
+    """With the tokenizer that says what its tokens stand for; draws as those of `mar`."""
+    vae = KLVAE(GaussianBottleneck(4, scale=1.0), 32, 8, (1, 1, 1, 1), 1, groups=8)
+    tokenizer = PostQuantized(vae, 5)
+    generator = TokenBridge(
+        tokenizer.layout,
+        32,
+        depth=1,
+        num_heads=4,
+        head_width=16,
+        head_depth=1,
+        head_heads=2,
+        num_classes=CLASSES,
+        buffer=2,
+        steps=5,
+        dropout=0.0,
+        condition_dropout=0.5,
+        least_masked=0.1,
+        **options,
+    )
+    generator.bind(tokenizer)
+    return generator
+
+
 def token_shuffle(layout: Layout) -> TokenShuffle:
     return TokenShuffle(layout, 32, 2, 4, 2, num_classes=CLASSES, ffn_multiple_of=8)
 
@@ -101,10 +132,13 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "xar-subsample": lambda: xar("subsample:2"),
     "mar": lambda: mar(1, 5),
     "mar-patches": lambda: mar(2, 3),
+    "tokenbridge": lambda: tokenbridge(channel_order=(2, 0, 3, 1)),
+    "tokenbridge-groups": lambda: tokenbridge(group=2, first_input="official"),
+    "tokenbridge-parallel": lambda: tokenbridge(parallel=True),
 }
 GUIDANCES = {"plain": NO_GUIDANCE, "guided": Guidance(Linear(3.0, start=1.5))}
 
-WITHOUT_LIKELIHOOD = ("maskgit", "xar", "mar")
+WITHOUT_LIKELIHOOD = ("maskgit", "xar", "mar", "tokenbridge")
 
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 
@@ -125,12 +159,17 @@ def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     if layout.is_continuous:
         return torch.randn(layout.blank(batch).shape, generator=draw)
+    kind = layout.segments[0].kind
+    if isinstance(kind, Factorized):
+        return (
+            torch.rand(layout.blank(batch).shape, generator=draw) * torch.tensor(kind.vocabs)
+        ).long()
     return (torch.rand(batch, layout.length, generator=draw) * layout.vocab()).long()
 
 
 def predicted(generator: Generator, state: State, tokens: Tensor, count: int, want: int) -> Tensor:
     """What is predicted of the last `want` of `count` entities, [B, T, ...]; one at a time where it is no logits."""
-    if generator.layout.is_continuous and want > 1:
+    if not generator.layout.is_categorical and want > 1:
         return torch.cat([predicted(generator, state, tokens, 1, 1) for _ in range(count)], 1)
     return values(generator.predict(state, tokens, count, want), len(tokens))
 
@@ -139,6 +178,10 @@ def values(distribution: Distribution, batch: int) -> Tensor:
     """Logits, or what the solver is told of one fixed noisy entity in the middle of its way."""
     if isinstance(distribution, Logits):
         return distribution.logits
+    if isinstance(distribution, ChannelLogits):
+        batch, length = distribution.inner.shape
+        tokens = torch.ones(batch, length, len(distribution.channels.vocabs), dtype=torch.int64)
+        return distribution.log_prob(tokens)[..., None]
     assert isinstance(distribution, Implicit)
     noisy = torch.randn(1, *distribution.shape, generator=torch.Generator().manual_seed(7))
     return distribution.model(noisy.expand(batch, -1, -1), torch.tensor(0.5))

@@ -14,6 +14,7 @@ from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
+from tessellar.models.tokenbridge import TokenBridge
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 
@@ -123,6 +124,26 @@ def _(generator: MAR) -> Facts:
         ),
         "losses.diffusion.weight": 1.0,
         "losses.diffusion.repeats": generator.repeats,
+        "least_masked": generator.least_masked,
+    }
+
+
+@_facts.register
+def _(generator: TokenBridge) -> Facts:
+    blocks: Any = [*generator.backbone.encoder_blocks, *generator.backbone.decoder_blocks]
+    head: Any = generator.head.blocks
+    attention = {*(b.attn.attn_drop.p for b in blocks), *(b.attention.dropout for b in head)}
+    inner = {
+        *(b.attn.proj_drop.p for b in blocks),
+        *(b.mlp.drop1.p for b in blocks),
+        *(b.mlp.drop2.p for b in blocks),
+        *(b.dropout.p for b in head),
+    }
+    return {
+        "dropout.attention": the_one(attention, float),
+        "dropout.projection_and_mlp": the_one(inner, float),
+        "dropout.drop_path": 0.0,
+        "losses.cross_entropy.weight": 1.0,
         "least_masked": generator.least_masked,
     }
 

@@ -12,6 +12,7 @@ from tests.recipes.generator_facts import generator_facts
 READS = {
     "xar": "kl_vae.kl16",
     "mar": "kl_vae.kl16",
+    "tokenbridge": "tokenbridge.tokenbridge_kl16",
     "var": "var.var_vqvae",
     "har": "restok.restok_l_128",
     "hita": "hita.hita_v",

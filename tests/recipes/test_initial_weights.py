@@ -28,6 +28,8 @@ from tessellar.models.rar import RAR
 from tessellar.models.rar.official import to_official as rar_to_official
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.retok.official import GPT_KEYS
+from tessellar.models.tokenbridge import TokenBridge
+from tessellar.models.tokenbridge.official import to_official as tokenbridge_to_official
 from tessellar.models.var import VAR
 from tessellar.models.var.official import to_official as var_to_official
 from tessellar.models.xar import XAR
@@ -35,6 +37,7 @@ from tessellar.models.xar.official import to_official as xar_to_official
 from tessellar.protocol.layout import (
     Categorical,
     Continuous,
+    Factorized,
     Layout,
     Segment,
     grid_layout,
@@ -89,6 +92,17 @@ def make(system: str, part: str) -> Made:
             return MaskGIT(layout, "uvit", 1024, 2, 16, 4096), maskgit_to_official
         case "mar", _:
             return MAR(latents, 768, 2, 12, head_width=1024, head_depth=2), mar_to_official
+        case "tokenbridge", _:
+            width = 1024 if part == "generator_l" else 1280
+            made = TokenBridge(
+                grid_layout(16, 16, Factorized((32,) * 16)),
+                width,
+                depth=2,
+                num_heads=16,
+                head_width=1024,
+                head_depth=2,
+            )
+            return made, tokenbridge_to_official
         case "xar", _:
             return XAR(latents, "cell:8x8", 768, 2, 12), xar_to_official
         case "var", "generator_d16" | "generator_d20":
@@ -112,6 +126,7 @@ PARTS = [
         "titok_rar",
         "titok_maskgit",
         "mar",
+        "tokenbridge",
         "xar",
         "var",
         "restok",

@@ -1,19 +1,28 @@
 """Laws of training draws that a recipe states in words: which tokens are masked."""
 
 import math
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.tokenbridge import TokenBridge
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.layout import Categorical, Continuous, grid_layout, sequence_layout
+from tessellar.protocol.layout import (
+    Categorical,
+    Continuous,
+    Factorized,
+    grid_layout,
+    sequence_layout,
+)
 
 LENGTH = 64
 
 
-def masked_counts(generator: MaskGIT | MAR, tokens: Tensor, draws: int) -> Tensor:
+def masked_counts(generator: MaskGIT | MAR | TokenBridge, tokens: Tensor, draws: int) -> Tensor:
     """How many tokens each of `draws` losses hides from the generator, first sample of each batch."""
     counts: list[Tensor] = []
     inner = generator.masked_loss
@@ -44,11 +53,24 @@ def test_maskgit_masks_by_the_arccosine_of_a_uniform_draw() -> None:
     assert abs(counts.mean() - law.mean()) < 1
 
 
-def test_mar_masks_by_a_truncated_normal_draw_a_batch() -> None:
-    """ceil(N r), r of N(1, 0.25) within [0.7, 1], the same for all samples of a batch."""
-    torch.manual_seed(0)
+def mar() -> tuple[MAR, Tensor]:
     generator = MAR(grid_layout(8, 8, Continuous(4)), 8, 1, 1, None, 8, 1, 3)
-    counts = masked_counts(generator, torch.zeros(2, LENGTH, 4), 3000)
+    return generator, torch.zeros(2, LENGTH, 4)
+
+
+def tokenbridge() -> tuple[TokenBridge, Tensor]:
+    layout = grid_layout(8, 8, Factorized((4, 4)))
+    generator = TokenBridge(layout, 8, 1, 1, head_width=8, head_depth=1, num_classes=3)
+    return generator, torch.zeros(2, LENGTH, 2, dtype=torch.long)
+
+
+@pytest.mark.parametrize("make", [mar, tokenbridge])
+def test_mar_masks_by_a_truncated_normal_draw_a_batch(
+    make: Callable[[], tuple[MAR | TokenBridge, Tensor]],
+) -> None:
+    """ceil(N r), r of N(1, 0.25) within [0.7, 1], the same for all samples of a batch; TokenBridge's too."""
+    torch.manual_seed(0)
+    counts = masked_counts(*make(), 3000)
     assert bool((counts[:, 0] == counts[:, 1]).all())
     ratios = counts[:, 0].double() / LENGTH
     assert ratios.min() >= 0.7 and ratios.max() <= 1

@@ -4,7 +4,7 @@ Other widths, depths, heads, layouts and options; shaken so that no two tensors 
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from tessellar.models.retok import ReToKGPT
 from tessellar.models.retok import official as retok
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.token_shuffle import official as token_shuffle
+from tessellar.models.tokenbridge import KL16_ORDER, TokenBridge
+from tessellar.models.tokenbridge import official as tokenbridge
 from tessellar.models.var import VAR
 from tessellar.models.var import official as var
 from tessellar.models.xar import XAR
@@ -41,6 +43,9 @@ from tessellar.protocol.layout import (
     grid_layout,
     sequence_layout,
 )
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -153,6 +158,49 @@ def mar_of_two_shapes() -> Pair:
     return made, mar.from_official(mar.to_official(shaken(made)), LATENTS, 4, decoder_heads=3)
 
 
+def _tokenbridge(channels: int, levels: int, **options: Any) -> Pair:
+    """Both bound to one tokenizer, which says what tokens stand for."""
+    vae = KLVAE(GaussianBottleneck(channels, scale=1.0), 32, 8, (1, 1, 1, 1), 1, groups=8)
+    tokenizer = PostQuantized(vae, levels)
+    made = TokenBridge(
+        tokenizer.layout,
+        width=16,
+        depth=3,
+        num_heads=4,
+        decoder_width=24,
+        decoder_depth=1,
+        decoder_heads=3,
+        head_width=20,
+        head_depth=3,
+        head_heads=5,
+        num_classes=CLASSES,
+        buffer=5,
+        mlp_ratio=3.0,
+        steps=3,
+        dropout=0.0,
+        condition_dropout=0.0,
+        **options,
+    )
+    state = tokenbridge.to_official(shaken(made))
+    again = tokenbridge.from_official(state, tokenizer.layout, 4, decoder_heads=3)
+    for generator in (made, again):
+        generator.bind(tokenizer)
+    return made, again
+
+
+def tokenbridge_of_two_shapes() -> Pair:
+    return _tokenbridge(5, 7)
+
+
+def tokenbridge_of_groups() -> Pair:
+    """Pairs of KL-16's channels are one class."""
+    return _tokenbridge(16, 3, group=2, channel_order=KL16_ORDER)
+
+
+def tokenbridge_in_parallel() -> Pair:
+    return _tokenbridge(4, 6, parallel=True)
+
+
 def xar_of_two_depths() -> Pair:
     made = XAR(LATENTS, "cell:2x4", 24, 3, 3, CLASSES, mlp_ratio=3.0, decoder_depth=1)
     return made, xar.from_official(xar.to_official(shaken(made)), LATENTS, 3, "cell:2x4")
@@ -220,6 +268,9 @@ OF_CLASSES: list[Callable[[], Pair]] = [
     maskgit_vit,
     maskgit_uvit,
     mar_of_two_shapes,
+    tokenbridge_of_two_shapes,
+    tokenbridge_of_groups,
+    tokenbridge_in_parallel,
     xar_of_two_depths,
     var_of_other_scales,
     var_of_shared_modulation,

@@ -24,6 +24,7 @@ from tessellar.models.next_entity import NextEntity
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
+from tessellar.models.tokenbridge import TokenBridge
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 from tessellar.protocol.generator import Generator
@@ -41,6 +42,7 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
 from tessellar.tokenizers.titok import TiTok, ViTSize
+from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
@@ -83,6 +85,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
     "scale pyramid of a KL VAE": lambda: ScalePyramid(_kl(), (1, 2, 4)),
+    "TokenBridge's of a KL VAE": lambda: PostQuantized(_kl(), 8),
 }
 GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
@@ -114,6 +117,18 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "xAR, scale": lambda layout: _xar(layout, "scale"),
     "xAR, image": lambda layout: _xar(layout, "image"),
     "MAR": lambda layout: MAR(layout, 16, 1, 2, None, 16, 1, CLASSES, buffer=2, repeats=1, steps=4),
+    "TokenBridge": lambda layout: TokenBridge(
+        layout,
+        16,
+        1,
+        2,
+        head_width=16,
+        head_depth=1,
+        head_heads=2,
+        num_classes=CLASSES,
+        buffer=2,
+        steps=4,
+    ),
 }
 
 

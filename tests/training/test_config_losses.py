@@ -3,9 +3,11 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.config_losses import compare, data_options, differences, measure
+from tests.data.conftest import idx_bytes
 
 
 def test_a_config_measured_again_is_equal_to_the_bit(
@@ -41,3 +43,19 @@ def test_what_differs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "other torch: 2 for 1" in printed
         and "demo/x: equal weights under other names (initial); update 2" in printed
     )
+
+
+def test_a_tokenizer_over_another_reads_the_random_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TokenBridge's small run, whose tokenizer names an export in an argument, makes its first updates."""
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 30), ("t10k", 10)):
+        images = idx_bytes(draw.integers(0, 256, (count, 28, 28)))
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(count) % 10))
+    options = data_options("fashion_mnist", tmp_path, tmp_path)
+    found = measure("fashion_mnist/tokenbridge", options, weights=None, start=None)
+    losses = [float.fromhex(value) for value in found["losses"]]
+    assert len(set(losses)) == 3 and 2 < min(losses) and max(losses) < 8

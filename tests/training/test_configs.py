@@ -13,6 +13,7 @@ CONFIGS = sorted(ROOT.glob("*/*.yaml"))
 READS = {  # module of a generator -> preset whose tokens it reads; the others read LlamaGen's
     "xar": "kl_vae.kl16",
     "mar": "kl_vae.kl16",
+    "tokenbridge": "tokenbridge.tokenbridge_kl16",
     "var": "var.var_vqvae",
     "har": "restok.restok_l_128",
     "hita": "hita.hita_v",
@@ -37,6 +38,8 @@ PARAMETERS = {
     "imagenet256/var_d16": 310_283_520,
     "imagenet256/var_vqvae": 108_948_355,
     "imagenet256/mar_b": 207_924_768,
+    "imagenet256/tokenbridge_l": 486_889_472,
+    "imagenet256/tokenbridge_h": 910_040_576,
     "imagenet256/restok_l_128": 661_791_947,
     "imagenet256/hita_ar_l": 376_596_480,
     "imagenet256/titok_stage1": 204_814_095,

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.protocol.configured import refuse_outside
 from tessellar.protocol.layout import Layout, Segment
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.tokenizers.parts.inner import inner_tokenizer
 
 ResizeMode = Literal["nearest", "area", "bicubic"]
 
@@ -38,13 +38,7 @@ class ScalePyramid(Tokenizer):
         mode: ResizeMode = "area",
     ) -> None:
         super().__init__()
-        if isinstance(tokenizer, str):
-            from tessellar.checkpoints.reading import load_tokenizer
-
-            refuse_outside(f"the tokenizer of a scale pyramid, {tokenizer}")
-            tokenizer = load_tokenizer(tokenizer)
-            # An export holds the tokenizer, not where it was.
-            self._config["tokenizer"] = tokenizer.config
+        tokenizer = inner_tokenizer(self, tokenizer)
         grid = tokenizer.layout.grid
         if grid is None or grid[0] != grid[1] or not tokenizer.layout.is_continuous:
             raise UserError(

@@ -1,0 +1,170 @@
+"""Replays of TokenBridge's generator, channel head and sampler (recordings of system `tokenbridge`)."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tessellar.errors import UserError
+from tessellar.interop.options import check_options
+from tessellar.models.tokenbridge.model import TokenBridge
+from tessellar.models.tokenbridge.official import from_official
+from tessellar.parity.recording import Recording
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import gradient_norm
+from tessellar.protocol.condition import Condition
+from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Revealed
+from tessellar.protocol.noise import Noise
+from tessellar.sampling.decode import decode_from
+from tessellar.sampling.settings import GREEDY
+from tessellar.tokenizers.kl_vae import KLVAE
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.tokenbridge import PostQuantized
+
+READ = (
+    "img_size vae_stride patch_size vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads mlp_ratio class_num buffer_size channel_embed_dim channel_depth channel_heads "
+    "quant_levels quant_min quant_max std_range mask_ratio_min label_drop_prob attn_dropout proj_dropout "
+    "grad_checkpointing"
+).split()
+
+
+def _tokenizer(config: Mapping[str, Any]) -> PostQuantized:
+    """The recorded grid over a VAE of the recorded sizes, whose weights no replay asks."""
+    levels = config["vae_stride"].bit_length()
+    vae = KLVAE(
+        GaussianBottleneck(config["vae_embed_dim"], scale=1.0),
+        config["img_size"],
+        channels=8,
+        multipliers=(1,) * levels,
+        num_res_blocks=1,
+        groups=8,
+    )
+    return PostQuantized(
+        vae,
+        config["quant_levels"],
+        lowest=config["quant_min"],
+        highest=config["quant_max"],
+        spread=config["std_range"],
+    )
+
+
+def _generator(recording: Recording) -> TokenBridge:
+    config = recording.config["model"]
+    check_options(config, "the config's model", READ)
+    if config["patch_size"] != 1:
+        raise UserError(
+            f"patch_size is {config['patch_size']}: a token of TokenBridge is one latent, its patch size 1"
+        )
+    tokenizer = _tokenizer(config)
+    order = recording.inputs["channel_order"]
+    if not torch.equal(order.argsort(), recording.inputs["inv_channel_order"]):
+        raise UserError("inv_channel_order is not the inverse of channel_order")
+    generator = from_official(
+        recording.weights["model"],
+        tokenizer.layout,
+        num_heads=config["encoder_num_heads"],
+        decoder_heads=config["decoder_num_heads"],
+        channel_order=tuple(order.tolist()),
+    )
+    generator.bind(tokenizer)
+    return generator
+
+
+def _classes(recording: Recording) -> Condition:
+    return Condition(ids=recording.inputs["labels"])
+
+
+@replays("tokenbridge", "train")
+def training(recording: Recording) -> dict[str, Tensor]:
+    """Indices, mask, hidden states and logits with the classes; loss and gradient with some of them
+    dropped.
+    """
+    generator = _generator(recording)
+    (tokenizer,) = generator.bound
+    given = recording.inputs
+    condition = _classes(recording)
+    tokens = tokenizer.from_source(rearrange(given["latents"], "b c h w -> b (h w) c"))
+    hidden = given["orders"][:, : int(given["num_masked"])]
+    masked = torch.zeros(given["orders"].shape, dtype=torch.bool).scatter(1, hidden, True)
+    count = masked.shape[1] - hidden.shape[1]
+    visible = masked.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    latents = generator.latents(tokens)
+    with torch.no_grad():
+        encoded = generator.backbone.encode(latents, visible, condition)
+        z = generator.vectors(tokens, ~masked, condition)
+        # In float64: the head makes ten times of what two roundings of z differ by.
+        exact = copy.deepcopy(generator).double()
+        exact_z = exact.backbone(latents.double(), ~masked, condition)
+        logits = exact.head(exact_z[masked], generator.channels.classes(tokens[masked]))
+    dropped = condition.where(given["label_drop"] == 0, generator.null(condition))
+    loss = generator.masked_loss(tokens, masked, dropped)
+    return {
+        "indices": tokens,
+        "dequant": latents,
+        "mask": masked.float(),
+        "encoder_out": encoded,
+        "z": z,
+        "head_logits": torch.stack(logits, 1).float(),
+        "loss": loss.detach()[None],
+        "grad_norm": gradient_norm(loss, generator)[None],
+    }
+
+
+@replays("tokenbridge", "greedy")
+@torch.no_grad()
+def greedy(recording: Recording) -> dict[str, Tensor]:
+    """The head alone: the likeliest class of one position after the other, behind its cache."""
+    head = _generator(recording).head
+    z = recording.inputs["greedy/z"]
+    known = torch.zeros(1, len(z), len(head.sizes), dtype=torch.int64)
+    walk = head.steps(z[None])
+    logits = []
+    for position in range(len(head.sizes)):
+        logits.append(walk(known, position)[0])
+        known[0, :, position] = logits[-1].argmax(-1)
+    return {
+        "greedy/tokens": known[0],
+        "greedy/logits": torch.stack(logits, 1),
+        "greedy/teacher_forced_logits": torch.stack(head(z, known[0]), 1),
+    }
+
+
+@replays("tokenbridge", "sample_*")
+@torch.no_grad()
+def sampling(recording: Recording) -> dict[str, Tensor]:
+    """Tokens and latents of every run, and the guided vectors of each of its steps."""
+    generator = _generator(recording)
+    condition = _classes(recording)
+    side = generator.layout.segments[0].shape[0]
+    outputs = {}
+    for name in recording.outputs("sample_*/latents"):
+        run = name.removesuffix("/latents")
+        settings = recording.settings(name)
+        entities = generator.sets(recording.inputs["orders"].flip(1), settings["num_iter"])
+        state = generator.start(condition, _guidance(settings), entities)
+        tokens = generator.layout.blank(condition.batch)
+        for step in decode_from(generator, state, GREEDY, Noise([0] * condition.batch), tokens):
+            tokens = step.tokens
+            hidden = step.distribution.hidden
+            assert hidden is not None
+            outputs[f"{run}/iter{step.entity}_feature"] = hidden.flatten(0, 1)
+        outputs[f"{run}/indices"] = tokens
+        outputs[name] = rearrange(generator.latents(tokens), "b (h w) c -> b c h w", h=side)
+    return outputs
+
+
+def _guidance(settings: Mapping[str, Any]) -> Guidance:
+    schedule = settings["cfg_schedule"]
+    if settings["temperature"] != 0:
+        raise UserError("TokenBridge's sampler is replayed greedily: temperature 0")
+    if settings["cfg"] == 1.0:
+        return NO_GUIDANCE
+    if schedule == "linear":
+        return Guidance(Revealed(settings["cfg"]))
+    if schedule == "constant":
+        return Guidance(Constant(settings["cfg"]))
+    raise UserError(f"cfg_schedule {schedule!r} is not known; there are linear and constant")
