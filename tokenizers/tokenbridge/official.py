@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions, TokenizerImporter
 from tessellar.interop.keys import KeyTable
 from tessellar.tokenizers.kl_vae import official as kl_vae
@@ -33,7 +34,13 @@ def _keys_of(tokenizer: PostQuantized) -> KeyTable:
 
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> PostQuantized:
-    return from_official(state, options.image_size or 256)
+    """No file says how many levels there are: `variant` is their number, 64 as published."""
+    levels = options.variant or "64"
+    if not levels.isdecimal():
+        raise UserError(
+            f"--variant is {levels!r}; of TokenBridge it is a number of levels, such as 64"
+        )
+    return from_official(state, options.image_size or 256, int(levels))
 
 
 OFFICIAL = TokenizerImporter(
