@@ -6,6 +6,7 @@ All sizes but the heads are read from the tensors' shapes.
 
 from collections.abc import Mapping
 from math import isqrt
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +52,33 @@ KEYS = table(
 )
 
 
+def backbone_sizes(
+    ours: Mapping[str, Tensor], num_heads: int | None, decoder_heads: int | None, what: str
+) -> dict[str, Any]:
+    """Arguments of the masked backbone that its tensors show, in a state of ours; `what` is the
+    generator's name in messages.
+
+    The decoder has as many heads as the encoder unless `decoder_heads` says otherwise. Raises
+    UserError where no published variant has the width and no heads are given.
+    """
+    classes, width = ours["backbone.class_embedding.weight"].shape
+    length, inner = ours["backbone.z_positions"].shape[1:]
+    if num_heads is None and width not in HEADS:
+        raise UserError(f"no published {what} has width {width}: give --num_heads")
+    return {
+        "width": width,
+        "depth": count(ours, r"backbone\.encoder_blocks\.(\d+)\."),
+        "num_heads": num_heads or HEADS[width],
+        "decoder_width": inner,
+        "decoder_depth": count(ours, r"backbone\.decoder_blocks\.(\d+)\."),
+        "decoder_heads": decoder_heads,
+        "num_classes": classes,
+        "buffer": ours["backbone.encoder_positions"].shape[1] - length,
+        "mlp_ratio": ours["backbone.encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "steps": min(64, length),
+    }
+
+
 def from_official(
     state: Mapping[str, Tensor],
     layout: Layout,
@@ -64,8 +92,7 @@ def from_official(
     The decoder has as many heads as the encoder unless `decoder_heads` says otherwise.
     """
     ours = KEYS.from_official(state, where)
-    classes, width = ours["backbone.class_embedding.weight"].shape
-    length, inner = ours["backbone.z_positions"].shape[1:]
+    length = ours["backbone.z_positions"].shape[1]
     channels = ours["backbone.input.weight"].shape[1]
     kind = layout.segments[0].kind
     patch = isqrt(channels // kind.dim) if isinstance(kind, Continuous) else 0
@@ -77,23 +104,12 @@ def from_official(
         raise UserError(
             f"{where} is for {length} tokens of {channels} channels, but the tokenizer gives {layout}"
         )
-    if num_heads is None and width not in HEADS:
-        raise UserError(f"no published MAR has width {width}: give --num_heads")
     generator = MAR(
         layout,
-        width,
-        depth=count(ours, r"backbone\.encoder_blocks\.(\d+)\."),
-        num_heads=num_heads or HEADS[width],
-        decoder_width=inner,
         head_width=ours["head.input.weight"].shape[0],
         head_depth=count(ours, r"head\.blocks\.(\d+)\."),
-        num_classes=classes,
         patch=patch,
-        buffer=ours["backbone.encoder_positions"].shape[1] - length,
-        mlp_ratio=ours["backbone.encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
-        steps=min(64, length),
-        decoder_depth=count(ours, r"backbone\.decoder_blocks\.(\d+)\."),
-        decoder_heads=decoder_heads,
+        **backbone_sizes(ours, num_heads, decoder_heads, what="MAR"),
     )
     return OFFICIAL.fill(generator, state, where)
 

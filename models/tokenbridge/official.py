@@ -14,7 +14,7 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import GeneratorImporter, ImportOptions
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import count
-from tessellar.models.mar.official import BACKBONE, HEADS
+from tessellar.models.mar.official import BACKBONE, backbone_sizes
 from tessellar.models.tokenbridge.model import TokenBridge
 from tessellar.models.tokenbridge.order import KL16_ORDER
 from tessellar.protocol.layout import Factorized, Layout
@@ -57,39 +57,27 @@ def from_official(
     channels is KL-16's where there are 16 and none is given, else their own.
     """
     ours = KEYS.from_official(state, where)
-    classes, width = ours["backbone.class_embedding.weight"].shape
-    length, inner = ours["backbone.z_positions"].shape[1:]
+    length = ours["backbone.z_positions"].shape[1]
     channels = ours["backbone.input.weight"].shape[1]
     kind = layout.segments[0].kind
     if not isinstance(kind, Factorized) or len(kind.vocabs) != channels or length != layout.length:
         raise UserError(
             f"{where} is for {length} tokens of {channels} indices, but the tokenizer gives {layout}"
         )
-    if num_heads is None and width not in HEADS:
-        raise UserError(f"no published TokenBridge has width {width}: give --num_heads")
     positions = count(ours, r"head\.outputs\.(\d+)\.")
     head_width = ours["head.condition.weight"].shape[0]
     if channel_order is None and channels == len(KL16_ORDER):
         channel_order = KL16_ORDER
     generator = TokenBridge(
         layout,
-        width,
-        depth=count(ours, r"backbone\.encoder_blocks\.(\d+)\."),
-        num_heads=num_heads or HEADS[width],
-        decoder_width=inner,
-        decoder_depth=count(ours, r"backbone\.decoder_blocks\.(\d+)\."),
-        decoder_heads=decoder_heads,
         head_width=head_width,
         head_depth=count(ours, r"head\.blocks\.(\d+)\."),
         head_heads=head_width // ours["head.blocks.0.attention.q_norm.weight"].shape[0],
-        num_classes=classes,
-        buffer=ours["backbone.encoder_positions"].shape[1] - length,
-        mlp_ratio=ours["backbone.encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
-        steps=min(64, length),
         channel_order=channel_order,
         group=channels // positions,
         parallel=not any(name.startswith("head.embeddings.") for name in ours),
         first_input="official",
+        **backbone_sizes(ours, num_heads, decoder_heads, what="TokenBridge"),
     )
     sizes = tuple(len(ours[f"head.outputs.{i}.weight"]) for i in range(positions))
     if sizes != generator.channels.sizes:

@@ -65,9 +65,7 @@ def test_draws_of_a_cached_posterior_are_quantised_in_training(tmp_path: Path) -
     with pytest.raises(UserError, match="was encoded by another tokenizer"):
         cache.require(Signs(vae(1)))
 
-    module = GeneratorModule(
-        Signs(inner), lambda layout: TableGenerator(grid_layout(1, 4, Categorical(2)))
-    )
+    module = GeneratorModule(Signs(inner), TableGenerator)
     seen = []
     for epoch in range(2):
         cache.set_epoch(epoch)
