@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.adaln import Modulation, modulate
 from tessellar.layers.kv_cache import KVCache, NoCache
+from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.modulated_block import ModulatedBlock, ModulatedPass
 from tessellar.protocol.distribution import Distribution, Draws, FactorLogits, Head
 from tessellar.protocol.noise import Noise
@@ -165,7 +166,7 @@ class ChannelHead(nn.Module):
         modulation = condition + self.step
         if self.parallel:
             at_once = self(z.flatten(0, 1), torch.empty(0), sampled=True)
-            return lambda known, position: at_once[position].unflatten(0, shape).float()
+            return lambda known, position: at_least_float32(at_once[position]).unflatten(0, shape)
         width = condition.shape[-1]
         cache = KVCache(
             len(self.blocks),
@@ -187,7 +188,7 @@ class ChannelHead(nn.Module):
             x = x + self.position[:, position : position + 1]
             hidden = self._run(x, ModulatedPass(own, cache, slots))
             cache.commit()
-            return self.outputs[position](hidden[:, 0]).unflatten(0, shape).float()
+            return at_least_float32(self.outputs[position](hidden[:, 0])).unflatten(0, shape)
 
         return logits
 
@@ -219,7 +220,7 @@ class ChannelLogits(Distribution):
 
         def uncached(known: Tensor, position: int) -> Tensor:
             logits = head(z.flatten(0, 1), known.flatten(0, 1), sampled=True)[position]
-            return logits.unflatten(0, shape).float()
+            return at_least_float32(logits).unflatten(0, shape)
 
         order = tuple(range(len(channels.sizes)))
         inner = FactorLogits(uncached, order, shape, z.device, begin=lambda: head.steps(z))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
+from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.masked_backbone import MaskedBackbone
 from tessellar.models.parts.random_sets import RandomSets
 from tessellar.models.tokenbridge.head import (
@@ -161,7 +162,7 @@ class TokenBridge(RandomSets):
         logits = self.head(z[masked], classes)
         targets = classes.unbind(1)
         losses = [
-            F.cross_entropy(given.float(), wanted, reduction="none")
+            F.cross_entropy(at_least_float32(given), wanted, reduction="none")
             for given, wanted in zip(logits, targets, strict=True)
         ]
         each = torch.stack(losses).mean(0)

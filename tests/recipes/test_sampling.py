@@ -26,6 +26,7 @@ FILES: dict[str, dict[str, Any]] = yaml.safe_load(
 SYSTEMS = sorted({entry["system"] for entry in FILES.values()})
 # Where a recording's `guidance` is added to the conditional logits, c + w (c - u), which is ours plus 1.
 ADDED = ("t = cfg * k/(K-1), logits = (1+t) c - t u", "linear")
+NOT_ADDED = ("linear (on features)",)  # TokenBridge's: u + w (c - u), as ours
 NO_FILTER = {None: 0, "none": 0}
 OF_HITA = "the guidance scale is not published (test_net.py default 1.5)"
 SEARCHED = "scale found by search"
@@ -84,7 +85,7 @@ def scale_of(recorded: dict[str, Any]) -> float:
     """Our guidance scale, u + w (c - u), of a recorded one."""
     curve = recorded.get("guidance_schedule") or "constant"
     added = any(curve == words or curve.startswith(f"{words} (") for words in ADDED)
-    return recorded["guidance"] + added
+    return recorded["guidance"] + (added and curve not in NOT_ADDED)
 
 
 def check_draw(name: str, recorded: dict[str, Any]) -> None:
