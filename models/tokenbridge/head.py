@@ -3,7 +3,7 @@ other, given its vector z.
 
 Position i of P predicts the i-th channel in an order, or a group of channels as one class. A small
 transformer runs over the positions, causally; every position is modulated by z and by its own step.
-All positions at once, without seeing one another, are the paper's ablation (`parallel`).
+All positions at once, none given another's class, are the paper's ablation (`parallel`).
 
 Shapes: n tokens, P positions, V_i classes of position i, C channels, D widths.
 """
@@ -148,12 +148,9 @@ class ChannelHead(nn.Module):
             known = [table(ids) for table, ids in zip(self.embeddings, before, strict=True)]
             x = torch.cat([inputs, *(vector[:, None] for vector in known)], 1)
         cache = NoCache(z.device)
-        # Where positions are drawn at once none sees another: each is a sequence of its own.
+        # Causal; where positions are drawn at once no input holds a class, and all may see all.
         numbers = torch.arange(len(self.sizes))[None]
-        slots = cache.reserve(numbers)
-        if self.parallel:
-            mask = torch.eye(len(self.sizes), dtype=torch.bool, device=z.device)
-            slots = slots._replace(mask=mask[None, None], is_causal=False)
+        slots = cache.reserve(torch.zeros_like(numbers) if self.parallel else numbers)
         hidden = self._run(x + self.position, ModulatedPass(modulation, cache, slots))
         return [output(hidden[:, i]) for i, output in enumerate(self.outputs)]
 

@@ -44,7 +44,7 @@ def _build(state: Mapping[str, Tensor], options: ImportOptions) -> PostQuantized
 
 
 OFFICIAL = TokenizerImporter(
-    what="TokenBridge's KL VAE",
+    what="a KL VAE of TokenBridge",
     marks=kl_vae.OFFICIAL.marks,
     entries=kl_vae.OFFICIAL.entries,
     keys=_keys_of,
