@@ -40,6 +40,8 @@ def is_official_file(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix == ".safetensors" and path.is_file():
         return HEADER_KEY not in read_metadata(path)
+    if path.suffix == ".ckpt" and path.is_file():  # ours, or one as MAR's kl16.ckpt
+        return HEADER_KEY not in read_pickle(path)
     return path.suffix in (".pt", ".pth", ".bin")
 
 
