@@ -24,8 +24,7 @@ from tessellar.models.tokenbridge.head import (
     FirstInput,
 )
 from tessellar.models.tokenbridge.order import KL16_ORDER
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.conditioning import ClassConditioning
+from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.entities import take
 from tessellar.protocol.generator import State
 from tessellar.protocol.layout import Factorized, Layout

@@ -78,7 +78,7 @@ def _classes(recording: Recording) -> Condition:
     return Condition(ids=recording.inputs["labels"])
 
 
-@replays("tokenbridge", "train")
+@replays("tokenbridge", "train", gradients=True)
 def training(recording: Recording) -> dict[str, Tensor]:
     """Indices, mask, hidden states and logits with the classes; loss and gradient with some of them
     dropped.
@@ -115,7 +115,6 @@ def training(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenbridge", "greedy")
-@torch.no_grad()
 def greedy(recording: Recording) -> dict[str, Tensor]:
     """The head alone: the likeliest class of one position after the other, behind its cache."""
     head = _generator(recording).head
@@ -134,7 +133,6 @@ def greedy(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenbridge", "sample_*")
-@torch.no_grad()
 def sampling(recording: Recording) -> dict[str, Tensor]:
     """Tokens and latents of every run, and the guided vectors of each of its steps."""
     generator = _generator(recording)
