@@ -131,11 +131,10 @@ class HitaAR(LlamaGenerator):
     def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Logits:
         entity = state.entities.entity_at(rank)
         rows = state.rows(entity < self.holistic).to(hidden.device)
-        if state.input_size is not None:
-            logits = torch.where(rows[..., None], *self._both(hidden))
-        elif bool(rows.all()):
+        is_read = state.input_size is None  # a fixed state gives the host nothing to read
+        if is_read and bool(rows.all()):
             logits = self.holistic_output(hidden)
-        elif not bool(rows.any()):
+        elif is_read and not bool(rows.any()):
             logits = self.patch_output(hidden)
         else:
             # The smaller vocabulary is padded, so that one tensor holds the logits of both heads.
