@@ -36,6 +36,17 @@ NO_AUTOCAST = patch(
     "torch.autocast", lambda *_, **__: nullcontext()
 )  # it does not know the meta device
 CONTINUOUS = ("xar", "mar")  # modules of generators that read the latents of a KL VAE
+IMPORTED = {  # tokenizers that a YAML reads as `imports/NAME`
+    "maskgit_vqgan": {"class_path": "tessellar.tokenizers.maskgit_vqgan.maskgit_vqgan"},
+    "var_vqvae_512": {
+        "class_path": "tessellar.tokenizers.var.var_vqvae",
+        "init_args": {"image_size": 512},
+    },
+    "vq_16_2048": {
+        "class_path": "tessellar.tokenizers.llamagen.vq_16",
+        "init_args": {"image_size": 2048},
+    },
+}
 
 
 class Cost(NamedTuple):
@@ -93,7 +104,10 @@ def _class(given: Any) -> Any:
 
 
 def _tokenizer_of(export: str, path: Path) -> Any:
-    """The tokenizer in the YAML beside this one that trains `runs/NAME/export`."""
+    """The tokenizer in the YAML beside this one that trains `runs/NAME/export`, or that is imported."""
+    imported = IMPORTED.get(Path(export).name)
+    if imported is not None:
+        return imported
     beside = path.with_name(f"{Path(export).parent.name}.yaml")
     for candidate in (beside, path.with_name("tokenizer.yaml")):
         if candidate.exists() and candidate != path:
