@@ -7,6 +7,7 @@ of processes. Two runs of N images share no stream where their seeds lie at leas
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -93,16 +94,8 @@ def sample_conditions(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """As `sample_images`, image i from row i of any condition."""
     todo = range(condition.batch) if indices is None else indices
-    return _checked(
-        model,
-        lambda rows: condition.select(torch.tensor(rows)),
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        indices=todo,
-        recorder=recorder,
-    )
+    how = Drawing(sampling, seed, batch_size, precision, recorder)
+    return how.batches(model, lambda rows: condition.select(torch.tensor(rows)), todo)
 
 
 def sample_texts(
@@ -124,67 +117,45 @@ def sample_texts(
     if not isinstance(conditioner, TextConditioner):
         raise UserError("this generator is conditioned on class ids, not on text: give --classes")
     todo = range(len(texts)) if indices is None else indices
-    return _checked(
-        model,
-        lambda rows: conditioner.of_texts([texts[i] for i in rows]),
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        indices=todo,
-        recorder=recorder,
-    )
+    how = Drawing(sampling, seed, batch_size, precision, recorder)
+    return how.batches(model, lambda rows: conditioner.of_texts([texts[i] for i in rows]), todo)
 
 
-def _checked(
-    model: ImageModel,
-    condition_of: Callable[[list[int]], Condition],
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    precision: str,
-    indices: Sequence[int],
-    recorder: Recorder | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The batches; mistakes are said before the first of them is asked for."""
-    if batch_size < 1:
-        raise UserError(f"batch size is {batch_size}; it must be at least 1")
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"precision {precision!r} does not exist; there are {', '.join(PRECISIONS)}"
-        )
-    return _batches(
-        model,
-        condition_of,
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        indices=indices,
-        recorder=recorder,
-    )
+@dataclass(frozen=True)
+class Drawing:
+    """How a set of images is drawn, however conditioned; raises UserError for a batch size below 1
+    and an unknown precision, before anything is drawn.
+    """
 
+    sampling: Sampling
+    seed: int
+    batch_size: int
+    precision: str
+    recorder: Recorder | None
 
-def _batches(
-    model: ImageModel,
-    condition_of: Callable[[list[int]], Condition],
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    precision: str,
-    indices: Sequence[int],
-    recorder: Recorder | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    for start in range(0, len(indices), batch_size):
-        chosen = list(indices[start : start + batch_size])
-        rows = condition_of(chosen)
-        with generator_precision(model, precision):
-            tokens = model.sample_tokens(rows, sampling, [seed + i for i in chosen], recorder)
-        yield chosen, to_uint8(model.decode(tokens)).cpu()
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch size is {self.batch_size}; it must be at least 1")
+        if self.precision not in PRECISIONS:
+            there = ", ".join(PRECISIONS)
+            raise UserError(f"precision {self.precision!r} does not exist; there are {there}")
 
-
-def generator_precision(model: ImageModel, precision: str) -> AbstractContextManager:
-    """For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    def batches(
+        self,
+        model: ImageModel,
+        condition_of: Callable[[list[int]], Condition],
+        indices: Sequence[int],
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches (indices, uint8 images) of `indices`, whose conditions are made batch by batch."""
+        for start in range(0, len(indices), self.batch_size):
+            chosen = list(indices[start : start + self.batch_size])
+            condition = condition_of(chosen)
+            seeds = [self.seed + i for i in chosen]
+            # For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do.
+            rounding: AbstractContextManager = nullcontext()
+            if self.precision == "bf16":
+                device = next(model.parameters()).device.type
+                rounding = torch.autocast(device, torch.bfloat16)
+            with rounding:
+                tokens = model.sample_tokens(condition, self.sampling, seeds, self.recorder)
+            yield chosen, to_uint8(model.decode(tokens)).cpu()
