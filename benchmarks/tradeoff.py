@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
 
 from tessellar.data.sets.fashion_mnist import FashionMNIST
 from tessellar.errors import UserError
@@ -46,6 +50,11 @@ from tessellar.sampling.speculative import (
     SpeculativeJacobi,
 )
 
+# Where the name of a point may stand, in printer's points from it, the nearest first.
+PLACES = sorted(
+    ((4 + 12 * right, 9 * down) for right in range(-9, 10) for down in range(-14, 15)),
+    key=lambda place: (place[0] ** 2 + place[1] ** 2, place),
+)
 SEED_STEP = 10_000_000  # two runs share no stream where their seeds lie further apart than their numbers of images
 
 
@@ -224,40 +233,95 @@ def mark(result: dict[str, Any]) -> str:
     return " ".join(word for word in words if word not in COUPLINGS)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Evaluations an image against FD, mean and spread over the seeds, a colour a family; its best rows are named."""
-    figure = Figure(figsize=(10, 6))
+class Point(NamedTuple):
+    """A row of the plot: its colour's name, what tells it apart, evaluations, FD and its deviation."""
+
+    family: str
+    mark: str
+    evaluations: float
+    distance: float
+    spread: float
+
+
+def points_of(results: list[dict[str, Any]]) -> list[Point]:
+    """The rows whose distance was measured."""
+    found = []
+    for result in results:
+        distances = fd_of(result)
+        if distances:
+            evaluations = mean(seed["evaluations_per_image"] for seed in result["seeds"])
+            spread = stdev(distances) if len(distances) > 1 else 0.0
+            row = (family(result), mark(result), evaluations, mean(distances), spread)
+            found.append(Point(*row))
+    return found
+
+
+def plot(points: list[Point], metric: str, path: Path) -> None:
+    """Evaluations an image against the distance `metric`, mean and spread over the seeds, a colour
+    a family; its best rows are named.
+    """
+    figure = Figure(figsize=(10, 6.5))
     axes = figure.subplots()
-    measured = [r for r in results if fd_of(r)]
-    for name in dict.fromkeys(map(family, measured)):
-        chosen = [r for r in measured if family(r) == name]
-        x = [mean(s["evaluations_per_image"] for s in r["seeds"]) for r in chosen]
-        y, spread = (
-            [mean(fd_of(r)) for r in chosen],
-            [stdev(fd_of(r)) if len(fd_of(r)) > 1 else 0 for r in chosen],
-        )
-        (color,) = {line.get_color() for line in axes.plot(x, y, "o", label=name, markersize=4)}
+    named = []
+    for name in dict.fromkeys(point.family for point in points):
+        chosen = [point for point in points if point.family == name]
+        x = [point.evaluations for point in chosen]
+        y = [point.distance for point in chosen]
+        (line,) = axes.plot(x, y, "o", label=name, markersize=4)
+        color = line.get_color()
+        spread = [point.spread for point in chosen]
         axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.4)
-        for a, b, result in zip(x, y, chosen, strict=True):
-            if not any(c <= a and d < b for c, d in zip(x, y, strict=True)):
-                place = {"xytext": (-3, -8), "textcoords": "offset points"}
-                axes.annotate(mark(result), (a, b), color=color, fontsize=6, **place)
+        for point in chosen:
+            better = [
+                other
+                for other in chosen
+                if other.evaluations <= point.evaluations and other.distance < point.distance
+            ]
+            if not better:
+                named.append((point, color))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
     axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.set_xlabel("network evaluations an image")
-    axes.set_ylabel(
-        next(
-            name
-            for r in measured
-            for s in r["seeds"]
-            for name in s["metrics"]
-            if name.startswith("F")
-        )
-    )
-    axes.legend()
+    axes.set_ylabel(metric)
+    axes.legend(loc="upper right")
+    put_labels(figure, axes, named, points)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def put_labels(
+    figure: Figure, axes: Axes, named: list[tuple[Point, Any]], points: list[Point]
+) -> list[Annotation]:
+    """Names of points, each at the nearest place around its point where it covers no other name and
+    no point, inside the axes; a thin line leads to it.
+    """
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)  # fixes where points are
+    places = axes.transData.transform([(p.evaluations, p.distance) for p in points])
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    inside = axes.get_window_extent(renderer)
+    labels = []
+    for point, color in sorted(named, key=lambda one: one[0].evaluations):
+        label = axes.annotate(
+            point.mark,
+            (point.evaluations, point.distance),
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=color,
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6},
+        )
+        for place in PLACES:
+            label.set_position(place)
+            label.update_positions(renderer)
+            text = Text.get_window_extent(label, renderer).expanded(1.05, 1.15)
+            within = inside.x0 < text.x0 and text.x1 < inside.x1 and inside.y0 < text.y0
+            if within and not any(text.overlaps(other) for other in taken):
+                break
+        taken.append(text)
+        labels.append(label)
+    return labels
 
 
 def run(bench: Bench, rows: list[Row], out: Path) -> None:
@@ -274,7 +338,9 @@ def run(bench: Bench, rows: list[Row], out: Path) -> None:
             print(table(results).splitlines()[-1], flush=True)
     (out / "table.md").write_text(table(results), encoding="utf-8")
     if any(fd_of(r) for r in results):
-        plot(results, out / "tradeoff.png")
+        metrics = [name for r in results for seed in r["seeds"] for name in seed["metrics"]]
+        metric = next(name for name in metrics if name.startswith("F"))
+        plot(points_of(results), metric, out / "tradeoff.png")
 
 
 def main() -> None:

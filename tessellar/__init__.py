@@ -1,13 +1,26 @@
-"""tessellar: image tokenizers and autoregressive image generators behind one layout and one
-protocol.
+"""Image tokenizers and autoregressive image generators behind one layout and one protocol.
+
+    import tessellar
+
+    generator = tessellar.load_generator("runs/shapes-generator/export")
+    images = generator.sample(classes=["circle", 3], guidance=1.5, seed=0)  # PIL images
+    images[0].save("circle.png")
+
+    tokenizer = tessellar.load_tokenizer("runs/shapes-tokenizer/export")
+    tokens = tokenizer.encode(images)  # PIL images, uint8, or floats [B, 3, H, W] in [-1, 1]
+    again = tokenizer.decode(tokens)  # floats [B, 3, H, W], about [-1, 1]
+
+Models are exports of `tessellar train`, checkpoints, or hub ids. `tessellar.load` takes both kinds;
+`generator.class_names` lists what can be asked for. Mistakes raise `tessellar.errors.UserError`, a
+ValueError that says in one line what would be right.
+
+Importing this package imports nothing heavy; the functions import torch when they are called.
 
 `tessellar/tokenizers` and `tessellar/models` are symbolic links to the folders of the same name at
 the checkout's root, where they can be read and edited without shadowing Hugging Face's package
 `tokenizers`. git, wheels and sdists carry them; a zip download, or a checkout on Windows without
 `core.symlinks`, may turn the links into small text files. Then this package cannot be imported from
 that folder: clone with symbolic links enabled, or install the wheel.
-
-Importing this package imports nothing heavy; `tessellar.load` imports torch when it is called.
 """
 
 from pathlib import Path
@@ -16,23 +29,65 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from tessellar.pipeline import ImageGenerator
     from tessellar.protocol.tokenizer import Tokenizer
 
+__all__ = ["load", "load_generator", "load_tokenizer"]
+
 
 def load(
-    path: "str | Path", *, raw: bool = False, trust: "Sequence[str]" = ()
+    path: "str | Path",
+    *,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    raw: bool = False,
+    trust: "Sequence[str]" = (),
 ) -> "Tokenizer | ImageGenerator":
     """A tokenizer or an image generator from an export's folder, its safetensors file, a `.ckpt`,
-    or a hub id.
+    or a hub id `owner/name[@revision]`.
 
-    Checkpoints give their averaged (EMA) weights unless `raw`. Only classes of this package are
-    built, and of the packages that `trust` names, whose code runs. On the CPU, in eval mode. Raises
-    `tessellar.errors.UserError` where nothing that fits can be loaded.
+    On `device`, in `dtype` (default: as stored), in eval mode. Checkpoints give their averaged (EMA)
+    weights unless `raw`. Only classes of this package are built, and of the packages that `trust`
+    names, whose code runs. Raises `tessellar.errors.UserError`, a ValueError, where nothing that
+    fits can be loaded.
     """
     from tessellar.pipeline import load as load_model
 
-    return load_model(path, raw=raw, trust=trust)
+    return load_model(path, device=device, dtype=dtype, raw=raw, trust=trust)
+
+
+def load_generator(
+    path: "str | Path",
+    *,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    raw: bool = False,
+    trust: "Sequence[str]" = (),
+) -> "ImageGenerator":
+    """As `load`, but only an image generator will do."""
+    from tessellar.pipeline import load_generator as load_model
+
+    return load_model(path, device=device, dtype=dtype, raw=raw, trust=trust)
+
+
+def load_tokenizer(
+    path: "str | Path",
+    *,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    raw: bool = False,
+    trust: "Sequence[str]" = (),
+    image_size: "tuple[int, int] | None" = None,
+) -> "Tokenizer":
+    """As `load`, but only a tokenizer will do.
+
+    `image_size` (height, width) makes a convolutional one take images of that size, rectangles too.
+    """
+    from tessellar.pipeline import load_tokenizer as load_model
+
+    return load_model(path, device=device, dtype=dtype, raw=raw, trust=trust, image_size=image_size)
 
 
 def _check_links(package: Path) -> None:

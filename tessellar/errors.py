@@ -18,8 +18,11 @@ def in_one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-class UserError(Exception):
-    """What is wrong, where (key, file, line), and what would be right, in one short message."""
+class UserError(ValueError):
+    """What is wrong, where (key, file, line), and what would be right, in one short message.
+
+    A ValueError, as Python users expect of an argument that does not fit.
+    """
 
 
 @contextmanager

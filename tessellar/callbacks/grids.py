@@ -3,15 +3,17 @@
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from tessellar.images import to_uint8
-from tessellar.protocol.condition import ClassConditioner
-from tessellar.sampling.output import save_png, tile
+from tessellar.protocol.condition import ClassConditioner, Condition
+from tessellar.sampling.grid import picture_grid
+from tessellar.sampling.output import save_png
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
 from tessellar.training.runs import LateTensorBoard, Run
+
+MOST_CLASSES = 10
 
 
 class Grids(L.Callback):
@@ -50,38 +52,39 @@ class Grids(L.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         if self._first is not None:
-            pairs = torch.stack([to_uint8(x) for x in self._first], 1)
-            rows = [
-                row.transpose(0, 1).flatten(0, 1)
-                for row in pairs.split(self.columns)
-                if len(row) == self.columns
-            ]
-            self._save(
-                trainer,
-                pl_module,
-                "reconstructions",
-                torch.cat(rows) if rows else pairs.flatten(0, 1),
-            )
+            self._save(trainer, pl_module, "reconstructions", self._pairs(*self._first))
         elif hasattr(pl_module, "model") and self._can_sample(pl_module.model.conditioner):
-            self._save(trainer, pl_module, "samples", self._samples(pl_module))
+            self._save(trainer, pl_module, "samples", self._samples(pl_module.model))
+
+    def _pairs(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+        """Rows of originals, each above the row of its reconstructions."""
+        above = to_uint8(originals).split(self.columns)
+        below = to_uint8(reconstructions).split(self.columns)
+        rows = [list(row) for pair in zip(above, below, strict=True) for row in pair]
+        return picture_grid(rows, row_labels=["original", "reconstruction"] * len(above))
 
     def _can_sample(self, conditioner: Any) -> bool:
         texts = isinstance(conditioner, TextConditioner) and bool(self._captions)
         return texts or isinstance(conditioner, ClassConditioner)
 
-    def _samples(self, pl_module: Any) -> Tensor:
-        if isinstance(pl_module.model.conditioner, TextConditioner):
-            condition = pl_module.model.conditioner.of_texts(self._captions)
-            return to_uint8(
-                pl_module.model.sample(condition, self.sampling, range(condition.batch))
-            ).cpu()
-        classes = range(min(pl_module.model.conditioner.num_classes, 10))
-        labels = [c for c in classes for _ in range(self.columns)]
-        condition = pl_module.model.class_condition(labels)
-        return to_uint8(pl_module.model.sample(condition, self.sampling, range(len(labels)))).cpu()
+    def _samples(self, model: Any) -> Tensor:
+        """A row a class, or one image a caption; image i is always drawn from seed i."""
+        if isinstance(model.conditioner, TextConditioner):
+            rows = self._rows(model, model.conditioner.of_texts(self._captions))
+            starts = range(0, len(self._captions), self.columns)
+            captions = [self._captions[start : start + self.columns] for start in starts]
+            return picture_grid(rows, captions=captions)
+        classes = range(min(model.conditioner.num_classes, MOST_CLASSES))
+        labels = [label for label in classes for _ in range(self.columns)]
+        names = model.class_names or [str(label) for label in classes]
+        rows = self._rows(model, model.class_condition(labels))
+        return picture_grid(rows, row_labels=names[: len(rows)])
 
-    def _save(self, trainer: L.Trainer, pl_module: Any, name: str, images: Tensor) -> None:
-        grid = tile(images, self.columns)
+    def _rows(self, model: Any, condition: Condition) -> list[list[Tensor]]:
+        images = to_uint8(model.sample(condition, self.sampling, range(condition.batch))).cpu()
+        return [list(row) for row in images.split(self.columns)]
+
+    def _save(self, trainer: L.Trainer, pl_module: Any, name: str, grid: Tensor) -> None:
         folder = self.run.folder / "pictures"
         folder.mkdir(exist_ok=True)
         save_png(grid, folder / f"{name}_{pl_module.updates:07d}.png")

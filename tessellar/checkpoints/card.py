@@ -14,6 +14,8 @@ import yaml
 
 from tessellar.errors import in_one_line
 
+MOST_CLASSES = 100
+
 TAGS = {
     "tokenizer": ("image-feature-extraction", ("image-tokenizer", "autoregressive")),
     "generator": (
@@ -90,8 +92,16 @@ def record_from(data: Any) -> Record:
     return Record(**{key: value for key, value in data.items() if key in known})
 
 
-def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
-    """Text of README.md. `kind` is a key of TAGS, `facts` are lines about the parts."""
+def card(
+    kind: str,
+    name: str,
+    record: Record,
+    facts: Mapping[str, str],
+    class_names: Sequence[str] = (),
+) -> str:
+    """Text of README.md. `kind` is a key of TAGS, `facts` are lines about the parts,
+    `class_names[k]` is the name of class k.
+    """
     pipeline, tags = TAGS[kind]
     front = {"library_name": "tessellar", "pipeline_tag": pipeline, "tags": ["tessellar", *tags]}
     if record.license:
@@ -103,16 +113,31 @@ def card(kind: str, name: str, record: Record, facts: Mapping[str, str]) -> str:
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {record.title or name}\n",
-        f"{USAGE[kind].format(name=name)}\n",
+        f"{usage(kind, name, class_names)}\n",
         _table("part", facts),
         _table(
             "record",
             {k: str(v) for k, v in record.as_dict().items() if k not in ("title", "metrics")},
         ),
         _table("metric", {k: f"{v:g}" for k, v in record.metrics.items()}),
+        _classes(class_names),
         "" if record.license else "The record of this model states no license.\n",
     ]
     return "\n".join(filter(None, sections))
+
+
+def usage(kind: str, name: str, class_names: Sequence[str]) -> str:
+    """How the model is used from Python, as a block of Markdown."""
+    classes = list(class_names[:3]) or [0, 1, 2]
+    return USAGE[kind].format(name=name, classes=classes)
+
+
+def _classes(names: Sequence[str]) -> str:
+    """A table of ids and names, of the first MOST_CLASSES where there are more."""
+    rows = {str(label): in_one_line(name) for label, name in enumerate(names[:MOST_CLASSES])}
+    more = len(names) - len(rows)
+    rest = f"\n{more} more are in `config.yaml`.\n" if more > 0 else ""
+    return _table("class", rows) + rest
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:
@@ -128,22 +153,20 @@ USAGE = {
     "tokenizer": """```python
 import tessellar
 
-tokenizer = tessellar.load("{name}")
-tokens = tokenizer.encode(images)  # images [B, 3, H, W] in [-1, 1]
+tokenizer = tessellar.load_tokenizer("{name}")  # this folder, or its hub id: OWNER/NAME
+tokens = tokenizer.encode(images)  # PIL images, uint8, or floats [B, 3, H, W] in [-1, 1]
 images = tokenizer.decode(tokens)
 ```""",
     "generator": """```python
 import tessellar
-from tessellar.sampling.settings import Sampling
 
-model = tessellar.load("{name}")
-images = model.sample(model.class_condition([0, 1, 2]), Sampling(), seeds=[0, 1, 2])
+generator = tessellar.load_generator("{name}")  # this folder, or its hub id: OWNER/NAME
+images = generator.sample(classes={classes}, guidance=1.5, seed=0)  # PIL images
 ```""",
     "text generator": """```python
 import tessellar
-from tessellar.sampling.settings import Sampling
 
-model = tessellar.load("{name}")
-images = model.sample(condition, Sampling(), seeds=range(condition.batch))
+generator = tessellar.load_generator("{name}")  # this folder, or its hub id: OWNER/NAME
+images = generator.sample(prompts=["a red circle"], guidance=1.5, seed=0)  # PIL images
 ```""",
 }

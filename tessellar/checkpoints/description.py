@@ -20,6 +20,8 @@ from tessellar.protocol.moved import renewed
 from tessellar.protocol.tokenizer import Tokenizer
 
 HEADER_KEY = "tessellar"
+CLASS_NAMES = "class_names"  # of an export's description: the name of class k at place k
+CLASS_NAMES = "class_names"  # of an export's description: the name of class k at place k
 FORMAT = 1
 PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
 # Where our training modules keep the parts in their state dicts, and which module the EMA callback
@@ -86,6 +88,12 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     missing = [part for part in REQUIRED[config["kind"]] if part not in config]
     if missing:
         raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
+    names = config.get(CLASS_NAMES, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: {CLASS_NAMES} must be a list of texts")
+    names = config.get(CLASS_NAMES, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: {CLASS_NAMES} must be a list of texts")
     return {name: renewed(value) if name in PARTS else value for name, value in config.items()}
 
 

@@ -7,7 +7,7 @@ this one file is enough; `README.md` is the model card.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from tessellar.checkpoints.card import Record, card
-from tessellar.checkpoints.description import HEADER_KEY, describe_model
+from tessellar.checkpoints.description import CLASS_NAMES, HEADER_KEY, describe_model
 from tessellar.checkpoints.staging import staged_folder
 from tessellar.protocol.condition import ClassConditioner, Conditioner
 from tessellar.protocol.generator import Generator
@@ -34,6 +34,7 @@ class GeneratorParts(Protocol):
     tokenizer: Tokenizer
     generator: Generator
     conditioner: Conditioner
+    class_names: tuple[str, ...]
 
 
 def export_tokenizer(
@@ -71,7 +72,8 @@ def export_generator(
         "generator": model.generator,
         "conditioner": model.conditioner,
     }
-    return export_parts(parts, folder, record=record, overwrite=overwrite)
+    names = model.class_names
+    return export_parts(parts, folder, record=record, overwrite=overwrite, class_names=names)
 
 
 def export_parts(
@@ -80,13 +82,16 @@ def export_parts(
     *,
     record: Record | None = None,
     overwrite: bool = False,
+    class_names: Sequence[str] = (),
 ) -> Path:
     """Write the parts of a model (tokenizer, generator, conditioner, discriminator) by their names.
 
-    Raises UserError where `folder` exists: an export is replaced with `overwrite`, anything else
-    never.
+    `class_names[k]` is the name of class k, where names are known. Raises UserError where `folder`
+    exists: an export is replaced with `overwrite`, anything else never.
     """
     description = describe_model(**parts)  # type: ignore[arg-type]
+    if class_names:
+        description[CLASS_NAMES] = list(class_names)
     kind = description["kind"]
     if kind == "generator" and not isinstance(parts.get("conditioner"), ClassConditioner):
         kind = "text generator"
@@ -113,7 +118,8 @@ def _export(
             yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
         (stage / CARD).write_text(
-            card(kind, folder.name, record, _facts(modules)), encoding="utf-8"
+            card(kind, folder.name, record, _facts(modules), description.get(CLASS_NAMES, ())),
+            encoding="utf-8",
         )
         write_safetensors(tensors, stage / WEIGHTS, {HEADER_KEY: json.dumps(description)})
     return folder

@@ -8,10 +8,10 @@ Strict and safe: every tensor must be there and fit, files are safetensors or op
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tessellar.checkpoints.card import Record, record_from
 from tessellar.checkpoints.data_facts import DataFacts, facts_in
 from tessellar.checkpoints.description import (
+    CLASS_NAMES,
     HEADER_KEY,
     PARTS,
     check_config,
@@ -29,11 +30,12 @@ from tessellar.checkpoints.description import (
 )
 from tessellar.checkpoints.differences import differences
 from tessellar.checkpoints.export import CONFIG, WEIGHTS
+from tessellar.checkpoints.fitting import ClassTable, Fitted, Sizes, load_fitting
 from tessellar.checkpoints.hub import fetch, is_hub_id
 from tessellar.checkpoints.weights import load_strict, part_of, with_current_names
 from tessellar.errors import UserError
 from tessellar.places import in_runs
-from tessellar.protocol.condition import Conditioner
+from tessellar.protocol.condition import ClassConditioner, Conditioner
 from tessellar.protocol.configured import build
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
@@ -79,6 +81,23 @@ class Source:
     def record(self) -> Record:
         return record_from(self.description.get("record"))
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the generator's classes, of a checkpoint those of its data; empty where they are
+        not known, or the generator has no classes.
+
+        Raises UserError where a file names another number of classes than the generator has.
+        """
+        count = _num_classes(self.description.get("conditioner"))
+        if count is None:
+            return ()
+        names = tuple(self.description.get(CLASS_NAMES, ()))
+        if not names and self.data is not None and len(self.data.class_names) == count:
+            names = self.data.class_names
+        if len(names) not in (0, count):
+            raise UserError(f"{self.where} names {len(names)} classes, its generator has {count}")
+        return names
+
     def state(self, part: str) -> dict[str, Tensor]:
         """State dict of one part."""
         return part_of(self.tensors, f"{part}.")
@@ -112,6 +131,8 @@ class Source:
         try:
             with _NoInitialisation():
                 module = build(self.description[part], expected, f"{self.where}: the {part}")
+        except UserError:
+            raise
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{self.where}: the {part} cannot be built from its config ({error})"
@@ -120,6 +141,13 @@ class Source:
             raise UserError(f"{self.where}: {type(module).__name__} is not a {part}")
         load_strict(module, self.state(part), f"{self.where} ({part})")
         return module.eval()
+
+
+def _num_classes(conditioner: Any) -> int | None:
+    """Number of classes in the config of a conditioner; None for one that reads something else."""
+    arguments = conditioner.get("init_args") if isinstance(conditioner, dict) else None
+    count = arguments.get("num_classes") if isinstance(arguments, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def load_tokenizer(path: str | Path, *, raw: bool = False) -> Tokenizer:
@@ -131,16 +159,29 @@ def load_tokenizer(path: str | Path, *, raw: bool = False) -> Tokenizer:
 
 
 def init_tokenizer(
-    path: str | Path, tokenizer: Tokenizer, discriminator: nn.Module | None = None
+    path: str | Path,
+    tokenizer: Tokenizer,
+    discriminator: nn.Module | None = None,
+    fresh: Sequence[str] = (),
 ) -> None:
     """Start fine-tuning: weights at `path` into a tokenizer and, where the file has one, its
     discriminator.
 
-    A discriminator that the file lacks stays as it was made. That, settings that differ and
-    whatever else the file holds is logged, in one line each. Raises UserError where sizes differ.
+    Tables of positions are resampled for another size of images; the tensors or modules `fresh`,
+    and a discriminator that the file lacks, stay as they were made. That, settings that differ and
+    whatever else the file holds is logged, in one line each. Raises UserError where other sizes
+    differ.
     """
     source = read_source(path)
-    load_strict(tokenizer, source.state("tokenizer"), f"{source.where} (tokenizer)")
+    fitted = load_fitting(
+        tokenizer,
+        source.state("tokenizer"),
+        f"{source.where} (tokenizer)",
+        theirs=Sizes(image_size=_image_size(source.arguments("tokenizer"))),
+        ours=Sizes(image_size=tokenizer.image_size),
+        fresh=fresh,
+    )
+    _tell_fitted(source, fitted)
     _tell_settings(source, "tokenizer", tokenizer.config)
     taken = ["tokenizer"]
     if discriminator is not None and "discriminator" in source.description:
@@ -151,24 +192,47 @@ def init_tokenizer(
     _tell_left(source, taken)
 
 
+class Start(NamedTuple):
+    """What a generator was started from: names of the source's classes (empty where they are not
+    known), how many there are, and the rows of classes that fit by name.
+    """
+
+    class_names: tuple[str, ...]
+    num_classes: int | None
+    tables: Sequence[ClassTable]
+
+
 def init_generator(
     path: str | Path,
     generator: Generator,
     conditioner: Conditioner | None = None,
     tokenizer: Tokenizer | None = None,
-) -> DataFacts | None:
+    fresh: Sequence[str] = (),
+) -> Start:
     """Start fine-tuning: weights at `path` into a generator, and what its conditioner has learnt
     into `conditioner`.
 
-    `tokenizer` is the one whose tokens the run will see: another one than the source's is warned
-    of, as are settings that differ. Returns what the source was trained on, where it tells. Raises
-    UserError where sizes differ, and for a conditioner that means other things by its conditions.
+    Of another number of classes the rows stay as they were made until their names are known
+    (`fitting.place_classes`); tables of positions are resampled for another size; the tensors or
+    modules `fresh` stay as they were made. `tokenizer` is the one whose tokens the run will see:
+    another one than the source's is warned of, as are settings that differ. Raises UserError where
+    other sizes differ, and for a conditioner that means other things by its conditions.
     """
     source = read_source(path)
     if source.kind != "generator":
         raise UserError(f"{path} is a tokenizer; a generator is needed here")
-    load_strict(generator, source.state("generator"), f"{source.where} (generator)")
-    _tell_settings(source, "generator", generator.config, besides=("layout",))
+    there = _num_classes(source.description["conditioner"])
+    here = conditioner.num_classes if isinstance(conditioner, ClassConditioner) else there
+    fitted = load_fitting(
+        generator,
+        source.state("generator"),
+        f"{source.where} (generator)",
+        theirs=Sizes(_layout(source), num_classes=there),
+        ours=Sizes(generator.layout, num_classes=here),
+        fresh=fresh,
+    )
+    _tell_fitted(source, fitted)
+    _tell_settings(source, "generator", generator.config, besides=("layout", "num_classes"))
     taken = ["generator"]
     if conditioner is not None:
         init_conditioner(source, conditioner)
@@ -177,7 +241,32 @@ def init_generator(
         compare_tokenizer(source, tokenizer)
         taken.append("tokenizer")  # the run brings its own
     _tell_left(source, taken)
-    return source.data
+    return Start(source.class_names, there, fitted.classes)
+
+
+def _image_size(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) in the arguments of a tokenizer; None where they do not say it."""
+    size = arguments.get("image_size")
+    if isinstance(size, int):
+        return (size, size)
+    pair = isinstance(size, (list, tuple)) and len(size) == 2
+    return (int(size[0]), int(size[1])) if pair and size is not None else None
+
+
+def _layout(source: Source) -> Layout | None:
+    """The layout that a source's generator was built for; None where it does not say it."""
+    described = source.arguments("generator").get("layout")
+    if not isinstance(described, dict):
+        return None
+    return build(described, Layout, f"{source.where}: the layout")
+
+
+def _tell_fitted(source: Source, fitted: Fitted) -> None:
+    """One line each on tensors that were resampled, and that stay as they were made."""
+    if fitted.resampled:
+        log.info("%s: %s", source.where, listing("resampled to another size", fitted.resampled))
+    if fitted.fresh:
+        log.info("%s: %s", source.where, listing("new, not taken along", fitted.fresh))
 
 
 def init_conditioner(source: Source, conditioner: Conditioner) -> None:
@@ -192,6 +281,8 @@ def init_conditioner(source: Source, conditioner: Conditioner) -> None:
             f"the generator of {source.where} reads {theirs.gives or 'conditions'} ({there}); this run gives it "
             f"{conditioner.gives or 'conditions'} ({here})"
         )
+    if isinstance(theirs, ClassConditioner):
+        return  # rows of classes are found by their names
     theirs_arguments = theirs.config["init_args"]
     arguments = conditioner.config["init_args"]
     for name in theirs.meaning:
@@ -214,12 +305,7 @@ def init_conditioner(source: Source, conditioner: Conditioner) -> None:
 
 def compare_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     """Warn, in one line, where a generator goes on with other tokens than it was trained on."""
-    described = source.arguments("generator").get("layout")
-    layout = (
-        build(described, Layout, f"{source.where}: the layout")
-        if isinstance(described, dict)
-        else None
-    )
+    layout = _layout(source)
     if layout is not None and layout != tokenizer.layout:
         log.warning(
             "%s was trained on %s; this run's tokenizer gives %s",
@@ -340,6 +426,8 @@ def read_checkpoint(path: Path, raw: bool) -> Source:
 def _description(text: Any, path: Path) -> dict[str, Any]:
     try:
         return check_config(json.loads(text), str(path))
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its description is not JSON ({error})") from error
 

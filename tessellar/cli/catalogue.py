@@ -13,8 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
+from tessellar.protocol.nearest import nearest
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"

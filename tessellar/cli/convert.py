@@ -18,9 +18,9 @@ from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.staging import check_target
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import Elsewhere, run_functions
-from tessellar.cli.importing import import_model
+from tessellar.cli.importing import IMAGENET_CLASSES, imagenet_names, import_model
 from tessellar.cli.next_steps import after_export
-from tessellar.errors import UserError
+from tessellar.errors import UserError, in_one_line
 from tessellar.interop.importer import ImportOptions
 from tessellar.parity.verify import Report, UnknownSystem, verify
 from tessellar.pipeline import ImageGenerator, assemble
@@ -64,7 +64,10 @@ def import_official(
         title=Path(file).stem, weights="official", source=Path(file).name, license=license
     )
     options = ImportOptions(image_size, num_heads, variant)
-    _export(import_model(system, file, tokenizer, key, options), out, record, overwrite)
+    model = import_model(system, file, tokenizer, key, options)
+    if isinstance(model, ImageGenerator) and model.num_classes == IMAGENET_CLASSES:
+        model.class_names = imagenet_names()  # what all published generators of so many are of
+    _export(model, out, record, overwrite)
 
 
 def export(
@@ -189,12 +192,26 @@ def info(path: str, json: bool = False, package: str = "") -> None:
         )
     facts["layout"] = str(parts["tokenizer"].layout)
     if json:
-        print(json_module.dumps({**facts, "description": source.description}, indent=1))
+        described = {"description": source.description, "class_names": list(source.class_names)}
+        print(json_module.dumps({**facts, **described}, indent=1))
         return
+    if isinstance(model, ImageGenerator) and model.num_classes:
+        facts["classes"] = told_classes(model.num_classes, model.class_names)
     for name, value in facts.items():
         print(f"{name:<12} {value}")
     for name, value in source.record.as_dict().items():
         print(f"{name:<12} {value}")
+
+
+def told_classes(count: int, names: Sequence[str], most: int = 20) -> str:
+    """`3: 0 circle, 1 square, 2 triangle`, the first `most` of them; the number alone where names
+    are not known.
+    """
+    if not names:
+        return f"{count}, without names"
+    told = [f"{label} {in_one_line(name)}" for label, name in enumerate(names[:most])]
+    rest = f", and {count - most} more (--json lists all)" if count > most else ""
+    return f"{count}: {', '.join(told)}{rest}"
 
 
 def _export(

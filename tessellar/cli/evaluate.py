@@ -41,6 +41,7 @@ def samples(
     samples: str,
     reference: str = "",
     data: ImageDataModule | None = None,
+    size: int | None = None,
     extractor: str = "inception",
     network: NetworkFacts | None = None,
     protocol: str = "free",
@@ -56,6 +57,7 @@ def samples(
         samples: folder or npz
         reference: folder, npz of images or of statistics; or train or val of --data
         data: data set of the reference, as in a training YAML: a class, then --data.root and so on
+        size: crop the centre of the images of both folders to this size, as ADM does
         extractor: inception (downloaded), its weights file, or a timm network's .safetensors
         network: what the .safetensors holds, where it does not say so itself
         protocol: adm-50k, torch-fidelity, clean-fid, rfid-val, fmnist-10k or free
@@ -68,8 +70,8 @@ def samples(
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, cache, batch_size
     )
-    source = open_images(samples)
-    measurement.report(source, measurement.reference(reference, data), metrics, out)
+    source = open_images(samples, size=size)
+    measurement.report(source, measurement.reference(reference, data, size), metrics, out)
 
 
 def model(
@@ -81,6 +83,7 @@ def model(
     protocol: str = "free",
     metrics: list[Metric] | None = None,
     count: int | None = None,
+    labels: Literal["balanced", "data"] = "balanced",
     guidance: GuidanceSchedule = Constant(),  # noqa: B008
     choice: Choice = Choice(),  # noqa: B008
     algorithm: Algorithm = Ancestral(),  # noqa: B008
@@ -100,7 +103,7 @@ def model(
     files between.
 
     Args:
-        model: run, export folder, .safetensors, .ckpt or hub id
+        model: export folder, .safetensors, .ckpt or hub id
         data: data set, as in a training YAML (default: that of the run)
         reference: train or val of --data, or a path (default: train for samples, val for reconstructions)
         extractor: inception (downloaded), its weights file, a timm network's .safetensors, or none (for paired, lpips)
@@ -108,6 +111,7 @@ def model(
         protocol: adm-50k, torch-fidelity, clean-fid, rfid-val, fmnist-10k or free
         metrics: of fd sfd is kid pr accuracy paired lpips (default: the protocol's; paired is PSNR and SSIM)
         count: number of samples, or of validation images to reconstruct (default: the protocol's, or all)
+        labels: classes of the samples: equally often (balanced), or as often as in the training set of --data (data)
         guidance: classifier-free guidance, a schedule over the entities (Constant); scale 1 is none
         choice: how a token is drawn from its probabilities
         algorithm: decoding algorithm, such as SpeculativeJacobi; --algorithm.help lists them with their options
@@ -147,7 +151,14 @@ def model(
     else:
         sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
         generated = _generated(
-            loaded, count, sampling=sampling, seed=seed, precision=precision, data=data, facts=facts
+            loaded,
+            count,
+            sampling=sampling,
+            seed=seed,
+            precision=precision,
+            data=data,
+            facts=facts,
+            plan=labels,
         )
         source = generated
         against = measurement.reference(reference or "train", data)
@@ -165,11 +176,12 @@ def _generated(
     precision: str,
     data: ImageDataModule | None,
     facts: dict[str, Any],
+    plan: str,
 ) -> GeneratedImages:
     if not count:
         raise UserError("say how many samples: --count N, or a --protocol that fixes it")
     captions = data.val_dataset() if data else None
-    names = data.class_names if data else ()
+    names = model.class_names or (data.class_names if data else ())
     return GeneratedImages(
         model,
         count,
@@ -179,7 +191,21 @@ def _generated(
         precision=precision,
         facts=facts,
         class_names=names,
+        class_counts=_counts(model, data) if plan == "data" else (),
     )
+
+
+def _counts(model: ImageGenerator, data: ImageDataModule | None) -> list[int]:
+    """How many training images of `data` each class of the model has, found by name."""
+    if data is None:
+        raise UserError("--labels data needs a data set: name it with --data")
+    if model.num_classes is None:
+        raise UserError("--labels data is for generators of classes; this one follows captions")
+    counts = data.train_dataset(augment=False).labels.bincount(minlength=data.num_classes).tolist()
+    names = model.class_names or data.class_names
+    if set(names) != set(data.class_names) or len(names) != model.num_classes:
+        raise UserError(f"--labels data: {data.name} has other classes than the model")
+    return [counts[data.class_names.index(name)] for name in names]
 
 
 def _free_metrics(source: GeneratedImages, extractor: Extractor) -> list[Metric]:

@@ -43,11 +43,17 @@ class Measurement:
         loaded = load_extractor(self.extractor_source, self.network, self.protocol.resize)
         self.extractor: Extractor = loaded.to(pick_device(self.device))
 
-    def reference(self, name: str, data: ImageDataModule | None) -> Reference | None:
-        """Statistics of a path, or of a split of `data`; None without a name."""
+    def reference(
+        self, name: str, data: ImageDataModule | None, size: int | None = None
+    ) -> Reference | None:
+        """Statistics of a path, whose images are cropped to `size`, or of a split of `data`; None
+        without a name.
+        """
         if name in SPLITS:
             return self.reference_of(split_of(name, data))
-        return load_reference(name, self.extractor, self.cache, self.batch_size) if name else None
+        if not name:
+            return None
+        return load_reference(name, self.extractor, self.cache, self.batch_size, size)
 
     def reference_of(self, source: ImageSource) -> Reference:
         return reference_from(source, self.extractor, self.cache, self.batch_size)

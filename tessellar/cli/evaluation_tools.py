@@ -7,7 +7,6 @@ from tessellar import distributed
 from tessellar.cli.evaluation_run import SPLITS, Measurement, split_of, warn
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.data.sets.image_folder import ImageFolder
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
 from tessellar.evaluation.generation import Reconstructions
@@ -18,7 +17,7 @@ from tessellar.evaluation.pictures import neighbour_grid, pick_images, pixels
 from tessellar.evaluation.record import compare as comparison
 from tessellar.evaluation.record import differences, read_record
 from tessellar.evaluation.references import reference_from, save_statistics
-from tessellar.evaluation.sources import DatasetImages, ImageSource, open_images
+from tessellar.evaluation.sources import ImageSource, open_images
 from tessellar.networks.facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.pipeline import ImageGenerator, load
 from tessellar.sampling.output import save_png
@@ -64,11 +63,8 @@ def stats(
     source: ImageSource
     if images in SPLITS:
         source = split_of(images, data, count)
-    elif size:  # framed as ADM's references: shorter side, then the centre
-        name = Path(images).resolve().name
-        source = DatasetImages(ImageFolder(images, size, "adm"), name)
     else:
-        source = open_images(images, False)
+        source = open_images(images, as_samples=False, size=size)
     if through:
         model = load(through).to(measurement.extractor.device)
         source = Reconstructions(
@@ -114,6 +110,7 @@ def extractor(
 def neighbours(
     samples: str,
     data: ImageDataModule | None = None,
+    size: int | None = None,
     extractor: str = "",
     network: NetworkFacts | None = None,
     count: int = 10,
@@ -127,6 +124,7 @@ def neighbours(
     Args:
         samples: folder or npz
         data: data set whose training images are searched: a class, then --data.root and so on
+        size: crop the centre of a folder's images to this size
         extractor: compare features of this network (default: pixels)
         network: what the .safetensors holds, where it does not say so itself
         count: number of samples
@@ -135,7 +133,7 @@ def neighbours(
         batch_size: images at once
         device: auto, cpu, cuda, ...
     """
-    source = open_images(samples)
+    source = open_images(samples, size=size)
     train = split_of("train", data)
     net = load_extractor(extractor, network).to(pick_device(device)) if extractor else None
     picked = pick_images(source, count)

@@ -18,9 +18,9 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from tessellar.cli.mistakes import concrete, explain
-from tessellar.cli.nearest import nearest
+from tessellar.cli.mistakes import cause_of, concrete, explain
 from tessellar.errors import UserError
+from tessellar.protocol.nearest import nearest
 from tessellar.protocol.packages import trusting
 
 Function = Callable[..., Any]
@@ -98,7 +98,7 @@ class FunctionParser(ArgumentParser):
         # The parser of a class inside the command's: the outer one says where.
         if not self.exit_on_error:
             super().error(message, ex)
-        raise UserError(_plain(message, _option_names(self))) from ex
+        raise cause_of(ex) or UserError(_plain(message, _option_names(self))) from ex
 
 
 def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:

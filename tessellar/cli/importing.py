@@ -14,6 +14,8 @@ from tessellar.protocol.configured import build
 from tessellar.protocol.packages import rooms
 from tessellar.protocol.tokenizer import Tokenizer
 
+IMAGENET_CLASSES = 1000
+
 
 @dataclass
 class Paper:
@@ -96,6 +98,8 @@ def import_model(
         if isinstance(importer, TokenizerImporter):
             return importer.build(state, options)
         return _generator(paper, importer, state, tokenizer, options)
+    except UserError:
+        raise
     except (
         IndexError,
         TypeError,
@@ -106,6 +110,21 @@ def import_model(
         raise UserError(
             f"the tensors of {file} have other shapes than those of a {name} checkpoint ({reason})"
         ) from error
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Names of ImageNet's 1,000 classes in the usual order, each once: the first of its synonyms,
+    or all of them where another class has the same first.
+    """
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    told = [info.index_to_description(label) for label in range(IMAGENET_CLASSES)]
+    first = [one.split(",")[0] for one in told]
+    names = [one if first.count(one) == 1 else told[label] for label, one in enumerate(first)]
+    return tuple(
+        one if names.count(one) == 1 else f"{one} ({label})" for label, one in enumerate(names)
+    )
 
 
 def _generator(

@@ -23,9 +23,9 @@ from tessellar.cli.catalogue import (
     header_of,
     matching,
 )
-from tessellar.cli.nearest import nearest
 from tessellar.cli.spelling import spelled
 from tessellar.errors import UserError, in_one_line
+from tessellar.protocol.nearest import nearest
 
 WIDEST = 120
 

@@ -1,4 +1,4 @@
-"""`tessellar train|sample|evaluate|convert|data|list|show ...`, and the entry of the four scripts at the
+"""`tessellar train|sample|evaluate|convert|report|data|list|show ...`, and the entry of the four scripts at the
 checkout's root.
 
 A command's module is imported only when it is called, so that help and mistakes are answered at
@@ -15,10 +15,10 @@ from typing import NoReturn
 from tessellar.cli.catalogue import KINDS
 from tessellar.cli.errors import run
 from tessellar.cli.listing import list_main, show_main
-from tessellar.cli.nearest import nearest
 from tessellar.cli.pages import page, wants_all
 from tessellar.errors import UserError, in_one_line
 from tessellar.progress import BesideBar
+from tessellar.protocol.nearest import nearest
 
 SCRIPTS = {
     "train": "train a tokenizer or a generator from a YAML",
@@ -28,6 +28,7 @@ SCRIPTS = {
 }
 COMMANDS = {
     **SCRIPTS,
+    "report": "one HTML page of a run, or of several side by side",
     "data": "prepare a data set that was downloaded: ImageNet",
     "list": "name all tokenizers, generators, data, configs or algorithms",
     "show": "say what one of them is, or a run",

@@ -14,13 +14,15 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tessellar.cli.nearest import nearest
 from tessellar.errors import UserError
 from tessellar.processes.diffusion import DiffusionSampler
 from tessellar.processes.flow import Flow
 from tessellar.protocol.guidance import GuidanceSchedule
+from tessellar.protocol.nearest import nearest
 from tessellar.sampling.algorithm import Algorithm
 
+PACKAGE = Path(__file__).parents[1]
+ROOMS = ("models", "tokenizers")  # where papers' packages are
 NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value")
 WHOLE = ("Problems parsing config", "Unexpected config")  # not trees
 KEY = re.compile(r'Parser key "([\w.]+)":\s*(.*)')
@@ -136,7 +138,8 @@ def _say(cause: Cause, options: set[str]) -> str:
         return f"{prefix}{_short(found[1])} is not a {found[2]}; a {found[2]} is needed here"
     if found := re.match(r"Expected a (?:path but|dot import path string:) ([\w.+-]+)", text):
         names = _choices(cause.place.rpartition(".")[2])
-        return f"{prefix}there is no {found[1]!r}{nearest(found[1], names)}"
+        hint = _papers_with(found[1]) or nearest(found[1], names)
+        return f"{prefix}there is no {found[1]!r}{hint}"
     if found := re.match(r"the following arguments are required: (.*)", text):
         return f"{prefix}{found[1]} missing; give it in the --config or as an option"
     if found := re.match(r"Expected an instantiatable class, but ([\w.]+) is abstract", text):
@@ -181,6 +184,20 @@ def concrete(base: type) -> list[type]:
     for below in base.__subclasses__():
         found += [cls for cls in concrete(below) if cls not in found]
     return found
+
+
+def _papers_with(name: str) -> str:
+    """A hint where a paper's package exports a class or a preset of this name: it is written with
+    its package.
+    """
+    folders = [folder for room in ROOMS for folder in sorted((PACKAGE / room).iterdir())]
+    exported = [
+        f"tessellar.{folder.parent.name}.{folder.name}.{name}"
+        for folder in folders
+        if (folder / "__init__.py").is_file()
+        and re.search(rf"\b{re.escape(name)}\b", (folder / "__init__.py").read_text())
+    ]
+    return f"; did you mean {' or '.join(exported)}?" if exported else ""
 
 
 def _short(class_path: str | None) -> str:
@@ -262,9 +279,9 @@ def files_holding(files: Sequence[str], cause: Cause) -> list[str]:
     return [", ".join(hit or there)] if there else []
 
 
-def cause_of(error: BaseException) -> UserError | None:
+def cause_of(error: BaseException | None) -> UserError | None:
     """The UserError that a parser wrapped into its own errors, if there is one."""
-    seen: BaseException | None = error
+    seen = error
     while seen is not None:
         if isinstance(seen, UserError):
             return seen

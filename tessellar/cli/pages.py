@@ -30,7 +30,7 @@ EXAMPLES = {
         "validate --config demo/tokenizer --resume auto",
     ),
     "sample": (
-        "runs/demo-generator/export --classes 0,3 --per-class 8 --guidance.scale 2",
+        "runs/demo-generator/export --classes circle,3 --per-class 8 --guidance.scale 2",
         "runs/t2i/export --prompts prompts.txt --out outputs/prompts",
         "runs/demo-generator/export --algorithm SpeculativeJacobi --algorithm.window 16",
     ),
@@ -46,6 +46,10 @@ EXAMPLES = {
     ),
     "data": (
         "imagenet ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar --labels DEVKIT.tar.gz --out imagenet",
+    ),
+    "report": (
+        "runs/demo-generator",
+        "runs/small runs/large --out outputs/small-and-large.html",
     ),
 }
 

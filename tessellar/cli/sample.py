@@ -20,7 +20,7 @@ from tessellar.cli.functions import run_functions
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.captions import decode_text
 from tessellar.errors import UserError
-from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.pipeline import ImageGenerator, assemble, pick_device
 from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
 from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.progress import Progress
@@ -69,7 +69,7 @@ def sample(
     Args:
         model: export folder, .safetensors, training checkpoint (.ckpt) or hub id
         out: folder to write; it appears when all images are made
-        classes: class ids such as 0,3,5 or 0-9, or all
+        classes: names or ids of classes such as bag,3,5-9, or all
         prompts: text file with a prompt a line, for generators that read text, instead of classes
         count: number of images (default 100, or one a prompt)
         per_class: number of images of each class or prompt, instead of count
@@ -79,7 +79,7 @@ def sample(
         flow: how tokens of a flow-matching generator are drawn: a solver and its steps
         diffusion: how tokens of a generator with a diffusion head are drawn
         seed: seed of the first image; two runs of N images have no seed in common where theirs lie N apart
-        batch_size: images at once; it does not change them
+        batch_size: images at once; tokens do not depend on it, pixels by one level at most
         precision: arithmetic of the generator
         device: auto, cpu, cuda, cuda:1, ...
         raw: weights of the last step instead of the averaged ones
@@ -100,7 +100,9 @@ def sample(
     recorder = Recorder()
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
-        folder = SampleFolder(stage, labels, generator.tokenizer.image_size, png, npz, grid)
+        titles = generator.class_names if texts is None else texts
+        size = generator.tokenizer.image_size
+        folder = SampleFolder(stage, labels, size, png=png, npz=npz, grid=grid, titles=titles)
         _draw(
             generator,
             labels,
@@ -119,7 +121,7 @@ def sample(
             "fingerprint": fingerprint(generator),
             "sampling": sampling.describe(),
             "count": len(labels),
-            **_what(named, texts),
+            **_what(named, texts, generator.class_names),
             "seeds": f"image i has seed {seed} + i",
             "seed": seed,
             "precision": precision,
@@ -152,38 +154,16 @@ def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
     return source, generator.to(pick_device(device))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one; raises UserError for a device that does not exist here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r} is not available here ({str(error).splitlines()[0][:100]})"
-        ) from error
-
-
 def parse_classes(text: str, model: ImageGenerator) -> list[int]:
-    """Class ids of `all`, `3`, `0,3,5` or `0-9,12`; raises UserError for what is no class of the
+    """Class ids of `all`, `3`, `bag,3,5` or `0-9,12`; raises UserError for what is no class of the
     model.
     """
-    if not isinstance(model.conditioner, ClassConditioner):
-        model.class_condition([0])  # raises, saying what the model is conditioned on
-    assert isinstance(model.conditioner, ClassConditioner)
-    if text == "all":
-        return list(range(model.conditioner.num_classes))
     try:
-        named: list[int] = []
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            named += range(int(first), int(last or first) + 1)
-    except ValueError as error:
-        raise UserError(
-            f"--classes {text!r} is not a list of class ids such as 0,3,5 or 0-9, nor `all`"
-        ) from error
-    model.class_condition(named)
-    return named
+        return model.class_ids(text)
+    except UserError as error:
+        if not isinstance(model.conditioner, ClassConditioner):
+            raise
+        raise UserError(f"--classes {text!r}: {error}") from error
 
 
 def read_prompts(path: str, model: ImageGenerator) -> list[str]:
@@ -202,10 +182,11 @@ def read_prompts(path: str, model: ImageGenerator) -> list[str]:
     return prompts
 
 
-def _what(named: list[int], texts: list[str] | None) -> dict[str, Any]:
+def _what(named: list[int], texts: list[str] | None, class_names: Sequence[str]) -> dict[str, Any]:
     """What the images are of, for the record."""
     if texts is None:
-        return {"classes": named, "labels": "image i has class classes[i % len(classes)]"}
+        known = {"class_names": list(class_names)} if class_names else {}
+        return {"classes": named, "labels": "image i has class classes[i % len(classes)]", **known}
     return {"prompts": texts, "labels": "image i has prompt prompts[i % len(prompts)]"}
 
 

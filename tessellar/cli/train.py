@@ -9,6 +9,7 @@ explains a class.
 
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.cli.next_steps import next_steps
 from tessellar.cli.older_sampling import refuse_older
+from tessellar.cli.report import REPORT, write_report
 from tessellar.cli.spelling import spelled
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
@@ -179,6 +181,8 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config: Any = self.config_init
         run = self.run_folder
+        if isinstance(config.seed_everything, int):  # true is a seed that Lightning draws
+            self.datamodule.follow(int(os.environ.get("PL_GLOBAL_SEED", config.seed_everything)))
         best_metric, best_mode = self.model.best_by
         _refuse_decided(config.trainer)
         callbacks: list[L.Callback] = [
@@ -506,6 +510,7 @@ def finish(cli: TrainCLI) -> None:
         module.export(run.folder / "export", record)
     run.end("finished", costs)
     print(f"export: {run.folder / 'export'}")
+    print(f"report: {write_report([run.folder], run.folder / REPORT)}")
     pages = [logger for logger in trainer.loggers if isinstance(logger, WandbPage)]
     for page in pages if cli.config_init.wandb_export else []:  # type: ignore[union-attr]
         page.send_export(run.folder / "export")
@@ -541,4 +546,5 @@ def _export_checkpoint(run: Run, record: Record, name: str = LAST) -> None:
     source = read_source(run.folder / CHECKPOINTS / name)
     source.check()
     parts = {part: source.build(part) for part in PARTS if part in source.description}
-    export_parts(parts, run.folder / "export", record=record, overwrite=True)
+    names = source.class_names
+    export_parts(parts, run.folder / "export", record=record, overwrite=True, class_names=names)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from tessellar.checkpoints.data_facts import DataFacts
 from tessellar.data.batch import collate
+from tessellar.data.classes import shown
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.pictures import PictureDataset
 from tessellar.data.sampler import ResumableSampler
@@ -24,30 +25,41 @@ from tessellar.errors import UserError
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # corrupt images that are named, of all that are counted
+UNEVEN = 10  # times as many images of one class as of another
 
 
 class ImageDataModule(LightningDataModule, ABC):
     """Loaders over two or three data sets; `batch_size` is that of one process.
 
     `name` identifies the data in records, `image_size` is (height, width). `num_workers` None: as
-    many as help on this machine.
+    many as help on this machine. `seed` fixes the order of training, crops and flips; None: it is
+    that of the run (`follow`). With `balance` each class is drawn equally often in training,
+    whatever the number of its images.
     """
 
     name: str
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
 
-    def __init__(self, batch_size: int, num_workers: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int | None,
+        seed: int | None = None,
+        balance: bool = False,
+    ) -> None:
         super().__init__()
         if batch_size < 1 or (num_workers is not None and num_workers < 0):
             raise ValueError(
                 f"batch_size is {batch_size}, num_workers {num_workers}; at least 1 and 0 are needed"
             )
-        if not 0 <= seed < 2**63:
+        if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"data.seed is {seed}; it must be at least 0 and below 2^63")
         self.batch_size = batch_size
         self.num_workers = sensible_workers() if num_workers is None else num_workers
-        self.seed = seed
+        self.seed = 0 if seed is None else seed
+        self.balance = balance
+        self._follows = seed is None
         self._loaded: list[IndexedDataset] = []
         self._facts: DataFacts | None = None
 
@@ -64,6 +76,11 @@ class ImageDataModule(LightningDataModule, ABC):
     def test_dataset(self) -> ImageDataset:
         """The test images; the validation images where a set has no others."""
         return self.val_dataset()
+
+    def follow(self, seed: int) -> None:
+        """Take a run's seed for the order, crops and flips, unless this data has a seed of its own."""
+        if self._follows:
+            self.seed = seed
 
     @property
     def num_classes(self) -> int:
@@ -88,6 +105,35 @@ class ImageDataModule(LightningDataModule, ABC):
                 self.name,
                 len(val),
                 total,
+            )
+        self._tell_counts(train)
+
+    def _tell_counts(self, train: IndexedDataset) -> None:
+        """Warn of classes without any training image, which keep their random embedding, and of
+        classes that are far rarer than others.
+        """
+        names = self.class_names
+        counts = train.labels.bincount(minlength=len(names)).tolist()
+        empty = [name for name, count in zip(names, counts, strict=True) if not count]
+        if empty:
+            log.warning(
+                "%s: %d of %d classes have no training image: %s",
+                self.name,
+                len(empty),
+                len(names),
+                shown(empty),
+            )
+        rarest = min(range(len(names)), key=counts.__getitem__)
+        commonest = max(range(len(names)), key=counts.__getitem__)
+        uneven = counts[commonest] >= UNEVEN * max(counts[rarest], 1)
+        if uneven and not empty and not self.balance:
+            log.warning(
+                "%s is uneven: %d training images of %r, %d of %r; data.balance draws all classes equally often",
+                self.name,
+                counts[rarest],
+                names[rarest],
+                counts[commonest],
+                names[commonest],
             )
 
     def found(self) -> str:
@@ -164,7 +210,10 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{self.name} has {len(dataset)} training images, too few for a batch of {self.batch_size} on each of "
                 f"{world_size} processes: lower data.batch_size"
             )
-        sampler = ResumableSampler(dataset, self.seed, train, rank, world_size, drop_last=train)
+        labels = dataset.labels.numpy() if train and self.balance else None
+        sampler = ResumableSampler(
+            dataset, self.seed, train, rank, world_size, drop_last=train, balance=labels
+        )
         if train:
             sampler.seek(*self._place(sampler.total))
         self._loaded.append(dataset)

@@ -8,7 +8,7 @@ loader calls `__getitems__`, so sets that live in memory slice a batch instead o
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any, Generic, TypeVar
 
@@ -97,17 +97,42 @@ def digest(**facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hold_out(names: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+def hold_out(
+    names: Sequence[str], share: float, labels: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
     """Places of training and validation samples, both ascending: the latter are the share of the
-    lowest hashes.
+    lowest hashes, of each class of `labels` [N] alike.
 
-    At least one sample on each side; one keeps its side when others come and go, but for the few at
-    the border. Raises UserError where that cannot be.
+    At least one sample on each side, and of each class one in training where there is another to
+    hold out. One keeps its side when others come and go, but for the few at the border. Raises
+    UserError where that cannot be.
     """
     if len(names) < 2 or not 0 < share < 1:
         raise UserError(
-            f"cannot hold out {share} of {len(names)} images; the share must be between 0 and 1"
+            f"cannot hold out {share} of {len(names)} images; the share must be between 0 and 1. To train on "
+            "all of them name a validation set (val_root, val_shards or val_split, which may be the same), and "
+            "--trainer.limit_val_batches 0 where nothing shall be validated"
         )
-    ranked = sorted(range(len(names)), key=lambda place: digest(file=names[place]))
-    held_out = min(ceil(share * len(ranked)), len(ranked) - 1)
-    return sorted(ranked[held_out:]), sorted(ranked[:held_out])
+    ranked: dict[int, list[int]] = {}
+    for place in sorted(range(len(names)), key=lambda place: digest(file=names[place])):
+        ranked.setdefault(0 if labels is None else int(labels[place]), []).append(place)
+    wanted = min(ceil(share * len(names)), max(len(names) - len(ranked), 1))
+    counts = _shares({label: len(places) for label, places in ranked.items()}, share, wanted)
+    held_out = [place for label, places in ranked.items() for place in places[: counts[label]]]
+    rest = sorted(set(range(len(names))) - set(held_out))
+    return rest, sorted(held_out)
+
+
+def _shares(sizes: Mapping[int, int], share: float, wanted: int) -> dict[int, int]:
+    """How many samples of each class to hold out, `wanted` in all: its share rounded down, and one
+    more where the largest fractions are left; a class keeps one sample while another can give one.
+    """
+    most = {label: size - 1 for label, size in sizes.items()}
+    if not any(most.values()):
+        most = dict(sizes)
+    counts = {label: min(int(share * size), most[label]) for label, size in sizes.items()}
+    while sum(counts.values()) < wanted:
+        open_ones = [label for label in sizes if counts[label] < most[label]]
+        left = {label: share * sizes[label] - counts[label] for label in open_ones}
+        counts[max(open_ones, key=lambda label: (left[label], -label))] += 1
+    return counts

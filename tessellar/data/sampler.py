@@ -20,6 +20,9 @@ from tessellar.randomness import derive
 class ResumableSampler(DistributedSampler):
     """Indices of `dataset` for one rank. `drop_last` leaves out N mod R samples, so that ranks are
     equally long.
+
+    With the classes `balance` int64 [N] an epoch, of N samples still, holds each class equally
+    often: rare ones are repeated, and of common ones other samples come in each epoch.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class ResumableSampler(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        balance: np.ndarray | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must be in [0, world_size = {world_size})")
@@ -37,12 +41,15 @@ class ResumableSampler(DistributedSampler):
         self.total = len(dataset) - (len(dataset) % world_size if drop_last else 0)
         self.start = 0
         self.position = 0
+        self.balance = balance
 
     def order(self) -> np.ndarray:
         """The samples of this epoch over all ranks, int64 [total]."""
         if not self.shuffle:
             return np.arange(self.total)
         generator = np.random.default_rng(derive(self.seed, self.epoch))
+        if self.balance is not None:
+            return balanced_order(self.balance, generator)[: self.total]
         return generator.permutation(len(self.dataset))[: self.total]  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
@@ -80,12 +87,13 @@ class ResumableSampler(DistributedSampler):
         """Epoch and samples drawn so far over all ranks; a loader with workers draws ahead of what
         was trained on.
         """
+        length = len(self.dataset)  # type: ignore[arg-type]
         return {
             "epoch": self.epoch,
             "start": self.position,
             "seed": self.seed,
-            "length": len(self.dataset),
-        }  # type: ignore
+            "length": length,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, on any number of ranks; raises ValueError for another
@@ -97,3 +105,21 @@ class ResumableSampler(DistributedSampler):
                 f"the saved order has { ({key: state[key] for key in ours}) }; this one has {ours}"
             )
         self.seek(state["epoch"], min(state["start"], self.total))
+
+
+def balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """As many samples as there are `labels` int64 [N], of each class that occurs equally many up to
+    one, shuffled.
+
+    A class with fewer samples is gone through several times, each time in another order.
+    """
+    places = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    each, more = divmod(len(labels), len(places))
+    lucky = set(generator.permutation(len(places))[:more].tolist())
+    drawn = []
+    for number, of_class in enumerate(places):
+        count = each + (number in lucky)
+        rounds = -(-count // len(of_class))
+        drawn += [generator.permutation(of_class) for _ in range(rounds)]
+        drawn[-1] = drawn[-1][: len(of_class) - (rounds * len(of_class) - count)]
+    return generator.permutation(np.concatenate(drawn))

@@ -3,7 +3,8 @@ assumed is said.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from math import sqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +108,43 @@ def other_classes(source: ImageSource, name: str, class_names: Sequence[str]) ->
     alone = [(source.name, only_ours), (name, only_theirs)]
     told = "; ".join(f"{shown(names)} only in {where}" for where, names in alone if names)
     return [f"samples and reference differ in their classes: {told}"]
+
+
+def other_shares(
+    source: ImageSource, class_names: Sequence[str], class_counts: Sequence[int]
+) -> list[str]:
+    """A warning where classes have other shares of the samples than of a reference, whose classes
+    have these names and numbers of images: that is measured too.
+    """
+    ours = _shares(source.class_names, source.class_counts)
+    theirs = _shares(class_names, class_counts)
+    named = bool(source.class_names and class_names)
+    if min(len(ours), len(theirs)) < 2 or (not named and len(ours) != len(theirs)):
+        return []
+    if other_classes(source, "reference", class_names):
+        return []  # which says it already
+    if not named:  # then by number
+        ours = dict(enumerate(ours.values()))
+        theirs = dict(enumerate(theirs.values()))
+    gaps = {one: ours.get(one, 0.0) - theirs.get(one, 0.0) for one in [*ours, *theirs]}
+    distance = sum(map(abs, gaps.values())) / 2
+    fewest = min(sum(source.class_counts), sum(class_counts))
+    # What independent draws of as many images may differ by, and five in a hundred.
+    if distance <= 0.05 + 0.8 * sqrt(len(gaps) / fewest):
+        return []
+    worst = max(gaps, key=lambda one: abs(gaps[one]))
+    return [
+        f"classes have other shares of the samples than of the reference, which is measured too: {worst!r} "
+        f"{100 * ours.get(worst, 0.0):.1f} % and {100 * theirs.get(worst, 0.0):.1f} % "
+        "(evaluate.py model --labels data draws them as the data has them)"
+    ]
+
+
+def _shares(names: Sequence[str], counts: Sequence[int]) -> dict[Any, float]:
+    """Share of each class by its name, or by its number where there is none."""
+    total = max(sum(counts), 1)
+    keys = names if len(names) >= len(counts) else range(len(counts))
+    return {key: count / total for key, count in zip(keys, counts, strict=False)}
 
 
 def _in_range(names: Sequence[str], extractor: Extractor) -> bool:

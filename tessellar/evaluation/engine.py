@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tessellar.evaluation.class_match import ClassMatch, match_classes, other_classes
+from tessellar.evaluation.class_match import ClassMatch, match_classes, other_classes, other_shares
 from tessellar.evaluation.collect import Collected, collect
 from tessellar.evaluation.metrics import VERSIONS, check_metrics, measure, needs_of
 from tessellar.evaluation.networks.extractors import Extractor
@@ -84,6 +84,7 @@ def warnings_of(
         found += [
             *reference.warnings,
             *other_classes(source, reference.name, reference.class_names),
+            *other_shares(source, reference.class_names, reference.class_counts),
         ]
     if collected.duplicates:
         found.append(

@@ -15,12 +15,12 @@ from tessellar.checkpoints.weights import fingerprint
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.distributed import own_share
 from tessellar.errors import UserError
-from tessellar.evaluation.sources import ImageBatch, ImageSource
+from tessellar.evaluation.sources import ImageBatch, ImageSource, counts_of
 from tessellar.images import from_uint8, to_uint8
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.sampling.run import balanced_labels, sample_images
+from tessellar.sampling.run import balanced_labels, proportional_labels, sample_images
 from tessellar.sampling.settings import Sampling
 
 
@@ -28,7 +28,8 @@ class GeneratedImages(ImageSource):
     """`count` samples; without classes, sample i follows the caption of item i of `data` (again
     from 0 at its end).
 
-    `class_names` are those of the model's classes, where they are known.
+    `class_names` are those of the model's classes (default: as the model names them). With
+    `class_counts` classes come in those proportions, else equally often.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class GeneratedImages(ImageSource):
         precision: str = "float32",
         facts: dict[str, Any] | None = None,
         class_names: Sequence[str] = (),
+        class_counts: Sequence[int] = (),
     ) -> None:
         self.model = model
         self.count = count
@@ -55,9 +57,16 @@ class GeneratedImages(ImageSource):
             if isinstance(model.conditioner, ClassConditioner)
             else None
         )
-        self.labels = torch.tensor(balanced_labels(count, classes)) if classes else None
-        self.label_plan = "balanced" if classes else "data"
-        self.class_names = tuple(class_names) if len(class_names) == classes else ()
+        self.labels = None
+        self.label_plan = "data"
+        if classes is not None and class_counts:
+            self.labels = torch.tensor(proportional_labels(count, class_counts))
+        elif classes is not None:
+            self.labels = torch.tensor(balanced_labels(count, classes))
+            self.label_plan = "balanced"
+        self.class_counts = counts_of(self.labels)
+        names = tuple(class_names or getattr(model, "class_names", ()))
+        self.class_names = names if len(names) == classes else ()
         if classes is None and data is None:
             raise UserError(
                 "this generator is conditioned on text: give --data, whose captions its samples follow"
@@ -127,6 +136,7 @@ class Reconstructions(ImageSource):
         self.split = originals.split
         self.label_plan = originals.label_plan
         self.class_names = originals.class_names
+        self.class_counts = originals.class_counts
         self.name = f"reconstructions of {originals.name}"
 
     @property

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from tessellar.distributed import all_gather, own_share, rank
@@ -17,7 +16,7 @@ from tessellar.evaluation.sources import ImageSource
 from tessellar.evaluation.subset import subset
 from tessellar.images import from_uint8
 from tessellar.progress import Progress
-from tessellar.sampling.output import tile
+from tessellar.sampling.grid import picture_grid
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -84,7 +83,8 @@ def neighbour_grid(queries: Tensor, neighbours: Neighbours) -> Tensor:
     neighbours.
     """
     cells = torch.cat([queries[:, None].cpu(), neighbours.images], dim=1)
-    return tile(rearrange(cells, "n k c h w -> (n k) c h w"), cells.shape[1])
+    columns = ["sample", *(f"nearest {k + 1}" for k in range(cells.shape[1] - 1))]
+    return picture_grid([list(row) for row in cells], column_labels=columns)
 
 
 def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") -> list[str]:
@@ -97,7 +97,7 @@ def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") ->
     # Slow to import; a Figure of its own needs no display.
     from matplotlib.figure import Figure
 
-    curves = _columns(Path(metrics_csv), prefix)
+    curves = columns_of(Path(metrics_csv), prefix)
     if not curves:
         return []
     rows = -(-len(curves) // 3)
@@ -111,7 +111,7 @@ def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") ->
     return list(curves)
 
 
-def _columns(path: Path, prefix: str) -> dict[str, list[tuple[int, float]]]:
+def columns_of(path: Path, prefix: str) -> dict[str, list[tuple[int, float]]]:
     """(step, value) by column, without empty cells and bookkeeping columns."""
     curves: dict[str, list[tuple[int, float]]] = {}
     try:

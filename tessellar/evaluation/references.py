@@ -30,7 +30,7 @@ from tessellar.places import cache_folder
 
 KEPT_FEATURES = 10_000
 """Images of a reference whose features are kept for KID, precision and recall; the ADM reference batch has as many."""
-VERSION = 1  # of cached files
+VERSION = 2  # of cached files
 NAMES = {
     "mu": ("mu", "ref_mu", "mean"),
     "sigma": ("sigma", "ref_sigma", "cov"),
@@ -56,6 +56,7 @@ class Reference:
     extractor: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
 
     def check(self, extractor: Extractor) -> None:
         """Raise UserError where the statistics were computed with another network or resize."""
@@ -113,6 +114,7 @@ def reference_of(collected: Collected, source: ImageSource, extractor: Extractor
         extractor=extractor.describe(),
         warnings=source.warnings,
         class_names=source.class_names,
+        class_counts=source.class_counts,
     )
 
 
@@ -131,15 +133,18 @@ def load_reference(
     extractor: Extractor,
     cache_dir: str | Path | None = None,
     batch_size: int = 64,
+    size: int | None = None,
 ) -> Reference:
     """Reference from a file or folder: statistics, images, or both as in an ADM reference batch.
 
-    Raises UserError where neither is found, or where statistics belong to another network.
+    Images of a folder are cropped to `size` where one is given. Raises UserError where neither is
+    found, or where statistics belong to another network.
     """
     path = Path(path)
     arrays = npz.names(path) if path.suffix == ".npz" and path.is_file() else set()
     if arrays.isdisjoint(NAMES["mu"]):
-        return reference_from(open_images(path, as_samples=False), extractor, cache_dir, batch_size)
+        images = open_images(path, as_samples=False, size=size if path.is_dir() else None)
+        return reference_from(images, extractor, cache_dir, batch_size)
     reference = load_statistics(path)
     reference.check(extractor)
     if reference.features is None and "arr_0" in arrays:
@@ -150,10 +155,8 @@ def load_reference(
 
 def save_statistics(reference: Reference, path: str | Path) -> None:
     """Write a reference; `load_statistics` is its inverse, and other tools read `mu` and `sigma`."""
-    meta = {
-        key: getattr(reference, key)
-        for key in ("name", "hash", "split", "extractor", "warnings", "class_names")
-    }
+    kept = ("name", "hash", "split", "extractor", "warnings", "class_names", "class_counts")
+    meta = {key: getattr(reference, key) for key in kept}
     meta["count"] = reference.moments.count
     arrays = {
         "mu": reference.moments.mean,
@@ -191,6 +194,7 @@ def load_statistics(path: str | Path) -> Reference:
         extractor=meta.get("extractor", {}),
         warnings=tuple(meta.get("warnings", ())),
         class_names=tuple(meta.get("class_names", ())),
+        class_counts=tuple(meta.get("class_counts", ())),
     )
 
 

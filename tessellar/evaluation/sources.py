@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tessellar.data.batch import collate
+from tessellar.data.crops import center_crop
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.image_file import read_image
 from tessellar.data.sets.image_folder import list_folder
@@ -31,7 +32,7 @@ from tessellar.images import to_uint8
 from tessellar.sampling.older import in_one_line, respell
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".avif")
-SAMPLE_NAME = re.compile(r"\d+_\d+\.png")
+SAMPLE_NAME = re.compile(r"\d+_\d+(_.*)?\.png")
 # Of `sample.py`'s record.
 MADE_KEYS = (
     "model",
@@ -59,6 +60,7 @@ class ImageSource(ABC):
     to be wary of.
 
     `class_names[label]` is the name of a label's class; empty where labels are bare numbers.
+    `class_counts[label]` is the number of its images; empty where labels are not known.
     """
 
     name: str
@@ -68,6 +70,7 @@ class ImageSource(ABC):
     has_originals: bool = False
     warnings: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
@@ -80,6 +83,13 @@ class ImageSource(ABC):
     def describe(self) -> dict[str, Any]:
         """Plain data for records: where the images come from and how they were made."""
         return {"name": self.name, "images": self.count, "labels": self.label_plan}
+
+
+def counts_of(labels: Tensor | None) -> tuple[int, ...]:
+    """How many of `labels` [N] each class has; empty where there are none, or no ids."""
+    if labels is None or bool((labels < 0).any()):
+        return ()
+    return tuple(labels.bincount().tolist())
 
 
 def label_plan_of(labels: Tensor | None) -> str:
@@ -113,6 +123,7 @@ class DatasetImages(ImageSource):
         self.name = name if split is None else f"{name} {split}"
         self.split = split
         self.class_names = tuple(dataset.class_names)
+        self.class_counts = counts_of(dataset.labels[subset(len(dataset), self.count)])
 
     @property
     def warnings(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -146,20 +157,24 @@ class DatasetImages(ImageSource):
 
 class FolderImages(ImageSource):
     """PNG files in one folder, or in one sub-folder a class; of a folder that `sample.py` wrote,
-    its samples.
+    its samples. With `size` the centre of each is cropped to it, as ADM does.
 
     Lossy files are refused as samples, since their artefacts are measured too (2.5 points of FID in
     mage#8); as a reference they give a warning.
     """
 
-    def __init__(self, root: str | Path, as_samples: bool = True) -> None:
+    def __init__(self, root: str | Path, as_samples: bool = True, size: int | None = None) -> None:
+        if size is not None and size < 1:
+            raise UserError(f"--size {size} must be at least 1")
         self.root = Path(root)
+        self.size = size
         self.name = self.root.resolve().name
         self.made = made_by(self.root)
         listed = sampled_files(self.root) if self.made else listed_files(self.root)
         self.files, self.labels, self.class_names = listed
         self.count = len(self.files)
         self.label_plan = label_plan_of(self.labels)
+        self.class_counts = counts_of(self.labels)
         lossy = [file for file in self.files if Path(file).suffix.lower() in LOSSY]
         if lossy and as_samples:
             raise UserError(
@@ -177,25 +192,30 @@ class FolderImages(ImageSource):
             images = [self._read(i) for i in index.tolist()]
             if len({image.shape for image in images}) > 1:
                 raise UserError(
-                    f"images in {self.root} differ in size; measure one size, or crop: --size N"
+                    f"images in {self.root} differ in size; crop those of both sides to one: --size N"
                 )
             yield ImageBatch(
                 torch.stack(images), index, None if self.labels is None else self.labels[index]
             )
 
     def _read(self, i: int) -> Tensor:
-        image = np.array(read_image(self.root / self.files[i]))
-        return rearrange(torch.from_numpy(image), "h w c -> c h w")
+        image = read_image(self.root / self.files[i])
+        if self.size is not None:
+            image = center_crop(image, self.size)
+        return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
 
     def fingerprint(self) -> str:
         stats = [(self.root / file).stat() for file in self.files]
-        return digest(
-            set="folder",
-            files=[(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats, strict=True)],
-        )
+        files = [(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats, strict=True)]
+        return digest(set="folder", files=files, **self._crop)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), **self.made}
+        return {**super().describe(), **self._crop, **self.made}
+
+    @property
+    def _crop(self) -> dict[str, int]:
+        """The size that images are cropped to, where they are."""
+        return {} if self.size is None else {"size": self.size}
 
 
 def made_by(folder: Path) -> dict[str, Any]:
@@ -254,7 +274,7 @@ class ListedFiles(NamedTuple):
 
 
 def sampled_files(root: Path) -> ListedFiles:
-    """Files `<index>_<class>.png` of `sample.py`, and their classes; its grid is no sample."""
+    """Files `<index>_<class>_<name>.png` of `sample.py`, and their classes; its grid is no sample."""
     found = sorted(file.name for file in root.iterdir() if SAMPLE_NAME.fullmatch(file.name))
     if not found:
         raise UserError(
@@ -295,6 +315,7 @@ class ArrayImages(ImageSource):
         if self.labels is not None and len(self.labels) != self.count:
             raise UserError(f"{self.path} holds {self.count} images but {len(self.labels)} labels")
         self.label_plan = label_plan_of(self.labels)
+        self.class_counts = counts_of(self.labels)
         self.class_names = () if self.labels is None else names_of_record(self.path.parent)
         self.warnings = older_spelling(self.path.parent)
 
@@ -321,11 +342,18 @@ class ArrayImages(ImageSource):
         return {**super().describe(), **made_by(self.path.parent)}
 
 
-def open_images(path: str | Path, as_samples: bool = True) -> ImageSource:
-    """A folder of images or an npz with `arr_0`; raises UserError for anything else."""
+def open_images(path: str | Path, as_samples: bool = True, size: int | None = None) -> ImageSource:
+    """A folder of images, cropped to `size` where one is given, or an npz with `arr_0`.
+
+    Raises UserError for anything else, and for a size beside an npz, whose images have one.
+    """
     path = Path(path)
     if path.is_dir():
-        return FolderImages(path, as_samples)
+        return FolderImages(path, as_samples, size)
+    if size is not None and path.suffix == ".npz":
+        raise UserError(
+            f"--size crops the images of a folder; those of {path} have one size already"
+        )
     if path.suffix == ".npz":
         return ArrayImages(path)
     raise UserError(f"{path} is neither a folder of images nor an npz file")

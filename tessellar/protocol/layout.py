@@ -157,9 +157,8 @@ class Layout:
         trailing = self._trailing(self.segments[0].kind)
         shortest = self.length if self.min_prefix is None else self.min_prefix
         if tokens.shape[2:] != trailing or not shortest <= tokens.shape[1] <= self.length:
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; {self} needs [B, {self.length}, *{trailing}]"
-            )
+            needed = ", ".join(map(str, ("B", self.length, *trailing)))
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; {self} needs [{needed}]")
         if self.is_continuous:
             if not tokens.is_floating_point():
                 raise ValueError(f"tokens are {tokens.dtype}; {self} needs real numbers")

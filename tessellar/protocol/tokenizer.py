@@ -2,12 +2,16 @@
 losses; and what every quantizer in one is: vectors to tokens and back.
 """
 
+import functools
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tessellar.images import Pictures, from_pictures
 from tessellar.layers.precision import ExactTables
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.layout import Kind, Layout
@@ -27,6 +31,16 @@ class TokenizerOutput(NamedTuple):
     shorter: Tensor | None = None
 
 
+def _taking(read: Callable[..., Tensor], method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method whose first argument is first read by `read`."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, given: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return method(self, read(self, given), *args, **kwargs)
+
+    return wrapped
+
+
 class Tokenizer(Configured, ExactTables, ABC):
     """Images [B, 3, H, W] in [-1, 1] to tokens ([B, N], [B, N, F] or [B, N, C] as `layout` says)
     and back.
@@ -34,12 +48,24 @@ class Tokenizer(Configured, ExactTables, ABC):
 
     layout: Layout
     image_size: tuple[int, int]
+    _has_looked: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Every tokenizer's `encode`, `draw` and `decode` take what users have (see `encode`)."""
+        super().__init_subclass__(**kwargs)
+        for name in ("encode", "draw"):
+            if name in cls.__dict__:
+                setattr(cls, name, _taking(Tokenizer._pictures, cls.__dict__[name]))
+        if "decode" in cls.__dict__:
+            cls.decode = _taking(Tokenizer._tokens, cls.__dict__["decode"])
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens of the images."""
+    def encode(self, images: Pictures) -> Tensor:
+        """Tokens of images: PIL images, uint8, or floats [B, 3, H, W] in [-1, 1], of any device and
+        precision.
+        """
 
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, images: Pictures, generator: torch.Generator | None = None) -> Tensor:
         """Tokens of the images as a generator is trained on them: a draw where encoding is random,
         else `encode`.
         """
@@ -66,7 +92,7 @@ class Tokenizer(Configured, ExactTables, ABC):
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of the tokens, about [-1, 1], not clamped."""
+        """Images of the tokens, about [-1, 1], not clamped; integers of any type, on any device."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> TokenizerOutput:
@@ -79,11 +105,34 @@ class Tokenizer(Configured, ExactTables, ABC):
         2012.09841).
         """
 
+    def _pictures(self, images: Pictures) -> Tensor:
+        """Pictures as floats of this tokenizer's device and precision; on a GPU only those of the
+        first call are looked at.
+        """
+        waits = isinstance(images, Tensor) and images.device.type != "cpu"
+        pictures = from_pictures(images, check_range=not (waits and self._has_looked))
+        self._has_looked = True
+        return self._as_weights(pictures)
+
+    def _tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
+        """Tokens on this tokenizer's device: int64, or real numbers of its precision."""
+        given = torch.from_numpy(tokens) if isinstance(tokens, np.ndarray) else tokens
+        if given.is_floating_point():
+            return self._as_weights(given)
+        weight = next(self.parameters(), given)
+        whole = given.dtype != torch.bool and not given.is_complex()
+        return given.to(weight.device, torch.int64 if whole else given.dtype)
+
+    def _as_weights(self, values: Tensor) -> Tensor:
+        weight = next(self.parameters(), values)
+        return values.to(weight.device, weight.dtype)
+
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are [B, 3, H, W] of this tokenizer's size."""
-        if images.shape[1:] != (3, *self.image_size):
+        height, width = self.image_size
+        if images.shape[1:] != (3, height, width):
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; this tokenizer needs [B, 3, *{self.image_size}]"
+                f"images have shape {tuple(images.shape)}; this tokenizer needs [B, 3, {height}, {width}]"
             )
 
 

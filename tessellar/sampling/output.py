@@ -6,36 +6,29 @@ grid and the npz.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
-import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from tessellar import distributed
 from tessellar.errors import writing
+from tessellar.sampling.grid import picture_grid
 
 GRID_CLASSES = 20
 GRID_PER_CLASS = 10
+NAME_LENGTH = 40
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """One uint8 image [3, H, W]."""
     with writing(path, unfinished=path):
         Image.fromarray(rearrange(image, "c h w -> h w c").cpu().numpy()).save(path)
-
-
-def tile(images: Tensor, columns: int) -> Tensor:
-    """uint8 images [n, 3, H, W] side by side, `columns` a row, as one image; black where the last
-    row is short.
-    """
-    missing = -len(images) % columns
-    images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    return rearrange(images, "(r k) c h w -> c (r h) (k w)", k=columns)
 
 
 def grid_rows(labels: Sequence[int]) -> list[list[int]]:
@@ -52,19 +45,19 @@ def grid_rows(labels: Sequence[int]) -> list[list[int]]:
     return [shown[i : i + columns] for i in range(0, len(shown), columns)]
 
 
-def tile_rows(images: Mapping[int, Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
-    """The images of each row side by side, rows on top of each other; short rows end in black."""
-    columns = max(map(len, rows))
-    black = torch.zeros_like(next(iter(images.values())))
-    cells = [images[row[k]] if k < len(row) else black for row in rows for k in range(columns)]
-    return tile(torch.stack(cells), columns)
+def file_name(index: int, label: int, titles: Sequence[str] = ()) -> str:
+    """`<index>_<class>_<name>.png`, or without the name where classes have none."""
+    title = titles[label] if titles else ""
+    plain = re.sub(r"[^\w]+", "-", title).strip("-")[:NAME_LENGTH]
+    return "_".join(filter(None, (f"{index:06d}", f"{label:04d}", plain))) + ".png"
 
 
 class SampleFolder:
     """Takes samples in any order and writes them into `folder`; `labels` are the classes of all
     images.
 
-    Files: `<index>_<class>.png`, `grid.png`, `samples.npz` (`arr_0` uint8 [N, H, W, 3], `arr_1`
+    `titles[label]` is the name of a class, or the prompt; empty where there are none. Files:
+    `<index>_<class>_<name>.png`, `grid.png`, `samples.npz` (`arr_0` uint8 [N, H, W, 3], `arr_1`
     int64 [N]).
     """
 
@@ -76,9 +69,11 @@ class SampleFolder:
         png: bool,
         npz: bool,
         grid: bool,
+        titles: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.labels = labels
+        self.titles = titles
         self.png = png
         self.npz = npz
         self.rows = grid_rows(labels) if grid else []
@@ -103,7 +98,8 @@ class SampleFolder:
         """Images `indices` of the set, uint8 [b, 3, H, W]."""
         for index, image in zip(indices, images, strict=True):
             if self.png:
-                save_png(image, self.folder / f"{index:06d}_{self.labels[index]:04d}.png")
+                name = file_name(index, self.labels[index], self.titles)
+                save_png(image, self.folder / name)
             if self._pixels is not None:
                 self._pixels[index] = rearrange(image, "c h w -> h w c").numpy()
             if index in self._wanted:
@@ -120,10 +116,19 @@ class SampleFolder:
         if distributed.rank() > 0:
             return
         if self.rows:
-            save_png(tile_rows(shown, self.rows), self.folder / "grid.png")
+            save_png(self._grid(shown), self.folder / "grid.png")
         if self._pixels is not None:
             target = self.folder / "samples.npz"
             with writing(target, unfinished=target):
                 np.savez(target, self._pixels, np.asarray(self.labels, dtype=np.int64))
             self._pixels = None
             (self.folder / "pixels.npy").unlink()
+
+    def _grid(self, shown: Mapping[int, Tensor]) -> Tensor:
+        """A row a class, with its name beside it where there is one, else its id."""
+        cells = [[shown[index] for index in row] for row in self.rows]
+        labels = [self.labels[row[0]] for row in self.rows]
+        if len(set(labels)) < len(labels):
+            return picture_grid(cells)
+        names = [self.titles[label] if self.titles else str(label) for label in labels]
+        return picture_grid(cells, row_labels=names)

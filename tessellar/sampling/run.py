@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,24 @@ def balanced_labels(count: int, classes: int | Sequence[int]) -> list[int]:
     if not len(names):
         raise UserError("no classes to sample from")
     return [names[i % len(names)] for i in range(count)]
+
+
+def proportional_labels(count: int, counts: Sequence[int]) -> list[int]:
+    """`count` labels of classes in the proportions of `counts`, so mixed that any prefix has nearly
+    these proportions.
+    """
+    shares = np.asarray(counts, dtype=np.float64)
+    if shares.sum() <= 0:
+        raise UserError("no classes to sample from")
+    shares = shares / shares.sum()
+    owed = np.zeros(len(shares))
+    labels = []
+    for _ in range(count):
+        owed += shares
+        label = int(owed.argmax())
+        owed[label] -= 1
+        labels.append(label)
+    return labels
 
 
 def sample_images(

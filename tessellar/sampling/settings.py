@@ -4,7 +4,8 @@ and in records.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -32,8 +33,19 @@ class Sampling:
     """Guidance, the decoding algorithm, and the draw of a token.
 
     What a generator predicts picks how it is drawn: by `choice` (logits), `flow` (velocities) or
-    `diffusion` (a diffusion head).
+    `diffusion` (a diffusion head). A number as `guidance` is that scale at every entity.
     """
+
+    if TYPE_CHECKING:  # what callers may give; the fields say what is there afterwards
+
+        def __init__(
+            self,
+            guidance: GuidanceSchedule | float = ...,
+            choice: Choice = ...,
+            algorithm: Algorithm = ...,
+            flow: Flow = ...,
+            diffusion: DiffusionSampler = ...,
+        ) -> None: ...
 
     guidance: GuidanceSchedule = Constant()
     choice: Choice = Choice()
@@ -42,6 +54,8 @@ class Sampling:
     diffusion: DiffusionSampler = AncestralDiffusion()
 
     def __post_init__(self) -> None:
+        if isinstance(self.guidance, Real) and not isinstance(self.guidance, bool):
+            object.__setattr__(self, "guidance", Constant(float(self.guidance)))
         parts = {"guidance": GuidanceSchedule, "choice": Choice, "algorithm": Algorithm}
         for name, kind in parts.items():
             given = getattr(self, name)

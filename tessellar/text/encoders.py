@@ -70,6 +70,8 @@ class FrozenEncoder:
                         f"{self.source} is a {config.model_type}; T5 and CLIP text models can be read"
                     )
                 model = getattr(library, kind[config.model_type]).from_pretrained(self.source)
+            except UserError:
+                raise
             except (OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0][:160]
                 raise UserError(

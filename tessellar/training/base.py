@@ -97,6 +97,8 @@ class TrainingModule(L.LightningModule, ABC):
     takes_turns: bool = False
     #: Whether the labels of the data are read, so that validation too needs the classes of training.
     reads_labels: bool = False
+    #: Names of the classes that an export numbers, where they are known.
+    class_names: tuple[str, ...] = ()
     tokenizer: Tokenizer
 
     def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
@@ -139,7 +141,8 @@ class TrainingModule(L.LightningModule, ABC):
 
     def export(self, folder: str | Path, record: Record) -> Path:
         """Write the export of the model as it is now, in the place of an older one."""
-        return export_parts(self.parts(), folder, record=record, overwrite=True)
+        names = self.class_names
+        return export_parts(self.parts(), folder, record=record, overwrite=True, class_names=names)
 
     def facts(self) -> Facts:
         """What a run will cost by its sizes alone; on any device, the meta device included."""
@@ -276,9 +279,11 @@ class TrainingModule(L.LightningModule, ABC):
             self.skipped,
         )
         if in_a_row >= self.max_skipped:
+            whole = str(self.trainer.precision) == "32-true"
+            hint = "" if whole else " or use precision 32-true"
             raise NonFiniteGradients(
                 f"{in_a_row} updates in a row of the {name} had no finite gradient, the last is update {self.updates}; "
-                "lower the learning rate or use precision 32-true"
+                f"lower the learning rate{hint}"
             )
 
     def finish_batch(self, samples: int) -> None:

@@ -1,7 +1,7 @@
 """Generator training: any generator on the tokens of a frozen tokenizer."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tessellar.checkpoints.data_facts import DataFacts, other_class
-from tessellar.checkpoints.reading import init_generator, load_tokenizer
+from tessellar.checkpoints.data_facts import other_class
+from tessellar.checkpoints.fitting import place_classes
+from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer
+from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
 from tessellar.errors import UserError
@@ -49,8 +51,9 @@ class GeneratorModule(TrainingModule):
 
     A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32.
     `checkpointing` trades compute for memory, `compile_blocks` compiles each block on its own.
-    `init_from` starts from the generator and the conditioner of an export or checkpoint. A
-    generator trained by teacher forcing may read a noisy context (`context_noise`) and also learn
+    `init_from` starts from the generator and the conditioner of an export or checkpoint, whose
+    classes are found by their names; `init_fresh` names tensors or modules that stay as they were
+    made. A generator trained by teacher forcing may read a noisy context (`context_noise`) and also learn
     code vectors (`recovery`), in training alone; together: reAR.
     """
 
@@ -67,6 +70,7 @@ class GeneratorModule(TrainingModule):
         checkpointing: bool = False,
         compile_blocks: bool = False,
         init_from: str | None = None,
+        init_fresh: Sequence[str] = (),
         context_noise: ContextNoise | None = None,
         recovery: Recovery | None = None,
     ) -> None:
@@ -81,9 +85,11 @@ class GeneratorModule(TrainingModule):
         if context_noise is not None:
             require_teacher_forcing(made, "context_noise")
         self.init_from = init_from
-        self.source_data: DataFacts | None = None
+        self.start: Start | None = None
         if init_from is not None:
-            self.source_data = init_generator(init_from, made, self.model.conditioner, loaded)
+            self.start = init_generator(
+                init_from, made, self.model.conditioner, loaded, fresh=init_fresh
+            )
         if checkpointing:
             checkpoint_activations(made)
         if compile_blocks:
@@ -98,10 +104,40 @@ class GeneratorModule(TrainingModule):
             return
         if isinstance(conditioner, TextConditioner):
             conditioner.prepare(lambda: training_captions(data.text_datasets()[0]))
-        if isinstance(conditioner, ClassConditioner) and self.source_data is not None:
-            difference = other_class(self.source_data.class_names, tuple(data.class_names))
-            if difference is not None and self.global_rank == 0:
-                log.warning("%s was trained on other classes: %s", self.init_from, difference)
+        if isinstance(conditioner, ClassConditioner):
+            self.model.class_names = tuple(data.class_names)
+        if isinstance(conditioner, ClassConditioner) and self.start is not None:
+            self._place_classes(self.start, tuple(data.class_names))
+            self.start = None
+
+    def _place_classes(self, start: Start, now: tuple[str, ...]) -> None:
+        """Give classes that the source knows by name their rows, and say which are new."""
+        then = start.class_names
+        if not then and start.num_classes == len(now):
+            return  # nothing is known of them: rows are taken by number
+        difference = other_class(then, now)
+        if difference is None:
+            return
+        new = place_classes(self.model.generator, start.tables, then, now)
+        if self.global_rank > 0:
+            return
+        if not then:
+            log.warning(
+                "%s does not name its %s classes: all %d of this run are new",
+                self.init_from,
+                start.num_classes,
+                len(now),
+            )
+        else:
+            kept = [name for name in now if name not in new]
+            told = [f"{len(kept)} known by name ({shown(kept)})"] if kept and start.tables else []
+            told += [f"{len(new)} new ({shown(new)})"] if new else []
+            log.warning(
+                "%s was trained on other classes: %s; this run's: %s",
+                self.init_from,
+                difference,
+                ", ".join(told),
+            )
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -118,6 +154,10 @@ class GeneratorModule(TrainingModule):
     @property
     def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         return self.model.tokenizer
+
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.model.class_names
 
     @property
     def ema_target(self) -> nn.Module:
@@ -151,7 +191,8 @@ class GeneratorModule(TrainingModule):
         wanted = getattr(conditioner, "num_classes", None)
         if wanted is not None and wanted != data.num_classes:
             raise UserError(
-                f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}"
+                f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}: "
+                f"set --model.generator.num_classes {data.num_classes}"
             )
         super().check_data(data)
 

@@ -2,6 +2,7 @@
 tokenizer.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class TokenizerModule(TrainingModule):
     `discriminator_schedule` runs on the discriminator's own clock, from the loss's start to the end
     of the run, as TiTok's and ResTok's; None: the tokenizer's schedule, on the run's clock, as
     LlamaGen's. `init_from` starts from the weights of an export or checkpoint; where that has no
-    discriminator a fresh one is used.
+    discriminator a fresh one is used. `init_fresh` names tensors or modules of the tokenizer that
+    stay as they were made.
     """
 
     best_by = ("val/psnr", "max")
@@ -42,6 +44,7 @@ class TokenizerModule(TrainingModule):
         max_skipped: int = 10,
         compile_blocks: bool = False,
         init_from: str | None = None,
+        init_fresh: Sequence[str] = (),
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         self.tokenizer = tokenizer
@@ -51,7 +54,7 @@ class TokenizerModule(TrainingModule):
         self.discriminator_settings = discriminator_optimizer or optimizer
         self.discriminator_schedule = discriminator_schedule
         if init_from is not None:
-            init_tokenizer(init_from, tokenizer, loss.discriminator)
+            init_tokenizer(init_from, tokenizer, loss.discriminator, fresh=init_fresh)
         if compile_blocks:
             compile_each_block(tokenizer)
 

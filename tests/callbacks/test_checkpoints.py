@@ -112,3 +112,15 @@ def test_other_metrics_are_looked_at_between_validations_and_none_outside_of_tra
 def test_impossible_interval(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every 0"):
         Checkpoints(tmp_path, 0, "val/loss", "min")
+
+
+def test_a_metric_that_no_validation_measures_is_said_once(parts, caplog) -> None:
+    callback, trainer, module = parts
+    callback.metric = "val/FIDD"
+    trainer.callback_metrics = {"val/loss": torch.tensor(1.0)}
+    with caplog.at_level("WARNING", "tessellar"):
+        callback.on_validation_end(trainer, module)
+        callback.on_validation_end(trainer, module)
+    assert caplog.messages == [
+        "the validation did not measure val/FIDD but val/loss: no best.ckpt yet"
+    ]

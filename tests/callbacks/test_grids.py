@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from tessellar.callbacks.grids import Grids
+from tessellar.images import to_uint8
 from tessellar.protocol.condition import ClassConditioner, Condition
+from tessellar.sampling.grid import picture_grid
 from tessellar.sampling.settings import Sampling
 from tessellar.training.runs import LateTensorBoard
 
@@ -51,15 +53,19 @@ def test_originals_stand_above_their_reconstructions(tmp_path: Path) -> None:
     )  # type: ignore[arg-type]
     grids.on_validation_batch_end(trainer, module, {"reconstruction": images}, {"image": images}, 1)  # type: ignore[arg-type]
     grids.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
-    cells = picture(tmp_path, "reconstructions_0000007.png")[::4, ::4, 0]
-    assert cells.tolist() == [[0, 64], [255, 223], [128, 191], [159, 255]]
-    assert trainer.loggers[0].shown == {("reconstructions", 7): (3, 16, 8)}
+    rows = [images[:2], reconstruction[:2], images[2:], reconstruction[2:]]
+    labels = ["original", "reconstruction"] * 2
+    expected = picture_grid([list(to_uint8(row)) for row in rows], row_labels=labels)
+    shown = picture(tmp_path, "reconstructions_0000007.png")
+    assert np.array_equal(shown, expected.permute(1, 2, 0).numpy())
+    assert trainer.loggers[0].shown == {("reconstructions", 7): tuple(expected.shape)}
 
 
 class Model:
     """Paints the class: 0 black, 1 white."""
 
     conditioner = ClassConditioner(2)
+    class_names = ("night", "day")
 
     def class_condition(self, labels: list[int]) -> Condition:
         return self.conditioner.of_labels(torch.tensor(labels))
@@ -74,8 +80,10 @@ def test_samples_are_a_row_a_class_with_fixed_seeds(tmp_path: Path) -> None:
     grids, trainer = make(tmp_path, columns=3)
     module = SimpleNamespace(updates=1, model=Model())
     grids.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
-    cells = picture(tmp_path, "samples_0000001.png")[::4, ::4, 0]
-    assert cells.tolist() == [[0, 0, 0], [255, 255, 255]]
+    rows = [to_uint8(grey([level] * 3)) for level in (-1.0, 1.0)]
+    expected = picture_grid([list(row) for row in rows], row_labels=["night", "day"])
+    shown = picture(tmp_path, "samples_0000001.png")
+    assert np.array_equal(shown, expected.permute(1, 2, 0).numpy())
     assert module.model.seeds == list(range(6))
 
 

@@ -12,6 +12,7 @@ import tessellar
 from tessellar.checkpoints.export import export_tokenizer
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.convert import main
+from tessellar.cli.importing import imagenet_names
 from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.llamagen.official import to_official
@@ -208,3 +209,9 @@ def test_info_says_what_is_inside(checkpoint: Path, capsys: pytest.CaptureFixtur
     facts = json.loads(capsys.readouterr().out)
     assert facts["kind"] == "tokenizer" and facts["weights"] == "raw"
     assert facts["description"]["tokenizer"]["init_args"]["image_size"] == 16
+
+
+def test_the_names_of_imagenets_classes() -> None:
+    names = imagenet_names()
+    assert len(set(names)) == 1000 and names[207] == "golden retriever" and names[1] == "goldfish"
+    assert [names[134], names[517]] == ["crane (134)", "crane (517)"]

@@ -182,7 +182,7 @@ def test_neighbours_are_drawn(
     samples: str, net: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["neighbours", samples, *SHAPES, *net, "--count", "3", "--nearest", "2", "--out", "n.png"])
-    assert Image.open("n.png").size == (96, 96)
+    assert Image.open("n.png").size == (3 * 128 + 4 * 4, 3 * 128 + 4 * 4 + 22)  # names above
     assert "3 samples, 0 of them equal to a training image" in capsys.readouterr().out
 
 

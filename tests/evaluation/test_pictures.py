@@ -11,6 +11,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.evaluation.pictures import metric_curves, nearest, neighbour_grid, pick_images
 from tessellar.evaluation.sources import ArrayImages
+from tessellar.sampling.grid import picture_grid
 
 Images = Callable[..., Tensor]
 Write = Callable[..., Path]
@@ -50,10 +51,9 @@ def test_each_row_is_a_sample_and_its_neighbours(
     train, queries = random_images(9, seed=1), random_images(2, seed=2)
     found = nearest(queries, ArrayImages(write_npz(train, tmp_path / "t.npz")), 3)
     grid = neighbour_grid(queries, found)
-    assert grid.shape == (3, 64, 128)
-    assert torch.equal(grid[:, 32:, :32], queries[1]) and torch.equal(
-        grid[:, :32, 96:], found.images[0, 2]
-    )
+    rows = [[queries[row], *found.images[row]] for row in range(2)]
+    columns = ["sample", "nearest 1", "nearest 2", "nearest 3"]
+    assert torch.equal(grid, picture_grid(rows, column_labels=columns))
 
 
 def test_picked_images_are_always_the_same_part(

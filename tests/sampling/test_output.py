@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tessellar.sampling.output import SampleFolder, grid_rows, tile
+from tessellar.sampling.grid import picture_grid
+from tessellar.sampling.output import SampleFolder, grid_rows
 
 IMAGES = torch.randint(
     0, 256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -38,11 +39,23 @@ def test_all_files_hold_the_images(tmp_path: Path) -> None:
         7,
     ]
     grid = pixels(tmp_path / "grid.png")
-    assert grid.shape == (8, 18, 3)
-    assert np.array_equal(grid[:4, 12:], channels_last[4]) and np.array_equal(
-        grid[4:, 6:12], channels_last[3]
+    rows = [[IMAGES[0], IMAGES[2], IMAGES[4]], [IMAGES[1], IMAGES[3]]]
+    expected = picture_grid(rows, row_labels=["7", "2"])
+    assert np.array_equal(grid, expected.permute(1, 2, 0).numpy())
+
+
+def test_names_of_classes_are_in_the_files_and_beside_the_rows(tmp_path: Path) -> None:
+    titles = ["bag", "a/b: c", "été"]
+    folder = SampleFolder(
+        tmp_path, [2, 1, 2], (4, 6), png=True, npz=False, grid=True, titles=titles
     )
-    assert not grid[4:, 12:].any()
+    folder.write([0, 1, 2], IMAGES[:3])
+    folder.finish()
+    names = ["000000_0002_été.png", "000001_0001_a-b-c.png", "000002_0002_été.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "grid.png"]
+    rows = [[IMAGES[0], IMAGES[2]], [IMAGES[1]]]
+    expected = picture_grid(rows, row_labels=["été", "a/b: c"])
+    assert np.array_equal(pixels(tmp_path / "grid.png"), expected.permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("kind", ["png", "npz", "grid"])
@@ -64,9 +77,3 @@ def test_grids_show_a_row_a_class_or_a_square() -> None:
     assert grid_rows([0] * 5) == [[0, 1, 2], [3, 4]]
     many = grid_rows([i % 30 for i in range(600)])
     assert len(many) == 20 and many[3] == list(range(3, 300, 30))
-
-
-def test_tile_fills_the_last_row_with_black() -> None:
-    picture = tile(IMAGES, 3)
-    assert picture.shape == (3, 8, 18)
-    assert torch.equal(picture[:, 4:, 6:12], IMAGES[4]) and not picture[:, 4:, 12:].any()

@@ -100,8 +100,9 @@ class Decoder(nn.Module):
 
 
 class MaskGITVQGAN(VQGAN):
-    """Square images of `image_size` as a grid of codes; raises ValueError where the stride does not
-    divide the size.
+    """Images of `image_size` (one side, or height and width) as a grid of codes.
+
+    Raises ValueError where the stride does not divide the size.
     """
 
     encoder: Encoder
@@ -110,7 +111,7 @@ class MaskGITVQGAN(VQGAN):
     def __init__(
         self,
         quantizer: Quantizer,
-        image_size: int = 256,
+        image_size: int | tuple[int, int] = 256,
         channels: int = 128,
         multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,

@@ -136,7 +136,7 @@ class FashionMNISTData(ImageDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         flip: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.root = root

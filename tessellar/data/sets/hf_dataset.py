@@ -221,12 +221,13 @@ class HFData(ImageDataModule):
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
         num_workers: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
         resize: Resize | None = None,
+        balance: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, balance)
         self.path = path
         self.config = config
         self.revision = revision
@@ -250,7 +251,8 @@ class HFData(ImageDataModule):
         """Training and validation rows."""
         rows = self._rows(self.split)
         if self.val_split is None:
-            train, val = hold_out([str(row) for row in range(len(rows.labels))], self.val_share)
+            names = [str(row) for row in range(len(rows.labels))]
+            train, val = hold_out(names, self.val_share, rows.labels.tolist())
             return rows.take(train), rows.take(val)
         val = self._rows(self.val_split)
         if val.class_names != rows.class_names:

@@ -96,8 +96,8 @@ def _others(folder: Path) -> str:
 
 
 def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]:
-    """Training and validation part, the latter the share `val_share` of the files (see `hold_out`)."""
-    train, val = hold_out(listing.files, val_share)
+    """Training and validation part, the latter the share `val_share` of each class (see `hold_out`)."""
+    train, val = hold_out(listing.files, val_share, listing.labels)
     return listing.take(train), listing.take(val)
 
 
@@ -166,12 +166,13 @@ class ImageFolderData(ImageDataModule):
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
         num_workers: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
         resize: Resize | None = None,
+        balance: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, balance)
         self.root = root
         self.max_corrupt = max_corrupt
         self.val_root = val_root

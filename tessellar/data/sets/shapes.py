@@ -226,7 +226,9 @@ class Shapes(ImageDataset):
 
 
 class ShapesData(ImageDataModule):
-    """Procedural coloured shapes; needs no files."""
+    """Procedural coloured shapes; needs no files. `seed` says which shapes, not in which order they
+    come: that follows the run's `seed_everything`.
+    """
 
     name = "shapes"
     class_names = tuple(SHAPES)
@@ -240,16 +242,17 @@ class ShapesData(ImageDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers)
         for name, value in {"size": size, "length": length, "val_length": val_length}.items():
             if value < 1:
                 raise ValueError(f"data.{name} is {value}; it must be at least 1")
         self.image_size = (size, size)
+        self.content_seed = seed
         self.length = length
         self.val_length = val_length
 
     def train_dataset(self, augment: bool = True) -> Shapes:
-        return Shapes(self.image_size[0], self.length, self.seed, "train")
+        return Shapes(self.image_size[0], self.length, self.content_seed, "train")
 
     def val_dataset(self) -> Shapes:
-        return Shapes(self.image_size[0], self.val_length, self.seed, "val")
+        return Shapes(self.image_size[0], self.val_length, self.content_seed, "val")

@@ -158,6 +158,8 @@ def plain_files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
                 end = member.offset_data + member.size
                 yield member.name, (member.offset_data, member.size)
             file.seek(tar.offset)
+    except UserError:
+        raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is truncated or not an uncompressed tar ({error})") from error
     # Python's reader takes a damaged header for the end; a whole tar ends in a block of zeros.

@@ -332,7 +332,7 @@ class WebDatasetStreamData(ImageDataModule):
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
         num_workers: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         name: str = "webdataset",
         max_corrupt: float = MAX_CORRUPT,
         resize: Resize | None = None,

@@ -88,7 +88,8 @@ class TarSamples:
         """Training and validation part, the latter the share `val_share` of the samples (see
         `hold_out`).
         """
-        train, val = hold_out([self.name(place) for place in range(len(self))], val_share)
+        names = [self.name(place) for place in range(len(self))]
+        train, val = hold_out(names, val_share, self.labels.tolist())
         return self.take(train), self.take(val)
 
 
@@ -263,13 +264,14 @@ class WebDatasetData(ImageDataModule):
         ten_ratios: Sequence[float] = (1.1,),
         batch_size: int = 64,
         num_workers: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         name: str | None = None,
         max_corrupt: float = MAX_CORRUPT,
         shuffle_captions: bool = False,
         resize: Resize | None = None,
+        balance: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, balance)
         self.shuffle_captions = shuffle_captions
         self.shards = shards
         self.val_shards = val_shards

@@ -219,9 +219,10 @@ class CachedTokensData(ImageDataModule):
         images: ImageDataModule | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
+        balance: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, balance)
         self.root = Path(root)
         self.images = images
 
@@ -277,6 +278,7 @@ class CachedTokensData(ImageDataModule):
             raise UserError(
                 f"{self._train.folder} and {self._val.folder} have different classes: {difference}; encode both again"
             )
+        self._tell_counts(self._train)
 
     def fingerprint(self) -> str:
         return digest(parts=[self._train.fingerprint(), self._val.fingerprint()])

@@ -20,6 +20,8 @@ def network_of(facts: NetworkFacts) -> torch.nn.Module:
     """
     try:
         return create_network(facts.arch, facts.options, num_classes=facts.num_classes)
+    except UserError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"timm cannot make {facts.arch!r} with options {facts.options}: {error}"
