@@ -1,7 +1,7 @@
 """The first hour of a new user, as a check: README and docs/your_own_images.md followed to the letter, then what
 people do instead of what the pages say.
 
-    python benchmarks/first_hour.py [--quick] [--folder outputs/first_hour] [--write]
+    python tools/docs_commands.py [--quick] [--folder outputs/first_hour] [--write]
 
 Every step is a process of its own, as a user starts it, in a folder with generated photographs in eight class folders
 (JPEG, PNG with transparency, grey, WebP; files of other kinds beside them). A step says what it expects: the exit
@@ -321,6 +321,12 @@ def departures() -> list[Step]:
             ],
             makes=("outputs/two.html",),
         ),
+        Step(
+            "the pages' Python under a type checker",
+            ["-m", "pyright", "-p", "typed"],
+            before=typed_lines,
+            says=("0 errors",),
+        ),
         Step("from Python", ["-c", LIBRARY], says=("2 pictures of 64 x 64",), screen="library"),
     ]
 
@@ -333,6 +339,17 @@ images = generator.sample(classes=["snow", 0], guidance=1.5, seed=0)
 print(len(images), "pictures of", "%d x %d" % images[0].size)
 print(generator.encode(images).shape)
 """
+
+
+def typed_lines() -> None:
+    """The Python of README and docs/library.md as files for a type checker."""
+    folder = Path("typed")
+    folder.mkdir(exist_ok=True)
+    for page in (ROOT / "README.md", ROOT / "docs/library.md"):
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+        (folder / f"{page.stem.lower()}_lines.py").write_text("\n".join(blocks))
+    settings = {"include": ["."], "extraPaths": [str(ROOT)], "reportMissingModuleSource": False}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
 
 
 def json_updates(path: str) -> int:
