@@ -226,8 +226,8 @@ class Shapes(ImageDataset):
 
 
 class ShapesData(ImageDataModule):
-    """Procedural coloured shapes; needs no files. `seed` says which shapes, not in which order they
-    come: that follows the run's `seed_everything`.
+    """Procedural coloured shapes; needs no files. `seed` says which shapes; in which order they come
+    follows the run's `seed_everything`, outside of runs `seed` as well.
     """
 
     name = "shapes"
@@ -242,7 +242,8 @@ class ShapesData(ImageDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, seed)
+        self._follows = True
         for name, value in {"size": size, "length": length, "val_length": val_length}.items():
             if value < 1:
                 raise ValueError(f"data.{name} is {value}; it must be at least 1")
