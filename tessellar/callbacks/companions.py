@@ -114,7 +114,9 @@ def lost_process(
     says nothing; `processes` are those that were started from here.
     """
     text = str(error)
-    if "DataLoader worker" in text:
+    # A worker that dies while it hands a batch over shows as the end of the socket between them.
+    torn = isinstance(error, (ConnectionError, EOFError)) or "ancdata" in text
+    if torn or "DataLoader worker" in text:
         return "a data worker was killed or ended by itself (out of memory?)"
     if not any(words in text for words in OF_A_LOST_PROCESS):
         return None

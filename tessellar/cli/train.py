@@ -310,7 +310,7 @@ def _fit(cli: TrainCLI) -> None:
         ) from error
     except Interrupted:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         lost = lost_process(error, processes_beside(trainer))
         if lost is None:
             raise
