@@ -26,7 +26,7 @@ SCRIPTS := $(wildcard tools/lowest_versions.* tools/docs_commands.*)
 check: $(STAMP)  ## what `make test` leaves out: launchers, kills at every step, a short soak, lowest versions
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long $(ARGS)
 	rm -rf outputs/soak
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 4 --updates 40 --folder outputs/soak
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 8 --updates 60 --folder outputs/soak
 	$(foreach script,$(SCRIPTS),$(if $(filter %.py,$(script)),$(PY),bash) $(script) &&) true
 
 soak: $(STAMP)  ## attack runs of every kind 20 times each, compare their ends with uninterrupted runs' bit for bit

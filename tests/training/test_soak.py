@@ -6,11 +6,12 @@ from benchmarks.soak import soak
 
 
 def test_a_run_attacked_again_and_again_ends_as_a_quiet_one(tmp_path: Path) -> None:
-    report = soak(tmp_path, attacks=3, updates=18)
+    report = soak(tmp_path, attacks=4, updates=18)
     assert report.different == [] and report.broken == []
     assert report.tensors > 100 and report.rows == 19  # the first is of half an update
     assert [attack.partition(" at ")[0] for attack in report.attacks] == [
         "KILL",
+        "full disk",
         "KILL of the group",
         "TERM",
     ]
