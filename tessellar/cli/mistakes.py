@@ -5,6 +5,7 @@ jsonargparse reports trees: each union, class and key adds a level of indentatio
 branch holds the cause.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -190,13 +191,13 @@ def _papers_with(name: str) -> str:
     """A hint where a paper's package exports a class or a preset of this name: it is written with
     its package.
     """
-    folders = [folder for room in ROOMS for folder in sorted((PACKAGE / room).iterdir())]
-    exported = [
-        f"tessellar.{folder.parent.name}.{folder.name}.{name}"
-        for folder in folders
-        if (folder / "__init__.py").is_file()
-        and re.search(rf"\b{re.escape(name)}\b", (folder / "__init__.py").read_text())
-    ]
+    exported = []
+    for room in ROOMS:
+        for file in sorted((PACKAGE / room).glob("*/__init__.py")):
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            imported = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+            if any(alias.name == name for node in imported for alias in node.names):
+                exported.append(f"tessellar.{room}.{file.parent.name}.{name}")
     return f"; did you mean {' or '.join(exported)}?" if exported else ""
 
 
