@@ -201,10 +201,14 @@ def _files() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((HERE / "sampling.yaml").read_text())
 
 
-def _file_of(system: str, variant: str) -> str | None:
+def _file_of(system: str, facts: dict[str, Any]) -> str | None:
     """The file of sampling settings that holds a published variant's."""
     for name, entry in _files().items():
-        if entry["system"] == system and any(fnmatchcase(variant, p) for p in entry["variants"]):
+        if entry["system"] != system or entry.get("steps", facts.get("steps")) != facts.get(
+            "steps"
+        ):
+            continue
+        if any(fnmatchcase(facts["variant"], pattern) for pattern in entry["variants"]):
             return f"`{name}.yaml`"
     return None
 
@@ -231,7 +235,7 @@ def _sampling(system: str, facts: dict[str, Any]) -> str:
         guidance,
         draw,
         facts.get("steps"),
-        _file_of(system, facts["variant"]),
+        _file_of(system, facts),
     )
     return (
         "| "

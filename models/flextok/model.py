@@ -20,6 +20,7 @@ from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
+from tessellar.models.parts.cached_attention import CachedAttention
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import ClassConditioning, Condition, Conditioner, Conditioning
 from tessellar.protocol.distribution import Logits
@@ -42,31 +43,6 @@ class FlexARPass(NamedTuple):
     visible: Tensor | None = None
 
 
-class SelfAttention(nn.Module):
-    """Causal attention without biases; queries and keys are normalised per head if `qk_norm`."""
-
-    def __init__(self, width: int, num_heads: int, qk_norm: bool, implementation: str) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.implementation = implementation
-        dim = width // num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.LayerNorm(dim, eps=EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim, eps=EPS) if qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, layer: int, shared: FlexARPass) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        k, v = shared.cache.write(layer, shared.slots, self.k_norm(k), v)
-        slots = shared.slots
-        out = attend(
-            self.q_norm(q).to(k.dtype), k, v, slots.mask, slots.is_causal, self.implementation
-        )
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-
 class CrossAttention(nn.Module):
     """Attention to the text, without biases."""
 
@@ -84,7 +60,7 @@ class CrossAttention(nn.Module):
 
 
 class FlexARBlock(nn.Module):
-    """x += SelfAttention(norm x); with text x += CrossAttention(norm x, text); x += MLP(norm x),
+    """x += Attention(norm x); with text x += CrossAttention(norm x, text); x += MLP(norm x),
     exact GELU.
     """
 
@@ -94,7 +70,13 @@ class FlexARBlock(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
         self.mlp_norm = nn.LayerNorm(width, eps=EPS)
-        self.attention = SelfAttention(width, num_heads, qk_norm, implementation)
+        self.attention = CachedAttention(
+            width,
+            num_heads,
+            bias=False,
+            qk_norm_eps=EPS if qk_norm else None,
+            implementation=implementation,
+        )
         self.cross_norm = nn.LayerNorm(width, eps=EPS) if text else None
         self.cross = CrossAttention(width, num_heads) if text else None
         self.fc1 = nn.Linear(width, 4 * width, bias=False)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import Slots
-from tessellar.layers.llama import LlamaBlock, Pass, Positions, swiglu_hidden
+from tessellar.layers.llama import AttentionKind, LlamaBlock, Pass, Positions, swiglu_hidden
 from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.joint_text import JointText
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
@@ -79,7 +79,7 @@ class LlamaGenerator(PrefixTransformer):
     of the SwiGLU is `ffn_hidden`, or LlamaGen's rule; `num_kv_heads` groups queries.
     """
 
-    conditioning: ClassPrefix | CaptionPrefix | JointText
+    conditioning: ClassPrefix | CaptionPrefix | JointText | ClassConditioning
     output: nn.Linear | None
     rope_cos: Tensor
     rope_sin: Tensor
@@ -96,6 +96,7 @@ class LlamaGenerator(PrefixTransformer):
         attention: str = "auto",
         ffn_hidden: int | None = None,
         num_kv_heads: int | None = None,
+        attention_kind: AttentionKind = AttentionKind(),  # noqa: B008
     ) -> None:
         super().__init__()
         if width % num_heads or num_heads % (num_kv_heads or num_heads):
@@ -120,6 +121,7 @@ class LlamaGenerator(PrefixTransformer):
                 drop_path=rate,
                 implementation=attention,
                 num_kv_heads=num_kv_heads,
+                attention_kind=attention_kind,
             )
             for rate in rates
         )
@@ -140,10 +142,13 @@ class LlamaGenerator(PrefixTransformer):
         | output                       | 0, so the first loss is exactly ln V                            |
         | wo, w2                       | 0 with `zero_init_residual` (not in the paper; helps short runs) |
         | norms                        | 1                                                               |
+        | biases                       | 0                                                               |
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         if self.output is not None:
             nn.init.zeros_(self.output.weight)
         if zero_init_residual:
@@ -152,6 +157,9 @@ class LlamaGenerator(PrefixTransformer):
                 nn.init.zeros_(layer.feed_forward.w2.weight)  # type: ignore[union-attr, arg-type]
 
     def prefix(self, condition: Condition) -> Prefix:
+        assert isinstance(self.conditioning, nn.Module), (
+            "a class of no module has a prefix of its own"
+        )
         return self.conditioning(condition)
 
     def positions(self, place: Tensor, state: State) -> Positions:

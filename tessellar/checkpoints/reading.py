@@ -175,7 +175,7 @@ def init_tokenizer(
     source = read_source(path)
     fitted = load_fitting(
         tokenizer,
-        source.state("tokenizer"),
+        tokenizer.starting_from(_current(source, "tokenizer", tokenizer)),
         f"{source.where} (tokenizer)",
         theirs=Sizes(image_size=_image_size(source.arguments("tokenizer"))),
         ours=Sizes(image_size=tokenizer.image_size),
@@ -225,7 +225,7 @@ def init_generator(
     here = conditioner.num_classes if isinstance(conditioner, ClassConditioner) else there
     fitted = load_fitting(
         generator,
-        source.state("generator"),
+        generator.starting_from(_current(source, "generator", generator)),
         f"{source.where} (generator)",
         theirs=Sizes(_layout(source), num_classes=there),
         ours=Sizes(generator.layout, num_classes=here),
@@ -267,6 +267,11 @@ def _tell_fitted(source: Source, fitted: Fitted) -> None:
         log.info("%s: %s", source.where, listing("resampled to another size", fitted.resampled))
     if fitted.fresh:
         log.info("%s: %s", source.where, listing("new, not taken along", fitted.fresh))
+
+
+def _current(source: Source, part: str, module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a part of a source under the names that a module's tensors have today."""
+    return with_current_names(module, source.state(part))
 
 
 def init_conditioner(source: Source, conditioner: Conditioner) -> None:

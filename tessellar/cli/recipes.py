@@ -45,6 +45,7 @@ Facts = dict[str, Any]
 STATEMENTS: dict[str, dict[str, Facts]] = {
     "augmentation.crop": {
         "ADM centre crop 256": {"framing.crop": "adm", "framing.size": 256, "framing.resize": None},
+        "ADM centre crop 512": {"framing.crop": "adm", "framing.size": 512, "framing.resize": None},
         "ADM random crop 336": {
             "framing.crop": "random",
             "framing.size": 336,
@@ -73,6 +74,9 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
     "augmentation.resize": {
         "shorter side 256, bicubic, antialias": {"framing.resize": Resize(1.0, "bicubic")},
         "shorter side 256, bilinear, antialias": {"framing.resize": Resize(1.0, "bilinear")},
+        "shorter side 256, torchvision default bilinear (antialias default)": {
+            "framing.resize": Resize(1.0, "bilinear")
+        },
         "shorter side 288 (1.125 * 256), Lanczos": {"framing.resize": Resize(1.125, "lanczos")},
         "shorter side 576 (1.125 * 512), Lanczos": {"framing.resize": Resize(1.125, "lanczos")},
     },
@@ -105,6 +109,7 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
         },
     },
     "epochs": {"counted in updates": {}},
+    "dropout.attention": {"0.1 in the arguments, never applied": {"dropout.attention": 0.0}},
     "trained": {"decoder, pixel_decoder, pixel_quantize": {"trained": ["decoder", "pixels"]}},
     "tail_drop.kept": {
         "U{1..256}, one draw a forward pass and process": {
@@ -127,6 +132,13 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
             "augment.probability": 1.0,
             "share.blur": 0.04,
         },
+    },
+    "losses.auxiliary strip.weight": {"10 * 17 / 256": {"losses.prefix.weight": 10 * 17 / 256}},
+    "losses.lpips.weight": {
+        "1.0 in the first phase, then 0": {"losses.lpips.weight": 1.0},
+    },
+    "losses.perceptual.weight": {
+        "0.1 in the first phase, then 1.0": {"losses.perceptual.weight": 0.1},
     },
     "losses.adversarial.start": {
         "20 % of the run (arg_util.py: ep * 0.2; its comment says 0.22)": {"share.start": 0.2},
@@ -189,6 +201,7 @@ ELSEWHERE: dict[str, str] = {
     "schedule.lr_end_nominal": "where the decay would end, were it finished: schedule.factor.99.9 says where it does",
     "schedule.processes": "schedule.factor.* is of that number",
     "schedule.factor_if_8_processes.*": "another reading of the same run: a note says why it is unresolved",
+    "phases": "runs that go on from each other: commands in the YAML's header",
     "schedule.published_at": "the update whose weights are published: the YAML's header",
     "losses.proxy_cross_entropy.target": "tests/tokenizers/test_titok.py",
     "losses.nll.logvar": "a constant 0",

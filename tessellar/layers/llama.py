@@ -7,6 +7,7 @@ the column. Stochastic depth (arXiv 1603.09382) is here because timm's DropPath 
 torchvision, which costs seconds where only a generator is needed.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -98,11 +99,22 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+@dataclass(frozen=True)
+class AttentionKind:
+    """What a block's attention has beyond Llama's: biases of its projections, dropout of attention
+    weights, and queries and keys that are RMS-normed per head, before they are rotated.
+    """
+
+    bias: bool = False
+    dropout: float = 0.0
+    qk_norm: bool = False
+
+
 class LlamaAttention(nn.Module):
     """Multi-head attention with a fused projection, rows q | k | v, each head-major.
 
     With `num_kv_heads` below `num_heads`, groups of queries share a key and a value (arXiv
-    2305.13245).
+    2305.13245). `qk_norm_eps` None: queries and keys are not normed.
     """
 
     def __init__(
@@ -113,11 +125,17 @@ class LlamaAttention(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         num_kv_heads: int | None = None,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.implementation = implementation
         self.dropout = dropout
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if qk_norm_eps is not None:
+            self.q_norm = nn.RMSNorm(width // num_heads, eps=qk_norm_eps)
+            self.k_norm = nn.RMSNorm(width // num_heads, eps=qk_norm_eps)
         self.group = num_heads // (num_kv_heads or num_heads)
         self.sizes = (width, width // self.group, width // self.group)
         self.wqkv = nn.Linear(width, sum(self.sizes), bias=bias)
@@ -133,8 +151,8 @@ class LlamaAttention(nn.Module):
         k, v = (
             rearrange(t, "b n (h d) -> b h n d", h=self.num_heads // self.group) for t in (k, v)
         )
-        q = rotate(q, positions.cos, positions.sin)
-        k = rotate(k, positions.cos, positions.sin)
+        q = rotate(self.q_norm(q), positions.cos, positions.sin)
+        k = rotate(self.k_norm(k), positions.cos, positions.sin)
         k, v = shared.cache.write(layer, shared.slots, k, v)
         if self.group > 1:
             k = k.repeat_interleave(self.group, dim=1)
@@ -159,10 +177,19 @@ class LlamaBlock(nn.Module):
         drop_path: float = 0.0,
         implementation: str = "auto",
         num_kv_heads: int | None = None,
+        attention_kind: AttentionKind = AttentionKind(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
-        self.attention = LlamaAttention(width, num_heads, implementation, num_kv_heads=num_kv_heads)
+        self.attention = LlamaAttention(
+            width,
+            num_heads,
+            implementation,
+            bias=attention_kind.bias,
+            dropout=attention_kind.dropout,
+            num_kv_heads=num_kv_heads,
+            qk_norm_eps=norm_eps if attention_kind.qk_norm else None,
+        )
         self.ffn_norm = nn.RMSNorm(width, eps=norm_eps)
         self.feed_forward = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)

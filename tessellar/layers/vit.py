@@ -2,6 +2,7 @@
 start at zero.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +14,9 @@ from tessellar.layers.tags import tag
 class ViTBlock(nn.Module):
     """x += Attention(LN x); x += MLP(LN x), on [B, N, D]; `gelu` is its approximation ("none":
     exact).
+
+    `causal`: a row attends to itself and to rows before it. `exact_attention`: scores and weights
+    are computed in float32 in any run (AliTok's).
     """
 
     def __init__(
@@ -22,6 +26,8 @@ class ViTBlock(nn.Module):
         mlp_ratio: float = 4.0,
         attention: str = "auto",
         gelu: str = "tanh",
+        causal: bool = False,
+        exact_attention: bool = False,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -29,6 +35,8 @@ class ViTBlock(nn.Module):
         self.num_heads = num_heads
         self.implementation = attention
         self.gelu = gelu
+        self.causal = causal
+        self.exact_attention = exact_attention
         hidden = int(mlp_ratio * width)
         self.attention_norm = nn.LayerNorm(width)
         self.mlp_norm = nn.LayerNorm(width)
@@ -45,8 +53,15 @@ class ViTBlock(nn.Module):
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
-        out = attend(q, k, v, implementation=self.implementation)
+        if self.exact_attention:
+            with torch.autocast(x.device.type, enabled=False):
+                out = self._attend(q.float(), k.float(), v.float()).to(q.dtype)
+        else:
+            out = self._attend(q, k, v)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, is_causal=self.causal, implementation=self.implementation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attention(self.attention_norm(x))

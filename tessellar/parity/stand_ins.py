@@ -4,7 +4,7 @@ of a training step.
 Shapes: B images, N tokens, T tokens of an entity, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
-from tessellar.protocol.generator import Generator
+from tessellar.protocol.entities import Entities
+from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
-from tessellar.sampling.settings import GREEDY
+from tessellar.sampling.settings import GREEDY, Sampling
 
 
 class RecordedNoise(Noise):
@@ -113,16 +114,57 @@ def greedy(
     `tokens` [B, N].
     """
     state = generator.start(condition, guidance)
-    if tokens is None:
-        tokens = generator.layout.blank(condition.batch)
     noise = Noise(range(condition.batch))
+    return decoded(generator, state, GREEDY, noise, tokens=tokens, first=first, last=last)
+
+
+@torch.no_grad()
+def drawn(
+    generator: Generator,
+    condition: Condition,
+    guidance: Guidance,
+    choice: Choice,
+    uniforms: Tensor,
+    entities: Entities | None = None,
+) -> Decoded:
+    """Tokens by the inverse cumulative distribution of `choice` at recorded uniforms [B, N], in
+    generation order.
+    """
+    state = generator.start(condition, guidance, entities)
+    settings = Sampling(choice=InverseCdf(choice.temperature, choice.top_k, choice.top_p))
+    draws = uniforms.split(state.entities.sizes, dim=1)
+    return decoded(generator, state, settings, RecordedNoise(draws))
+
+
+@torch.no_grad()
+def decoded(
+    generator: Generator,
+    state: State,
+    settings: Sampling,
+    noise: Noise,
+    tokens: Tensor | None = None,
+    first: int = 0,
+    last: int | None = None,
+) -> Decoded:
+    """What the decoding loop makes of a state, with the logits of its steps."""
+    if tokens is None:
+        tokens = generator.layout.blank(state.batch)
     logits = []
-    for step in decode_from(
-        generator, state, settings=GREEDY, noise=noise, tokens=tokens, first=first, last=last
-    ):
+    for step in decode_from(generator, state, settings, noise, tokens, first=first, last=last):
         tokens = step.tokens
         logits.append(logits_of(step.distribution))
     return Decoded(tokens, torch.cat(logits, dim=1))
+
+
+class InverseCdf(Choice):
+    """A token is the number of vocabulary entries whose cumulative probability is at most a
+    uniform draw.
+    """
+
+    def draw(self, logits: Tensor, noise: Noise) -> Tensor:
+        uniform = noise.uniform(*logits.shape[1:-1])[..., None]
+        below = self.probs(logits).cumsum(-1) <= uniform
+        return below.sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def choice_of(settings: Mapping[str, Any]) -> Choice:
@@ -142,3 +184,17 @@ def gradient_norm(loss: Tensor, module: nn.Module) -> Tensor:
         loss, list(module.parameters()), retain_graph=True, allow_unused=True
     )
     return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+
+def gradient_norms(
+    loss: Tensor, module: nn.Module, to_official: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """2-norm of the gradient of `loss` by official name of each parameter that it depends on;
+    `to_official` puts our names back into theirs.
+    """
+    named = dict(module.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    gradients = {
+        name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None
+    }
+    return {name: gradient.norm() for name, gradient in to_official(gradients).items()}

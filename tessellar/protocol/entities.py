@@ -15,7 +15,12 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.local_order import local_sizes, near_and_apart
+from tessellar.protocol.local_order import (
+    Thresholds,
+    local_order_of,
+    local_sizes,
+    seeded_chances,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -303,13 +308,20 @@ def shuffled(entities: Entities, generator: torch.Generator) -> Entities:
     return Entities(torch.cat([parts[n] for n in chosen]), tuple(entities.sizes[n] for n in chosen))
 
 
-def local_order(layout: Layout, steps: int, seed: int = 0) -> Entities:
-    """Tokens of a grid in LPD's locality-aware order (models/local_order.py), in `steps` entities
-    that grow.
+def local_order(
+    layout: Layout,
+    steps: int,
+    seed: int = 0,
+    thresholds: Thresholds = Thresholds(),  # noqa: B008
+) -> Entities:
+    """Tokens of a grid in LPD's locality-aware order (`local_order.py`), in `steps` entities that
+    grow.
     """
     rows, columns = _grid(layout, "local orders", 1, 1)
     sizes = local_sizes(rows * columns, steps)
-    return Entities(torch.tensor(near_and_apart(rows, columns, sizes, seed), device="cpu"), sizes)
+    chances = seeded_chances(rows * columns, steps, seed)
+    order = local_order_of((rows, columns), sizes, chances, thresholds)
+    return Entities(torch.tensor(order, device="cpu"), sizes)
 
 
 def parse_entities(text: str, layout: Layout) -> Entities:

@@ -12,7 +12,7 @@ span, n positions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -311,6 +311,13 @@ class Generator(Configured, ExactTables, ABC):
         """Told once whose tokens these are; for generators that read more of the tokenizer than its
         layout (VAR).
         """
+
+    def starting_from(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of another instance as training goes on from them (`init_from`): as they are.
+
+        A generator whose tables of positions can be enlarged overrides it.
+        """
+        return state
 
     def work(self) -> Work:
         """Positions and MACs of one image, an estimate: every linear layer once a token, without

@@ -4,7 +4,7 @@ losses; and what every quantizer in one is: vectors to tokens and back.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +104,13 @@ class Tokenizer(Configured, ExactTables, ABC):
         """Weight of the last layer, where the adaptive adversarial weight compares gradients (arXiv
         2012.09841).
         """
+
+    def starting_from(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of another instance as training goes on from them (`init_from`): as they are.
+
+        A tokenizer of several stages overrides it, where a later one has other tensors.
+        """
+        return state
 
     def _pictures(self, images: Pictures) -> Tensor:
         """Pictures as floats of this tokenizer's device and precision; on a GPU only those of the

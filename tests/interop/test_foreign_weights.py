@@ -22,6 +22,7 @@ TAKEN = {  # of FILES, besides the system's own
     "xar": {"mar"},  # one VAE
     "kl_vae": {"mar"},
     "tokenbridge": {"mar"},
+    "lpd": {"llamagen"},  # its tokenizer
 }
 
 
@@ -66,6 +67,7 @@ def test_tensors_of_another_rank_are_refused_in_one_line(
     ("system", "file"),
     [
         ("titok", "titok/weights_single"),
+        ("alitok", "alitok/weights"),
         ("llamagen", "llamagen/weights_vq"),
         ("llamagen", "llamagen/weights_c2i"),
         ("rar", "titok_rar/weights"),

@@ -22,11 +22,13 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "imagenet256"
 SYSTEMS = sorted(path.parent.name for path in GOLDEN.glob("*/recipe.json"))
 
 
-def decaying(module: nn.Module) -> dict[str, bool]:
-    """Which parameters our optimizer decays; those that a stage freezes are asked for all the same."""
+def decaying(module: nn.Module, every: bool = False) -> dict[str, bool]:
+    """Which parameters our optimizer decays (with `decayed: all` if `every`); those that a stage freezes are asked for
+    all the same."""
     module.requires_grad_(True)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    optimizers = OptimizerSettings(weight_decay=0.1).make(module)
+    decayed = "all" if every else "tagged"
+    optimizers = OptimizerSettings(weight_decay=0.1, decayed=decayed).make(module)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return {names[id(p)]: group["weight_decay"] > 0 for group in groups for p in group["params"]}
 
@@ -38,6 +40,9 @@ LISTED = [(system, part) for system, part in PARTS if recipe(system)[part]["deca
 UNNAMED = {
     "Hita.vision.": "the frozen vision network, filled on its own before: no optimizer moves it",
 }
+
+# Parts that train in one group, whose YAMLs say `decayed: all`: a test below.
+ONE_GROUP = {("alitok", "discriminator")}
 
 # Parts for which no names are recorded: what they are compared by instead.
 OTHERWISE = {
@@ -71,7 +76,7 @@ def test_weight_decay_acts_on_what_it_acts_on_officially(system: str, part: str)
     assert has_decay or not any(official.values())
     met, wrong = set(), []
     for item in imported(system):
-        ours = decaying(item.module)
+        ours = decaying(item.module, (system, part) in ONE_GROUP)
         for name, sources in item.names.items():
             met |= sources
             said = {official[source] for source in sources & official.keys()}
@@ -145,11 +150,19 @@ def test_weight_decay_follows_the_stated_rule(name: str) -> None:
     assert {key for key, ndim in dimensions.items() if ndim < 2} <= left_out
 
 
-@pytest.mark.parametrize("name", ["retok_s_b", "retok_s_s"])
-def test_retok_trains_its_discriminator_in_one_group(name: str) -> None:
-    """Recipe: AdamW(parameters) for both, so biases and norms of the PatchGAN decay too."""
+@pytest.mark.parametrize(
+    ("name", "decay"),
+    [
+        ("retok_s_b", 0.0001),
+        ("retok_s_s", 0.0001),
+        ("alitok_stage1", 0.01),
+        ("alitok_stage2", 0.01),
+    ],
+)
+def test_some_discriminators_train_in_one_group(name: str, decay: float) -> None:
+    """Recipe: AdamW(parameters) for both, so biases and norms of the discriminator decay too."""
     block = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]["init_args"]
-    assert "discriminator_optimizer" not in block
-    optimizers = OptimizerSettings(**block["optimizer"]).make(PatchGAN(8, 1))
+    settings = block.get("discriminator_optimizer", block["optimizer"])
+    optimizers = OptimizerSettings(**settings).make(PatchGAN(8, 1))
     decays = {group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups}
-    assert decays == {0.0001}
+    assert decays == {decay}

@@ -168,7 +168,7 @@ def test_a_local_order_goes_near_what_is_known_and_keeps_tokens_apart() -> None:
     random = parse_entities("random:0", layout)
     reference = Entities(random.order, local.sizes)
     (near, touching), (near_random, touching_random) = nearness(local), nearness(reference)
-    assert near < 1.1 < near_random
+    assert near < 1.2 < near_random
     assert touching < 0.15 < 0.3 < touching_random
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessellar.models.alitok import AliTokAR
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
@@ -106,6 +108,7 @@ def token_shuffle(layout: Layout) -> TokenShuffle:
 
 
 GENERATORS: dict[str, Callable[[], Generator]] = {
+    "alitok": lambda: AliTokAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "flextok-ar": lambda: FlexAR(LINE, 32, 2, 4, CLASSES, learned_positions=True),
@@ -114,6 +117,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     ),
     "har-first-2": lambda: HAR(LINE, 32, 2, 4, CLASSES, 2, dropout=0.0, ffn_multiple_of=8),
     "hita": lambda: HitaAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
+    "lpd": lambda: LPD(GRID, 32, 2, 4, CLASSES, 6, condition_dropout=0.5, dropout=0.0),
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "retok": lambda: ReToKGPT(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),

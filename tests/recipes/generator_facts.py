@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from tessellar.cli.recipes import Facts, Recipe
+from tessellar.models.alitok import AliTokAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.rar import RAR
@@ -63,6 +65,7 @@ def llama_facts(generator: Any) -> Facts:
     }
 
 
+@_facts.register(AliTokAR)
 @_facts.register(LlamaGen)
 @_facts.register(HAR)
 @_facts.register(ReToKGPT)
@@ -77,6 +80,17 @@ def _(generator: HitaAR) -> Facts:
         "cross_entropy_patches",
     )  # losses `holistic` and `patches`, summed
     return {**llama_facts(generator), **{f"losses.{name}.weight": 1.0 for name in names}}
+
+
+@_facts.register
+def _(generator: LPD) -> Facts:
+    layers: Any = generator.layers
+    inner = {*(layer.dropout.p for layer in layers), *(layer.attention.dropout for layer in layers)}
+    return {
+        "dropout.attention_projection_and_mlp": the_one(inner, float),
+        "dropout.attention": the_one(layers, lambda layer: layer.attention.weight_dropout),
+        **PLAIN,
+    }
 
 
 @_facts.register

@@ -16,6 +16,7 @@ READS = {
     "var": "var.var_vqvae",
     "har": "restok.restok_l_128",
     "hita": "hita.hita_v",
+    "alitok": "alitok.alitok_256",
 }
 GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.parts]
 
@@ -26,7 +27,9 @@ def test_a_generator_trains_as_its_recipe_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     entry, recipe = ENTRIES[config], recipe_of(config)
-    paper = recipe.model["generator"].split(".")[-2]
+    generator = recipe.model["generator"]
+    path = generator if isinstance(generator, str) else generator["class_path"]
+    paper = path.split(".")[-2]
     module = build(config, f"tessellar.tokenizers.{READS.get(paper, 'llamagen.vq_16')}", tmp_path)
     ours = facts_of(recipe) | generator_facts(module.ema_target, recipe)
     assert disagreements(entry, "generator", ours) == []

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.protocol.configured import build
-from tessellar.tokenizers import hita, kl_vae, llamagen, one_d_piece, restok, retok, titok, var
+from tessellar.tokenizers import (
+    alitok,
+    hita,
+    kl_vae,
+    llamagen,
+    one_d_piece,
+    restok,
+    retok,
+    titok,
+    var,
+)
+from tessellar.tokenizers.alitok.official import to_official as alitok_names
 from tessellar.tokenizers.hita.official import to_official as hita_names
 from tessellar.tokenizers.kl_vae.official import to_official as kl_names
 from tessellar.tokenizers.llamagen.official import to_official as llamagen_names
@@ -72,6 +83,14 @@ STARTS: dict[str, tuple[Callable[[], State], tuple[str, ...]]] = {
     "titok_bl64_vae": (
         lambda: titok_names(titok.titok_bl64_vae_c16()),
         ("titok", "single_stage_kl"),
+    ),
+    "alitok_causal": (
+        lambda: alitok_names(alitok.alitok_256("causal")),
+        ("alitok", "tokenizer_stage1"),
+    ),
+    "alitok_bidirectional": (
+        lambda: alitok_names(alitok.alitok_256()),
+        ("alitok", "tokenizer_stage2"),
     ),
     "one_d_piece_s256": (
         lambda: titok_names(one_d_piece.one_d_piece_s256()),

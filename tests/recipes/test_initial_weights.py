@@ -1,7 +1,8 @@
-"""Initial weights have the mean and the deviation of the official ones, kind by kind, at the published width.
+"""Initial weights have the mean and the deviation of the official ones, kind by kind, at the
+published width.
 
-A recording has one run of the official initialisation: by official name, with indices as `*`. Ours is written under the
-official names by the importers' way back, then compared.
+A recording has one run of the official initialisation: by official name, with indices as `*`. Ours
+is written under the official names by the importers' way back, then compared.
 """
 
 import math
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.cli.recipes import read_recorded
+from tessellar.models.alitok import AliTokAR
+from tessellar.models.alitok.official import to_official as alitok_to_official
 from tessellar.models.har import HAR
 from tessellar.models.har.official import to_official as har_to_official
 from tessellar.models.hita import HitaAR
 from tessellar.models.hita.official import to_official as hita_to_official
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.llamagen.official import to_official as llamagen_to_official
+from tessellar.models.lpd import LPD
+from tessellar.models.lpd.official import to_official as lpd_to_official
 from tessellar.models.mar import MAR
 from tessellar.models.mar.official import to_official as mar_to_official
 from tessellar.models.maskgit import MaskGIT
@@ -77,7 +82,19 @@ def llama(system: str) -> Made:
             return generator, lambda made: GPT_KEYS.to_official(made.state_dict())
 
 
-def make(system: str, part: str) -> Made:
+def alitok(width: int) -> Made:
+    kind = Categorical(4096)
+    layout = Layout((Segment((17,), kind, "prefix"), Segment((16, 16), kind, "patches")))
+    return AliTokAR(layout, width, 2, 16), alitok_to_official
+
+
+def width_of(config: Mapping[str, Any]) -> int:
+    """The width that a run's official options name; 0 where they name none."""
+    names = ("hidden_size", "decoder_embed_dim")
+    return next((config[name] for name in names if name in config), 0)
+
+
+def make(system: str, part: str, width: int) -> Made:
     """Our generator with the sizes of the recorded run, and its way to official names."""
     latents = grid_layout(16, 16, Continuous(16))
     match system, part:
@@ -90,6 +107,11 @@ def make(system: str, part: str) -> Made:
         case "titok_maskgit", _:
             layout = sequence_layout(128, Categorical(4096))
             return MaskGIT(layout, "uvit", 1024, 2, 16, 4096), maskgit_to_official
+        case "lpd", _:
+            grid = grid_layout(16, 16, Categorical(16384))
+            return LPD(grid, width, 2, width // 64), lpd_to_official
+        case "alitok", _:
+            return alitok(width)
         case "mar", _:
             return MAR(latents, 768, 2, 12, head_width=1024, head_depth=2), mar_to_official
         case "tokenbridge", _:
@@ -119,23 +141,39 @@ def make(system: str, part: str) -> Made:
 
 # Official kinds that our weights have under another shape, or not at all.
 SLICED = re.compile(r"(.*?)(\[.*\])$")
-PARTS = [
-    (system, part)
-    for system in (
-        "llamagen",
-        "titok_rar",
-        "titok_maskgit",
-        "mar",
-        "tokenbridge",
-        "xar",
-        "var",
-        "restok",
-        "hita",
-        "retok",
-    )
-    for part in read_recorded(GOLDEN, system)["parts"]
-    if part.startswith("generator")
-]
+SYSTEMS = (
+    "llamagen",
+    "titok_rar",
+    "titok_maskgit",
+    "mar",
+    "tokenbridge",
+    "xar",
+    "var",
+    "restok",
+    "hita",
+    "retok",
+    "alitok",
+    "lpd",
+)
+
+
+def runs(system: str) -> list[tuple[str, str, str]]:
+    """System, part and variant of every recorded run of an initialisation; most parts have one, of
+    no name.
+    """
+    found = []
+    for part, facts in read_recorded(GOLDEN, system)["parts"].items():
+        if not part.startswith("generator"):
+            continue
+        init = facts["init"]
+        if init.get("params", True) is None:  # it goes on from another part
+            continue
+        variants = [""] if "params" in init else sorted(init)
+        found += [(system, part, variant) for variant in variants]
+    return found
+
+
+RUNS = [run for system in SYSTEMS for run in runs(system)]
 
 
 def kinds(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -147,7 +185,9 @@ def kinds(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 
 
 def chosen(tensors: list[Tensor], what: str, width: int) -> Tensor:
-    """The values of a kind; `what` is the recorded slice of it: gates (the first two of six) or the rest."""
+    """The values of a kind; `what` is the recorded slice of it: gates (the first two of six) or the
+    rest.
+    """
     match what:
         case "[:2C]":
             tensors = [tensor[: 2 * width] for tensor in tensors]
@@ -160,11 +200,12 @@ def chosen(tensors: list[Tensor], what: str, width: int) -> Tensor:
     return torch.cat([tensor.flatten().float() for tensor in tensors])
 
 
-@pytest.mark.parametrize(("system", "part"), PARTS)
-def test_initial_weights_are_the_official_ones(system: str, part: str) -> None:
+@pytest.mark.parametrize(("system", "part", "variant"), RUNS)
+def test_initial_weights_are_the_official_ones(system: str, part: str, variant: str) -> None:
     recorded = read_recorded(GOLDEN, system)["parts"][part]["init"]
+    recorded = recorded[variant] if variant else recorded
     torch.manual_seed(0)
-    generator, to_official = make(system, part)
+    generator, to_official = make(system, part, width_of(recorded["config"]))
     ours = kinds(to_official(generator))
     wrong, compared = [], set()
     for kind, facts in recorded["params"].items():

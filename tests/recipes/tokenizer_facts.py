@@ -18,6 +18,7 @@ UNIT_RANGE = (
     "titok",
     "one_d_piece",
     "restok",
+    "alitok",
 )  # systems whose official losses see images in [0, 1]
 
 
@@ -40,7 +41,7 @@ def discriminator_facts(recipe: Recipe, system: str) -> Facts:
         "losses.hinge.weight": weight / 2 if system == "var" else weight,
         "losses.hinge.start": start,
     }
-    facts |= shares(loss, recipe) | _augment(loss)
+    facts |= shares(loss, recipe) | _augment(loss) | {"losses.lecam.weight": 0.0}
     if "lecam" in loss:
         lecam = arguments(loss["lecam"])
         facts |= {
@@ -136,6 +137,7 @@ def _own(tokenizer: Any) -> Facts:
             tokenizer, "vision_weight", getattr(tokenizer, "vision_loss", None)
         ),
         "losses.vision.margin": getattr(tokenizer, "vision_margin", None),
+        "losses.prefix.weight": getattr(tokenizer, "prefix_weight", None),
         "losses.projection.weight": getattr(tokenizer, "semantic_weight", None),
         "losses.feature.weight": getattr(tokenizer, "feature_weight", None),
         "losses.feature.end": getattr(tokenizer, "feature_steps", None),

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tessellar.models.alitok import AliTokAR
+from tessellar.models.alitok import official as alitok
 from tessellar.models.flextok import FlexAR
 from tessellar.models.flextok import official as flextok
 from tessellar.models.har import HAR
@@ -17,6 +19,8 @@ from tessellar.models.hita import HitaAR
 from tessellar.models.hita import official as hita
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.llamagen import official as llamagen
+from tessellar.models.lpd import LPD
+from tessellar.models.lpd import official as lpd
 from tessellar.models.mar import MAR
 from tessellar.models.mar import official as mar
 from tessellar.models.maskgit import MaskGIT
@@ -125,6 +129,23 @@ def flextok_text() -> Pair:
 def rar_of_other_heads() -> Pair:
     made = RAR(SEQUENCE, 24, 3, 2, 44, CLASSES)
     return made, rar.from_official(rar.to_official(shaken(made)), SEQUENCE)
+
+
+def alitok_of_other_segments() -> Pair:
+    """Another grid, no prefix that fits it, and heads of another width."""
+    kind = Categorical(23)
+    layout = Layout((Segment((3,), kind, "prefix"), Segment((2, 4), kind, "patches")))
+    options = {"norm_eps": 1e-2, "rope_base": 50.0, "dropout": 0.0}
+    made = AliTokAR(layout, 40, 3, 5, CLASSES, **options)  # type: ignore[arg-type]
+    return made, alitok.from_official(alitok.to_official(shaken(made)), layout, **options)
+
+
+def lpd_of_other_heads() -> Pair:
+    layout = grid_layout(2, 5, Categorical(23))
+    options = {"steps": 4, "repulsion": 1.0}
+    made = LPD(layout, 40, 3, 5, CLASSES, dropout=0.0, mlp_ratio=3.0, **options)  # type: ignore[arg-type]
+    state = lpd.to_official(shaken(made))
+    return made, lpd.from_official(state, layout, 5, dropout=0.0, **options)  # type: ignore[arg-type]
 
 
 def maskgit_vit() -> Pair:
@@ -259,6 +280,8 @@ def text() -> Condition:
 
 
 OF_CLASSES: list[Callable[[], Pair]] = [
+    alitok_of_other_segments,
+    lpd_of_other_heads,
     llamagen_classes,
     retok_gpt,
     har_of_other_levels,

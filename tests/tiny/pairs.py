@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from tessellar.errors import UserError
+from tessellar.models.alitok import AliTokAR
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
@@ -30,6 +32,7 @@ from tessellar.models.xar import XAR
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tokenizers.alitok import AliTok
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize
 from tessellar.tokenizers.hita import Hita
 from tessellar.tokenizers.kl_vae import KLVAE
@@ -75,6 +78,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "ViT + FSQ": lambda: ViTVQ(FSQ((3, 3, 2)), 16, 4, 16, 1, 1, 2),
     "MaskGIT-VQGAN": lambda: MaskGITVQGAN(VectorQuantizer(16, 32), 16, 32, (1, 1, 1), 1),
     "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
+    "AliTok": lambda: AliTok(_vq(), 16, 4, TINY, TINY),
     "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
     "FlexTok": lambda: FlexTok(
         FSQ((3, 3, 2)), 16, 8, None, 4, TransformerSize(64, 1), TransformerSize(64, 2)
@@ -90,6 +94,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "ReToK's GPT": lambda layout: ReToKGPT(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "AliTok's AR": lambda layout: AliTokAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "FlexTok's AR": lambda layout: FlexAR(layout, 16, 1, 2, CLASSES),
     "Token-Shuffle": lambda layout: TokenShuffle(
         layout, 16, 1, 2, 2, num_classes=CLASSES, ffn_multiple_of=8
@@ -110,6 +115,7 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "Next entity, level": lambda layout: NextEntity(
         layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8
     ),
+    "LPD": lambda layout: LPD(layout, 16, 1, 2, CLASSES, 4),
     "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
     "xAR, cell": lambda layout: _xar(layout, "cell:2"),
     "xAR, token": lambda layout: _xar(layout, "token"),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tokenizers.alitok import AliTok
+from tessellar.tokenizers.alitok import official as alitok
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize, official_vae
 from tessellar.tokenizers.flextok import official as flextok
 from tessellar.tokenizers.flextok.vae import flextok_vae
@@ -26,6 +28,7 @@ from tessellar.tokenizers.llamagen import official as llamagen
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from tessellar.tokenizers.maskgit_vqgan import official as maskgit_vqgan
 from tessellar.tokenizers.one_d_piece import OneDPiece
+from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -216,7 +219,22 @@ def flextok_autoencoder() -> Pair:
     return made, official_vae.vae_from_official(official_vae.to_official(made), 32, 0.9, groups=3)
 
 
+def alitok_causal() -> Pair:
+    made = shaken(AliTok(ClusteringVQ(24, 5), 24, 8, encoder_size=ENCODER, decoder_size=DECODER))
+    made.quantizer.shares.fill_(0.25)  # type: ignore[union-attr]
+    return made, alitok.from_official(alitok.to_official(made), (6, 2))
+
+
+def alitok_bidirectional() -> Pair:
+    sizes: dict[str, Any] = {"encoder_size": DECODER, "decoder_size": ENCODER, "buffer": 5}
+    quantizer = VectorQuantizer(24, 5, l2_normalize=False)
+    made = shaken(AliTok(quantizer, 32, 4, stage="bidirectional", **sizes))
+    return made, alitok.from_official(alitok.to_official(made), (2, 6))
+
+
 CASES: dict[str, Callable[[], Pair]] = {
+    "AliTok, causal": alitok_causal,
+    "AliTok, bidirectional": alitok_bidirectional,
     "TiTok that gives pixels": titok_pixels,
     "TiTok with latents": titok_latents,
     "TiTok of two stages": titok_two_stages,

@@ -17,6 +17,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
     [
         ("titok", "single", {"vit_dec_patch_size": 4}, "not of the config's"),
         ("titok", "single", {"rope": True}, "the official option 'rope' is not known here"),
+        ("alitok", "tok", {"aux_tokens_num": 4}, "not of the config's"),
+        ("alitok", "tok", {"rope": True}, "the official option 'rope' is not known here"),
         (
             "one_d_piece",
             "vq_model",
@@ -55,6 +57,7 @@ def test_options_are_refused_by_name(
 
 CASES = {
     "titok": "tok_single",
+    "alitok": "tok_decode_ids",
     "one_d_piece": "encode",
     "restok": "tok_train",
     "retok": "tok_encode",

@@ -17,6 +17,7 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "var": "var.var_vqvae",
     "har": "restok.restok_l_128",
     "hita": "hita.hita_v",
+    "alitok": "alitok.alitok_256",
 }
 PARAMETERS = {
     "t2i/token_shuffle_2048": 2_789_634_816,
@@ -52,6 +53,14 @@ PARAMETERS = {
     "imagenet256/titok_ll32_vae_c16": 606_879_604,
     "imagenet256/titok_bl64_vae_c16": 389_418_100,
     "imagenet256/titok_bl128_vae_c16": 389_581_940,
+    "imagenet256/alitok_stage1": 390_623_032,
+    "imagenet256/alitok_stage2": 389_899_308,
+    "imagenet256/lpd_l": 337_157_120,
+    "imagenet256/lpd_xl": 751_947_520,
+    "imagenet256/lpd_xxl": 1_412_184_576,
+    "imagenet256/alitok_b": 177_048_064,
+    "imagenet256/alitok_l": 317_851_648,
+    "imagenet256/alitok_xl": 662_141_696,
     "imagenet256/one_d_piece_stage1": 205_256_463,
     "imagenet256/one_d_piece_s256": 83_871_247,
     "imagenet256/one_d_piece_b256": 205_256_463,

@@ -32,33 +32,40 @@ def patch_matrix(t: Tensor) -> Tensor:
 
 
 def patch_convolution(t: Tensor) -> Tensor:
+    """The inverse of `patch_matrix`."""
     return rearrange(t, "d (c p q) -> d c p q", c=3, p=isqrt(t.shape[1] // 3))
 
 
-_TRANSFORMER = {
-    "{side}.class_embedding": "{side}.class_token",
-    "{side}.positional_embedding": "{side}.positions",
-    "{side}.latent_token_positional_embedding": "{side}.token_positions",
+# What AliTok's halves are called too.
+BLOCKS = {
     "{side}.ln_pre.{tensor}": "{side}.norm_in.{tensor}",
     "{side}.ln_post.{tensor}": "{side}.norm_out.{tensor}",
     "{side}.transformer.{i}.ln_1.{tensor}": "{side}.blocks.{i}.attention_norm.{tensor}",
     "{side}.transformer.{i}.ln_2.{tensor}": "{side}.blocks.{i}.mlp_norm.{tensor}",
-    "{side}.transformer.{i}.attn.in_proj_{tensor}": "{side}.blocks.{i}.qkv.{tensor}",
     "{side}.transformer.{i}.attn.out_proj.{tensor}": "{side}.blocks.{i}.proj.{tensor}",
     "{side}.transformer.{i}.mlp.c_fc.{tensor}": "{side}.blocks.{i}.fc1.{tensor}",
     "{side}.transformer.{i}.mlp.c_proj.{tensor}": "{side}.blocks.{i}.fc2.{tensor}",
 }
+_TRANSFORMER = BLOCKS | {
+    "{side}.class_embedding": "{side}.class_token",
+    "{side}.positional_embedding": "{side}.positions",
+    "{side}.latent_token_positional_embedding": "{side}.token_positions",
+    "{side}.transformer.{i}.attn.in_proj_{tensor}": "{side}.blocks.{i}.qkv.{tensor}",
+}
+
+
+def of_both_sides(pairs: Mapping[str, str]) -> dict[str, str]:
+    """Pairs of keys of one half, `{side}`, as those of the encoder and of the decoder."""
+    return {
+        theirs.replace("{side}", side): ours.replace("{side}", side)
+        for side in ("encoder", "decoder")
+        for theirs, ours in pairs.items()
+    }
 
 
 def keys(levels: int = 0) -> KeyTable:
     """The table of a tokenizer whose pixel decoder has that many levels (0: it has none)."""
-    sides = ("encoder", "decoder")
-    pairs = {
-        a.replace("{side}", s): b.replace("{side}", s)
-        for s in sides
-        for a, b in _TRANSFORMER.items()
-    }
-    pairs |= {
+    pairs = of_both_sides(_TRANSFORMER) | {
         "latent_tokens": "encoder.tokens",
         "encoder.patch_embed.bias": "encoder.patch_in.bias",
         "encoder.conv_out.bias": "encoder.to_code.bias",

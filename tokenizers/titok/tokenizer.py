@@ -42,7 +42,7 @@ class ViTSize:
 SIZES = {"small": ViTSize(512, 8, 8), "base": ViTSize(768, 12, 12), "large": ViTSize(1024, 24, 16)}
 
 
-def _learned(*shape: int) -> nn.Parameter:
+def learned(*shape: int) -> nn.Parameter:
     """Normal with standard deviation width^-0.5, not decayed."""
     return tag(nn.Parameter(torch.randn(*shape) * shape[-1] ** -0.5), "no_decay")
 
@@ -54,9 +54,9 @@ class Stack(nn.Module):
 
     def __init__(self, cells: int, num_tokens: int, size: ViTSize, attention: str) -> None:
         super().__init__()
-        self.class_token = _learned(1, size.width)
-        self.positions = _learned(cells + 1, size.width)
-        self.token_positions = _learned(num_tokens, size.width)
+        self.class_token = learned(1, size.width)
+        self.positions = learned(cells + 1, size.width)
+        self.token_positions = learned(num_tokens, size.width)
         self.norm_in = nn.LayerNorm(size.width)
         self.norm_out = nn.LayerNorm(size.width)
         self.blocks = nn.ModuleList(
@@ -96,7 +96,7 @@ class TokenEncoder(Stack):
         self.patch_size = patch_size
         self.mixes = mixes
         self.patch_in = nn.Linear(3 * patch_size**2, size.width)
-        self.tokens = _learned(num_tokens, size.width)
+        self.tokens = learned(num_tokens, size.width)
         self.to_code = nn.Linear(size.width, out_dim)
         tag(self.patch_in.weight, "no_decay")
 
@@ -149,7 +149,7 @@ class TokenDecoder(Stack):
         width = size.width
         self.num_cells = side**2
         self.from_code = nn.Linear(dim, width)
-        self.mask_token = _learned(1, 1, width)
+        self.mask_token = learned(1, 1, width)
         tag(self.from_code.weight, "no_decay")
         if proxies:
             self.head = nn.Sequential(
@@ -350,7 +350,7 @@ def init_weights(titok: TiTok, small: bool) -> None:
     | queries, keys, values              | Xavier uniform over the fused matrix (nn.MultiheadAttention's) |
     | last 3x3 convolution of RGB        | truncated N(0, 0.02)    | the identity            |
     | biases                             | 0                       | 0                       |
-    | tokens and positions (`_learned`)  | N(0, 1 / width)         | N(0, 1 / width)         |
+    | tokens and positions (`learned`)  | N(0, 1 / width)         | N(0, 1 / width)         |
     """
     start_layers(titok, (nn.Linear, nn.Conv2d), small)
     for part in titok.modules():
