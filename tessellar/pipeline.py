@@ -316,11 +316,13 @@ def pick_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {str(name)!r} is not available here ({str(error).splitlines()[0][:100]})"
-        ) from error
+        device = torch.empty(0, device=name).device
+    except Exception as error:  # each backend has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"device {str(name)!r} is not available here ({reason})") from error
+    if device.type == "meta":
+        raise UserError("device 'meta' holds no values: take auto, cpu or cuda")
+    return device
 
 
 def assemble(source: Source) -> Tokenizer | ImageGenerator:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,6 +38,9 @@ SHOWN = 5
 
 
 CHECKSUM = "tessellar.sha256"  # key of a safetensors file's metadata
+
+
+REPEATED = 1 << 26  # bytes that a tensor may have beyond what is stored of it
 
 
 ZIP = b"PK\x03\x04"  # the first bytes of a torch file; older ones are bare pickles
@@ -66,7 +69,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # a type that torch lacks is a KeyError, a large header a MemoryError
         raise UserError(
             f"{path} is truncated or not a safetensors file ({_one_line(error)})"
         ) from error
@@ -85,7 +90,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(str(path), "pt", device="cpu") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise UserError(
             f"{path} is truncated or not a safetensors file ({_one_line(error)})"
         ) from error
@@ -123,6 +128,22 @@ def say_unchecked(path: Path, metadata: Mapping[str, str]) -> None:
         log.info("%s carries no checksum, so damage to it would not be noticed", path)
 
 
+def read_state(path: Path) -> Mapping[str, Any]:
+    """The state dict that a safetensors or a torch file is; one line says where nothing can tell its
+    damage. Raises UserError for other contents.
+    """
+    if path.suffix != ".safetensors":
+        content = read_pickle(path)
+        if not isinstance(content, Mapping):
+            raise UserError(
+                f"{path} holds a {type(content).__name__}, not the weights of a network"
+            )
+        return content
+    tensors, metadata = read_safetensors(path)
+    say_unchecked(path, metadata)
+    return tensors
+
+
 def read_pickle(path: Path) -> Any:
     """Content of a torch file; raises UserError for a missing or damaged one, and for one that
     holds code.
@@ -143,7 +164,31 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
     if not checked:
         log.info("%s carries no checksums, so damage to it would not be noticed", path)
+    _refuse_repeated(content, path)
     return content
+
+
+def _refuse_repeated(content: Any, path: Path) -> None:
+    """Raise UserError for a tensor whose shape repeats a few stored values billions of times, as
+    strides of zero do: whoever copies it takes memory that the file never had.
+    """
+    pending = [content]
+    seen: set[int] = set()  # a pickled list may hold itself
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)):
+            pending += value
+        elif isinstance(value, Tensor) and value.layout is torch.strided:
+            stored = value.untyped_storage().nbytes()
+            if value.numel() * value.element_size() > stored + REPEATED:
+                raise UserError(
+                    f"{path} holds a tensor of shape {tuple(value.shape)}, but only {stored} bytes of it"
+                )
 
 
 def require_intact(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 import tessellar
@@ -117,7 +118,7 @@ def test_an_export_names_no_tokenizer_by_path() -> None:
 
 
 def test_an_export_chooses_no_folder_to_write_texts_to(tmp_path: Path) -> None:
-    own = EncoderConditioner("google/t5", cache=str(tmp_path))
+    own = EncoderConditioner("google/flan-t5-xl", cache=str(tmp_path))
     assert own.features.folder == str(tmp_path)
     assert build(own.config).features.folder == TEXT_CACHE
 
@@ -142,6 +143,7 @@ def test_a_network_that_measures_tells_no_path(
     """The options in the metadata of a file that is given as --extractor."""
     facts = NetworkFacts("n", "resnet10t", 3, (32, 32), options={"checkpoint_path": evil})
     save_file({}, tmp_path / "net.safetensors", metadata=facts.to_metadata())
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     monkeypatch.chdir(tmp_path)
     arguments = [
         "samples",

@@ -12,7 +12,16 @@ from pathlib import Path
 
 PACKAGE = "tessellar"
 ORDER = (
-    ("errors", "distributed", "images", "randomness", "tensor_files", "places", "progress"),
+    (
+        "errors",
+        "distributed",
+        "images",
+        "plain_data",
+        "randomness",
+        "tensor_files",
+        "places",
+        "progress",
+    ),
     ("layers",),
     ("protocol",),
     ("text", "processes", "checkpoints"),

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +107,12 @@ class Checkpoints(Checkpoint):
         measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
         if measured and not self._said and trainer.is_global_zero:
             self._said = True
+            close = get_close_matches(self.metric, measured, n=1)
             log.warning(
-                "the validation did not measure %s but %s: no best.ckpt yet",
+                "the validation did not measure %s but %s: no best.ckpt yet%s",
                 self.metric,
                 ", ".join(measured),
+                f"; did you mean {close[0]!r}?" if close else "",
             )
 
     def is_better(self, new: float) -> bool:

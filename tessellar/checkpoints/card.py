@@ -26,6 +26,9 @@ TAGS = {
 }
 
 
+MAX_METRIC = 1e300  # so that neither infinity nor an integer too large for a float passes
+
+
 def commit() -> str:
     """Commit of the checkout that this file belongs to, 12 digits, `-dirty` where files changed;
     else `unknown`.
@@ -85,11 +88,26 @@ class Record:
 
 
 def record_from(data: Any) -> Record:
-    """The record in a config; unknown entries, written by another version, are ignored."""
-    known = Record.__dataclass_fields__
+    """The record in a config; what another version wrote, or is of another kind, is left out."""
     if not isinstance(data, dict):
         return Record()
-    return Record(**{key: value for key, value in data.items() if key in known})
+    known = {name: data[name] for name in Record.__dataclass_fields__ if name in data}
+    kept = {name: value for name, value in known.items() if isinstance(value, str)}
+    steps = known.get("steps")
+    metrics = known.get("metrics")
+    return Record(
+        **{name: value for name, value in kept.items() if name not in ("steps", "metrics")},
+        steps=steps if isinstance(steps, int) else None,
+        metrics=_numbers(metrics) if isinstance(metrics, dict) else {},
+    )
+
+
+def _numbers(metrics: Mapping[Any, Any]) -> dict[str, float]:
+    return {
+        str(name): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and abs(value) < MAX_METRIC
+    }
 
 
 def card(

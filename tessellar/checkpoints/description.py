@@ -111,6 +111,10 @@ def checkpoint_tensors(
     if not isinstance(state, dict):
         raise UserError(f"{where} holds no weights: training did not write it, or it is damaged")
     averages = {} if raw else averages_in(content)
+    if not isinstance(averages, dict):
+        raise UserError(f"{where}: its averages are a {type(averages).__name__}, not weights")
+    if not all(isinstance(name, str) for name in (*state, *averages)):
+        raise UserError(f"{where}: names of its weights are no texts")
     merged = dict(state)
     for name, tensor in averages.items():
         merged[AVERAGED[kind] + name] = tensor
@@ -134,7 +138,7 @@ def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[s
     return (*modules, "optimizer states") if content.get("optimizer_states") else tuple(modules)
 
 
-def averages_in(content: dict[str, Any]) -> dict[str, Tensor]:
+def averages_in(content: dict[str, Any]) -> Any:
     """What the EMA callback saved, names relative to the module that it averages; empty without
     one.
     """

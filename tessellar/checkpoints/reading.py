@@ -2,11 +2,11 @@
 building its parts.
 
 Strict and safe: every tensor must be there and fit, files are safetensors or opened with
-`weights_only=True`, and classes are built only from this package. A checkpoint gives its averaged
+`weights_only=True`, classes are built only from this package, and no larger than the tensors that
+the file holds for them (`building.py`). A checkpoint gives its averaged
 (EMA) weights unless `raw` is asked for.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from tessellar.checkpoints.building import build_filled
 from tessellar.checkpoints.card import Record, record_from
 from tessellar.checkpoints.data_facts import DataFacts, facts_in
 from tessellar.checkpoints.description import (
@@ -35,6 +34,7 @@ from tessellar.checkpoints.hub import fetch, is_hub_id
 from tessellar.checkpoints.weights import load_strict, part_of, with_current_names
 from tessellar.errors import UserError
 from tessellar.places import in_runs
+from tessellar.plain_data import parse_json, read_yaml
 from tessellar.protocol.condition import ClassConditioner, Conditioner
 from tessellar.protocol.configured import build
 from tessellar.protocol.generator import Generator
@@ -128,19 +128,15 @@ class Source:
         they do not fit.
         """
         expected = TYPES.get(part, nn.Module)
-        try:
-            with _NoInitialisation():
-                module = build(self.description[part], expected, f"{self.where}: the {part}")
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.where}: the {part} cannot be built from its config ({error})"
-            ) from error
-        if not isinstance(module, expected):
-            raise UserError(f"{self.where}: {type(module).__name__} is not a {part}")
-        load_strict(module, self.state(part), f"{self.where} ({part})")
-        return module.eval()
+        where = f"{self.where}: the {part}"
+
+        def make() -> nn.Module:
+            module = build(self.description[part], expected, where)
+            if not isinstance(module, expected):
+                raise UserError(f"{self.where}: {type(module).__name__} is not a {part}")
+            return module
+
+        return build_filled(make, self.state(part), where, f"{self.where} ({part})").eval()
 
 
 def _num_classes(conditioner: Any) -> int | None:
@@ -382,15 +378,12 @@ def read_source(path: str | Path, *, raw: bool = False) -> Source:
 
 def read_export(folder: Path) -> Source:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        inside = [p.parent for p in folder.glob(f"*/{WEIGHTS}")] or sorted(folder.glob("**/*.ckpt"))
+        inside = [p.parent for p in folder.glob(f"*/{WEIGHTS}")]
+        for pattern in ("*.ckpt", "*/*.ckpt"):  # deeper, a whole disk would be searched
+            inside = inside or sorted(folder.glob(pattern))
         hint = f"; did you mean {inside[-1]}?" if inside else ""
         raise UserError(f"{folder} is not an export: it needs {CONFIG} and {WEIGHTS}{hint}")
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{folder / CONFIG} is not YAML ({' '.join(str(error).split())[:120]})"
-        ) from error
+    config = read_yaml(folder / CONFIG)
     tensors, metadata = read_safetensors(folder / WEIGHTS)
     say_unchecked(folder / WEIGHTS, metadata)
     return _source(folder, check_config(config, str(folder / CONFIG)), tensors)
@@ -429,20 +422,7 @@ def read_checkpoint(path: Path, raw: bool) -> Source:
 
 
 def _description(text: Any, path: Path) -> dict[str, Any]:
-    try:
-        return check_config(json.loads(text), str(path))
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its description is not JSON ({error})") from error
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as allocated: `load_strict` fills each of them, and drawing billions of
-    values is slow.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == torch.nn.init.__name__:
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
+    where = f"{path}: its description"
+    if not isinstance(text, str):
+        raise UserError(f"{where} is a {type(text).__name__}, not a JSON text")
+    return check_config(parse_json(text, where), str(path))

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tessellar.errors import UserError, writing
@@ -41,6 +41,7 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
     target = Path(os.path.abspath(target))
     check_target(target, marker, overwrite)
     stage = beside(target, "partial")
+    missing = [folder for folder in target.parents if not folder.exists()]
     with writing(target):
         stage.mkdir(parents=True)
     try:
@@ -49,6 +50,9 @@ def staged_folder(target: Path, marker: str, overwrite: bool = False) -> Iterato
             put_in_place(stage, target, marker, overwrite)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        for folder in missing:  # those that nothing was moved into are empty
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def finish(stage: Path, target: Path, marker: str, overwrite: bool = False) -> None:

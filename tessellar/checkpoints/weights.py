@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
@@ -66,26 +67,84 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy `state` into `module`; raises UserError that lists (shortened) what is missing, unknown
-    or misshapen.
+    """Copy `state` into `module`; raises UserError that lists (shortened) what is missing, unknown,
+    misshapen, of another kind of numbers, or not finite.
     """
+    check_fits(module, state, where)
+    state = with_current_names(module, state)
+    broken = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    if broken:
+        raise UserError(f"{where} holds NaN or infinite weights; {listing('of them', broken)}")
+    module.load_state_dict(state, strict=True)
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError, as `load_strict` does, unless names, shapes and kinds of numbers are those of
+    the module, which may be on the meta device.
+    """
+    if not isinstance(state, Mapping):
+        raise UserError(f"{where} holds a {type(state).__name__}, not weights by their names")
     own = module.state_dict()
     state = with_current_names(module, state)
-    # One message with everything that is wrong: weights of another size differ in many places.
-    misshapen = []
-    for name in own.keys() & state.keys():
-        if own[name].shape != state[name].shape:
-            misshapen.append(f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}")
+    common = sorted(own.keys() & state.keys())
+    foreign = [name for name in common if not _is_plain(state[name])]
+    plain = [name for name in common if name not in set(foreign)]
     problems = [
         listing("missing", own.keys() - state.keys()),
         listing("unknown", state.keys() - own.keys()),
-        listing("of another shape", misshapen),
+        listing("no plain tensors", foreign),
+        listing("of another shape", _misshapen(own, state, plain)),
+        listing("of another kind of numbers", _of_other_kind(own, state, plain)),
     ]
     if any(problems):
         raise UserError(
             f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}"
         )
-    module.load_state_dict(state, strict=True)
+
+
+def _is_plain(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_meta
+    )
+
+
+def _misshapen(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Sequence[str]
+) -> list[str]:
+    return [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in names
+        if own[name].shape != state[name].shape
+    ]
+
+
+def _of_other_kind(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Sequence[str]
+) -> list[str]:
+    """Copying would round, or drop the imaginary part, in silence."""
+    return [
+        f"{name} {_kind(state[name])} for {_kind(own[name])}"
+        for name in names
+        if _kind(state[name]) != _kind(own[name])
+    ]
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "real"
+    if tensor.is_complex():
+        return "complex"
+    return "true or false" if tensor.dtype == torch.bool else "integer"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Types of one byte are looked at as float32: torch has no such test of them."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
 
 
 def fingerprint(module: nn.Module) -> str:

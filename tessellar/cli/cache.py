@@ -18,7 +18,9 @@ from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
 from tessellar.pipeline import assemble
 from tessellar.protocol.packages import trust
+from tessellar.protocol.ranges import check_whole
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.sampling.run import MAX_IMAGES
 
 log = logging.getLogger(__name__)
 PARTS = ("train", "val")
@@ -59,6 +61,7 @@ def cache(
         )
     if not out:
         raise UserError("say where to write: --out FOLDER")
+    check_whole("--batch-size", batch_size, least=1, most=MAX_IMAGES)
     chosen = parts or list(PARTS)
     for part in chosen:  # before hours of encoding, not after
         check_target(Path(out) / part, HEADER, overwrite)

@@ -12,7 +12,14 @@ from typing import Any, Literal
 from tessellar import distributed
 from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.weights import fingerprint
-from tessellar.cli.evaluation_run import CACHE, Measurement, data_of_run, split_of
+from tessellar.cli.evaluation_run import (
+    CACHE,
+    Measurement,
+    check_count,
+    check_out,
+    data_of_run,
+    split_of,
+)
 from tessellar.cli.evaluation_tools import compare, extractor, neighbours, stats
 from tessellar.cli.functions import run_functions
 from tessellar.cli.older_sampling import refuse_older
@@ -34,6 +41,7 @@ from tessellar.protocol.packages import trust
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.run import check_seed
 from tessellar.sampling.settings import Sampling
 
 
@@ -67,10 +75,11 @@ def samples(
         device: auto, cpu, cuda, ...
         cache: folder of computed references
     """
+    check_out(out)
+    source = open_images(samples, size=size)
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, cache, batch_size
     )
-    source = open_images(samples, size=size)
     measurement.report(source, measurement.reference(reference, data, size), metrics, out)
 
 
@@ -128,6 +137,9 @@ def model(
         cache: folder of computed references
     """
     trust(package)
+    check_out(out)
+    check_count("--count", count)
+    check_seed(seed, count or 1)
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, cache, batch_size
     )

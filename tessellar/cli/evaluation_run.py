@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from tessellar import distributed
+from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
@@ -23,6 +23,9 @@ from tessellar.evaluation.references import Reference, load_reference, reference
 from tessellar.evaluation.sources import DatasetImages, ImageSource
 from tessellar.networks.facts import NetworkFacts
 from tessellar.places import in_runs
+from tessellar.plain_data import read_yaml
+from tessellar.protocol.ranges import check_whole
+from tessellar.sampling.run import MAX_IMAGES
 
 CACHE = "runs/.cache"
 SPLITS = ("train", "val")
@@ -40,6 +43,7 @@ class Measurement:
     batch_size: int
 
     def __post_init__(self) -> None:
+        check_whole("--batch_size", self.batch_size, least=1, most=MAX_IMAGES)
         loaded = load_extractor(self.extractor_source, self.network, self.protocol.resize)
         self.extractor: Extractor = loaded.to(pick_device(self.device))
 
@@ -83,6 +87,22 @@ class Measurement:
             print(f"{summary(record)}\nfingerprint {record['fingerprint']}, record: {path}")
 
 
+def check_out(out: str) -> None:
+    """Before the work, not after it: raise UserError where a file cannot be written to `out`."""
+    path = Path(out)
+    if out and path.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file")
+    taken = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+    if taken is not None:
+        raise UserError(f"--out {out}: {taken} is a file, not a folder")
+
+
+def check_count(name: str, count: int | None) -> None:
+    """Raise UserError for a number of images that cannot be."""
+    if count is not None:
+        check_whole(name, count, least=1, most=MAX_IMAGES)
+
+
 def warn(warnings: Sequence[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
@@ -110,11 +130,9 @@ def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) 
 def data_of_run(path: str) -> ImageDataModule | None:
     """The data set in the config of the run that `path` lies in; None outside of runs."""
     for folder in [in_runs(path), *in_runs(path).parents][:3]:
-        config = (
-            yaml.safe_load((folder / "config.yaml").read_text())
-            if (folder / "config.yaml").is_file()
-            else None
-        )
+        if (folder / WEIGHTS).exists() or not (folder / CONFIG).is_file():
+            continue  # the config of an export, which others may have made, names no data
+        config = read_yaml(folder / CONFIG)
         if isinstance(config, dict) and isinstance(config.get("data"), dict):
             parser = ArgumentParser(exit_on_error=False)
             parser.add_subclass_arguments(ImageDataModule, "data")

@@ -4,7 +4,14 @@ import logging
 from pathlib import Path
 
 from tessellar import distributed
-from tessellar.cli.evaluation_run import SPLITS, Measurement, split_of, warn
+from tessellar.cli.evaluation_run import (
+    SPLITS,
+    Measurement,
+    check_count,
+    check_out,
+    split_of,
+    warn,
+)
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
@@ -18,8 +25,9 @@ from tessellar.evaluation.record import compare as comparison
 from tessellar.evaluation.record import differences, read_record
 from tessellar.evaluation.references import reference_from, save_statistics
 from tessellar.evaluation.sources import ImageSource, open_images
-from tessellar.networks.facts import PURPOSE, NetworkFacts, Purpose
+from tessellar.networks.facts import MAX_SIDE, PURPOSE, NetworkFacts, Purpose
 from tessellar.pipeline import ImageGenerator, load
+from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.output import save_png
 
 log = logging.getLogger(__name__)
@@ -57,6 +65,10 @@ def stats(
     """
     if not out:
         raise UserError("say where to write: --out REF.npz")
+    check_out(out)
+    check_count("--count", count)
+    if size is not None:
+        check_whole("--size", size, least=1, most=MAX_SIDE)
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, None, batch_size
     )
@@ -102,6 +114,7 @@ def extractor(
         raise UserError(
             "say what to train on and where to write: --data CLASS ... --out NET.safetensors"
         )
+    check_out(out)
     log.info("data: %s: %s; writes %s", data.name, data.found(), out)
     facts = train_extractor(data, out, architecture, recipe, pick_device(device), purpose)
     print(f"wrote {out}: {facts.name}, validation accuracy {facts.training['val_accuracy']:.4f}")
@@ -133,6 +146,10 @@ def neighbours(
         batch_size: images at once
         device: auto, cpu, cuda, ...
     """
+    check_out(out)
+    check_count("--count", count)
+    check_count("--nearest", nearest)
+    check_count("--batch_size", batch_size)
     source = open_images(samples, size=size)
     train = split_of("train", data)
     net = load_extractor(extractor, network).to(pick_device(device)) if extractor else None

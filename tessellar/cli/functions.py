@@ -48,8 +48,10 @@ def run_functions(
     `command` is the name behind `tessellar` in help. Raises UserError, in one line, for arguments
     that do not fit.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    check_words(given)
     with trusting():  # a command's --package is forgotten at its end
-        return _run(components, list(sys.argv[1:] if argv is None else argv), command)
+        return _run(components, given, command)
 
 
 def _run(
@@ -84,6 +86,17 @@ def _refuse(name: str | None, components: Iterable[str]) -> NoReturn:
     raise UserError(f"{name!r} is not a command; there are {commands}{hint}")
 
 
+def check_words(argv: Sequence[str]) -> None:
+    """Raise UserError for words that no file, message or record can hold."""
+    for word in argv:
+        if "\0" in word:
+            raise UserError(f"{word[:80]!r} holds a zero byte")
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{word[:80]!r} is not UTF-8") from error
+
+
 def _loaded(function: Function | Elsewhere) -> Function:
     return function.load() if isinstance(function, Elsewhere) else function
 
@@ -93,6 +106,15 @@ class FunctionParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError for values that a class does not take."""
+        try:
+            return super().instantiate(*args, **kwargs)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(" ".join(str(error).split())) from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The parser of a class inside the command's: the outer one says where.

@@ -1,13 +1,12 @@
 """Answers sampling settings in the older spelling, on a command line and in the YAML that it names,
-before parsing.
+before parsing; and YAML that no parser should be given.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from tessellar.errors import UserError
+from tessellar.plain_data import Unbounded, read_yaml
 from tessellar.sampling.older import in_one_line, refuse_config, refuse_words, respell
 
 
@@ -16,9 +15,12 @@ def refuse_older(argv: Sequence[str]) -> None:
     refuse_words(argv)
     for path in configs_of(argv):
         try:
-            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            config = read_yaml(Path(path))
+        except Unbounded:
+            raise
+        except (UserError, ValueError):
             continue  # the parser says it better
+        _refuse_zero_bytes(config, path)
         refuse_config(config, path)
         # sample.py's own settings are not nested.
         flat = respell(config) if isinstance(config, dict) else None
@@ -26,6 +28,18 @@ def refuse_older(argv: Sequence[str]) -> None:
             raise UserError(
                 f"{path}: sampling is in the older spelling; it is now {in_one_line(flat)}"
             )
+
+
+def _refuse_zero_bytes(config: object, where: str) -> None:
+    """Raise UserError for a text that no file can be called by."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            _refuse_zero_bytes(value, f"{where}: {key}")
+    elif isinstance(config, list):
+        for value in config:
+            _refuse_zero_bytes(value, where)
+    elif isinstance(config, str) and "\0" in config:
+        raise UserError(f"{where} is {config[:40]!r}, which holds a zero byte")
 
 
 def configs_of(argv: Sequence[str]) -> list[str]:

@@ -16,6 +16,8 @@ from tessellar.parity.own import record_module
 from tessellar.parity.recorder import META, Recorder
 from tessellar.pipeline import assemble
 from tessellar.protocol.packages import is_trusted, trust
+from tessellar.protocol.ranges import check_whole
+from tessellar.sampling.run import check_seed
 
 
 def record(
@@ -45,6 +47,8 @@ def record(
     trust(package)
     if not out:
         raise UserError("say where to write: --out FOLDER")
+    check_whole("--count", count, least=1, most=10_000)
+    check_seed(seed)
     check_target(Path(out), META, overwrite)
     torch.manual_seed(seed)
     made = _made(module, raw)

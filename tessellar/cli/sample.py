@@ -28,11 +28,18 @@ from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import Constant, GuidanceSchedule
 from tessellar.protocol.packages import trust
+from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
-from tessellar.sampling.run import balanced_labels, sample_images, sample_texts
+from tessellar.sampling.run import (
+    MAX_IMAGES,
+    balanced_labels,
+    check_seed,
+    sample_images,
+    sample_texts,
+)
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
 
@@ -96,6 +103,8 @@ def sample(
     named = parse_classes(classes, generator) if texts is None else list(range(len(texts)))
     default = DEFAULT_COUNT if texts is None else len(texts)
     labels = balanced_labels(_total(count, per_class, len(named), default), named)
+    check_seed(seed, len(labels))
+    check_whole("batch size", batch_size, least=1, most=MAX_IMAGES)
     sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
     recorder = Recorder()
     with _stage(Path(out), overwrite) as stage:
@@ -194,8 +203,8 @@ def _total(count: int | None, per_class: int | None, classes: int, default: int)
     if count is not None and per_class is not None:
         raise UserError("give either --count or --per-class, not both")
     total = count if count is not None else default if per_class is None else per_class * classes
-    if total < 1:
-        raise UserError(f"{total} images were asked for; at least 1 is needed")
+    if not 1 <= total <= MAX_IMAGES:
+        raise UserError(f"{total} images were asked for; 1 to {MAX_IMAGES} can be made")
     return total
 
 

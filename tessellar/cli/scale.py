@@ -19,6 +19,8 @@ from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.protocol.packages import trust
+from tessellar.protocol.ranges import check_whole
+from tessellar.sampling.run import MAX_IMAGES
 from tessellar.tokenizers.quantizers.gaussian import measure_scale
 
 
@@ -54,6 +56,8 @@ def scale(
         )
     if not out:
         raise UserError("say where to write: --out FOLDER")
+    check_whole("--count", count, least=1, most=MAX_IMAGES)
+    check_whole("--batch-size", batch_size, least=1, most=MAX_IMAGES)
     check_target(Path(out), WEIGHTS, overwrite)
     model = load_tokenizer(tokenizer, raw=raw).to(pick_device(device))
     before = float(getattr(getattr(model.source, "quantizer", None), "scale", torch.tensor(1.0)))

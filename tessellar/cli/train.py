@@ -42,6 +42,7 @@ from tessellar.checkpoints.hub import is_hub_id
 from tessellar.checkpoints.reading import read_source
 from tessellar.cli.catalogue import config_file
 from tessellar.cli.errors import put_tracebacks_into
+from tessellar.cli.functions import check_words
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.cli.next_steps import next_steps
 from tessellar.cli.older_sampling import refuse_older
@@ -53,6 +54,7 @@ from tessellar.networks.vision import stand_ins
 from tessellar.places import in_runs, put_runs_into, runs_root, runs_stay
 from tessellar.protocol.configured import Configured, check_buildable
 from tessellar.protocol.packages import trust, trusting
+from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.settings import Sampling
 from tessellar.training.base import NonFiniteGradients, TrainingModule
 from tessellar.training.continuing import CONFIG, compare_settings, flat, say_where
@@ -152,6 +154,13 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--sampling", type=Sampling, default=Sampling(), help="how sample grids are drawn"
         )
+
+    def _set_seed(self) -> None:
+        """Lightning takes another seed, in a warning, for one out of range."""
+        seed = self.config.get("seed_everything")
+        if not isinstance(seed, bool) and seed is not None:
+            check_whole("seed_everything", seed, least=0, most=2**32 - 1)
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         config: Any = self.config
@@ -353,6 +362,7 @@ def validate(cli: TrainCLI) -> None:
 def parse(argv: Sequence[str]) -> TrainCLI:
     """The instantiated command line; raises UserError, in one line, for whatever does not fit."""
     torch.set_float32_matmul_precision("high")
+    check_words(argv)
     argv = with_config_files(argv)
     refuse_older(argv)
     try:
@@ -370,7 +380,7 @@ def parse(argv: Sequence[str]) -> TrainCLI:
         )
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, TypeError) as error:
         raise cause_of(error) or UserError(
             explain(str(error), _options(), _given(argv, "--config"), argv)
         ) from error

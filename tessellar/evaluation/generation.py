@@ -19,8 +19,16 @@ from tessellar.evaluation.sources import ImageBatch, ImageSource, counts_of
 from tessellar.images import from_uint8, to_uint8
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.condition import ClassConditioner
+from tessellar.protocol.ranges import check_whole
 from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.sampling.run import balanced_labels, proportional_labels, sample_images
+from tessellar.sampling.run import (
+    MAX_IMAGES,
+    as_uint8,
+    balanced_labels,
+    check_seed,
+    proportional_labels,
+    sample_images,
+)
 from tessellar.sampling.settings import Sampling
 
 
@@ -44,6 +52,8 @@ class GeneratedImages(ImageSource):
         class_names: Sequence[str] = (),
         class_counts: Sequence[int] = (),
     ) -> None:
+        check_whole("count", count, least=1, most=MAX_IMAGES)
+        check_seed(seed, count)
         self.model = model
         self.count = count
         self.sampling = sampling
@@ -107,7 +117,7 @@ class GeneratedImages(ImageSource):
                 tokens = self.model.sample_tokens(
                     self.model.conditioner(batch), self.sampling, seeds
                 )
-            yield ImageBatch(to_uint8(self.model.decode(tokens)).cpu(), index)
+            yield ImageBatch(as_uint8(self.model.decode(tokens)), index)
 
     def fingerprint(self) -> str:
         return digest(weights=fingerprint(self.model), **self.describe())

@@ -1,14 +1,15 @@
 """npz files: one array as a stream of rows in constant memory, small arrays at once, and atomic
 writing. No pickle.
 
-They are zip archives: the CRC of an array is compared when its last byte is read.
+They are zip archives: the CRC of an array is compared when its last byte is read. What a header
+claims is compared with the size of the file's part before memory is taken for it.
 """
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,7 +18,26 @@ import numpy as np
 from tessellar.errors import UserError, writing
 from tessellar.tensor_files import require_file
 
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError)
+MAX_ARRAY = (
+    4 << 30
+)  # bytes of an array that is read at once: features of 10,000 images, a covariance
+MAX_ROW = 1 << 28
+MAX_AXES = 8
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the values."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class Rows(NamedTuple):
@@ -26,26 +46,20 @@ class Rows(NamedTuple):
     stream: IO[bytes]
     shape: tuple[int, ...]
     dtype: np.dtype
+    path: Path
 
     def read(self, count: int) -> np.ndarray:
-        """The next `count` rows."""
-        # A stream is read in bytes: rows times values of a row times bytes of a value.
-        size = count * int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        content = self.stream.read(size)
-        if len(content) < size:
-            raise EOFError("the array ends early")
-        # A copy, since a view of bytes cannot be written to, which torch warns of.
+        """The next `count` rows; raises UserError where the file is damaged."""
+        size = count * prod(self.shape[1:]) * self.dtype.itemsize
+        content = _read(self.stream, size, self.path)
         return np.frombuffer(content, self.dtype).reshape(count, *self.shape[1:]).copy()
 
 
 def names(path: Path) -> set[str]:
     """Names of the arrays in an npz file; raises UserError if it is none."""
     require_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is not an npz file ({error})") from error
+    with _readable(path, "is not an npz file"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 @contextmanager
@@ -55,24 +69,19 @@ def open_rows(path: Path, name: str) -> Iterator[Rows]:
     """
     if name not in names(path):
         raise UserError(
-            f"{path} holds no array {name!r}; it holds {', '.join(sorted(names(path)))}"
+            f"{path} holds no array {name!r}; it holds {', '.join(sorted(names(path)))[:200]}"
         )
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-            # numpy's own loader would read the whole array; only its header is read here.
-            # Version 3 has names in UTF-8, which no plain array has: a KeyError, so a UserError.
-            headers = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }
-            version = np.lib.format.read_magic(stream)
-            shape, fortran, dtype = headers[version](stream)
-            # Objects are pickled, which may run code; rows lie together in C order only.
-            if dtype.hasobject or fortran:
-                raise ValueError(f"{name} is not a plain array in C order")
-            yield Rows(stream, shape, dtype)
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is truncated or not readable ({error})") from error
+    with _readable(path):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        with _readable(path):
+            stream = archive.open(f"{name}.npy")
+            header = _read_header(archive, stream, name)
+            row = prod(header.shape[1:]) * header.dtype.itemsize
+            if header.fortran or row > MAX_ROW:
+                raise ValueError(f"{name} is not an array of rows in C order of at most 256 MB")
+        with stream:
+            yield Rows(stream, header.shape, header.dtype, path)
 
 
 def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
@@ -80,17 +89,56 @@ def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     others are left out.
     """
     present = names(path)
+    found = {
+        ours: next((n for n in theirs if n in present), None) for ours, theirs in wanted.items()
+    }
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        return {ours: _array(archive, name) for ours, name in found.items() if name is not None}
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as stream:
+        header = _read_header(archive, stream, name)
+        if header.size > MAX_ARRAY:
+            raise ValueError(f"{name} has {header.size} bytes, more than {MAX_ARRAY}")
+        content = _read(stream, header.size, Path(str(archive.filename)))
+    values = np.frombuffer(content, header.dtype)
+    return values.reshape(header.shape, order="F" if header.fortran else "C").copy()
+
+
+def _read_header(archive: zipfile.ZipFile, stream: IO[bytes], name: str) -> _Header:
+    """Raises ValueError for an array of objects, and where shape and size of the part differ."""
+    version = np.lib.format.read_magic(stream)
+    if version not in HEADERS:
+        raise ValueError(f"{name} is of version {version} of the format")
+    header = _Header(*HEADERS[version](stream))
+    if header.dtype.hasobject or len(header.shape) > MAX_AXES or min(header.shape, default=0) < 0:
+        raise ValueError(f"{name} is no plain array")
+    there = archive.getinfo(f"{name}.npy").file_size - stream.tell()
+    if header.size != there:
+        raise ValueError(f"{name} has shape {header.shape} of {header.dtype}, but {there} bytes")
+    return header
+
+
+def _read(stream: IO[bytes], size: int, path: Path) -> bytes:
+    """The next bytes, and at the end of the part the comparison of its CRC."""
+    with _readable(path):
+        content = stream.read(size)
+        if len(content) < size:
+            raise EOFError("an array ends early")
+        return content
+
+
+@contextmanager
+def _readable(path: Path, problem: str = "is truncated or not readable") -> Iterator[None]:
+    """Raise UserError for whatever zipfile and numpy raise on damaged files."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {}
-            for ours, theirs in wanted.items():
-                for name in theirs:
-                    if name in present:
-                        found[ours] = archive[name]
-                        break
-            return found
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is truncated or not readable ({error})") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # BadZipFile, zlib.error, RuntimeError of an encrypted one, ...
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} {problem} ({reason})") from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

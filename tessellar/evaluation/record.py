@@ -16,6 +16,7 @@ from typing import Any
 from tessellar.checkpoints.card import commit
 from tessellar.data.dataset import digest
 from tessellar.errors import UserError, writing
+from tessellar.plain_data import read_json
 
 Record = dict[str, Any]
 PACKAGES = ("tessellar", "torch", "timm", "torch-fidelity", "torchmetrics", "numpy")
@@ -65,13 +66,16 @@ def write_record(record: Record, path: str | Path) -> None:
 
 def read_record(path: str | Path) -> Record:
     """Inverse of `write_record`; raises UserError for a file that is no record."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and {"metrics", "comparable", "fingerprint"} <= set(record):
-            return record
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    raise UserError(f"{path} is not a record of an evaluation")
+    record = read_json(Path(path))
+    if not isinstance(record, dict) or not {"metrics", "comparable", "fingerprint"} <= set(record):
+        raise UserError(f"{path} is not a record of an evaluation")
+    metrics = record["metrics"]
+    numbers = isinstance(metrics, dict) and all(
+        isinstance(value, (int, float)) for value in metrics.values()
+    )
+    if not numbers or not isinstance(record["comparable"], dict):
+        raise UserError(f"{path} is not a record of an evaluation: its metrics are no numbers")
+    return record
 
 
 def differences(a: Record, b: Record) -> list[str]:

@@ -25,8 +25,10 @@ from tessellar.evaluation.collect import Collected, Needs, collect
 from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.sources import ArrayImages, ImageSource, open_images
 from tessellar.measures.pixels import array_hash
-from tessellar.measures.statistics import Moments
+from tessellar.measures.statistics import Moments, check_covariance
 from tessellar.places import cache_folder
+from tessellar.plain_data import parse_json
+from tessellar.protocol.ranges import check_whole
 
 KEPT_FEATURES = 10_000
 """Images of a reference whose features are kept for KID, precision and recall; the ADM reference batch has as many."""
@@ -179,27 +181,121 @@ def load_statistics(path: str | Path) -> Reference:
         raise UserError(
             f"{path} holds no statistics (mu and sigma); it holds {', '.join(sorted(npz.names(path)))}"
         )
-    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+    meta = _meta(arrays, path)
+    mean, cov = (_real(arrays[name], name, path) for name in ("mu", "sigma"))
+    moments = _moments(mean, cov, meta.count, path)
+    spatial = None
+    if {"mu_s", "sigma_s"} <= set(arrays):
+        parts = [_real(arrays[name], name, path) for name in ("mu_s", "sigma_s")]
+        spatial = _moments(*parts, meta.count, path)
+    features = None
+    if "features" in arrays and "meta" in arrays:
+        features = _features(arrays["features"], moments.dim, path)
     return Reference(
-        name=meta.get("name", path.stem),
-        hash=meta.get("hash", array_hash([arrays["mu"], arrays["sigma"]])),
-        moments=_moments(arrays, "", meta.get("count")),
-        spatial=_moments(arrays, "_s", meta.get("count"))
-        if {"mu_s", "sigma_s"} <= set(arrays)
-        else None,
-        features=torch.from_numpy(arrays["features"])
-        if "features" in arrays and "meta" in arrays
-        else None,
-        split=meta.get("split"),
-        extractor=meta.get("extractor", {}),
-        warnings=tuple(meta.get("warnings", ())),
-        class_names=tuple(meta.get("class_names", ())),
-        class_counts=tuple(meta.get("class_counts", ())),
+        name=meta.name,
+        hash=meta.hash or array_hash([arrays["mu"], arrays["sigma"]]),
+        moments=moments,
+        spatial=spatial,
+        features=features,
+        split=meta.split,
+        extractor=meta.extractor,
+        warnings=meta.warnings,
+        class_names=meta.class_names,
+        class_counts=meta.class_counts,
     )
 
 
-def _moments(arrays: dict[str, np.ndarray], suffix: str, count: int | None) -> Moments:
-    mean, cov = (
-        torch.from_numpy(arrays[name + suffix].astype(np.float64)) for name in ("mu", "sigma")
+@dataclass(frozen=True)
+class _Meta:
+    """What a statistics file of ours says of itself."""
+
+    name: str
+    hash: str = ""
+    count: int | None = None
+    split: str | None = None
+    extractor: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+
+
+def _meta(arrays: dict[str, np.ndarray], path: Path) -> _Meta:
+    """Raises UserError, naming the entry, for one of another kind than ours."""
+    if "meta" not in arrays:
+        return _Meta(path.stem)
+    where = f"{path}: meta"
+    if arrays["meta"].ndim or arrays["meta"].dtype.kind not in "US":
+        raise UserError(f"{where} is not a JSON text")
+    said = parse_json(
+        arrays["meta"].tobytes() if arrays["meta"].dtype.kind == "S" else str(arrays["meta"]), where
     )
-    return Moments(mean, cov, count)
+    if not isinstance(said, dict):
+        raise UserError(f"{where} is a {type(said).__name__}, not a mapping")
+    said = {"name": path.stem, **said}
+    for key in ("name", "hash", "split"):
+        if not isinstance(said.get(key), str) and said.get(key) is not None:
+            raise UserError(f"{where}: {key} is {said[key]!r:.80}; it must be a text")
+    if said.get("count") is not None:
+        check_whole(f"{where}: count", said["count"], least=2, most=2**62)
+    if not isinstance(said.get("extractor", {}), dict):
+        raise UserError(f"{where}: extractor is {said['extractor']!r:.80}; it must be a mapping")
+    texts = {
+        key: _texts(said.get(key, []), f"{where}: {key}") for key in ("warnings", "class_names")
+    }
+    counts = said.get("class_counts", [])
+    if not isinstance(counts, list):
+        raise UserError(f"{where}: class_counts is {counts!r:.80}; it must be a list of numbers")
+    for number in counts:
+        check_whole(f"{where}: class_counts", number, least=0, most=2**62)
+    return _Meta(
+        name=said["name"] or path.stem,
+        hash=said.get("hash") or "",
+        count=said.get("count"),
+        split=said.get("split"),
+        extractor=said.get("extractor", {}),
+        warnings=texts["warnings"],
+        class_names=texts["class_names"],
+        class_counts=tuple(counts),
+    )
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{where} is {value!r:.80}; it must be a list of texts")
+    return tuple(value)
+
+
+def _real(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """An array of real numbers; raises UserError for complex ones, text and the like."""
+    if array.dtype.kind not in "fiu":
+        kind = "complex numbers" if array.dtype.kind == "c" else f"{array.dtype}"
+        raise UserError(f"{path}: {name} holds {kind}; statistics are real numbers")
+    return array
+
+
+def _moments(mean: np.ndarray, cov: np.ndarray, count: int | None, path: Path) -> Moments:
+    """Raises UserError for what is no mean and covariance of features."""
+    if not mean.size:
+        raise UserError(f"{path}: statistics have mean {mean.shape}, of no features")
+    try:
+        moments = Moments(
+            torch.from_numpy(mean.astype(np.float64)),
+            torch.from_numpy(cov.astype(np.float64)),
+            count,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    precision = np.finfo(cov.dtype).eps if cov.dtype.kind == "f" else np.finfo(np.float64).eps
+    check_covariance(moments, float(precision), str(path))
+    return moments
+
+
+def _features(array: np.ndarray, dim: int, path: Path) -> Tensor:
+    features = torch.from_numpy(_real(array, "features", path).astype(np.float32))
+    if features.ndim != 2 or features.shape[1] != dim or not len(features):
+        raise UserError(
+            f"{path}: features have shape {tuple(features.shape)}; needed are rows of {dim}"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise UserError(f"{path}: features hold values that are not finite")
+    return features

@@ -5,7 +5,6 @@ A source yields this rank's share in batches of uint8 images with their place in
 ranks every image comes exactly once. Its fingerprint is quick to compute and serves as a cache key.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation import npz
 from tessellar.evaluation.subset import subset
 from tessellar.images import to_uint8
+from tessellar.plain_data import read_json
 from tessellar.sampling.older import in_one_line, respell
 
 LOSSY = (".jpg", ".jpeg", ".webp", ".avif")
@@ -241,12 +241,17 @@ def older_spelling(folder: Path) -> tuple[str, ...]:
 
 def _respelled(record: dict[str, Any]) -> dict[str, Any] | None:
     sampling = record.get("sampling")
-    return respell(sampling) if isinstance(sampling, dict) else None
+    try:
+        return respell(sampling) if isinstance(sampling, dict) else None
+    except (AttributeError, KeyError, TypeError, ValueError):  # no settings of any version
+        return None
 
 
 def names_of_record(folder: Path) -> tuple[str, ...]:
     """Names of the model's classes, as the record of `sample.py` says; empty where it does not."""
-    names = _record(folder).get("class_names") or ()
+    names = _record(folder).get("class_names") or []
+    if not isinstance(names, list):
+        raise UserError(f"{folder / 'samples.json'}: class_names is no list of names")
     return tuple(map(str, names))
 
 
@@ -254,10 +259,7 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / "samples.json"
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    record = read_json(path)
     if not isinstance(record, dict):
         raise UserError(f"{path} cannot be read: it holds no record of sample.py")
     return record
@@ -308,10 +310,10 @@ class ArrayImages(ImageSource):
                 raise UserError(
                     f"arr_0 of {self.path} is {rows.dtype} {rows.shape}; needed is uint8 [N, H, W, 3]"
                 )
+            if not self.count or 0 in rows.shape:
+                raise UserError(f"arr_0 of {self.path} is {rows.shape}: it holds no images")
         labels = npz.read_arrays(self.path, {"labels": ("arr_1", "labels")}).get("labels")
-        self.labels = (
-            None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
-        )
+        self.labels = None if labels is None else _labels(labels, self.path)
         if self.labels is not None and len(self.labels) != self.count:
             raise UserError(f"{self.path} holds {self.count} images but {len(self.labels)} labels")
         self.label_plan = label_plan_of(self.labels)
@@ -340,6 +342,13 @@ class ArrayImages(ImageSource):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **made_by(self.path.parent)}
+
+
+def _labels(array: np.ndarray, path: Path) -> Tensor:
+    """Labels int64 [N]; raises UserError for anything but whole numbers of at least 0."""
+    if array.dtype.kind not in "iu" or (array.size and not 0 <= array.min() <= array.max() < 2**31):
+        raise UserError(f"the labels (arr_1) of {path} are no whole numbers of at least 0")
+    return torch.from_numpy(array.astype(np.int64)).flatten()
 
 
 def open_images(path: str | Path, as_samples: bool = True, size: int | None = None) -> ImageSource:

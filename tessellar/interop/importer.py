@@ -20,6 +20,7 @@ from tessellar.interop.files import entry_of, sets_of_weights, state_dicts, unwr
 from tessellar.interop.keys import KeyTable, match_key, matches
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
+from tessellar.protocol.ranges import check_whole
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tensor_files import Weights
 
@@ -42,6 +43,12 @@ class ImportOptions:
     num_heads: int | None = None
     variant: str | None = None
     file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            check_whole("--image-size", self.image_size, least=1, most=8192)
+        if self.num_heads is not None:
+            check_whole("--num-heads", self.num_heads, least=1, most=1024)
 
     @property
     def heads(self) -> tuple[int, int] | None:

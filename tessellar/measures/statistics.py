@@ -8,6 +8,7 @@ as numpy.cov and all FID scripts do.
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from tessellar.distributed import all_reduce_sum
 from tessellar.errors import UserError
 
+FLOAT32 = torch.finfo(torch.float32).eps
 BLOCK = 256  # rows gathered before they are multiplied
 COLUMNS = 256
 
@@ -30,10 +32,11 @@ class Moments:
     count: int | None = None
 
     def __post_init__(self) -> None:
-        dim = self.mean.shape[0]
+        dim = self.mean.numel()
         if self.mean.ndim != 1 or self.cov.shape != (dim, dim):
             raise UserError(
-                f"statistics have mean {tuple(self.mean.shape)} and covariance {tuple(self.cov.shape)}"
+                f"statistics have mean {tuple(self.mean.shape)} and covariance {tuple(self.cov.shape)}; "
+                "needed are [D] and [D, D]"
             )
         if not bool(torch.isfinite(self.mean).all() and torch.isfinite(self.cov).all()):
             raise UserError("the statistics hold values that are not finite; compute them again")
@@ -68,6 +71,26 @@ class Moments:
         lower, failed = torch.linalg.cholesky_ex((self.cov + self.cov.T) / 2)
         pivots = lower.diagonal().square()
         return None if failed or bool(pivots.min() <= rank_tolerance(pivots)) else lower
+
+
+def check_covariance(moments: Moments, precision: float, where: str) -> None:
+    """Raise UserError, naming `where`, for a matrix that is no covariance: not symmetric, or with
+    negative eigenvalues, by more than the rounding of numbers that were kept with `precision`.
+    """
+    precision = max(precision, FLOAT32)  # whatever a file keeps, many compute in float32
+    cov = moments.cov
+    largest = float(cov.abs().max())
+    if not isfinite(float(moments.mean.square().sum()) + largest**2):
+        raise UserError(f"{where}: the statistics are too large to be those of features")
+    if float((cov - cov.T).abs().max()) > largest * precision**0.5:
+        raise UserError(f"{where}: sigma is not symmetric, so it is no covariance")
+    if float(cov.diagonal().min()) < 0:
+        raise UserError(f"{where}: sigma has a negative variance, so it is no covariance")
+    # Shifted by the largest error that rounding can have brought in, a covariance is positive definite.
+    rounding = moments.dim * largest * precision
+    shifted = (cov + cov.T) / 2 + rounding * torch.eye(moments.dim, dtype=cov.dtype)
+    if largest > 0 and int(torch.linalg.cholesky_ex(shifted).info):
+        raise UserError(f"{where}: sigma has negative eigenvalues, so it is no covariance")
 
 
 def rank_tolerance(values: Tensor) -> Tensor:

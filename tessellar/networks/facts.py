@@ -6,9 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tessellar.errors import UserError
+from tessellar.plain_data import parse_json
+from tessellar.protocol.ranges import check_name, check_number, check_whole
 from tessellar.tensor_files import read_metadata
 
 # Class names of the sets that the published networks were trained on (tests compare them with the
@@ -39,6 +41,10 @@ SHAPES = (
 )
 
 Purpose = Literal["evaluator", "teacher"]
+Resize = Literal["none", "clean-bicubic", "tf1-bilinear"]
+MAX_SIDE = 4096
+MAX_CLASSES = 1_000_000
+MAX_TEXT = 500
 
 
 PURPOSE: Purpose = "evaluator"
@@ -61,7 +67,7 @@ class NetworkFacts:
     arch: str
     num_classes: int
     image_size: tuple[int, int]
-    resize: Literal["none", "clean-bicubic", "tf1-bilinear"] = "none"
+    resize: Resize = "none"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
@@ -83,17 +89,45 @@ class NetworkFacts:
                 f"{path} does not say what network it holds; describe it: --network.name NAME --network.arch ARCH "
                 "--network.num_classes N --network.image_size '[H,W]'"
             )
+        where = f"the metadata of {path}"
+        content = parse_json(metadata[KEY], where)
+        if not isinstance(content, dict):
+            raise UserError(f"{where} is a {type(content).__name__}, not a mapping")
+        known: dict[str, Any] = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        tuples: dict[str, Any] = {
+            key: tuple(value) for key, value in known.items() if isinstance(value, list)
+        }
         try:
-            content = json.loads(metadata[KEY])
-            known: dict[str, Any] = {
-                f.name: content[f.name] for f in fields(cls) if f.name in content
-            }
-            tuples: dict[str, Any] = {
-                key: tuple(value) for key, value in known.items() if isinstance(value, list)
-            }
-            return cls(**(known | tuples))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"the metadata of {path} cannot be read: {error}") from error
+            facts = cls(**(known | tuples))
+        except TypeError as error:
+            raise UserError(f"{where} cannot be read: {error}") from error
+        facts.check(where)
+        return facts
+
+    def check(self, where: str) -> None:
+        """Raise UserError, naming the entry, for what describes no network; `where` is the file."""
+        texts = (self.name, self.arch, self.resize, self.purpose, *self._sequence("class_names"))
+        if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
+            raise UserError(f"{where}: name, arch, resize, purpose and class_names must be texts")
+        check_name(f"{where}: resize", self.resize, get_args(Resize))
+        check_name(f"{where}: purpose", self.purpose, get_args(Purpose))
+        check_whole(f"{where}: num_classes", self.num_classes, least=0, most=MAX_CLASSES)
+        sizes = {"image_size": 2, "mean": 3, "std": 3}
+        for name, count in sizes.items():
+            if len(self._sequence(name)) != count:
+                raise UserError(
+                    f"{where}: {name} is {getattr(self, name)!r:.80}; it has {count} numbers"
+                )
+        for side in self.image_size:
+            check_whole(f"{where}: image_size", side, least=1, most=MAX_SIDE)
+        for value in self.mean:
+            check_number(f"{where}: mean", value)
+        for value in self.std:
+            check_number(f"{where}: std", value, above=0)
+
+    def _sequence(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 PUBLISHED = {

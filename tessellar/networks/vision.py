@@ -9,6 +9,7 @@ teacher` trained here, whose file says what it is. Two ways to use one: as a par
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.checkpoints.building import bounded
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.files import unwrap
@@ -92,7 +94,8 @@ class VisionModel(Configured, ExactTables):
         self.label = label or (facts.name if facts else self.name)
         self.options = {**(facts.options if facts else {}), **options}
         check_network(self.name, self.options)
-        self.network = create(self.name, image_size, self.options, downloads)
+        with bounded(file.state, str(weights)) if file else nullcontext():
+            self.network = create(self.name, image_size, self.options, downloads)
         given = (image_size, image_size) if image_size else facts and facts.image_size
         self.input_size = given or input_size_of(self.network)
         self.preprocessing = completed(preprocessing, facts, self.network)
@@ -347,6 +350,8 @@ def create(name: str, image_size: int | None, options: Options, download: bool) 
             # A run with a teacher draws the same numbers as one without.
             with torch.random.fork_rng(devices=[]):
                 return create_network(name, arguments, num_classes=0, download=download)
+        except UserError:
+            raise
         except TypeError as error:
             reason: Exception = error
         except Exception as error:  # timm and its hub client raise many kinds, also for a network that is not reached

@@ -6,7 +6,6 @@ weight file holds which part. What a replay never reads, and what nothing compar
 afterwards.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.plain_data import parse_json
 from tessellar.tensor_files import read_safetensors
 
 
@@ -178,13 +178,11 @@ def read_recording(folder: str | Path) -> Recording:
 
 def read_meta(path: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(
             f"{path.parent} is not a folder of recorded outputs: it has no readable meta.json"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
     keys = ["system", "config", "tensors"]
     missing = [key for key in keys if key not in meta] if isinstance(meta, dict) else keys
     if missing:

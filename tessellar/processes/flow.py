@@ -85,6 +85,9 @@ class Times:
 LAST_TIME = 0.04  # where the noise of the SDE ends; one step without noise goes on to 0
 
 
+MOST_STEPS = 100_000  # network evaluations of an entity
+
+
 @dataclass(frozen=True)
 class Flow(ABC):
     """How an entity of a flow is drawn, from noise (t = 1) to data (t = 0): a solver with its
@@ -101,9 +104,9 @@ class Flow(ABC):
     least: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_whole("flow steps", self.steps, self.least)
+        check_whole("flow steps", self.steps, self.least, MOST_STEPS)
         if self.last_steps is not None:
-            check_whole("flow last_steps", self.last_steps, self.least)
+            check_whole("flow last_steps", self.last_steps, self.least, MOST_STEPS)
 
     @abstractmethod
     def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:

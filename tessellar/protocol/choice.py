@@ -16,6 +16,9 @@ from tessellar.errors import UserError
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_number, check_whole
 
+COLDEST = 1e-4  # below it, logits divided by it leave the range of float32
+HOTTEST = 1e6
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -29,7 +32,11 @@ class Choice:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, least=0)
+        check_number("temperature", self.temperature, least=0, most=HOTTEST)
+        if 0 < self.temperature < COLDEST:
+            raise UserError(
+                f"temperature is {self.temperature}; it must be 0, which is greedy, or at least {COLDEST}"
+            )
         check_whole("top_k", self.top_k, least=0)
         check_number("top_p", self.top_p, above=0, most=1)
         check_number("min_p", self.min_p, least=0)

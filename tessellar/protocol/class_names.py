@@ -16,6 +16,9 @@ ALL = "all"
 Classes = str | int | Sequence[str | int]
 
 
+LONGEST = 40  # characters of a number or a range
+
+
 def class_ids(classes: Classes, num_classes: int, names: Sequence[str] = ()) -> list[int]:
     """Ids of classes: an id, a name, a list of both, or a text of names, ids and ranges with commas,
     or `all`.
@@ -55,7 +58,7 @@ def _of_text(text: str, num_classes: int, names: Sequence[str]) -> list[int]:
         ends = range(len(parts), start, -1)
         end = next((e for e in ends if _find(",".join(parts[start:e]), names) is not None), None)
         if end is None:
-            found += _of_part(parts[start], names)
+            found += _of_part(parts[start], names, num_classes)
             start += 1
         else:
             found.append(_of_name(",".join(parts[start:end]), names))
@@ -63,16 +66,18 @@ def _of_text(text: str, num_classes: int, names: Sequence[str]) -> list[int]:
     return found
 
 
-def _of_part(part: str, names: Sequence[str]) -> list[int]:
+def _of_part(part: str, names: Sequence[str], num_classes: int) -> list[int]:
     """Ids of a range, a number, or (which raises) of an unknown name."""
     bounds = RANGE.fullmatch(part)
-    if bounds is None:
+    if bounds is None or len(part) > LONGEST:
         return [_of_name(part, names)]
     first = int(bounds[1])
     last = int(bounds[2])
     if first > last:
         raise UserError(f"the range {part.strip()} of classes ends before it begins")
     if not numbers_are_names(names):
+        if last >= num_classes:  # before the range is written out
+            raise UserError(f"class id {last} does not exist; classes are 0 to {num_classes - 1}")
         return list(range(first, last + 1))
     inside = [label for label, name in enumerate(names) if first <= int(name) <= last]
     return inside or [_of_name(part, names)]
@@ -84,7 +89,7 @@ def _of_name(text: str, names: Sequence[str]) -> int:
     if label is not None:
         return label
     name = text.strip()
-    if name.isdecimal() and not numbers_are_names(names):
+    if name.isdecimal() and len(name) <= LONGEST and not numbers_are_names(names):
         return int(name)
     if not names:
         raise UserError(

@@ -18,12 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from math import isinf
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from tessellar.errors import UserError
+from tessellar.plain_data import check_plain
 from tessellar.protocol.moved import current_arguments, current_path
 from tessellar.protocol.packages import is_trusted
+
+MAX_NUMBER = 1 << 32  # seeds are the largest numbers of a config
 
 
 class Configured:
@@ -48,6 +52,10 @@ class Configured:
         return {"class_path": class_path(made_as), "init_args": self.__dict__.get("_config", {})}
 
 
+class NotBuildable(UserError):
+    """A constructor failed on the arguments that a config gives it."""
+
+
 class LossOnly:
     """Mixin of what only a training loss reads (a teacher); configs hold None in its place: exports
     do without it.
@@ -63,9 +71,26 @@ def remembering(init: Any) -> Any:
             arguments = dict(list(bound.arguments.items())[1:])
             self.__dict__["_config"] = {name: describe(value) for name, value in arguments.items()}
             self.__dict__["_class"] = type(self)
-        init(self, *args, **kwargs)
+        try:
+            init(self, *args, **kwargs)
+        except (ArithmeticError, IndexError, MemoryError, RuntimeError) as error:
+            # Sizes that do not go together, met somewhere deep inside.
+            raise UserError(
+                f"{type(self).__name__} cannot be made with {_numbers(self.__dict__['_config'])} "
+                f"({' '.join(str(error).split())[:160] or type(error).__name__})"
+            ) from error
 
     return wrapped
+
+
+def _numbers(config: dict[str, Any]) -> str:
+    """`width=16, num_heads=0`: arguments that are whole numbers, for messages."""
+    found = [
+        f"{name}={value}"
+        for name, value in config.items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    ]
+    return ", ".join(found)[:300] or "these arguments"
 
 
 def class_path(cls: type) -> str:
@@ -118,8 +143,34 @@ def build(config: Any, expected: Any = object, where: str = "this config") -> An
     class path of a package that is neither this one nor a trusted one, an unknown class, a class or
     arguments that are not taken, and for what would open a file or a connection (`refuse_outside`).
     """
-    with reading_a_file():
-        return _build(config, expected, where)
+    check_plain(config, where)
+    _check_values(config, where)
+    try:
+        with reading_a_file():
+            return _build(config, expected, where)
+    except UserError:
+        raise
+    except Exception as error:  # constructors were not written for whatever a file may say
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise NotBuildable(f"{where} cannot be built from its config ({reason})") from error
+
+
+def _check_values(config: Any, where: str) -> None:
+    """Raise UserError for numbers that no architecture has, NaN and whole ones whose mere range is
+    too long to walk, and for texts that no file can be called by.
+    """
+    if isinstance(config, dict):
+        for name, value in config.items():
+            _check_values(value, name if name not in ("class_path", "init_args") else where)
+    elif isinstance(config, (list, tuple)):
+        for value in config:
+            _check_values(value, where)
+    elif isinstance(config, (int, float)) and not abs(config) <= MAX_NUMBER:
+        infinite = isinstance(config, float) and isinf(config)
+        if not infinite:  # which stands for "no bound"
+            raise UserError(f"{where} is {str(config)[:40]}; numbers lie within {MAX_NUMBER}")
+    elif isinstance(config, str) and "\0" in config:
+        raise UserError(f"{where} is {config[:40]!r}, which holds a zero byte")
 
 
 def _build(config: Any, expected: Any, where: str) -> Any:

@@ -31,6 +31,9 @@ def _progress(entity: Tensor, entities: Entities, reach_end: bool = True) -> Ten
     return entity.clamp(max=entities.count - 1) / (entities.count - 1)
 
 
+LARGEST = 1e6  # beyond it, weighted logits and velocities leave the range of float32
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance; without a schedule there are no null rows at all."""
@@ -67,7 +70,7 @@ class GuidanceSchedule(ABC):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("guidance scale", self.scale)
+        check_number("guidance scale", self.scale, least=-LARGEST, most=LARGEST)
 
     @abstractmethod
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
@@ -102,7 +105,7 @@ class Linear(GuidanceSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("guidance start", self.start)
+        check_number("guidance start", self.start, least=-LARGEST, most=LARGEST)
 
     @property
     def is_one(self) -> bool:
@@ -132,7 +135,7 @@ class PowerCosine(GuidanceSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("guidance power", self.power, least=0)
+        check_number("guidance power", self.power, least=0, most=LARGEST)
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
         progress = _progress(entity, entities, self.reach_end) ** self.power
@@ -170,7 +173,7 @@ class Step(GuidanceSchedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("guidance first", self.first, least=0)
-        check_number("guidance before", self.before)
+        check_number("guidance before", self.before, least=-LARGEST, most=LARGEST)
 
     @property
     def is_one(self) -> bool:
@@ -194,7 +197,7 @@ class LateStep(GuidanceSchedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("guidance start", self.start, least=0, most=1)
-        check_number("guidance between", self.between)
+        check_number("guidance between", self.between, least=-LARGEST, most=LARGEST)
 
     @property
     def is_one(self) -> bool:
@@ -218,7 +221,7 @@ class LateLinear(GuidanceSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("guidance start", self.start)
+        check_number("guidance start", self.start, least=-LARGEST, most=LARGEST)
 
     @property
     def is_one(self) -> bool:

@@ -12,6 +12,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tessellar.errors import UserError
+
+MAX_POSITIONS = 1 << 20  # a megapixel of tokens: tables over positions stay small
+
 
 @dataclass(frozen=True)
 class Categorical:
@@ -57,6 +61,10 @@ class Segment:
             raise ValueError(
                 f"segment {self.name!r} has shape {self.shape}; every side must be at least 1"
             )
+        if self.length > MAX_POSITIONS:
+            raise UserError(
+                f"segment {self.name!r} has {self.length} positions; there may be {MAX_POSITIONS}"
+            )
 
     @property
     def length(self) -> int:
@@ -77,6 +85,8 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.segments:
             raise ValueError("a layout needs at least one segment")
+        if self.length > MAX_POSITIONS:
+            raise UserError(f"a layout has {self.length} positions; there may be {MAX_POSITIONS}")
         if len({self._trailing(s.kind) for s in self.segments}) > 1:
             raise ValueError(
                 "all segments of a layout must hold the same number of values a position"

@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
 from tessellar.protocol.condition import Condition, Conditioner
+from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
 
 PRECISIONS = ("float32", "bf16")
+MAX_IMAGES = 10_000_000
+SEEDS = 1 << 63  # above it no generator of random numbers takes them
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raise UserError unless `count` images can have seeds from `seed` on."""
+    check_whole("seed", seed, least=0, most=SEEDS - count)
 
 
 class ImageModel(Protocol):
@@ -153,8 +161,7 @@ class Drawing:
     recorder: Recorder | None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch size is {self.batch_size}; it must be at least 1")
+        check_whole("batch size", self.batch_size, least=1, most=MAX_IMAGES)
         if self.precision not in PRECISIONS:
             there = ", ".join(PRECISIONS)
             raise UserError(f"precision {self.precision!r} does not exist; there are {there}")
@@ -166,6 +173,15 @@ class Drawing:
         indices: Sequence[int],
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Batches (indices, uint8 images) of `indices`, whose conditions are made batch by batch."""
+        check_seed(self.seed, max(indices, default=0) + 1)
+        return self._batches(model, condition_of, indices)
+
+    def _batches(
+        self,
+        model: ImageModel,
+        condition_of: Callable[[list[int]], Condition],
+        indices: Sequence[int],
+    ) -> Iterator[tuple[list[int], Tensor]]:
         for start in range(0, len(indices), self.batch_size):
             chosen = list(indices[start : start + self.batch_size])
             condition = condition_of(chosen)
@@ -177,4 +193,14 @@ class Drawing:
                 rounding = torch.autocast(device, torch.bfloat16)
             with rounding:
                 tokens = model.sample_tokens(condition, self.sampling, seeds, self.recorder)
-            yield chosen, to_uint8(model.decode(tokens)).cpu()
+            yield chosen, as_uint8(model.decode(tokens))
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """What a model made, on the CPU; raises UserError for values that no picture has."""
+    if not bool(torch.isfinite(images).all()):
+        raise UserError(
+            "the model made images with values that are not finite: its weights or the settings of "
+            "sampling are out of range"
+        )
+    return to_uint8(images).cpu()

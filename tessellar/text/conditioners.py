@@ -14,7 +14,7 @@ from tessellar.errors import UserError
 from tessellar.protocol.condition import Condition, Conditioner
 from tessellar.protocol.configured import from_a_file
 from tessellar.text.bpe import BPE, FIRST_PAIR, bpe_of, pad_left, train_bpe
-from tessellar.text.encoders import FeatureCache, FrozenEncoder
+from tessellar.text.encoders import FeatureCache, FrozenEncoder, require_known
 
 UNTRAINED = -1
 
@@ -114,7 +114,8 @@ class EncoderConditioner(TextConditioner):
     in `cache`.
 
     The encoder is no part of checkpoints: it is read again from `source`, which is the one thing
-    that an export reaches outside of itself (at the first prompt, as tensors, never as code).
+    that an export reaches outside of itself (at the first prompt, as tensors, never as code). There
+    it must be one of KNOWN, which no export chooses, or one that the user named in ALLOWED.
     `cache` is the user's own: from an export's config the default is taken.
     """
 
@@ -125,6 +126,7 @@ class EncoderConditioner(TextConditioner):
         super().__init__()
         if from_a_file():
             cache = TEXT_CACHE
+            require_known(source)
         self.length = length
         self.features = FeatureCache(FrozenEncoder(source, length), cache)
         # Where features go.

@@ -4,6 +4,7 @@ on disk.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,30 @@ from tessellar.errors import UserError
 from tessellar.places import cache_folder
 from tessellar.tensor_files import read_safetensors, write_safetensors
 from tessellar.text.bpe import log, require
+
+ALLOWED = "TESSELLAR_TEXT_ENCODERS"  # variable of the environment: names, separated by commas
+KNOWN = frozenset(
+    (
+        *(f"google/flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl")),
+        *(f"google/t5-v1_1-{size}" for size in ("small", "base", "large", "xl", "xxl")),
+        *(f"google-t5/t5-{size}" for size in ("small", "base", "large", "3b", "11b")),
+        "openai/clip-vit-base-patch16",
+        "openai/clip-vit-base-patch32",
+        "openai/clip-vit-large-patch14",
+        "openai/clip-vit-large-patch14-336",
+    )
+)
+"""Encoders that published generators read, at their makers' names."""
+
+
+def require_known(source: str) -> None:
+    """Raise UserError unless an export may name `source`: others could name any folder or address."""
+    allowed = os.environ.get(ALLOWED, "").split(",")
+    if source not in KNOWN and source not in allowed:
+        raise UserError(
+            f"this config, read from a file, names the text encoder {str(source)[:200]!r}: if you trust "
+            f"that, set {ALLOWED}={str(source)[:200]}"
+        )
 
 
 class FrozenEncoder:
@@ -69,7 +94,10 @@ class FrozenEncoder:
                     raise UserError(
                         f"{self.source} is a {config.model_type}; T5 and CLIP text models can be read"
                     )
-                model = getattr(library, kind[config.model_type]).from_pretrained(self.source)
+                # Encoders on hubs hold a pickle beside the safetensors; it is never read.
+                model = getattr(library, kind[config.model_type]).from_pretrained(
+                    self.source, use_safetensors=True
+                )
             except UserError:
                 raise
             except (OSError, ValueError) as error:

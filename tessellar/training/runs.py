@@ -167,6 +167,10 @@ class Run:
         """Its id lies in the run's folder, so that a resumed run continues its page."""
         if find_spec("wandb") is None:
             raise UserError("--wandb needs the package wandb: pip install wandb")
+        if len(project) > 128 or set(project) & set("/\\#?%:"):
+            raise UserError(
+                f"--wandb {project[:140]!r} is no name of a project: up to 128 characters without /\\#?%:"
+            )
         kept = self.folder / WANDB_ID
         self._wandb_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
         return WandbPage(
@@ -407,16 +411,49 @@ def restoring(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
+#: What Lightning and our modules look for in a checkpoint, and of which kind it is.
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "state_dict": Mapping,
+    "global_step": int,
+    "epoch": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "pytorch-lightning_version": str,
+}
+
+
+def require_whole(content: Any, checkpoint: Path) -> None:
+    """Raise UserError, naming the entry, for what no training of ours wrote."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{checkpoint} holds a {type(content).__name__}, not a checkpoint")
+    for name, kind in ENTRIES.items():
+        if not isinstance(content.get(name), kind):
+            said = f"is a {type(content[name]).__name__}" if name in content else "is missing"
+            raise UserError(f"{checkpoint} is not a checkpoint of training: its {name} {said}")
+    steps = content["global_step"]
+    if steps < 0 or content["epoch"] < 0:
+        raise UserError(f"{checkpoint} is not a checkpoint of training: it is of update {steps}")
+
+
 def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = True) -> None:
     """Compare the data with what the run of `checkpoint` was trained on.
 
     Raises UserError where a class has another id or name, which without `names_matter` is only
     warned of, as is other content and a checkpoint that does not tell.
     """
-    with restoring(checkpoint):
-        content = torch.load(
-            checkpoint, map_location="cpu", weights_only=True, mmap=True
-        )  # reads no tensor
+    try:
+        with restoring(checkpoint):
+            content = torch.load(
+                checkpoint, map_location="cpu", weights_only=True, mmap=True
+            )  # reads no tensor
+    except UserError:
+        raise
+    except Exception as error:  # of an archive that is no torch file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{checkpoint} is truncated or not a torch file ({reason})") from error
+    require_whole(content, checkpoint)
     then = facts_in(content, str(checkpoint))
     if then is None:
         log.warning(

@@ -79,12 +79,12 @@ def test_a_file_written_anew_is_checked_anew(checkpoint: Path) -> None:
 
 
 def test_weights_of_losses_are_checked(tmp_path: Path) -> None:
-    from tessellar.tokenizers.losses.perceptual import _read
+    from tessellar.tensor_files import read_state
 
     torch.save(VGGFeatures().state_dict(), tmp_path / "vgg.pth")
     flip(tmp_path / "vgg.pth", next(iter(torch.load(tmp_path / "vgg.pth").values())))
     with pytest.raises(UserError, match="vgg.pth is damaged"):
-        _read(tmp_path / "vgg.pth")
+        read_state(tmp_path / "vgg.pth")
 
 
 def test_old_torch_files_load_with_one_line(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.layers.precision import ExactTables, at_least_float32
-from tessellar.tensor_files import read_pickle, read_safetensors
+from tessellar.tensor_files import read_state
 
 SIZE = 224
 MEAN = (0.485, 0.456, 0.406)
@@ -37,7 +37,7 @@ class LogitDistance(ExactTables):
                 f"the perceptual loss needs torchvision's ConvNeXt-S weights; there is no file {path}"
             )
         self.network = classifier()
-        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        state = read_state(path)
         load_strict(self.network, state, weights)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)

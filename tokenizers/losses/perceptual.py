@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.layers.precision import ExactTables, at_least_float32
-from tessellar.tensor_files import read_pickle, read_safetensors
+from tessellar.tensor_files import read_state
 
 CHANNELS = (64, 128, 256, 512, 512)
 LAYERS = (2, 2, 3, 3, 3)  # convolutions before each read-out
@@ -71,12 +71,12 @@ class LPIPS(ExactTables):
                 f"the perceptual loss needs torchvision's VGG-16 weights; there is no file {vgg}. Give their path, or "
                 "set the perceptual weight to 0"
             )
-        state = {k: v for k, v in _read(Path(vgg)).items() if k.startswith("features.")}
+        state = {k: v for k, v in read_state(Path(vgg)).items() if k.startswith("features.")}
         load_strict(self.backbone, state, vgg)
         of_heads = Path(heads) if heads else bundled_heads()
         lines = {}
         # Theirs are lin0.model.1.weight, ...
-        for key, tensor in _read(of_heads).items():
+        for key, tensor in read_state(of_heads).items():
             lines[f"{key.split('.')[0].removeprefix('lin')}.weight"] = tensor
         load_strict(self.heads, lines, str(of_heads))
         self.eval().requires_grad_(False)
@@ -103,10 +103,6 @@ class LPIPS(ExactTables):
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(at_least_float32(x), dim=1, eps=1e-10)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def bundled_heads() -> Path:

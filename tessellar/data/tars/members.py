@@ -8,7 +8,6 @@ kind are left unread, and so are hidden and system files.
 """
 
 import io
-import json
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,6 +17,7 @@ from tessellar.data.captions import UnreadableText, decode_text, read_captions
 from tessellar.data.files import is_junk
 from tessellar.data.image_file import EXTENSIONS, decode_image
 from tessellar.errors import UserError
+from tessellar.plain_data import parse_json
 
 IMAGE_FIELDS = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 FIELDS = (*IMAGE_FIELDS, "json", "txt", "cls", "npy")
@@ -60,14 +60,14 @@ def decode(field: str, content: bytes, name: str) -> Any:
     try:
         match field:
             case "json":
-                return json.loads(decode_text(content, name))
+                return parse_json(decode_text(content, name), name)
             case "txt":
                 return decode_text(content, name)
             case "cls":
                 return int(decode_text(content, name))
             case "npy":
                 return np.load(io.BytesIO(content), allow_pickle=False)
-    except UnreadableText as error:
+    except UserError as error:
         raise UnreadableMember(str(error)) from error
     except (ValueError, OSError, EOFError, RecursionError, MemoryError) as error:
         raise UnreadableMember(f"{name} is not {field}: {error or type(error).__name__}") from error

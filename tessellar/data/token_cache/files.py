@@ -9,7 +9,6 @@
 The arrays are mapped into memory, never read as a whole, and never hold pickles.
 """
 
-import json
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ import numpy as np
 
 from tessellar.data.token_cache.storage import Storage, storage_of
 from tessellar.errors import UserError
+from tessellar.plain_data import read_json
 from tessellar.protocol.configured import build
 from tessellar.protocol.layout import Layout
 
@@ -74,10 +74,7 @@ def read_header(folder: str | Path) -> Header:
         raise UserError(
             f"{folder} is not a complete cache (it has no {HEADER}); make one with convert.py cache"
         )
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    facts: Any = read_json(path)
     if (
         not isinstance(facts, dict)
         or facts.get("format") != FORMAT
@@ -89,7 +86,7 @@ def read_header(folder: str | Path) -> Header:
         expected = storage_of(header.token_layout, header.storage.kind == "posterior")
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # entries of any other kind
         raise UserError(f"{path} is not a header as it should be ({error!r})") from error
     if header.storage != expected or header.count < 1 or header.views < 1:
         raise UserError(
@@ -130,7 +127,7 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # headers that claim any shape raise every kind
         raise UserError(
             f"{path} is missing, truncated or no npy file ({error}); make the cache anew"
         ) from error

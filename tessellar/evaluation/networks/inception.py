@@ -24,7 +24,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation.networks.extractors import Extractor, Features
 from tessellar.evaluation.networks.resize import RESIZERS
 from tessellar.networks.facts import sha256_of
-from tessellar.tensor_files import read_pickle, read_safetensors
+from tessellar.tensor_files import read_state
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE = (299, 299)
@@ -74,7 +74,7 @@ class Inception(Extractor):
     @classmethod
     def from_file(cls, path: Path, resize: str = "any") -> "Inception":
         """Raises UserError for a file that does not hold this network."""
-        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        state = read_state(path)
         if not isinstance(state, Mapping) or not is_inception(state):
             raise UserError(f"{path} does not hold the weights of torch-fidelity's InceptionV3")
         return cls(state, sha256_of(path), resize)

@@ -34,6 +34,8 @@ def load_extractor(
     if is_inception(state):
         return Inception.from_file(path, resize)
     digest = sha256_of(path)
+    if network is not None:
+        network.check("--network")
     facts = network or PUBLISHED.get(digest) or NetworkFacts.from_metadata(metadata, path)
     if "teacher" in (facts.purpose, metadata.get("purpose")):
         raise UserError(

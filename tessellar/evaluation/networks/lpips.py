@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
-from tessellar.tensor_files import read_pickle, read_safetensors
+from tessellar.tensor_files import read_state
 
 Backbone = Literal["vgg", "alex"]
 
@@ -45,6 +45,6 @@ def backbone_state(path: Path, backbone: nn.Module) -> Mapping[str, Tensor]:
     """Tensors of a torchvision file (`features.0.weight`) under the backbone's names
     (`slice1.0.weight`).
     """
-    state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+    state = read_state(path)
     theirs = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
     return {ours: state[name] for ours, name in theirs.items() if name in state}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import load_strict
+from tessellar.checkpoints.building import build_filled
 from tessellar.errors import UserError
 from tessellar.evaluation.networks.extractors import Extractor, Features
 from tessellar.evaluation.networks.resize import RESIZERS
@@ -22,9 +22,10 @@ def network_of(facts: NetworkFacts) -> torch.nn.Module:
         return create_network(facts.arch, facts.options, num_classes=facts.num_classes)
     except UserError:
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # timm raises every kind for options that do not go together
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"timm cannot make {facts.arch!r} with options {facts.options}: {error}"
+            f"timm cannot make {facts.arch!r} with options {facts.options}: {reason}"
         ) from error
 
 
@@ -47,8 +48,7 @@ class TimmNetwork(ExactTables, Extractor):
             )
         # A run that measures draws the same numbers as one that does not.
         with torch.random.fork_rng(devices=[]):
-            network = network_of(facts)
-        load_strict(network, state, where)
+            network = build_filled(lambda: network_of(facts), state, where, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
         for key, values in (("mean", facts.mean), ("std", facts.std)):

@@ -22,6 +22,7 @@ from tessellar.evaluation.networks.timm_network import TimmNetwork, network_of
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.networks.facts import PURPOSE, NetworkFacts, Purpose
 from tessellar.progress import Progress
+from tessellar.protocol.ranges import check_number, check_whole
 from tessellar.tensor_files import write_safetensors
 
 SMALL = 64  # below this side, ResNets keep a higher resolution
@@ -41,6 +42,15 @@ class Recipe:
     crop: int = 2
     ema: float = 0.99
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("recipe.epochs", self.epochs, least=1, most=1_000_000)
+        check_number("recipe.lr", self.lr, above=0)
+        check_number("recipe.weight_decay", self.weight_decay, least=0)
+        check_number("recipe.label_smoothing", self.label_smoothing, least=0, most=1)
+        check_whole("recipe.crop", self.crop, least=0, most=1024)
+        check_number("recipe.ema", self.ema, least=0, most=1)
+        check_whole("recipe.seed", self.seed, least=0, most=2**63 - 1)
 
 
 @dataclass(frozen=True)
