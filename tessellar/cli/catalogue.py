@@ -100,6 +100,14 @@ def first_sentence(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
     return " ".join(docstring.split("\n\n")[0].split())
 
 
+def class_path(kind: str, name: str) -> str | None:
+    """The path of a model of ours by its short name, such as titok_b64; None for anything else."""
+    for entry in entries(kind):
+        if name in entry.offers:
+            return f"tessellar.{FOLDERS[kind]}.{entry.name}.{name}"
+    return None
+
+
 def folders_of(packages: str) -> list[Path]:
     """Folders of packages of others, which are looked up and not imported."""
     folders = []

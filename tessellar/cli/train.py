@@ -40,7 +40,7 @@ from tessellar.checkpoints.description import PARTS
 from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.hub import is_hub_id
 from tessellar.checkpoints.reading import read_source
-from tessellar.cli.catalogue import config_file
+from tessellar.cli.catalogue import class_path, config_file, entries
 from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.functions import check_words
 from tessellar.cli.mistakes import cause_of, explain, nearest
@@ -363,7 +363,7 @@ def parse(argv: Sequence[str]) -> TrainCLI:
     """The instantiated command line; raises UserError, in one line, for whatever does not fit."""
     torch.set_float32_matmul_precision("high")
     check_words(argv)
-    argv = with_config_files(argv)
+    argv = with_models(with_config_files(argv))
     refuse_older(argv)
     try:
         return TrainCLI(
@@ -396,6 +396,42 @@ def with_config_files(argv: Sequence[str]) -> list[str]:
         elif word.startswith("--config="):
             words[place] = f"--config={config_file(word.partition('=')[2])}"
     return words
+
+
+#: Options that take a model, and the list in which its short name stands.
+MODELS = {"--model.tokenizer": "tokenizers", "--model.generator": "generators"}
+
+
+def with_models(argv: Sequence[str]) -> list[str]:
+    """`argv` with the class paths of models that are given by their short names, such as titok_b64.
+
+    Raises UserError for a name that nothing has; those of other packages are left to the parser.
+    """
+    words = list(argv)
+    ours = not _given(argv, "--package")
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        before = words[place - 1] if place else ""
+        if equals and option in MODELS:
+            words[place] = f"{option}={_model(option, value, ours)}"
+        elif before in MODELS:
+            words[place] = _model(before, word, ours)
+    return words
+
+
+def _model(option: str, name: str, ours: bool) -> str:
+    """The class path of a model of ours; anything else, such as an export's folder, as it is."""
+    if not name.isidentifier() or name in ("null", "None") or Path(name).exists():
+        return name
+    kind = MODELS[option]
+    path = class_path(kind, name)
+    if path is None and ours:
+        known = [offered for entry in entries(kind) for offered in entry.offers]
+        hint = nearest(name, known, listed=0)
+        raise UserError(
+            f"{option} {name}: there is no model of that name{hint}; `tessellar list {kind}` lists them"
+        )
+    return path or name
 
 
 def _no_action(word: str, actions: list[str]) -> str:

@@ -193,6 +193,25 @@ def test_a_config_by_its_name_trains_elsewhere(tmp_path, monkeypatch, capsys) ->
         train.main(words)
 
 
+def test_models_are_named_as_the_lists_name_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.tokenizer", "titok_b64", "--model.generator=RAR", "--name", "RAR"]
+    assert train.with_models(words) == [
+        "--model.tokenizer",
+        "tessellar.tokenizers.titok.titok_b64",
+        "--model.generator=tessellar.models.rar.RAR",
+        "--name",
+        "RAR",
+    ]
+    Path("titok_b64").mkdir()  # an export of this name
+    kept = ["--model.tokenizer", "titok_b64", "--model.generator", "runs/x/export"]
+    assert train.with_models(kept) == kept
+    with pytest.raises(UserError, match="no model of that name; did you mean 'LlamaGen'"):
+        train.with_models(["--model.generator", "LamaGen"])
+    strangers = ["--package", "toypaper", "--model.generator", "ToyAR"]
+    assert train.with_models(strangers) == strangers
+
+
 @pytest.mark.parametrize("name", ["logger false", "enable_progress_bar true", "default_root_dir x",
     "enable_checkpointing false", "enable_model_summary true", "gradient_clip_val 1.0", "accumulate_grad_batches 2",
     "gradient_clip_algorithm norm", "use_distributed_sampler false", "log_every_n_steps 5"])  # fmt: skip
