@@ -1,6 +1,7 @@
 """A cached posterior is drawn anew at each visit and then quantised, where the tokenizer does so after training."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_draws_of_a_cached_posterior_are_quantised_in_training(tmp_path: Path) -
     seen = []
     for epoch in range(2):
         cache.set_epoch(epoch)
-        batch = dict(cache.batch(range(8)))
+        batch: dict[str, Any] = {**cache.batch(range(8))}
         tokens = module.tokens_of(batch)
         assert torch.equal(tokens, (batch["tokens"][..., 0] > 0).long())
         seen.append(tokens)

@@ -44,7 +44,13 @@ def model(**options: Any) -> TokenBridge:
     torch.manual_seed(0)
     vae = KLVAE(GaussianBottleneck(3, scale=1.0), 32, 8, (1, 1, 1, 1), 1, groups=8)
     tokenizer = PostQuantized(vae, 6)
-    sizes = {"head_width": 16, "head_depth": 2, "head_heads": 4, "num_classes": 5, "buffer": 3}
+    sizes: dict[str, Any] = {
+        "head_width": 16,
+        "head_depth": 2,
+        "head_heads": 4,
+        "num_classes": 5,
+        "buffer": 3,
+    }
     sizes |= {"dropout": 0.0, "condition_dropout": 0.0, "steps": 5}
     generator = TokenBridge(tokenizer.layout, 16, 2, 2, **(sizes | options))
     generator.bind(tokenizer)

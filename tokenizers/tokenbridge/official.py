@@ -28,8 +28,9 @@ def to_official(tokenizer: PostQuantized) -> dict[str, Tensor]:
 
 
 def _keys_of(tokenizer: PostQuantized) -> KeyTable:
-    assert isinstance(tokenizer.tokenizer, KLVAE)
-    inner = kl_vae.keys(len(tokenizer.tokenizer.encoder.levels))
+    vae = tokenizer.tokenizer
+    assert isinstance(vae, KLVAE)
+    inner = kl_vae.keys(len(vae.encoder.levels))
     return KeyTable(tuple(replace(rule, ours=f"tokenizer.{rule.ours}") for rule in inner.rules))
 
 
