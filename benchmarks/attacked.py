@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 120.0  # seconds until a run that neither goes on nor ends is given up
+PATIENCE = 120.0  # seconds without a new update until a run is given up
 
 
 class AttackedRun:
@@ -78,7 +78,10 @@ class AttackedRun:
         """Wait for its end; the exit code (minus the signal's number where one killed it), and what
         it said on stderr of that end.
         """
-        self.process.join(PATIENCE)
+        reached = -1
+        while self.lives and last_update(self.run) > reached:
+            reached = last_update(self.run)
+            self.process.join(PATIENCE)
         if self.lives:
             self.signal(signal.SIGKILL, group=True)
             self.process.join()
