@@ -15,7 +15,7 @@ import time
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from tessellar.data.workers import INTERRUPTING
 
