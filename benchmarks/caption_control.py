@@ -60,8 +60,9 @@ def measure(
     dataset = data.val_dataset()
     step = max(1, len(dataset) // count)
     batches = [
-        dataset.batch(list(part)) for part in torch.arange(0, len(dataset), step)[:count].split(64)
-    ]  # type: ignore[arg-type]
+        dataset.batch(part.tolist())
+        for part in torch.arange(0, len(dataset), step)[:count].split(64)
+    ]
     tokens = torch.cat([model.tokenizer.encode(batch["image"]) for batch in batches])
     texts = [text for batch in batches for text in batch.get("caption", [])]
     condition = conditioner.of_texts(texts)

@@ -124,9 +124,10 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert (
         record["prompts"] == ["a red circle", "the blue square", "zebra"] and record["count"] == 3
     )
-    images = [(tmp_path / name / "000001_0001.png").read_bytes() for name in ("a", "b")]
-    assert images[0] == images[1] != (tmp_path / "a" / "000000_0000.png").read_bytes()
-    with pytest.raises(UserError, match="conditioned on text, not on class ids: give --prompts"):
+    second = "000001_0001_the-blue-square.png"
+    images = [(tmp_path / name / second).read_bytes() for name in ("a", "b")]
+    assert images[0] == images[1] != (tmp_path / "a" / "000000_0000_a-red-circle.png").read_bytes()
+    with pytest.raises(UserError, match="conditioned on text, not on class ids: give prompts"):
         main([folder, "--out", str(tmp_path / "c")])
     file.write_text("\n")
     with pytest.raises(UserError, match="holds no prompt"):

@@ -118,6 +118,8 @@ class TokenShuffle(LlamaGenerator):
     `tied` shares embedding and head, `z_loss` None is 1e-5 from 2048 x 2048 on.
     """
 
+    conditioning: ClassPrefix | CaptionPrefix | JointText
+
     def __init__(
         self,
         layout: Layout,

@@ -295,7 +295,7 @@ class VAR(PrefixTransformer):
         return entities.ends
 
     def shared(self, place: Tensor, state: State, slots: Slots) -> VARPass:
-        assert state.cache is not None
+        assert isinstance(state.cache, (KVCache, NoCache))
         vectors = self._condition(state)
         if self.shared_modulation is not None:
             vectors = rearrange(

@@ -335,7 +335,7 @@ class XAR(Generator):
 
     def _feed(self, state: State, tokens: Tensor, first: Tensor, count: int) -> None:
         """Commit the keys of `count` clean entities at time 0."""
-        assert state.cache is not None
+        assert isinstance(state.cache, (KVCache, NoCache))
         x = state.entities.get(tokens, first, count)
         place = state.entities.indices(first, count)
         slots = state.cache.reserve(_shared(state.entities.entity_of(first, count), state))
@@ -356,7 +356,7 @@ class XAR(Generator):
         """The law of one entity of each image: noisy calls that see the cache and leave no trace in
         it.
         """
-        assert state.cache is not None
+        assert isinstance(state.cache, (KVCache, NoCache))
         place = _shared(state.entities.indices(entity, 1), state)
         number = state.entities.entity_of(entity, 1)
         slots = state.cache.reserve(_shared(number, state))

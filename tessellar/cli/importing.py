@@ -116,7 +116,7 @@ def imagenet_names() -> tuple[str, ...]:
     """Names of ImageNet's 1,000 classes in the usual order, each once: the first of its synonyms,
     or all of them where another class has the same first.
     """
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
     told = [info.index_to_description(label) for label in range(IMAGENET_CLASSES)]

@@ -92,21 +92,9 @@ class ImageDataModule(LightningDataModule, ABC):
         return False
 
     def check_files(self) -> None:
-        """Raise UserError where files are missing or cannot be understood, before a run begins.
-
-        Says in one line how many images are held out, if any are.
-        """
-        train = self.train_dataset()
-        val = self.val_dataset()
-        if self.holds_out:
-            total = len(train) + len(val)
-            log.info(
-                "%s: %d of %d images are held out for validation, never trained on",
-                self.name,
-                len(val),
-                total,
-            )
-        self._tell_counts(train)
+        """Raise UserError where files are missing or cannot be understood, before a run begins."""
+        self.val_dataset()
+        self._tell_counts(self.train_dataset())
 
     def _tell_counts(self, train: IndexedDataset) -> None:
         """Warn of classes without any training image, which keep their random embedding, and of
@@ -137,12 +125,16 @@ class ImageDataModule(LightningDataModule, ABC):
             )
 
     def found(self) -> str:
-        """What was found, for the start of a run: numbers of images and classes."""
-        train, val = len(self.train_dataset()), len(self.val_dataset())
-        return f"{train:,} training and {val:,} validation images, {count_of(self.num_classes, 'class', 'classes')}"
+        """What was found, for the start of a run: numbers of images and classes, and whether those
+        of validation are held out of the training set.
+        """
+        train, val = (len(dataset) for dataset in self.text_datasets())
+        held_out = " (held out, never trained on)" if self.holds_out else ""
+        classes = count_of(self.num_classes, "class", "classes")
+        return f"{train:,} training and {val:,} validation images{held_out}, {classes}"
 
     def text_datasets(self) -> Sequence[IndexedDataset]:
-        """The training and validation sets, whose captions a generator of text reads."""
+        """The training and validation sets as a generator reads them: their captions, their number."""
         return [self.train_dataset(), self.val_dataset()]
 
     def check_captions(self) -> None:

@@ -186,8 +186,8 @@ def load_statistics(path: str | Path) -> Reference:
     moments = _moments(mean, cov, meta.count, path)
     spatial = None
     if {"mu_s", "sigma_s"} <= set(arrays):
-        parts = [_real(arrays[name], name, path) for name in ("mu_s", "sigma_s")]
-        spatial = _moments(*parts, meta.count, path)
+        mean_s, cov_s = (_real(arrays[name], name, path) for name in ("mu_s", "sigma_s"))
+        spatial = _moments(mean_s, cov_s, meta.count, path)
     features = None
     if "features" in arrays and "meta" in arrays:
         features = _features(arrays["features"], moments.dim, path)

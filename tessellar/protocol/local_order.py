@@ -209,7 +209,7 @@ class _Order:
         if len(pool) <= count or not count:
             return pool[:count]
         cells = np.array(pool)
-        gap = self.grid.apart[np.ix_(chosen, cells)].min(0)
+        gap = self.grid.apart[np.ix_(np.array(chosen), cells)].min(0)
         picked: list[int] = []
         for _ in range(count):
             cell = pool[int(gap.argmax())]

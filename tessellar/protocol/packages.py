@@ -105,7 +105,7 @@ def rooms_in(root: str, name: str) -> Iterator[Room]:
     names.
     """
     package = importlib.import_module(root)
-    folders = list(getattr(package, "__path__", ()))
+    folders: list[str] = list(getattr(package, "__path__", ()))
     owner = root.partition(".")[0]
     if _has(folders, f"{name}.py"):
         yield Room(root.rpartition(".")[2], owner, f"{root}.{name}")

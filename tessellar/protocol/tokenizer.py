@@ -48,6 +48,7 @@ class Tokenizer(Configured, ExactTables, ABC):
 
     layout: Layout
     image_size: tuple[int, int]
+    looks_at_range: bool = True  # a run switches it off: poisoned batches are its loss's to notice
     _has_looked: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -117,7 +118,8 @@ class Tokenizer(Configured, ExactTables, ABC):
         first call are looked at.
         """
         waits = isinstance(images, Tensor) and images.device.type != "cpu"
-        pictures = from_pictures(images, check_range=not (waits and self._has_looked))
+        check_range = self.looks_at_range and not (waits and self._has_looked)
+        pictures = from_pictures(images, check_range)
         self._has_looked = True
         return self._as_weights(pictures)
 

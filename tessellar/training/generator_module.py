@@ -78,6 +78,7 @@ class GeneratorModule(TrainingModule):
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         made = generator(loaded.layout)
         self.model = ImageGenerator(loaded, made, conditioner or made.make_conditioner())
+        loaded.looks_at_range = False
         self.optimizer_settings = optimizer
         self.schedule = schedule
         self.context_noise = context_noise

@@ -48,6 +48,7 @@ class TokenizerModule(TrainingModule):
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         self.tokenizer = tokenizer
+        self.tokenizer.looks_at_range = False
         self.loss = loss
         self.optimizer_settings = optimizer
         self.schedule = schedule

@@ -1,6 +1,7 @@
 """A resumed run finds the data that it was trained on, or says in one line what is different."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def picture(path: Path, size: int = 20) -> None:
 def call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, caplog
 ) -> Callable[..., tuple[int, str]]:
-    """Run train.py over the folder `d`; gives the exit code, and what it said on stderr and in its log."""
+    """Run train.py over the folder `d`; gives the exit code, and the errors and warnings it printed."""
     monkeypatch.chdir(tmp_path)
     for name in CLASSES:
         for number in range(12):
@@ -82,7 +83,11 @@ def call(
             *options,
         ]
         code = run(lambda: train.main([action, *arguments]))
-        warned = [r.getMessage() for r in caplog.records if r.name.startswith("tessellar")]
+        warned = [
+            record.getMessage()
+            for record in caplog.records
+            if record.name.startswith("tessellar") and record.levelno >= logging.WARNING
+        ]
         return code, capsys.readouterr().err + "".join(f"{line}\n" for line in warned)
 
     return command
@@ -169,6 +174,6 @@ def test_fine_tuning_on_other_classes_says_so(call) -> None:
     code, printed = call(GENERATOR, "fine", 1, "--model.init_from", source)
     assert code == 0
     assert (
-        f"{source} was trained on other classes: class 0 was 'circle' and is now 'square'\n"
+        f"{source} was trained on other classes: class 0 was 'circle' and is now 'square'; "
         in printed
     )

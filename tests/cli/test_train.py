@@ -107,7 +107,7 @@ MISTAKES = [
     (tokenizer("trainer.gradient_clip_val", 1.0), (), "set --model.clip"),
     (tokenizer("trainer.precision", "16-mixed"), (), "use bf16-mixed"),
     (tokenizer("trainer.accelerator", "cpuu"), (), "cpuu"),
-    (GENERATOR, ("--model.generator", "RAR"), "there is no 'RAR'; did you mean tessellar.models.rar.RAR?"),
+    (GENERATOR, ("--model.generator", "RARS"), "did you mean"),
     ("model: [a\nb: }", (), "run.yaml: not valid YAML"),
     ("- a\n- b", (), "run.yaml: a config is a mapping of keys"),
     (tokenizer("model.accumulate", 0), (), "accumulate is 0"),

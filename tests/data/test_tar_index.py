@@ -167,7 +167,7 @@ def test_a_compressed_tar_is_refused(tmp_path: Path, make_png):
 @pytest.mark.parametrize(
     "members, why",
     [
-        ({"x.json": b"{"}, "x.json is not json"),
+        ({"x.json": b"{"}, "x.json is not JSON"),
         ({"x.json": b'{"caption": "\xff"}'}, "x.json is not UTF-8"),
         ({"x.txt": b"caf\xe9"}, "x.txt is not UTF-8"),
         ({"x.json": b'{"caption": 5}'}, "caption is 5"),
@@ -177,7 +177,7 @@ def test_a_compressed_tar_is_refused(tmp_path: Path, make_png):
         ({"x.json": b'{"class": 99999999999999999999999}'}, "class is 9999"),
         ({"x.json": b'{"class": true}'}, "class is True"),
         ({"x.cls": b"seven"}, "x.cls is not cls"),
-        ({"x.json": b"[" * 100_000}, "x.json is not json"),
+        ({"x.json": b"[" * 100_000}, "x.json is nested more than 64 deep"),
     ],
 )
 def test_a_sample_whose_text_cannot_be_read_is_left_out_and_named(

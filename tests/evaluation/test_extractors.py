@@ -117,7 +117,7 @@ def test_facts_survive_the_metadata() -> None:
         "n", "resnet10t", 3, (32, 16), "tf1-bilinear", (0.1, 0.2, 0.3), options={"output_stride": 8}
     )
     assert NetworkFacts.from_metadata(facts.to_metadata(), Path("f")) == facts
-    with pytest.raises(UserError, match="metadata of f cannot be read"):
+    with pytest.raises(UserError, match="metadata of f is not JSON"):
         NetworkFacts.from_metadata({"tessellar.evaluator": "{"}, Path("f"))
 
 

@@ -220,7 +220,7 @@ def test_no_option_of_a_vision_model_reaches_a_file(evil: Path, name: str) -> No
 def test_a_pyramids_tokenizer_is_no_path(whole: Path) -> None:
     path = "tessellar.tokenizers.scale_pyramid.ScalePyramid"
     config = {"class_path": path, "init_args": {"tokenizer": str(whole)}}
-    refused(lambda: build(config), "names the tokenizer of a scale pyramid", whole)
+    refused(lambda: build(config), "names the tokenizer of ScalePyramid", whole)
 
 
 @pytest.mark.parametrize("source", ["someone/else", "/tmp/encoder", "../x", "http://a/b"])
@@ -449,8 +449,8 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list that holds itself": (lambda c: circle(), "is not a checkpoint of this project"),
     "without a header": (lambda c: c.pop(HEADER_KEY) and None, "does not describe its model"),
     "whose header is a number": (lambda c: c.update({HEADER_KEY: 7}), "is a int, not a JSON text"),
-    "without weights": (lambda c: c.pop("state_dict") and None, "has no state_dict"),
-    "whose weights are a list": (lambda c: c.update(state_dict=[1]), "has no state_dict"),
+    "without weights": (lambda c: c.pop("state_dict") and None, "holds no weights"),
+    "whose weights are a list": (lambda c: c.update(state_dict=[1]), "holds no weights"),
     "whose weights are texts": (
         lambda c: c.update(state_dict={name: "x" for name in c["state_dict"]}),
         "no plain tensors",

@@ -85,6 +85,8 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "mar": "model",
         "tokenbridge": "model",
         "xar": "model",
+        "alitok": "model_state",
+        "lpd": "ema",
     }
     generators = {
         "llamagen": "model",
@@ -93,6 +95,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "mar": "model_ema",
         "tokenbridge": "model_ema",
         "xar": "model_ema",
+        "lpd": "model",
     }
     assert evaluated("tokenizers") == {**tokenizers, "var": "trainer.vae_local"}
     assert evaluated("generators") == {

@@ -92,7 +92,7 @@ def test_scale_one_is_no_guidance_only_where_it_is_one_everywhere(
         (lambda: PowerCosine(2.0, power=float("nan")), "guidance power is nan"),
         (
             lambda: PowerCosine(2.0, power=-1.0),
-            "guidance power is -1.0; it must be a finite number of at least 0",
+            "guidance power is -1.0; it must be a finite number in \\[0, ",
         ),
         (lambda: Step(2.0, first=-1), "guidance first is -1"),
         (lambda: Step(2.0, before=float("inf")), "guidance before is inf"),

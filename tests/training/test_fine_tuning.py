@@ -128,19 +128,23 @@ def test_another_length_of_captions_is_said(source: Path, caplog) -> None:
     assert bool(tuned.model.conditioner.is_prepared)
 
 
+T5 = "google/flan-t5-xl"
+CLIP = "openai/clip-vit-base-patch32"
+
+
 def test_features_may_come_from_elsewhere_and_that_is_said(tmp_path: Path, caplog) -> None:
     folder = export_generator(feature_module().model, tmp_path / "features")
-    feature_module(EncoderConditioner("t5", 16, cache=None), init_from=folder)
+    feature_module(EncoderConditioner(T5, 16, cache=None), init_from=folder)
     assert caplog.messages == [
         f"{folder} has other settings: conditioner FeatureConditioner there, EncoderConditioner here"
     ]
     caplog.clear()
     encoded = export_generator(
-        feature_module(EncoderConditioner("t5", 16)).model, tmp_path / "encoded"
+        feature_module(EncoderConditioner(T5, 16)).model, tmp_path / "encoded"
     )
-    feature_module(EncoderConditioner("clip", 16, cache=None), init_from=encoded)
+    feature_module(EncoderConditioner(CLIP, 16, cache=None), init_from=encoded)
     assert caplog.messages == [
-        f"{encoded} has other settings: conditioner.source 't5' there, 'clip' here"
+        f"{encoded} has other settings: conditioner.source {T5!r} there, {CLIP!r} here"
     ]
 
 

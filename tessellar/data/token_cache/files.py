@@ -84,8 +84,8 @@ def read_header(folder: str | Path) -> Header:
     try:
         header = _header(facts)
         expected = storage_of(header.token_layout, header.storage.kind == "posterior")
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # entries of any other kind
         raise UserError(f"{path} is not a header as it should be ({error!r})") from error
     if header.storage != expected or header.count < 1 or header.views < 1:
