@@ -11,8 +11,8 @@ rm -rf runs/demo-tokenizer runs/demo-generator outputs/demo
 
 python train.py --config configs/demo/tokenizer.yaml --name demo-tokenizer
 python train.py --config configs/demo/generator.yaml --name demo-generator
-python sample.py runs/demo-generator/export --out outputs/demo --per-class 8 --guidance.scale 2.0 --precision bf16 --seed 0
+python sample.py runs/demo-generator/export --out outputs/demo --per-class 8 --guidance.scale 2.0 --seed 0
 cp runs/demo-tokenizer/pictures/reconstructions_*.png outputs/demo/reconstructions.png
 python evaluate.py model runs/demo-generator/export --extractor demo/shapes_classifier.safetensors --count 1000 \
-    --guidance.scale 2.0 --precision bf16 --seed 10000 --out outputs/demo/evaluation.json
+    --guidance.scale 2.0 --seed 10000 --out outputs/demo/evaluation.json
 echo "pictures: outputs/demo/grid.png (samples), outputs/demo/reconstructions.png (originals above reconstructions)"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, modulate
 from tessellar.layers.attention import attention as attend
-from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.llama import StochasticDepth
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
@@ -295,7 +295,7 @@ class VAR(PrefixTransformer):
         return entities.ends
 
     def shared(self, place: Tensor, state: State, slots: Slots) -> VARPass:
-        assert isinstance(state.cache, (KVCache, NoCache))
+        assert state.cache is not None and not isinstance(state.cache, PlacedCache)
         vectors = self._condition(state)
         if self.shared_modulation is not None:
             vectors = rearrange(

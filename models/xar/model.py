@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, spread
-from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.llama import LlamaAttention, Pass, Positions, SwiGLU, grid_angles
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
@@ -335,7 +335,7 @@ class XAR(Generator):
 
     def _feed(self, state: State, tokens: Tensor, first: Tensor, count: int) -> None:
         """Commit the keys of `count` clean entities at time 0."""
-        assert isinstance(state.cache, (KVCache, NoCache))
+        assert state.cache is not None and not isinstance(state.cache, PlacedCache)
         x = state.entities.get(tokens, first, count)
         place = state.entities.indices(first, count)
         slots = state.cache.reserve(_shared(state.entities.entity_of(first, count), state))
@@ -356,7 +356,7 @@ class XAR(Generator):
         """The law of one entity of each image: noisy calls that see the cache and leave no trace in
         it.
         """
-        assert isinstance(state.cache, (KVCache, NoCache))
+        assert state.cache is not None and not isinstance(state.cache, PlacedCache)
         place = _shared(state.entities.indices(entity, 1), state)
         number = state.entities.entity_of(entity, 1)
         slots = state.cache.reserve(_shared(number, state))

@@ -50,6 +50,7 @@ from tessellar.cli.report import REPORT, write_report
 from tessellar.cli.spelling import spelled
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
+from tessellar.layers.precision import computes_bfloat16
 from tessellar.networks.vision import stand_ins
 from tessellar.places import in_runs, put_runs_into, runs_root, runs_stay
 from tessellar.protocol.configured import Configured, check_buildable
@@ -172,6 +173,7 @@ class TrainCLI(LightningCLI):
             put_runs_into(config.runs_root)
         self.run_folder = Run(name, runs_root(), resume=config.resume)
         self.log_file = RunLog(self.run_folder.folder)
+        _leave_emulated_bfloat16(config.trainer)
         self.asked = self.parser.dump(self.config, skip_unset=False)
         if self.run_folder.checkpoint is not None:
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
@@ -501,6 +503,18 @@ def with_teachers(name: str, teachers: list[str]) -> str:
 def run_facts(cli: TrainCLI) -> dict[str, Any]:
     """What run.json says from the start: the machine, the code and the data."""
     return {**cli.run_folder.facts(cli.trainer), "data": cli.datamodule.facts().as_dict()}
+
+
+def _leave_emulated_bfloat16(trainer: Any) -> None:
+    """Set float32 where a run on the processor asks for bfloat16 that this one only emulates."""
+    graphics = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not graphics)
+    if on_cpu and trainer.precision == "bf16-mixed" and not computes_bfloat16():
+        log.warning(
+            "this processor has no bfloat16 arithmetic and emulates it very slowly: "
+            "trainer.precision is 32-true instead of bf16-mixed"
+        )
+        trainer.precision = "32-true"
 
 
 def check(cli: TrainCLI, training: bool = True) -> None:

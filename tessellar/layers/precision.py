@@ -1,6 +1,7 @@
 """Where arithmetic must not be rounded to bfloat16 or float16."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Self
 
 import torch
@@ -10,6 +11,16 @@ from torch import Tensor, nn
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or as it is in float64 (recorded gradients are replayed in float64)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@cache
+def computes_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 matrices itself: others emulate that,
+    some fifty times slower than float32.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class ExactTables(nn.Module):

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from tessellar.layers.precision import computes_bfloat16
 from tessellar.layers.tags import tags
+from tessellar.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ class OptimizerSettings:
             (hidden if by_muon else rest).append(parameter)
         made: list[Optimizer] = [self.adam(rest)] if rest else []
         if hidden:
+            slow = hidden[0].device.type == "cpu" and not computes_bfloat16()
+            muon = Muon if slow else torch.optim.Muon
             made.append(
-                torch.optim.Muon(
+                muon(
                     hidden,
                     lr=self.muon_lr,
                     momentum=self.muon_momentum,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.attacked import differing_rows, rows
 from tessellar.callbacks.checkpoints import Checkpoints
@@ -238,3 +239,16 @@ def test_a_precision_that_is_not_supported_is_refused_and_takes_no_name(
     code, said = call(config, "--trainer.precision", precision)
     assert code == 2 and said.count("\n") == 1, said
     assert "not supported: use bf16-mixed or 32-true" in said and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("computes, precision", [(True, "bf16-mixed"), (False, "32-true")])
+def test_bfloat16_that_the_processor_only_emulates_is_left_and_said(
+    call, config, monkeypatch: pytest.MonkeyPatch, caplog, computes: bool, precision: str
+) -> None:
+    monkeypatch.setattr("tessellar.cli.train.computes_bfloat16", lambda: computes)
+    code, said = call(config, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "1")
+    assert code == 0, said
+    assert ("trainer.precision is 32-true instead of bf16-mixed" in caplog.text) is not computes
+    assert (
+        yaml.safe_load(Path("runs/x/config.yaml").read_text())["trainer"]["precision"] == precision
+    )

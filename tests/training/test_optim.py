@@ -11,6 +11,7 @@ from torch import nn
 
 from tessellar.layers.tags import tag, untag
 from tessellar.training.base import TrainingModule
+from tessellar.training.muon import Muon
 from tessellar.training.optim import OptimizerSettings, set_factor
 from tessellar.training.schedules import Schedule
 
@@ -166,3 +167,22 @@ def test_a_part_of_a_model_is_untagged_where_a_system_differs() -> None:
 def test_a_tag_that_would_be_lost_is_refused() -> None:
     with pytest.raises(TypeError, match=r"nn.Parameter, not on a Tensor: write tag\(nn.Parameter"):
         nn.Parameter(tag(torch.empty(3, 4), "no_decay"))
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_muon_in_float32_is_torchs_but_for_rounding(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    gradients = torch.randn(3, *shape)
+    ends = []
+    for kind in (torch.optim.Muon, Muon):
+        parameter = nn.Parameter(start.clone())
+        optimizer = kind(
+            [parameter], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="original"
+        )
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append(parameter.detach() - start)
+    assert optimizer.state[parameter].keys() == {"momentum_buffer"}
+    assert (ends[0] - ends[1]).norm() < 0.02 * ends[0].norm()
