@@ -21,6 +21,7 @@ ORDER = (
         "tensor_files",
         "places",
         "progress",
+        "schedules",
     ),
     ("layers",),
     ("protocol",),

@@ -30,8 +30,8 @@ from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, PowerCosine
 from tessellar.protocol.layout import Categorical, Layout, Segment
+from tessellar.schedules import Schedule
 from tessellar.tokenizers.alitok.parity import recorded_tokenizer
-from tessellar.training.schedules import Schedule
 
 SIZES = {
     "gen_small": "gen_small",

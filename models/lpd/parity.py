@@ -36,7 +36,7 @@ from tessellar.protocol.local_order import Chances, Thresholds, local_order_of
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import decode_from
 from tessellar.sampling.settings import GREEDY
-from tessellar.training.schedules import Schedule
+from tessellar.schedules import Schedule
 
 READ = (
     "img_size vqgan_stride decoder_embed_dim decoder_depth decoder_num_heads mlp_ratio label_drop_prob class_num "

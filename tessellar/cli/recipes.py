@@ -20,8 +20,8 @@ import yaml
 
 from tessellar.data.crops import Resize
 from tessellar.data.framing import Framing
+from tessellar.schedules import Schedule
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.schedules import Schedule
 
 IMAGES = 1_281_167  # of ImageNet's training set
 PROCESSES = 8  # that the batch sizes of configs/imagenet256 are meant for

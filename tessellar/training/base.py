@@ -38,11 +38,11 @@ from tessellar.errors import UserError
 from tessellar.layers.tags import tag, tags
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.randomness import derive
+from tessellar.schedules import Schedule
 from tessellar.training import random_state
 from tessellar.training.facts import Facts
 from tessellar.training.optim import set_factor, set_weight_decay
 from tessellar.training.optimizer_names import arrange, former_names, names_by_place
-from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import (
     average_gradients,
     clip_gradients,

@@ -23,6 +23,7 @@ from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.schedules import Schedule
 from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.facts import Facts
@@ -30,7 +31,6 @@ from tessellar.training.methods.context_noise import ContextNoise, reading, requ
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block
 

@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.reading import init_tokenizer
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.schedules import Schedule
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.schedules import Schedule
 from tessellar.training.sharding import shard
 from tessellar.training.speed import compile_each_block
 

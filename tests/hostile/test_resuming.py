@@ -13,8 +13,8 @@ import yaml
 
 from benchmarks.attacked import differing_rows, rows
 from tessellar.callbacks.checkpoints import Checkpoints
+from tessellar.schedules import Schedule
 from tessellar.training.runs import Run
-from tessellar.training.schedules import Schedule
 from tessellar.training.tokenizer_module import TokenizerModule
 
 

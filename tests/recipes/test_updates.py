@@ -21,10 +21,10 @@ from tessellar.protocol.condition import Condition
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Continuous, Layout
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
+from tessellar.schedules import Schedule
 from tessellar.tokenizers.var import VARVQVAE
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.schedules import Schedule
 from tests.interop.official_names import Imported, imported, recipe
 from tests.recipes.frame import recipe_of
 

@@ -10,12 +10,12 @@ import torch
 
 from tessellar.callbacks.ema import EMA
 from tessellar.models.rar import RAR
+from tessellar.schedules import Schedule
 from tessellar.tokenizers.losses.discriminator import PatchGAN
 from tessellar.training.base import COUNTERS, STATE_KEY
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.schedules import Schedule
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from tessellar.layers.tags import tag, untag
+from tessellar.schedules import Schedule
 from tessellar.training.base import TrainingModule
 from tessellar.training.muon import Muon
 from tessellar.training.optim import OptimizerSettings, set_factor
-from tessellar.training.schedules import Schedule
 
 
 class StopAfter(L.Callback):

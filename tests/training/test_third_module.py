@@ -9,11 +9,11 @@ from torch import Tensor, nn
 import tessellar
 from tessellar.checkpoints.card import Record
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.schedules import Schedule
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.schedules import Schedule
 
 
 class Reconstruction(TrainingModule):
