@@ -21,15 +21,21 @@ class ResBlock(nn.Module):
     """Two convolutions behind norms and SiLU, added to the input (1x1 where the channels change)."""
 
     def __init__(
-        self, channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32
+        self,
+        channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        groups: int = 32,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(channels, groups)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1, bias=bias)
         self.norm2 = group_norm(out_channels, groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
         self.dropout = nn.Dropout(dropout)
-        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        changes = channels != out_channels
+        self.shortcut = nn.Conv2d(channels, out_channels, 1, bias=bias) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -92,11 +98,12 @@ class Level(nn.Module):
         resample: nn.Module | None,
         dropout: float,
         groups: int = 32,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
         self.res = nn.ModuleList(
-            ResBlock(a, b, dropout, groups) for a, b in zip(widths, widths[1:], strict=False)
+            ResBlock(a, b, dropout, groups, bias) for a, b in zip(widths, widths[1:], strict=False)
         )
         self.attn = nn.ModuleList(
             SpatialAttention(out_channels, groups) for _ in range(blocks if attention else 0)

@@ -49,12 +49,20 @@ class AdaptiveLevel(nn.Module):
     """Adaptive norm, residual blocks, and upsampling but at the finest level."""
 
     def __init__(
-        self, channels: int, out_channels: int, style_channels: int, blocks: int, upsample: bool
+        self,
+        channels: int,
+        out_channels: int,
+        style_channels: int,
+        blocks: int,
+        upsample: bool,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * blocks
         self.adaptive = AdaptiveGroupNorm(channels, style_channels)
-        self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.res = nn.ModuleList(
+            ResBlock(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)
+        )
         self.upsample = DepthToSpace(out_channels) if upsample else None
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:

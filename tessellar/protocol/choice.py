@@ -6,7 +6,7 @@ every logit >= the k-th largest (ties stay), then top-p keeping the smallest set
 probabilities whose mass exceeds p, then min-p.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,24 +24,38 @@ HOTTEST = 1e6
 class Choice:
     """How a token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter
     off.
+
+    `further_temperatures` are those of the sub-tokens behind the first, where a token has several;
+    the last one goes on. Without them, all have `temperature`.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    further_temperatures: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, least=0, most=HOTTEST)
-        if 0 < self.temperature < COLDEST:
-            raise UserError(
-                f"temperature is {self.temperature}; it must be 0, which is greedy, or at least {COLDEST}"
-            )
+        object.__setattr__(self, "further_temperatures", tuple(self.further_temperatures))
+        for temperature in (self.temperature, *self.further_temperatures):
+            check_number("temperature", temperature, least=0, most=HOTTEST)
+            if 0 < temperature < COLDEST:
+                raise UserError(
+                    f"temperature is {temperature}; it must be 0, which is greedy, or at least {COLDEST}"
+                )
         check_whole("top_k", self.top_k, least=0)
         check_number("top_p", self.top_p, above=0, most=1)
         check_number("min_p", self.min_p, least=0)
         if self.min_p >= 1:
             raise UserError(f"min_p is {self.min_p}; it must be below 1")
+
+    def of_factor(self, factor: int) -> "Choice":
+        """How sub-token `factor` of a token is drawn."""
+        further = self.further_temperatures
+        if not further:
+            return self
+        own = self.temperature if factor == 0 else further[min(factor, len(further)) - 1]
+        return replace(self, temperature=own, further_temperatures=())
 
     def probs(self, logits: Tensor) -> Tensor:
         """Processed probabilities [..., V], float32, of `logits` [..., V]. Greedy gives a one-hot

@@ -6,13 +6,13 @@ names one.
 `Logits`: tokens that are independent given what came before; speculative decoding and search need
 this kind. `FactorLogits`: tokens of several sub-tokens, one after the other (TokenBridge's
 channels, Open-MAGVIT2's two halves). `Bits`: tokens of bits, sets of them one after the other
-(BAR), or all independent. `Implicit`: known only through a network that a solver integrates:
+(BAR), or all independent. Both are `Chained`. `Implicit`: known only through a network that a solver integrates:
 `ImplicitFlow` (a velocity), `ImplicitDiffusion` (noise and variance of a diffusion head). It has no
 likelihood.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -29,6 +29,11 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 Head = Callable[[Tensor, int], Tensor]
 """(known [B, T, F], sub-token) to its logits [B, T, V]."""
+
+
+Walk = Callable[[Tensor, int], Tensor]
+"""(known [B, T, F], stage) to the logits [B, T, n, V] of the n sub-tokens of a stage; in `known` those of earlier
+stages hold their values, all others 0."""
 
 
 class Solver(Protocol):
@@ -159,14 +164,63 @@ class Logits(Distribution):
         )
 
 
+class Chained(Distribution):
+    """T tokens of F sub-tokens each, in stages: those of a stage are independent given the stages
+    before it.
+
+    `stages` are the sub-tokens of each stage; together they are all of them.
+    """
+
+    shape: tuple[int, int]  # B, T
+    device: torch.device | str
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the sub-tokens of each stage."""
+
+    @abstractmethod
+    def walk(self) -> Walk:
+        """What gives the logits of the stages, good for one walk through all of them, in order."""
+
+    def choice_at(self, choice: Choice, stage: int) -> Choice:
+        """How the sub-tokens of a stage are drawn."""
+        return choice
+
+    @property
+    def count(self) -> int:
+        """Sub-tokens F of a token."""
+        return sum(map(len, self.stages))
+
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        walk = self.walk()
+        tokens = torch.zeros(*self.shape, self.count, dtype=torch.int64, device=self.device)
+        for stage, members in enumerate(self.stages):
+            choice = self.choice_at(settings.choice, stage)
+            tokens = with_values(tokens, members, choice.draw(walk(tokens, stage), noise))
+        return tokens
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        walk = self.walk()
+        known = torch.zeros_like(tokens)
+        total = torch.zeros(tokens.shape[:2], device=tokens.device)
+        for stage, members in enumerate(self.stages):
+            values = tokens[..., list(members)]
+            total = total + _log_prob(walk(known, stage), values).sum(-1)
+            known = with_values(known, members, values)
+        return total
+
+
 @dataclass(frozen=True)
-class FactorLogits(Distribution):
+class FactorLogits(Chained):
     """T tokens of F sub-tokens each, drawn one after the other in `order`, each given those before
     it.
 
     `head(known, factor)` gives the logits [B, T, V] of sub-token `factor`, guidance included; in
     `known` [B, T, F] the sub-tokens before it in `order` hold their values, all others 0. `begin`,
     where there is one, makes the same head with a cache, good for one walk through `order`.
+    `together`, where there is one, gives the logits of all sub-tokens of known tokens [B, T, F] at
+    once, in their own order.
     """
 
     head: Head
@@ -175,31 +229,41 @@ class FactorLogits(Distribution):
     device: torch.device | str = "cpu"
     hidden: Tensor | None = None
     begin: Callable[[], Head] | None = None
+    together: Callable[[Tensor], Sequence[Tensor]] | None = None
 
-    def sample(self, settings: Draws, noise: Noise) -> Tensor:
-        head = self._walk()
-        tokens = torch.zeros(*self.shape, len(self.order), dtype=torch.int64, device=self.device)
-        for factor in self.order:
-            drawn = settings.choice.draw(head(tokens, factor), noise)
-            tokens = _with_factor(tokens, factor, drawn)
-        return tokens
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((factor,) for factor in self.order)
+
+    def walk(self) -> Walk:
+        head = self.head if self.begin is None else self.begin()
+        return lambda known, stage: head(known, self.order[stage])[..., None, :]
+
+    def choice_at(self, choice: Choice, stage: int) -> Choice:
+        return choice.of_factor(self.order[stage])
 
     def log_prob(self, tokens: Tensor) -> Tensor:
-        head = self._walk()
-        known = torch.zeros_like(tokens)
-        total = torch.zeros(tokens.shape[:2], device=tokens.device)
-        for factor in self.order:
-            total = total + _log_prob(head(known, factor), tokens[..., factor])
-            known = _with_factor(known, factor, tokens[..., factor])
-        return total
+        if self.together is None:
+            return super().log_prob(tokens)
+        each = [
+            _log_prob(logits, ids)
+            for logits, ids in zip(self.together(tokens), tokens.unbind(-1), strict=True)
+        ]
+        return torch.stack(each).sum(0)
 
-    def _walk(self) -> Head:
-        """The head for one walk through `order`."""
-        return self.head if self.begin is None else self.begin()
+    def cross_entropy(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats a token of `tokens` [B, T, F]: the mean over tokens of the sum over
+        sub-tokens; `weight` [B] weighs (or drops) whole samples.
+        """
+        loss = -self.log_prob(tokens)
+        if weight is None:
+            return loss.mean()
+        count = (weight.sum() * tokens.shape[1]).clamp(min=torch.finfo(loss.dtype).eps)
+        return (loss * weight[:, None]).sum() / count
 
 
 @dataclass(frozen=True)
-class Bits(Distribution):
+class Bits(Chained):
     """T tokens of n bits each: `sets` of bits one after the other, the bits of a set independent
     given the sets before.
 
@@ -223,29 +287,16 @@ class Bits(Distribution):
         )
 
     @property
-    def count(self) -> int:
-        """Bits n of a token."""
-        return sum(map(len, self.sets))
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        return self.sets
 
-    def sample(self, settings: Draws, noise: Noise) -> Tensor:
-        tokens = torch.zeros(*self.shape, self.count, dtype=torch.int64, device=self.device)
-        shown = torch.zeros(self.count, dtype=torch.bool, device=self.device)
-        for bits in self.sets:
-            chosen = torch.tensor(bits, device=self.device)
-            drawn = settings.choice.draw(_two_logits(self.head(tokens, shown)[..., chosen]), noise)
-            tokens = tokens.index_copy(-1, chosen, drawn)
-            shown = shown.index_fill(0, chosen, True)
-        return tokens
-
-    def log_prob(self, tokens: Tensor) -> Tensor:
-        total = torch.zeros(tokens.shape[:2], device=tokens.device)
-        shown = torch.zeros(self.count, dtype=torch.bool, device=tokens.device)
-        for bits in self.sets:
-            chosen = torch.tensor(bits, device=tokens.device)
-            log_odds = self.head(tokens * shown, shown)[..., chosen]
-            total = total + _log_prob(_two_logits(log_odds), tokens[..., chosen]).sum(-1)
-            shown = shown.index_fill(0, chosen, True)
-        return total
+    def walk(self) -> Walk:
+        shown = torch.zeros(len(self.sets), self.count, dtype=torch.bool, device=self.device)
+        for stage, before in enumerate(self.sets[:-1]):
+            shown[stage + 1 :, list(before)] = True
+        return lambda known, stage: _two_logits(
+            self.head(known, shown[stage])[..., list(self.sets[stage])]
+        )
 
 
 def _log_prob(logits: Tensor, ids: Tensor) -> Tensor:
@@ -258,7 +309,7 @@ def _two_logits(log_odds: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(log_odds), log_odds], -1)
 
 
-def _with_factor(tokens: Tensor, factor: int, values: Tensor) -> Tensor:
-    """A copy of tokens [B, T, F] with `values` [B, T] as sub-token `factor`."""
-    index = torch.tensor([factor], device=tokens.device)
-    return tokens.index_copy(-1, index, values[..., None])
+def with_values(tokens: Tensor, members: tuple[int, ...], values: Tensor) -> Tensor:
+    """A copy of tokens [B, T, F] with `values` [B, T, n] as the sub-tokens `members`."""
+    index = torch.tensor(members, device=tokens.device)
+    return tokens.index_copy(-1, index, values)

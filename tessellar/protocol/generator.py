@@ -91,11 +91,13 @@ class State:
             return x
         return torch.cat([x] * self.guidance.branches)
 
-    def merge(self, x: Tensor, entity: Tensor) -> Tensor:
-        """Guidance: predictions [R, T, ...] of entities [B, T] to [B, T, ...]."""
+    def merge(self, x: Tensor, entity: Tensor, factor: int = 0) -> Tensor:
+        """Guidance: predictions [R, T, ...] of entities [B, T], or of their sub-tokens `factor`, to
+        [B, T, ...].
+        """
         if self.guidance.schedule is None:
             return x
-        return self.guidance.merge(x, entity, self.entities)
+        return self.guidance.merge(x, entity, self.entities, factor)
 
     def _input_end(self, entity: Tensor) -> Tensor:
         assert self.input_ends is not None

@@ -45,17 +45,20 @@ class Guidance:
         """Rows an image: 1, or 2 with a conditional and a null row."""
         return 1 if self.schedule is None else 2
 
-    def merge(self, x: Tensor, entity: Tensor, entities: Entities) -> Tensor:
+    def merge(self, x: Tensor, entity: Tensor, entities: Entities, factor: int = 0) -> Tensor:
         """Predictions [R, T, ...] of all branches (conditional rows first) to guided ones [B, T,
         ...].
 
-        `entity` [B, T] are the entity numbers. Exactly the conditional prediction where the scale
-        is 1.
+        `entity` [B, T] are the entity numbers, `factor` the sub-token that is predicted. Exactly
+        the conditional prediction where the scale is 1.
         """
         if self.schedule is None:
             return x
         conditional, null = x.chunk(2)
-        scale = self.schedule(entity, entities).to(x.device, torch.float32)
+        schedule = self.schedule
+        if isinstance(schedule, PerSubToken):
+            schedule = schedule.of_factor(factor)
+        scale = schedule(entity, entities).to(x.device, torch.float32)
         scale = scale.view(*scale.shape, *(1,) * (x.ndim - scale.ndim))
         return torch.where(scale == 1, conditional, null + scale.to(x.dtype) * (conditional - null))
 
@@ -266,3 +269,31 @@ class Revealed(GuidanceSchedule):
             max=entities.length - 1
         )
         return 1 + (self.scale - 1) * known / entities.length
+
+
+@dataclass(frozen=True)
+class PerSubToken(GuidanceSchedule):
+    """w at every entity for the first sub-token of a token, `further` for those behind it, of which
+    the last one goes on (Open-MAGVIT2, arXiv 2409.04410).
+    """
+
+    further: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "further", tuple(self.further))
+        for scale in self.further:
+            check_number("guidance further", scale, least=-LARGEST, most=LARGEST)
+
+    @property
+    def is_one(self) -> bool:
+        return self.scale == 1 and all(scale == 1 for scale in self.further)
+
+    def of_factor(self, factor: int) -> Constant:
+        """The schedule of sub-token `factor`."""
+        if factor == 0 or not self.further:
+            return Constant(self.scale)
+        return Constant(self.further[min(factor, len(self.further)) - 1])
+
+    def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
+        return self.of_factor(0)(entity, entities)

@@ -3,7 +3,7 @@ and in records.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,10 @@ class Sampling:
         way.
         """
         described = {part.name: describe(getattr(self, part.name)) for part in fields(self)}
-        return {**described, "choice": asdict(self.choice)}
+        choice = describe(self.choice)["init_args"]
+        if not choice["further_temperatures"]:
+            del choice["further_temperatures"]  # most tokens have no sub-tokens
+        return {**described, "choice": choice}
 
 
 GREEDY = Sampling(choice=Choice(temperature=0))
