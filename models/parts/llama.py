@@ -3,6 +3,7 @@
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,9 @@ class LlamaGenerator(PrefixTransformer):
     of the SwiGLU is `ffn_hidden`, or LlamaGen's rule; `num_kv_heads` groups queries.
     """
 
+    #: What the layers are; a subclass may modulate them.
+    block_class: ClassVar[type[LlamaBlock]] = LlamaBlock
+
     conditioning: ClassPrefix | CaptionPrefix | JointText | ClassConditioning
     output: nn.Linear | None
     rope_cos: Tensor
@@ -112,7 +116,7 @@ class LlamaGenerator(PrefixTransformer):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         residual_dropout = 0.0 if drop_path > 0 else dropout
         self.layers = nn.ModuleList(
-            LlamaBlock(
+            self.block_class(
                 width,
                 num_heads,
                 hidden=hidden,

@@ -87,6 +87,8 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "xar": "model",
         "alitok": "model_state",
         "lpd": "ema",
+        "ibq": "state_dict",
+        "open_magvit2": "state_dict",
     }
     generators = {
         "llamagen": "model",
@@ -96,6 +98,8 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "tokenbridge": "model_ema",
         "xar": "model_ema",
         "lpd": "model",
+        "ibq": "state_dict",
+        "open_magvit2": "state_dict",
     }
     assert evaluated("tokenizers") == {**tokenizers, "var": "trainer.vae_local"}
     assert evaluated("generators") == {

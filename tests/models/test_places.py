@@ -11,7 +11,7 @@ from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tests.models.test_protocol import GENERATORS, GUIDANCES, labels, make, tokens_of
 
-WITH_PLACES = ("llamagen", "llamagen-1d", "hita", "retok", "rar", "rar-1d", "flextok-ar")
+WITH_PLACES = ("llamagen", "llamagen-1d", "ibq", "hita", "retok", "rar", "rar-1d", "flextok-ar")
 MASKED = ("maskgit", "maskgit-uvit", "mar")
 OTHERS = ("tokenbridge",)
 

@@ -15,11 +15,14 @@ from tessellar.models.alitok import AliTokAR
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
+from tessellar.models.ibq import IBQAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
+from tessellar.models.open_magvit2 import OpenMAGVIT2AR
+from tessellar.models.parts.llama import LlamaGenerator
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
@@ -28,7 +31,13 @@ from tessellar.models.tokenbridge.head import ChannelLogits
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Distribution, Implicit, Logits
+from tessellar.protocol.distribution import (
+    Chained,
+    Distribution,
+    Implicit,
+    Logits,
+    with_values,
+)
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
@@ -103,6 +112,10 @@ def tokenbridge(**options: Any) -> TokenBridge:
     return generator
 
 
+def open_magvit2(layout: Layout) -> OpenMAGVIT2AR:
+    return OpenMAGVIT2AR(layout, 32, 2, 4, 2, CLASSES, dropout=0.0, ffn_multiple_of=8)
+
+
 def token_shuffle(layout: Layout) -> TokenShuffle:
     return TokenShuffle(layout, 32, 2, 4, 2, num_classes=CLASSES, ffn_multiple_of=8)
 
@@ -117,6 +130,9 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     ),
     "har-first-2": lambda: HAR(LINE, 32, 2, 4, CLASSES, 2, dropout=0.0, ffn_multiple_of=8),
     "hita": lambda: HitaAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
+    "ibq": lambda: IBQAR(GRID, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
+    "open-magvit2": lambda: open_magvit2(grid_layout(3, 3, Factorized((5, 7)))),
+    "open-magvit2-1d": lambda: open_magvit2(sequence_layout(6, Factorized((3, 5, 4)))),
     "lpd": lambda: LPD(GRID, 32, 2, 4, CLASSES, 6, condition_dropout=0.5, dropout=0.0),
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
@@ -173,7 +189,11 @@ def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
 
 def predicted(generator: Generator, state: State, tokens: Tensor, count: int, want: int) -> Tensor:
     """What is predicted of the last `want` of `count` entities, [B, T, ...]; one at a time where it is no logits."""
-    if not generator.layout.is_categorical and want > 1:
+    if (
+        not isinstance(generator, LlamaGenerator)
+        and not generator.layout.is_categorical
+        and want > 1
+    ):
         return torch.cat([predicted(generator, state, tokens, 1, 1) for _ in range(count)], 1)
     return values(generator.predict(state, tokens, count, want), len(tokens))
 
@@ -186,9 +206,22 @@ def values(distribution: Distribution, batch: int) -> Tensor:
         batch, length = distribution.inner.shape
         tokens = torch.ones(batch, length, len(distribution.channels.vocabs), dtype=torch.int64)
         return distribution.log_prob(tokens)[..., None]
+    if isinstance(distribution, Chained):
+        return of_stages(distribution)
     assert isinstance(distribution, Implicit)
     noisy = torch.randn(1, *distribution.shape, generator=torch.Generator().manual_seed(7))
     return distribution.model(noisy.expand(batch, -1, -1), torch.tensor(0.5))
+
+
+def of_stages(distribution: Chained) -> Tensor:
+    """All logits of its stages, one after the other [B, T, n], in tokens whose every sub-token is 1."""
+    walk = distribution.walk()
+    known = torch.zeros(*distribution.shape, distribution.count, dtype=torch.int64)
+    parts = []
+    for stage, members in enumerate(distribution.stages):
+        parts.append(walk(known, stage).flatten(2))
+        known = with_values(known, members, torch.ones(*distribution.shape, len(members)).long())
+    return torch.cat(parts, -1)
 
 
 def fresh(

@@ -17,6 +17,8 @@ from tessellar.models.har import HAR
 from tessellar.models.har import official as har
 from tessellar.models.hita import HitaAR
 from tessellar.models.hita import official as hita
+from tessellar.models.ibq import IBQAR
+from tessellar.models.ibq import official as ibq
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.llamagen import official as llamagen
 from tessellar.models.lpd import LPD
@@ -25,6 +27,8 @@ from tessellar.models.mar import MAR
 from tessellar.models.mar import official as mar
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.maskgit import official as maskgit
+from tessellar.models.open_magvit2 import OpenMAGVIT2AR
+from tessellar.models.open_magvit2 import official as open_magvit2
 from tessellar.models.rar import RAR
 from tessellar.models.rar import official as rar
 from tessellar.models.retok import ReToKGPT
@@ -42,6 +46,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import (
     Categorical,
     Continuous,
+    Factorized,
     Layout,
     Segment,
     grid_layout,
@@ -89,6 +94,20 @@ def llamagen_classes() -> Pair:
 def llamagen_captions() -> Pair:
     made = LlamaGen(GRID, 24, 3, 3, None, caption_dim=10, caption_length=7)
     return made, llamagen.from_official(llamagen.to_official(shaken(made)), GRID, 3)
+
+
+def ibq_of_a_wide_grid() -> Pair:
+    layout = grid_layout(2, 5, Categorical(23))
+    made = IBQAR(layout, 40, 3, 5, CLASSES, dropout=0.0, gate_scale=0.5, ffn_multiple_of=24)
+    return made, ibq.from_official(ibq.to_official(shaken(made)), layout, 5)
+
+
+def open_magvit2_of_three_blocks_in_a_token() -> Pair:
+    layout = grid_layout(2, 5, Factorized((8, 4)))
+    made = OpenMAGVIT2AR(
+        layout, 40, 1, 5, 3, CLASSES, dropout=0.0, ffn_multiple_of=24, condition_dropout=0.0
+    )
+    return made, open_magvit2.from_official(open_magvit2.to_official(shaken(made)), layout, 5)
 
 
 def retok_gpt() -> Pair:
@@ -283,6 +302,8 @@ OF_CLASSES: list[Callable[[], Pair]] = [
     alitok_of_other_segments,
     lpd_of_other_heads,
     llamagen_classes,
+    ibq_of_a_wide_grid,
+    open_magvit2_of_three_blocks_in_a_token,
     retok_gpt,
     har_of_other_levels,
     hita_of_two_vocabularies,

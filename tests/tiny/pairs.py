@@ -18,11 +18,13 @@ from tessellar.models.alitok import AliTokAR
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
+from tessellar.models.ibq import IBQAR
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
+from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
@@ -35,12 +37,16 @@ from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.alitok import AliTok
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize
 from tessellar.tokenizers.hita import Hita
+from tessellar.tokenizers.ibq import IBQVQGAN
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
+from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.ibq import IBQ
+from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
@@ -77,6 +83,8 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "ViT-VQ": lambda: ViTVQ(_vq(), 16, 4, 16, 1, 1, 2),
     "ViT + FSQ": lambda: ViTVQ(FSQ((3, 3, 2)), 16, 4, 16, 1, 1, 2),
     "MaskGIT-VQGAN": lambda: MaskGITVQGAN(VectorQuantizer(16, 32), 16, 32, (1, 1, 1), 1),
+    "IBQ": lambda: IBQVQGAN(IBQ(16, 4), 16, 32, (1, 1, 1), 1, 32),
+    "Open-MAGVIT2": lambda: OpenMAGVIT2(LFQ(5, split=(2, 3)), 16, 32, (1, 1, 1), 1),
     "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
     "AliTok": lambda: AliTok(_vq(), 16, 4, TINY, TINY),
     "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
@@ -93,6 +101,10 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 }
 GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "IBQ's AR": lambda layout: IBQAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
+    "Open-MAGVIT2's AR": lambda layout: OpenMAGVIT2AR(
+        layout, 16, 1, 2, 1, CLASSES, ffn_multiple_of=8
+    ),
     "ReToK's GPT": lambda layout: ReToKGPT(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "AliTok's AR": lambda layout: AliTokAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "FlexTok's AR": lambda layout: FlexAR(layout, 16, 1, 2, CLASSES),

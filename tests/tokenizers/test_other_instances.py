@@ -21,6 +21,8 @@ from tessellar.tokenizers.flextok import official as flextok
 from tessellar.tokenizers.flextok.vae import flextok_vae
 from tessellar.tokenizers.hita import Hita
 from tessellar.tokenizers.hita import official as hita
+from tessellar.tokenizers.ibq import IBQVQGAN
+from tessellar.tokenizers.ibq import official as ibq
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.kl_vae import official as kl_vae
 from tessellar.tokenizers.llamagen import LlamaGenVQ
@@ -28,9 +30,13 @@ from tessellar.tokenizers.llamagen import official as llamagen
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from tessellar.tokenizers.maskgit_vqgan import official as maskgit_vqgan
 from tessellar.tokenizers.one_d_piece import OneDPiece
+from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
+from tessellar.tokenizers.open_magvit2 import official as open_magvit2
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.ibq import IBQ
+from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.restok import official as restok
@@ -232,7 +238,23 @@ def alitok_bidirectional() -> Pair:
     return made, alitok.from_official(alitok.to_official(made), (2, 6))
 
 
+def ibq_of_three_levels() -> Pair:
+    """Attention at two levels."""
+    sizes: dict[str, Any] = {"num_res_blocks": 2, "z_channels": 24, "attention": (0, 2)}
+    made = shaken(IBQVQGAN(IBQ(30, 6), (16, 24), 32, (1, 3, 2), **sizes))
+    return made, ibq.from_official(ibq.to_official(made), (16, 24))
+
+
+def open_magvit2_of_three_levels() -> Pair:
+    """Three sub-tokens, of more levels and other widths."""
+    made = shaken(OpenMAGVIT2(LFQ(9, split=(2, 4, 3)), (16, 24), 32, (1, 3, 2), 2))
+    state = open_magvit2.to_official(made)
+    return made, open_magvit2.from_official(state, (16, 24), (2, 4, 3))
+
+
 CASES: dict[str, Callable[[], Pair]] = {
+    "IBQ": ibq_of_three_levels,
+    "Open-MAGVIT2": open_magvit2_of_three_levels,
     "AliTok, causal": alitok_causal,
     "AliTok, bidirectional": alitok_bidirectional,
     "TiTok that gives pixels": titok_pixels,

@@ -1,0 +1,66 @@
+"""IBQ's tokenizer (arXiv 2412.02692): the VQGAN with index backpropagation quantization.
+
+The straight-through step is on the one-hot index (quantizers/ibq.py), so codebooks of 262,144 codes
+of 256 channels stay in use. Convolutional halves are taming's (arXiv 2012.09841), with attention at
+the coarsest level.
+"""
+
+from torch import nn
+
+from tessellar.layers.cnn import Decoder, Encoder, Sizes
+from tessellar.protocol.layout import grid_layout
+from tessellar.protocol.tokenizer import Quantizer
+from tessellar.tokenizers.parts.vqgan import VQGAN
+from tessellar.tokenizers.quantizers.ibq import IBQ
+
+
+class IBQVQGAN(VQGAN):
+    """Images of `image_size` (one side, or height and width) as a grid of codes.
+
+    `attention` are the levels with attention, 0 the finest; None: the coarsest alone. Raises
+    ValueError where the stride does not divide the image size.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        image_size: int | tuple[int, int] = 256,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 4,
+        z_channels: int = 256,
+        dropout: float = 0.0,
+        attention: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
+        self.layout = grid_layout(*self.grid, quantizer.kind)
+        sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
+        self.encoder = Encoder(sizes, attention)
+        self.decoder = Decoder(sizes, attention)
+        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
+        self.quantizer = quantizer
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
+
+
+# Published variants: 16 x 16 tokens at 256 pixels.          parameters
+def ibq_1024(image_size: int | tuple[int, int] = 256) -> IBQVQGAN:
+    """107,049,859 parameters."""
+    return IBQVQGAN(IBQ(1024, 256), image_size)
+
+
+def ibq_8192(image_size: int | tuple[int, int] = 256) -> IBQVQGAN:
+    """108,884,867 parameters."""
+    return IBQVQGAN(IBQ(8192, 256), image_size)
+
+
+def ibq_16384(image_size: int | tuple[int, int] = 256) -> IBQVQGAN:
+    """110,982,019 parameters."""
+    return IBQVQGAN(IBQ(16384, 256), image_size)
+
+
+def ibq_262144(image_size: int | tuple[int, int] = 256) -> IBQVQGAN:
+    """173,896,579 parameters."""
+    return IBQVQGAN(IBQ(262144, 256), image_size)
