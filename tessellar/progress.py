@@ -144,6 +144,11 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
+def count_of(number: int, one: str, several: str) -> str:
+    """`1 class`, `8 classes`."""
+    return f"{number:,} {one if number == 1 else several}"
+
+
 def duration(seconds: float) -> str:
     """`3:12`, `1:02:03` or `2 d 3:00:00`."""
     whole = int(seconds + 0.5)

@@ -12,11 +12,12 @@ from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.staging import check_target
 from tessellar.cli.next_steps import after_cache
 from tessellar.cli.sample import pick_device
-from tessellar.data.datamodule import ImageDataModule, count_of
+from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.token_cache.files import HEADER
 from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
 from tessellar.pipeline import assemble
+from tessellar.progress import count_of
 from tessellar.protocol.packages import trust
 from tessellar.protocol.ranges import check_whole
 from tessellar.protocol.tokenizer import Tokenizer
@@ -122,4 +123,4 @@ def _encode(
         )
     if distributed.rank() == 0:
         print(f"wrote {out}")
-        log.info("%s", after_cache(str(out)))
+        log.info("%s", after_cache(tokenizer, model, data, str(out)))

@@ -9,7 +9,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,18 +21,28 @@ CONFIGS = PACKAGE / "configs"
 KINDS = ("tokenizers", "generators", "data", "configs", "algorithms")
 FOLDERS = {"tokenizers": "tokenizers", "generators": "models"}
 FILES = {"tokenizers": "tokenizer.py", "generators": "model.py"}
+NO_MODELS = ("official.py", "parity.py")  # files of a system that make none
 SHARED = ("parts", "losses", "quantizers")  # rooms of the papers' folders that are no system
 ARXIV = re.compile(r"\d{4}\.\d{5}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing to choose: its name, one line about it, its file, and the names that it offers."""
+    """One thing to choose: its name, one line about it, its file, and of which of KINDS it is."""
 
     name: str
     what: str
     file: Path
-    offers: tuple[str, ...] = ()
+    kind: str
+
+    @cached_property
+    def offers(self) -> tuple[str, ...]:
+        """Names of the classes and presets that a config can hold; none of a config itself."""
+        if (
+            self.kind in FOLDERS
+        ):  # read when they are asked for: it takes the sources of all systems
+            return tuple(models_of(self.file.parent, parsed(self.file)))
+        return () if self.kind == "configs" else (self.name,)
 
     @property
     def papers(self) -> tuple[str, ...]:
@@ -49,7 +59,7 @@ def entries(kind: str, packages: str = "") -> list[Entry]:
     if kind in FOLDERS:
         found: list[Entry] = []
         for folder in (PACKAGE / FOLDERS[kind], *folders_of(packages)):
-            found += _systems(folder, FILES[kind])
+            found += _systems(folder, kind)
         return found
     if kind == "data":
         return data_sets()
@@ -119,23 +129,23 @@ def folders_of(packages: str) -> list[Path]:
     return folders
 
 
-def _systems(folder: Path, file: str) -> Iterator[Entry]:
-    """The systems in a folder; the folder itself is one where it holds `file`."""
+def _systems(folder: Path, kind: str) -> Iterator[Entry]:
+    """The systems in a folder; the folder itself is one where it holds a system's file."""
+    file = FILES[kind]
     for package in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
         header = package / "__init__.py"
         if package.name in SHARED or not header.is_file() or not (package / file).is_file():
             continue
-        tree = parsed(header)
-        yield Entry(package.name, first_sentence(tree), header, tuple(models_of(package, tree)))
+        yield Entry(package.name, first_sentence(parsed(header)), header, kind)
 
 
 def models_of(package: Path, header: ast.Module) -> list[str]:
     """Names that a package offers and that build a model: classes of systems, and their presets."""
-    own = _classes(tuple(sorted(package.glob("*.py"))))
-    bases = {**_classes(tuple(sorted(PACKAGE.glob("models/**/*.py")))), **own}
-    bases = {**_classes(tuple(sorted(PACKAGE.glob("tokenizers/**/*.py")))), **bases}
+    files = tuple(file for file in sorted(package.glob("*.py")) if file.name not in NO_MODELS)
+    own = _classes(files)
+    bases = {**_of_all_papers(), **own}
     builders = {name for name in own if derives(name, ROOTS, bases)}
-    for file in package.glob("*.py"):
+    for file in files:
         for node in parsed(file).body:
             if isinstance(node, ast.FunctionDef) and node.returns is not None:  # maybe a preset
                 made = ast.unparse(node.returns).strip("'\"")
@@ -145,6 +155,16 @@ def models_of(package: Path, header: ast.Module) -> list[str]:
 
 
 ROOTS = ("Tokenizer", "GridTokenizer", "Generator", "MaskedGenerator")
+
+
+@cache
+def _of_all_papers() -> dict[str, tuple[str, ...]]:
+    """Bases of every class in the papers' folders."""
+    files: list[Path] = []
+    for room in FOLDERS.values():
+        found = sorted((PACKAGE / room).rglob("*.py"))
+        files += [file for file in found if file.name not in NO_MODELS]
+    return _classes(tuple(files))
 
 
 @cache
@@ -172,7 +192,7 @@ def data_sets() -> list[Entry]:
     for name, module in ast.literal_eval(assigned(parsed(header), "_HOMES")).items():
         if name.endswith("Data"):
             file = header.parent / f"{module.replace('.', '/')}.py"
-            found.append(Entry(name, first_sentence(definition(file, name)), file, (name,)))
+            found.append(Entry(name, first_sentence(definition(file, name)), file, "data"))
     return found
 
 
@@ -195,7 +215,7 @@ def algorithms() -> list[Entry]:
             if not isinstance(node, ast.ClassDef) or "abstractmethod" in ast.unparse(node):
                 continue
             if derives(node.name, ("Algorithm",), bases):
-                found.append(Entry(node.name, first_sentence(node), file, (node.name,)))
+                found.append(Entry(node.name, first_sentence(node), file, "algorithms"))
     return found
 
 
@@ -208,7 +228,7 @@ def configs() -> list[Entry]:
     found = []
     for root in roots:
         for file in sorted(root.rglob("*.yaml")):
-            found.append(Entry(config_name(file, root), header_line(file), file))
+            found.append(Entry(config_name(file, root), header_line(file), file, "configs"))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -95,14 +96,19 @@ def _crops(target: Path, size: int, crop_train: bool, extractor: str, device: st
 def _tell_next(target: Path, form: str) -> None:
     """The options by which training reads what was prepared."""
     if form == "shards":
-        where = target / "shards"
+        train = shlex.quote(f"{target}/shards/train-*.tar")
+        val = shlex.quote(f"{target}/shards/val-*.tar")
         options = (
-            f"--data tessellar.data.WebDatasetData --data.shards '{where}/train-*.tar' "
-            f"--data.val_shards '{where}/val-*.tar'"
+            f"--data tessellar.data.WebDatasetData --data.shards {train} --data.val_shards {val}"
         )
     else:
-        options = f"--data.root {target / 'train'} --data.val_root {target / 'val'}"
-    log.info("next: %s --config imagenet256/vq_16 %s", spelled("train"), options)
+        train = shlex.quote(str(target / "train"))
+        options = f"--data.root {train} --data.val_root {shlex.quote(str(target / 'val'))}"
+    log.info(
+        "next: %s --config imagenet256/vq_16 %s (weights/vgg16.pth is torchvision's VGG-16)",
+        spelled("train"),
+        options,
+    )
 
 
 COMMANDS = {"imagenet": imagenet}

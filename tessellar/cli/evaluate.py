@@ -80,6 +80,7 @@ def samples(
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, cache, batch_size
     )
+    measurement.begin(samples, out)
     measurement.report(source, measurement.reference(reference, data, size), metrics, out)
 
 
@@ -143,6 +144,7 @@ def model(
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, cache, batch_size
     )
+    measurement.begin(model, out)
     data = data or data_of_run(model)
     made = read_source(model, raw=raw)
     loaded = assemble(made).to(measurement.extractor.device)

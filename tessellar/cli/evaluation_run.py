@@ -2,6 +2,7 @@
 by name.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from tessellar.plain_data import read_yaml
 from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.run import MAX_IMAGES
 
+log = logging.getLogger(__name__)
 CACHE = "runs/.cache"
+RECORDS = Path("outputs/evaluations")
 SPLITS = ("train", "val")
 
 
@@ -46,6 +49,13 @@ class Measurement:
         check_whole("--batch_size", self.batch_size, least=1, most=MAX_IMAGES)
         loaded = load_extractor(self.extractor_source, self.network, self.protocol.resize)
         self.extractor: Extractor = loaded.to(pick_device(self.device))
+
+    def begin(self, what: str, out: str) -> None:
+        """Say what is measured with which network, and where the record will lie."""
+        if distributed.rank() == 0:
+            place = out or f"a record into {RECORDS}"
+            network = self.extractor.name if self.extractor.dim else "no network"
+            log.info("measures %s with %s; writes %s", what, network, place)
 
     def reference(
         self, name: str, data: ImageDataModule | None, size: int | None = None
@@ -111,7 +121,7 @@ def warn(warnings: Sequence[str]) -> None:
 def new_file(record: Record) -> Path:
     """Where the record of an evaluation lies by default: by the name of what is measured, and now."""
     name = "".join(c if c.isalnum() else "-" for c in record["samples"]["name"])
-    return Path("outputs/evaluations") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    return RECORDS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
 
 
 def split_of(name: str, data: ImageDataModule | None, limit: int | None = None) -> DatasetImages:

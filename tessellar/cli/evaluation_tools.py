@@ -72,6 +72,8 @@ def stats(
     measurement = Measurement(
         protocols.protocol(protocol), extractor, network, device, None, batch_size
     )
+    if distributed.rank() == 0:
+        log.info("statistics of %s by %s; writes %s", images, measurement.extractor.name, out)
     source: ImageSource
     if images in SPLITS:
         source = split_of(images, data, count)
@@ -152,6 +154,8 @@ def neighbours(
     check_count("--batch_size", batch_size)
     source = open_images(samples, size=size)
     train = split_of("train", data)
+    if distributed.rank() == 0:
+        log.info("looks for %s among the images of %s; writes %s", samples, train.name, out)
     net = load_extractor(extractor, network).to(pick_device(device)) if extractor else None
     picked = pick_images(source, count)
     found = nearest_images(

@@ -3,6 +3,7 @@ they were made.
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble, pick_device
 from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
 from tessellar.processes.flow import EulerMaruyama, Flow
-from tessellar.progress import Progress
+from tessellar.progress import Progress, count_of
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import Constant, GuidanceSchedule
@@ -43,6 +44,7 @@ from tessellar.sampling.run import (
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
 
+log = logging.getLogger(__name__)
 RECORD = "samples.json"
 DEFAULT_COUNT = 100
 
@@ -107,6 +109,10 @@ def sample(
     check_whole("batch size", batch_size, least=1, most=MAX_IMAGES)
     sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
     recorder = Recorder()
+    if distributed.rank() == 0:
+        kinds = ("class", "classes") if texts is None else ("prompt", "prompts")
+        asked = f"{len(labels):,} images of {count_of(len(named), *kinds)}"
+        log.info("%s by %s; writes %s", asked, model, out)
     with _stage(Path(out), overwrite) as stage:
         start = time.perf_counter()
         titles = generator.class_names if texts is None else texts

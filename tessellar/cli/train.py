@@ -44,7 +44,7 @@ from tessellar.cli.catalogue import class_path, config_file, entries
 from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.functions import check_words
 from tessellar.cli.mistakes import cause_of, explain, nearest
-from tessellar.cli.next_steps import next_steps
+from tessellar.cli.next_steps import Called, next_steps
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.cli.report import REPORT, write_report
 from tessellar.cli.spelling import spelled
@@ -574,8 +574,16 @@ def finish(cli: TrainCLI) -> None:
     pages = [logger for logger in trainer.loggers if isinstance(logger, WandbPage)]
     for page in pages if cli.config_init.wandb_export else []:  # type: ignore[union-attr]
         page.send_export(run.folder / "export")
-    for line in next_steps(module, run.folder):
+    for line in next_steps(module, run.folder, _called(cli)):
         log.info("%s", line)
+
+
+def _called(cli: TrainCLI) -> Called:
+    """How the run was called, for what comes next."""
+    config: Any = cli.config
+    options = (yaml.safe_load(cli.asked).get("data") or {}).get("init_args") or {}
+    last = config.config[-1] if config.config else "config.yaml"
+    return Called(str(last), type(cli.datamodule), options)
 
 
 def _exported(cli: TrainCLI) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from tessellar.data.pictures import PictureDataset
 from tessellar.data.sampler import ResumableSampler
 from tessellar.data.workers import ignore_interruptions, sensible_workers
 from tessellar.errors import UserError
+from tessellar.progress import count_of
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # corrupt images that are named, of all that are counted
@@ -238,8 +239,3 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"the run was at sample {start} of an epoch; {self.name} now has {total}: continue it with its own data"
             )
         return epoch, start
-
-
-def count_of(number: int, one: str, several: str) -> str:
-    """`1 class`, `8 classes`."""
-    return f"{number:,} {one if number == 1 else several}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tessellar.cli import train
+from tessellar.cli import catalogue, train
 from tessellar.cli.catalogue import KINDS, config_file, entries
 from tessellar.cli.errors import run
 from tessellar.cli.main import SCRIPTS, dispatch, versions
@@ -160,6 +160,21 @@ print(heavy & set(sys.modules), time.process_time() < 4)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set() True", done.stderr
+
+
+def test_help_does_not_read_the_models_of_every_paper(monkeypatch, capsys) -> None:
+    """Names of systems are in their folders; what each offers takes a second to read."""
+
+    def read(*_: object) -> None:
+        raise AssertionError("help reads the sources of models")
+
+    monkeypatch.setattr(catalogue, "models_of", read)
+    for command in ("train", "sample", "evaluate", "convert"):
+        assert dispatch(command, ["--help"]) == 0
+    for words in (["model", "--help"], ["extractor", "--help"]):
+        assert dispatch("evaluate", words) == 0
+    assert dispatch("convert", ["cache", "--help"]) == 0
+    assert "titok" in capsys.readouterr().out
 
 
 def test_help_all_is_the_whole_page(capsys) -> None:
