@@ -1,265 +1,397 @@
-"""The first hour of a new user, as a check: README and docs/your_own_images.md followed to the letter, then what
+"""The first hour of a new user, as a check: the commands of README and of the pages followed in their order, then what
 people do instead of what the pages say.
 
-    python tools/docs_commands.py [--quick] [--folder outputs/first_hour] [--write]
+    python tools/docs_commands.py [--page own evaluation] [--whole] [--folder outputs/first_hour] [--write]
 
-Every step is a process of its own, as a user starts it, in a folder with generated photographs in eight class folders
-(JPEG, PNG with transparency, grey, WebP; files of other kinds beside them). A step says what it expects: the exit
-code, words of its output, files. `--quick` takes a few updates in place of each run's own number, for minutes instead
-of an hour. `--write` puts the screens of some steps into the pages (between `<!-- screen: NAME -->` and its end).
-Exit code 1 where anything is not as expected.
+In a folder with generated photographs, Fashion-MNIST files and tars, every command in a `bash` block of a page is run
+as it is written, with a few updates and images in place of the page's own numbers (`--whole`: the page's own). What
+cannot be run here is named in LEFT_OUT with its reason. A step says what it expects: the exit code, words of its
+output, files. `--write` puts screens into the pages (between `<!-- screen: NAME -->` and its end). Exit code 1 where
+anything is not as expected; the last lines name the pages.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"readme": ROOT / "README.md", "own": ROOT / "docs/your_own_images.md"}
-LINKED = ("configs", "demo", "train.py", "sample.py", "evaluate.py", "convert.py")
-CLASSES = ("beach", "city", "desert", "forest", "lake", "meadow", "mountain", "snow")
-PER_CLASS = 30
-SIZE = 64
-QUICK = {
-    "train.py": [
-        "--trainer.max_steps=24",
-        "--trainer.val_check_interval=12",
-        "--trainer.accelerator=cpu",
-    ],
-    "sample.py": ["--per-class", "2"],
-    "model": ["--count", "40"],
-    "extractor": ["--recipe.epochs", "1", "--architecture.arch", "test_resnet"],
-    "neighbours": ["--count", "3"],
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["COLUMNS"] = "100"
+
+from hour.generated import CLASSES, clip_art, fashion, photographs  # noqa: E402
+from hour.steps import Outcome, Step, run, shown  # noqa: E402
+
+LINKED = ("configs", "demo", "tests", "benchmarks", "train.py", "sample.py", "evaluate.py")
+LINKED += ("convert.py",)
+IMPORTED = ("train", "sample", "evaluate", "convert", "cache", "report", "data")
+TESSELLAR = "from tessellar.cli.main import main; main()"  # what the installed command does
+EXPORT = "runs/pictures-generator/export"
+
+#: Commands that are not run here, and why.
+LEFT_OUT = {
+    r"^(python3 -m venv|pip|make|uv)\b": "installs, or runs this",
+    r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
+    r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
+    r"import (llamagen|mar|xar) |exports/(llamagen|xar|kl16)": "published weights: tests/interop",
+    r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }
 
 
-@dataclass
-class Step:
-    """One command of a user and what it should do.
+@dataclass(frozen=True)
+class Page:
+    """A page that is followed: its file, what must be there before, and what its placeholders are here."""
 
-    `says` are regular expressions of lines, `never` such that must not appear, `makes` files that are there afterwards.
-    `interrupt` sends Ctrl-C when its expression has appeared. `screen` names the text that pages show.
-    """
+    name: str
+    file: str
+    before: tuple[Callable[[], list[Step]], ...] = ()
+    placeholders: tuple[tuple[str, str], ...] = ()
 
-    title: str
-    words: list[str]
-    code: int = 0
-    says: tuple[str, ...] = ()
-    never: tuple[str, ...] = ("Traceback",)
-    makes: tuple[str, ...] = ()
-    interrupt: str = ""
-    screen: str = ""
-    before: Callable[[], None] | None = None
+    @property
+    def path(self) -> Path:
+        return ROOT / self.file
 
 
-@dataclass
-class Outcome:
-    """What came of a step."""
-
-    step: Step
-    output: str
-    seconds: float
-    wrong: list[str] = field(default_factory=list)
-
-
-def photographs(root: Path) -> None:
-    """Generated photographs: a sky, a ground and some things in the colours of the class, of many sizes and kinds."""
-    draw = np.random.default_rng(0)
-    for number, name in enumerate(CLASSES):
-        folder = root / name
-        folder.mkdir(parents=True)
-        hues = np.random.default_rng(number).integers(40, 220, (3, 3))
-        for i in range(PER_CLASS):
-            height, width = (int(side) for side in draw.integers(70, 140, 2))
-            pixels = scene(hues, height, width, draw)
-            save(Image.fromarray(pixels), folder, i)
-    (root / CLASSES[0] / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    (root / CLASSES[1] / "notes.txt").write_text("where these were taken\n")
-    (root / CLASSES[2] / "._0.png").write_bytes(b"\0\5\26\7")
+def pages() -> list[Page]:
+    """All pages with commands, in the order of a reader."""
+    data = (("DIR", "data/fashion"), ("NET", "data/net.safetensors"))
+    clips = (("DIR", "data/clips"),)
+    own = (("num_classes 3", f"num_classes {len(CLASSES)}"),)
+    return [
+        Page("readme", "README.md", (fashion_files,), data),
+        Page("own", "docs/your_own_images.md", (), own),
+        Page("training", "docs/training.md"),
+        Page("library", "docs/library.md", (shapes,)),
+        Page("evaluation", "docs/evaluation.md", (demo, records, fashion_files), data),
+        Page("checkpoints", "docs/checkpoints.md", (mine_and_more,)),
+        Page("environment", "docs/environment.md"),
+        Page("cost", "docs/cost.md"),
+        Page("decoding", "docs/decoding.md"),
+        Page("generators", "docs/generators.md", (fashion_files, kl_f4), data),
+        Page("tokenizers", "docs/tokenizers.md", (fashion_files,), data),
+        Page("small", "docs/small_recipes.md", (fashion_files,), data),
+        Page("text", "docs/text_to_image.md", (clip_art_files,), clips),
+        Page("imagenet", "docs/recipes/imagenet256.md"),
+    ]
 
 
-def scene(hues: np.ndarray, height: int, width: int, draw: np.random.Generator) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    horizon = int(height * draw.uniform(0.35, 0.65))
-    rows = np.arange(height)[:, None, None]
-    ground = rows >= horizon
-    pixels = np.where(ground, hues[1], hues[0]) * np.ones((height, width, 1))
-    pixels = pixels * (0.8 + 0.4 * rows / height)
-    y, x = np.mgrid[:height, :width]
-    for _ in range(int(draw.integers(2, 6))):
-        at_y, at_x = draw.uniform(0, height), draw.uniform(0, width)
-        inside = ((y - at_y) / 9) ** 2 + ((x - at_x) / 14) ** 2 < draw.uniform(0.5, 2)
-        pixels[inside] = hues[2]
-    return np.clip(pixels + draw.normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
+FEW = ["--trainer.max_steps", "8", "--trainer.val_check_interval", "4", "--log_every", "1"]
+SMALL = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.batch_size", "8"]
+FEW_SHAPES = ["--data.length", "64", "--data.val_length", "16"]
+FEW_OF = {
+    "extractor": ["--recipe.epochs", "1", "--architecture.arch", "test_resnet"],
+    "model": ["--count", "24", "--precision", "float32"],
+    "stats": ["--count", "24"],
+    "neighbours": ["--count", "3"],
+    "benchmarks/reconstruction.py": ["--images", "16", "--few", "8"],
+}
 
 
-def save(picture: Image.Image, folder: Path, i: int) -> None:
-    """JPEG mostly; some PNG with transparency, some grey, some WebP."""
-    match i % 6:
-        case 0:
-            picture.convert("RGBA").save(folder / f"{i}.png")
-        case 1:
-            picture.convert("L").save(folder / f"{i}.jpg")
-        case 2:
-            picture.save(folder / f"{i}.webp")
-        case _:
-            picture.save(folder / f"{i}.JPG", format="JPEG")
-
-
-def of_page(page: Path) -> list[list[str]]:
-    """The commands in the blocks of a page that are marked as executed."""
-    blocks = re.findall(r"<!-- executed.*?-->\s*```bash\n(.*?)```", page.read_text(), flags=re.S)
-    text = "\n".join(blocks).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
-
-
-def quicker(words: list[str]) -> list[str]:
+def smaller(words: list[str]) -> list[str]:
     """The same command with a few updates or images."""
-    script, *rest = words
-    key = script if script in QUICK else rest[0] if rest else ""
-    return [*words, *QUICK.get(key, [])]
+    script = words[0]
+    shapes_data = any("demo/" in word and word.endswith(".yaml") for word in words)
+    shapes_data |= any(word.endswith("ShapesData") for word in words)
+    few_shapes = FEW_SHAPES if shapes_data else []
+    if script == "train.py":
+        if "--print_config" in words:
+            return words
+        few = ["--trainer.max_steps", "12", *FEW[2:]] if "--resume" in words else FEW
+        return [*words, *few, *SMALL, *few_shapes]
+    if script == "sample.py":
+        return [*words, "--per-class", "2"] if "--per-class" in words else [*words, "--count", "4"]
+    chosen = words[1] if script == "evaluate.py" else script
+    few = FEW_OF.get(chosen, [])
+    if chosen == "stats" and "train" not in words:
+        few = ["--extractor", "demo/shapes_classifier.safetensors"]  # in place of Inception
+    return [*words, *few, *few_shapes]
 
 
-def steps(quick: bool) -> list[Step]:
-    """The whole hour."""
-    followed = []
-    for name, page in PAGES.items():
-        for python, *words in of_page(page):
-            assert python == "python", words
-            words = quicker(words) if quick else words
-            if "pictures-generator" in words and "--model.generator.num_classes" in words:
-                words = [re.sub(r"^3$", str(len(CLASSES)), word) for word in words]
-            if name == "own" and words[0] == "sample.py" and "circle" in " ".join(words):
-                continue
-            followed.append(Step(f"{name}: {' '.join(words[:3])}", words))
-    for step in followed:
-        expect(step)
-    return followed + departures()
+def commands_of(page: Page) -> list[str]:
+    """The commands in the `bash` blocks of a page, a line each."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.path.read_text(), flags=re.S)
+    text = re.sub(r"\\\n\s*", "", "\n".join(blocks))
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def expect(step: Step) -> None:
+@cache
+def python_of(file: Path) -> str:
+    """The Python of a page, as one program."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.S))
+
+
+def steps_of(page: Page, whole: bool) -> list[Step]:
+    """What a page says, as steps."""
+    found = []
+    for line in commands_of(page):
+        if any(re.search(pattern, line) for pattern in LEFT_OUT):
+            continue
+        for placeholder, here in page.placeholders:
+            line = re.sub(rf"(?<![A-Z_]){placeholder}(?![A-Z_\d])", here, line)
+        script, *rest = shlex.split(line, comments=True)
+        words = rest if script == "python" else ["-c", TESSELLAR, *rest]
+        assert script in ("python", "tessellar"), line
+        step = Step(" ".join(shlex.split(line)[:4]), words if whole else smaller(words))
+        expect(step, page)
+        found.append(step)
+    if page.name in ("readme", "library"):
+        found.append(Step("its Python", ["-c", python_of(page.path)], makes=("circle.png",)))
+    return found
+
+
+def expect(step: Step, page: Page) -> None:
     """What the commands of the pages should leave and say."""
     words = step.words
-    if words[0] == "train.py":
-        run = f"runs/{words[words.index('--name') + 1]}"
-        step.makes = (f"{run}/export/model.safetensors", f"{run}/report.html", f"{run}/metrics.csv")
-        step.says = ("tokens an image", "export: ")
+    if words[0] == "train.py" and not {"validate", "--print_config"} & set(words):
+        run_folder = f"runs/{words[words.index('--name') + 1]}"
+        files = ("export/model.safetensors", "report.html", "metrics.csv", "log.txt")
+        step.makes = tuple(f"{run_folder}/{file}" for file in files)
+        step.says = ("tokens an image", "writes runs/", "export: ", "next: ")
     if words[0] == "sample.py":
-        out = words[words.index("--out") + 1]
+        out = words[words.index("--out") + 1] if "--out" in words else "outputs/samples"
         step.makes = (f"{out}/grid.png", f"{out}/samples.json")
-        step.says = (r"\d+ images in ",)
+        step.says = (r"\d+ images in ", f"writes {out}")
     if words[:2] == ["evaluate.py", "model"]:
-        step.says = (r"FD\(", "record: ")
+        step.says = (r"FD\(", "record: ", "writes ")
     if words[:2] == ["convert.py", "cache"]:
-        step.makes = ("caches/pictures/train/header.json", "caches/pictures/val/header.json")
-        step.says = (r"train: \d+ images", "wrote caches/pictures")
-    if "--out" in words and "pictures" in words[words.index("--out") + 1]:
+        out = words[words.index("--out") + 1]
+        step.makes = (f"{out}/train/header.json", f"{out}/val/header.json")
+        step.says = (r"train: \d+ images", "wrote caches/", "next: ")
+    if page.name == "own" and words[0] == "train.py":
+        step.says += ("8 classes",)
+    if page.name == "own":
         step.screen = words[1] if words[0] == "evaluate.py" else words[0].removesuffix(".py")
+        if words[0] == "train.py":
+            step.screen = words[words.index("--name") + 1]
+    if step.screen == "pictures-tokenizer":
+        step.says += (r"1 file.*\.heic",)  # counted and named
+
+
+# What pages take for granted.
+
+
+@cache
+def fashion_files() -> list[Step]:
+    """Fashion-MNIST's files and a network trained on them."""
+    words = ["evaluate.py", "extractor", "--data", "tessellar.data.FashionMNISTData"]
+    words += ["--data.root", "data/fashion", "--out", "data/net.safetensors"]
+    return [
+        Step(
+            "a network of Fashion-MNIST",
+            smaller(words),
+            before=lambda: fashion(Path("data/fashion")),
+        )
+    ]
+
+
+@cache
+def clip_art_files() -> list[Step]:
+    clip_art(Path("data/clips"))
+    return []
+
+
+@cache
+def shapes() -> list[Step]:
+    """The runs of README, where its page has not been followed."""
+    if Path("runs/shapes-generator/export").exists():
+        return []
+    return [*_demo_run("tokenizer", "shapes"), *_demo_run("generator", "shapes")]
+
+
+@cache
+def demo() -> list[Step]:
+    """What `make demo` leaves, smaller."""
+    words = ["sample.py", "runs/demo-generator/export", "--out", "outputs/demo", "--per-class", "2"]
+    runs = [*_demo_run("tokenizer", "demo"), *_demo_run("generator", "demo")]
+    return [*runs, Step("the demo's samples", words)]
+
+
+def _demo_run(part: str, name: str) -> list[Step]:
+    words = ["train.py", "--config", f"configs/demo/{part}.yaml", "--name", f"{name}-{part}"]
+    if part == "generator":
+        words += ["--model.tokenizer", f"runs/{name}-tokenizer/export"]
+    return [Step(f"{name}: a {part}", smaller(words))]
+
+
+@cache
+def records() -> list[Step]:
+    """Two records that are compared, and a folder of pictures."""
+    words = ["evaluate.py", "model", "runs/demo-tokenizer/export", *FEW_OF["model"]]
+    words += ["--extractor", "demo/shapes_classifier.safetensors", "--out"]
+    shutil.copytree("pictures/lake", "folder")
+    return [Step(f"a record {name}", [*words, f"{name}.json"]) for name in "ab"]
+
+
+@cache
+def kl_f4() -> list[Step]:
+    words = ["train.py", "--config", "configs/fashion_mnist/kl_f4.yaml", "--name", "kl_f4"]
+    return [Step("a continuous tokenizer", smaller([*words, "--data.root", "data/fashion"]))]
+
+
+def mine_and_more() -> list[Step]:
+    """A run called mine; pictures of five classes, three of them new, as a cache."""
+    if not Path("runs/pictures-generator").exists():
+        raise SystemExit(
+            "the page of checkpoints needs that of own pictures: --page own checkpoints"
+        )
+    shutil.copytree("runs/pictures-generator", "runs/mine")
+    for name in ("beach", "snow"):
+        shutil.copytree(Path("pictures") / name, Path("more") / name)
+    for name in ("a", "b", "c"):
+        shutil.copytree("pictures/city", Path("more") / name)
+    words = ["convert.py", "cache", "runs/pictures-tokenizer/export", "--out", "caches/more"]
+    words += [
+        "--data",
+        "tessellar.data.ImageFolderData",
+        "--data.root",
+        "more",
+        "--data.size",
+        "64",
+    ]
+    return [Step("a cache of other classes", words)]
+
+
+def updates_of(path: str) -> int:
+    """Updates that a run has made; 0 where it has not been run."""
+    try:
+        return int(json.loads(Path(path).read_text())["updates"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+# What people do besides.
+
+
+def pasted() -> list[Step]:
+    """The commands that the runs of own pictures name at their end, as they stand there."""
+    found = []
+    for name in ("pictures-tokenizer", "pictures-generator"):
+        log = Path(f"runs/{name}/log.txt").read_text()
+        for line in re.findall(r"(?:next:|     ) [\w ,]+: python (.+?)(?: \(|$)", log, flags=re.M):
+            words = shlex.split(line)
+            if words[0] == "evaluate.py":  # in place of Inception
+                words += ["--extractor", "demo/shapes_classifier.safetensors"]
+            if "--out" in words:
+                words[words.index("--out") + 1] += "-pasted"
+            found.append(Step(f"{name} says: {' '.join(words[:3])}", smaller(words)))
+    return found
 
 
 TOKENIZER = ["train.py", "--config", "configs/own_images/tokenizer.yaml", "--data.root", "pictures"]
-FEW = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "6", "--trainer.accelerator=cpu"]
 GENERATOR = ["train.py", "--config", "configs/own_images/generator.yaml"]
-EXPORT = "runs/pictures-generator/export"
+EIGHT = ["--model.generator.num_classes", str(len(CLASSES))]
+ONE_LINE = ("Traceback", r"error:.*\n.*error:")
+
+
+def refusals() -> list[Step]:
+    """Mistakes that one line answers."""
+
+    def refused(title: str, words: list[str], *says: str) -> Step:
+        return Step(title, words, code=2, says=says, never=ONE_LINE)
+
+    few = [*FEW, *SMALL]
+    one_size = ["evaluate.py", "samples", "others", "--reference", "pictures", "--metrics", "fd"]
+    one_size += ["--extractor", "demo/shapes_classifier.safetensors"]
+    return [
+        refused("train.py alone", ["train.py"], "--config"),
+        refused("a config without --config", ["train.py", TOKENIZER[2]], "is a config: .* --config"),
+        refused("evaluate.py alone", ["evaluate.py"], "say which command: samples, model, stats"),
+        refused("a name that is taken", [*TOKENIZER, "--name", "pictures-tokenizer", *few], "choose another --name"),
+        refused(
+            "another number of classes",
+            [*GENERATOR, "--name", "wrong", *few, "--model.generator.num_classes", "3"],
+            f"has 3 classes; .* has {len(CLASSES)}",
+        ),
+        refused(
+            "an option that the run decides",
+            [*TOKENIZER, "--name", "decided", *few, "--trainer.log_every_n_steps", "5"],
+            "set --log_every",
+        ),
+        refused(
+            "another width on resume",
+            [*TOKENIZER, "--name", "pictures-tokenizer", "--resume", "auto", "--model.tokenizer.width", "64"],
+            "that is another model",
+        ),
+        refused(
+            "a class that is misspelt",
+            ["sample.py", EXPORT, "--out", "outputs/x", "--classes", "snwo"],
+            "did you mean 'snow'",
+        ),
+        refused("a folder that is taken", ["sample.py", EXPORT, "--out", "outputs/pictures"], "--overwrite"),
+        refused("folders of several sizes", one_size, r"--size N"),
+    ]  # fmt: skip
 
 
 def departures() -> list[Step]:
-    """What people do besides, and what should answer them: one line, or the thing itself."""
-    one_line = ("Traceback", r"error:.*\n.*error:")
-    more = FEW[2:]
-    finished = json_updates("runs/pictures-tokenizer/run.json")
+    """What people do after the page, or instead."""
+    again = [*TOKENIZER, "--name", "pictures-tokenizer", "--resume", "auto", *SMALL]
+    finished = updates_of("runs/pictures-tokenizer/run.json")
+    stopped = [*TOKENIZER, "--name", "stopped", "--log_every", "1", *SMALL]
+    others = ["--data", "tessellar.data.ImageFolderData", "--data.root", "others"]
+    others += ["--data.size", "64"]
     return [
-        Step("train.py alone", ["train.py"], code=2, says=("--config",), never=one_line),
-        Step("a config without --config", ["train.py", TOKENIZER[2]], code=2, says=("--config",)),
-        Step(
-            "a name that is taken",
-            [*TOKENIZER, "--name", "pictures-tokenizer", *FEW],
-            code=2,
-            says=("exists; choose another --name",),
-            never=one_line,
-        ),
-        Step(
-            "another number of classes",
-            [*GENERATOR, "--name", "wrong", *FEW, "--model.generator.num_classes", "3"],
-            code=2,
-            says=(f"has 3 classes; .* has {len(CLASSES)}",),
-            never=one_line,
-        ),
         Step(
             "Ctrl-C while training",
-            [*TOKENIZER, "--name", "stopped", "--log_every", "1", "--trainer.max_steps", "100000"],
+            [*stopped, "--trainer.max_steps", "100000"],
             code=130,
-            interrupt=r"step|update|it/s|epoch",
+            interrupt="writes runs/stopped",
             makes=("runs/stopped/checkpoints/last.ckpt",),
         ),
         Step(
             "it goes on",
-            [
-                *TOKENIZER,
-                "--name",
-                "stopped",
-                "--resume",
-                "auto",
-                *more,
-                "--trainer.max_steps",
-                "100001",
-                "--trainer.max_time",
-                "00:00:00:20",
-            ],
+            [*stopped, "--resume", "auto", *FEW[2:], "--trainer.max_steps", "100001"]
+            + ["--trainer.max_time", "00:00:00:04"],
             says=("goes on after update",),
         ),
         Step(
+            "a finished run, given again",
+            [*again, "--trainer.max_steps", str(finished)],
+            says=(f"already at {finished} of {finished} updates: raise --trainer.max_steps",),
+        ),
+        Step(
             "a finished run goes on",
-            [
-                "train.py",
-                "--config",
-                TOKENIZER[2],
-                "--data.root",
-                "pictures",
-                "--name",
-                "pictures-tokenizer",
-                "--resume",
-                "auto",
-                *more,
-                "--trainer.max_steps",
-                str(finished + 4),
-            ],
+            [*again, *FEW[2:], "--trainer.max_steps", str(finished + 4)],
             says=(f"goes on after update {finished}", "export: "),
         ),
         Step(
-            "samples by name",
-            [
-                "sample.py",
-                EXPORT,
-                "--out",
-                "outputs/named",
-                "--classes",
-                "snow,beach",
-                "--per-class",
-                "2",
-            ],
-            makes=("outputs/named/000000_0007_snow.png",),
-            screen="named",
+            "epochs in place of updates, in runs elsewhere",
+            [*TOKENIZER, "--name", "epochs", *SMALL, "--data.batch_size", "64", "--log_every", "1"]
+            + ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--runs_root", "elsewhere"]
+            + ["--trainer.val_check_interval", "2"],
+            says=("export: elsewhere/epochs/export", r"update \d+ of \d+: loss"),
+            makes=("elsewhere/epochs/export/model.safetensors", "elsewhere/epochs/report.html"),
         ),
         Step(
-            "a class that is misspelt",
-            ["sample.py", EXPORT, "--out", "outputs/x", "--classes", "snwo"],
-            code=2,
-            says=("did you mean 'snow'",),
-            never=one_line,
+            "a run shorter than its validation interval",
+            [*TOKENIZER, "--name", "short", *SMALL, "--trainer.max_steps", "2"],
+            says=("lower --trainer.val_check_interval",),
+            makes=("runs/short/export/model.safetensors",),
+        ),
+        Step(
+            "a tokenizer for another size",
+            [*TOKENIZER, "--name", "smaller", *FEW, *SMALL, "--data.size", "32"]
+            + ["--model.tokenizer.image_size", "32"]
+            + ["--model.init_from", "runs/pictures-tokenizer/export"],
+            says=("resampled",),
+            makes=("runs/smaller/export/model.safetensors",),
+        ),
+        Step(
+            "samples by name",
+            ["sample.py", EXPORT, "--out", "outputs/named", "--classes", "snow,beach"]
+            + ["--per-class", "2"],
+            makes=("outputs/named/000000_0007_snow.png",),
+            screen="named",
         ),
         Step(
             "which classes are there",
@@ -269,69 +401,26 @@ def departures() -> list[Step]:
         ),
         Step(
             "fine-tuning on other classes",
-            [
-                *GENERATOR,
-                "--name",
-                "two",
-                *FEW,
-                "--model.init_from",
-                EXPORT,
-                "--model.generator.num_classes",
-                "3",
-                "--data",
-                "tessellar.data.ImageFolderData",
-                "--data.root",
-                "others",
-                "--data.size",
-                str(SIZE),
-                "--data.batch_size",
-                "8",
-            ],
+            [*GENERATOR, "--name", "two", *FEW, *SMALL, "--model.init_from", EXPORT]
+            + ["--model.generator.num_classes", "3", *others],
             before=other_pictures,
             says=("2 known by name .'beach', 'snow'.. 1 new .'volcano'.",),
             makes=("runs/two/export/config.yaml",),
         ),
         Step(
-            "folders of several sizes",
-            [
-                "evaluate.py",
-                "samples",
-                "others",
-                "--reference",
-                "pictures",
-                "--extractor",
-                "demo/shapes_classifier.safetensors",
-                "--metrics",
-                "fd",
-            ],
-            code=2,
-            says=("lossy|compressed with loss|--size N",),
-            never=one_line,
-        ),
-        Step(
             "reports side by side",
-            [
-                "-c",
-                TESSELLAR,
-                "report",
-                "runs/two",
-                "runs/pictures-generator",
-                "--out",
-                "outputs/two.html",
-            ],
+            ["-c", TESSELLAR, "report", "runs/two", "runs/pictures-generator"]
+            + ["--out", "outputs/two.html"],
             makes=("outputs/two.html",),
         ),
-        Step(
-            "the pages' Python under a type checker",
-            ["-m", "pyright", "-p", "typed"],
-            before=typed_lines,
-            says=("0 errors",),
-        ),
+        Step("the lists", ["-c", TESSELLAR, "list", "configs"], says=("own_images/tokenizer",)),
+        Step("a model", ["-c", TESSELLAR, "show", "titok_b64"], says=("titok_b64",)),
+        Step("a run", ["-c", TESSELLAR, "show", "runs/two"], says=("finished",)),
+        Step("which version", ["train.py", "--version"], says=(r"tessellar \d",)),
         Step("from Python", ["-c", LIBRARY], says=("2 pictures of 64 x 64",), screen="library"),
     ]
 
 
-TESSELLAR = "from tessellar.cli.main import main; main()"  # what the installed command does
 LIBRARY = f"""
 import tessellar
 generator = tessellar.load_generator("{EXPORT}")
@@ -341,25 +430,6 @@ print(generator.encode(images).shape)
 """
 
 
-def typed_lines() -> None:
-    """The Python of README and docs/library.md as files for a type checker."""
-    folder = Path("typed")
-    folder.mkdir(exist_ok=True)
-    for page in (ROOT / "README.md", ROOT / "docs/library.md"):
-        blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
-        (folder / f"{page.stem.lower()}_lines.py").write_text("\n".join(blocks))
-    settings = {"include": ["."], "extraPaths": [str(ROOT)], "reportMissingModuleSource": False}
-    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-
-
-def json_updates(path: str) -> int:
-    """Updates that a run has made; 0 where it has not been run."""
-    try:
-        return int(json.loads(Path(path).read_text())["updates"])
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
 def other_pictures() -> None:
     """Three folders: two of the classes that the model knows, one new."""
     for name in ("beach", "snow"):
@@ -367,58 +437,66 @@ def other_pictures() -> None:
     shutil.copytree("pictures/city", "others/volcano")
 
 
-def run(step: Step, environment: dict[str, str]) -> Outcome:
-    """Run a step and compare."""
-    if step.before is not None:
-        step.before()
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *step.words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    lines = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if step.interrupt and re.search(step.interrupt, line) and "interrupted" not in line:
-            time.sleep(2)
-            process.send_signal(signal.SIGINT)
-            step.interrupt = ""
-    code = process.wait()
-    output = "".join(lines)
-    outcome = Outcome(step, output, time.perf_counter() - start)
-    if code != step.code:
-        outcome.wrong.append(f"exit code {code}, not {step.code}")
-    for wanted in step.says:
-        if not re.search(wanted, output):
-            outcome.wrong.append(f"does not say {wanted!r}")
-    for unwanted in step.never:
-        if re.search(unwanted, output):
-            outcome.wrong.append(f"says {unwanted!r}")
-    outcome.wrong += [f"{path} is not there" for path in step.makes if not Path(path).exists()]
-    return outcome
+def prepared() -> list[Step]:
+    """`tessellar data imagenet` on class folders, interrupted and given again."""
+    words = ["-c", TESSELLAR, "data", "imagenet", "downloads/train", "downloads/val"]
+    words += [
+        "--out",
+        "imagenet",
+        "--size",
+        "64",
+        "--extractor",
+        "demo/shapes_classifier.safetensors",
+    ]
+    training = ["train.py", "--config", "configs/own_images/tokenizer.yaml", "--name", "prepared"]
+    training += ["--data.root", "imagenet/train", "--data.val_root", "imagenet/val", *FEW, *SMALL]
+    return [
+        Step(
+            "ImageNet's folders, interrupted", words, 130, interrupt=r"train: \d", before=downloads
+        ),
+        Step(
+            "and given again",
+            words,
+            says=("160 pictures", "80 pictures", "next: "),
+            makes=("imagenet/index.json", "imagenet/val_64.npz"),
+        ),
+        Step("training reads them", training, says=("validation images",)),
+    ]
 
 
-def shown(outcome: Outcome) -> str:
-    """A command with its output as pages show it, without colours and what a bar wrote over."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", outcome.output)
-    lines = [line.rpartition("\r")[2].rstrip() for line in plain.splitlines()]
-    words = outcome.step.words
-    command = "python " + shlex.join(words)
-    if words[0] == "-c":
-        command = f"tessellar {shlex.join(words[2:])}" if len(words) > 2 else words[1].strip()
-    return "\n".join([f"$ {command}", *filter(None, lines)])
+def downloads() -> None:
+    """Class folders as ImageNet has them."""
+    for number, name in enumerate(CLASSES):
+        files = sorted(Path("pictures", name).glob("*.[jJ][pP][gG]"))
+        for split, chosen in (("train", files[:10]), ("val", files[10:15])):
+            folder = Path("downloads") / split / f"n0000000{number}"
+            folder.mkdir(parents=True)
+            for file in chosen:
+                shutil.copy(file, folder / f"{file.stem}.JPEG")
+
+
+def typed() -> list[str]:
+    """What a type checker says of the Python in the pages."""
+    folder = Path("typed")
+    folder.mkdir(exist_ok=True)
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if page.stem != "checkpoints":
+            (folder / f"{page.stem.lower()}_lines.py").write_text(python_of(page))
+    blocks = python_of(ROOT / "docs/checkpoints.md")
+    (folder / "checkpoints_lines.py").write_text("from mypackage import official\n" + blocks)
+    (folder / "mypackage.py").write_text("from typing import Any\n\nofficial: Any\n")
+    settings = {"include": ["."], "extraPaths": [str(ROOT)], "reportMissingModuleSource": False}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "-p", "typed", "--pythonpath", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [] if done.returncode == 0 else done.stdout.splitlines()
 
 
 def write_screens(outcomes: list[Outcome]) -> list[Path]:
     """Put the screens into the pages that ask for them; returns the pages that changed."""
     screens = {outcome.step.screen: shown(outcome) for outcome in outcomes if outcome.step.screen}
     changed = []
-    for page in sorted({*PAGES.values(), *(ROOT / "docs").glob("*.md")}):
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         old = page.read_text()
         new = old
         for name, screen in screens.items():
@@ -431,39 +509,74 @@ def write_screens(outcomes: list[Outcome]) -> list[Path]:
     return changed
 
 
-def main() -> int:
-    """Run all steps; returns the exit code."""
-    parser = argparse.ArgumentParser(description="the first hour as a check")
-    parser.add_argument("--folder", default="outputs/first_hour")
-    parser.add_argument("--quick", action="store_true", help="a few updates in place of whole runs")
-    parser.add_argument("--write", action="store_true", help="put screens into the pages")
-    options = parser.parse_args()
-    folder = Path(options.folder).resolve()
+def chapters(chosen: list[str], whole: bool) -> Iterator[tuple[str, Callable[[], list[Step]]]]:
+    """Names and steps of what is followed; steps are made when their turn has come."""
+    for page in pages():
+        if not chosen or page.name in chosen:
+            for before in page.before:
+                yield f"before {page.name}", before
+            yield page.file, lambda page=page: steps_of(page, whole)
+    if not chosen or "own" in chosen:
+        yield "what comes next", pasted
+        yield "departures", departures
+        yield "refusals", refusals
+    if not chosen or "prepared" in chosen:
+        yield "tessellar data", prepared
+
+
+def follow(name: str, steps: list[Step]) -> list[Outcome]:
+    """Run the steps of a chapter and say how each went."""
+    outcomes = []
+    for step in steps:
+        outcome = run(step)
+        outcomes.append(outcome)
+        verdict = "; ".join(outcome.wrong) or "ok"
+        print(f"{outcome.cpu_seconds:6.1f} CPU-s  {name}: {step.title}: {verdict}", flush=True)
+        if outcome.wrong:
+            print("    " + "\n    ".join(outcome.output.splitlines()[-12:]), flush=True)
+    return outcomes
+
+
+def enter(folder: Path) -> None:
+    """Make the folder of a new user, and go there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.chdir(folder)
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     photographs(folder / "pictures")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    outcomes = []
-    planned = steps(options.quick)
-    while len(outcomes) < len(planned):
-        step = planned[len(outcomes)]
-        outcome = run(step, environment)
-        outcomes.append(outcome)
-        verdict = "ok" if not outcome.wrong else "; ".join(outcome.wrong)
-        print(f"{outcome.seconds:6.1f} s  {step.title}: {verdict}", flush=True)
-        if outcome.wrong:
-            print("    " + "\n    ".join(outcome.output.splitlines()[-12:]), flush=True)
-        if len(outcomes) == len(planned) - len(departures()):
-            planned = [*planned[: len(outcomes)], *departures()]  # which look at what was made
+
+
+def main() -> int:
+    """Follow the pages; returns the exit code."""
+    parser = argparse.ArgumentParser(description="the first hour as a check")
+    parser.add_argument("--page", nargs="*", default=[], help="names of pages (default: all)")
+    parser.add_argument("--folder", default="outputs/first_hour")
+    parser.add_argument("--whole", action="store_true", help="the pages' own numbers of updates")
+    parser.add_argument("--write", action="store_true", help="put screens into the pages")
+    options = parser.parse_args()
+    enter(Path(options.folder).resolve())
+    for command in IMPORTED:
+        importlib.import_module(f"tessellar.cli.{command}")
+    outcomes: list[Outcome] = []
+    failed: dict[str, int] = {}
+    for name, made in chapters(options.page, options.whole):
+        followed = follow(name, made())
+        outcomes += followed
+        if wrong := sum(bool(outcome.wrong) for outcome in followed):
+            failed[name] = failed.get(name, 0) + wrong
+    if not options.page or "types" in options.page:
+        complaints = typed()
+        print("\n".join(complaints or ["the pages' Python passes the type checker"]), flush=True)
+        failed |= {"types": 1} if complaints else {}
     log = "\n\n".join(shown(outcome) for outcome in outcomes)
-    (folder / "screens.txt").write_text(log + "\n")
+    Path("screens.txt").write_text(f"{log}\n")
     if options.write:
-        print("written:", *write_screens(outcomes))
-    failed = sum(bool(outcome.wrong) for outcome in outcomes)
-    print(f"{len(outcomes)} steps, {failed} not as expected; screens: {folder / 'screens.txt'}")
+        print("written:", *(path.name for path in write_screens(outcomes)))
+    spent = sum(outcome.cpu_seconds for outcome in outcomes)
+    print(f"{len(outcomes)} steps, {spent:.0f} CPU-seconds; screens: {Path.cwd() / 'screens.txt'}")
+    for name, count in failed.items():
+        print(f"{name}: {count} not as expected")
     return 1 if failed else 0
 
 
