@@ -2,67 +2,49 @@
 the learning rate.
 
 `gen_small` has the tiny tokenizer's prefix and grid, `gen` the published ones; one set of weights
-serves both. Their last row of logits (behind the last token, unused) is what our generator predicts
-for an entity past the end.
+serves both.
 """
 
 from functools import cache
 
 import torch
-from torch import Tensor
 
-from tessellar.interop.options import check_options
 from tessellar.models.alitok.model import AliTokAR
 from tessellar.models.alitok.official import KEYS, from_official
 from tessellar.parity.forms import to_unit
-from tessellar.parity.recording import Recording
-from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import (
-    Decoded,
-    drawn,
-    gradient_norm,
-    gradient_norms,
-    greedy,
-    logits_of,
+from tessellar.parity.generation import (
+    accuracy,
+    beside,
+    learning_rates,
+    past_the_end,
+    scores_of,
+    with_dropped,
 )
+from tessellar.parity.recording import Outputs, Recording, Settings
+from tessellar.parity.registration import replays
+from tessellar.parity.stand_ins import Decoded, drawn, gradient_norm, greedy, recorded_norms
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, PowerCosine
 from tessellar.protocol.layout import Categorical, Layout, Segment
 from tessellar.schedules import Schedule
 from tessellar.tokenizers.alitok.parity import recorded_tokenizer
 
-SIZES = {
-    "gen_small": "gen_small",
-    "gen": "gen_full",
-}  # part of a tensor's name: entry of the config
 READ = "hidden_size num_hidden_layers num_attention_heads condition_num_classes".split()
+# part of a tensor's name: entry of the config
+SIZES = {"gen_small": "gen_small", "gen": "gen_full"}
 
 
 def _generator(recording: Recording, part: str) -> AliTokAR:
-    check_options(recording.config["gen"], "the config's gen", READ)
-    sizes = recording.config[SIZES[part]]
-    check_options(sizes, f"the config's {SIZES[part]}", ("image_seq_len", "prefix", "grid"))
+    recording.options("gen", READ)
+    sizes = recording.options(SIZES[part], ("image_seq_len", "prefix", "grid"))
     kind = Categorical(recording.config["generator_codebook_size"])
     grid = (sizes["grid"], sizes["grid"])
     layout = Layout((Segment((sizes["prefix"],), kind, "prefix"), Segment(grid, kind, "patches")))
     return from_official(recording.weights["generator"], layout, dropout=0.0)
 
 
-def _condition(recording: Recording, part: str) -> Condition:
-    return Condition(ids=recording.inputs[f"{part}/class_ids"])
-
-
-@torch.no_grad()
-def _logits(generator: AliTokAR, tokens: Tensor, condition: Condition) -> Tensor:
-    """Logits [B, N + 1, V] of all tokens and of the one past the end."""
-    state = generator.start(condition)
-    return logits_of(generator.predict(state, tokens, count=generator.layout.length + 1))
-
-
 @replays("alitok", "gen_small_rope", "gen_rope")
-def rotations(recording: Recording) -> dict[str, Tensor]:
+def rotations(recording: Recording) -> Outputs:
     """The rotary tables."""
     outputs = {}
     for name in recording.outputs("*/rope"):
@@ -72,81 +54,78 @@ def rotations(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("alitok", "gen_small_tf", "gen_tf")
-def scores(recording: Recording) -> dict[str, Tensor]:
+def scores(recording: Recording) -> Outputs:
     """Logits of given tokens, with a class and without one."""
     outputs = {}
-    for name in recording.outputs("gen*/logits*"):
+    for name, settings in recording.each("gen*/logits*"):
         part = name.partition("/")[0]
         generator = _generator(recording, part)
-        condition = _condition(recording, part)
-        if recording.settings(name).get("uncond", False):
+        condition = recording.classes(f"{part}/class_ids")
+        if settings.get("uncond", False):
             condition = generator.null(condition)
-        outputs[name] = _logits(generator, recording.inputs[f"{part}/tokens"], condition)
+        outputs[name] = past_the_end(generator, recording.inputs[f"{part}/tokens"], condition)
     return outputs
 
 
 @replays("alitok", "gen_train", gradients=True)
-def training(recording: Recording) -> dict[str, Tensor]:
+def training(recording: Recording) -> Outputs:
     """Loss, accuracy and gradients of a training pass whose dropped classes are recorded."""
     generator = _generator(recording, "gen").train()
     tokens = recording.inputs["gen/tokens"]
-    given = _condition(recording, "gen")
-    kept = recording.inputs["gen/label_drop"] == 0
-    condition = given.where(kept, generator.null(given))
-    distribution = generator.score(tokens, condition)
-    assert isinstance(distribution, Logits) and condition.ids is not None
-    loss = distribution.cross_entropy(tokens)
-    right = distribution.logits.argmax(-1) == tokens
-    norms = gradient_norms(loss, generator, KEYS.to_official)
-    named = recording.outputs("gen/grad_norm/*")
+    classes = recording.classes("gen/class_ids")
+    condition = with_dropped(classes, generator, recording.inputs["gen/label_drop"])
+    assert condition.ids is not None
+    found = scores_of(generator, tokens, condition)
+    loss = found.cross_entropy(tokens)
+    norms = recorded_norms(
+        recording, "gen/grad_norm/*", loss, generator, to_official=KEYS.to_official
+    )
     return {
         "gen/condition": condition.ids + generator.vocab + 1,
-        "gen/train_logits": _logits(generator, tokens, condition),
+        "gen/train_logits": past_the_end(generator, tokens, condition),
         "gen/loss": loss,
-        "gen/correct_tokens": right.float().mean(),
+        "gen/correct_tokens": accuracy(found.logits, tokens),
         "gen/grad_norm": gradient_norm(loss, generator),
-        **{name: norms[recording.settings(name)["grad_to"]] for name in named},
+        **norms,
     }
 
 
-def _schedule(recording: Recording, name: str) -> PowerCosine:
-    settings = recording.settings(name)
-    return PowerCosine(settings["guidance_scale"], settings["guidance_scale_pow"], reach_end=False)
+def _schedule(settings: Settings) -> PowerCosine:
+    scale = settings["guidance_scale"]
+    return PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False)
 
 
 @replays("alitok", "gen_small_scale", "gen_scale")
-def scales(recording: Recording) -> dict[str, Tensor]:
+def scales(recording: Recording) -> Outputs:
     """The guidance scale of every step."""
     outputs = {}
-    for name in recording.outputs("*/cfg_scale"):
+    for name, settings in recording.each("*/cfg_scale"):
         entities = _generator(recording, name.partition("/")[0]).entities
-        steps = torch.arange(entities.count)[None]
-        outputs[name] = _schedule(recording, name)(steps, entities)[0]
+        outputs[name] = _schedule(settings)(torch.arange(entities.count)[None], entities)[0]
     return outputs
 
 
 def _sampled(recording: Recording, generator: AliTokAR, name: str) -> Decoded:
     """A run `part/run/ids`: a scale of 0 is one branch; greedy, or drawn at recorded uniforms."""
     settings = recording.settings(name)
-    condition = _condition(recording, name.partition("/")[0])
-    guidance = Guidance(_schedule(recording, name)) if settings["guidance_scale"] else NO_GUIDANCE
+    condition = recording.classes(f"{name.partition('/')[0]}/class_ids")
+    guidance = Guidance(_schedule(settings)) if settings["guidance_scale"] else NO_GUIDANCE
     if settings["greedy"]:
         return greedy(generator, condition, guidance)
     choice = Choice(temperature=settings["randomize_temperature"])
-    uniforms = recording.inputs[name.replace("/ids", "/u")]
+    uniforms = recording.inputs[beside(name, "u")]
     return drawn(generator, condition, guidance, choice, uniforms=uniforms)
 
 
 @replays("alitok", *(f"{part}_{run}" for part in SIZES for run in ("pow", "low", "nocfg", "rand")))
-def sampling(recording: Recording) -> dict[str, Tensor]:
+def sampling(recording: Recording) -> Outputs:
     """Ids and guided logits of the four runs, with a cache, and the image of one of them."""
     generator = cache(lambda part: _generator(recording, part))
     outputs = {}
     for name in recording.outputs("*/gen_*/ids"):
-        part = name.partition("/")[0]
-        found = _sampled(recording, generator(part), name)
+        found = _sampled(recording, generator(name.partition("/")[0]), name)
         outputs[name] = found.tokens
-        outputs[name.replace("/ids", "/guided_logits")] = found.logits
+        outputs[beside(name, "guided_logits")] = found.logits
     for name in recording.outputs("*/image"):
         tokens = outputs[name.replace("/image", "/gen_pow/ids")]
         outputs[name] = to_unit(recorded_tokenizer(recording, "tokenizer").decode(tokens))
@@ -154,15 +133,15 @@ def sampling(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("alitok", "lr")
-def learning_rate(recording: Recording) -> dict[str, Tensor]:
+def rates(recording: Recording) -> Outputs:
     """Linear warm-up from 0, then a cosine to the end."""
     settings = recording.settings("lr/lr")
-    updates = settings["num_training_steps"]
+    peak = settings["base_lr"]
     schedule = Schedule(
         decay="cosine",
         warmup=settings["num_warmup_steps"],
         warmup_from=0.0,
-        final=settings["end_lr"] / settings["base_lr"],
+        final=settings["end_lr"] / peak,
     )
-    factors = [schedule.factor(step, updates) for step in recording.inputs["lr/step"].tolist()]
-    return {"lr/lr": settings["base_lr"] * torch.tensor(factors, dtype=torch.float64)}
+    steps = recording.inputs["lr/step"]
+    return {"lr/lr": learning_rates(schedule, peak, steps, settings["num_training_steps"])}

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from tessellar.checkpoints.weights import part_of
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_sizes
 from tessellar.models.flextok.model import FlexAR
 from tessellar.models.flextok.official import generator_from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.generation import predicted, scores_of
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy, logits_of
 from tessellar.protocol.condition import ClassConditioning, Condition
-from tessellar.protocol.distribution import Logits
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
 
@@ -26,16 +25,13 @@ READ = (
 
 
 def _generator(recording: Recording, part: str) -> FlexAR:
-    config = recording.config
-    check_options(config, "the config", READ)
+    config = recording.options(read=READ)
     state = part_of(recording.weights["model"], f"{part}/")
-    layout = sequence_layout(
-        config["num_tokens"], Categorical(config["codebook_size"]), min_prefix=1
-    )
+    kind = Categorical(config["codebook_size"])
+    layout = sequence_layout(config["num_tokens"], kind, min_prefix=1)
     generator = generator_from_official(state, layout, config["num_heads"], config["text_length"])
-    sizes = (generator.positions.shape[1], len(generator.layers))
-    if sizes != (config["embed_dim"], config["depth"]):
-        raise UserError(f"the weights have width and depth {sizes}, not the config's {config}")
+    sizes = {"embed_dim": generator.positions.shape[1], "depth": len(generator.layers)}
+    check_sizes(config, "the config", sizes)
     return generator
 
 
@@ -45,7 +41,7 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
 
 
 @replays("flextok_ar", "c2i")
-def c2i(recording: Recording) -> dict[str, Tensor]:
+def c2i(recording: Recording) -> Outputs:
     """Embeddings, logits, loss, greedy tokens with and without guidance, and branches of the last
     token.
     """
@@ -55,22 +51,21 @@ def c2i(recording: Recording) -> dict[str, Tensor]:
     none = label == recording.settings("c2i/class").get("uncond_label", -1)
     assert generator.num_classes is not None
     condition = Condition(ids=torch.where(none, generator.num_classes, label))
-    scores = generator.score(tokens, condition)
-    assert isinstance(scores, Logits)
+    scores = scores_of(generator, tokens, condition)
     index = torch.arange(generator.layout.length - 1)[None]
     behind = generator.embed(tokens, index, generator.entities)
-    outputs = {}
-    for name in recording.outputs("c2i/gen_logits_prefix*"):
-        count = recording.settings(name)["prefix_length"] + 1
-        outputs[name] = logits_of(generator.predict(generator.start(condition), tokens, count))
-    for name in recording.outputs("c2i/greedy_*"):
-        outputs[name] = greedy_of_labels(generator, recording.settings(name))
-    return outputs | {
+    outputs = {
         "c2i/train_embeddings": torch.cat([generator.prefix(condition).embeddings, behind], dim=1),
         "c2i/train_logits": scores.logits,
         "c2i/ce": scores.cross_entropy(tokens),
         **branches(recording, generator, tokens),
     }
+    for name, settings in recording.each("c2i/gen_logits_prefix*"):
+        count = settings["prefix_length"] + 1
+        outputs[name] = predicted(generator, tokens, condition, count)
+    for name, settings in recording.each("c2i/greedy_*"):
+        outputs[name] = greedy_of_labels(generator, settings)
+    return outputs
 
 
 def greedy_of_labels(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
@@ -95,7 +90,7 @@ def greedy_of_labels(generator: FlexAR, settings: Mapping[str, Any]) -> Tensor:
     return tokens
 
 
-def branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[str, Tensor]:
+def branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> Outputs:
     """Continuations of a prefix, greedy but for the last token, which takes its most likely values."""
     settings = recording.settings("c2i/branch_tokens")
     condition = Condition(ids=torch.tensor(settings["classes"]))
@@ -115,7 +110,7 @@ def branches(recording: Recording, generator: FlexAR, tokens: Tensor) -> dict[st
 
 
 @replays("flextok_ar", "t2i")
-def t2i(recording: Recording) -> dict[str, Tensor]:
+def t2i(recording: Recording) -> Outputs:
     """Projected text, logits, and greedy tokens guided against the empty prompt."""
     generator = _generator(recording, "t2i")
     features = recording.inputs["t2i/text_hidden"]
@@ -127,8 +122,7 @@ def t2i(recording: Recording) -> dict[str, Tensor]:
         "t2i/text_projected": generator.project_text(features),
         "t2i/train_logits": logits_of(generator.score(recording.inputs["t2i/tokens"], everything)),
     }
-    for name in recording.outputs("t2i/greedy_*"):
-        settings = recording.settings(name)
+    for name, settings in recording.each("t2i/greedy_*"):
         condition = everything.select(torch.tensor(settings["prompts"]))
         outputs[name] = greedy(generator, condition, _guidance(settings)).tokens
     return outputs

@@ -1,38 +1,30 @@
-"""Replays of HAR, the generator over ResTok's tokens (cases `gen_*` of recordings of system
-`restok`).
-"""
+"""Replays of HAR, the generator over ResTok's tokens (cases `gen_*` of system `restok`)."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
 from tessellar.models.har.model import HAR
 from tessellar.models.har.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.forms import to_unit
+from tessellar.parity.generation import guidance_of, scores_of
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import choice_of, greedy
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear, Step
+from tessellar.protocol.guidance import Constant, Guidance, Linear, Step
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.tokenizers.restok.parity import recorded_images, recorded_tokenizer
-
-OFF = 1e-4  # their schedules lie this much above the scale that they name
-
 
 READ = (
     "dim n_layer n_head multiple_of norm_eps rope_base vocab_size block_size num_classes ar_token_num spe_token_num "
     "class_dropout_prob all_dropouts num_steps"
 ).split()
+OFF = 1e-4  # their schedules lie this much above the scale that they name
 
 
 def _generator(recording: Recording) -> HAR:
-    config = recording.config["generator"]
-    check_options(config, "the config's generator", READ, {"cls_token_num": 1})
+    config = recording.options("generator", READ, {"cls_token_num": 1})
     layout = sequence_layout(config["block_size"], Categorical(config["vocab_size"]))
     return from_official(
         recording.weights["generator"],
@@ -45,27 +37,25 @@ def _generator(recording: Recording) -> HAR:
 
 
 @replays("restok", "gen_train")
-def scores(recording: Recording) -> dict[str, Tensor]:
+def scores(recording: Recording) -> Outputs:
     """Mask, logits and loss of the tokens that the tokenizer gives."""
     generator = _generator(recording)
-    condition = Condition(ids=recording.inputs["har_cond"])
     tokens = recorded_tokenizer(recording).encode(recorded_images(recording))
-    predicted = generator.score(tokens, condition)
-    assert isinstance(predicted, Logits)
+    found = scores_of(generator, tokens, recording.classes("har_cond"))
     level = generator.block(torch.arange(generator.layout.length))
     visible = level[None] <= level[:, None]
     return {
         "har_mask": visible.to(torch.uint8),
-        "har_logits": predicted.logits,
-        "har_loss": predicted.cross_entropy(tokens),
+        "har_logits": found.logits,
+        "har_loss": found.cross_entropy(tokens),
     }
 
 
 @replays("restok", "gen_greedy_*")
-def decoding(recording: Recording) -> dict[str, Tensor]:
+def decoding(recording: Recording) -> Outputs:
     """Tokens and guided logits of every greedy run, and the images of those that have one."""
     generator = _generator(recording)
-    condition = Condition(ids=recording.inputs["har_cond"])
+    condition = recording.classes("har_cond")
     outputs = {}
     for logits in recording.outputs("har_greedy_*_logits"):
         run = logits.removesuffix("_logits")
@@ -73,36 +63,33 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
         outputs[run] = decoded.tokens
         outputs[logits] = decoded.logits
     for image in recording.outputs("har_greedy_*_image"):
-        images = recorded_tokenizer(recording).decode(outputs[image.removesuffix("_image")])
-        outputs[image] = (images + 1) / 2
+        tokens = outputs[image.removesuffix("_image")]
+        outputs[image] = to_unit(recorded_tokenizer(recording).decode(tokens))
     return outputs
 
 
 def _guidance(settings: Mapping[str, Any]) -> Guidance:
     """Progress is s / (S - 1) over the S steps."""
-    scale = settings["cfg_scale"]
-    schedule = settings["cfg_schedule"]
     least = settings.get("min_cfg_scale", 1.0) + OFF
-    if scale == 1.0:
-        return NO_GUIDANCE
-    if schedule == "constant":
-        return Guidance(Constant(scale))
-    if schedule == "linear":
-        return Guidance(Linear(scale + OFF, start=least))
-    if schedule == "step":
+
+    def step(scale: float) -> Step:
         steps = settings["num_steps"]
         share = settings.get("window_start", 0.0)
         first = next(step for step in range(steps) if step / (steps - 1) >= share)
-        return Guidance(Step(scale, first, before=least))
-    raise UserError(f"the guidance schedule {schedule!r} of this recording is not known")
+        return Step(scale, first, before=least)
+
+    def linear(scale: float) -> Linear:
+        return Linear(scale + OFF, start=least)
+
+    schedules = {"constant": Constant, "linear": linear, "step": step}
+    return guidance_of(settings["cfg_scale"], settings["cfg_schedule"], schedules)
 
 
 @replays("restok", "gen_filter")
-def filters(recording: Recording) -> dict[str, Tensor]:
+def filters(recording: Recording) -> Outputs:
     """Which logits top-k and top-p remove."""
     logits = recording.inputs["filter_in"]
     outputs = {}
-    for name in recording.outputs("filter_*"):
-        kept = choice_of(recording.settings(name)).probs(logits) > 0
-        outputs[name] = (~kept).to(torch.uint8)
+    for name, settings in recording.each("filter_*"):
+        outputs[name] = (choice_of(settings).probs(logits) == 0).to(torch.uint8)
     return outputs

@@ -5,18 +5,19 @@ Their sequence is ours: the class, tokens of the groups so far, queries. What a 
 the masks and inputs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_sizes
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.models.lpd.model import LPD, resize_positions
 from tessellar.models.lpd.official import KEYS, from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.generation import guidance_of, learning_rates, scores_of, with_dropped
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import (
     Calls,
@@ -24,17 +25,16 @@ from tessellar.parity.stand_ins import (
     choice_of,
     drawn,
     gradient_norm,
-    gradient_norms,
     logits_of,
+    recorded_norms,
+    steps_of,
 )
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, take
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
+from tessellar.protocol.guidance import Constant, Guidance, Linear
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.protocol.local_order import Chances, Thresholds, local_order_of
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import decode_from
 from tessellar.sampling.settings import GREEDY
 from tessellar.schedules import Schedule
 
@@ -45,17 +45,23 @@ READ = (
 
 
 def _generator(recording: Recording) -> LPD:
-    config = recording.config
-    check_options(config, "the config", READ)
+    config = recording.options(read=READ)
     side = config["img_size"] // config["vqgan_stride"]
     layout = grid_layout(side, side, Categorical(config["vqgan_vocab_size"]))
     heads = config["decoder_num_heads"]
     made = from_official(recording.weights["model"], layout, heads, steps=1, dropout=0.0)
-    found = (made.output.in_features, len(made.layers), made.num_classes)
-    expected = tuple(config[name] for name in ("decoder_embed_dim", "decoder_depth", "class_num"))
-    if found != expected:
-        raise UserError(f"the weights are of {found}, not of the config's {expected}")
+    sizes = {
+        "decoder_embed_dim": made.output.in_features,
+        "decoder_depth": len(made.layers),
+        "class_num": made.num_classes,
+    }
+    check_sizes(config, "the config", sizes)
     return made
+
+
+def _entities(recording: Recording, orders: str, name: str) -> Entities:
+    sizes = recording.settings(name)["group_sizes"]
+    return Entities(recording.inputs[orders], tuple(sizes))
 
 
 class Given:
@@ -75,19 +81,17 @@ class Given:
     def mask(self) -> Tensor:
         """Of the last pass, [n, S]."""
         slots = self.slots[-1]
-        n = slots.index.shape[1]
         if slots.mask is not None:
             return slots.mask[0, 0]
-        everything = torch.ones(n, slots.stop, dtype=torch.bool)
+        everything = torch.ones(slots.index.shape[1], slots.stop, dtype=torch.bool)
         return everything.tril() if slots.is_causal else everything
 
 
 @replays("lpd", "order_*")
-def orders(recording: Recording) -> dict[str, Tensor]:
+def orders(recording: Recording) -> Outputs:
     """Orders of six grids from recorded chances."""
     outputs = {}
-    for name in recording.outputs("order/*/order"):
-        settings = recording.settings(name)
+    for name, settings in recording.each("order/*/order"):
         place = name.removesuffix("order")
         starts = recording.inputs[f"{place}fps_first"].tolist()
         chances = Chances(
@@ -102,27 +106,22 @@ def orders(recording: Recording) -> dict[str, Tensor]:
     return outputs
 
 
-def _entities(recording: Recording, orders: str, name: str) -> Entities:
-    sizes = recording.settings(name)["group_sizes"]
-    return Entities(recording.inputs[orders], tuple(sizes))
-
-
 @replays("lpd", "train_*", gradients=True)
-def training(recording: Recording) -> dict[str, Tensor]:
+def training(recording: Recording) -> Outputs:
     """Training passes: mask, input, logits, loss, gradients."""
-    outputs: dict[str, Tensor] = {}
+    outputs: Outputs = {}
     tokens = recording.inputs["tokens"]
-    labels = Condition(ids=recording.inputs["labels"])
+    labels = recording.classes("labels")
     for name in recording.outputs("train_*/loss"):
         part = name.partition("/")[0]
         generator = _generator(recording).train()
         given = Given(generator)
         entities = _entities(recording, "orders", name)
-        kept = recording.inputs[f"{part}/label_drop"] == 0
-        scores = generator.score(tokens, labels.where(kept, generator.null(labels)), entities)
-        assert isinstance(scores, Logits)
+        condition = with_dropped(labels, generator, recording.inputs[f"{part}/label_drop"])
+        scores = scores_of(generator, tokens, condition, entities)
         targets = take(tokens, entities.order)
         loss = scores.cross_entropy(targets)
+        named = f"{part}/grad_norm/*"
         outputs |= {
             f"{part}/mask": given.mask,
             f"{part}/input": given.inputs[-1],
@@ -130,21 +129,19 @@ def training(recording: Recording) -> dict[str, Tensor]:
             f"{part}/loss": loss,
             f"{part}/targets": targets,
             f"{part}/grad_norm": gradient_norm(loss, generator),
+            **recorded_norms(recording, named, loss, generator, to_official=KEYS.to_official),
         }
-        norms = gradient_norms(loss, generator, KEYS.to_official)
-        for norm in recording.outputs(f"{part}/grad_norm/*"):
-            outputs[norm] = norms[recording.settings(norm)["grad_to"]]
     return outputs
 
 
 @replays("lpd", "tf")
-def scores(recording: Recording) -> dict[str, Tensor]:
+def scores(recording: Recording) -> Outputs:
     """Logits of given tokens, in groups and one by one, with a class and without one."""
     generator = _generator(recording)
     outputs = {}
-    for name in recording.outputs("tf/logits*"):
-        condition = Condition(ids=recording.inputs["labels"])
-        if recording.settings(name).get("uncond", False):
+    for name, settings in recording.each("tf/logits*"):
+        condition = recording.classes("labels")
+        if settings.get("uncond", False):
             condition = generator.null(condition)
         entities = _entities(recording, "orders", name)
         outputs[name] = logits_of(generator.score(recording.inputs["tokens"], condition, entities))
@@ -152,77 +149,53 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("lpd", "decode_mask")
-def mask_of_decoding(recording: Recording) -> dict[str, Tensor]:
+def mask_of_decoding(recording: Recording) -> Outputs:
     """Which places of the class and the groups see which, as real tokens."""
     name = "decode/attn_mask"
     generator = _generator(recording)
     entities = _entities(recording, "decode/orders", name)
-    state = generator.start(Condition(ids=recording.inputs["labels"]), entities=entities)
+    state = generator.start(recording.classes("labels"), entities=entities)
     places = torch.arange(entities.length + 1)[None]
     slots = NoCache(torch.device("cpu")).reserve(generator.visibility(state, places))
     assert slots.mask is not None
     return {name: slots.mask[0, 0]}
 
 
-def _guidance(settings: Any) -> Guidance:
+def _guidance(settings: Mapping[str, Any]) -> Guidance:
     """A scale of 1 is one branch; `linear` counts tokens and stays below the scale."""
-    scale = settings["cfg"]
-    if scale == 1:
-        return NO_GUIDANCE
-    linear = settings["cfg_schedule"] == "linear"
-    return Guidance(Linear(scale, reach_end=False) if linear else Constant(scale))
+    schedules = {
+        "linear": lambda scale: Linear(scale, reach_end=False),
+        "constant": Constant,
+    }
+    return guidance_of(settings["cfg"], settings["cfg_schedule"], schedules)
 
 
-def _condition(recording: Recording, generator: LPD, name: str) -> Condition:
-    condition = Condition(ids=recording.inputs["labels"])
-    has_labels = recording.settings(name).get("labels", True)
-    return condition if has_labels else generator.null(condition)
+def _condition(recording: Recording, generator: LPD, settings: Mapping[str, Any]) -> Condition:
+    condition = recording.classes("labels")
+    return condition if settings.get("labels", True) else generator.null(condition)
 
 
-@replays("lpd", *(f"decode_{run}" for run in ("linear", "constant", "nocfg", "uncond", "one")))
-def decoding(recording: Recording) -> dict[str, Tensor]:
-    """Greedy decoding with the cache; of one run what some steps read, hide and keep."""
-    outputs: dict[str, Tensor] = {}
-    for name in recording.outputs("decode_*/tokens"):
-        part = name.partition("/")[0]
-        settings = recording.settings(name)
-        if not settings["greedy"]:
-            continue
-        orders = f"{part}/orders" if f"{part}/orders" in recording.inputs else "decode/orders"
-        entities = _entities(recording, orders, name)
-        generator = _generator(recording)
-        steps = _Steps(generator)
-        state = generator.start(
-            _condition(recording, generator, name), _guidance(settings), entities
-        )
-        noise = Noise(range(state.batch))
-        tokens = generator.layout.blank(state.batch)
-        logits = []
-        for step in decode_from(generator, state, GREEDY, noise, tokens):
-            tokens = step.tokens
-            logits.append(logits_of(step.distribution))
-            steps.look(state.cache)
-        found = Decoded(tokens, torch.cat(logits, dim=1))
-        outputs |= _decoded(part, entities, found)
-        for wanted in recording.outputs(f"{part}/step*/*"):
-            number = recording.settings(wanted)["step"]
-            outputs[wanted] = steps.seen[number][wanted.rpartition("/")[2]]
-    return outputs
+def _decoded(part: str, entities: Entities, found: Decoded) -> Outputs:
+    return {
+        f"{part}/tokens": found.tokens,
+        f"{part}/tokens_in_order": take(found.tokens, entities.order),
+        f"{part}/guided_logits": found.logits,
+    }
 
 
-class _Steps:
+class StepsSeen:
     """What each step of decoding reads, and what it leaves in the cache."""
 
     def __init__(self, generator: LPD) -> None:
         self.norm = generator.norm
         self.given = Given(generator)
         self.last = Calls(generator.layers[-1])
-        self.seen: list[dict[str, Tensor]] = []
+        self.facts: list[Outputs] = []
 
     def look(self, cache: Any) -> None:
         assert isinstance(cache, KVCache)
         slots = self.given.slots[-1]
-        self.seen.append(
+        self.facts.append(
             {
                 "positions": slots.index[0],
                 "input": self.given.inputs[-1],
@@ -233,16 +206,33 @@ class _Steps:
         )
 
 
-def _decoded(part: str, entities: Entities, found: Decoded) -> dict[str, Tensor]:
-    return {
-        f"{part}/tokens": found.tokens,
-        f"{part}/tokens_in_order": take(found.tokens, entities.order),
-        f"{part}/guided_logits": found.logits,
-    }
+@replays("lpd", *(f"decode_{run}" for run in ("linear", "constant", "nocfg", "uncond", "one")))
+def decoding(recording: Recording) -> Outputs:
+    """Greedy decoding with the cache; of one run what some steps read, hide and keep."""
+    outputs: Outputs = {}
+    for name, settings in recording.each("decode_*/tokens"):
+        if not settings["greedy"]:
+            continue
+        part = name.partition("/")[0]
+        orders = f"{part}/orders" if f"{part}/orders" in recording.inputs else "decode/orders"
+        entities = _entities(recording, orders, name)
+        generator = _generator(recording)
+        condition = _condition(recording, generator, settings)
+        state = generator.start(condition, _guidance(settings), entities)
+        seen = StepsSeen(generator)
+        steps = []
+        for step in steps_of(generator, state, GREEDY, Noise(range(state.batch))):
+            steps.append(step)
+            seen.look(state.cache)
+        logits = torch.cat([logits_of(step.distribution) for step in steps], dim=1)
+        outputs |= _decoded(part, entities, Decoded(steps[-1].tokens, logits))
+        for wanted, of_step in recording.each(f"{part}/step*/*"):
+            outputs[wanted] = seen.facts[of_step["step"]][wanted.rpartition("/")[2]]
+    return outputs
 
 
 @replays("lpd", "decode_random")
-def drawing(recording: Recording) -> dict[str, Tensor]:
+def drawing(recording: Recording) -> Outputs:
     """Decoding at recorded uniforms, with the probabilities that they are compared with."""
     part = "decode_random"
     generator = _generator(recording)
@@ -251,7 +241,7 @@ def drawing(recording: Recording) -> dict[str, Tensor]:
     choice = choice_of(settings)
     found = drawn(
         generator,
-        _condition(recording, generator, f"{part}/tokens"),
+        _condition(recording, generator, settings),
         _guidance(settings),
         choice,
         uniforms=recording.inputs[f"{part}/u"],
@@ -261,40 +251,37 @@ def drawing(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("lpd", "filter")
-def filters(recording: Recording) -> dict[str, Tensor]:
+def filters(recording: Recording) -> Outputs:
     """Which logits top-k and top-p keep."""
     logits = recording.inputs["filter/logits"]
-    names = recording.outputs("filter/*")
-    return {name: choice_of(recording.settings(name)).probs(logits) > 0 for name in names}
+    runs = recording.each("filter/*")
+    return {name: choice_of(settings).probs(logits) > 0 for name, settings in runs}
 
 
 @replays("lpd", "resize")
-def resizing(recording: Recording) -> dict[str, Tensor]:
+def resizing(recording: Recording) -> Outputs:
     """The position table of other grids."""
     table = recording.weights["model"]["pos_embed"]
     outputs = {}
-    for name in recording.outputs("resize/*"):
-        side = recording.settings(name)["grid_size"]
+    for name, settings in recording.each("resize/*"):
+        side = settings["grid_size"]
         outputs[name] = resize_positions(table, (side, side))
     return outputs
 
 
 @replays("lpd", "lr")
-def learning_rates(recording: Recording) -> dict[str, Tensor]:
+def rates(recording: Recording) -> Outputs:
     """Both schedules at fractional epochs; after its last epoch a schedule stays where it is."""
     outputs = {}
-    for name in recording.outputs("lr/*"):
-        settings = recording.settings(name)
+    for name, settings in recording.each("lr/*"):
+        peak = settings["lr"]
         epochs = settings["epochs"]
         schedule = Schedule(
             decay="cosine",
             warmup=settings["warmup_epochs"],
             warmup_from=0.0,
             decay_start=settings.get("lr_decay_start_epoch", 0) / epochs,
-            final=settings["min_lr"] / settings["lr"],
+            final=settings["min_lr"] / peak,
         )
-        factors = [
-            schedule.factor(epoch, epochs) for epoch in recording.inputs["lr/epoch"].tolist()
-        ]
-        outputs[name] = settings["lr"] * torch.tensor(factors, dtype=torch.float64)
+        outputs[name] = learning_rates(schedule, peak, recording.inputs["lr/epoch"], epochs)
     return outputs

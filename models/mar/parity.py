@@ -1,6 +1,4 @@
-"""Replays of MAR's generator, diffusion head and sampler (cases `gen_*` of recordings of system
-`mar`).
-"""
+"""Replays of MAR's generator, diffusion head and sampler (cases `gen_*` of system `mar`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +8,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import require
 from tessellar.models.mar.model import MAR
 from tessellar.models.mar.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.forms import as_map, as_vectors
+from tessellar.parity.generation import guidance_of, with_dropped
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import RecordedNoise, gradient_norm
+from tessellar.parity.stand_ins import RecordedNoise, gradient_norm, steps_of
 from tessellar.processes.diffusion import (
     AncestralDiffusion,
     Diffusion,
@@ -26,13 +25,11 @@ from tessellar.processes.diffusion import (
     respaced,
     strided_steps,
 )
-from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Model
 from tessellar.protocol.entities import Entities
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Revealed
+from tessellar.protocol.guidance import Constant, Guidance, Revealed
 from tessellar.protocol.layout import Continuous, grid_layout
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import decode_from
 from tessellar.sampling.settings import Sampling
 
 READ = (
@@ -43,18 +40,30 @@ READ = (
 
 
 def _generator(recording: Recording) -> MAR:
-    config = recording.config["mar"]
-    check_options(config, "the config's mar", READ)
+    config = recording.options("mar", READ)
     side = config["img_size"] // config["vae_stride"]
-    layout = grid_layout(side, side, Continuous(config["vae_embed_dim"]))
     generator = from_official(
         recording.weights["generator"],
-        layout,
+        grid_layout(side, side, Continuous(config["vae_embed_dim"])),
         num_heads=config["encoder_num_heads"],
         decoder_heads=config["decoder_num_heads"],
     )
     generator.repeats = config["diffusion_batch_mul"]
     return generator
+
+
+def recorded_mask(orders: Tensor, num_masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of N tokens are masked [B, N], and the places of the others [B, n] in raster order."""
+    hidden = orders[:, : int(num_masked)]
+    masked = torch.zeros(orders.shape, dtype=torch.bool).scatter(1, hidden, True)
+    count = masked.shape[1] - hidden.shape[1]
+    return masked, masked.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+
+
+def recorded_guidance(settings: Mapping[str, Any]) -> Guidance:
+    """Guidance of MAR's options, which are TokenBridge's as well."""
+    schedules = {"linear": Revealed, "constant": Constant}
+    return guidance_of(settings["cfg"], settings["cfg_schedule"], schedules)
 
 
 def _process(spacing: str) -> Diffusion:
@@ -66,19 +75,18 @@ def _process(spacing: str) -> Diffusion:
     return respaced(full_process(), kept_steps(int(spacing)))
 
 
+def _sampling_process(recording: Recording) -> Diffusion:
+    return _process(str(recording.config["mar"]["num_sampling_steps"]))
+
+
 @replays("mar", "gen_schedule")
-def schedules(recording: Recording) -> dict[str, Tensor]:
+def schedules(recording: Recording) -> Outputs:
     """Kept steps and tables of every recorded spacing."""
+    supported = {"noise_schedule": "cosine", "diffusion_steps": len(full_process().steps)}
     outputs = {}
     for name in recording.names("output", {"gen_schedule"}):
         settings = recording.settings(name)
-        if (settings["noise_schedule"], settings["diffusion_steps"]) != (
-            "cosine",
-            len(full_process().steps),
-        ):
-            raise UserError(
-                f"{name}: MAR's noise schedule is cosine over 1000 steps, not {settings}"
-            )
+        require(settings, name, supported)
         process = _process(settings["timestep_respacing"])
         tables = {
             "timesteps": torch.tensor(process.steps),
@@ -94,13 +102,15 @@ def schedules(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("mar", "gen_diffloss")
-def head(recording: Recording) -> dict[str, Tensor]:
+def head(recording: Recording) -> Outputs:
     """Predictions and losses of the diffusion head."""
     generator = _generator(recording)
-    z, clean, t, noise = (
-        recording.inputs[f"diffloss/{name}"] for name in ("z", "target", "t", "noise")
-    )
-    mask = recording.inputs["diffloss/mask"]
+    given = recording.inputs
+    z = given["diffloss/z"]
+    clean = given["diffloss/target"]
+    t = given["diffloss/t"]
+    noise = given["diffloss/noise"]
+    mask = given["diffloss/mask"]
     eps, v = generator.head(full_process().noisy(clean, t, noise), t, z)
     error, bound = full_process().losses(eps, v, clean, t, noise)
     rows = generator.row_losses(clean, z, t, noise)
@@ -114,7 +124,7 @@ def head(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("mar", "gen_diffloss_sample")
-def head_samples(recording: Recording) -> dict[str, Tensor]:
+def head_samples(recording: Recording) -> Outputs:
     """Tokens as images of one token each.
 
     The guided run carries both branches: one noise prediction, made from the conditional rows, and
@@ -122,14 +132,10 @@ def head_samples(recording: Recording) -> dict[str, Tensor]:
     """
     generator = _generator(recording)
     given = recording.inputs
-    process = _process(str(recording.config["mar"]["num_sampling_steps"]))
+    z = given["diffloss/z"]
     start = given["diffloss_sample/x_T"][:, None]
     half = len(start)
-    z = given["diffloss/z"]
-
-    def run(model: Model, start: Tensor, steps: Tensor, temperature: float) -> Tensor:
-        noise = RecordedNoise([start, *steps[:, :, None]])
-        return ancestral_diffusion(model, process, (1, start.shape[-1]), noise, temperature)[:, 0]
+    both = recording.settings("diffloss_sample/out_cfg")
 
     def alone(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat(generator.head(x[:, 0], t.expand(half), z[:half]), -1)[:, None]
@@ -139,31 +145,32 @@ def head_samples(recording: Recording) -> dict[str, Tensor]:
         merged = eps[half:] + both["cfg"] * (eps[:half] - eps[half:])
         return torch.cat([merged.repeat(2, 1), v], -1)[:, None]
 
-    one = recording.settings("diffloss_sample/out")
-    both = recording.settings("diffloss_sample/out_cfg")
+    def run(name: str, model: Model, start: Tensor, steps: Tensor) -> Tensor:
+        temperature = recording.settings(name)["temperature"]
+        noise = RecordedNoise([start, *steps[:, :, None]])
+        shape = (1, start.shape[-1])
+        process = _sampling_process(recording)
+        return ancestral_diffusion(model, process, shape, noise, temperature)[:, 0]
+
+    twice = start.repeat(2, 1, 1)
+    one = "diffloss_sample/out"
+    two = "diffloss_sample/out_cfg"
     return {
-        "diffloss_sample/out": run(
-            alone, start, given["diffloss_sample/noise"], one["temperature"]
-        ),
-        "diffloss_sample/out_cfg": run(
-            guided, start.repeat(2, 1, 1), given["diffloss_sample/noise_cfg"], both["temperature"]
-        ),
+        one: run(one, alone, start, given["diffloss_sample/noise"]),
+        two: run(two, guided, twice, given["diffloss_sample/noise_cfg"]),
     }
 
 
 @replays("mar", "gen_train", gradients=True)
-def training(recording: Recording) -> dict[str, Tensor]:
+def training(recording: Recording) -> Outputs:
     """Tokens, mask, hidden states with the classes; loss and gradient with some of them dropped."""
     generator = _generator(recording)
     given = recording.inputs
-    tokens = rearrange(given["mar/latents"], "b c h w -> b (h w) c")
-    hidden = given["mar/orders"][:, : int(given["mar/num_masked"])]
-    masked = torch.zeros(given["mar/orders"].shape, dtype=torch.bool).scatter(1, hidden, True)
-    condition = Condition(ids=given["mar/labels"])
-    dropped = condition.where(given["mar/label_drop"] == 0, generator.null(condition))
+    tokens = as_vectors(given["mar/latents"])
+    masked, visible = recorded_mask(given["mar/orders"], given["mar/num_masked"])
+    condition = recording.classes("mar/labels")
+    dropped = with_dropped(condition, generator, given["mar/label_drop"])
     patches = generator.to_patches(tokens)
-    count = masked.shape[1] - hidden.shape[1]
-    visible = masked.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
     with torch.no_grad():
         encoded = generator.backbone.encode(patches, visible, condition)
         z = generator.backbone(patches, ~masked, condition)
@@ -180,8 +187,8 @@ def training(recording: Recording) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedDiffusion(AncestralDiffusion):
-    """The sampler with its recorded noise: rows are sample-major patches, of which the conditional
-    half counts.
+    """The sampler with its recorded noise: rows are sample-major patches of `area` tokens, of which
+    the conditional half counts.
     """
 
     recording: Recording
@@ -198,50 +205,31 @@ class RecordedDiffusion(AncestralDiffusion):
             rearrange(rows, "(b l) (c q) -> b (l q) c", l=patches, q=self.area)
             for rows in [start, *steps]
         )
-        process = _process(str(self.recording.config["mar"]["num_sampling_steps"]))
+        process = _sampling_process(self.recording)
         return ancestral_diffusion(model, process, shape, RecordedNoise(draws), self.temperature)
 
 
 @replays("mar", "gen_sample_*")
-def sampling(recording: Recording) -> dict[str, Tensor]:
+def sampling(recording: Recording) -> Outputs:
     """Latents of every run, and the scale of guidance at each of its steps."""
     generator = _generator(recording)
     area = generator.patch**2
-    condition = Condition(ids=recording.inputs["mar/labels"])
     side = generator.layout.segments[0].shape[0]
     outputs = {}
-    for name in recording.outputs("mar_sample_*/latents"):
+    for name, settings in recording.each("mar_sample_*/latents"):
         run = name.removesuffix("/latents")
-        settings = recording.settings(name)
-        guidance = _guidance(settings)
+        guidance = recorded_guidance(settings)
         entities = generator.sets(recording.inputs["mar/orders"].flip(1), settings["num_iter"])
-        state = generator.start(condition, guidance, entities)
-        tokens = generator.layout.blank(condition.batch)
+        state = generator.start(recording.classes("mar/labels"), guidance, entities)
         diffusion = RecordedDiffusion(
-            temperature=settings["temperature"],
-            recording=recording,
-            run=run,
-            area=area,
+            temperature=settings["temperature"], recording=recording, run=run, area=area
         )
-        for step in decode_from(generator, state, Sampling(diffusion=diffusion), Noise([]), tokens):
-            tokens = step.tokens
-        outputs[name] = rearrange(tokens, "b (h w) c -> b c h w", h=side)
+        for step in steps_of(generator, state, Sampling(diffusion=diffusion), Noise([])):
+            outputs[name] = as_map(step.tokens, side)
         scales = torch.ones(entities.count)
         if guidance.schedule is not None:
-            planned = Entities(
-                torch.arange(generator.length), tuple(size // area for size in entities.sizes)
-            )
+            patches = tuple(size // area for size in entities.sizes)
+            planned = Entities(torch.arange(generator.length), patches)
             scales = guidance.schedule(torch.arange(entities.count)[None], planned)[0]
         outputs[f"{run}/cfg_per_iter"] = scales
     return outputs
-
-
-def _guidance(settings: Mapping[str, Any]) -> Guidance:
-    schedule = settings["cfg_schedule"]
-    if settings["cfg"] == 1.0:
-        return NO_GUIDANCE
-    if schedule == "linear":
-        return Guidance(Revealed(settings["cfg"]))
-    if schedule == "constant":
-        return Guidance(Constant(settings["cfg"]))
-    raise UserError(f"cfg_schedule {schedule!r} is not known; there are linear and constant")

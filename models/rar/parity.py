@@ -1,22 +1,19 @@
-"""Replays of what the official RAR gave (recordings of system `titok_rar`): scoring in any order,
+"""Replays of what the official RAR gave (recordings of system `titok_rar`): scores in any order,
 prefixes, sampling.
-
-Their last row of logits (behind the last token, unused) is what our generator predicts for an
-entity past the end.
 """
 
 import torch
 from torch import Tensor
 
-from tessellar.interop.options import check_options
 from tessellar.models.rar.model import RAR
 from tessellar.models.rar.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.generation import accuracy, beside, past_the_end, predicted
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import greedy, logits_of
+from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
-from tessellar.protocol.entities import Entities, token_order
+from tessellar.protocol.entities import Entities
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, PowerCosine
 from tessellar.protocol.layout import Categorical, sequence_layout
 
@@ -27,8 +24,7 @@ READ = (
 
 
 def _generator(recording: Recording) -> RAR:
-    config = recording.config
-    check_options(config, "the config", READ)
+    config = recording.options(read=READ)
     layout = sequence_layout(config["image_seq_len"], Categorical(config["codebook_size"]))
     return from_official(recording.weights["model"], layout)
 
@@ -38,79 +34,59 @@ def _condition(recording: Recording, name: str = "condition") -> Condition:
     return Condition(ids=recording.inputs[name] - recording.config["codebook_size"] - 1)
 
 
-def _logits(
-    generator: RAR, tokens: Tensor, condition: Condition, entities: Entities, count: int
-) -> Tensor:
-    """Logits [B, count, V] of the first entities, given their predecessors; one may lie past the
-    end.
-    """
-    state = generator.start(condition, entities=entities)
-    return logits_of(generator.predict(state, tokens, count=count))
-
-
 @replays("titok_rar", "gen_perm")
-def any_order(recording: Recording) -> dict[str, Tensor]:
+def any_order(recording: Recording) -> Outputs:
     """Scores of tokens in an order of its own for each image."""
     generator = _generator(recording)
-    condition = _condition(recording)
     tokens = recording.inputs["tokens"]
     entities = Entities(recording.inputs["orders"], (1,) * generator.layout.length)
     labels = tokens.gather(1, entities.order)
-    scores = generator.score(tokens, condition, entities)
-    assert isinstance(scores, Logits)
-    logits = _logits(generator, tokens, condition, entities, entities.count + 1)
-    right = logits[:, :-1].argmax(-1) == labels
+    logits = past_the_end(generator, tokens, _condition(recording), entities)
     return {
         "perm/labels": labels,
         "perm/logits": logits,
-        "perm/loss": scores.cross_entropy(labels),
-        "perm/accuracy": right.float().mean(),
+        "perm/loss": Logits(logits[:, :-1]).cross_entropy(labels),
+        "perm/accuracy": accuracy(logits[:, :-1], labels),
     }
 
 
 @replays("titok_rar", "gen_raster")
-def raster(recording: Recording) -> dict[str, Tensor]:
+def raster(recording: Recording) -> Outputs:
     """Scores of tokens in raster order, with a class and without one."""
     generator = _generator(recording)
     tokens = recording.inputs["tokens"]
-    entities = token_order(generator.layout)
-    condition = Condition(ids=recording.inputs["class_ids"])
+    condition = recording.classes("class_ids")
     null = generator.null(condition)
-    recorded = _condition(recording, "none_condition").ids
-    assert null.ids is not None and recorded is not None
-    assert torch.equal(null.ids, recorded), "the null condition is another one"
+    recorded = _condition(recording, "none_condition")
+    assert null.ids is not None and recorded.ids is not None
+    assert torch.equal(null.ids, recorded.ids), "the null condition is another one"
     return {
-        "raster/logits": _logits(generator, tokens, condition, entities, entities.count + 1),
+        "raster/logits": past_the_end(generator, tokens, condition),
         "raster/loss": generator.loss(tokens, condition)["cross_entropy"],
-        "raster/logits_uncond": _logits(generator, tokens, null, entities, entities.count + 1),
+        "raster/logits_uncond": past_the_end(generator, tokens, null),
     }
 
 
 @replays("titok_rar", "gen_prefix")
-def prefix(recording: Recording) -> dict[str, Tensor]:
+def prefix(recording: Recording) -> Outputs:
     """Logits of the tokens of a prefix, and of the one behind it."""
     generator = _generator(recording)
     count = recording.settings("prefix/logits")["prefix_length"] + 1
-    order = token_order(generator.layout)
-    return {
-        "prefix/logits": _logits(
-            generator, recording.inputs["tokens"], _condition(recording), order, count
-        )
-    }
+    tokens = recording.inputs["tokens"]
+    return {"prefix/logits": predicted(generator, tokens, _condition(recording), count)}
 
 
 @replays("titok_rar", "gen_sample_*")
-def sampling(recording: Recording) -> dict[str, Tensor]:
+def sampling(recording: Recording) -> Outputs:
     """Greedy ids with a cache, and at each step the guided distribution at the run's temperature."""
     generator = _generator(recording)
-    outputs = {}
-    for name in recording.outputs("gen_*/ids"):
-        settings = recording.settings(name)
+    outputs: dict[str, Tensor] = {}
+    for name, settings in recording.each("gen_*/ids"):
         scale = settings["guidance_scale"]
         schedule = PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False)
         guidance = Guidance(schedule) if scale else NO_GUIDANCE
         decoded = greedy(generator, _condition(recording), guidance)
         logits = decoded.logits / settings["randomize_temperature"]
         outputs[name] = decoded.tokens
-        outputs[name.replace("/ids", "/probs")] = logits.softmax(-1)
+        outputs[beside(name, "probs")] = logits.softmax(-1)
     return outputs

@@ -9,11 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
 from tessellar.models.token_shuffle.model import TokenShuffle, cross_entropy
 from tessellar.models.token_shuffle.official import from_config
-from tessellar.parity.recording import Recording
+from tessellar.parity.generation import schedule_of
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.condition import Condition
@@ -22,14 +21,18 @@ from tessellar.protocol.guidance import (
     Constant,
     Cosine,
     Guidance,
+    GuidanceSchedule,
     HalfCosine,
     HalfLinear,
     Linear,
-    Schedule,
 )
 from tessellar.protocol.layout import Categorical, grid_layout
 
-SCHEDULES: dict[str, type] = {
+READ = (
+    "d layers heads kv_heads ffn window mlp_blocks mlp_ratio text_vocab boi eoi image_vocab image_vocab_start vocab "
+    "grid rope rope_theta norm_eps cfg_max z_coefficient"
+).split()
+SCHEDULES = {
     "constant": Constant,
     "linear": Linear,
     "half-linear": HalfLinear,
@@ -38,16 +41,9 @@ SCHEDULES: dict[str, type] = {
 }
 
 
-READ = (
-    "d layers heads kv_heads ffn window mlp_blocks mlp_ratio text_vocab boi eoi image_vocab image_vocab_start vocab "
-    "grid rope rope_theta norm_eps cfg_max z_coefficient"
-).split()
-
-
 def _generator(recording: Recording) -> TokenShuffle:
     """All recorded texts begin with the token that alone is the null text."""
-    config = recording.config
-    check_options(config, "the config", READ, {"gelu": "erf"})
+    config = recording.options(read=READ, supported={"gelu": "erf"})
     height, width = config["grid"]
     layout = grid_layout(height, width, Categorical(config["image_vocab"]))
     text = next(name for name in sorted(recording.inputs) if name.startswith("text"))
@@ -64,26 +60,20 @@ def _codes(recording: Recording, sample: int) -> Tensor:
     return recording.inputs["codes"][sample : sample + 1]
 
 
-def _schedule(settings: Mapping[str, Any]) -> Schedule:
-    name = settings["schedule"]
-    if name not in SCHEDULES:
-        raise UserError(
-            f"the guidance schedule {name!r} is not known; there are {', '.join(SCHEDULES)}"
-        )
-    return SCHEDULES[name](settings["cfg_max"])
+def _schedule(settings: Mapping[str, Any]) -> GuidanceSchedule:
+    return schedule_of(settings["schedule"], settings["cfg_max"], SCHEDULES)
 
 
 @replays("token_shuffle", "shuffle")
-def shuffle(recording: Recording) -> dict[str, Tensor]:
+def shuffle(recording: Recording) -> Outputs:
     """Windows of all samples, and the fused inputs and un-shuffled features of one."""
     generator = _generator(recording)
-    sample = recording.settings("shuffle/fused")["sample"]
     entities = generator.entities
+    sample = recording.settings("shuffle/fused")["sample"]
     codes = recording.inputs["codes"]
     first = torch.zeros(len(codes), dtype=torch.int64)
-    windows = rearrange(
-        entities.get(codes, first, entities.count), "b (m c) -> b m c", c=generator.codes
-    )
+    tokens = entities.get(codes, first, entities.count)
+    windows = rearrange(tokens, "b (m c) -> b m c", c=generator.codes)
     embedded = generator.token_embedding(windows[sample] + generator.offset)
     index = torch.arange(entities.count)[None]
     hidden = generator.hidden_states(_codes(recording, sample), _text(recording, sample))
@@ -98,52 +88,52 @@ def shuffle(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("token_shuffle", "sample*")
-def samples(recording: Recording) -> dict[str, Tensor]:
+def samples(recording: Recording) -> Outputs:
     """States, logits over the joint vocabulary, and the parts of the loss of every sample."""
     generator = _generator(recording)
     outputs = {}
-    for name in recording.outputs("hidden*"):
-        sample = recording.settings(name)["sample"]
+    for name, settings in recording.each("hidden*"):
+        sample = settings["sample"]
         text = _text(recording, sample)
         codes = _codes(recording, sample)
         predicted = generator.predictions(codes, text)
         assert predicted.text_logits is not None and predicted.text_targets is not None
+        of_text = cross_entropy(predicted.text_logits, predicted.text_targets)
         losses = generator.loss(codes, text)
         outputs |= {
             name: generator.hidden_states(codes, text, more=2)[0],
-            f"image_logits{sample}": rearrange(
-                predicted.logits[0], "(m c) v -> m c v", c=generator.codes
-            ),
+            f"image_logits{sample}": _tokenwise(generator, predicted.logits),
             f"loss/image{sample}": losses["cross_entropy"],
-            f"loss/text{sample}": cross_entropy(
-                predicted.text_logits, predicted.text_targets
-            ).mean(),
+            f"loss/text{sample}": of_text.mean(),
             f"loss/z{sample}": losses.get("z", torch.zeros(())),
         }
     return outputs
 
 
+def _tokenwise(generator: TokenShuffle, logits: Tensor) -> Tensor:
+    """Logits [1, N, V] of windows as [windows, tokens of a window, V]."""
+    return rearrange(logits[0], "(m c) v -> m c v", c=generator.codes)
+
+
 @replays("token_shuffle", "cfg")
-def schedules(recording: Recording) -> dict[str, Tensor]:
+def schedules(recording: Recording) -> Outputs:
     """Scales of guidance over the windows."""
     entities = _generator(recording).entities
     number = torch.arange(entities.count)[None]
-    names = recording.outputs("cfg/*")
-    return {name: _schedule(recording.settings(name))(number, entities)[0] for name in names}
+    runs = recording.each("cfg/*")
+    return {name: _schedule(settings)(number, entities)[0] for name, settings in runs}
 
 
 @replays("token_shuffle", "greedy_*")
-def decoding(recording: Recording) -> dict[str, Tensor]:
+def decoding(recording: Recording) -> Outputs:
     """Greedy codes of every recorded schedule, and the guided logits of single steps."""
     generator = _generator(recording)
     outputs = {}
-    for name in recording.outputs("greedy/*/codes"):
-        settings = recording.settings(name)
-        decoded = greedy(
-            generator, _text(recording, settings["sample"]), Guidance(_schedule(settings))
-        )
-        steps = rearrange(decoded.logits[0], "(m c) v -> m c v", c=generator.codes)
+    for name, settings in recording.each("greedy/*/codes"):
+        text = _text(recording, settings["sample"])
+        decoded = greedy(generator, text, Guidance(_schedule(settings)))
+        windows = _tokenwise(generator, decoded.logits)
         outputs[name] = decoded.tokens[0]
-        for logits in recording.outputs(name.replace("/codes", "/guided_logits*")):
-            outputs[logits] = steps[recording.settings(logits)["step"]]
+        for logits, of_step in recording.each(name.replace("/codes", "/guided_logits*")):
+            outputs[logits] = windows[of_step["step"]]
     return outputs

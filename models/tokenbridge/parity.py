@@ -5,27 +5,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import require
+from tessellar.models.mar.parity import recorded_guidance, recorded_mask
 from tessellar.models.tokenbridge.model import TokenBridge
 from tessellar.models.tokenbridge.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.forms import as_map, as_vectors
+from tessellar.parity.generation import with_dropped
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import gradient_norm
-from tessellar.protocol.condition import Condition
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Revealed
+from tessellar.parity.stand_ins import gradient_norm, steps_of
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import decode_from
 from tessellar.sampling.settings import GREEDY
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.tokenbridge import PostQuantized
 
 READ = (
-    "img_size vae_stride patch_size vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
+    "img_size vae_stride vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
     "decoder_depth decoder_num_heads mlp_ratio class_num buffer_size channel_embed_dim channel_depth channel_heads "
     "quant_levels quant_min quant_max std_range mask_ratio_min label_drop_prob attn_dropout proj_dropout "
     "grad_checkpointing"
@@ -53,12 +51,8 @@ def _tokenizer(config: Mapping[str, Any]) -> PostQuantized:
 
 
 def _generator(recording: Recording) -> TokenBridge:
-    config = recording.config["model"]
-    check_options(config, "the config's model", READ)
-    if config["patch_size"] != 1:
-        raise UserError(
-            f"patch_size is {config['patch_size']}: a token of TokenBridge is one latent, its patch size 1"
-        )
+    # A token of TokenBridge is one latent.
+    config = recording.options("model", READ, {"patch_size": 1})
     tokenizer = _tokenizer(config)
     order = recording.inputs["channel_order"]
     if not torch.equal(order.argsort(), recording.inputs["inv_channel_order"]):
@@ -74,24 +68,17 @@ def _generator(recording: Recording) -> TokenBridge:
     return generator
 
 
-def _classes(recording: Recording) -> Condition:
-    return Condition(ids=recording.inputs["labels"])
-
-
 @replays("tokenbridge", "train", gradients=True)
-def training(recording: Recording) -> dict[str, Tensor]:
+def training(recording: Recording) -> Outputs:
     """Indices, mask, hidden states and logits with the classes; loss and gradient with some of them
     dropped.
     """
     generator = _generator(recording)
     (tokenizer,) = generator.bound
     given = recording.inputs
-    condition = _classes(recording)
-    tokens = tokenizer.from_source(rearrange(given["latents"], "b c h w -> b (h w) c"))
-    hidden = given["orders"][:, : int(given["num_masked"])]
-    masked = torch.zeros(given["orders"].shape, dtype=torch.bool).scatter(1, hidden, True)
-    count = masked.shape[1] - hidden.shape[1]
-    visible = masked.to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    condition = recording.classes("labels")
+    tokens = tokenizer.from_source(as_vectors(given["latents"]))
+    masked, visible = recorded_mask(given["orders"], given["num_masked"])
     latents = generator.latents(tokens)
     with torch.no_grad():
         encoded = generator.backbone.encode(latents, visible, condition)
@@ -100,7 +87,7 @@ def training(recording: Recording) -> dict[str, Tensor]:
         exact = copy.deepcopy(generator).double()
         exact_z = exact.backbone(latents.double(), ~masked, condition)
         logits = exact.head(exact_z[masked], generator.channels.classes(tokens[masked]))
-    dropped = condition.where(given["label_drop"] == 0, generator.null(condition))
+    dropped = with_dropped(condition, generator, given["label_drop"])
     loss = generator.masked_loss(tokens, masked, dropped)
     return {
         "indices": tokens,
@@ -115,7 +102,7 @@ def training(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenbridge", "greedy")
-def greedy(recording: Recording) -> dict[str, Tensor]:
+def greedy(recording: Recording) -> Outputs:
     """The head alone: the likeliest class of one position after the other, behind its cache."""
     head = _generator(recording).head
     z = recording.inputs["greedy/z"]
@@ -133,36 +120,21 @@ def greedy(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenbridge", "sample_*")
-def sampling(recording: Recording) -> dict[str, Tensor]:
+def sampling(recording: Recording) -> Outputs:
     """Tokens and latents of every run, and the guided vectors of each of its steps."""
     generator = _generator(recording)
-    condition = _classes(recording)
+    condition = recording.classes("labels")
     side = generator.layout.segments[0].shape[0]
     outputs = {}
-    for name in recording.outputs("sample_*/latents"):
+    for name, settings in recording.each("sample_*/latents"):
         run = name.removesuffix("/latents")
-        settings = recording.settings(name)
+        require(settings, name, {"temperature": 0})  # greedy
         entities = generator.sets(recording.inputs["orders"].flip(1), settings["num_iter"])
-        state = generator.start(condition, _guidance(settings), entities)
-        tokens = generator.layout.blank(condition.batch)
-        for step in decode_from(generator, state, GREEDY, Noise([0] * condition.batch), tokens):
-            tokens = step.tokens
+        state = generator.start(condition, recorded_guidance(settings), entities)
+        for step in steps_of(generator, state, GREEDY, Noise(range(state.batch))):
             hidden = step.distribution.hidden
             assert hidden is not None
             outputs[f"{run}/iter{step.entity}_feature"] = hidden.flatten(0, 1)
-        outputs[f"{run}/indices"] = tokens
-        outputs[name] = rearrange(generator.latents(tokens), "b (h w) c -> b c h w", h=side)
+            outputs[f"{run}/indices"] = step.tokens
+        outputs[name] = as_map(generator.latents(outputs[f"{run}/indices"]), side)
     return outputs
-
-
-def _guidance(settings: Mapping[str, Any]) -> Guidance:
-    schedule = settings["cfg_schedule"]
-    if settings["temperature"] != 0:
-        raise UserError("TokenBridge's sampler is replayed greedily: temperature 0")
-    if settings["cfg"] == 1.0:
-        return NO_GUIDANCE
-    if schedule == "linear":
-        return Guidance(Revealed(settings["cfg"]))
-    if schedule == "constant":
-        return Guidance(Constant(settings["cfg"]))
-    raise UserError(f"cfg_schedule {schedule!r} is not known; there are linear and constant")

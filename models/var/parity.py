@@ -1,15 +1,12 @@
 """Replays of VAR's transformer and sampler (recordings of system `var`)."""
 
-from torch import Tensor
-
 from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_options
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.forms import to_unit
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import choice_of, greedy, logits_of
-from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.tokenizers.var import VARVQVAE
 from tessellar.tokenizers.var.parity import recorded_vqvae
@@ -22,20 +19,19 @@ READ = (
 
 def _generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
     state = part_of(recording.weights["model"], "var.")
-    config = recording.config["var"]
-    check_options(config, "the config's var", READ, {"norm_eps": 1e-6})
+    config = recording.options("var", READ, {"norm_eps": 1e-6})
     generator = from_official(state, vqvae.layout, config["num_heads"])
     generator.bind(vqvae)
     return generator
 
 
 @replays("var", "train")
-def scores(recording: Recording) -> dict[str, Tensor]:
+def scores(recording: Recording) -> Outputs:
     """Logits of all scales, with a class and without one."""
     vqvae = recorded_vqvae(recording)
     generator = _generator(recording, vqvae)
     tokens = vqvae.encode(recording.inputs["image"])
-    condition = Condition(ids=recording.inputs["labels"])
+    condition = recording.classes("labels")
     return {
         "var.logits": logits_of(generator.score(tokens, condition)),
         "var.logits_uncond": logits_of(generator.score(tokens, generator.null(condition))),
@@ -43,28 +39,24 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("var", "greedy")
-def decoding(recording: Recording) -> dict[str, Tensor]:
+def decoding(recording: Recording) -> Outputs:
     """Their scale t = cfg k / (K - 1) multiplies c - u beside c, so ours goes from 1 to 1 + cfg."""
-    settings = recording.config["sample"]
     # more_smooth reads soft tokens: inputs that are no function of tokens
-    check_options(
-        settings, "the config's sample", ("cfg", "top_k", "top_p"), {"more_smooth": False}
-    )
+    settings = recording.options("sample", ("cfg", "top_k", "top_p"), {"more_smooth": False})
     vqvae = recorded_vqvae(recording)
     generator = _generator(recording, vqvae)
     guidance = Guidance(Linear(1 + settings["cfg"])) if settings["cfg"] else NO_GUIDANCE
-    decoded = greedy(generator, Condition(ids=recording.inputs["labels"]), guidance)
-    images = vqvae.decode(decoded.tokens).clamp(-1, 1)
+    decoded = greedy(generator, recording.classes("labels"), guidance)
     return {
         "greedy.idx": decoded.tokens,
         "greedy.logits": decoded.logits,
-        "greedy.image01": (images + 1) / 2,
+        "greedy.image01": to_unit(vqvae.decode(decoded.tokens).clamp(-1, 1)),
     }
 
 
 @replays("var", "filter")
-def filters(recording: Recording) -> dict[str, Tensor]:
+def filters(recording: Recording) -> Outputs:
     """Which logits top-k and top-p keep."""
     logits = recording.inputs["filter.logits"]
-    names = recording.outputs("filter.*.keep")
-    return {name: choice_of(recording.settings(name)).probs(logits) > 0 for name in names}
+    runs = recording.each("filter.*.keep")
+    return {name: choice_of(settings).probs(logits) > 0 for name, settings in runs}

@@ -11,22 +11,26 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options
 from tessellar.models.xar.model import XAR, spread_times, time_index
 from tessellar.models.xar.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.forms import as_map, as_vectors
+from tessellar.parity.generation import guidance_of, with_dropped
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Calls, RecordedNoise, gradient_norm
 from tessellar.processes import flow
 from tessellar.processes.flow import Euler, EulerMaruyama, sde_times
-from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import cells, subsamples
-from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Linear
+from tessellar.protocol.guidance import Constant, Guidance, Linear
 from tessellar.protocol.layout import Continuous, Layout, grid_layout
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.scale_pyramid.tokenizer import pyramid
 
+READ = (
+    "img_size vae_stride vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads mlp_ratio label_drop_prob class_num attn_dropout proj_dropout clusters sampling"
+).split()
 SOLVERS = {"euler_maruyama_sampler": EulerMaruyama, "euler_sampler": Euler}
 
 
@@ -34,16 +38,9 @@ def _layout(latents: Tensor) -> Layout:
     return grid_layout(latents.shape[2], latents.shape[3], Continuous(latents.shape[1]))
 
 
-READ = (
-    "img_size vae_stride vae_embed_dim encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
-    "decoder_depth decoder_num_heads mlp_ratio label_drop_prob class_num attn_dropout proj_dropout clusters sampling"
-).split()
-
-
 def _generator(recording: Recording) -> XAR:
     """X is a cell; the latents divide into `clusters` of them."""
-    config = recording.config
-    check_options(config, "the config", READ, {"patch_size": 1})
+    config = recording.options(read=READ, supported={"patch_size": 1})
     for option in ("embed_dim", "num_heads"):
         if config[f"encoder_{option}"] != config[f"decoder_{option}"]:
             raise UserError(
@@ -51,7 +48,7 @@ def _generator(recording: Recording) -> XAR:
             )
     latents = recording.inputs["train/latents"]
     side = isqrt(latents[0, 0].numel() // config["clusters"])
-    generator = from_official(
+    return from_official(
         recording.weights["model"],
         _layout(latents),
         num_heads=config["encoder_num_heads"],
@@ -59,21 +56,20 @@ def _generator(recording: Recording) -> XAR:
         condition_dropout=config["label_drop_prob"],
         dropout=config["proj_dropout"],
     )
-    return generator
 
 
 @replays("xar", "train", gradients=True)
-def train(recording: Recording) -> dict[str, Tensor]:
+def train(recording: Recording) -> Outputs:
     """One training pass with recorded times and noise, and the gradient of its loss."""
     generator = _generator(recording).train()
     inputs = recording.inputs
     encoder = Calls(generator.encoder)
     output = Calls(generator.output)
-    tokens = rearrange(inputs["train/latents"], "b c h w -> b (h w) c")
+    tokens = as_vectors(inputs["train/latents"])
     noise = rearrange(inputs["train/noise"], "n b k c -> b (n k) c")
     t = inputs["train/t"].T
-    condition = Condition(ids=inputs["train/labels"])
-    condition = condition.where(inputs["train/label_drop"] == 0, generator.null(condition))
+    labels = recording.classes("train/labels")
+    condition = with_dropped(labels, generator, inputs["train/label_drop"])
     loss = generator.flow_loss(tokens, condition, t, noise)
     x = generator.in_order(tokens)
     return {
@@ -89,29 +85,27 @@ def train(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("xar", "sample")
-def sample(recording: Recording) -> dict[str, Tensor]:
-    """Latents of both solvers, with and without guidance, and single network calls of the first of
-    them.
-    """
+def sample(recording: Recording) -> Outputs:
+    """Latents of both solvers with and without guidance, and single calls of the first of them."""
     generator = _generator(recording)
     steps = recording.settings("sample/timestep_index")["num_steps"]
     outputs = {"sample/timestep_index": time_index(sde_times(steps)[:-1]).long()}
-    for name in recording.outputs("sample/*_latents*"):
-        outputs[name] = _latents(recording, generator, recording.settings(name))
+    for name, settings in recording.each("sample/*_latents*"):
+        outputs[name] = _latents(recording, generator, settings)
     return outputs | single_calls(recording, generator)
 
 
-def single_calls(recording: Recording, generator: XAR) -> dict[str, Tensor]:
+def single_calls(recording: Recording, generator: XAR) -> Outputs:
     """What single calls of the network read and predict."""
-    names = recording.outputs("sample/*_input")
-    if not names:
+    calls = list(recording.each("sample/*_input"))
+    if not calls:
         return {}
     reads = Calls(generator.encoder.project)
     predictions = Calls(generator.output)
-    _latents(recording, generator, recording.settings(names[0]))
+    _, settings = calls[0]
+    _latents(recording, generator, settings)
     outputs = {}
-    for name in names:
-        settings = recording.settings(name)
+    for name, settings in calls:
         # One more call an entity than theirs, for its clean context, but for the first entity,
         # which has none.
         number = settings["cell"] * (settings["num_steps"] + 1) + settings["call"]
@@ -130,31 +124,26 @@ def _latents(recording: Recording, generator: XAR, settings: Mapping[str, Any]) 
         noise.append(start)
         if isinstance(solver, EulerMaruyama):
             noise += recording.inputs["sample/sde_noise"][number]
-    condition = Condition(ids=recording.inputs["sample/labels"])
     tokens = Ancestral()(
         generator,
-        condition,
+        recording.classes("sample/labels"),
         Sampling(flow=solver),
         RecordedNoise(noise),
         guidance=_guidance(settings),
     )
-    height = generator.layout.segments[0].shape[0]
-    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
+    return as_map(tokens, generator.layout.segments[0].shape[0])
 
 
 def _guidance(settings: Mapping[str, Any]) -> Guidance:
-    schedule = settings["cfg_schedule"]
-    if settings["cfg"] == 1.0:
-        return NO_GUIDANCE
-    if schedule == "constant":
-        return Guidance(Constant(settings["cfg"]))
-    if schedule == "linear":
-        return Guidance(Linear(settings["cfg"], start=settings["cfg_start"]))
-    raise UserError(f"the guidance schedule {schedule!r} of this recording is not known")
+    schedules = {
+        "constant": Constant,
+        "linear": lambda scale: Linear(scale, start=settings["cfg_start"]),
+    }
+    return guidance_of(settings["cfg"], settings["cfg_schedule"], schedules)
 
 
 @replays("xar", "order")
-def order(recording: Recording) -> dict[str, Tensor]:
+def order(recording: Recording) -> Outputs:
     """Orders of cells and subsamples, and the resized latents of every scale."""
     latents = recording.inputs["train/latents"]
     layout = _layout(latents)

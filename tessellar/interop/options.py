@@ -31,3 +31,10 @@ def check_options(
     for name in config:
         if name not in read and name not in supported:
             raise UserError(f"{where}: the official option {name!r} is not known here")
+
+
+def check_sizes(config: Mapping[str, Any], where: str, found: Mapping[str, Any]) -> None:
+    """Raises UserError for an option of the config that is not what was `found` in the weights."""
+    for name, value in found.items():
+        if config[name] != value:
+            raise UserError(f"{where}: {name} is {config[name]!r}; the weights are of {value!r}")

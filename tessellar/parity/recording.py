@@ -6,7 +6,7 @@ weight file holds which part. What a replay never reads, and what nothing compar
 afterwards.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import check_options
 from tessellar.plain_data import parse_json
+from tessellar.protocol.condition import Condition
 from tessellar.tensor_files import read_safetensors
+
+Outputs = dict[str, Tensor]
+"""What a replay computes, by the names of the recorded outputs."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,31 @@ class Recording:
     def outputs(self, pattern: str) -> list[str]:
         """Names of the selected cases' outputs that match a pattern, such as `c2i/greedy_*/tokens`."""
         return [name for name in self.names("output", self.cases) if fnmatchcase(name, pattern)]
+
+    def each(self, pattern: str) -> Iterator[tuple[str, Settings]]:
+        """Names of the selected cases' outputs that match a pattern, with their settings."""
+        for name in self.outputs(pattern):
+            yield name, self.settings(name)
+
+    def options(
+        self,
+        part: str = "",
+        read: Collection[str] = (),
+        supported: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The official config, or a part of it.
+
+        Raises UserError for an option that is neither `read` nor has the one value that is
+        supported.
+        """
+        config = self.config[part] if part else self.config
+        where = f"the config's {part}" if part else "the config"
+        check_options(config, where, read, supported)
+        return config
+
+    def classes(self, name: str) -> Condition:
+        """The condition of recorded class ids."""
+        return Condition(ids=self.inputs[name])
 
     def settings(self, name: str) -> Settings:
         """What the replay of a tensor needs beyond `config`: its case's settings, overridden by its

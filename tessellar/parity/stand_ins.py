@@ -4,13 +4,14 @@ of a training step.
 Shapes: B images, N tokens, T tokens of an entity, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
@@ -18,7 +19,7 @@ from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.decode import decode_from
+from tessellar.sampling.decode import Step, decode_from
 from tessellar.sampling.settings import GREEDY, Sampling
 
 
@@ -147,13 +148,27 @@ def decoded(
     last: int | None = None,
 ) -> Decoded:
     """What the decoding loop makes of a state, with the logits of its steps."""
-    if tokens is None:
-        tokens = generator.layout.blank(state.batch)
     logits = []
-    for step in decode_from(generator, state, settings, noise, tokens, first=first, last=last):
+    for step in steps_of(generator, state, settings, noise, tokens=tokens, first=first, last=last):
         tokens = step.tokens
         logits.append(logits_of(step.distribution))
+    assert tokens is not None, "no entity was decoded"
     return Decoded(tokens, torch.cat(logits, dim=1))
+
+
+def steps_of(
+    generator: Generator,
+    state: State,
+    settings: Sampling,
+    noise: Noise,
+    tokens: Tensor | None = None,
+    first: int = 0,
+    last: int | None = None,
+) -> Iterator[Step]:
+    """The steps of the decoding loop; nothing is given unless `tokens` [B, N] are."""
+    if tokens is None:
+        tokens = generator.layout.blank(state.batch)
+    return decode_from(generator, state, settings, noise, tokens, first=first, last=last)
 
 
 class InverseCdf(Choice):
@@ -198,3 +213,17 @@ def gradient_norms(
         name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None
     }
     return {name: gradient.norm() for name, gradient in to_official(gradients).items()}
+
+
+def recorded_norms(
+    recording: Recording,
+    pattern: str,
+    loss: Tensor,
+    module: nn.Module,
+    to_official: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> Outputs:
+    """The norms of `gradient_norms` that are recorded: outputs whose setting `grad_to` names the
+    parameter.
+    """
+    norms = gradient_norms(loss, module, to_official)
+    return {name: norms[settings["grad_to"]] for name, settings in recording.each(pattern)}

@@ -15,9 +15,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.mark.parametrize(
     ("system", "place", "options", "message"),
     [
-        ("titok", "single", {"vit_dec_patch_size": 4}, "not of the config's"),
+        (
+            "titok",
+            "single",
+            {"vit_dec_patch_size": 4},
+            "vit_dec_patch_size is 4; the weights are of 8",
+        ),
         ("titok", "single", {"rope": True}, "the official option 'rope' is not known here"),
-        ("alitok", "tok", {"aux_tokens_num": 4}, "not of the config's"),
+        ("alitok", "tok", {"aux_tokens_num": 4}, "aux_tokens_num is 4; the weights are of"),
         ("alitok", "tok", {"rope": True}, "the official option 'rope' is not known here"),
         (
             "one_d_piece",
@@ -31,9 +36,16 @@ GOLDEN = Path(__file__).parents[1] / "golden"
             {"reduction_ratio": 0.25},
             "reduction_ratio is 0.25; only 0.5 is supported",
         ),
-        ("restok", "vq_model", {"hierarchy_stages": 3}, "in 4 stages"),
+        (
+            "restok",
+            "vq_model",
+            {"hierarchy_stages": 3},
+            "hierarchy_stages is 3; the weights are of 4",
+        ),
         ("retok", "", {"use_attn": True}, "use_attn is True; only False is supported"),
         ("hita", "tokenizer.encoder_decoder_transformers", {"dim_head": 8}, "dim_head is 8"),
+        ("hita", "tokenizer.encoder_decoder_transformers", {"n_carrier": 3}, "n_carrier is 3"),
+        ("retok", "", {"keep_tokens": 1}, "keep_tokens is 1; the weights are of"),
         ("mar", "vae", {"encoder_attn_resolutions": [32]}, "the weights attend at"),
         ("var", "vae", {"test_mode": False}, "test_mode is False"),
         ("llamagen", "vq", {"norm_type": "batch"}, "norm_type is 'batch'"),

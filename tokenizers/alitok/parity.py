@@ -6,12 +6,11 @@ The recorded images are in [0, 1], ours in [-1, 1]: a squared error of theirs is
 import torch
 from torch import Tensor
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_row, as_vectors, from_unit, to_unit
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import Fixed, gradient_norm, gradient_norms
+from tessellar.parity.stand_ins import Fixed, gradient_norm, recorded_norms
 from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.alitok.official import KEYS, from_official
 from tessellar.tokenizers.alitok.tokenizer import AliTok
@@ -32,15 +31,12 @@ def recorded_tokenizer(
     recording: Recording, part: str, prefix_weight: float | None = None
 ) -> AliTok:
     """The tokenizer of a weight file, `stage1` or `tokenizer`, checked against the config's sizes."""
-    options = recording.config["tok"]
-    check_options(options, "the config's tok", READ)
+    options = recording.options("tok", READ)
     heads = (recording.config["encoder"]["num_heads"], recording.config["decoder"]["num_heads"])
     made = from_official(recording.weights[part], heads, prefix_weight)
     codes, dim = made.quantizer.codebook.weight.shape  # type: ignore[union-attr]
     found = (made.image_size[0], made.patch_size, made.prefix, codes, dim)
-    expected = tuple(options[name] for name in READ)
-    if found != expected:
-        raise UserError(f"the weights are of {found}, not of the config's {expected}: {READ}")
+    check_sizes(options, "the config's tok", dict(zip(READ, found, strict=True)))
     return made
 
 
@@ -50,7 +46,7 @@ def recorded_images(recording: Recording) -> Tensor:
 
 
 @replays("alitok", "tok_encode", "tok_decode1", "tok_decode2")
-def both_stages(recording: Recording) -> dict[str, Tensor]:
+def both_stages(recording: Recording) -> Outputs:
     """What the encoder writes, and what both decoders draw of it."""
     images = recorded_images(recording)
     first = recorded_tokenizer(recording, "stage1")
@@ -70,10 +66,11 @@ def both_stages(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("alitok", "tok_decode_ids")
-def decoding(recording: Recording) -> dict[str, Tensor]:
+def decoding(recording: Recording) -> Outputs:
     """Other tokens drawn by both decoders, and by the causal one with one of them changed."""
     tokens = recording.inputs["tok/other_ids"]
     first = recorded_tokenizer(recording, "stage1")
+    second = recorded_tokenizer(recording, "tokenizer")
     settings = recording.settings("tok/changed_stage1_image")
     vocab = recording.config["tok"]["codebook_size"]
     changed = tokens.clone()
@@ -81,17 +78,14 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
     changed[:, place] = (changed[:, place] + settings["id_offset"]) % vocab
     return {
         "tok/other_stage1_image": to_unit(first.decode(tokens)),
-        "tok/other_stage2_image": to_unit(
-            recorded_tokenizer(recording, "tokenizer").decode(tokens)
-        ),
+        "tok/other_stage2_image": to_unit(second.decode(tokens)),
         "tok/changed_stage1_image": to_unit(first.decode(changed)),
     }
 
 
 def _loss(recording: Recording) -> TokenizerLoss:
     """The official loss, with the recorded values of its two perceptual networks."""
-    config = recording.config["loss"]
-    check_options(config, "the config's loss", LOSS)
+    config = recording.options("loss", LOSS)
     distances = WeightedDistances(
         [Fixed(recording.inputs["loss/lpips"]), Fixed(recording.inputs["loss/perceptual"])],
         [config["lpips_weight"], config["perceptual_weight"]],
@@ -107,9 +101,7 @@ def _loss(recording: Recording) -> TokenizerLoss:
     )
 
 
-def _terms(
-    loss: TokenizerLoss, images: Tensor, output: TokenizerOutput, step: int
-) -> dict[str, Tensor]:
+def _terms(loss: TokenizerLoss, images: Tensor, output: TokenizerOutput, step: int) -> Outputs:
     """The parts that the official code names, at a step; its `mse` holds the prefix's error."""
     found = loss.generator_loss(images, output, step, torch.zeros(()))
     zero = torch.zeros(())
@@ -124,7 +116,7 @@ def _terms(
 
 
 @replays("alitok", "tok_loss1", gradients=True)
-def first_stage(recording: Recording) -> dict[str, Tensor]:
+def first_stage(recording: Recording) -> Outputs:
     """Losses of both players before and after the discriminator starts, and gradients."""
     images = recorded_images(recording)
     settings = recording.settings("loss/after/total")
@@ -136,9 +128,10 @@ def first_stage(recording: Recording) -> dict[str, Tensor]:
         step = recording.settings(f"loss/{when}/total")["global_step"]
         terms = _terms(loss, images, output, step)
         outputs |= {f"loss/{when}/{name}": value for name, value in terms.items()}
-    norms = gradient_norms(outputs["loss/after/total"], tokenizer, KEYS.to_official)
-    for name in recording.outputs("loss/grad_norm/*"):
-        outputs[name] = norms[recording.settings(name)["grad_to"]]
+    total = outputs["loss/after/total"]
+    outputs |= recorded_norms(
+        recording, "loss/grad_norm/*", total, tokenizer, to_official=KEYS.to_official
+    )
     step = recording.settings("loss/disc")["global_step"]
     against = loss.discriminator_loss(images, output.reconstruction.detach(), step)
     assert loss.discriminator is not None
@@ -152,7 +145,7 @@ def first_stage(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("alitok", "tok_loss2", gradients=True)
-def second_stage(recording: Recording) -> dict[str, Tensor]:
+def second_stage(recording: Recording) -> Outputs:
     """The second stage's loss, and the gradient of its decoder."""
     images = recorded_images(recording)
     tokenizer = recorded_tokenizer(recording, "tokenizer").train()
@@ -166,7 +159,7 @@ def second_stage(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("alitok", "tok_cvq")
-def clustering(recording: Recording) -> dict[str, Tensor]:
+def clustering(recording: Recording) -> Outputs:
     """A training pass of the first stage's quantizer over the recorded latents."""
     settings = recording.settings("cvq/embedding")
     latents = as_vectors(recording.tensors["tok/latents"])

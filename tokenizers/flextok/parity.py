@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessellar.layers.time_embedding import sinusoid
 from tessellar.parity.forms import as_map
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.processes import flow
 from tessellar.processes.apg import APG
@@ -39,7 +39,7 @@ def _codes(recording: Recording, tokenizer: FlexTok) -> Tensor:
 
 
 @replays("flextok", "shared", "vae")
-def vae(recording: Recording) -> dict[str, Tensor]:
+def vae(recording: Recording) -> Outputs:
     """Moments and latents of the VAE, and its images of them."""
     tokenizer = _tokenizer(recording)
     assert tokenizer.vae is not None
@@ -53,28 +53,26 @@ def vae(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "enc")
-def encode(recording: Recording) -> dict[str, Tensor]:
+def encode(recording: Recording) -> Outputs:
     """Codes, tokens, the mask, and tokens of fewer registers."""
     tokenizer = _tokenizer(recording)
     images = recording.inputs["image"]
     codes = tokenizer.encoder(tokenizer.latents(images))
+    mask = prefix_mask(tokenizer.grid.patches**2, tokenizer.num_tokens)
     outputs = {
         "enc/latents": codes,
-        "enc/mask_single": prefix_mask(tokenizer.grid.patches**2, tokenizer.num_tokens).to(
-            torch.uint8
-        ),
+        "enc/mask_single": mask.to(torch.uint8),
         "enc/quants": tokenizer.quantizer(codes).quantized,
         "enc/token_ids": tokenizer.encode(images),
     }
-    for name in recording.outputs("enc/token_ids_sample*"):
-        settings = recording.settings(name)
+    for name, settings in recording.each("enc/token_ids_sample*"):
         image = images[settings["sample"]][None]
         outputs[name] = tokenizer.encode(image, settings["num_registers"])
     return outputs
 
 
 @replays("flextok", "shared", "fsq")
-def fsq(recording: Recording) -> dict[str, Tensor]:
+def fsq(recording: Recording) -> Outputs:
     """The quantizer alone."""
     quantizer = _tokenizer(recording).quantizer
     assert isinstance(quantizer, FSQ)
@@ -88,7 +86,7 @@ def fsq(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "time")
-def time(recording: Recording) -> dict[str, Tensor]:
+def time(recording: Recording) -> Outputs:
     """Features of times, and what the decoder makes of them."""
     decoder = _tokenizer(recording).decoder
     t = recording.inputs["time/t"]
@@ -99,7 +97,7 @@ def time(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "vel")
-def velocity(recording: Recording) -> dict[str, Tensor]:
+def velocity(recording: Recording) -> Outputs:
     """Velocities with some registers kept, with all, and without a condition of either kind."""
     inputs = recording.inputs
     noise = inputs["vel/noise"]
@@ -123,7 +121,7 @@ def velocity(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "dec")
-def mask(recording: Recording) -> dict[str, Tensor]:
+def mask(recording: Recording) -> Outputs:
     """The decoder hides nothing inside an image."""
     tokenizer = _tokenizer(recording)
     length = tokenizer.grid.patches**2 + tokenizer.num_tokens
@@ -131,7 +129,7 @@ def mask(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "train")
-def train(recording: Recording) -> dict[str, Tensor]:
+def train(recording: Recording) -> Outputs:
     """The loss of given times and noise."""
     tokenizer = _tokenizer(recording)
     noise = recording.inputs["vel/noise"]
@@ -140,9 +138,8 @@ def train(recording: Recording) -> dict[str, Tensor]:
     latents = tokenizer.latents(recording.inputs["image"])
     kept = torch.full(t.shape, settings["eval_keep_k"])
     null = torch.full(t.shape, settings["eval_dropout_mask"])
-    predicted = tokenizer.predict(
-        latents, noise, t, _codes(recording, tokenizer), kept, null=null
-    ).velocity
+    codes = _codes(recording, tokenizer)
+    predicted = tokenizer.predict(latents, noise, t, codes, kept, null=null).velocity
     return {
         "train/xt": flow.interpolate(latents, noise, t.view(-1, 1, 1, 1)),
         "train/v_pred": predicted,
@@ -157,7 +154,7 @@ def _projection(settings: Mapping[str, Any]) -> APG | None:
 
 
 @replays("flextok", "apg")
-def apg(recording: Recording) -> dict[str, Tensor]:
+def apg(recording: Recording) -> Outputs:
     """Guidance of given predictions, one step after another."""
     cond = recording.inputs["apg/cond"]
     uncond = recording.inputs["apg/uncond"]
@@ -179,18 +176,16 @@ def apg(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("flextok", "shared", "decode")
-def decode(recording: Recording) -> dict[str, Tensor]:
+def decode(recording: Recording) -> Outputs:
     """Latents and images of prefixes of several lengths, of every recorded run."""
     tokenizer = _tokenizer(recording)
     inputs = recording.inputs
     tokens = tokenizer.encode(inputs["image"])
     outputs = {}
-    for name in recording.outputs("decode/*_latents"):
-        settings = recording.settings(name)
+    for name, settings in recording.each("decode/*_latents"):
         how = FlowDecoding(settings["timesteps"], settings["guidance_scale"], _projection(settings))
-        latents = tokenizer.denoise(
-            tokens, inputs["decode/init_noise"], how, lengths=inputs["decode/keep_k"]
-        )
+        start = inputs["decode/init_noise"]
+        latents = tokenizer.denoise(tokens, start, how, lengths=inputs["decode/keep_k"])
         outputs[name] = latents
         outputs[name.replace("_latents", "_image")] = tokenizer.render(latents)
     return outputs

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options, require
+from tessellar.interop.options import check_options, check_sizes, require
 from tessellar.parity.forms import as_map, as_vectors
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed, FixedDiscriminator
 from tessellar.tokenizers.hita.official import from_official, vision_from_official
@@ -41,12 +41,9 @@ def recorded_tokenizer(recording: Recording) -> Hita:
             "entropy_weight": config["entropy_loss_ratio"],
         },
     )
-    found = (made.holistic, config["image_size"] // made.layout.segments[1].shape[0])
-    expected = (transformers["n_carrier"], transformers["patch_size"])
-    if found != expected:
-        raise UserError(
-            f"the weights have {found[0]} holistic tokens at stride {found[1]}, the config {expected}"
-        )
+    stride = config["image_size"] // made.layout.segments[1].shape[0]
+    sizes = {"n_carrier": made.holistic, "patch_size": stride}
+    check_sizes(transformers, "the config's transformers", sizes)
     return made
 
 
@@ -57,7 +54,7 @@ def _vision(recording: Recording) -> HitaVision:
 
 
 @replays("hita", "tok_shared", "tok_prep")
-def preparation(recording: Recording) -> dict[str, Tensor]:
+def preparation(recording: Recording) -> Outputs:
     """Images as the vision model sees them, every few rows and columns: the recorded ones and a
     computed wave.
     """
@@ -67,11 +64,10 @@ def preparation(recording: Recording) -> dict[str, Tensor]:
     _, channels, height, width = settings["image_shape"]
     row = torch.arange(height, dtype=torch.float64)[:, None] * settings["row_frequency"]
     column = torch.arange(width, dtype=torch.float64) * settings["col_frequency"]
-    waves = [
-        torch.sin(row + settings["row_phase"] * c) * torch.cos(column + settings["col_phase"] * c)
-        for c in range(channels)
-    ]
-    wave = torch.stack(waves)[None].float()
+    channel = torch.arange(channels)[:, None, None]
+    across = torch.cos(column + settings["col_phase"] * channel)
+    wave = torch.sin(row + settings["row_phase"] * channel) * across
+    wave = wave[None].float()
     return {
         "dino_input_stride7": vision.prepare(recording.inputs["image"])[..., ::stride, ::stride],
         "prep336_out_stride7": vision.prepare(wave)[..., ::stride, ::stride],
@@ -88,7 +84,7 @@ def _features(recording: Recording, made: Hita) -> Tensor:
 
 
 @replays("hita", "tok_shared", "tok_main")
-def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
+def encoding_and_decoding(recording: Recording) -> Outputs:
     """Both kinds of tokens and what leads to them, and images of them."""
     made = recorded_tokenizer(recording)
     images = recording.inputs["image"]
@@ -120,7 +116,7 @@ def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("hita", "tok_shared", "tok_loss")
-def losses(recording: Recording) -> dict[str, Tensor]:
+def losses(recording: Recording) -> Outputs:
     """The losses of both sides, with the recorded perceptual distance and logits."""
     made = recorded_tokenizer(recording)
     inputs = recording.inputs
@@ -132,9 +128,8 @@ def losses(recording: Recording) -> dict[str, Tensor]:
     _, latents = made.latents(images, vision)
     patch = made.quantizer(latents).losses
     loss = TokenizerLoss(
-        Reconstruction(
-            l1=0.0, l2=2 * config["rec_weight"]
-        ),  # the official "l2" adds the squared error twice
+        # the official "l2" adds the squared error twice
+        Reconstruction(l1=0.0, l2=2 * config["rec_weight"]),
         Fixed(inputs["lpips_value"]),
         perceptual_weight=config["perceptual_weight"],
         discriminator=FixedDiscriminator(
@@ -153,10 +148,10 @@ def losses(recording: Recording) -> dict[str, Tensor]:
         "loss_entropy_patch": patch["entropy"],
         "loss_sim": output.losses["vision"],
     }
-    for name in recording.outputs("loss_gen_*"):
-        step = recording.settings(name)["global_step"]
+    for name, settings in recording.each("loss_gen_*"):
+        step = settings["global_step"]
         outputs[name] = loss.generator_loss(images, output, step, made.last_layer).total
-    for name in recording.outputs("loss_disc_*"):
-        step = recording.settings(name)["global_step"]
+    for name, settings in recording.each("loss_disc_*"):
+        step = settings["global_step"]
         outputs[name] = loss.discriminator_loss(images, output.reconstruction, step).total
     return outputs

@@ -1,11 +1,8 @@
 """Replay of MAR's KL VAE (case `vae_main` of recordings of system `mar`)."""
 
-from torch import Tensor
-
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options
 from tessellar.parity.forms import as_map, as_vectors
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.tokenizers.kl_vae.official import from_official
 from tessellar.tokenizers.kl_vae.tokenizer import KLVAE
@@ -15,7 +12,7 @@ ATTENTION = ("encoder_attn_resolutions", "decoder_attn_resolutions")
 
 
 @replays("mar", "vae_main")
-def replay(recording: Recording) -> dict[str, Tensor]:
+def replay(recording: Recording) -> Outputs:
     """Moments, a posterior sample, its KL and images, of the recorded VAE."""
     inputs = recording.inputs
     images = inputs["vae/image"]
@@ -41,14 +38,13 @@ def replay(recording: Recording) -> dict[str, Tensor]:
 
 def check_attention(recording: Recording, vae: KLVAE) -> None:
     """Raises UserError where the config names attention at other levels than the weights have."""
-    config = recording.config["vae"]
     supported = {
         "double_z": True,
         "use_variational": True,
         "resamp_with_conv": True,
         "use_linear_attn": False,
     }
-    check_options(config, "the config's vae", (*SIZES, *ATTENTION), supported)
+    config = recording.options("vae", (*SIZES, *ATTENTION), supported)
     finest_first = (vae.encoder.levels, vae.decoder.levels[::-1])
     for name, levels in zip(ATTENTION, finest_first, strict=True):
         found = [number for number, level in enumerate(levels) if len(level.attn)]  # type: ignore[arg-type]

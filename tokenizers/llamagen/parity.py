@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tessellar.interop.options import check_options
 from tessellar.parity.forms import as_map
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed, gradient_norm
 from tessellar.tokenizers.llamagen.official import (
@@ -42,7 +42,7 @@ def _discriminator(recording: Recording) -> PatchGAN:
 
 
 @replays("llamagen", "shared", "vq")
-def tokenizer(recording: Recording) -> dict[str, Tensor]:
+def tokenizer(recording: Recording) -> Outputs:
     """Latents, tokens, and images of the tokens and of recorded ones."""
     tokenizer = _tokenizer(recording)
     images = recording.inputs["vq/images"]
@@ -58,7 +58,7 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "shared", "vq_no_l2")
-def without_normalisation(recording: Recording) -> dict[str, Tensor]:
+def without_normalisation(recording: Recording) -> Outputs:
     """The same latents and codebook, compared as they are."""
     options = recording.settings("vq/no_l2/indices")
     tokenizer = _tokenizer(recording, codebook_l2_norm=options["codebook_l2_norm"])
@@ -70,7 +70,7 @@ def without_normalisation(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "shared", "vq_train")
-def training_losses(recording: Recording) -> dict[str, Tensor]:
+def training_losses(recording: Recording) -> Outputs:
     """Losses of the quantizer, and the squared error."""
     images = recording.inputs["vq/images"]
     output = _tokenizer(recording).train()(images)
@@ -83,7 +83,7 @@ def training_losses(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("llamagen", "shared", "disc")
-def discriminator(recording: Recording) -> dict[str, Tensor]:
+def discriminator(recording: Recording) -> Outputs:
     """Logits with running and with batch statistics."""
     outputs = {}
     for name in recording.names("output", {"disc"}):
@@ -163,7 +163,7 @@ class _Update:
 
 
 @replays("llamagen", "shared", "loss_plain", gradients=True)
-def plain_losses(recording: Recording) -> dict[str, Tensor]:
+def plain_losses(recording: Recording) -> Outputs:
     """Losses of both sides before and after the discriminator starts, and gradients of one."""
     outputs = {}
     for name in recording.names("output", {"loss_plain"}):
@@ -193,7 +193,7 @@ def gradient_to(update: _Update, name: str) -> Tensor:
 
 
 @replays("llamagen", "shared", "loss_adaptive", gradients=True)
-def adaptive_losses(recording: Recording) -> dict[str, Tensor]:
+def adaptive_losses(recording: Recording) -> Outputs:
     """The total with an adversarial weight that follows the gradients, and that weight."""
     outputs = {}
     for name in recording.names("output", {"loss_adaptive"}):

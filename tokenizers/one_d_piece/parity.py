@@ -3,10 +3,9 @@
 """
 
 from einops import rearrange
-from torch import Tensor
 
 from tessellar.parity.forms import as_row, to_unit
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed
 from tessellar.tokenizers.one_d_piece.tokenizer import OneDPiece
@@ -19,7 +18,7 @@ def _tokenizer(recording: Recording, stage: Stage = "decoder") -> OneDPiece:
 
 
 @replays("one_d_piece", "shared", "encode", "decode")
-def evaluate(recording: Recording) -> dict[str, Tensor]:
+def evaluate(recording: Recording) -> Outputs:
     """Tokens, and scores and images of their prefixes."""
     tokenizer = _tokenizer(recording)
     images = recorded_images(recording)
@@ -41,7 +40,7 @@ def evaluate(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("one_d_piece", "shared", "train")
-def train(recording: Recording) -> dict[str, Tensor]:
+def train(recording: Recording) -> Outputs:
     """A training pass of the first stage that keeps the recorded number of tokens."""
     tokenizer = _tokenizer(recording, "proxy").train()
     images = recorded_images(recording)

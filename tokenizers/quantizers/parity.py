@@ -15,7 +15,7 @@ from tessellar.checkpoints.weights import part_of
 from tessellar.interop.keys import KeyTable
 from tessellar.interop.options import require
 from tessellar.parity.forms import as_vectors
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
 from tessellar.tokenizers.quantizers import official
@@ -30,8 +30,6 @@ from tessellar.tokenizers.quantizers.projected import Projected
 from tessellar.tokenizers.quantizers.residual_vq import ResidualQuantizer, residual_fsq
 from tessellar.tokenizers.quantizers.rotation import rotate_to
 from tessellar.tokenizers.quantizers.simvq import SimVQ
-
-Outputs = dict[str, Tensor]
 
 
 class Case:

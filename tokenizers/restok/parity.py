@@ -5,10 +5,9 @@ are in [0, 1].
 import torch
 from torch import Tensor
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options, require
+from tessellar.interop.options import check_sizes, require
 from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed
 from tessellar.protocol.tokenizer import TokenizerOutput
@@ -37,8 +36,7 @@ SUPPORTED |= {"rope_base_len": 10000, "reduction_ratio": 0.5}
 def recorded_tokenizer(recording: Recording) -> ResTok:
     """Our tokenizer with the recorded weights."""
     config = recording.config
-    model = config["vq_model"]
-    check_options(model, "the config's vq_model", READ, SUPPORTED)
+    model = recording.options("vq_model", READ, SUPPORTED)
     made = from_official(
         recording.weights["tokenizer"],
         image_size=config["crop_size"],
@@ -53,16 +51,12 @@ def recorded_tokenizer(recording: Recording) -> ResTok:
             "entropy_weight": model["entropy_loss_ratio"],
         },
     )
-    found = (made.layout.length, made.layout.length, len(made.encoder.merging) + 1)
-    expected = (
-        model["num_latent_tokens"],
-        model["test_num_latent_tokens"],
-        model["hierarchy_stages"],
-    )
-    if found != expected:
-        raise UserError(
-            f"the weights are of {made.layout} in {found[-1]} stages, not of the config's {expected}"
-        )
+    sizes = {
+        "num_latent_tokens": made.layout.length,
+        "test_num_latent_tokens": made.layout.length,
+        "hierarchy_stages": len(made.encoder.merging) + 1,
+    }
+    check_sizes(model, "the config's vq_model", sizes)
     return made
 
 
@@ -72,7 +66,7 @@ def recorded_images(recording: Recording) -> Tensor:
 
 
 @replays("restok", "tok_shared", "tok_main")
-def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
+def encoding_and_decoding(recording: Recording) -> Outputs:
     """What the encoder makes of images step by step, and images of all tokens and of a prefix."""
     made = recorded_tokenizer(recording)
     assert made.encoder_to_vision is not None
@@ -110,9 +104,8 @@ def encoding_and_decoding(recording: Recording) -> dict[str, Tensor]:
         "recon_tokens": to_unit(made.decode(tokens)),
         "enc_vf_proj": as_row(made.encoder_to_vision(encoded.coarsest)),
     }
-    for name in recording.outputs("recon_keep*"):
-        kept = tokens[:, : recording.settings(name)["num_tokens"]]
-        outputs[name] = to_unit(made.decode(kept))
+    for name, settings in recording.each("recon_keep*"):
+        outputs[name] = to_unit(made.decode(tokens[:, : settings["num_tokens"]]))
     return outputs
 
 
@@ -128,7 +121,7 @@ def keep_output(block: torch.nn.Module, kept: list[Tensor]) -> None:
 
 
 @replays("restok", "tok_shared", "tok_train")
-def training(recording: Recording) -> dict[str, Tensor]:
+def training(recording: Recording) -> Outputs:
     """A pass that keeps a prefix of the tokens of each image, and how likely each length is."""
     made = recorded_tokenizer(recording)
     assert made.decoder_to_vision is not None
@@ -145,7 +138,7 @@ def training(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("restok", "tok_shared", "tok_loss")
-def losses(recording: Recording) -> dict[str, Tensor]:
+def losses(recording: Recording) -> Outputs:
     """The losses of both sides, with the recorded perceptual distance and logits."""
     made = recorded_tokenizer(recording)
     images = recorded_images(recording)
@@ -189,7 +182,7 @@ def losses(recording: Recording) -> dict[str, Tensor]:
         "lecam_ema_real_after": lecam.means[:1],
         "lecam_ema_fake_after": lecam.means[1:],
     }
-    for name in recording.outputs("loss_total_*"):
-        step = recording.settings(name)["global_step"]
+    for name, settings in recording.each("loss_total_*"):
+        step = settings["global_step"]
         outputs[name] = loss.generator_loss(images, output, step, made.last_layer).total
     return outputs

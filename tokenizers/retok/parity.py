@@ -1,12 +1,10 @@
 """Replays of the official ReToK tokenizer (cases `tok_*` of recordings of system `retok`)."""
 
 import torch
-from torch import Tensor
 
-from tessellar.errors import UserError
-from tessellar.interop.options import require
+from tessellar.interop.options import check_sizes, require
 from tessellar.parity.forms import as_map, as_row, as_vectors
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.tokenizers.losses.alignment import cosine_distance
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -37,22 +35,18 @@ def _tokenizer(recording: Recording) -> ReToK:
         inferred=Inferred(nested_dropout=False, semantic_schedule="constant"),
         feature_weight=1.0,
     )
-    found = (made.image_size[0], made.num_tokens, made.always, made.redundant)
-    expected = (
-        config["image_size"],
-        config["num_latent_tokens"],
-        config["keep_tokens"],
-        config["redundant_tokens"],
-    )
-    if found != expected:
-        raise UserError(
-            f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}"
-        )
+    sizes = {
+        "image_size": made.image_size[0],
+        "num_latent_tokens": made.num_tokens,
+        "keep_tokens": made.always,
+        "redundant_tokens": made.redundant,
+    }
+    check_sizes(config, "the config", sizes)
     return made
 
 
 @replays("retok", "tok_shared", "tok_encode")
-def encode(recording: Recording) -> dict[str, Tensor]:
+def encode(recording: Recording) -> Outputs:
     """Map, latents, tokens and quantized vectors, redundant ones included."""
     tokenizer = _tokenizer(recording)
     images = recording.inputs["images"]
@@ -67,7 +61,7 @@ def encode(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("retok", "tok_shared", "tok_decode")
-def decode(recording: Recording) -> dict[str, Tensor]:
+def decode(recording: Recording) -> Outputs:
     """Images of the first k tokens."""
     tokenizer = _tokenizer(recording)
     tokens = tokenizer.encode_all(recording.inputs["images"])
@@ -80,7 +74,7 @@ def decode(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("retok", "tok_shared", "tok_train")
-def train(recording: Recording) -> dict[str, Tensor]:
+def train(recording: Recording) -> Outputs:
     """A training pass and its losses before their weights."""
     tokenizer = _tokenizer(recording).train()
     images = recording.inputs["images"]
@@ -103,7 +97,7 @@ def train(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("retok", "tok_rot", gradients=True)
-def rotation(recording: Recording) -> dict[str, Tensor]:
+def rotation(recording: Recording) -> Outputs:
     """The quantizer's output and the gradient that it passes on."""
     quantizer = _tokenizer(recording).quantizer
     z = recording.inputs["rot/z"].clone().requires_grad_()

@@ -12,10 +12,9 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.checkpoints.weights import part_of
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_row, as_vectors, from_unit, to_unit
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed
 from tessellar.protocol.tokenizer import Quantizer, TokenizerOutput
@@ -32,21 +31,10 @@ from tessellar.tokenizers.titok.tokenizer import Stage, TiTok, proxy_loss
 
 T = TypeVar("T", bound=TiTok)
 START = 1  # the update from which the replayed loss has its adversarial part
-QUANTIZER = (
-    "quantize_mode",
-    "clustering_vq",
-    "codebook_size",
-    "token_size",
-    "use_l2_norm",
-    "commitment_cost",
-)
-SIZES = (
-    "vit_enc_model_size",
-    "vit_dec_model_size",
-    "vit_enc_patch_size",
-    "vit_dec_patch_size",
-    "num_latent_tokens",
-)
+READ = (
+    "quantize_mode clustering_vq codebook_size token_size use_l2_norm commitment_cost vit_enc_model_size "
+    "vit_dec_model_size vit_enc_patch_size vit_dec_patch_size num_latent_tokens is_legacy"
+).split()
 
 
 def official_quantizer(options: Mapping[str, Any]) -> Quantizer:
@@ -68,9 +56,8 @@ def recorded_tokenizer(
     """The tokenizer of a variant's official options, filled with its weights; checked against the
     config's sizes.
     """
-    options = recording.config[variant]
     supported = {"strict_length_assertion": False}
-    check_options(options, f"the config's {variant}", (*QUANTIZER, *SIZES, "is_legacy"), supported)
+    options = recording.options(variant, READ, supported)
     table = recording.config["size_table"]
     encoder, decoder = (table[options[f"vit_{side}_model_size"]] for side in ("enc", "dec"))
     made = tokenizer_from_official(
@@ -82,13 +69,13 @@ def recorded_tokenizer(
         kind=kind,
     )
     assert isinstance(made, kind)
-    found = (made.image_size[0], made.patch_size, made.decoder_patch_size, made.num_tokens)
-    patches = (options["vit_enc_patch_size"], options["vit_dec_patch_size"])
-    expected = (recording.config["crop_size"], *patches, options["num_latent_tokens"])
-    if found != expected:
-        raise UserError(
-            f"the weights are of {made.layout} at {made.image_size}, not of the config's {expected}"
-        )
+    sizes = {
+        "vit_enc_patch_size": made.patch_size,
+        "vit_dec_patch_size": made.decoder_patch_size,
+        "num_latent_tokens": made.num_tokens,
+    }
+    check_sizes(options, f"the config's {variant}", sizes)
+    check_sizes(recording.config, "the config", {"crop_size": made.image_size[0]})
     return made
 
 
@@ -106,7 +93,7 @@ def _vqgan(recording: Recording) -> MaskGITVQGAN:
 
 
 @replays("titok", "tok_shared", "tok_vqgan")
-def vqgan(recording: Recording) -> dict[str, Tensor]:
+def vqgan(recording: Recording) -> Outputs:
     """Features, codes and the image of the codes."""
     model = _vqgan(recording)
     images = recorded_images(recording)
@@ -118,7 +105,7 @@ def vqgan(recording: Recording) -> dict[str, Tensor]:
     }
 
 
-def _quantization(tokenizer: TiTok, images: Tensor, name: str) -> dict[str, Tensor]:
+def _quantization(tokenizer: TiTok, images: Tensor, name: str) -> Outputs:
     latents = tokenizer.latents(images)
     quantized = tokenizer.quantizer(latents)
     return {
@@ -130,7 +117,7 @@ def _quantization(tokenizer: TiTok, images: Tensor, name: str) -> dict[str, Tens
 
 
 @replays("titok", "tok_shared", "tok_vq2")
-def two_stage(recording: Recording) -> dict[str, Tensor]:
+def two_stage(recording: Recording) -> Outputs:
     """Both stages of the two-stage tokenizer."""
     images = recorded_images(recording)
     first = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok, stage="proxy")
@@ -154,7 +141,7 @@ def two_stage(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_shared", "tok_single")
-def single_stage(recording: Recording) -> dict[str, Tensor]:
+def single_stage(recording: Recording) -> Outputs:
     """The single-stage tokenizer."""
     tokenizer = recorded_tokenizer(recording, "single", "single", TiTok)
     images = recorded_images(recording)
@@ -165,7 +152,7 @@ def single_stage(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_shared", "tok_kl")
-def kl(recording: Recording) -> dict[str, Tensor]:
+def kl(recording: Recording) -> Outputs:
     """The continuous tokenizer."""
     tokenizer = recorded_tokenizer(recording, "kl", "kl", TiTok)
     bottleneck = tokenizer.quantizer
@@ -189,7 +176,7 @@ def kl(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_shared", "tok_disc")
-def discriminator(recording: Recording) -> dict[str, Tensor]:
+def discriminator(recording: Recording) -> Outputs:
     """The discriminator, and the losses of both sides of the second stage (its quantizer's losses
     weigh nothing).
     """
@@ -202,9 +189,8 @@ def discriminator(recording: Recording) -> dict[str, Tensor]:
     )
     lecam = recorded_lecam(settings)
     loss = TokenizerLoss(
-        Reconstruction(
-            l2=0.25
-        ),  # theirs is the squared error of images in [0, 1]: a quarter of ours
+        # theirs is the squared error of images in [0, 1]: a quarter of ours
+        Reconstruction(l2=0.25),
         Fixed(torch.tensor(settings["perceptual_loss"])),
         perceptual_weight=settings["perceptual_weight"],
         discriminator=critic,
@@ -231,7 +217,7 @@ def discriminator(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("titok", "tok_cvq")
-def clustering(recording: Recording) -> dict[str, Tensor]:
+def clustering(recording: Recording) -> Outputs:
     """A training pass of clustering VQ and what it does to the codebook."""
     codebook = recording.inputs["cvq/codebook_before"]
     codes, dim = codebook.shape

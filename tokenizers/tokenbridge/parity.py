@@ -5,9 +5,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.tokenizers.tokenbridge.grid import ChannelGrid, gaussian_levels
 
@@ -23,7 +21,7 @@ def grid_of(settings: Mapping[str, Any]) -> ChannelGrid:
 
 
 @replays("tokenbridge", "quant")
-def quantisation(recording: Recording) -> dict[str, Tensor]:
+def quantisation(recording: Recording) -> Outputs:
     """Indices and values of every recorded grid, and the table of the published one."""
     x = recording.inputs["quant/x"]
     outputs = {}

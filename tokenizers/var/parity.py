@@ -3,12 +3,11 @@
 """
 
 import torch
-from torch import Tensor
 
 from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_options, require
+from tessellar.interop.options import require
 from tessellar.parity.forms import as_map, as_vectors
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.tokenizers.var.official import vqvae_from_official
 from tessellar.tokenizers.var.tokenizer import VARVQVAE
@@ -21,13 +20,9 @@ READ = (
 
 def recorded_vqvae(recording: Recording) -> VARVQVAE:
     """Our tokenizer with the recorded weights."""
-    config = recording.config["vae"]
-    check_options(config, "the config's vae", READ, {"test_mode": True})
-    require(
-        config.get("encoder_decoder_override", {}),
-        "the config's vae",
-        {"using_sa": True, "using_mid_sa": True},
-    )
+    config = recording.options("vae", READ, {"test_mode": True})
+    attention = {"using_sa": True, "using_mid_sa": True}
+    require(config.get("encoder_decoder_override", {}), "the config's vae", attention)
     settings = recording.case_settings.get("vq_train", {})
     return vqvae_from_official(
         part_of(recording.weights["model"], "vae."),
@@ -39,7 +34,7 @@ def recorded_vqvae(recording: Recording) -> VARVQVAE:
 
 
 @replays("var", "vae")
-def tokenizer(recording: Recording) -> dict[str, Tensor]:
+def tokenizer(recording: Recording) -> Outputs:
     """Latents, tokens, sums of scales, images."""
     vqvae = recorded_vqvae(recording)
     images = recording.inputs["image"]
@@ -56,7 +51,7 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("var", "vq_train", gradients=True)
-def quantizer(recording: Recording) -> dict[str, Tensor]:
+def quantizer(recording: Recording) -> Outputs:
     """A training pass of the quantizer, and gradients of its loss and through it."""
     vqvae = recorded_vqvae(recording)
     quantizer = vqvae.quantizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.entities import token_order
@@ -24,13 +24,13 @@ SCHEMES = {"random": "random", "repeat_horizon": "repeat-left", "sample_horizon"
 
 
 @replays("gsd", "shared", "sjd")
-def plain(recording: Recording) -> dict[str, Tensor]:
+def plain(recording: Recording) -> Outputs:
     """SJD: the plain ratio."""
     return _judged(recording, "sjd", recording.inputs["target_probs"], plain_ratio)
 
 
 @replays("gsd", "shared", "gsd")
-def grouped(recording: Recording) -> dict[str, Tensor]:
+def grouped(recording: Recording) -> Outputs:
     """GSD with the released rules, and its clusters (none for drafts of low rank, which take the
     plain ratio).
     """
@@ -62,9 +62,7 @@ def released_rule(recording: Recording) -> GroupedRatio:
     )
 
 
-def _judged(
-    recording: Recording, case: str, p: Tensor, acceptance: Acceptance
-) -> dict[str, Tensor]:
+def _judged(recording: Recording, case: str, p: Tensor, acceptance: Acceptance) -> Outputs:
     inputs = recording.inputs
     draft = inputs["draft_tokens"]
     q = inputs["draft_probs"]
@@ -114,7 +112,7 @@ def recorded_verdict(recording: Recording, p: Tensor, acceptance: Acceptance) ->
 
 
 @replays("gsd", "init")
-def initial(recording: Recording) -> dict[str, Tensor]:
+def initial(recording: Recording) -> Outputs:
     """New drafts behind committed tokens and kept drafts; a row of the recording ends with an
     end-of-line token.
     """
