@@ -7,7 +7,9 @@ Each config runs 3 updates of 8 samples at its own seed, in one thread. A genera
 with random weights; the teacher that some tokenizers learn from is a network with random weights too. Digests of the
 weights before the first update tell another order of initial draws from another computation: `named` covers names and
 values, `values` only the tensors, whatever their names. `--weights` keeps the initial weights, `--start` begins from
-kept ones. Equal bits can be expected on equal processors and versions of torch only; the file names both.
+kept ones, of any version, a generator's tokenizer included: its tokens are a function of its own start. bfloat16 is
+computed where a processor only emulates it too. Equal bits can be expected on equal processors and versions of torch
+only; the file names both.
 """
 
 import argparse
@@ -29,7 +31,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tessellar.cli.train
+import tessellar.training.optim
 from tessellar.checkpoints.export import export_tokenizer
+from tessellar.checkpoints.weights import with_current_names
 from tessellar.cli.train import TrainCLI, parse
 from tessellar.training.runs import commit
 
@@ -70,6 +75,21 @@ def data_options(folder: str, fashion: Path, clipart: Path) -> list[str]:
     return options
 
 
+def emulate_bfloat16() -> None:
+    """Have runs keep the precision of their configs: elsewhere a processor without bfloat16
+    arithmetic is given float32, and other bits.
+    """
+    for module in (tessellar.cli.train, tessellar.training.optim):
+        module.computes_bfloat16 = lambda: True  # type: ignore[attr-defined]
+
+
+def start_from(module: torch.nn.Module, name: str, start: Path | None) -> None:
+    """Fill a config's model with the initial weights that were kept of it, where a folder is given."""
+    if start is not None:
+        state = load_file(start / f"{name.replace('/', '-')}.safetensors")
+        module.load_state_dict(with_current_names(module, state))
+
+
 def built(name: str, options: list[str]) -> TrainCLI:
     """The run of a config, with its model as its seed makes it."""
     trainer = [
@@ -89,7 +109,7 @@ def built(name: str, options: list[str]) -> TrainCLI:
     )
 
 
-def tokenizer_option(name: str, options: list[str]) -> list[str]:
+def tokenizer_option(name: str, options: list[str], start: Path | None) -> list[str]:
     """Names an export of the tokenizer that a generator's config reads; nothing for a tokenizer's config."""
     config = yaml.safe_load((ROOT / f"{name}.yaml").read_text(encoding="utf-8"))
     reads = config["model"]["init_args"]["tokenizer"]
@@ -105,6 +125,7 @@ def tokenizer_option(name: str, options: list[str]) -> list[str]:
     if not export.exists():
         export.parent.mkdir(parents=True, exist_ok=True)
         module: Any = built(source, options).model
+        start_from(module, source, start)
         export_tokenizer(module.tokenizer, export)
     return [f"{option}={export}"]
 
@@ -142,11 +163,12 @@ def measure(
     name: str, options: list[str], weights: Path | None, start: Path | None
 ) -> dict[str, Any]:
     """Losses of a config's first updates, exact, and digests of its weights before and after."""
-    cli = built(name, [*options, *tokenizer_option(name, options)])
-    module, trainer, losses = cli.model, cli.trainer, Losses()
+    cli = built(name, [*options, *tokenizer_option(name, options, start)])
+    module = cli.model
+    trainer = cli.trainer
+    losses = Losses()
     file = f"{name.replace('/', '-')}.safetensors"
-    if start is not None:
-        module.load_state_dict(load_file(start / file))
+    start_from(module, name, start)
     initial = digests(module.state_dict())
     if weights is not None:
         save_file(
@@ -218,6 +240,7 @@ def main() -> int:
         paths["weights"].mkdir(parents=True, exist_ok=True)
 
     torch.set_num_threads(1)
+    emulate_bfloat16()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     names = [

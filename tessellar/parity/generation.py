@@ -5,6 +5,7 @@ Shapes: B images, N tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.parity.stand_ins import logits_of
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Logits
+from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, GuidanceSchedule
@@ -27,8 +28,16 @@ def beside(name: str, last: str) -> str:
     return f"{name.rpartition('/')[0]}/{last}"
 
 
+class Scorer(Protocol):
+    """A generator that predicts all tokens in one pass."""
+
+    def score(
+        self, tokens: Tensor, condition: Condition, entities: Entities | None = None
+    ) -> Distribution: ...
+
+
 def scores_of(
-    generator: Generator, tokens: Tensor, condition: Condition, entities: Entities | None = None
+    generator: Scorer, tokens: Tensor, condition: Condition, entities: Entities | None = None
 ) -> Logits:
     """Predictions of all tokens, each given its predecessors."""
     scores = generator.score(tokens, condition, entities)
