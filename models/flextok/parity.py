@@ -19,18 +19,22 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance
 from tessellar.protocol.layout import Categorical, sequence_layout
 
 READ = (
-    "embed_dim num_heads depth qk_norm codebook_size num_tokens pos_embed_type num_classes text_dim "
-    "text_length cfg_factor"
+    "embed_dim num_heads depth qk_norm codebook_size num_tokens num_classes text_dim text_length "
+    "cfg_factor"
 ).split()
 
 
 def _generator(recording: Recording, part: str) -> FlexAR:
-    config = recording.options(read=READ)
+    config = recording.options(read=READ, supported={"pos_embed_type": "sincos1d"})
     state = part_of(recording.weights["model"], f"{part}/")
     kind = Categorical(config["codebook_size"])
     layout = sequence_layout(config["num_tokens"], kind, min_prefix=1)
     generator = generator_from_official(state, layout, config["num_heads"], config["text_length"])
-    sizes = {"embed_dim": generator.positions.shape[1], "depth": len(generator.layers)}
+    sizes = {
+        "embed_dim": generator.positions.shape[1],
+        "depth": len(generator.layers),
+        "qk_norm": any(".q_norm." in key for key in state),
+    }
     check_sizes(config, "the config", sizes)
     return generator
 

@@ -36,6 +36,8 @@ def from_official(
     first: int = 4,
     norm_eps: float = 1e-5,
     rope_base: float = 10000.0,
+    condition_dropout: float = 0.1,
+    dropout: float = 0.1,
     where: str = "the HAR checkpoint",
 ) -> HAR:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the
@@ -55,6 +57,8 @@ def from_official(
         num_heads or HEADS[width, depth],
         state["cls_embedding.embedding_table.weight"].shape[0] - 1,
         first,
+        condition_dropout=condition_dropout,
+        dropout=dropout,
         ffn_multiple_of=ffn_multiple(width, hidden),
         norm_eps=norm_eps,
         rope_base=rope_base,

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tessellar.interop.options import check_sizes
 from tessellar.models.har.model import HAR
 from tessellar.models.har.official import from_official
 from tessellar.parity.forms import to_unit
@@ -23,23 +24,29 @@ READ = (
 OFF = 1e-4  # their schedules lie this much above the scale that they name
 
 
-def _generator(recording: Recording) -> HAR:
+def recorded_generator(recording: Recording) -> HAR:
+    """Our generator with the recorded weights and options."""
     config = recording.options("generator", READ, {"cls_token_num": 1})
     layout = sequence_layout(config["block_size"], Categorical(config["vocab_size"]))
-    return from_official(
+    made = from_official(
         recording.weights["generator"],
         layout,
         num_heads=config["n_head"],
         first=config["ar_token_num"],
         norm_eps=config["norm_eps"],
         rope_base=config["rope_base"],
+        condition_dropout=config.get("class_dropout_prob", 0.1),
+        dropout=config.get("all_dropouts", 0.1),
     )
+    sizes = {"spe_token_num": made.special_embedding.num_embeddings}
+    check_sizes(config, "the config's generator", sizes)
+    return made
 
 
 @replays("restok", "gen_train")
 def scores(recording: Recording) -> Outputs:
     """Mask, logits and loss of the tokens that the tokenizer gives."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     tokens = recorded_tokenizer(recording).encode(recorded_images(recording))
     found = scores_of(generator, tokens, recording.classes("har_cond"))
     level = generator.block(torch.arange(generator.layout.length))
@@ -54,7 +61,7 @@ def scores(recording: Recording) -> Outputs:
 @replays("restok", "gen_greedy_*")
 def decoding(recording: Recording) -> Outputs:
     """Tokens and guided logits of every greedy run, and the images of those that have one."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     condition = recording.classes("har_cond")
     outputs = {}
     for logits in recording.outputs("har_greedy_*_logits"):

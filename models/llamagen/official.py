@@ -53,9 +53,9 @@ HEADS = {
 # needs
 READ = (
     "dim n_layer n_head n_kv_head multiple_of ffn_dim_multiplier norm_eps rope_base vocab_size block_size num_classes "
-    "caption_dim model_type class_dropout_prob dropouts token_dropout_p attn_dropout_p resid_dropout_p ffn_dropout_p "
-    "drop_path_rate initializer_range max_batch_size max_seq_len"
+    "caption_dim model_type class_dropout_prob dropouts drop_path_rate max_batch_size max_seq_len"
 ).split()
+RATES = ("token_dropout_p", "resid_dropout_p", "ffn_dropout_p")  # one rate here
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def from_official(
     multiple_of: int = 256,
     condition_dropout: float = 0.1,
     dropout: float = 0.1,
+    drop_path: float = 0.0,
 ) -> LlamaGen:
     """Our generator with the weights of an official state dict, over the tokens of `layout`.
 
@@ -118,6 +119,7 @@ def from_official(
         caption_length=sizes.caption_length,
         condition_dropout=condition_dropout,
         dropout=dropout,
+        drop_path=drop_path,
         ffn_multiple_of=ffn_multiple(sizes.width, sizes.hidden, multiple_of),
         norm_eps=norm_eps,
         rope_base=rope_base,
@@ -145,7 +147,9 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
         )
     captions = state.get("cls_embedding.uncond_embedding")
     length = 1 if captions is None else len(captions)
-    check_options(config, "the config", READ, {"cls_token_num": length})
+    dropout = config.get("dropouts", config.get(RATES[0], 0.1))
+    supported = {"cls_token_num": length, "attn_dropout_p": 0.0, "initializer_range": 0.02}
+    check_options(config, "the config", READ, supported | dict.fromkeys(RATES, dropout))
     return from_official(
         state,
         layout,
@@ -154,7 +158,8 @@ def from_config(state: Mapping[str, Tensor], config: Mapping[str, Any], layout: 
         rope_base=config.get("rope_base", 10000),
         multiple_of=config.get("multiple_of", 256),
         condition_dropout=config.get("class_dropout_prob", 0.1),
-        dropout=config.get("dropouts", 0.1),
+        dropout=dropout,
+        drop_path=config.get("drop_path_rate", 0.0),
     )
 
 

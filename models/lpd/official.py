@@ -42,6 +42,7 @@ def from_official(
     steps: int = 20,
     repulsion: float = 2.0,
     dropout: float = 0.1,
+    condition_dropout: float = 0.1,
 ) -> LPD:
     """A generator of the sizes that the weights show, over the tokens of a layout.
 
@@ -59,6 +60,7 @@ def from_official(
         steps=min(steps, layout.length),
         repulsion=repulsion,
         dropout=dropout,
+        condition_dropout=condition_dropout,
         mlp_ratio=len(state["blocks.0.mlp.fc1.bias"]) / width,
     )
     if generator.vocab != vocab:

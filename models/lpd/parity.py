@@ -44,12 +44,19 @@ READ = (
 ).split()
 
 
-def _generator(recording: Recording) -> LPD:
+def recorded_generator(recording: Recording) -> LPD:
+    """Our generator with the recorded weights and options."""
     config = recording.options(read=READ)
     side = config["img_size"] // config["vqgan_stride"]
     layout = grid_layout(side, side, Categorical(config["vqgan_vocab_size"]))
-    heads = config["decoder_num_heads"]
-    made = from_official(recording.weights["model"], layout, heads, steps=1, dropout=0.0)
+    made = from_official(
+        recording.weights["model"],
+        layout,
+        config["decoder_num_heads"],
+        steps=1,
+        dropout=0.0,
+        condition_dropout=config.get("label_drop_prob", 0.1),
+    )
     sizes = {
         "decoder_embed_dim": made.output.in_features,
         "decoder_depth": len(made.layers),
@@ -114,7 +121,7 @@ def training(recording: Recording) -> Outputs:
     labels = recording.classes("labels")
     for name in recording.outputs("train_*/loss"):
         part = name.partition("/")[0]
-        generator = _generator(recording).train()
+        generator = recorded_generator(recording).train()
         given = Given(generator)
         entities = _entities(recording, "orders", name)
         condition = with_dropped(labels, generator, recording.inputs[f"{part}/label_drop"])
@@ -137,7 +144,7 @@ def training(recording: Recording) -> Outputs:
 @replays("lpd", "tf")
 def scores(recording: Recording) -> Outputs:
     """Logits of given tokens, in groups and one by one, with a class and without one."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     outputs = {}
     for name, settings in recording.each("tf/logits*"):
         condition = recording.classes("labels")
@@ -152,7 +159,7 @@ def scores(recording: Recording) -> Outputs:
 def mask_of_decoding(recording: Recording) -> Outputs:
     """Which places of the class and the groups see which, as real tokens."""
     name = "decode/attn_mask"
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     entities = _entities(recording, "decode/orders", name)
     state = generator.start(recording.classes("labels"), entities=entities)
     places = torch.arange(entities.length + 1)[None]
@@ -216,7 +223,7 @@ def decoding(recording: Recording) -> Outputs:
         part = name.partition("/")[0]
         orders = f"{part}/orders" if f"{part}/orders" in recording.inputs else "decode/orders"
         entities = _entities(recording, orders, name)
-        generator = _generator(recording)
+        generator = recorded_generator(recording)
         condition = _condition(recording, generator, settings)
         state = generator.start(condition, _guidance(settings), entities)
         seen = StepsSeen(generator)
@@ -235,7 +242,7 @@ def decoding(recording: Recording) -> Outputs:
 def drawing(recording: Recording) -> Outputs:
     """Decoding at recorded uniforms, with the probabilities that they are compared with."""
     part = "decode_random"
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     settings = recording.settings(f"{part}/tokens")
     entities = _entities(recording, "decode/orders", f"{part}/tokens")
     choice = choice_of(settings)

@@ -85,11 +85,16 @@ def from_official(
     num_heads: int | None = None,
     where: str = "the MAR checkpoint",
     decoder_heads: int | None = None,
+    condition_dropout: float = 0.1,
+    dropout: float = 0.1,
+    attention_dropout: float | None = None,
+    least_masked: float = 0.7,
 ) -> MAR:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the
     tokenizer's layout.
 
-    The decoder has as many heads as the encoder unless `decoder_heads` says otherwise.
+    The decoder has as many heads as the encoder unless `decoder_heads` says otherwise. The last
+    four are of training, as MAR's own.
     """
     ours = KEYS.from_official(state, where)
     length = ours["backbone.z_positions"].shape[1]
@@ -109,6 +114,10 @@ def from_official(
         head_width=ours["head.input.weight"].shape[0],
         head_depth=count(ours, r"head\.blocks\.(\d+)\."),
         patch=patch,
+        condition_dropout=condition_dropout,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        least_masked=least_masked,
         **backbone_sizes(ours, num_heads, decoder_heads, what="MAR"),
     )
     return OFFICIAL.fill(generator, state, where)
@@ -120,7 +129,7 @@ def to_official(generator: MAR) -> dict[str, Tensor]:
 
 
 def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> MAR:
-    return from_official(state, layout, options.num_heads)
+    return from_official(state, layout, options.num_heads, decoder_heads=options.decoder_heads)
 
 
 OFFICIAL = GeneratorImporter(

@@ -39,7 +39,8 @@ READ = (
 ).split()
 
 
-def _generator(recording: Recording) -> MAR:
+def recorded_generator(recording: Recording) -> MAR:
+    """Our generator with the recorded weights and options."""
     config = recording.options("mar", READ)
     side = config["img_size"] // config["vae_stride"]
     generator = from_official(
@@ -47,6 +48,10 @@ def _generator(recording: Recording) -> MAR:
         grid_layout(side, side, Continuous(config["vae_embed_dim"])),
         num_heads=config["encoder_num_heads"],
         decoder_heads=config["decoder_num_heads"],
+        condition_dropout=config.get("label_drop_prob", 0.1),
+        dropout=config.get("proj_dropout", 0.1),
+        attention_dropout=config.get("attn_dropout", 0.1),
+        least_masked=config.get("mask_ratio_min", 0.7),
     )
     generator.repeats = config["diffusion_batch_mul"]
     return generator
@@ -104,7 +109,7 @@ def schedules(recording: Recording) -> Outputs:
 @replays("mar", "gen_diffloss")
 def head(recording: Recording) -> Outputs:
     """Predictions and losses of the diffusion head."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     given = recording.inputs
     z = given["diffloss/z"]
     clean = given["diffloss/target"]
@@ -130,7 +135,7 @@ def head_samples(recording: Recording) -> Outputs:
     The guided run carries both branches: one noise prediction, made from the conditional rows, and
     a variance of their own.
     """
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     given = recording.inputs
     z = given["diffloss/z"]
     start = given["diffloss_sample/x_T"][:, None]
@@ -164,7 +169,7 @@ def head_samples(recording: Recording) -> Outputs:
 @replays("mar", "gen_train", gradients=True)
 def training(recording: Recording) -> Outputs:
     """Tokens, mask, hidden states with the classes; loss and gradient with some of them dropped."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     given = recording.inputs
     tokens = as_vectors(given["mar/latents"])
     masked, visible = recorded_mask(given["mar/orders"], given["mar/num_masked"])
@@ -212,7 +217,7 @@ class RecordedDiffusion(AncestralDiffusion):
 @replays("mar", "gen_sample_*")
 def sampling(recording: Recording) -> Outputs:
     """Latents of every run, and the scale of guidance at each of its steps."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     area = generator.patch**2
     side = generator.layout.segments[0].shape[0]
     outputs = {}

@@ -49,12 +49,17 @@ def from_official(
     where: str = "the TokenBridge checkpoint",
     decoder_heads: int | None = None,
     channel_order: tuple[int, ...] | None = None,
+    condition_dropout: float = 0.1,
+    dropout: float = 0.1,
+    attention_dropout: float | None = None,
+    least_masked: float = 0.7,
 ) -> TokenBridge:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the
     tokenizer's layout.
 
     The decoder has as many heads as the encoder unless `decoder_heads` says otherwise. The order of
-    channels is KL-16's where there are 16 and none is given, else their own.
+    channels is KL-16's where there are 16 and none is given, else their own. The last four are of
+    training, as TokenBridge's own.
     """
     ours = KEYS.from_official(state, where)
     length = ours["backbone.z_positions"].shape[1]
@@ -77,6 +82,10 @@ def from_official(
         group=channels // positions,
         parallel=not any(name.startswith("head.embeddings.") for name in ours),
         first_input="official",
+        condition_dropout=condition_dropout,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        least_masked=least_masked,
         **backbone_sizes(ours, num_heads, decoder_heads, what="TokenBridge"),
     )
     sizes = tuple(len(ours[f"head.outputs.{i}.weight"]) for i in range(positions))
@@ -93,7 +102,7 @@ def to_official(generator: TokenBridge) -> dict[str, Tensor]:
 
 
 def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> TokenBridge:
-    return from_official(state, layout, options.num_heads)
+    return from_official(state, layout, options.num_heads, decoder_heads=options.decoder_heads)
 
 
 OFFICIAL = GeneratorImporter(

@@ -50,7 +50,8 @@ def _tokenizer(config: Mapping[str, Any]) -> PostQuantized:
     )
 
 
-def _generator(recording: Recording) -> TokenBridge:
+def recorded_generator(recording: Recording) -> TokenBridge:
+    """Our generator with the recorded weights and options, over the recorded grid."""
     # A token of TokenBridge is one latent.
     config = recording.options("model", READ, {"patch_size": 1})
     tokenizer = _tokenizer(config)
@@ -63,6 +64,10 @@ def _generator(recording: Recording) -> TokenBridge:
         num_heads=config["encoder_num_heads"],
         decoder_heads=config["decoder_num_heads"],
         channel_order=tuple(order.tolist()),
+        condition_dropout=config.get("label_drop_prob", 0.1),
+        dropout=config.get("proj_dropout", 0.1),
+        attention_dropout=config.get("attn_dropout", 0.1),
+        least_masked=config.get("mask_ratio_min", 0.7),
     )
     generator.bind(tokenizer)
     return generator
@@ -73,7 +78,7 @@ def training(recording: Recording) -> Outputs:
     """Indices, mask, hidden states and logits with the classes; loss and gradient with some of them
     dropped.
     """
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     (tokenizer,) = generator.bound
     given = recording.inputs
     condition = recording.classes("labels")
@@ -104,7 +109,7 @@ def training(recording: Recording) -> Outputs:
 @replays("tokenbridge", "greedy")
 def greedy(recording: Recording) -> Outputs:
     """The head alone: the likeliest class of one position after the other, behind its cache."""
-    head = _generator(recording).head
+    head = recorded_generator(recording).head
     z = recording.inputs["greedy/z"]
     known = torch.zeros(1, len(z), len(head.sizes), dtype=torch.int64)
     walk = head.steps(z[None])
@@ -122,7 +127,7 @@ def greedy(recording: Recording) -> Outputs:
 @replays("tokenbridge", "sample_*")
 def sampling(recording: Recording) -> Outputs:
     """Tokens and latents of every run, and the guided vectors of each of its steps."""
-    generator = _generator(recording)
+    generator = recorded_generator(recording)
     condition = recording.classes("labels")
     side = generator.layout.segments[0].shape[0]
     outputs = {}

@@ -43,6 +43,8 @@ def from_official(
     layout: Layout,
     num_heads: int | None = None,
     where: str = "the VAR checkpoint",
+    condition_dropout: float = 0.1,
+    drop_path: float | None = None,
 ) -> VAR:
     """A generator of the sizes that the weights show; raises UserError where they do not fit the
     tokenizer's layout.
@@ -64,6 +66,8 @@ def from_official(
         mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
         shared_modulation="shared_ada_lin.1.weight" in state,
         l2_norm=l2_norm,
+        condition_dropout=condition_dropout,
+        drop_path=drop_path,
     )
     if generator.output.out_features != state["head.weight"].shape[0]:
         raise UserError(

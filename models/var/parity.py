@@ -1,6 +1,7 @@
 """Replays of VAR's transformer and sampler (recordings of system `var`)."""
 
 from tessellar.checkpoints.weights import part_of
+from tessellar.interop.options import check_sizes
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
 from tessellar.parity.forms import to_unit
@@ -12,15 +13,23 @@ from tessellar.tokenizers.var import VARVQVAE
 from tessellar.tokenizers.var.parity import recorded_vqvae
 
 READ = (
-    "num_classes depth embed_dim num_heads mlp_ratio shared_aln attn_l2_norm cond_drop_rate patch_nums drop_rate "
-    "attn_drop_rate drop_path_rate"
+    "num_classes depth embed_dim num_heads mlp_ratio shared_aln attn_l2_norm cond_drop_rate patch_nums drop_path_rate"
 ).split()
+SUPPORTED = {"norm_eps": 1e-6, "drop_rate": 0.0, "attn_drop_rate": 0.0}
 
 
-def _generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
+def recorded_generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
+    """Our generator with the recorded weights and options, over the recorded tokenizer."""
     state = part_of(recording.weights["model"], "var.")
-    config = recording.options("var", READ, {"norm_eps": 1e-6})
-    generator = from_official(state, vqvae.layout, config["num_heads"])
+    config = recording.options("var", READ, SUPPORTED)
+    check_sizes(config, "the config's var", {"patch_nums": list(vqvae.quantizer.sides)})
+    generator = from_official(
+        state,
+        vqvae.layout,
+        config["num_heads"],
+        condition_dropout=config.get("cond_drop_rate", 0.1),
+        drop_path=config.get("drop_path_rate", 0.0),
+    )
     generator.bind(vqvae)
     return generator
 
@@ -29,7 +38,7 @@ def _generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
 def scores(recording: Recording) -> Outputs:
     """Logits of all scales, with a class and without one."""
     vqvae = recorded_vqvae(recording)
-    generator = _generator(recording, vqvae)
+    generator = recorded_generator(recording, vqvae)
     tokens = vqvae.encode(recording.inputs["image"])
     condition = recording.classes("labels")
     return {
@@ -44,7 +53,7 @@ def decoding(recording: Recording) -> Outputs:
     # more_smooth reads soft tokens: inputs that are no function of tokens
     settings = recording.options("sample", ("cfg", "top_k", "top_p"), {"more_smooth": False})
     vqvae = recorded_vqvae(recording)
-    generator = _generator(recording, vqvae)
+    generator = recorded_generator(recording, vqvae)
     guidance = Guidance(Linear(1 + settings["cfg"])) if settings["cfg"] else NO_GUIDANCE
     decoded = greedy(generator, recording.classes("labels"), guidance)
     return {

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.interop.options import require
 from tessellar.models.xar.model import XAR, spread_times, time_index
 from tessellar.models.xar.official import from_official
 from tessellar.parity.forms import as_map, as_vectors
@@ -41,6 +42,8 @@ def _layout(latents: Tensor) -> Layout:
 def _generator(recording: Recording) -> XAR:
     """X is a cell; the latents divide into `clusters` of them."""
     config = recording.options(read=READ, supported={"patch_size": 1})
+    # One rate of dropout serves attention and projections.
+    require(config, "the config", {"attn_dropout": config["proj_dropout"]})
     for option in ("embed_dim", "num_heads"):
         if config[f"encoder_{option}"] != config[f"decoder_{option}"]:
             raise UserError(

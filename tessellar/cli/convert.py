@@ -37,6 +37,7 @@ def import_official(
     tokenizer: str | None = None,
     image_size: int | None = None,
     num_heads: int | None = None,
+    decoder_heads: int | None = None,
     variant: str | None = None,
     key: str | None = None,
     license: str = "",
@@ -51,7 +52,8 @@ def import_official(
         out: folder of the export
         tokenizer: for a generator, its tokenizer: an export or the official file
         image_size: side of the images (default 256, or what the tokenizer's export says)
-        num_heads: attention heads of a generator of unpublished size
+        num_heads: attention heads of a model of unpublished size
+        decoder_heads: those of its decoder, where it has another number of them than its encoder
         variant: published variant, where the weights do not show it, such as titok_b64
         key: entry of the checkpoint to take, such as ema (default: the one that the system's paper evaluates)
         license: license of the weights, for the card
@@ -63,7 +65,7 @@ def import_official(
     record = Record(
         title=Path(file).stem, weights="official", source=Path(file).name, license=license
     )
-    options = ImportOptions(image_size, num_heads, variant)
+    options = ImportOptions(image_size, num_heads, variant, decoder_heads=decoder_heads)
     model = import_model(system, file, tokenizer, key, options)
     if isinstance(model, ImageGenerator) and model.num_classes == IMAGENET_CLASSES:
         model.class_names = imagenet_names()  # what all published generators of so many are of

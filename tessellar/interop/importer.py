@@ -33,8 +33,8 @@ FLAT: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the weights do not say: side of the images, attention heads, and the name of a published
-    variant.
+    """What the weights do not say: side of the images, attention heads (of a decoder: as many,
+    unless `decoder_heads` says otherwise), and the name of a published variant.
 
     `file` is where the weights were read; a config may lie beside them.
     """
@@ -43,17 +43,26 @@ class ImportOptions:
     num_heads: int | None = None
     variant: str | None = None
     file: str | None = None
+    decoder_heads: int | None = None
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
             check_whole("--image-size", self.image_size, least=1, most=8192)
         if self.num_heads is not None:
             check_whole("--num-heads", self.num_heads, least=1, most=1024)
+        if self.decoder_heads is not None:
+            check_whole("--decoder-heads", self.decoder_heads, least=1, most=1024)
+            if self.num_heads is None:
+                raise UserError(
+                    "--decoder-heads is for a decoder unlike its encoder: give --num-heads as well"
+                )
 
     @property
     def heads(self) -> tuple[int, int] | None:
-        """Of encoder and decoder, where both have the number that was given."""
-        return None if self.num_heads is None else (self.num_heads, self.num_heads)
+        """Of encoder and decoder, where they were given."""
+        if self.num_heads is None:
+            return None
+        return self.num_heads, self.decoder_heads or self.num_heads
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def from_official(
     num_heads: int = 8,
     shift: int = 4,
     vision: HitaVision | None = None,
+    dropout: float = 0.1,
     quantizer_options: Mapping[str, Any] | None = None,
     where: str = "the Hita checkpoint",
 ) -> Hita:
@@ -102,6 +103,7 @@ def from_official(
         mlp_dim=-(-3 * hidden // 2),  # one that gives this hidden size; several do
         holistic=ours["encoder.queries"].shape[1],
         shift=shift,
+        dropout=dropout,
         vision_dim=ours["encoder.project.0.weight"].shape[1],
         vision_loss=1.0 if "decoder.mask_token" in ours else 0.0,
         decoder_multipliers=decoder_multipliers(ours, "cnn_decoder.levels.{i}.res.{j}", cnn),
@@ -127,7 +129,7 @@ def vision_from_official(
 
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> Hita:
-    return from_official(state, options.image_size or 336)
+    return from_official(state, options.image_size or 336, options.num_heads or 8)
 
 
 OFFICIAL = TokenizerImporter(

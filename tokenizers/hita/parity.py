@@ -21,6 +21,9 @@ from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 
 READ = "dim depth num_head dim_head mlp_dim patch_size n_carrier dropout shift_k enable_vfm_recon vfm_dim".split()
 
+VISION_READ = ("arch", "embed_dim", "depth", "num_heads")
+VISION = {"img_size": 518, "patch_size": 14, "mlp_ratio": 4, "layer_scale": True, "input": 224}
+
 
 def recorded_tokenizer(recording: Recording) -> Hita:
     """Our tokenizer with the recorded weights and those of the vision model."""
@@ -29,12 +32,14 @@ def recorded_tokenizer(recording: Recording) -> Hita:
     check_options(transformers, "the config's transformers", READ)
     heads = transformers["num_head"]
     require(transformers, "the config's transformers", {"dim_head": transformers["dim"] // heads})
+    require(config["cnn"], "the config's cnn", {"groups": 32})
     made = from_official(
         recording.weights["tokenizer"],
         image_size=config["image_size"],
         num_heads=heads,
         shift=transformers["shift_k"],
         vision=_vision(recording),
+        dropout=transformers["dropout"],
         quantizer_options={
             "l2_normalize": config["l2_norm"],
             "commitment_weight": config["commit_loss_beta"],
@@ -48,7 +53,7 @@ def recorded_tokenizer(recording: Recording) -> Hita:
 
 
 def _vision(recording: Recording) -> HitaVision:
-    config = recording.config["vfm"]
+    config = recording.options("vfm", VISION_READ, VISION)
     sizes = {name: config[name] for name in ("embed_dim", "depth", "num_heads")}
     return vision_from_official(recording.weights["backbone"], **sizes)
 

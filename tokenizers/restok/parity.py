@@ -51,7 +51,11 @@ def recorded_tokenizer(recording: Recording) -> ResTok:
             "entropy_weight": model["entropy_loss_ratio"],
         },
     )
+    require(config["cnn"], "the config's cnn", {"groups": 32})
+    stride = config["crop_size"] // made.decoder.grid[0]
     sizes = {
+        "vit_enc_patch_size": stride,
+        "vit_dec_patch_size": stride,
         "num_latent_tokens": made.layout.length,
         "test_num_latent_tokens": made.layout.length,
         "hierarchy_stages": len(made.encoder.merging) + 1,

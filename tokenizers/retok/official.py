@@ -165,7 +165,9 @@ def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerS
 
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> ReToK:
-    return tokenizer_from_official(state, options.num_heads, options.num_heads)
+    if options.heads is None:
+        return tokenizer_from_official(state)
+    return tokenizer_from_official(state, *options.heads)
 
 
 OFFICIAL = TokenizerImporter(

@@ -2,7 +2,7 @@
 
 import torch
 
-from tessellar.interop.options import check_sizes, require
+from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, as_row, as_vectors
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -11,6 +11,11 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.retok.official import tokenizer_from_official
 from tessellar.tokenizers.retok.tokenizer import Inferred, ReToK
 
+READ = (
+    "image_size num_latent_tokens keep_tokens redundant_tokens codebook_size codebook_embed_dim commit_loss_beta "
+    "entropy_loss_ratio codebook_l2_norm ch num_res_blocks ch_mult z_channels encoder decoder rot distill_depth "
+    "out_inner_dim gpt gpt_generation"
+).split()
 SUPPORTED = {"multi_level_query_init": True, "adaptive_gn": True, "d2s_up": True, "use_attn": False}
 
 
@@ -18,12 +23,13 @@ def _tokenizer(recording: Recording) -> ReToK:
     """In eval mode, with nothing inferred: the released code keeps all N tokens and has no
     schedule.
     """
-    config = recording.config
-    require(config, "the ReToK config", SUPPORTED)
+    config = recording.options(read=READ, supported=SUPPORTED)
     quantizer = VectorQuantizer(
         config["codebook_size"],
         config["codebook_embed_dim"],
+        l2_normalize=config.get("codebook_l2_norm", True),
         commitment_weight=config.get("commit_loss_beta", 0.25),
+        entropy_weight=config.get("entropy_loss_ratio", 0.0),
         rotation=config["rot"],
     )
     made = tokenizer_from_official(

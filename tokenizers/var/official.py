@@ -50,6 +50,7 @@ def vqvae_from_official(
     commitment_weight: float = 0.25,
     where: str = "the VAR tokenizer",
     cosine: bool = False,
+    dropout: float = 0.0,
 ) -> VARVQVAE:
     """Our tokenizer with the sizes that the weights show; the scales are not among them.
 
@@ -75,6 +76,7 @@ def vqvae_from_official(
         cnn.channels,
         cnn.multipliers,
         cnn.blocks,
+        dropout=dropout,
         kernel=split["quant_conv.weight"].shape[-1],
     )
     return OFFICIAL.fill(made, state, where)

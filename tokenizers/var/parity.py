@@ -30,6 +30,7 @@ def recorded_vqvae(recording: Recording) -> VARVQVAE:
         phi_ratio=config.get("quant_resi", 0.5),
         commitment_weight=config.get("beta", settings.get("beta", 0.25)),
         cosine=config.get("using_znorm", settings.get("using_znorm", False)),
+        dropout=config.get("dropout", 0.0),
     )
 
 
