@@ -26,6 +26,7 @@ KINDS = (
     "ResTok",
     "Hita",
     "VAR's VQVAE",
+    "VAT",
     "KL VAE",
     "TiTok KL",
     "scale pyramid of a KL VAE",

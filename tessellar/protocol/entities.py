@@ -7,6 +7,7 @@ it and know nothing of what X is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -268,16 +269,20 @@ def levels(layout: Layout, sizes: Sequence[int] | None = None) -> Entities:
 
 
 def scales(layout: Layout) -> Entities:
-    """One entity a scale of a pyramid of grids that grow; raises UserError for any other layout."""
-    sides = [segment.shape for segment in layout.segments]
+    """One entity a scale of a pyramid: grids that grow, or sequences that do; raises UserError for
+    any other layout.
+    """
+    shapes = [segment.shape for segment in layout.segments]
+    alike = len({len(shape) for shape in shapes}) == 1
     grow = all(
-        a[0] <= b[0] and a[1] <= b[1]
-        for a, b in zip(sides, sides[1:], strict=False)
-        if len(a) == len(b) == 2
+        small <= large
+        for coarse, fine in pairwise(shapes)
+        for small, large in zip(coarse, fine, strict=False)
     )
-    if len(sides) < 2 or not grow or any(len(side) != 2 for side in sides):
+    if len(shapes) < 2 or not alike or not grow:
         raise UserError(
-            f"scales need a layout of grids from coarse to fine; this tokenizer gives {layout}"
+            "scales need a layout of grids, or of sequences, from coarse to fine; "
+            f"this tokenizer gives {layout}"
         )
     return levels(layout)
 

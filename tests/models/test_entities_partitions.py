@@ -91,13 +91,17 @@ def test_levels_random_orders_and_shuffled_entities(sizes: list[int], seed: int)
     )
 
 
-def test_segments_are_levels_and_growing_grids_are_scales() -> None:
+def test_segments_are_levels_and_what_grows_is_scales() -> None:
     pyramid = Layout(tuple(Segment((side, side), Categorical(2)) for side in (1, 2, 4)))
     assert scales(pyramid).sizes == levels(pyramid).sizes == (1, 4, 16)
     check(scales(pyramid))
+    lines = Layout(tuple(Segment((length,), Categorical(2)) for length in (1, 1, 3)))
+    assert scales(lines).sizes == (1, 1, 3)
     for other in (
         grid(4, 4),
         Layout((*pyramid.segments[::-1],)),
+        Layout((*lines.segments[::-1],)),
+        Layout((*lines.segments, *pyramid.segments)),
         sequence_layout(5, Categorical(2)),
     ):
         with pytest.raises(UserError, match="coarse to fine"):

@@ -51,9 +51,11 @@ from tessellar.protocol.layout import (
     sequence_layout,
 )
 from tessellar.tokenizers.kl_vae import KLVAE
-from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, GaussianSpace
+from tessellar.tokenizers.titok import ViTSize
 from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+from tessellar.tokenizers.vat import VAT, SequenceScales
 
 CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))
@@ -84,6 +86,15 @@ def var() -> VAR:
     """With the tokenizer that its inputs come from."""
     tokenizer = VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1).eval()
     generator = VAR(tokenizer.layout, 32, 2, 4, CLASSES, 4, drop_path=0.0)
+    generator.bind(tokenizer)
+    return generator
+
+
+def var_of_sequences() -> VAR:
+    """Over scales that are sequences, VAT's."""
+    space = GaussianSpace(SequenceScales(16, 6, (1, 1, 3, 5)))
+    tokenizer = VAT(space, 16, 4, ViTSize(16, 1, 2), ViTSize(16, 1, 2)).eval()
+    generator = VAR(tokenizer.layout, 32, 2, 4, CLASSES, 6, drop_path=0.0)
     generator.bind(tokenizer)
     return generator
 
@@ -145,6 +156,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "rar": lambda: RAR(GRID, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "rar-1d": lambda: RAR(LINE, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "var": var,
+    "var-of-sequences": var_of_sequences,
     "token-shuffle": lambda: token_shuffle(GRID),
     "token-shuffle-1d": lambda: token_shuffle(sequence_layout(16, Categorical(19))),
     "xar-cell": lambda: xar("cell:2"),

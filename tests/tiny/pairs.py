@@ -44,7 +44,7 @@ from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
 from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
 from tessellar.tokenizers.quantizers.fsq import FSQ
-from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, GaussianSpace
 from tessellar.tokenizers.quantizers.ibq import IBQ
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -53,6 +53,7 @@ from tessellar.tokenizers.scale_pyramid import ScalePyramid
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
+from tessellar.tokenizers.vat import VAT, SequenceScales
 from tessellar.tokenizers.vit_vq import ViTVQ
 
 CLASSES = 3
@@ -94,6 +95,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "ResTok": _restok,
     "Hita": lambda: Hita(_vq(), _vq(), None, 16, 32, (1, 1, 1), 1, 16, 1, 2, 24, 4, 1, 0.0, 16),
     "VAR's VQVAE": lambda: VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1),
+    "VAT": lambda: VAT(GaussianSpace(SequenceScales(16, 4, (1, 1, 2, 4))), 16, 4, TINY, TINY),
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
     "scale pyramid of a KL VAE": lambda: ScalePyramid(_kl(), (1, 2, 4)),

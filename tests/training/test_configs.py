@@ -19,6 +19,7 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "hita": "hita.hita_v",
     "alitok": "alitok.alitok_256",
 }
+EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 PARAMETERS = {
     "t2i/token_shuffle_2048": 2_789_634_816,
     "imagenet256/vq_16": 71_883_403,
@@ -70,7 +71,10 @@ PARAMETERS = {
 
 def _tokenizer(config: dict) -> str:
     """One whose tokens are of the kind that the generator of a YAML reads."""
-    generator = config["model"]["init_args"]["generator"]
+    arguments = config["model"]["init_args"]
+    if arguments["tokenizer"] in EXPORTS:
+        return f"tessellar.tokenizers.{EXPORTS[arguments['tokenizer']]}"
+    generator = arguments["generator"]
     path = generator if isinstance(generator, str) else generator["class_path"]
     return f"tessellar.tokenizers.{READS.get(path.split('.')[-2], 'llamagen.vq_16')}"
 

@@ -4,6 +4,7 @@ arXiv 2112.10752).
 It turns moments [mean | log variance] into continuous tokens, so any encoder and decoder with a quantizer becomes a
 VAE. Tokens are latents times `scale` = 1 / their standard deviation over the data (no shift of the mean, as MAR's
 0.2325): generators expect unit variance. The scale is measured while training and stored with the weights.
+`GaussianSpace` puts the same posterior before a quantizer of ids.
 """
 
 from collections.abc import Iterable
@@ -115,6 +116,39 @@ class GaussianBottleneck(Quantizer):
         self.passes += finite
         self.moments.copy_(torch.where(finite, moments, self.moments))
         self.scale.copy_(torch.where(finite, scale_of(moments), self.scale))
+
+
+class GaussianSpace(Quantizer):
+    """Moments [..., 2 dim] to tokens of `inner`: it quantizes draws of their Gaussian, which the KL
+    divergence pulls to N(0, I), and the mean outside of training (VAT, arXiv 2412.02202).
+
+    `kl_weight` multiplies the mean KL of a latent value, in nats. Raises ValueError for an inner
+    quantizer that reads anything but vectors of its own size.
+    """
+
+    def __init__(self, inner: Quantizer, kl_weight: float = 1e-3) -> None:
+        super().__init__()
+        if inner.in_dim != inner.dim or isinstance(inner.kind, Continuous):
+            raise ValueError(f"{type(inner).__name__} does not quantize vectors to ids")
+        self.bottleneck = GaussianBottleneck(inner.dim, kl_weight, scale=1.0)
+        self.inner = inner
+        self.kind = inner.kind
+        self.dim = inner.dim
+
+    @property
+    def in_dim(self) -> int:
+        return self.bottleneck.in_dim
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        drawn = self.bottleneck(z)
+        output = self.inner(drawn.quantized)
+        return output._replace(losses=output.losses | drawn.losses)
+
+    def encode(self, z: Tensor) -> Tensor:
+        return self.inner.encode(self.bottleneck.posterior(z).mean)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.inner.decode(tokens)
 
 
 def scale_of(moments: Tensor) -> Tensor:
