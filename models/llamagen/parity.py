@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tessellar.errors import UserError
+from tessellar.interop.options import require
 from tessellar.models.llamagen.model import LlamaGen
 from tessellar.models.llamagen.official import from_config
 from tessellar.models.parts.llama import CaptionPrefix
@@ -41,6 +42,7 @@ def _greedy_runs(
 
 def guidance_of(settings: Mapping[str, Any]) -> Guidance:
     """No null rows for a scale of at most 1; `cfg_interval` m > -1 guides tokens 0 .. m + 1."""
+    require(settings, "the recorded run", {"cfg_schedule": "constant"})
     scale = settings.get("cfg_scale", 1.0)
     interval = settings.get("cfg_interval", -1)
     if scale <= 1:

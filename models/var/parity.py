@@ -50,8 +50,8 @@ def scores(recording: Recording) -> Outputs:
 @replays("var", "greedy")
 def decoding(recording: Recording) -> Outputs:
     """Their scale t = cfg k / (K - 1) multiplies c - u beside c, so ours goes from 1 to 1 + cfg."""
-    # more_smooth reads soft tokens: inputs that are no function of tokens
-    settings = recording.options("sample", ("cfg", "top_k", "top_p"), {"more_smooth": False})
+    # Greedy is their top_k of 1; more_smooth reads soft tokens: inputs that are no function of tokens.
+    settings = recording.options("sample", ("cfg", "top_p"), {"more_smooth": False, "top_k": 1})
     vqvae = recorded_vqvae(recording)
     generator = recorded_generator(recording, vqvae)
     guidance = Guidance(Linear(1 + settings["cfg"])) if settings["cfg"] else NO_GUIDANCE

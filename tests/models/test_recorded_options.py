@@ -36,6 +36,7 @@ UNKNOWN = "the official option 'rotary_dim' is not known here"
             "gelu is 'tanh'; only 'erf' is supported",
         ),
         ("var", "greedy", "sample", {"more_smooth": True}, "more_smooth is True"),
+        ("var", "greedy", "sample", {"top_k": 900}, "top_k is 900; only 1 is supported"),
         ("var", "train", "var", {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
         ("var", "train", "var", {"attn_drop_rate": 0.1}, "attn_drop_rate is 0.1"),
         ("var", "train", "var", {"patch_nums": [1, 2]}, "patch_nums is [1, 2]; the weights"),

@@ -46,6 +46,20 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         ("hita", "tokenizer.encoder_decoder_transformers", {"dim_head": 8}, "dim_head is 8"),
         ("hita", "tokenizer.encoder_decoder_transformers", {"n_carrier": 3}, "n_carrier is 3"),
         ("hita", "tokenizer.cnn", {"groups": 16}, "groups is 16; only 32 is supported"),
+        ("hita", "tokenizer", {"rope": True}, "the official option 'rope' is not known here"),
+        ("titok", "vqgan", {"dropout": 0.1}, "dropout is 0.1; only 0.0 is supported"),
+        (
+            "flextok",
+            "decoder.module_dict.dec_noise_patch_emb",
+            {"patch_sizes": [1, 1]},
+            "patch_sizes is [1, 1]; only [2, 2] is supported",
+        ),
+        (
+            "flextok",
+            "decoder.module_dict.dec_time_embedder",
+            {"frequency_embedding_size": 128},
+            "frequency_embedding_size is 128; only 256",
+        ),
         ("hita", "vfm", {"mlp_ratio": 2}, "mlp_ratio is 2; only 4 is supported"),
         ("retok", "", {"keep_tokens": 1}, "keep_tokens is 1; the weights are of"),
         ("retok", "", {"rope": True}, "the official option 'rope' is not known here"),
@@ -74,6 +88,7 @@ def test_options_are_refused_by_name(
 
 CASES = {
     "titok": "tok_single",
+    "flextok": "enc",
     "alitok": "tok_decode_ids",
     "one_d_piece": "encode",
     "restok": "tok_train",

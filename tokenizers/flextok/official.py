@@ -43,6 +43,8 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "FlexTransformer": {"qk_norm": True, "gated_mlp": True, "mlp_ratio": 4.0},
     "LinearHead": {"use_mup_readout": False},
     "ToPatchesLinearHead": {"use_mup_readout": False},
+    "BlockWiseSequencePacker": {"per_subseq_embs": True},  # two sets of vectors, see below
+    "TimestepEmbedder": {"frequency_embedding_size": 256},
     "FSQ": {"drop_quant_p": 0.0, "corrupt_tokens_p": 0.0},
 }
 MASKS = {"encoder": "causal_last", "decoder": "full"}
@@ -176,11 +178,13 @@ def to_official(tokenizer: FlexTok, config: Config) -> dict[str, Tensor]:
 def refuse_other_options(config: Config) -> None:
     """Raises UserError for options that would make another model of the same weights."""
     require(config["regularizer"], "the FlexTok config's regularizer", SUPPORTED["FSQ"])
+    patches = Modules(config, "encoder").find("PatchEmbedder")[1]["patch_sizes"]
     for side, mask in MASKS.items():
         modules = Modules(config, side)
         for name, entry in modules.entries.items():
             supported = SUPPORTED.get(_class(modules, name), {})
-            require(entry, f"the FlexTok config's {name}", supported)
+            one_size = {"patch_sizes": patches}
+            require(entry, f"the FlexTok config's {name}", {**supported, **one_size})
         packer, entry = modules.find("BlockWiseSequencePacker")
         require(entry, f"the FlexTok config's {packer.rpartition('.')[2]}", {"mask_mode": mask})
     trunk, entry = Modules(config, "decoder").find("FlexTransformer")

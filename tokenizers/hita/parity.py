@@ -19,7 +19,15 @@ from tessellar.tokenizers.hita.vision import HitaVision
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 
-READ = "dim depth num_head dim_head mlp_dim patch_size n_carrier dropout shift_k enable_vfm_recon vfm_dim".split()
+READ = (
+    "image_size cnn encoder_decoder_transformers codebook_size codebook_embed_dim codebook_slots_embed_dim l2_norm "
+    "commit_loss_beta entropy_loss_ratio"
+).split()
+CNN_READ = "ch ch_mult num_res_blocks z_channels".split()
+TRANSFORMERS_READ = (
+    "dim depth num_head dim_head mlp_dim patch_size n_carrier dropout shift_k enable_vfm_recon vfm_dim"
+).split()
+LOSS_READ = "rec_weight perceptual_weight disc_weight disc_start disc_loss".split()
 
 VISION_READ = ("arch", "embed_dim", "depth", "num_heads")
 VISION = {"img_size": 518, "patch_size": 14, "mlp_ratio": 4, "layer_scale": True, "input": 224}
@@ -27,12 +35,12 @@ VISION = {"img_size": 518, "patch_size": 14, "mlp_ratio": 4, "layer_scale": True
 
 def recorded_tokenizer(recording: Recording) -> Hita:
     """Our tokenizer with the recorded weights and those of the vision model."""
-    config = recording.config["tokenizer"]
+    config = recording.options("tokenizer", READ)
     transformers = config["encoder_decoder_transformers"]
-    check_options(transformers, "the config's transformers", READ)
+    check_options(transformers, "the config's transformers", TRANSFORMERS_READ)
     heads = transformers["num_head"]
     require(transformers, "the config's transformers", {"dim_head": transformers["dim"] // heads})
-    require(config["cnn"], "the config's cnn", {"groups": 32})
+    check_options(config["cnn"], "the config's cnn", CNN_READ, {"groups": 32})
     made = from_official(
         recording.weights["tokenizer"],
         image_size=config["image_size"],
@@ -126,8 +134,7 @@ def losses(recording: Recording) -> Outputs:
     made = recorded_tokenizer(recording)
     inputs = recording.inputs
     images = inputs["image"]
-    config = recording.config["loss"]
-    require(config, "the config's loss", {"rec": "l2", "gen_loss": "softplus"})
+    config = recording.options("loss", LOSS_READ, {"rec": "l2", "gen_loss": "softplus"})
     vision = _features(recording, made)
     output = made.forward_with(images, vision)
     _, latents = made.latents(images, vision)

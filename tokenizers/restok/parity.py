@@ -5,7 +5,7 @@ are in [0, 1].
 import torch
 from torch import Tensor
 
-from tessellar.interop.options import check_sizes, require
+from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -32,6 +32,9 @@ ALWAYS = (
 SUPPORTED = {**dict.fromkeys(ALWAYS, True), "learnable_latent_tokens": False}
 SUPPORTED |= {"rope_base_len": 10000, "reduction_ratio": 0.5}
 
+CNN_READ = "hidden_channels channel_mult num_res_blocks z_channels".split()
+LOSS_READ = "weights discriminator_weight discriminator_start lecam vf_weight cos_margin".split()
+
 
 def recorded_tokenizer(recording: Recording) -> ResTok:
     """Our tokenizer with the recorded weights."""
@@ -51,7 +54,7 @@ def recorded_tokenizer(recording: Recording) -> ResTok:
             "entropy_weight": model["entropy_loss_ratio"],
         },
     )
-    require(config["cnn"], "the config's cnn", {"groups": 32})
+    recording.options("cnn", CNN_READ, {"groups": 32})
     stride = config["crop_size"] // made.decoder.grid[0]
     sizes = {
         "vit_enc_patch_size": stride,
@@ -147,8 +150,7 @@ def losses(recording: Recording) -> Outputs:
     made = recorded_tokenizer(recording)
     images = recorded_images(recording)
     given = recording.inputs
-    config = recording.config["losses"]
-    require(config, "the config's losses", {"reconstruction": "l2"})
+    config = recording.options("losses", LOSS_READ, {"reconstruction": "l2"})
     keep = given["nested_keep"]
     encoded = made.encoder(made.features(images))
     quantized = made.quantizer(made.latents(encoded))

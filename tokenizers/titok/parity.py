@@ -30,6 +30,10 @@ from tessellar.tokenizers.titok.official import discriminator_from_official, tok
 from tessellar.tokenizers.titok.tokenizer import Stage, TiTok, proxy_loss
 
 T = TypeVar("T", bound=TiTok)
+VQGAN_READ = (
+    "channel_mult num_resolutions hidden_channels num_res_blocks resolution z_channels".split()
+)
+DISCRIMINATOR_READ = "hidden_channels num_stages blur_kernel pool".split()
 START = 1  # the update from which the replayed loss has its adversarial part
 READ = (
     "quantize_mode clustering_vq codebook_size token_size use_l2_norm commitment_cost vit_enc_model_size "
@@ -56,8 +60,8 @@ def recorded_tokenizer(
     """The tokenizer of a variant's official options, filled with its weights; checked against the
     config's sizes.
     """
-    supported = {"strict_length_assertion": False}
-    options = recording.options(variant, READ, supported)
+    options = recording.options(variant, READ, {"strict_length_assertion": False})
+    recording.options("vqgan", VQGAN_READ, {"dropout": 0.0, "num_channels": 3})
     table = recording.config["size_table"]
     encoder, decoder = (table[options[f"vit_{side}_model_size"]] for side in ("enc", "dec"))
     made = tokenizer_from_official(
@@ -184,9 +188,8 @@ def discriminator(recording: Recording) -> Outputs:
     images = recorded_images(recording)
     fake = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)(images)
     plain = TokenizerOutput(fake.reconstruction, fake.tokens, {})
-    critic = discriminator_from_official(
-        recording.weights["discriminator"], recording.config["discriminator"]["pool"]
-    )
+    options = recording.options("discriminator", DISCRIMINATOR_READ)
+    critic = discriminator_from_official(recording.weights["discriminator"], options["pool"])
     lecam = recorded_lecam(settings)
     loss = TokenizerLoss(
         # theirs is the squared error of images in [0, 1]: a quarter of ours
