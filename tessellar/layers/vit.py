@@ -1,6 +1,8 @@
 """The plain pre-norm vision transformer block (ViT, arXiv 2010.11929), with residual outputs that
-start at zero.
+start at zero; and tables of positions on other grids.
 """
+
+from math import isqrt
 
 import torch
 from einops import rearrange
@@ -66,3 +68,19 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._attention(self.attention_norm(x))
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate=self.gelu))
+
+
+def resized_positions(table: Tensor, prefix: int, side: int) -> Tensor:
+    """A table of positions [1, prefix + h w, D] of a square grid on one of `side` x `side`,
+    bicubically; the `prefix` stays.
+
+    As DINO's and CLIP's code has it, the factor (side + 0.1) / h decides where the table is sampled:
+    without the 0.1 a rounded factor could lose the last row.
+    """
+    own = isqrt(table.shape[1] - prefix)
+    if own == side:
+        return table
+    maps = rearrange(table[:, prefix:], "b (h w) d -> b d h w", h=own)
+    factor = (side + 0.1) / own
+    resized = F.interpolate(maps.contiguous(), scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat([table[:, :prefix], rearrange(resized, "b d h w -> b (h w) d")], dim=1)

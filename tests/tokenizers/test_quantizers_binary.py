@@ -137,7 +137,7 @@ def test_scales_of_signs_add_up() -> None:
     ]
     out = quantizer(z)
     assert torch.equal(out.tokens, tokens) and torch.equal(out.quantized, quantizer.decode(tokens))
-    maps = [added for _, added in quantizer.scan(z)]
+    maps = [added for _, _, added in quantizer.scan(z)]
     for count, total in enumerate(quantizer.sums(tokens), 1):
         torch.testing.assert_close(total, torch.stack(maps[:count]).sum(0))
     assert torch.equal(quantizer.decode(tokens[:, :5]).mT.reshape(2, 6, 4, 4), maps[0] + maps[1])

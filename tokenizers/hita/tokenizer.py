@@ -13,13 +13,13 @@ from math import sqrt
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.cnn import Decoder, Encoder, Sizes
 from tessellar.layers.gated_block import GatedBlock, packed_hidden
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
+from tessellar.layers.vit import resized_positions
 from tessellar.protocol.layout import Layout, Segment
 from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.hita.vision import HitaVision
@@ -123,7 +123,9 @@ class FusionDecoder(nn.Module):
             and self.norm_vision is not None
             and self.to_vision is not None
         )
-        masks = (self.mask_token + self.positions_on(side)).expand(len(holistic), -1, -1)
+        masks = (self.mask_token + resized_positions(self.positions, 0, side)).expand(
+            len(holistic), -1, -1
+        )
         x = self.norm_vision(torch.cat([holistic, masks], 1))
         count = holistic.shape[1]
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
@@ -132,19 +134,6 @@ class FusionDecoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.to_vision(x[:, count:])
-
-    def positions_on(self, side: int) -> Tensor:
-        """The table on a grid of `side`; the official factor (side + 0.1) / h decides where it is
-        sampled.
-        """
-        if self.grid == (side, side):
-            return self.positions
-        maps = rearrange(self.positions, "b (h w) c -> b c h w", h=self.grid[0])
-        # Without the 0.1 a rounded factor could lose the last row.
-        factors = [(side + 0.1) / length for length in self.grid]
-        return rearrange(
-            F.interpolate(maps, scale_factor=factors, mode="bicubic"), "b c h w -> b (h w) c"
-        )
 
 
 class Hita(Tokenizer):

@@ -115,10 +115,8 @@ class VectorQuantizer(Quantizer):
             if finite is not None:
                 self._maintain(z.detach(), finite)
             tokens = self.encode(z)
-            # Counted in every process, so that each one sees the same codes unused.
-            if finite is not None and self.restart_every is not None:
-                used = tokens.flatten().bincount(minlength=len(self.counts))
-                self.counts += distributed.all_reduce_sum(used) * finite
+            if finite is not None:
+                self._count(tokens, finite)
             quantized = self.decode(tokens)
             losses = {
                 "codebook": self.codebook_weight * F.mse_loss(quantized, z.detach()),
@@ -131,6 +129,12 @@ class VectorQuantizer(Quantizer):
             # Straight through: the value of the code, the gradient of the latent.
             passed = rotate_to(z, quantized) if self.rotation else z + (quantized - z).detach()
             return QuantizerOutput(passed, tokens, losses)
+
+    def _count(self, tokens: Tensor, finite: Tensor) -> None:
+        """Count which codes a training pass chose, of all processes: each sees the same unused."""
+        if self.restart_every is not None:
+            used = tokens.flatten().bincount(minlength=len(self.counts))
+            self.counts += distributed.all_reduce_sum(used) * finite
 
     @torch.no_grad()
     def _maintain(self, z: Tensor, finite: Tensor) -> None:
