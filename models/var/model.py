@@ -9,7 +9,7 @@ training only, and any pyramid of scales is accepted.
 
 from functools import partial
 from math import log, sqrt
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -17,34 +17,20 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.errors import UserError
 from tessellar.layers.adaln import AdaLNBlock, Modulation, modulate
 from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.llama import StochasticDepth
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
-from tessellar.models.parts.prefix_transformer import PrefixTransformer
+from tessellar.models.parts.scale_reader import ScaleReader
 from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities, scales
 from tessellar.protocol.generator import Prefix, State, require_categorical
 from tessellar.protocol.layout import Layout
-from tessellar.protocol.tokenizer import Tokenizer
 
 LARGEST_SCALE = log(100)  # of q, before the exponential
-
-
-class ScaleInputs(Protocol):
-    """What VAR asks of its tokenizer."""
-
-    latent_dim: int
-
-    def next_inputs(self, tokens: Tensor, count: int) -> Tensor:
-        """Inputs [B, n, latent_dim] of scales 1 .. count - 1, raster in each, from tokens [B, N] of
-        coarser ones.
-        """
-        ...
 
 
 class VARPass(NamedTuple):
@@ -163,7 +149,7 @@ def block(
     return made
 
 
-class VAR(PrefixTransformer):
+class VAR(ScaleReader):
     """Class-conditional generator over a pyramid of grids with one codebook.
 
     `drop_path` defaults to 0.1 depth / 24. Its tokenizer must be bound (`ImageGenerator` does it).
@@ -213,8 +199,6 @@ class VAR(PrefixTransformer):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.last_modulation = Modulation(width, count=2, zero=False)
         self.output = nn.Linear(width, vocab)
-        # A tuple, so that the tokenizer's weights stay the tokenizer's.
-        self.bound: tuple[ScaleInputs, ...] = ()
         self.init_weights(width, depth, gate_init)
 
     def init_weights(self, width: int, depth: int, gate_init: float) -> None:
@@ -237,18 +221,6 @@ class VAR(PrefixTransformer):
             for layer in self.layers:
                 cast(VARBlock, layer).init_weights(width, depth, gate_init)
 
-    def bind(self, tokenizer: Tokenizer) -> None:
-        if not hasattr(tokenizer, "next_inputs"):
-            raise UserError(
-                f"VAR reads the summed maps of a multi-scale tokenizer; {type(tokenizer).__name__} has none"
-            )
-        inputs = cast(ScaleInputs, tokenizer)
-        if inputs.latent_dim != self.latent_dim:
-            raise UserError(
-                f"VAR was built for latents of {self.latent_dim} channels, the tokenizer has {inputs.latent_dim}"
-            )
-        self.bound = (inputs,)
-
     def prefix(self, condition: Condition) -> Prefix:
         assert condition.ids is not None
         return Prefix(
@@ -257,39 +229,21 @@ class VAR(PrefixTransformer):
             + self.places()[:, : self.first]
         )
 
-    @property
-    def first(self) -> int:
-        """Tokens of the coarsest scale, whose input is the class alone."""
-        return self.entities.sizes[0]
-
     def places(self) -> Tensor:
         """Embedding of every place and its scale [1, N, D]."""
         return self.position + self.scale_embedding(
-            self._scale(torch.arange(self.layout.length)).to(self.position.device)
+            self.scale_of(torch.arange(self.layout.length)).to(self.position.device)
         )
-
-    def _scale(self, place: Tensor) -> Tensor:
-        """Number of the scale of places; grows past the last one."""
-        return torch.bucketize(place, self.entities.ends[1:], right=True) + (
-            place - self.layout.length
-        ).clamp(min=0)
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
-        if not self.bound:
-            raise UserError("VAR has no tokenizer yet, whose maps are its inputs: bind one")
         #   scale    0        1 .. S - 1
         #   input    class    the sum of coarser maps, resized to the scale: `next_inputs`
-        index = index.clamp(max=self.layout.length - self.first - 1)
-        needed = int(self._scale(index.max() + self.first)) + 1
-        inputs = self.bound[0].next_inputs(tokens, needed)
-        rows = torch.arange(len(tokens))[:, None]
-        return (
-            self.input(inputs[rows, index].to(self.input.weight.dtype))
-            + self.places()[0, index + self.first]
-        )
+        place = (index + self.first).clamp(max=self.layout.length - 1)
+        inputs = self.scale_inputs(tokens, place).to(self.input.weight.dtype)
+        return self.input(inputs) + self.places()[0, place]
 
     def block(self, place: Tensor) -> Tensor:
-        return self._scale(place)
+        return self.scale_of(place)
 
     def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:
         return entities.ends

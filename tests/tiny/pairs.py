@@ -52,6 +52,13 @@ from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.tokenbridge import PostQuantized
+from tessellar.tokenizers.tokenflow import (
+    SemanticDecoderSize,
+    SemanticVision,
+    SharedQuantizer,
+    TokenFlow,
+)
+from tessellar.tokenizers.tokenflow.tokenizer import AS_IS
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.vat import VAT, SequenceScales
 from tessellar.tokenizers.vit_vq import ViTVQ
@@ -79,6 +86,17 @@ def _restok() -> ResTok:
     return ResTok(_vq(), 16, 16, 4, 32, (1, 1, 1), 1, 32, **encoder, **decoder)
 
 
+def _tokenflow() -> TokenFlow:
+    sizes = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    semantic = SemanticVision("vit_base_patch16_clip_quickgelu_224", None, 16, sizes, AS_IS)
+    quantizer = SharedQuantizer(16, 3, 2, sides=(1, 2, 4))
+    options: dict[str, Any] = {
+        "decoder_size": SemanticDecoderSize(16, 1, 2),
+        "semantic_dim": 8,
+    }
+    return TokenFlow(quantizer, semantic, 16, 32, (1, 1, 1), 1, 8, **options)
+
+
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "LlamaGen VQ": lambda: LlamaGenVQ(_vq(), 16, 32, (1, 1, 1), 1, 32),
     "ViT-VQ": lambda: ViTVQ(_vq(), 16, 4, 16, 1, 1, 2),
@@ -96,6 +114,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "Hita": lambda: Hita(_vq(), _vq(), None, 16, 32, (1, 1, 1), 1, 16, 1, 2, 24, 4, 1, 0.0, 16),
     "VAR's VQVAE": lambda: VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1),
     "VAT": lambda: VAT(GaussianSpace(SequenceScales(16, 4, (1, 1, 2, 4))), 16, 4, TINY, TINY),
+    "TokenFlow": _tokenflow,
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
     "scale pyramid of a KL VAE": lambda: ScalePyramid(_kl(), (1, 2, 4)),

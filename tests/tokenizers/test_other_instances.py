@@ -44,6 +44,14 @@ from tessellar.tokenizers.retok import QFormerSize, ReToK
 from tessellar.tokenizers.retok import official as retok
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.titok import official as titok
+from tessellar.tokenizers.tokenflow import (
+    SemanticDecoderSize,
+    SemanticVision,
+    SharedQuantizer,
+    TokenFlow,
+)
+from tessellar.tokenizers.tokenflow import official as tokenflow
+from tessellar.tokenizers.tokenflow.tokenizer import AS_IS, CLIP_B, SIGLIP_SO400M
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.var import official as var
 
@@ -252,9 +260,59 @@ def open_magvit2_of_three_levels() -> Pair:
     return made, open_magvit2.from_official(state, (16, 24), (2, 4, 3))
 
 
+def tokenflow_of(semantic: SemanticVision, image_size: int, **options: Any) -> TokenFlow:
+    """Scales up to the patches of the images; a decoder wider and deeper than the encoder."""
+    side = semantic.side_at(image_size)
+    quantizer = SharedQuantizer(24, 5, 3, sides=(1, *range(2, side + 1, 2)), init_step=None)
+    return TokenFlow(
+        quantizer,
+        semantic,
+        image_size,
+        channels=32,
+        num_res_blocks=1,
+        z_channels=12,
+        decoder_size=SemanticDecoderSize(24, 2, 3),
+        semantic_dim=7,
+        **options,
+    )
+
+
+def tokenflow_clip() -> Pair:
+    """Images larger than the table of positions, and an enhanced decoder."""
+    sizes = {"patch_size": 4, "embed_dim": 40, "depth": 3, "num_heads": 5}
+    semantic = SemanticVision(CLIP_B["name"], None, 16, sizes, AS_IS)  # type: ignore[arg-type]
+    options = {"multipliers": (1, 2, 1), "decoder_channels": 64, "decoder_blocks": 2}
+    made = shaken(tokenflow_of(semantic, 24, **options))
+    state = tokenflow.to_official(made)
+    return made, tokenflow.from_official(state, 24, made.quantizer.sides, (5, 3))
+
+
+def tokenflow_siglip() -> Pair:
+    """Images that their patches do not fill, and a decoder of other multipliers."""
+    sizes = {"patch_size": 7, "embed_dim": 36, "depth": 3, "num_heads": 4, "mlp_ratio": 2.3}
+    options = {**SIGLIP_SO400M["options"], **sizes}
+    semantic = SemanticVision(**{**SIGLIP_SO400M, "image_size": 30, "options": options})
+    made = shaken(tokenflow_of(semantic, 30, multipliers=(1, 2), decoder_multipliers=(2, 1)))
+    state = tokenflow.to_official(made)
+    return made, tokenflow.from_official(state, 30, made.quantizer.sides, (4, 3))
+
+
+def tokenflow_vitamin() -> Pair:
+    options = {"fc_norm": False, "final_norm": False, "depth": 1}
+    semantic = [SemanticVision("vitamin_small_224", None, 32, options) for _ in range(2)]
+    made = shaken(tokenflow_of(semantic[0], 32, multipliers=(1, 1, 1)))
+    sizes: dict[str, Any] = {"heads": (6, 3), "semantic": semantic[1]}
+    return made, tokenflow.from_official(
+        tokenflow.to_official(made), 32, made.quantizer.sides, **sizes
+    )
+
+
 CASES: dict[str, Callable[[], Pair]] = {
     "IBQ": ibq_of_three_levels,
     "Open-MAGVIT2": open_magvit2_of_three_levels,
+    "TokenFlow of CLIP": tokenflow_clip,
+    "TokenFlow of SigLIP": tokenflow_siglip,
+    "TokenFlow of ViTamin": tokenflow_vitamin,
     "AliTok, causal": alitok_causal,
     "AliTok, bidirectional": alitok_bidirectional,
     "TiTok that gives pixels": titok_pixels,
@@ -288,6 +346,8 @@ def test_another_instance_comes_back_the_same(name: str) -> None:
     assert len(tokens.unique()) > 1, "the tokens would not show a difference"
     assert torch.equal(again.decode(tokens), made.decode(tokens))
     assert torch.equal(again.last_layer, made.last_layer)
+    if isinstance(made, TokenFlow) and isinstance(again, TokenFlow):
+        assert torch.equal(again.semantics(tokens), made.semantics(tokens))
 
 
 def _tokens(tokenizer: Tokenizer, images: Tensor) -> Tensor:

@@ -159,8 +159,12 @@ def keys_of(tokenizer: TokenFlow) -> KeyTable:
     return KeyTable((*semantic, *OTHERS.rules), OTHERS.drop)
 
 
-def semantic_of(state: Mapping[str, Tensor], num_heads: int | None = None) -> SemanticVision:
-    """The vision model of an official state dict, with random weights."""
+def semantic_of(
+    state: Mapping[str, Tensor], num_heads: int | None = None, image_size: int | None = None
+) -> SemanticVision:
+    """The vision model of an official state dict, with random weights; only SigLIP's patches need
+    not fill images of `image_size`.
+    """
     if f"{TEACHER}.class_embedding" in state:
         width, _, patch, _ = state[f"{TEACHER}.conv1.weight"].shape
         side = isqrt(len(state[f"{TEACHER}.positional_embedding"]) - 1)
@@ -191,7 +195,7 @@ def semantic_of(state: Mapping[str, Tensor], num_heads: int | None = None) -> Se
             "mlp_ratio": (hidden + 0.5) / width,
         }
         # The published images are a little larger than their 27 patches.
-        published["image_size"] = {27: 384}.get(side, side * patch)
+        published["image_size"] = image_size or {27: 384}.get(side, side * patch)
         return SemanticVision(**published)
     return SemanticVision(**VITAMIN_XL)
 
@@ -228,7 +232,7 @@ def from_official(
     semantic decoder. `semantic`: the vision model, where it is none of the three published ones.
     """
     OFFICIAL.check(state)
-    semantic = semantic or semantic_of(state, heads and heads[0])
+    semantic = semantic or semantic_of(state, heads and heads[0], image_size)
     image_size = image_size or semantic.input_size[0]
     side = semantic.side_at(image_size)
     if sides is None and side not in SIDES:

@@ -6,9 +6,10 @@ the official code: by a factor of (side + 0.1) / table side.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.models.beit import Block
@@ -23,7 +24,8 @@ from tessellar.networks.timm_networks import Options
 from tessellar.networks.vision import Preprocessing, Teacher, VisionFeatures, VisionModel
 
 
-class SemanticDecoderSize(NamedTuple):
+@dataclass(frozen=True)
+class SemanticDecoderSize:
     """Of the semantic decoder."""
 
     width: int = 768
