@@ -85,6 +85,7 @@ class LlamaGenerator(PrefixTransformer):
 
     conditioning: ClassPrefix | CaptionPrefix | JointText | ClassConditioning
     output: nn.Linear | None
+    block_class: ClassVar[type[LlamaBlock]] = LlamaBlock
     rope_cos: Tensor
     rope_sin: Tensor
 

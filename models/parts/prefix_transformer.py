@@ -279,13 +279,17 @@ class PrefixTransformer(Generator):
         if slots is None:
             assert not isinstance(state.cache, PlacedCache)
             slots = state.cache.reserve(self.visibility(state, place))
-        shared = self.shared(place, state, slots)
+        x = self.through_layers(x, self.shared(place, state, slots))
+        state.cache.commit()
+        return x
+
+    def through_layers(self, x: Tensor, shared: Any) -> Tensor:
+        """Hidden states [R, n, D] of inputs x, which all blocks read with what they share."""
         for number, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, number, shared, use_reentrant=False)
             else:
                 x = layer(x, number, shared)
-        state.cache.commit()
         return x
 
     def _inputs(self, state: State, place: Tensor, tokens: Tensor | None) -> Tensor:

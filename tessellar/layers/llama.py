@@ -102,12 +102,14 @@ class SwiGLU(nn.Module):
 @dataclass(frozen=True)
 class AttentionKind:
     """What a block's attention has beyond Llama's: biases of its projections, dropout of attention
-    weights, and queries and keys that are RMS-normed per head, before they are rotated.
+    weights, and queries and keys that are RMS-normed per head, before they are rotated, with an
+    epsilon of their own (None: the block's).
     """
 
     bias: bool = False
     dropout: float = 0.0
     qk_norm: bool = False
+    qk_norm_eps: float | None = None
 
 
 class LlamaAttention(nn.Module):
@@ -180,6 +182,7 @@ class LlamaBlock(nn.Module):
         attention_kind: AttentionKind = AttentionKind(),  # noqa: B008
     ) -> None:
         super().__init__()
+        qk_norm_eps = norm_eps if attention_kind.qk_norm_eps is None else attention_kind.qk_norm_eps
         self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
         self.attention = LlamaAttention(
             width,
@@ -188,7 +191,7 @@ class LlamaBlock(nn.Module):
             bias=attention_kind.bias,
             dropout=attention_kind.dropout,
             num_kv_heads=num_kv_heads,
-            qk_norm_eps=norm_eps if attention_kind.qk_norm else None,
+            qk_norm_eps=qk_norm_eps if attention_kind.qk_norm else None,
         )
         self.ffn_norm = nn.RMSNorm(width, eps=norm_eps)
         self.feed_forward = SwiGLU(width, hidden)

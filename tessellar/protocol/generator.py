@@ -271,6 +271,15 @@ class Generator(Configured, ExactTables, ABC):
         of those entities.
         """
 
+    def predict_again(self, state: State, tokens: Tensor) -> Distribution:
+        """Distribution of the entity that `predict` gave last, of inputs that hold its own tokens too.
+
+        Neither the state nor what later entities read changes. For generators that are trained on
+        maps which may hold a draft (TokenFlow); raises UserError, naming the generator, for all
+        others.
+        """
+        raise UserError(f"{type(self).__name__} reads no draft of the entity that it predicts")
+
     def start_places(
         self,
         condition: Condition,

@@ -22,10 +22,19 @@ from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.confidence import MaskGIT
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.draft_model import DraftModel
+from tessellar.sampling.redrawn import Redrawn
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
 
-ALGORITHMS = (Ancestral, SpeculativeJacobi, ReusingJacobi, GroupedJacobi, DraftModel, MaskGIT)
+ALGORITHMS = (
+    Ancestral,
+    SpeculativeJacobi,
+    ReusingJacobi,
+    GroupedJacobi,
+    DraftModel,
+    MaskGIT,
+    Redrawn,
+)
 
 
 @dataclass(frozen=True)
