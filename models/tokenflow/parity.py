@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_sizes
 from tessellar.layers.kv_cache import NEVER
 from tessellar.models.tokenflow.model import TokenFlowAR
 from tessellar.models.tokenflow.official import from_official
 from tessellar.parity.forms import as_map
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import choice_of, logits_of
 from tessellar.protocol.condition import Condition
@@ -60,8 +60,7 @@ def recorded_codebooks(recording: Recording) -> Codebooks:
 
 def recorded_generator(recording: Recording) -> TokenFlowAR:
     """The recorded generator, bound to the codebooks."""
-    config = recording.config
-    check_options(config, "the config", READ, {"projector": "Linear-GELU(erf)-Linear"})
+    config = recording.options("", READ, {"projector": "Linear-GELU(erf)-Linear"})
     codebooks = recorded_codebooks(recording)
     weights = recording.weights["model"]
     state = {name: tensor for name, tensor in weights.items() if not name.startswith(TOWER)}
@@ -75,11 +74,14 @@ def recorded_generator(recording: Recording) -> TokenFlowAR:
         qk_norm_eps=config["qk_norm_eps"],
         rope_base=config["rope_theta"],
     )
-    sizes = (made.width, len(made.layers), made.num_heads, made.offset - 1, made.offset)
-    expected = [
-        config[name] for name in ("hidden", "layers", "heads", "pad_id", "image_token_start")
-    ]
-    assert list(sizes) == expected, f"the weights are of {sizes}, not of the config's {expected}"
+    sizes = {
+        "hidden": made.width,
+        "layers": len(made.layers),
+        "heads": made.num_heads,
+        "pad_id": made.offset - 1,
+        "image_token_start": made.offset,
+    }
+    check_sizes(config, "the config", sizes)
     made.bound = (codebooks,)
     return made
 
@@ -97,7 +99,7 @@ def condition_of(recording: Recording) -> Condition:
 
 
 @replays("tokenflow_t2i", "shared", "train")
-def teacher_forced(recording: Recording) -> dict[str, Tensor]:
+def teacher_forced(recording: Recording) -> Outputs:
     """What is read, who sees whom, and what is predicted over the whole vocabulary."""
     made = recorded_generator(recording)
     codes = recording.inputs["codes"]
@@ -118,7 +120,7 @@ def teacher_forced(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenflow_t2i", "shared", "greedy_*")
-def decoding(recording: Recording) -> dict[str, Tensor]:
+def decoding(recording: Recording) -> Outputs:
     """Greedy codes with a cache, in one or more steps a scale; their t = cfg k / (S - 1) multiplies
     c - u beside c, so ours goes from 1 to 1 + cfg.
     """
@@ -126,8 +128,7 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
     codebooks = recorded_codebooks(recording)
     condition = condition_of(recording)
     outputs = {}
-    for name in recording.outputs("greedy/*/codes"):
-        settings = recording.settings(name)
+    for name, settings in recording.each("greedy/*/codes"):
         assert settings["greedy"] and settings["first_repeated_scale"] == 1
         again = (GREEDY.choice,) * (settings["steps_per_scale"] - 1)
         state = made.start(condition, Guidance(Linear(1 + settings["cfg"])))
@@ -142,8 +143,8 @@ def decoding(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenflow_t2i", "filter")
-def filters(recording: Recording) -> dict[str, Tensor]:
+def filters(recording: Recording) -> Outputs:
     """Probabilities behind top-k and top-p."""
     logits = recording.inputs["filter/logits"]
-    names = recording.outputs("filter/probs_*")
-    return {name: choice_of(recording.settings(name)).probs(logits) for name in names}
+    runs = recording.each("filter/probs_*")
+    return {name: choice_of(settings).probs(logits) for name, settings in runs}

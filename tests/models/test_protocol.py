@@ -28,6 +28,7 @@ from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.tokenbridge import TokenBridge
 from tessellar.models.tokenbridge.head import ChannelLogits
+from tessellar.models.tokenflow import TokenFlowAR
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 from tessellar.protocol.condition import Condition
@@ -56,6 +57,7 @@ from tessellar.tokenizers.titok import ViTSize
 from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.vat import VAT, SequenceScales
+from tests.tiny.pairs import TOKENIZERS
 
 CLASSES = 5
 GRID, LINE = grid_layout(4, 4, Categorical(23)), sequence_layout(8, Categorical(19))
@@ -95,6 +97,16 @@ def var_of_sequences() -> VAR:
     space = GaussianSpace(SequenceScales(16, 6, (1, 1, 3, 5)))
     tokenizer = VAT(space, 16, 4, ViTSize(16, 1, 2), ViTSize(16, 1, 2)).eval()
     generator = VAR(tokenizer.layout, 32, 2, 4, CLASSES, 6, drop_path=0.0)
+    generator.bind(tokenizer)
+    return generator
+
+
+def tokenflow() -> TokenFlowAR:
+    """With the tokenizer whose codes it adds up."""
+    tokenizer = TOKENIZERS["TokenFlow"]().eval()
+    generator = TokenFlowAR(
+        tokenizer.layout, 32, 2, 4, CLASSES, latent_dim=5, ffn_multiple_of=8, condition_dropout=0.5
+    )
     generator.bind(tokenizer)
     return generator
 
@@ -157,6 +169,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "rar-1d": lambda: RAR(LINE, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "var": var,
     "var-of-sequences": var_of_sequences,
+    "tokenflow": tokenflow,
     "token-shuffle": lambda: token_shuffle(GRID),
     "token-shuffle-1d": lambda: token_shuffle(sequence_layout(16, Categorical(19))),
     "xar-cell": lambda: xar("cell:2"),

@@ -40,6 +40,8 @@ UNKNOWN = "the official option 'rotary_dim' is not known here"
         ("var", "train", "var", {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
         ("var", "train", "var", {"attn_drop_rate": 0.1}, "attn_drop_rate is 0.1"),
         ("var", "train", "var", {"patch_nums": [1, 2]}, "patch_nums is [1, 2]; the weights"),
+        ("tokenflow_t2i", "train", "", {"rotary_dim": 8}, UNKNOWN),
+        ("tokenflow_t2i", "train", "", {"pad_id": 19}, "pad_id is 19; the weights are of 20"),
         ("xar", "sample", "", {"attn_dropout": 0.2}, "attn_dropout is 0.2; only 0.0"),
         ("llamagen", "c2i", "c2i", {"attn_dropout_p": 0.1}, "attn_dropout_p is 0.1; only 0.0"),
         ("llamagen", "c2i", "c2i", {"ffn_dropout_p": 0.2}, "ffn_dropout_p is 0.2; only 0.0"),

@@ -22,6 +22,7 @@ from tessellar.sampling import draft_model
 from tessellar.sampling.confidence import MaskGIT
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.draft_model import DraftModel
+from tessellar.sampling.redrawn import Redrawn
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import ALGORITHMS, GREEDY, Sampling
 from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
@@ -61,6 +62,20 @@ def test_a_description_is_plain_data_of_which_the_same_settings_are_made() -> No
         described["algorithm"]["init_args"]["group_size"] == 3
         and described["choice"]["temperature"] == 0.9
     )
+
+
+def test_choices_of_redrawing_are_plain_data_too() -> None:
+    sampling = Sampling(algorithm=Redrawn((Choice(top_k=100, top_p=0.8), Choice(0.0))))
+    described = json.loads(json.dumps(sampling.describe()))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--sampling", type=Sampling)
+    read = parser.parse_object({"sampling": described})
+    assert parser.instantiate(read).sampling == sampling
+
+
+def test_redrawing_asks_for_a_generator_that_reads_drafts() -> None:
+    with pytest.raises(UserError, match="TableGenerator reads no draft of the entity"):
+        Sampling(algorithm=Redrawn()).tokens(TABLE, CONDITION, range(4))
 
 
 def test_a_draft_model_by_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.token_shuffle import official as token_shuffle
 from tessellar.models.tokenbridge import KL16_ORDER, TokenBridge
 from tessellar.models.tokenbridge import official as tokenbridge
+from tessellar.models.tokenflow import TokenFlowAR
+from tessellar.models.tokenflow import official as tokenflow
+from tessellar.models.tokenflow.parity import Codebooks
 from tessellar.models.var import VAR
 from tessellar.models.var import official as var
 from tessellar.models.xar import XAR
@@ -293,6 +296,22 @@ def token_shuffle_of_wide_windows() -> Pair:
     return made, token_shuffle.from_official(state, layout, 6, bos=2, rope_base=50.0, norm_eps=1e-2)
 
 
+def tokenflow_of_other_scales() -> Pair:
+    """Wider heads, marks on both sides, and a text to move away from."""
+    codebooks = Codebooks(23, 4, 3, sides=(1, 3, 4))
+    layout = Layout(codebooks.segments)
+    marks: dict[str, Any] = {"opening": (3, 4), "closing": (5,), "negative": (2, 9)}
+    options = {"norm_eps": 1e-2, "qk_norm_eps": 1e-3, "rope_base": 50.0}
+    sizes: dict[str, Any] = {"text_vocab": 11, "text_length": 5, "latent_dim": 7, "ffn_hidden": 28}
+    made = TokenFlowAR(
+        layout, 48, 3, 3, None, condition_dropout=0.0, bos=2, **sizes, **marks, **options
+    )
+    state = tokenflow.to_official(shaken(made))
+    again = tokenflow.from_official(state, layout, text_length=5, bos=2, **marks, **options)
+    made.bound = again.bound = (codebooks,)
+    return made, again
+
+
 def text() -> Condition:
     ids = torch.tensor([[2, 5, 7], [2, 1, 9]])
     return Condition(ids=ids, valid=torch.ones_like(ids, dtype=torch.bool))
@@ -323,5 +342,6 @@ OF_OTHERS: list[tuple[Callable[[], Pair], Condition]] = [
     (llamagen_captions, captions(10, 7)),
     (flextok_text, captions(10, 4)),
     (token_shuffle_of_wide_windows, text()),
+    (tokenflow_of_other_scales, text()),
 ]
 CASES = [*((make, classes()) for make in OF_CLASSES), *OF_OTHERS]

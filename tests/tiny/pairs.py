@@ -29,6 +29,7 @@ from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.tokenbridge import TokenBridge
+from tessellar.models.tokenflow import TokenFlowAR
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
 from tessellar.protocol.generator import Generator
@@ -150,6 +151,9 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     ),
     "LPD": lambda layout: LPD(layout, 16, 1, 2, CLASSES, 4),
     "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
+    "TokenFlow's AR": lambda layout: TokenFlowAR(
+        layout, 16, 1, 2, CLASSES, latent_dim=5, ffn_multiple_of=8
+    ),
     "xAR, cell": lambda layout: _xar(layout, "cell:2"),
     "xAR, token": lambda layout: _xar(layout, "token"),
     "xAR, subsample": lambda layout: _xar(layout, "subsample:2"),

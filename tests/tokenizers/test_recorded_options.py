@@ -67,7 +67,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         ("restok", "cnn", {"groups": 16}, "groups is 16; only 32 is supported"),
         ("mar", "vae", {"encoder_attn_resolutions": [32]}, "the weights attend at"),
         ("var", "vae", {"test_mode": False}, "test_mode is False"),
-        ("tokenflow", "", {"semantic_out_dim": 20}, "not of the config's 20"),
+        ("tokenflow", "", {"semantic_out_dim": 20}, "the weights are of 24"),
         ("tokenflow", "", {"enhanced_decoder": True}, "enhanced_decoder is True"),
         ("llamagen", "vq", {"norm_type": "batch"}, "norm_type is 'batch'"),
         ("llamagen", "loss", {"lecam": 0.1}, "the official option 'lecam' is not known here"),

@@ -277,8 +277,10 @@ def to_official(tokenizer: TokenFlow) -> dict[str, Tensor]:
 
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> TokenFlow:
-    heads = options.num_heads and (options.num_heads, DECODER_HEADS)
-    return from_official(state, options.image_size, heads=heads or None)
+    heads = None
+    if options.num_heads is not None:
+        heads = (options.num_heads, options.decoder_heads or DECODER_HEADS)
+    return from_official(state, options.image_size, heads=heads)
 
 
 OFFICIAL = TokenizerImporter(

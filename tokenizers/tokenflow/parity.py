@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import gradient_norm
 from tessellar.tokenizers.tokenflow.official import from_official
@@ -41,8 +40,7 @@ NAMES = (
 
 def recorded_tokenizer(recording: Recording, interpolated: bool = False) -> TokenFlow:
     """The recorded tokenizer, checked against the config; `interpolated`: of the larger images."""
-    config = recording.config
-    check_options(config, "the config", (*READ, *SHOWN, *NAMES), {"enhanced_decoder": False})
+    config = recording.options("", (*READ, *SHOWN, *NAMES), {"enhanced_decoder": False})
     size, sides = config["image_size"], config["scales"]
     if interpolated:
         size, sides = config["interp_image_size"], config["interp_scales"]
@@ -54,16 +52,12 @@ def recorded_tokenizer(recording: Recording, interpolated: bool = False) -> Toke
         commitment_weight=config["commit_beta"],
         entropy_weight=config["entropy_ratio"],
     )
-    for name, value_of in SHOWN.items():
-        if value_of(made) != config[name]:
-            raise UserError(
-                f"the weights are of {name} {value_of(made)}, not of the config's {config[name]}"
-            )
+    check_sizes(config, "the config", {name: shown(made) for name, shown in SHOWN.items()})
     return made
 
 
 @replays("tokenflow", "shared", "main")
-def tokenizer(recording: Recording) -> dict[str, Tensor]:
+def tokenizer(recording: Recording) -> Outputs:
     """Both vectors, tokens, their sum and what both decoders make of it, from a prefix too."""
     made = recorded_tokenizer(recording)
     images = recording.inputs["image"]
@@ -84,7 +78,7 @@ def tokenizer(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenflow", "interp")
-def larger_images(recording: Recording) -> dict[str, Tensor]:
+def larger_images(recording: Recording) -> Outputs:
     """The same weights at another size of images, with one more scale."""
     made = recorded_tokenizer(recording, interpolated=True)
     images = recording.inputs["interp/image"]
@@ -114,7 +108,7 @@ def part_norms(made: TokenFlow, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @replays("tokenflow", "loss", gradients=True)
-def losses(recording: Recording) -> dict[str, Tensor]:
+def losses(recording: Recording) -> Outputs:
     """The terms of the loss without a perceptual and an adversarial one, and its gradients.
 
     In float64: the entropy's temperature multiplies what convolutions round, differently on every
@@ -146,7 +140,7 @@ def losses(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("tokenflow", "drop")
-def skipped_scale(recording: Recording) -> dict[str, Tensor]:
+def skipped_scale(recording: Recording) -> Outputs:
     """A training pass that skips one scale: its tokens are not among theirs."""
     made = recorded_tokenizer(recording)
     skipped = recording.settings("drop/indices")["dropped_scale_index"]
