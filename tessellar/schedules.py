@@ -40,6 +40,10 @@ class Schedule:
             raise ValueError(
                 f"schedule.warmup is {self.warmup}; it is a number of updates, at least 0"
             )
+        if self.length is not None and self.length < 1:
+            raise ValueError(
+                f"schedule.length is {self.length}; it is a number of updates, at least 1"
+            )
         if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
             raise ValueError(
                 f"schedule.final_weight_decay is {self.final_weight_decay}; it must be at least 0 and finite"

@@ -43,6 +43,9 @@ CHECKSUM = "tessellar.sha256"  # key of a safetensors file's metadata
 REPEATED = 1 << 26  # bytes that a tensor may have beyond what is stored of it
 
 
+UNFOLDED = 20  # how many times its own size the parts of an archive may have
+
+
 ZIP = b"PK\x03\x04"  # the first bytes of a torch file; older ones are bare pickles
 
 
@@ -231,12 +234,23 @@ def _damage(path: Path, *identity: int) -> str:
     """What is wrong with a zip archive, read once from beginning to end; empty for nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if unfolded := _unfolded(archive, path):
+                return f"would take {unfolded} bytes of memory, {UNFOLDED} times its size: torch packs nothing"
             part = archive.testzip()
     except (zipfile.BadZipFile, EOFError) as error:
         return f"is truncated or not a torch file ({_one_line(error)})"
     except (zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
         return f"is damaged ({_one_line(error)})"
     return f"is damaged: its part {part} does not have its checksum" if part else ""
+
+
+def _unfolded(archive: zipfile.ZipFile, path: Path) -> int:
+    """Bytes that the parts of an archive claim, where these are far more than it has; else 0.
+
+    torch stores tensors as they are. Packed zeros would be unpacked as wholes, a thousand to one.
+    """
+    claimed = sum(part.file_size for part in archive.infolist())
+    return claimed if claimed > UNFOLDED * path.stat().st_size else 0
 
 
 def require_file(path: Path) -> None:

@@ -16,6 +16,7 @@ ORDER = (
         "errors",
         "distributed",
         "images",
+        "npy",
         "plain_data",
         "randomness",
         "tensor_files",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessellar import distributed
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.layout import Bits, Categorical, Factorized, Layout, Segment
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ ADVICE = (
 )
 
 
+@in_ranges
 class CodebookUsage(L.Callback):
     """Logs usage, perplexity and dead codes over windows of `every` batches, summed over processes.
 

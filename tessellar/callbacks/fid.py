@@ -28,12 +28,14 @@ from tessellar.evaluation.references import Reference, load_reference, reference
 from tessellar.evaluation.sources import DatasetImages, ImageSource
 from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.arguments import in_ranges
 from tessellar.sampling.settings import Sampling
 from tessellar.training.sharding import gathered
 
 MONITOR = "val/distance"
 
 
+@in_ranges
 class FID(L.Callback):
     """Measure every `every_n_epochs` epochs, or every `every_n_updates` updates.
 

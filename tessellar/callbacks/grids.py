@@ -6,6 +6,7 @@ import lightning as L
 from torch import Tensor
 
 from tessellar.images import to_uint8
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.condition import ClassConditioner, Condition
 from tessellar.sampling.grid import picture_grid
 from tessellar.sampling.output import save_png
@@ -16,6 +17,7 @@ from tessellar.training.runs import LateTensorBoard, Run
 MOST_CLASSES = 10
 
 
+@in_ranges
 class Grids(L.Callback):
     """Originals above their reconstructions for a tokenizer; samples with fixed seeds for a
     generator.

@@ -20,6 +20,7 @@ from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.pictures import Embed, metric_curves, nearest, neighbour_grid, pixels
 from tessellar.evaluation.sources import DatasetImages
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.sampling.output import save_png
 from tessellar.sampling.run import balanced_labels, sample_images
@@ -28,6 +29,7 @@ from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.sharding import gathered
 
 
+@in_ranges
 class Pictures(L.Callback):
     """`samples` images, each beside the `neighbours` training images nearest in `extractor`'s
     features or in pixels.

@@ -19,6 +19,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 FILTERS = {
@@ -41,6 +42,7 @@ def resize_shorter(image: Image.Image, shorter: int) -> Image.Image:
     )
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Resize:
     """One resize to a shorter side of round(ratio * size), whatever the image's size; the longer

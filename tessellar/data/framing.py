@@ -18,6 +18,7 @@ from tessellar.data.crops import (
     ten_crop,
 )
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 
 Crop = Literal["adm", "random", "ten", "center", "none"]
 CROPS = ("adm", "random", "ten", "center", "none")
@@ -25,6 +26,7 @@ RESIZED_CROPS = ("random", "center")  # those that a fixed resize may precede
 DRAWS = 4  # random numbers a visit
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Framing:
     """To `size` x `size` pixels.

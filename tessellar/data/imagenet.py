@@ -9,10 +9,12 @@ an interrupted command goes on where it was.
 import csv
 import io
 import logging
+import lzma
 import os
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import BinaryIO
 
 from tessellar.data.crops import center_crop
 from tessellar.data.image_file import UnreadableImage, read_image
+from tessellar.data.tars.headers import LARGEST_MEMBER, Header, RefusedHeader
 from tessellar.data.tars.index import load_index
 from tessellar.errors import UserError, writing
 from tessellar.progress import Progress
@@ -56,7 +59,7 @@ def prepare_train(source: Path, target: Path) -> None:
         return
     with closing(_open_tar(source)) as outer:
         with Progress("unpacking", None, "classes") as bar:
-            for member in outer:
+            for member in _members(outer, str(source)):
                 name = Path(member.name)
                 if not member.isfile() or not CLASS.fullmatch(name.stem) or name.suffix != ".tar":
                     raise UserError(
@@ -77,9 +80,8 @@ def _unpack_class(file: BinaryIO, name: str, target: Path, where: str) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     with writing(folder), closing(_as_tar(file, where)) as tar:
-        for member in tar:
-            if member.isfile():
-                _write_member(tar, member, staged / Path(member.name).name)
+        for member in _files(tar, where):
+            _write_member(tar, member, staged / Path(member.name).name)
         staged.replace(folder)
 
 
@@ -124,8 +126,8 @@ def _pictures(source: Path) -> Iterator[tuple[str, BinaryIO]]:
                     yield path.name, file
         return
     with closing(_open_tar(source)) as tar:
-        for member in tar:
-            if member.isfile() and Path(member.name).suffix.lower() in PICTURES:
+        for member in _files(tar, str(source)):
+            if Path(member.name).suffix.lower() in PICTURES:
                 content = tar.extractfile(member)
                 assert content is not None
                 yield Path(member.name).name, content  # type: ignore[misc]
@@ -166,9 +168,9 @@ def _of_devkit(path: Path) -> Labels:
         ) from error
     found: dict[str, bytes] = {}
     with closing(_open_tar(path)) as tar:
-        for member in tar:
+        for member in _files(tar, str(path)):
             for wanted in (DEVKIT_TRUTH, DEVKIT_CLASSES):
-                if member.isfile() and member.name.endswith(wanted):
+                if member.name.endswith(wanted):
                     content = tar.extractfile(member)
                     assert content is not None
                     found[wanted] = content.read()
@@ -287,16 +289,47 @@ def _open_tar(path: Path) -> tarfile.TarFile:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
-        return tarfile.open(path)
-    except (OSError, tarfile.TarError) as error:
+        return tarfile.open(path, tarinfo=Header)
+    except RefusedHeader as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{path} is not a tar, or it is cut off") from error
 
 
 def _as_tar(file: BinaryIO, where: str) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=file)
-    except (OSError, tarfile.TarError) as error:
+        return tarfile.open(fileobj=file, tarinfo=Header)
+    except RefusedHeader as error:
+        raise UserError(f"{where}: {error}") from error
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{where} is not a tar, or it is cut off") from error
+
+
+def _members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
+    """All members; raises UserError where the tar is damaged or claims what ImageNet's do not."""
+    members = iter(tar)
+    while True:
+        try:
+            member = next(members, None)
+        except RefusedHeader as error:
+            raise UserError(f"{where}: {error}") from error
+        except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+            raise UserError(f"{where} cannot be read: {error}") from error
+        if member is None:
+            return
+        yield member
+
+
+def _files(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
+    """Members that are files of a picture's size: a compressed tar could hold any number of zeros."""
+    for member in _members(tar, where):
+        if not member.isfile():
+            continue
+        if member.size > LARGEST_MEMBER:
+            raise UserError(
+                f"{where}: {member.name!r} has {member.size} bytes, more than {LARGEST_MEMBER}"
+            )
+        yield member
 
 
 def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:

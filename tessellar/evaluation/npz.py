@@ -16,28 +16,13 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from tessellar.errors import UserError, writing
+from tessellar.npy import ArrayHeader, read_header
 from tessellar.tensor_files import require_file
 
 MAX_ARRAY = (
     4 << 30
 )  # bytes of an array that is read at once: features of 10,000 images, a covariance
 MAX_ROW = 1 << 28
-MAX_AXES = 8
-HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-
-    @property
-    def size(self) -> int:
-        """Bytes of the values."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class Rows(NamedTuple):
@@ -106,18 +91,9 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return values.reshape(header.shape, order="F" if header.fortran else "C").copy()
 
 
-def _read_header(archive: zipfile.ZipFile, stream: IO[bytes], name: str) -> _Header:
+def _read_header(archive: zipfile.ZipFile, stream: IO[bytes], name: str) -> ArrayHeader:
     """Raises ValueError for an array of objects, and where shape and size of the part differ."""
-    version = np.lib.format.read_magic(stream)
-    if version not in HEADERS:
-        raise ValueError(f"{name} is of version {version} of the format")
-    header = _Header(*HEADERS[version](stream))
-    if header.dtype.hasobject or len(header.shape) > MAX_AXES or min(header.shape, default=0) < 0:
-        raise ValueError(f"{name} is no plain array")
-    there = archive.getinfo(f"{name}.npy").file_size - stream.tell()
-    if header.size != there:
-        raise ValueError(f"{name} has shape {header.shape} of {header.dtype}, but {there} bytes")
-    return header
+    return read_header(stream, name, archive.getinfo(f"{name}.npy").file_size)
 
 
 def _read(stream: IO[bytes], size: int, path: Path) -> bytes:

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.distribution import Model
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_whole
@@ -45,6 +46,7 @@ def mode_times(u: Tensor, scale: float) -> Tensor:
     return 1 - u - scale * (torch.cos(torch.pi * u / 2).square() - 1 + u)
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Times:
     """How the times of training are drawn; `stratified`: one from each of B equal parts, for a

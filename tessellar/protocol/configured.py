@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from tessellar.errors import UserError
 from tessellar.plain_data import check_plain
+from tessellar.protocol.arguments import check_arguments
 from tessellar.protocol.moved import current_arguments, current_path
 from tessellar.protocol.packages import is_trusted
 
@@ -65,7 +66,9 @@ class LossOnly:
 def remembering(init: Any) -> Any:
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
-        if "_config" not in self.__dict__:
+        outermost = "_config" not in self.__dict__
+        arguments: dict[str, Any] = {}
+        if outermost:
             bound = inspect.signature(init).bind(self, *args, **kwargs)
             bound.apply_defaults()
             arguments = dict(list(bound.arguments.items())[1:])
@@ -79,6 +82,7 @@ def remembering(init: Any) -> Any:
                 f"{type(self).__name__} cannot be made with {_numbers(self.__dict__['_config'])} "
                 f"({' '.join(str(error).split())[:160] or type(error).__name__})"
             ) from error
+        check_arguments(type(self), arguments)
 
     return wrapped
 

@@ -18,6 +18,7 @@ from tessellar.data.dataset import IndexedDataset
 from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.condition import ClassConditioner, Condition, Conditioner
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
@@ -44,6 +45,7 @@ def training_captions(dataset: IndexedDataset) -> list[str]:
     return dataset.captions(range(0, len(dataset), step))
 
 
+@in_ranges
 class GeneratorModule(TrainingModule):
     """Train a generator, built from the layout of `tokenizer` (a tokenizer, or the path of one).
 

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 
 from tessellar.layers.precision import computes_bfloat16
 from tessellar.layers.tags import tags
+from tessellar.protocol.arguments import in_ranges
 from tessellar.training.muon import Muon
 
 
+@in_ranges
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Peak learning rates and what else an optimizer needs.

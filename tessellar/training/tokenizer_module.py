@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.reading import init_tokenizer
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.schedules import Schedule
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
@@ -18,6 +19,7 @@ from tessellar.training.sharding import shard
 from tessellar.training.speed import compile_each_block
 
 
+@in_ranges
 class TokenizerModule(TrainingModule):
     """Train `tokenizer` with `loss`.
 

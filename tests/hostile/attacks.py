@@ -26,13 +26,13 @@ sys.addaudithook(_hook)  # cannot be taken back; it looks only while `watched`
 
 
 @contextmanager
-def watched(gigabytes: int = 3) -> Iterator[None]:
+def watched(gigabytes: float = 3) -> Iterator[None]:
     """Notes what is reached, and gives no more memory than `gigabytes` on top of what is in use."""
     global _watching
     SPOTS.clear()
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + (gigabytes << 30), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + int(gigabytes * 2**30), before[1]))
     _watching = True
     try:
         yield

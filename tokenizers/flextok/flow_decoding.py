@@ -16,6 +16,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.processes import flow
 from tessellar.processes.apg import APG
 from tessellar.processes.flow import Euler
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_number, check_whole
 
@@ -24,6 +25,7 @@ Scale = float | Callable[[float], float]
 """Guidance scale, or the scale at a time t (1 is noise)."""
 
 
+@in_ranges
 @dataclass(frozen=True)
 class FlowDecoding:
     """How `decode` draws: Euler steps, guidance (1: none), and its projection (None: plain
@@ -39,6 +41,7 @@ class FlowDecoding:
         check_number("guidance of the flow decoder", self.guidance)
 
 
+@in_ranges
 @dataclass(frozen=True)
 class FlowTraining:
     """What a training pass draws and weighs.

@@ -20,11 +20,13 @@ from tessellar.layers.attention import attention as attend
 from tessellar.layers.llama import SwiGLU
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
+from tessellar.protocol.arguments import in_ranges
 
 EPS = 1e-5
 TIME_PERIOD = 256.0
 
 
+@in_ranges
 @dataclass(frozen=True)
 class TransformerSize:
     """Width, number of blocks, channels a head; published: width 64 x depth."""

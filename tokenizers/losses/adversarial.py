@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.arguments import in_ranges
 
 Kind = Literal["hinge", "non_saturating"]
 DiscriminatorKind = Literal["hinge", "vanilla", "non_saturating"]
@@ -62,6 +63,7 @@ def adaptive_weight(
     return (rec.norm() / (adv.norm() + eps)).clamp(lowest, highest).detach()
 
 
+@in_ranges
 @dataclass(frozen=True)
 class AdaptiveWeight:
     """Bounds of the adaptive weight, and `eps` beside the adversarial gradient's norm. The defaults

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 
 
+@in_ranges
 class Jittered(nn.Module):
     """`distance` (images, reconstruction) after both are padded by `pad` pixels of their edges, cut
     alike by up to as many on each side, and brought back to their size. Raises UserError for a

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.arguments import in_ranges
 
 
+@in_ranges
 class LeCam(nn.Module):
     """`weight` * (relu(real - mean of fakes)^2 + relu(mean of reals - fake)^2) of batch means, then
     their update.

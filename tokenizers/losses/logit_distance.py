@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.layers.precision import ExactTables, at_least_float32
+from tessellar.protocol.arguments import in_ranges
 from tessellar.tensor_files import read_state
 
 SIZE = 224
@@ -63,6 +64,7 @@ class LogitDistance(ExactTables):
         return (self.logits(reconstruction) - target).square().mean(1)
 
 
+@in_ranges
 class WeightedDistances(nn.Module):
     """Sum of perceptual distances times their weights, [B]; raises UserError where the numbers of
     both differ.

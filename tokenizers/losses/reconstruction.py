@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.arguments import in_ranges
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Reconstruction:
     """Weights of the pixel losses; each is a mean over all elements of images [B, 3, H, W] in [-1,

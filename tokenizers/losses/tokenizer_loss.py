@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.tokenizer import TokenizerOutput
 from tessellar.tokenizers.losses.adversarial import (
     AdaptiveWeight,
@@ -36,6 +37,7 @@ class LossTerms(NamedTuple):
     terms: dict[str, Tensor]
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Onset:
     """How the adversarial part comes in, in updates from its start: the tokenizer's weight rises
@@ -60,6 +62,7 @@ class Onset:
         return blur(images, left * math.sqrt(images.shape[-2] / 2))
 
 
+@in_ranges
 class TokenizerLoss(nn.Module):
     """Weighted losses of both sides.
 

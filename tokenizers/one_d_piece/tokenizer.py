@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessellar.layers.tags import untag
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.layout import Layout, sequence_layout
 from tessellar.protocol.tokenizer import Quantizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance
@@ -22,6 +23,7 @@ from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.titok.tokenizer import SIZES, Decoded, Stage
 
 
+@in_ranges
 @dataclass(frozen=True)
 class TailDrop:
     """How prefixes are trained.

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from tessellar.layers.qformer import QFormerLayer, QKVAttention
 from tessellar.layers.starts import start_layers
+from tessellar.protocol.arguments import in_ranges
 from tessellar.tokenizers.losses.alignment import projection
 
 
+@in_ranges
 @dataclass(frozen=True)
 class QFormerSize:
     """Width, number of layers and heads of a Q-Former."""

@@ -22,6 +22,7 @@ from tessellar.layers.cnn_adaptive import AdaptiveDecoder
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag, untag
 from tessellar.networks.vision import Teacher
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.layout import sequence_layout
 from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
@@ -37,6 +38,7 @@ from tessellar.tokenizers.retok.qformer import (
 )
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Inferred:
     """What the released code does not show: how many tokens are kept, and how much the teacher says

@@ -20,6 +20,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.starts import start_layers
 from tessellar.layers.tags import tag
 from tessellar.layers.vit import ViTBlock
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.layout import Layout, sequence_layout
 from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
 from tessellar.tokenizers.maskgit_vqgan import PixelDecoder, ProxyCodes
@@ -30,6 +31,7 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 Stage = Literal["all", "proxy", "decoder"]
 
 
+@in_ranges
 @dataclass(frozen=True)
 class ViTSize:
     """Width, number of layers and heads of a transformer."""

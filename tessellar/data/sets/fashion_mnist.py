@@ -30,6 +30,7 @@ from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.sets.idx import find_idx, read_idx
 from tessellar.errors import UserError
 from tessellar.images import from_uint8
+from tessellar.protocol.arguments import in_ranges
 from tessellar.randomness import derive, uniforms
 
 CLASS_NAMES = (
@@ -121,6 +122,7 @@ class FashionMNIST(ImageDataset):
         return digest(set="fashion-mnist", content=content.hexdigest(), flip=self.flip)
 
 
+@in_ranges
 class FashionMNISTData(ImageDataModule):
     """Fashion-MNIST, 32 x 32; `root` holds its four IDX files. The test images are also the
     validation images.

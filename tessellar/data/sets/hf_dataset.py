@@ -24,6 +24,7 @@ from tessellar.data.image_file import UnreadableImage, decode_image, read_image
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.tars.members import MAX_CLASSES
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 
 CHUNK = 4096  # rows whose captions are looked at together
 
@@ -195,6 +196,7 @@ class HFImages(PictureDataset):
         return digest(set="hf", content=content, labels=labels, size=size, views=views)
 
 
+@in_ranges
 class HFData(ImageDataModule):
     """A Hugging Face data set: `path` is its name on the hub, or a folder; needs the package
     `datasets`.

@@ -37,6 +37,7 @@ from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import EXTENSIONS, read_image
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 
 
 class Listing(NamedTuple):
@@ -146,6 +147,7 @@ class ImageFolder(PictureDataset):
         return digest(set="image-folder", files=files, labels=labels, size=size, views=views)
 
 
+@in_ranges
 class ImageFolderData(ImageDataModule):
     """Your own images: one sub-folder a class, or one flat folder.
 

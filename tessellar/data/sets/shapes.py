@@ -24,6 +24,7 @@ from tessellar.data.batch import Batch
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.images import from_uint8
+from tessellar.protocol.arguments import in_ranges
 from tessellar.randomness import derive, uniforms
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -225,6 +226,7 @@ class Shapes(ImageDataset):
         return digest(set="shapes", version=1, size=self.size, length=len(self), seed=self.seed)
 
 
+@in_ranges
 class ShapesData(ImageDataModule):
     """Procedural coloured shapes; needs no files. `seed` says which shapes; in which order they come
     follows the run's `seed_everything`, outside of runs `seed` as well.

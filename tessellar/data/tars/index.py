@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from tessellar.data.tars.headers import Header, RefusedHeader
 from tessellar.data.tars.members import (
     FIELDS,
     IMAGE_FIELDS,
@@ -142,7 +143,7 @@ def plain_files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
     """
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
                 if member.offset_data < end or member.size < 0:
@@ -151,13 +152,15 @@ def plain_files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
                     )
                 if member.isdir():
                     continue
-                if not member.isreg() or member.issparse():
+                if not member.isreg():
                     raise UserError(
-                        f"{path}: member {member.name!r} is a link, a device or sparse; only files are read"
+                        f"{path}: member {member.name!r} is a link or a device; only files are read"
                     )
                 end = member.offset_data + member.size
                 yield member.name, (member.offset_data, member.size)
             file.seek(tar.offset)
+    except RefusedHeader as error:
+        raise UserError(f"{path}: {error}") from error
     except UserError:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:

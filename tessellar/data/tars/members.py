@@ -17,6 +17,7 @@ from tessellar.data.captions import UnreadableText, decode_text, read_captions
 from tessellar.data.files import is_junk
 from tessellar.data.image_file import EXTENSIONS, decode_image
 from tessellar.errors import UserError
+from tessellar.npy import read_header
 from tessellar.plain_data import parse_json
 
 IMAGE_FIELDS = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
@@ -66,6 +67,7 @@ def decode(field: str, content: bytes, name: str) -> Any:
             case "cls":
                 return int(decode_text(content, name))
             case "npy":
+                read_header(io.BytesIO(content), name, len(content))
                 return np.load(io.BytesIO(content), allow_pickle=False)
     except UserError as error:
         raise UnreadableMember(str(error)) from error

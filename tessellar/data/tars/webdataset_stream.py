@@ -29,6 +29,7 @@ from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.framing import DRAWS, Crop, Framing
 from tessellar.data.image_file import UnreadableImage
 from tessellar.data.pictures import MAX_CORRUPT, to_tensor
+from tessellar.data.tars.headers import LARGEST_MEMBER, Header, RefusedHeader
 from tessellar.data.tars.index import Keys
 from tessellar.data.tars.members import (
     FIELDS,
@@ -42,6 +43,7 @@ from tessellar.data.tars.members import (
 from tessellar.data.tars.shards import expand_braces
 from tessellar.data.workers import ignore_interruptions, starting_readers
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 from tessellar.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -62,9 +64,9 @@ Raw = dict[str, bytes]
 PEEKED = 100  # samples looked at before a run that reads text
 
 
-def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of one tar's files, in order; raises UserError for a stream that breaks
-    off.
+def stream_members(url: str) -> Iterator[tuple[str, str, bytes]]:
+    """Key, field and content of what one tar's samples are made of, in order; other members are
+    passed over unread. Raises UserError for a stream that breaks off or holds what is refused.
     """
     if urlparse(url).scheme not in SCHEMES:
         raise UserError(
@@ -75,6 +77,8 @@ def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
             sources = list(url_opener(iter([{"url": url}])))
         for opened in sources:
             yield from _members(opened["stream"], url)
+    except RefusedHeader as error:
+        raise UserError(f"{url}: {error}") from error
     except UserError:
         raise
     except (
@@ -85,8 +89,8 @@ def stream_members(url: str) -> Iterator[tuple[str, bytes]]:
         ) from error
 
 
-class _Header(tarfile.TarInfo):
-    """A header that tells its tar when it is the block of zeros that ends it.
+class _Header(Header):
+    """A header that also tells its tar when it is the block of zeros that ends it.
 
     Python's reader takes a stream that stops between two members, or a damaged header, for the end.
     """
@@ -100,13 +104,25 @@ class _Header(tarfile.TarInfo):
             raise
 
 
-def _members(stream: BinaryIO, url: str) -> Iterator[tuple[str, bytes]]:
+def _members(stream: BinaryIO, url: str) -> Iterator[tuple[str, str, bytes]]:
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
-            file = tar.extractfile(member) if member.isreg() else None
-            if file is not None:
-                yield member.name, file.read()
+            if not member.isreg():
+                continue
+            try:
+                parts = split_name(member.name)
+            except UserError as error:
+                raise UserError(f"{url}: {error}") from error
+            if parts is None:
+                continue
+            if member.size > LARGEST_MEMBER:  # in a compressed tar that may be a few kilobytes
+                raise UserError(
+                    f"{url}: member {member.name!r} has {member.size} bytes, more than {LARGEST_MEMBER}"
+                )
+            file = tar.extractfile(member)
+            assert file is not None
+            yield *parts, file.read()
         if not getattr(tar, "has_end_mark", False):
             raise UserError(
                 f"{url} breaks off, or is damaged, behind byte {tar.offset}: there is no end mark"
@@ -119,14 +135,7 @@ def stream_samples(url: str) -> Iterator[tuple[str, Raw]]:
     """
     current = ""
     fields = {}
-    for name, content in stream_members(url):
-        try:
-            parts = split_name(name)
-        except UserError as error:
-            raise UserError(f"{url}: {error}") from error
-        if parts is None:
-            continue
-        key, field = parts
+    for key, field, content in stream_members(url):
         if key != current:
             if fields:
                 yield f"{url}:{current}", fields
@@ -309,6 +318,7 @@ class _EpochLoader(DataLoader):
         return iterator
 
 
+@in_ranges
 class WebDatasetStreamData(ImageDataModule):
     """Remote shards; `shards` and `val_shards` may hold braces, as in `.../train-{0000..0127}.tar`.
     Nothing is exact.

@@ -30,6 +30,7 @@ from tessellar.data.tars.members import captions_of, decode
 from tessellar.data.tars.shards import find_shards
 from tessellar.errors import UserError
 from tessellar.progress import Progress
+from tessellar.protocol.arguments import in_ranges
 from tessellar.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ class WebDatasetTars(PictureDataset):
         return digest(images=self.fingerprint(), texts=texts, told=told)
 
 
+@in_ranges
 class WebDatasetData(ImageDataModule):
     """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a
     list of such.

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,9 +89,10 @@ class Blocks:
                     ends=content["ends"],
                     corrupt=int(content["corrupt"]),
                 )
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile, zlib and numpy raise every kind on damaged files
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"{path} is damaged ({error}): remove it and give the command again"
+                f"{path} is damaged ({reason}): remove it and give the command again"
             ) from error
 
     def clear(self) -> None:

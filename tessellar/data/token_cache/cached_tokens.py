@@ -41,6 +41,7 @@ from tessellar.data.token_cache.files import (
 )
 from tessellar.data.token_cache.storage import sample_posterior, unpack
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.randomness import derive, uniforms
 
@@ -206,6 +207,7 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         return digest(tokens=self.fingerprint(), told=told)
 
 
+@in_ranges
 class CachedTokensData(ImageDataModule):
     """The cache that `convert.py cache` wrote into `root`: its parts `train` and `val`.
 

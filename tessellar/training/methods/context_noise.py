@@ -19,11 +19,13 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 
 
+@in_ranges
 @dataclass(frozen=True)
 class ContextNoise:
     """Rate of replaced tokens: `rate` at the start, falling to 0 at the share `end` of the run

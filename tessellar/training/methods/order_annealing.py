@@ -11,8 +11,10 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import in_ranges
 
 
+@in_ranges
 class OrderAnnealing(Callback):
     """Share 1 until update `start`, linear to 0 at update `end`, then 0.
 

@@ -24,12 +24,14 @@ from torch.utils.hooks import RemovableHandle
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
+from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.entities import Entities, take
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.tokenizer import Quantizer, Tokenizer
 from tessellar.training.methods.context_noise import require_teacher_forcing
 
 
+@in_ranges
 @dataclass(frozen=True)
 class Recovery:
     """Options: layers count blocks passed, so 0 is what the first block reads; `deep` None is 3/4
