@@ -35,11 +35,19 @@ MEASURED = {  # images/s, one thread of a shared CPU core, of the runs in the RE
 NO_AUTOCAST = patch(
     "torch.autocast", lambda *_, **__: nullcontext()
 )  # it does not know the meta device
-CONTINUOUS = ("xar", "mar")  # modules of generators that read the latents of a KL VAE
+CONTINUOUS = (
+    "xar",
+    "mar",
+    "tokenbridge",
+)  # modules of generators that read the latents of a KL VAE
 IMPORTED = {  # tokenizers that a YAML reads as `imports/NAME`
     "maskgit_vqgan": {"class_path": "tessellar.tokenizers.maskgit_vqgan.maskgit_vqgan"},
     "var_vqvae_512": {
         "class_path": "tessellar.tokenizers.var.var_vqvae",
+        "init_args": {"image_size": 512},
+    },
+    "vq_16_512": {
+        "class_path": "tessellar.tokenizers.llamagen.vq_16",
         "init_args": {"image_size": 512},
     },
     "vq_16_2048": {
@@ -82,12 +90,16 @@ def build(path: Path, folder: Path) -> TrainCLI:
         generator = arguments["generator"]
         name = generator if isinstance(generator, str) else generator["class_path"]
         stand_in = "kl_vae.kl16" if name.split(".")[-2] in CONTINUOUS else "llamagen.vq_16"
-        if isinstance(arguments.get("tokenizer"), str):
-            stand_in = (
-                _tokenizer_of(arguments["tokenizer"], path) or f"tessellar.tokenizers.{stand_in}"
-            )
+        given = arguments.get("tokenizer")
+        if isinstance(given, str):
+            found = _tokenizer_of(given, path) or f"tessellar.tokenizers.{stand_in}"
             options.append(
-                f"--model.init_args.tokenizer={yaml.safe_dump(_class(stand_in), default_flow_style=True)}"
+                f"--model.init_args.tokenizer={yaml.safe_dump(_class(found), default_flow_style=True)}"
+            )
+        elif isinstance(given, dict) and isinstance(given["init_args"].get("tokenizer"), str):
+            inner = given["init_args"]["tokenizer"]  # TokenBridge's grid on another's latents
+            given["init_args"]["tokenizer"] = _class(
+                _tokenizer_of(inner, path) or f"tessellar.tokenizers.{stand_in}"
             )
     else:
         arguments["loss"]["init_args"].pop("perceptual", None)
@@ -130,26 +142,38 @@ def cost(path: Path) -> Cost:
     several = config["trainer"].get("strategy", "auto") != "auto"
     batch = cli.datamodule.batch_size * module.accumulate * (PROCESSES if several else 1)
     steps = config["trainer"].get("max_steps")
-    counted = operations(module, module.tokenizer.image_size)
-    by_rule = (
-        6 * trained * module.tokenizer.layout.length
-        if isinstance(module, GeneratorModule)
-        else None
-    )
+    flops, counted = operations(module, module.tokenizer.image_size)
     return Cost(
         f"{path.parent.name}/{path.stem}",
         trained,
         total - trained,
         module.tokenizer.layout.length,
-        counted or by_rule,
+        flops,
         None if steps is None else steps * batch,
-        counted is not None,
+        counted,
     )
 
 
-def operations(module: Any, size: tuple[int, int]) -> int | None:
-    """Operations of one image: the frozen tokenizer forward, what is trained forward and backward."""
-    images, labels = torch.zeros(1, 3, *size, device="meta"), torch.zeros(1, dtype=torch.long)
+def operations(module: Any, size: tuple[int, int]) -> tuple[int | None, bool]:
+    """Operations of one image (the frozen tokenizer forward, what is trained forward and backward),
+    and whether they are those of training.
+
+    A tokenizer that looks at values only while it trains (at its codes, at drawn lengths) is counted
+    as it is used; a generator that looks at values is taken for 6 operations a parameter and token.
+    """
+    found = _counted(module, size)
+    if found is not None:
+        return found, True
+    if isinstance(module, GeneratorModule):
+        trained = sum(p.numel() for player in module.make_players() for p in player.parameters)
+        return 6 * trained * module.tokenizer.layout.length, False
+    module.eval()
+    return _counted(module, size), False
+
+
+def _counted(module: Any, size: tuple[int, int]) -> int | None:
+    images = torch.zeros(1, 3, *size, device="meta")
+    labels = torch.zeros(1, dtype=torch.long)
     try:
         with CountFlops() as count, NO_AUTOCAST:
             if isinstance(module, GeneratorModule):
