@@ -6,11 +6,15 @@ import logging
 import os
 import sys
 import time
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from tessellar.callbacks.run_progress import gpu_memory
+from tessellar.protocol.arguments import in_ranges
 from tessellar.training import flops
 from tessellar.training.base import TrainingModule
 
@@ -19,10 +23,11 @@ log = logging.getLogger(__name__)
 COUNT_EVERY = 1000
 
 
+@in_ranges
 class Throughput(L.Callback):
     """Logs rates every `every` batches, parameters at the start and totals at the end.
 
-    Totals count over resumes. CPU time includes that of data workers, as far as they have ended.
+    Totals count over resumes. CPU time includes that of data workers.
     Operations are those of one process, and MFU is their rate against its GPU's peak, where that is
     known.
     """
@@ -161,6 +166,16 @@ class Throughput(L.Callback):
 
 
 def cpu_time() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+    """CPU seconds of this process and of its children, of those that run where Linux tells them."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    ended = times.children_user + times.children_system
+    return times.user + times.system + ended + sum(map(_cpu_time_of, active_children()))
+
+
+def _cpu_time_of(process: BaseProcess) -> float:
+    """CPU seconds of another process; 0 where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -215,6 +215,7 @@ class ImageDataModule(LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            persistent_workers=train and self.num_workers > 0,
             collate_fn=collate,
             drop_last=train,
             pin_memory=torch.cuda.is_available(),

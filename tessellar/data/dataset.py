@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,7 +27,7 @@ class IndexedDataset(Dataset, Generic[B], ABC):
 
     class_names: tuple[str, ...]
     labels: Tensor  # int64 [N]
-    epoch: int = 0
+    _epoch: Tensor | None = None  # in shared memory
     has_captions: bool = True  # whether there is any text to samples
     own_captions: bool = True  # whether some of it is more than names of classes
 
@@ -54,9 +55,18 @@ class IndexedDataset(Dataset, Generic[B], ABC):
             texts += batch["caption"]
         return texts
 
+    @property
+    def epoch(self) -> int:
+        """Whose augmentation is drawn."""
+        return 0 if self._epoch is None else int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation of this epoch from now on."""
-        self.epoch = epoch
+        """Draw the augmentation of this epoch from now on, in the processes of a loader too, which
+        outlive an epoch.
+        """
+        if self._epoch is None:
+            self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,5 +1,8 @@
 """Throughput: what is counted and when, over resumes; rates from a clock that the test turns."""
 
+import multiprocessing
+import time
+from multiprocessing.synchronize import Event
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +95,24 @@ def test_the_memory_of_a_gpu_is_logged(clock: SimpleNamespace, monkeypatch) -> N
     module = Module()
     train(Throughput(every=2), module, clock, 4)
     assert [values["speed/gpu_memory_gb"] for values in module.logged] == [1.5, 1.5]
+
+
+def burn(seconds: float, done: Event, leave: Event) -> None:
+    """Take CPU time, say so, and wait."""
+    while time.process_time() < seconds:
+        pass
+    done.set()
+    leave.wait(30)
+
+
+def test_cpu_time_counts_processes_that_still_run() -> None:
+    context = multiprocessing.get_context("fork")
+    done, leave = context.Event(), context.Event()
+    before = throughput.cpu_time()
+    process = context.Process(target=burn, args=(0.3, done, leave))
+    process.start()
+    assert done.wait(60)
+    assert throughput.cpu_time() - before >= 0.25
+    leave.set()
+    process.join()
+    assert 0.25 <= throughput.cpu_time() - before < 3

@@ -135,11 +135,15 @@ def test_workers_change_nothing(image_root: Path, tmp_path: Path):
             str(image_root), 16, crop="random", batch_size=4, num_workers=num_workers
         )
         loader = data.train_dataloader()
-        loader.sampler.set_epoch(3)
-        return [batch["image"] for batch in loader]
+        assert loader.persistent_workers == (num_workers > 0)  # one start for all epochs
+        found = []
+        for epoch in (3, 4, 7):
+            loader.sampler.set_epoch(epoch)
+            found += [batch["image"] for batch in loader]
+        return found
 
     alone, shared = images(0), images(2)
-    assert len(alone) == 2 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    assert len(alone) == 6 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
 def test_a_loader_draws_nothing_from_the_global_random_numbers():

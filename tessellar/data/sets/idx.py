@@ -63,7 +63,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _read_shape(file: IO[bytes], axes: int, path: Path) -> tuple[int, ...]:
+def _read_shape(file: IO[bytes] | gzip.GzipFile, axes: int, path: Path) -> tuple[int, ...]:
     magic = bytes([0, 0, UNSIGNED_BYTE, axes])
     first = file.read(4)
     if first != magic:
