@@ -1,5 +1,5 @@
-"""What the numbers of a config may be, told by the names of arguments: one rule for each name, for
-every class that a config may build.
+"""What the numbers of a config may be, told by the names of arguments: one rule for each name, or
+for the last word of it (`decoder_depth` is a depth), for every class that a config may build.
 
 A class checks what only it knows (that heads divide a width). What a name alone says is said here
 once: that a width is a whole number of at least 1, a dropout a share, a weight of a loss neither
@@ -25,16 +25,11 @@ def _words(text: str) -> frozenset[str]:
 #: Whole numbers of at least 1.
 SIZES = _words(
     """
-    accumulate always batch_size caption_dim caption_length channels columns decoder_depth
-    decoder_heads decoder_multipliers decoder_patch_size decoder_width depth dim encoder_depth
-    encoder_heads encoder_width epoch_length every every_n_epochs every_n_updates ffn_hidden
-    ffn_multiple_of group group_bits groups head_depth head_dim head_heads head_width hidden
-    holistic image_size in_channels init_step keep kernel latent_dim length levels longest
-    max_skipped min_tokens mlp_blocks mlp_dim multiple multipliers num_classes num_heads
-    num_kv_heads num_res_blocks num_samples num_tokens patch patch_size phis pool repa_dim repeats
-    restart_every samples semantic_dim semantic_layer shortest sides size split stages steps stride table
-    text_dim text_hidden text_length text_vocab trained_steps val_length virtual_batch vision_dim
-    vocab_size width window z_channels
+    accumulate always batch_size blocks caption_dim channels classes columns decoder_multipliers depth
+    dim epoch_length every every_n_epochs every_n_updates group group_bits groups heads hidden holistic
+    init_step keep kernel length levels longest max_skipped mlp_blocks multiple multipliers
+    num_samples ffn_multiple_of patch phis pool repeats restart_every samples semantic_layer shortest sides size
+    split stages steps stride table text_vocab tokens trained_steps virtual_batch width window
     """
 )
 #: Whole numbers of at least 0.
@@ -48,19 +43,16 @@ COUNTS = _words(
 #: Numbers in [0, 1].
 SHARES = _words(
     """
-    attention_dropout betas condition_dropout crop cutout decay decay_start drop drop_path dropout final
-    head_dropout label_smoothing least_masked max_corrupt muon_momentum null phi_ratio probability random_order
-    rate val_share warmup_from warn_below
+    betas crop cutout decay decay_start drop drop_path dropout final label_smoothing least_masked
+    max_corrupt muon_momentum null phi_ratio probability random_order rate share warmup_from
+    warn_below
     """
 )
 #: Finite numbers of at least 0.
 AMOUNTS = _words(
     """
-    adversarial_weight alignment codebook_weight commitment_weight consistency discriminator_weight
-    diversity entropy_weight eps feature_weight final_weight_decay gradient guidance kl_weight
-    known_weight l1 l2 lr muon_lr norm_eps perceptual_weight prefix_weight proximity qk_norm_eps
-    quantization_weight repa_weight repulsion sample_weight semantic_weight soft_clamp
-    text_loss_weight threshold vision_loss vision_margin vision_weight weight weight_decay weights
+    alignment consistency diversity eps final_weight_decay gradient guidance l1 l2 lr muon_lr
+    proximity repulsion soft_clamp threshold vision_loss vision_margin weight weight_decay weights
     z_loss
     """
 )
@@ -72,7 +64,11 @@ POSITIVE = _words(
     """
 )
 #: Any finite number.
-SIGNED = _words("gate_init highest layers lowest mean mode_scale")
+SIGNED = _words("gate_init gate_scale highest layers lowest mean mode_scale")
+#: The words that rule a name which they end.
+LAST_WORDS = _words(
+    "blocks channels classes depth dim dropout eps heads hidden length size share tokens weight width"
+)
 #: Where a class means something else by a name.
 ELSEWHERE: Mapping[str, frozenset[str]] = {
     "AdaptiveWeight.lowest": AMOUNTS,
@@ -102,7 +98,13 @@ def rule_of(owner: type, name: str) -> Callable[[str, Any], None] | None:
         known = ELSEWHERE.get(f"{made.__name__}.{name}")
         if known is not None:
             return next(rule for names, rule in RULES if names is known)
-    return next((rule for names, rule in RULES if name in names), None)
+    last = name.rpartition("_")[2]
+    words = (name, last) if last in LAST_WORDS else (name,)
+    for word in words:
+        for names, rule in RULES:
+            if word in names:
+                return rule
+    return None
 
 
 def check_arguments(owner: type, arguments: Mapping[str, Any]) -> None:
