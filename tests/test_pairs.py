@@ -32,6 +32,8 @@ KINDS = (
     "scale pyramid of a KL VAE",
     "TokenBridge's of a KL VAE",
     "Open-MAGVIT2",
+    "BitDance's autoencoder",
+    "UniWeTok",
 )
 LEGAL = [(t, g) for t in KINDS for g in GENERATORS if reason_against(t, g) is None]
 FAST = Sampling(Constant(2.0), flow=Euler(2), diffusion=AncestralDiffusion(2))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLEMENTATIONS = ("auto", "explicit", "sdpa")
+IMPLEMENTATIONS = ("auto", "explicit", "sdpa", "float64")
 EXPLICIT_UP_TO = (
     160  # keys, so that VAR's 130 are in; in bfloat16 SDPA with a mask wins from about 200 on
 )
@@ -39,6 +39,7 @@ def attention(
     `is_causal` hides keys after the query of the same index and needs n = S. `scale` defaults to
     D^-0.5. `dropout` is the share of attention weights that are dropped: 0 outside training. A
     FlexAttention block mask takes that kernel, which is compiled on a GPU and drops nothing.
+    "float64" rounds once, at the end: for replays of what grows a rounding to something visible.
     """
     if mask is not None and not isinstance(mask, Tensor):
         assert not dropout and not is_causal, "FlexAttention has no dropout; its mask says all"
@@ -51,6 +52,17 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=dropout
         )
+    if implementation == "float64":
+        return attention(
+            q.double(),
+            k.double(),
+            v.double(),
+            mask=mask,
+            is_causal=is_causal,
+            implementation="explicit",
+            scale=scale,
+            dropout=dropout,
+        ).to(q.dtype)
     if implementation != "explicit":
         raise ValueError(
             f"attention implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"

@@ -99,6 +99,19 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+class PackedSwiGLU(nn.Module):
+    """w2(SiLU(a) * b), a and b the halves of w1 x; from `width` to `out` channels, with biases."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, 2 * hidden)
+        self.w2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w1(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * value)
+
+
 @dataclass(frozen=True)
 class AttentionKind:
     """What a block's attention has beyond Llama's: biases of its projections, dropout of attention

@@ -19,7 +19,7 @@ from torch import Tensor
 from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.distribution import Model
 from tessellar.protocol.noise import Noise
-from tessellar.protocol.ranges import check_whole
+from tessellar.protocol.ranges import check_number, check_whole
 
 TimeLaw = Literal["logit_normal", "mode"]
 
@@ -39,6 +39,11 @@ def logit_normal(*shape: int, device: torch.device | str | None = None) -> Tenso
     return torch.randn(*shape, device=device).sigmoid()
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times towards noise (shift above 1) or data (below): t s / (1 + (s - 1) t) (arXiv 2403.03206)."""
+    return t * shift / (1 + (shift - 1) * t)
+
+
 def mode_times(u: Tensor, scale: float) -> Tensor:
     """Times of uniform draws u: 1 - u - scale (cos^2(pi u / 2) - 1 + u); even at scale 0 (arXiv
     2403.03206).
@@ -53,15 +58,18 @@ class Times:
     batch of B.
 
     `mean` of the normal shifts logit-normal times towards noise, where redundant data (pixels) are
-    still uncertain.
+    still uncertain; `std` is its deviation. `shift` then moves all times (`shifted`).
     """
 
     law: TimeLaw = "logit_normal"
     mode_scale: float = 0.0
     stratified: bool = False
     mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("shift of times", self.shift, above=0)
         if self.law not in get_args(TimeLaw):
             raise ValueError(
                 f"law of times is {self.law!r}; it must be one of {', '.join(get_args(TimeLaw))}"
@@ -69,8 +77,16 @@ class Times:
 
     def draw(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Times in (0, 1), [B], of the global stream."""
+        drawn = self._drawn(batch, device)
+        return drawn if self.shift == 1 else shifted(drawn, self.shift)
+
+    def of_normal(self, normal: Tensor) -> Tensor:
+        """The logit-normal times of normal draws of any shape."""
+        return shifted((self.std * normal + self.mean).sigmoid(), self.shift)
+
+    def _drawn(self, batch: int, device: torch.device | str | None) -> Tensor:
         if self.law == "logit_normal" and not self.stratified:
-            return (torch.randn(batch, device=device) + self.mean).sigmoid()
+            return (self.std * torch.randn(batch, device=device) + self.mean).sigmoid()
         u = torch.rand(batch, device=device)
         if self.stratified:
             # One draw from each of the parts [i / B, (i + 1) / B), in random order.
@@ -79,9 +95,8 @@ class Times:
             return mode_times(u, self.mode_scale)
         # The normal's quantile of a uniform draw; its ends would be infinite.
         tiny = torch.finfo(u.dtype).eps
-        return (
-            sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny)) + self.mean
-        ).sigmoid()
+        normal = sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + tiny, 1 - tiny))
+        return (self.std * normal + self.mean).sigmoid()
 
 
 LAST_TIME = 0.04  # where the noise of the SDE ends; one step without noise goes on to 0
@@ -162,6 +177,41 @@ class EulerMaruyama(Flow):
                 x_next = x_next + (2 * now * dt.abs()).sqrt() * noise.normal(*x.shape[1:]).double()
             x = x_next
         return x
+
+
+@dataclass(frozen=True)
+class EulerMaruyamaToData(Flow):
+    """The same steps down to `last_time`, then one step of the ODE to 0: the prediction of the data
+    there (BitDance, arXiv 2602.14041). `shift` moves the grid towards noise (`shifted`).
+
+    In float32 and in the official order of operations: where guidance is strong, its binary head
+    grows the last bit of a number to the third digit of what is not saturated.
+    """
+
+    last_time: float = 0.05
+    shift: float = 1.0
+
+    least: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("flow last_time", self.last_time, least=1e-6, most=0.999)
+        check_number("flow shift", self.shift, least=1e-3, most=1e3)
+
+    def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
+        # t counts from noise here, and velocities go from noise to data.
+        even = torch.linspace(0, 1 - self.last_time, steps)
+        grid = (1 / self.shift) / (1 / self.shift + (1 / even - 1))
+        t = grid[0]
+        x = x.float()
+        for dt in grid.diff():
+            v = -model(x, 1 - t.double())
+            score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+            drift = v + (1 - t) * score
+            x = x + drift * dt + (2 * (1 - t) * dt) ** 0.5 * noise.normal(*x.shape[1:])
+            t = t + dt
+        last = torch.tensor(1 - self.last_time).double()
+        return x - model(x, 1 - last) * self.last_time
 
 
 def sde_times(steps: int) -> Tensor:

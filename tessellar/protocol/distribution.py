@@ -6,9 +6,9 @@ names one.
 `Logits`: tokens that are independent given what came before; speculative decoding and search need
 this kind. `FactorLogits`: tokens of several sub-tokens, one after the other (TokenBridge's
 channels, Open-MAGVIT2's two halves). `Bits`: tokens of bits, sets of them one after the other
-(BAR), or all independent. Both are `Chained`. `Implicit`: known only through a network that a solver integrates:
-`ImplicitFlow` (a velocity), `ImplicitDiffusion` (noise and variance of a diffusion head). It has no
-likelihood.
+(BAR), or all independent. Both are `Chained`. `Implicit`: known only through a network that a solver
+integrates: `ImplicitFlow` (a velocity), `BinaryFlow` (the same, of bits), `ImplicitDiffusion` (noise
+and variance of a diffusion head). It has no likelihood.
 """
 
 from abc import ABC, abstractmethod
@@ -122,6 +122,16 @@ class ImplicitFlow(Implicit):
 
     def solver(self, settings: Draws) -> Solver:
         return settings.flow
+
+
+@dataclass(frozen=True)
+class BinaryFlow(ImplicitFlow):
+    """A flow over tokens of bits as the numbers -1 and 1 (BitDance): the sign of what the solver ends
+    with, exactly 0 as a bit of 0.
+    """
+
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        return (super().sample(settings, noise) > 0).long()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ TAKEN = {  # of FILES, besides the system's own
     "kl_vae": {"mar"},
     "tokenbridge": {"mar"},
     "lpd": {"llamagen"},  # its tokenizer
+    "bitdance": {"bitdance_parallel"},
 }
 
 

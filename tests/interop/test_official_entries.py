@@ -89,6 +89,8 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "lpd": "ema",
         "ibq": "state_dict",
         "open_magvit2": "state_dict",
+        "bitdance": "ema",
+        "uniwetok": "state_dict",
     }
     generators = {
         "llamagen": "model",
@@ -100,6 +102,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "lpd": "model",
         "ibq": "state_dict",
         "open_magvit2": "state_dict",
+        "bitdance": "ema",
     }
     assert evaluated("tokenizers") == {**tokenizers, "var": "trainer.vae_local"}
     assert evaluated("generators") == {

@@ -46,6 +46,8 @@ ONE_GROUP = {("alitok", "discriminator")}
 
 # Parts for which no names are recorded: what they are compared by instead.
 OTHERWISE = {
+    ("bitdance", "tokenizer"): "frozen; its training code is not published",
+    ("uniwetok", "tokenizer"): "its training code is not published",
     ("flextok", "tokenizer"): "specs/flextok.md:56, see STATED",
     ("hita", "discriminator"): "Adam without weight decay: configs/imagenet256/hita_u.yaml",
     ("mar", "discriminator"): "Adam without weight decay: configs/imagenet256/kl16.yaml",

@@ -11,13 +11,13 @@ from tessellar.models.retok import ReToKGPT
 from tessellar.models.retok import official as retok
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.generator import Generator
-from tessellar.protocol.layout import Factorized, Layout
+from tessellar.protocol.layout import Bits, Factorized, Layout
 from tests.tiny.other_generators import CASES, CLASSES, SEQUENCE, Pair
 
 
 def tokens_of(layout: Layout) -> Tensor:
     draw = torch.Generator().manual_seed(3)
-    if isinstance(layout.segments[0].kind, Factorized):
+    if isinstance(layout.segments[0].kind, (Bits, Factorized)):
         return torch.randint(0, 2, layout.blank(2).shape, generator=draw)
     if not layout.is_categorical:
         return torch.randn(layout.blank(2).shape, generator=draw)

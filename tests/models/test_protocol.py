@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.bitdance import BitDance
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
@@ -43,6 +44,7 @@ from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.protocol.layout import (
+    Bits,
     Categorical,
     Continuous,
     Factorized,
@@ -135,6 +137,25 @@ def tokenbridge(**options: Any) -> TokenBridge:
     return generator
 
 
+def bitdance(patch: int, **options: Any) -> BitDance:
+    """Queries and class tokens are few, so that a batch is expected to hold a dropped class."""
+    layout = grid_layout(4, 4, Bits(5))
+    sizes = {"head_width": 16, "head_depth": 2, "head_groups": 1, "head_dim": 8, "repeats": 1}
+    rates = {"condition_dropout": 0.5, "flip": 0.2}
+    return BitDance(
+        layout,
+        32,
+        2,
+        4,
+        patch=patch,
+        num_classes=CLASSES,
+        class_tokens=3,
+        **sizes,  # type: ignore[arg-type]
+        **rates,  # type: ignore[arg-type]
+        **options,
+    )
+
+
 def open_magvit2(layout: Layout) -> OpenMAGVIT2AR:
     return OpenMAGVIT2AR(layout, 32, 2, 4, 2, CLASSES, dropout=0.0, ffn_multiple_of=8)
 
@@ -145,6 +166,8 @@ def token_shuffle(layout: Layout) -> TokenShuffle:
 
 GENERATORS: dict[str, Callable[[], Generator]] = {
     "alitok": lambda: AliTokAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
+    "bitdance": lambda: bitdance(1),
+    "bitdance-patches": lambda: bitdance(2),
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "flextok-ar": lambda: FlexAR(LINE, 32, 2, 4, CLASSES, learned_positions=True),
@@ -183,7 +206,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
 }
 GUIDANCES = {"plain": NO_GUIDANCE, "guided": Guidance(Linear(3.0, start=1.5))}
 
-WITHOUT_LIKELIHOOD = ("maskgit", "xar", "mar", "tokenbridge")
+WITHOUT_LIKELIHOOD = ("bitdance", "maskgit", "xar", "mar", "tokenbridge")
 
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 
@@ -209,6 +232,8 @@ def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
         return (
             torch.rand(layout.blank(batch).shape, generator=draw) * torch.tensor(kind.vocabs)
         ).long()
+    if isinstance(kind, Bits):
+        return torch.randint(0, 2, layout.blank(batch).shape, generator=draw)
     return (torch.rand(batch, layout.length, generator=draw) * layout.vocab()).long()
 
 

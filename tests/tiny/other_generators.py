@@ -11,6 +11,8 @@ from torch import nn
 
 from tessellar.models.alitok import AliTokAR
 from tessellar.models.alitok import official as alitok
+from tessellar.models.bitdance import BitDance
+from tessellar.models.bitdance import official as bitdance
 from tessellar.models.flextok import FlexAR
 from tessellar.models.flextok import official as flextok
 from tessellar.models.har import HAR
@@ -47,6 +49,7 @@ from tessellar.models.xar import official as xar
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import (
+    Bits,
     Categorical,
     Continuous,
     Factorized,
@@ -168,6 +171,36 @@ def lpd_of_other_heads() -> Pair:
     made = LPD(layout, 40, 3, 5, CLASSES, dropout=0.0, mlp_ratio=3.0, **options)  # type: ignore[arg-type]
     state = lpd.to_official(shaken(made))
     return made, lpd.from_official(state, layout, 5, dropout=0.0, **options)  # type: ignore[arg-type]
+
+
+def _bitdance(layout: Layout, patch: int, **sizes: int) -> Pair:
+    made = BitDance(
+        layout,
+        40,
+        3,
+        5,
+        patch=patch,
+        num_classes=CLASSES,
+        repeats=3,
+        condition_dropout=0.0,
+        flip=0.0,
+        **sizes,  # type: ignore[arg-type]
+    )
+    state = bitdance.to_official(shaken(made))
+    again = bitdance.from_official(
+        state, layout, 5, head_dim=sizes.get("head_dim", 64), repeats=3, flip=0.0
+    )
+    return made, again
+
+
+def bitdance_of_three_modulations() -> Pair:
+    sizes = {"head_width": 24, "head_depth": 3, "head_groups": 3, "class_tokens": 1}
+    return _bitdance(grid_layout(2, 5, Bits(7)), 1, **sizes)
+
+
+def bitdance_of_patches_on_a_wide_grid() -> Pair:
+    sizes = {"head_width": 48, "head_depth": 4, "head_groups": 2, "head_dim": 12, "class_tokens": 5}
+    return _bitdance(grid_layout(3, 6, Bits(70)), 3, **sizes)
 
 
 def maskgit_vit() -> Pair:
@@ -319,6 +352,8 @@ def text() -> Condition:
 
 OF_CLASSES: list[Callable[[], Pair]] = [
     alitok_of_other_segments,
+    bitdance_of_three_modulations,
+    bitdance_of_patches_on_a_wide_grid,
     lpd_of_other_heads,
     llamagen_classes,
     ibq_of_a_wide_grid,

@@ -15,6 +15,7 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.bitdance import BitDance
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
@@ -36,6 +37,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.alitok import AliTok
+from tessellar.tokenizers.bitdance import BinaryAutoencoder
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize
 from tessellar.tokenizers.hita import Hita
 from tessellar.tokenizers.ibq import IBQVQGAN
@@ -60,6 +62,7 @@ from tessellar.tokenizers.tokenflow import (
     TokenFlow,
 )
 from tessellar.tokenizers.tokenflow.tokenizer import AS_IS
+from tessellar.tokenizers.uniwetok import UniWeTok
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.vat import VAT, SequenceScales
 from tessellar.tokenizers.vit_vq import ViTVQ
@@ -70,6 +73,15 @@ TINY = ViTSize(16, 1, 2)
 
 def _vq(vocab: int = 16) -> VectorQuantizer:
     return VectorQuantizer(vocab, 4)
+
+
+def _bits() -> LFQ:
+    return LFQ(6, 3, form="bits")
+
+
+def _bitdance(layout: Layout, patch: int) -> BitDance:
+    sizes = {"head_width": 16, "head_depth": 1, "head_groups": 1, "head_dim": 8}
+    return BitDance(layout, 16, 1, 2, patch=patch, num_classes=CLASSES, class_tokens=2, **sizes)
 
 
 def _kl() -> KLVAE:
@@ -105,6 +117,8 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "MaskGIT-VQGAN": lambda: MaskGITVQGAN(VectorQuantizer(16, 32), 16, 32, (1, 1, 1), 1),
     "IBQ": lambda: IBQVQGAN(IBQ(16, 4), 16, 32, (1, 1, 1), 1, 32),
     "Open-MAGVIT2": lambda: OpenMAGVIT2(LFQ(5, split=(2, 3)), 16, 32, (1, 1, 1), 1),
+    "BitDance's autoencoder": lambda: BinaryAutoencoder(_bits(), 16, 32, (1, 1, 1), 1),
+    "UniWeTok": lambda: UniWeTok(_bits(), 16, 32, (1, 1, 1), 1, 1, 2),
     "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
     "AliTok": lambda: AliTok(_vq(), 16, 4, TINY, TINY),
     "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
@@ -122,6 +136,8 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "TokenBridge's of a KL VAE": lambda: PostQuantized(_kl(), 8),
 }
 GENERATORS: dict[str, Callable[[Layout], Generator]] = {
+    "BitDance, 1x": lambda layout: _bitdance(layout, 1),
+    "BitDance, 4x": lambda layout: _bitdance(layout, 2),
     "LlamaGen": lambda layout: LlamaGen(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "IBQ's AR": lambda layout: IBQAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "Open-MAGVIT2's AR": lambda layout: OpenMAGVIT2AR(

@@ -16,6 +16,8 @@ from tessellar.interop.importer import ImportOptions
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.alitok import AliTok
 from tessellar.tokenizers.alitok import official as alitok
+from tessellar.tokenizers.bitdance import BinaryAutoencoder
+from tessellar.tokenizers.bitdance import official as bitdance
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize, official_vae
 from tessellar.tokenizers.flextok import official as flextok
 from tessellar.tokenizers.flextok.vae import flextok_vae
@@ -52,6 +54,8 @@ from tessellar.tokenizers.tokenflow import (
 )
 from tessellar.tokenizers.tokenflow import official as tokenflow
 from tessellar.tokenizers.tokenflow.tokenizer import AS_IS, CLIP_B, SIGLIP_SO400M
+from tessellar.tokenizers.uniwetok import UniWeTok
+from tessellar.tokenizers.uniwetok import official as uniwetok
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.var import official as var
 
@@ -307,7 +311,28 @@ def tokenflow_vitamin() -> Pair:
     )
 
 
+def bitdance_with_noise() -> Pair:
+    quantizer = LFQ(12, 3, form="bits")
+    made = BinaryAutoencoder(quantizer, (16, 24), 32, (2, 1, 3), 2, noisy=True)
+    return made, bitdance.from_official(bitdance.to_official(shaken(made)), (16, 24), groups=3)
+
+
+def bitdance_of_one_level() -> Pair:
+    made = BinaryAutoencoder(LFQ(70, 10, form="bits"), 8, 64, (1,), 1)
+    return made, bitdance.from_official(bitdance.to_official(shaken(made)), 8, groups=10)
+
+
+def uniwetok_of_other_heads() -> Pair:
+    quantizer = LFQ(66, 11, form="bits", commitment_weight=0.0)
+    made = UniWeTok(quantizer, (8, 20), 32, (1, 2, 3), 2, attention_depth=2, num_heads=6)
+    state = uniwetok.to_official(shaken(made))
+    return made, uniwetok.from_official(state, (8, 20), 6, groups=11)
+
+
 CASES: dict[str, Callable[[], Pair]] = {
+    "BitDance's, fed with noise": bitdance_with_noise,
+    "BitDance's, of one level": bitdance_of_one_level,
+    "UniWeTok of other heads": uniwetok_of_other_heads,
     "IBQ": ibq_of_three_levels,
     "Open-MAGVIT2": open_magvit2_of_three_levels,
     "TokenFlow of CLIP": tokenflow_clip,
