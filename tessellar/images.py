@@ -56,7 +56,15 @@ def from_pictures(pictures: Pictures, check_range: bool = True) -> Tensor:
     if isinstance(pictures, np.ndarray):
         return _from_array(pictures)
     if isinstance(pictures, Tensor):
-        return _from_tensor(pictures, check_range)
+        if pictures.dtype == torch.uint8:
+            return from_uint8(pictures)
+        if not pictures.is_floating_point():
+            raise UserError(
+                f"images are {pictures.dtype}; needed are uint8 in 0..255, or floats in [-1, 1]"
+            )
+        if check_range and pictures.numel():
+            _check_range(pictures)
+        return pictures
     if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
         raise UserError(
             "images must be PIL images, uint8, or floats in [-1, 1]; "
@@ -65,10 +73,10 @@ def from_pictures(pictures: Pictures, check_range: bool = True) -> Tensor:
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:
         raise UserError(f"PIL images of one batch must have one size, not {sorted(sizes)}")
-    return _from_array(np.stack([np.asarray(_on_white(picture)) for picture in pictures]))
+    return _from_array(np.stack(list(map(on_white, pictures))))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def on_white(picture: Image.Image) -> Image.Image:
     """RGB and upright, what is transparent put on white, as the data sets read files.
 
     Raises UserError for a mode whose range is not known, such as floats.
@@ -92,20 +100,11 @@ def _from_array(array: np.ndarray) -> Tensor:
     return from_uint8(rearrange(torch.from_numpy(array), "b h w c -> b c h w").contiguous())
 
 
-def _from_tensor(images: Tensor, check_range: bool) -> Tensor:
-    if images.dtype == torch.uint8:
-        return from_uint8(images)
-    if not images.is_floating_point():
-        raise UserError(
-            f"images are {images.dtype}; needed are uint8 in 0..255, or floats in [-1, 1]"
-        )
-    if check_range and images.numel():
-        _check_range(*(float(bound) for bound in images.detach().aminmax()))
-    return images
-
-
-def _check_range(low: float, high: float) -> None:
+def _check_range(images: Tensor) -> None:
     """Raise UserError for floats that are no images in [-1, 1]; warn of those that may not be."""
+    bounds = images.detach().aminmax()
+    low = float(bounds.min)
+    high = float(bounds.max)
     if not (-NOT_PIXELS <= low and high <= NOT_PIXELS):
         raise UserError(
             f"images lie in [{low:g}, {high:g}]; floats must be in [-1, 1] (x / 127.5 - 1 of 0..255), "

@@ -6,7 +6,6 @@ passes here has a bounded size and depth and may be walked without care.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +77,11 @@ def check_plain(data: Any, where: str) -> None:
             if isinstance(value, (dict, list, tuple)):
                 if len(pending) > MAX_DEPTH:
                     raise Unbounded(_nested(where))
-                pending.append(_inside(value))
+                inside = value.values() if isinstance(value, dict) else value
+                pending.append(iter(inside))
                 break
         else:
             pending.pop()
-
-
-def _inside(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[Any]:
-    return iter(value.values() if isinstance(value, dict) else value)
 
 
 class _Loader(yaml.SafeLoader):

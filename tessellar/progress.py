@@ -121,11 +121,12 @@ class Progress:
     def line(self, facts: Mapping[str, str]) -> str:
         """`encoding: 1,280 of 50,000 images, 312 images/s, eta 3:12`, with `facts` before the eta."""
         of = f" of {self.total:,}" if self.total else ""
-        told = [f"{self.done:,}{of} {self.unit}", f"{_rate(self.rate)} {self.unit}/s"]
-        told += [f"{name} {value}" for name, value in facts.items()]
+        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+        parts = [f"{self.done:,}{of} {self.unit}", f"{rate} {self.unit}/s"]
+        parts += [f"{name} {value}" for name, value in facts.items()]
         if self.eta is not None:
-            told.append(f"eta {duration(self.eta)}")
-        return f"{self.what}: {', '.join(told)}"
+            parts.append(f"eta {duration(self.eta)}")
+        return f"{self.what}: {', '.join(parts)}"
 
     @property
     def rate(self) -> float:
@@ -138,10 +139,6 @@ class Progress:
         if self.total is None or self.rate <= 0:
             return None
         return max(self.total - self.done, 0) / self.rate
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def count_of(number: int, one: str, several: str) -> str:

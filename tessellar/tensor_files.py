@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{path} is truncated or not a safetensors file ({_one_line(error)})"
         ) from error
-    damaged_name = any(_is_nearly(CHECKSUM, key) for key in metadata)
+    damaged_name = False
+    for key in metadata:
+        if len(key) == len(CHECKSUM):  # with one character changed, as a flipped bit does
+            damaged_name |= sum(map(ne, CHECKSUM, key)) == 1
     if damaged_name or (CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata)):
         raise UserError(
             f"{path} is damaged: its tensors do not have its checksum; copy or download it again"
@@ -124,11 +128,6 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(f"{key}={metadata[key]}\n".encode())
     _digest_tensors(digest, tensors)
     return digest.hexdigest()
-
-
-def _is_nearly(name: str, key: str) -> bool:
-    """Whether `key` is `name` with one character changed, as a flipped bit does."""
-    return len(key) == len(name) and sum(a != b for a, b in zip(name, key, strict=True)) == 1
 
 
 def say_unchecked(path: Path, metadata: Mapping[str, str]) -> None:

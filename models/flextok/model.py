@@ -11,14 +11,13 @@ GELU MLP, LayerNorm, QK-norm`): the released configs were not available.
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.precision import at_least_float32
+from tessellar.layers.split_attention import SplitAttention
 from tessellar.layers.tags import tag
 from tessellar.models.parts.cached_attention import CachedAttention
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
@@ -43,22 +42,6 @@ class FlexARPass(NamedTuple):
     visible: Tensor | None = None
 
 
-class CrossAttention(nn.Module):
-    """Attention to the text, without biases."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.wq, self.wk, self.wv, self.proj = (
-            nn.Linear(width, width, bias=False) for _ in range(4)
-        )
-
-    def forward(self, x: Tensor, text: Tensor, visible: Tensor) -> Tensor:
-        pairs = ((self.wq, x), (self.wk, text), (self.wv, text))
-        q, k, v = (rearrange(f(t), "b n (h d) -> b h n d", h=self.num_heads) for f, t in pairs)
-        return self.proj(rearrange(attend(q, k, v, visible), "b h n d -> b n (h d)"))
-
-
 class FlexARBlock(nn.Module):
     """x += Attention(norm x); with text x += CrossAttention(norm x, text); x += MLP(norm x),
     exact GELU.
@@ -78,7 +61,7 @@ class FlexARBlock(nn.Module):
             implementation=implementation,
         )
         self.cross_norm = nn.LayerNorm(width, eps=EPS) if text else None
-        self.cross = CrossAttention(width, num_heads) if text else None
+        self.cross = SplitAttention(width, num_heads) if text else None
         self.fc1 = nn.Linear(width, 4 * width, bias=False)
         self.fc2 = nn.Linear(4 * width, width, bias=False)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):

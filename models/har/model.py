@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.llama import frequencies
 from tessellar.layers.tags import tag
-from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
+from tessellar.models.parts.llama import (
+    SIZE_B,
+    SIZE_L,
+    SIZE_XL,
+    SIZE_XXL,
+    ClassPrefix,
+    LlamaGenerator,
+)
 from tessellar.protocol.entities import Entities, levels
 from tessellar.protocol.generator import require_categorical
 from tessellar.protocol.layout import Layout
@@ -132,22 +139,22 @@ class HAR(LlamaGenerator):
         return index + 1 - entities.length, self.token_of[index]
 
 
-# Published variants: width, depth, heads.                        parameters at 128 tokens of 8,192 codes, 1,000 classes
+# Published variants, of the sizes in models/parts/llama.py; parameters at 128 tokens of 8,192 codes, 1,000 classes
 def har_b(layout: Layout, num_classes: int = 1000) -> HAR:
     """98,403,072 parameters."""
-    return HAR(layout, 768, 12, 12, num_classes)
+    return HAR(layout, num_classes=num_classes, **SIZE_B)
 
 
 def har_l(layout: Layout, num_classes: int = 1000) -> HAR:
     """326,263,808 parameters."""
-    return HAR(layout, 1024, 24, 16, num_classes)
+    return HAR(layout, num_classes=num_classes, **SIZE_L)
 
 
 def har_xl(layout: Layout, num_classes: int = 1000) -> HAR:
     """753,890,560 parameters."""
-    return HAR(layout, 1280, 36, 20, num_classes)
+    return HAR(layout, num_classes=num_classes, **SIZE_XL)
 
 
 def har_xxl(layout: Layout, num_classes: int = 1000) -> HAR:
     """1,386,001,920 parameters."""
-    return HAR(layout, 1536, 48, 24, num_classes)
+    return HAR(layout, num_classes=num_classes, **SIZE_XXL)

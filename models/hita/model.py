@@ -18,7 +18,14 @@ from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NoCache
 from tessellar.layers.llama import Positions, grid_angles
 from tessellar.layers.precision import at_least_float32
-from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
+from tessellar.models.parts.llama import (
+    SIZE_B,
+    SIZE_L,
+    SIZE_XL,
+    SIZE_XXL,
+    ClassPrefix,
+    LlamaGenerator,
+)
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import State
@@ -159,27 +166,27 @@ class HitaAR(LlamaGenerator):
         return losses
 
 
-# Published variants: width, depth, heads.      parameters on 128 + 441 tokens of 16,384 codes each, 1,000 classes
+# Published variants, of the sizes in models/parts/llama.py; parameters on 128 + 441 tokens of 16,384 codes each
 def hita_ar_b(layout: Layout, num_classes: int = 1000) -> HitaAR:
     """136,152,576 parameters."""
-    return HitaAR(layout, 768, 12, 12, num_classes)
+    return HitaAR(layout, num_classes=num_classes, **SIZE_B)
 
 
 def hita_ar_l(layout: Layout, num_classes: int = 1000) -> HitaAR:
     """376,596,480 parameters."""
-    return HitaAR(layout, 1024, 24, 16, num_classes)
+    return HitaAR(layout, num_classes=num_classes, **SIZE_L)
 
 
 def hita_ar_xl(layout: Layout, num_classes: int = 1000) -> HitaAR:
     """816,806,400 parameters."""
-    return HitaAR(layout, 1280, 36, 20, num_classes)
+    return HitaAR(layout, num_classes=num_classes, **SIZE_XL)
 
 
 def hita_ar_xxl(layout: Layout, num_classes: int = 1000) -> HitaAR:
     """1,461,500,928 parameters."""
-    return HitaAR(layout, 1536, 48, 24, num_classes)
+    return HitaAR(layout, num_classes=num_classes, **SIZE_XXL)
 
 
 def hita_ar_2b(layout: Layout, num_classes: int = 1000) -> HitaAR:
     """2,251,549,440 parameters."""
-    return HitaAR(layout, 1920, 48, 32, num_classes)
+    return HitaAR(layout, width=1920, depth=48, num_heads=32, num_classes=num_classes)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.llama import grid_angles
-from tessellar.models.parts.llama import CaptionPrefix, ClassPrefix, LlamaGenerator
+from tessellar.models.parts.llama import (
+    SIZE_3B,
+    SIZE_B,
+    SIZE_L,
+    SIZE_XL,
+    SIZE_XXL,
+    CaptionPrefix,
+    ClassPrefix,
+    LlamaGenerator,
+)
 from tessellar.protocol.entities import Entities, token_order
 from tessellar.protocol.generator import require_categorical
 from tessellar.protocol.layout import Layout
@@ -102,40 +111,38 @@ def rope_table(
     return F.pad(cos, (0, 0, prefix_length, 0)), F.pad(sin, (0, 0, prefix_length, 0))
 
 
-# Published variants: width, depth, heads.          parameters (class-conditional, 16,384 codes, 1,000 classes)
+# Published variants, of the sizes in models/parts/llama.py; parameters (class-conditional, 16,384 codes, 1,000 classes)
 def llamagen_b(layout: Layout, num_classes: int = 1000) -> LlamaGen:
     """110,888,448 parameters."""
-    return LlamaGen(layout, 768, 12, 12, num_classes)
+    return LlamaGen(layout, num_classes=num_classes, **SIZE_B)
 
 
 def llamagen_l(layout: Layout, num_classes: int = 1000) -> LlamaGen:
     """342,910,976 parameters."""
-    return LlamaGen(layout, 1024, 24, 16, num_classes)
+    return LlamaGen(layout, num_classes=num_classes, **SIZE_L)
 
 
 def llamagen_xl(layout: Layout, num_classes: int = 1000) -> LlamaGen:
     """774,699,520 parameters."""
-    return LlamaGen(layout, 1280, 36, 20, num_classes)
+    return LlamaGen(layout, num_classes=num_classes, **SIZE_XL)
 
 
 def llamagen_xxl(layout: Layout, num_classes: int = 1000) -> LlamaGen:
     """1,410,972,672 parameters."""
-    return LlamaGen(layout, 1536, 48, 24, num_classes)
+    return LlamaGen(layout, num_classes=num_classes, **SIZE_XXL)
 
 
 def llamagen_3b(layout: Layout, num_classes: int = 1000) -> LlamaGen:
     """3,096,659,200 parameters."""
-    return LlamaGen(layout, 3200, 24, 32, num_classes)
+    return LlamaGen(layout, num_classes=num_classes, **SIZE_3B)
 
 
 def llamagen_t2i_xl(layout: Layout, caption_dim: int = 2048, caption_length: int = 120) -> LlamaGen:
     """777,678,080 parameters; reads FLAN-T5-XL features."""
     return LlamaGen(
         layout,
-        1280,
-        depth=36,
-        num_heads=20,
         num_classes=None,
         caption_dim=caption_dim,
         caption_length=caption_length,
+        **SIZE_XL,
     )

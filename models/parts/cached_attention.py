@@ -1,5 +1,5 @@
-"""Multi-head attention through the cache of a pass, without rotations: what FlexAR and LPD
-share.
+"""Multi-head attention through the cache of a pass, without rotations: what FlexAR, LPD and the
+modulated blocks of RAR and TokenBridge share.
 """
 
 from typing import Protocol

@@ -3,7 +3,7 @@
 """
 
 import math
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,22 @@ from tessellar.protocol.condition import ClassConditioning, Condition, Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.generator import Prefix, State
 from tessellar.text.conditioners import FeatureConditioner
+
+
+class Size(TypedDict):
+    """What is published of a variant; as keyword arguments of a generator."""
+
+    width: int
+    depth: int
+    num_heads: int
+
+
+# LlamaGen's variants (arXiv 2406.06525, table 1), whose sizes Hita, HAR and ReToK have too.
+SIZE_B: Size = {"width": 768, "depth": 12, "num_heads": 12}
+SIZE_L: Size = {"width": 1024, "depth": 24, "num_heads": 16}
+SIZE_XL: Size = {"width": 1280, "depth": 36, "num_heads": 20}
+SIZE_XXL: Size = {"width": 1536, "depth": 48, "num_heads": 24}
+SIZE_3B: Size = {"width": 3200, "depth": 24, "num_heads": 32}
 
 
 class ClassPrefix(ClassConditioning, nn.Module):

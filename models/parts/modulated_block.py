@@ -6,14 +6,13 @@ RAR's (arXiv 2411.00776), and those of TokenBridge's channel head (arXiv 2503.16
 
 from typing import NamedTuple
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.adaln import Modulation, modulate
-from tessellar.layers.attention import attention as attend
 from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache, Slots
 from tessellar.layers.tags import tag
+from tessellar.models.parts.cached_attention import CachedAttention
 
 
 class ModulatedPass(NamedTuple):
@@ -22,31 +21,6 @@ class ModulatedPass(NamedTuple):
     condition: Tensor
     cache: KVCache | NoCache | PlacedCache
     slots: Slots
-
-
-class ModulatedAttention(nn.Module):
-    """Multi-head attention with biases; queries and keys are normalised per head."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float, implementation: str) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.implementation = implementation
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
-
-    def forward(self, x: Tensor, layer: int, shared: ModulatedPass) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        k, v = shared.cache.write(layer, shared.slots, self.k_norm(k), v)
-        slots = shared.slots
-        dropout = self.dropout if self.training else 0.0
-        q = self.q_norm(q).to(k.dtype)
-        out = attend(q, k, v, slots.mask, slots.is_causal, self.implementation, dropout=dropout)
-        return F.dropout(self.proj(rearrange(out, "b h n d -> b n (h d)")), dropout)
 
 
 class ModulatedBlock(nn.Module):
@@ -60,7 +34,14 @@ class ModulatedBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = ModulatedAttention(width, num_heads, dropout, implementation)
+        self.attention = CachedAttention(
+            width,
+            num_heads,
+            dropout=dropout,
+            weight_dropout=dropout,
+            qk_norm_eps=1e-6,
+            implementation=implementation,
+        )
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.modulation = Modulation(width)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.parts.llama import SIZE_B, SIZE_L, SIZE_XL, SIZE_XXL
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Prefix
@@ -59,22 +60,22 @@ class ReToKGPT(LlamaGen):
         return super().embed(tokens, index, entities) + self.position_embedding[place]
 
 
-# Published variants: width, depth, heads.        parameters (16,384 codes, 1,000 classes, 256 tokens)
+# Published variants, of the sizes in models/parts/llama.py; parameters (16,384 codes, 1,000 classes, 256 tokens)
 def retok_gpt_b(layout: Layout, num_classes: int = 1000) -> ReToKGPT:
     """111,085,824 parameters."""
-    return ReToKGPT(layout, 768, 12, 12, num_classes)
+    return ReToKGPT(layout, num_classes=num_classes, **SIZE_B)
 
 
 def retok_gpt_l(layout: Layout, num_classes: int = 1000) -> ReToKGPT:
     """343,174,144 parameters."""
-    return ReToKGPT(layout, 1024, 24, 16, num_classes)
+    return ReToKGPT(layout, num_classes=num_classes, **SIZE_L)
 
 
 def retok_gpt_xl(layout: Layout, num_classes: int = 1000) -> ReToKGPT:
     """775,028,480 parameters."""
-    return ReToKGPT(layout, 1280, 36, 20, num_classes)
+    return ReToKGPT(layout, num_classes=num_classes, **SIZE_XL)
 
 
 def retok_gpt_xxl(layout: Layout, num_classes: int = 1000) -> ReToKGPT:
     """1,411,367,424 parameters."""
-    return ReToKGPT(layout, 1536, 48, 24, num_classes)
+    return ReToKGPT(layout, num_classes=num_classes, **SIZE_XXL)

@@ -58,12 +58,9 @@ def start_from_text(generator: TokenShuffle, state: Mapping[str, Tensor]) -> Non
     for layer in range(len(generator.layers)):
         theirs = f"model.layers.{layer}."
         ours = f"layers.{layer}."
-        q = _need(state, f"{theirs}self_attn.q_proj.weight")
-        k = _need(state, f"{theirs}self_attn.k_proj.weight")
-        v = _need(state, f"{theirs}self_attn.v_proj.weight")
-        # Values are not rotated: their rows stay.
-        q = _pairs(q, generator.head_dim)
-        k = _pairs(k, generator.head_dim)
+        q = _pairs(_need(state, f"{theirs}self_attn.q_proj.weight"), generator.head_dim)
+        k = _pairs(_need(state, f"{theirs}self_attn.k_proj.weight"), generator.head_dim)
+        v = _need(state, f"{theirs}self_attn.v_proj.weight")  # not rotated: its rows stay
         _copy(own, f"{ours}attention.wqkv.weight", torch.cat([q, k, v]))
         for name, source in HF_LAYER.items():
             _copy(own, f"{ours}{name}.weight", _need(state, f"{theirs}{source}.weight"))

@@ -9,6 +9,9 @@ groups of channels and any order of channels are the paper's ablations, which it
 revealed by confidence are the algorithm `MaskGIT`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -171,45 +174,25 @@ class TokenBridge(RandomSets):
         return (each * share).sum() / share.sum().clamp(min=torch.finfo(each.dtype).eps)
 
 
-# Published variants, on 16 x 16 tokens of KL-16's 16 channels in 64 levels:
-# width, blocks of encoder and of decoder, heads; head width, depth.        parameters
+# Published variants, on 16 x 16 tokens of KL-16's 16 channels in 64 levels:          parameters
 def tokenbridge_b(layout: Layout, num_classes: int = 1000) -> TokenBridge:
     """218,024,704 parameters; in the code, but without published weights."""
-    return TokenBridge(
-        layout,
-        768,
-        depth=12,
-        num_heads=12,
-        head_width=768,
-        head_depth=4,
-        num_classes=num_classes,
-        channel_order=KL16_ORDER,
-    )
+    sizes = {"width": 768, "depth": 12, "num_heads": 12, "head_width": 768, "head_depth": 4}
+    return _on_kl16(layout, num_classes, sizes)
 
 
 def tokenbridge_l(layout: Layout, num_classes: int = 1000) -> TokenBridge:
     """486,889,472 parameters."""
-    return TokenBridge(
-        layout,
-        1024,
-        depth=16,
-        num_heads=16,
-        head_width=1024,
-        head_depth=4,
-        num_classes=num_classes,
-        channel_order=KL16_ORDER,
-    )
+    sizes = {"width": 1024, "depth": 16, "num_heads": 16, "head_width": 1024, "head_depth": 4}
+    return _on_kl16(layout, num_classes, sizes)
 
 
 def tokenbridge_h(layout: Layout, num_classes: int = 1000) -> TokenBridge:
     """910,040,576 parameters."""
-    return TokenBridge(
-        layout,
-        1280,
-        depth=20,
-        num_heads=16,
-        head_width=1024,
-        head_depth=6,
-        num_classes=num_classes,
-        channel_order=KL16_ORDER,
-    )
+    sizes = {"width": 1280, "depth": 20, "num_heads": 16, "head_width": 1024, "head_depth": 6}
+    return _on_kl16(layout, num_classes, sizes)
+
+
+def _on_kl16(layout: Layout, num_classes: int, sizes: Mapping[str, int]) -> TokenBridge:
+    options: dict[str, Any] = {"num_classes": num_classes, "channel_order": KL16_ORDER}
+    return TokenBridge(layout, **sizes, **options)

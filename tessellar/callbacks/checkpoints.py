@@ -17,7 +17,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessellar import distributed
@@ -241,7 +240,8 @@ def require_finite(trainer: L.Trainer, whole: Path | str) -> None:
     """
     first = None
     for name, tensor in trainer.lightning_module.state_dict().items():
-        if not _finite(tensor):
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if own.is_floating_point() and not torch.isfinite(own).all():
             first = name
             break
     found = [name for name in distributed.all_gather(first) if name is not None]
@@ -249,11 +249,6 @@ def require_finite(trainer: L.Trainer, whole: Path | str) -> None:
         raise UserError(
             f"{found[0]} is not finite any more, so nothing is saved. Last whole checkpoint: {whole}"
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return not own.is_floating_point() or bool(torch.isfinite(own).all())
 
 
 def flush(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Sample and reconstruction grids in the run's folder and in its loggers, after each validation."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -55,19 +57,18 @@ class Grids(L.Callback):
             return
         if self._first is not None:
             self._save(trainer, pl_module, "reconstructions", self._pairs(*self._first))
-        elif hasattr(pl_module, "model") and self._can_sample(pl_module.model.conditioner):
+            return
+        conditioner = pl_module.model.conditioner if hasattr(pl_module, "model") else None
+        reads_captions = isinstance(conditioner, TextConditioner) and bool(self._captions)
+        if isinstance(conditioner, ClassConditioner) or reads_captions:
             self._save(trainer, pl_module, "samples", self._samples(pl_module.model))
 
     def _pairs(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Rows of originals, each above the row of its reconstructions."""
         above = to_uint8(originals).split(self.columns)
         below = to_uint8(reconstructions).split(self.columns)
-        rows = [list(row) for pair in zip(above, below, strict=True) for row in pair]
+        rows = list(chain.from_iterable(zip(above, below, strict=True)))
         return picture_grid(rows, row_labels=["original", "reconstruction"] * len(above))
-
-    def _can_sample(self, conditioner: Any) -> bool:
-        texts = isinstance(conditioner, TextConditioner) and bool(self._captions)
-        return texts or isinstance(conditioner, ClassConditioner)
 
     def _samples(self, model: Any) -> Tensor:
         """A row a class, or one image a caption; image i is always drawn from seed i."""
@@ -77,14 +78,14 @@ class Grids(L.Callback):
             captions = [self._captions[start : start + self.columns] for start in starts]
             return picture_grid(rows, captions=captions)
         classes = range(min(model.conditioner.num_classes, MOST_CLASSES))
-        labels = [label for label in classes for _ in range(self.columns)]
-        names = model.class_names or [str(label) for label in classes]
+        labels = sorted([*classes] * self.columns)
+        names = model.class_names or list(map(str, classes))
         rows = self._rows(model, model.class_condition(labels))
         return picture_grid(rows, row_labels=names[: len(rows)])
 
-    def _rows(self, model: Any, condition: Condition) -> list[list[Tensor]]:
+    def _rows(self, model: Any, condition: Condition) -> Sequence[Tensor]:
         images = to_uint8(model.sample(condition, self.sampling, range(condition.batch))).cpu()
-        return [list(row) for row in images.split(self.columns)]
+        return images.split(self.columns)
 
     def _save(self, trainer: L.Trainer, pl_module: Any, name: str, grid: Tensor) -> None:
         folder = self.run.folder / "pictures"

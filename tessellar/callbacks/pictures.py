@@ -23,7 +23,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.sampling.output import save_png
-from tessellar.sampling.run import balanced_labels, sample_images
+from tessellar.sampling.run import Drawing, balanced_labels
 from tessellar.sampling.settings import Sampling
 from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.sharding import gathered
@@ -84,9 +84,10 @@ class Pictures(L.Callback):
         """uint8 [n, 3, H, W], going round the classes; the same on every rank."""
         assert isinstance(model.conditioner, ClassConditioner)
         labels = balanced_labels(self.samples, model.conditioner.num_classes)
-        return torch.cat(
-            [images for _, images in sample_images(model, labels, self.sampling, self.seed)]
-        )
+        drawn = []
+        for _, images in Drawing(self.sampling, self.seed).of_classes(model, labels):
+            drawn.append(images)
+        return torch.cat(drawn)
 
     def _embed(self, device: torch.device) -> Embed:
         if self.extractor is None:

@@ -44,14 +44,14 @@ class Throughput(L.Callback):
         self._peak: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        assert isinstance(pl_module, TrainingModule)
         if trainer.is_global_zero:
-            total = pl_module.total_updates  # type: ignore[attr-defined]
+            facts = pl_module.facts()
+            total = pl_module.total_updates
             log.info(
                 "parameters: %s trained, %s frozen; updates: %s",
-                f"{trained:,}",
-                f"{frozen:,}",
+                f"{facts.trained:,}",
+                f"{facts.frozen:,}",
                 "no end" if total == sys.maxsize else f"{total:,}",
             )
         self._cpu = cpu_time()

@@ -41,9 +41,8 @@ class _Bounds:
 
     def __init__(self, state: Mapping[str, Tensor], where: str) -> None:
         self.where = where
-        self.values = FREE_VALUES + SLACK * sum(
-            tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor)
-        )
+        tensors = filter(torch.is_tensor, state.values())
+        self.values = FREE_VALUES + SLACK * sum(map(torch.numel, tensors))
         self.parts = FREE_PARTS + SLACK * len(state)
 
     def take(self, tensor: Any = None) -> None:

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +91,22 @@ def record_from(data: Any) -> Record:
     """The record in a config; what another version wrote, or is of another kind, is left out."""
     if not isinstance(data, dict):
         return Record()
-    known = {name: data[name] for name in Record.__dataclass_fields__ if name in data}
-    kept = {name: value for name, value in known.items() if isinstance(value, str)}
-    steps = known.get("steps")
-    metrics = known.get("metrics")
-    return Record(
-        **{name: value for name, value in kept.items() if name not in ("steps", "metrics")},
-        steps=steps if isinstance(steps, int) else None,
-        metrics=_numbers(metrics) if isinstance(metrics, dict) else {},
-    )
+    record = Record()
+    for name in Record.__dataclass_fields__:
+        value = data.get(name)
+        if name == "metrics":
+            record = replace(record, metrics=_numbers(value))
+        elif isinstance(value, int if name == "steps" else str):
+            record = replace(record, **{name: value})
+    return record
 
 
-def _numbers(metrics: Mapping[Any, Any]) -> dict[str, float]:
-    return {
-        str(name): float(value)
-        for name, value in metrics.items()
-        if isinstance(value, (int, float)) and abs(value) < MAX_METRIC
-    }
+def _numbers(metrics: Any) -> dict[str, float]:
+    found = {}
+    for name, value in metrics.items() if isinstance(metrics, dict) else ():
+        if isinstance(value, (int, float)) and abs(value) < MAX_METRIC:
+            found[str(name)] = float(value)
+    return found
 
 
 def card(
@@ -128,16 +127,18 @@ def card(
         front["datasets"] = [record.data]
     if record.metrics:
         front["metrics"] = list(record.metrics)
+    rows = {}
+    for key, value in record.as_dict().items():
+        if key not in ("title", "metrics"):
+            rows[key] = str(value)
+    metrics = {name: f"{value:g}" for name, value in record.metrics.items()}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {record.title or name}\n",
         f"{usage(kind, name, class_names)}\n",
         _table("part", facts),
-        _table(
-            "record",
-            {k: str(v) for k, v in record.as_dict().items() if k not in ("title", "metrics")},
-        ),
-        _table("metric", {k: f"{v:g}" for k, v in record.metrics.items()}),
+        _table("record", rows),
+        _table("metric", metrics),
         _classes(class_names),
         "" if record.license else "The record of this model states no license.\n",
     ]

@@ -91,9 +91,6 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     names = config.get(CLASS_NAMES, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: {CLASS_NAMES} must be a list of texts")
-    names = config.get(CLASS_NAMES, [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: {CLASS_NAMES} must be a list of texts")
     return {name: renewed(value) if name in PARTS else value for name, value in config.items()}
 
 
@@ -130,12 +127,14 @@ def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[s
     """What a Lightning checkpoint holds besides its parts, for example `loss.lecam` and `optimizer
     states`.
     """
-    prefixes = tuple(
-        prefix for part, prefix in PREFIXES[description["kind"]].items() if part in description
-    )
-    others = [name for name in content["state_dict"] if not name.startswith(prefixes)]
-    modules = sorted({".".join(name.split(".")[:-1][:2]) or name for name in others})
-    return (*modules, "optimizer states") if content.get("optimizer_states") else tuple(modules)
+    prefixes = PREFIXES[description["kind"]]
+    kept = tuple(prefixes[part] for part in prefixes.keys() & description.keys())
+    modules = set()
+    for name in content["state_dict"]:
+        if not name.startswith(kept):
+            modules.add(".".join(name.split(".")[:-1][:2]) or name)
+    states = ["optimizer states"] if content.get("optimizer_states") else []
+    return (*sorted(modules), *states)
 
 
 def averages_in(content: dict[str, Any]) -> Any:

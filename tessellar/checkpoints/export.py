@@ -108,9 +108,10 @@ def _export(
 ) -> Path:
     folder = Path(folder)
     record = record or Record()
-    modules = {
-        part: module for part, module in parts.items() if module is not None and part in description
-    }
+    modules: dict[str, nn.Module] = {}
+    for part, module in parts.items():
+        if module is not None and part in description:
+            modules[part] = module
     description = {**description, "record": record.as_dict()}
     tensors = flatten(modules)
     with staged_folder(folder, WEIGHTS, overwrite) as stage:

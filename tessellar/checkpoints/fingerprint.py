@@ -65,12 +65,14 @@ def _without_defaults(config: Any) -> Any:
     path = config["class_path"]
     given = config["init_args"]
     defaults = defaults_of(path)
-    first = {new: old for old, new in reversed(ARGUMENTS.get(path, {}).items()) if new is not None}
-    kept = {
-        first.get(name, name): _without_defaults(value)
-        for name, value in given.items()
-        if name not in defaults or defaults[name] != value
-    }
+    first: dict[str, str] = {}
+    for old, new in ARGUMENTS.get(path, {}).items():
+        if new is not None:
+            first.setdefault(new, old)
+    kept = {}
+    for name, value in given.items():
+        if name not in defaults or defaults[name] != value:
+            kept[first.get(name, name)] = _without_defaults(value)
     return {"class_path": first_path(path), "init_args": kept}
 
 
@@ -82,11 +84,11 @@ def defaults_of(path: str) -> dict[str, Any]:
         parameters = inspect.signature(resolve(path)).parameters
     except UserError:
         return {}
-    return {
-        name: describe(p.default)
-        for name, p in parameters.items()
-        if p.default is not inspect.Parameter.empty
-    }
+    defaults = {}
+    for name, parameter in parameters.items():
+        if parameter.default is not parameter.empty:
+            defaults[name] = describe(parameter.default)
+    return defaults
 
 
 def _versions(model: nn.Module) -> dict[str, int]:

@@ -8,7 +8,7 @@ grid. Any other difference is refused, unless the tensor is named as `fresh`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isqrt
+from math import isqrt, prod
 
 import torch
 import torch.nn.functional as F
@@ -74,36 +74,47 @@ def load_fitting(
     """
     own = module.state_dict()
     state = with_current_names(module, state)
-    _check_fresh(fresh, [*own, *state], where)
-    fitted = Fitted(fresh=[name for name in own if _is_among(name, fresh)])
+    every = {*own, *state}
+    left = {name for name in every if _is_among(name, fresh)}
+    for one in fresh:
+        if not any(_is_among(name, [one]) for name in left):
+            hint = nearest(one, [*own, *state], listed=0)
+            raise UserError(f"init_fresh: neither the model nor {where} has {one!r}{hint}")
+    fitted = Fitted(fresh=[name for name in own if name in left])
     taken: dict[str, Tensor] = {}
-    misshapen: list[str] = []
-    for name in own.keys() & state.keys():
-        if name in fitted.fresh:
-            continue
-        if own[name].shape == state[name].shape:
-            taken[name] = state[name]
-            table = _class_table(name, state[name], own[name], theirs, ours)
-            fitted.classes += [] if table is None else [table]
-        elif (table := _class_table(name, state[name], own[name], theirs, ours)) is not None:
-            taken[name] = _around_classes(state[name], own[name], table)
+    misshapen: dict[str, str] = {}
+    for name in (own.keys() & state.keys()) - left:
+        there = state[name]
+        here = own[name]
+        table = _class_table(name, there, here, theirs, ours)
+        new = None
+        if table is None and here.shape != there.shape:
+            new = resampled(there, here.shape, theirs, ours)
+        if table is not None:
             fitted.classes.append(table)
-        elif (new := resampled(state[name], own[name].shape, theirs, ours)) is not None:
+        if here.shape == there.shape:
+            taken[name] = there
+        elif table is not None:
+            # The rows of the source but those of classes, which are as they were made.
+            behind = there[table.start + len(table.theirs) :]
+            rows = torch.cat([there[: table.start], table.made.to(there), behind])
+            taken[name] = rows.to(here.dtype)
+        elif new is not None:
             taken[name] = new
             fitted.resampled.append(name)
         else:
-            shapes = f"{tuple(state[name].shape)} for {tuple(own[name].shape)}"
-            misshapen.append(f"{name} {shapes}")
+            misshapen[name] = f"{name} {tuple(there.shape)} for {tuple(here.shape)}"
+    missing = own.keys() - state.keys() - left
+    unknown = state.keys() - own.keys() - left
     problems = [
-        listing("missing", own.keys() - state.keys() - set(fitted.fresh)),
-        listing("unknown", [n for n in state.keys() - own.keys() if not _is_among(n, fresh)]),
-        listing("of another shape", misshapen),
+        listing("missing", missing),
+        listing("unknown", unknown),
+        listing("of another shape", misshapen.values()),
     ]
     if any(problems):
-        odd = [*sorted(own.keys() ^ state.keys()), *(text.split()[0] for text in misshapen)]
-        names = ", ".join(sorted({name for name in odd if not _is_among(name, fresh)})[:SHOWN])
+        names = ", ".join(sorted(missing | unknown | misshapen.keys())[:SHOWN])
         raise UserError(
-            f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}. To leave "
+            f"{where} does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}. To leave "
             f"tensors as they are made: --model.init_fresh '[{names}]'"
         )
     module.load_state_dict(taken, strict=False)
@@ -145,11 +156,13 @@ def _class_table(
     others = own.shape[0] - now
     if state.shape[0] - then != others:
         return None
-    if name.endswith(OWN_TABLES) and others in (0, 1):
-        start = 0
-    elif name in SHARED_TABLES and others == _vocabulary(ours) + 2:
+    start = 0
+    if name in SHARED_TABLES:
+        layout = ours.layout
+        if layout is None or not layout.is_categorical or others != layout.vocab().max() + 2:
+            return None
         start = others - 1
-    else:
+    elif not name.endswith(OWN_TABLES) or others not in (0, 1):
         return None
     return ClassTable(
         name,
@@ -157,18 +170,6 @@ def _class_table(
         theirs=state[start : start + then].clone(),
         made=own[start : start + now].detach().clone(),
     )
-
-
-def _vocabulary(sizes: Sizes) -> int:
-    """Codes of the tokens; 0 where they are no ids."""
-    layout = sizes.layout
-    return int(layout.vocab().max()) if layout is not None and layout.is_categorical else 0
-
-
-def _around_classes(state: Tensor, own: Tensor, table: ClassTable) -> Tensor:
-    """The rows of the source but those of classes, which are as they were made."""
-    behind = state[table.start + len(table.theirs) :]
-    return torch.cat([state[: table.start], table.made.to(state), behind]).to(own.dtype)
 
 
 def resampled(state: Tensor, shape: torch.Size, theirs: Sizes, ours: Sizes) -> Tensor | None:
@@ -211,24 +212,24 @@ def _pieces(
     """Rows before the places, and the grids of places then and now, of an axis that had `then`
     entries and has `now`.
     """
-    candidates: list[list[tuple[Grid, Grid]]] = []
+    candidates: list[tuple[list[Grid], list[Grid]]] = []
     if theirs.layout is not None and ours.layout is not None:
-        old = [_as_grid(segment.shape) for segment in theirs.layout.segments]
-        new = [_as_grid(segment.shape) for segment in ours.layout.segments]
+        old = _grids(theirs.layout)
+        new = _grids(ours.layout)
         if len(old) == len(new):
-            whole = list(zip(old, new, strict=True))
-            candidates += [whole, *([pair] for pair in whole)]
+            candidates.append((old, new))
+            candidates += [([a], [b]) for a, b in zip(old, new, strict=True)]
     if theirs.image_size is not None and ours.image_size is not None:
         candidates += _square_grids(then, now, theirs.image_size, ours.image_size)
-    for pairs in candidates:
-        before = then - sum(h * w for (h, w), _ in pairs)
-        same = before == now - sum(h * w for _, (h, w) in pairs)
-        if same and 0 <= before <= MOST_BEFORE and any(old != new for old, new in pairs):
-            return before, pairs
+    for old, new in candidates:
+        before = then - sum(map(prod, old))
+        same = before == now - sum(map(prod, new))
+        if same and 0 <= before <= MOST_BEFORE and old != new:
+            return before, list(zip(old, new, strict=True))
     return None
 
 
-def _square_grids(then: int, now: int, old: Grid, new: Grid) -> list[list[tuple[Grid, Grid]]]:
+def _square_grids(then: int, now: int, old: Grid, new: Grid) -> list[tuple[list[Grid], list[Grid]]]:
     """Grids of patches whose sides are in the ratio of the images', with a class token or none."""
     found = []
     for before in (0, 1):
@@ -236,13 +237,17 @@ def _square_grids(then: int, now: int, old: Grid, new: Grid) -> list[list[tuple[
         b = isqrt(max(now - before, 0))
         square = a * a == then - before and b * b == now - before
         if square and old[0] == old[1] and new[0] == new[1] and a * new[0] == b * old[0]:
-            found.append([((a, a), (b, b))])
+            found.append(([(a, a)], [(b, b)]))
     return found
 
 
-def _as_grid(shape: tuple[int, ...]) -> Grid:
-    """A sequence of n places is a grid of n x 1."""
-    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], 1)
+def _grids(layout: Layout) -> list[Grid]:
+    """The segments of a layout; a sequence of n places is a grid of n x 1."""
+    found = []
+    for segment in layout.segments:
+        height, width = (*segment.shape, 1)[:2]
+        found.append((height, width))
+    return found
 
 
 def _over_grid(table: Tensor, size: Grid) -> Tensor:
@@ -256,11 +261,3 @@ def _over_grid(table: Tensor, size: Grid) -> Tensor:
 def _is_among(name: str, fresh: Sequence[str]) -> bool:
     """Whether a tensor is named, or lies in a module that is."""
     return any(name == one or name.startswith(f"{one}.") for one in fresh)
-
-
-def _check_fresh(fresh: Sequence[str], names: Sequence[str], where: str) -> None:
-    for one in fresh:
-        if not any(_is_among(name, [one]) for name in names):
-            raise UserError(
-                f"init_fresh: neither the model nor {where} has {one!r}{nearest(one, names, listed=0)}"
-            )

@@ -113,7 +113,7 @@ class Source:
 
     def check(self) -> None:
         """Raise UserError for tensors that belong to no part."""
-        known = {part for part in PARTS if part in self.description}
+        known = set(PARTS) & self.description.keys()
         stray = [name for name in self.tensors if name.split(".")[0] not in known]
         if stray:
             raise UserError(f"{self.where} holds tensors of no part: {listing('unknown', stray)}")
@@ -328,9 +328,10 @@ def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether all tensors are the same once they have the precision of `b`."""
     if a.keys() != b.keys():
         return False
-    return all(
-        torch.equal(a[name].to(tensor.dtype), tensor.detach().cpu()) for name, tensor in b.items()
-    )
+    for name, tensor in b.items():
+        if not torch.equal(a[name].to(tensor.dtype), tensor.detach().cpu()):
+            return False
+    return True
 
 
 def _tell_settings(

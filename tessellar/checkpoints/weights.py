@@ -72,7 +72,12 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     """
     check_fits(module, state, where)
     state = with_current_names(module, state)
-    broken = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    broken = []
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.float()  # torch has no such test of floats of one byte
+        if not tensor.isfinite().all():
+            broken.append(name)
     if broken:
         raise UserError(f"{where} holds NaN or infinite weights; {listing('of them', broken)}")
     module.load_state_dict(state, strict=True)
@@ -86,50 +91,31 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor], where: str) -> No
         raise UserError(f"{where} holds a {type(state).__name__}, not weights by their names")
     own = module.state_dict()
     state = with_current_names(module, state)
-    common = sorted(own.keys() & state.keys())
-    foreign = [name for name in common if not _is_plain(state[name])]
-    plain = [name for name in common if name not in set(foreign)]
+    foreign: list[str] = []
+    misshapen: list[str] = []
+    of_other_kind: list[str] = []  # copying would round, or drop the imaginary part, in silence
+    for name in sorted(own.keys() & state.keys()):
+        theirs = state[name]
+        ours = own[name]
+        dense = isinstance(theirs, Tensor) and theirs.layout is torch.strided
+        if not dense or theirs.is_quantized or theirs.is_meta:
+            foreign.append(name)
+            continue
+        if theirs.shape != ours.shape:
+            misshapen.append(f"{name} {tuple(theirs.shape)} for {tuple(ours.shape)}")
+        if _kind(theirs) != _kind(ours):
+            of_other_kind.append(f"{name} {_kind(theirs)} for {_kind(ours)}")
     problems = [
         listing("missing", own.keys() - state.keys()),
         listing("unknown", state.keys() - own.keys()),
         listing("no plain tensors", foreign),
-        listing("of another shape", _misshapen(own, state, plain)),
-        listing("of another kind of numbers", _of_other_kind(own, state, plain)),
+        listing("of another shape", misshapen),
+        listing("of another kind of numbers", of_other_kind),
     ]
     if any(problems):
         raise UserError(
-            f"{where} does not fit {type(module).__name__}: {'; '.join(p for p in problems if p)}"
+            f"{where} does not fit {type(module).__name__}: {'; '.join(filter(None, problems))}"
         )
-
-
-def _is_plain(tensor: Any) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_meta
-    )
-
-
-def _misshapen(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Sequence[str]
-) -> list[str]:
-    return [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in names
-        if own[name].shape != state[name].shape
-    ]
-
-
-def _of_other_kind(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Sequence[str]
-) -> list[str]:
-    """Copying would round, or drop the imaginary part, in silence."""
-    return [
-        f"{name} {_kind(state[name])} for {_kind(own[name])}"
-        for name in names
-        if _kind(state[name]) != _kind(own[name])
-    ]
 
 
 def _kind(tensor: Tensor) -> str:
@@ -138,13 +124,6 @@ def _kind(tensor: Tensor) -> str:
     if tensor.is_complex():
         return "complex"
     return "true or false" if tensor.dtype == torch.bool else "integer"
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Types of one byte are looked at as float32: torch has no such test of them."""
-    if not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -121,18 +121,18 @@ def class_path(kind: str, name: str) -> str | None:
 def folders_of(packages: str) -> list[Path]:
     """Folders of packages of others, which are looked up and not imported."""
     folders = []
-    for name in filter(None, (part.strip() for part in packages.split(","))):
+    for name in filter(None, packages.replace(" ", "").split(",")):
         spec = find_spec(name) if name.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"package {name!r} is not found: install it, or name it in PYTHONPATH")
-        folders += [Path(place) for place in spec.submodule_search_locations]
+        folders += map(Path, spec.submodule_search_locations)
     return folders
 
 
 def _systems(folder: Path, kind: str) -> Iterator[Entry]:
     """The systems in a folder; the folder itself is one where it holds a system's file."""
     file = FILES[kind]
-    for package in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+    for package in [folder, *sorted(filter(Path.is_dir, folder.iterdir()))]:
         header = package / "__init__.py"
         if package.name in SHARED or not header.is_file() or not (package / file).is_file():
             continue
@@ -154,7 +154,13 @@ def models_of(package: Path, header: ast.Module) -> list[str]:
     return [name for name, _, _ in imported(header) if name in builders]
 
 
-ROOTS = ("Tokenizer", "GridTokenizer", "Generator", "MaskedGenerator")
+ROOTS = (
+    "Tokenizer",
+    "QuantizedTokenizer",
+    "GridTokenizer",
+    "Generator",
+    "MaskedGenerator",
+)
 
 
 @cache
@@ -180,9 +186,9 @@ def _classes(files: tuple[Path, ...]) -> dict[str, tuple[str, ...]]:
 
 def derives(name: str, roots: tuple[str, ...], bases: dict[str, tuple[str, ...]]) -> bool:
     """Whether a class is, or derives from, one of `roots`."""
-    return name in roots or any(
-        base != name and derives(base, roots, bases) for base in bases.get(name, ())
-    )
+    if name in roots:
+        return True
+    return any(derives(base, roots, bases) for base in bases.get(name, ()) if base != name)
 
 
 def data_sets() -> list[Entry]:
@@ -198,11 +204,10 @@ def data_sets() -> list[Entry]:
 
 def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
     """The class or function `name` of a file."""
-    return next(
-        node
-        for node in parsed(file).body
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
-    )
+    for node in parsed(file).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return node
+    raise LookupError(f"{file} defines no {name}")
 
 
 def algorithms() -> list[Entry]:
@@ -274,8 +279,7 @@ def config_file(name: str) -> Path:
     ours = CONFIGS / f"{inner}.yaml"
     if ours.is_file() and ours.resolve().is_relative_to(CONFIGS.resolve()):
         return ours
-    names = [config_name(file) for file in CONFIGS.rglob("*.yaml")]
-    hint = nearest(inner, names, listed=0)
+    hint = nearest(inner, map(config_name, CONFIGS.rglob("*.yaml")), listed=0)
     raise UserError(
         f"--config {name}: there is no such file, nor a config of that name{hint}; "
         "`tessellar list configs` lists them"

@@ -246,9 +246,11 @@ def metrics_of_record(path: str | None) -> dict[str, float]:
         return {}
     try:
         metrics = json_module.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
-        return {
-            name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))
-        }
+        numbers = {}
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                numbers[name] = float(value)
+        return numbers
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an evaluation record with metrics ({error!r})") from error
 

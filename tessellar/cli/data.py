@@ -60,7 +60,12 @@ def imagenet(
         )
     for split, found in counts.items():
         print(made.tell_counts(split, found))
-    _write_index(target / INDEX, counts)
+    # Classes in the order of their ids, and the number of pictures of each.
+    index = {"classes": sorted(counts["train"]), "pictures": counts}
+    staged = (target / INDEX).with_suffix(".part")
+    with writing(target / INDEX, unfinished=staged):
+        staged.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        staged.replace(target / INDEX)
     if form == "shards":
         for split in counts:
             number = made.write_shards(target / split, target / "shards", shard_size)
@@ -68,15 +73,6 @@ def imagenet(
     if size is not None:
         _crops(target, size, crop_train, extractor, device)
     _tell_next(target, form)
-
-
-def _write_index(path: Path, counts: dict[str, dict[str, int]]) -> None:
-    """Classes in the order of their ids, and the number of pictures of each."""
-    content = {"classes": sorted(counts["train"]), "pictures": counts}
-    staged = path.with_suffix(".part")
-    with writing(path, unfinished=staged):
-        staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        staged.replace(path)
 
 
 def _crops(target: Path, size: int, crop_train: bool, extractor: str, device: str) -> None:

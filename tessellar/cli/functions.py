@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -65,25 +65,18 @@ def _run(
     places = [i for i, word in enumerate(argv) if not word.startswith("-")]
     name = argv[places[0]] if places else None
     if not {"-h", "--help"} & set(argv) and name not in components:
-        _refuse(name, components)
+        commands = ", ".join(components)
+        if name is None:
+            raise UserError(f"say which command: {commands}; --help says what each does")
+        hint = nearest(name, components, listed=0)
+        raise UserError(f"{name!r} is not a command; there are {commands}{hint}")
     if name is None or name not in components:
-        everything: dict[str, Any] = {
-            each: _loaded(function) for each, function in components.items()
-        }
+        everything: Any = {each: _loaded(function) for each, function in components.items()}
         return auto_cli(everything, args=argv, **settings)
     rest = places[0] + 1
     function = _loaded(components[name])
     chosen: dict[str, Any] = {name: function}
     return auto_cli(chosen, args=argv[:rest] + shell_habits(function, argv[rest:]), **settings)
-
-
-def _refuse(name: str | None, components: Iterable[str]) -> NoReturn:
-    """Raise UserError where no command, or none of ours, is named."""
-    commands = ", ".join(components)
-    if name is None:
-        raise UserError(f"say which command: {commands}; --help says what each does")
-    hint = nearest(name, components, listed=0)
-    raise UserError(f"{name!r} is not a command; there are {commands}{hint}")
 
 
 def check_words(argv: Sequence[str]) -> None:
@@ -145,14 +138,16 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
         if name.startswith("no_") and hints.get(name[3:]) is bool and value is None:
             plain.append(f"--{name[3:]}=false")
         elif hints.get(name) is bool and value is None:
-            given = (
-                words.pop(0).lower() if words and words[0].lower() in ("true", "false") else "true"
-            )
+            given = "true"
+            if words and words[0].lower() in ("true", "false"):
+                given = words.pop(0).lower()
             plain.append(f"--{name}={given}")
         elif _is_list(hints.get(name)):
-            lists.setdefault(name, []).extend(
-                _split([value] if value is not None else _take(words))
-            )
+            values = [] if value is None else [value]
+            if value is None:  # up to the next option, or to a word that is an existing path
+                while words and not words[0].startswith("-") and not Path(words[0]).exists():
+                    values.append(words.pop(0))
+            lists.setdefault(name, []).extend(_split(values))
         else:
             takes_next = (
                 value is None and words and not words[0].startswith("--") and name != "help"
@@ -174,10 +169,9 @@ def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
             continue
         if inspect.isabstract(hints.get(name)):
             return "\n".join(_listed(name, cls) for cls in concrete(hints[name]))
-        kinds = (hints.get(name), *get_args(hints.get(name)))
-        of_options = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
-        if of_options:
-            return _listed(name, of_options[0])
+        for kind in (hints.get(name), *get_args(hints.get(name))):
+            if isinstance(kind, type) and is_dataclass(kind):
+                return _listed(name, kind)
     return None
 
 
@@ -185,11 +179,9 @@ def _listed(name: str, cls: type) -> str:
     first = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
     lines = [f"--{name} {cls.__name__}: {first}"]
     for parameter in inspect.signature(cls).parameters.values():
-        default = (
-            "required"
-            if parameter.default is inspect.Parameter.empty
-            else f"default {parameter.default}"
-        )
+        default = f"default {parameter.default}"
+        if parameter.default is parameter.empty:
+            default = "required"
         lines.append(f"    --{name}.{parameter.name} ({default})")
     return "\n".join(lines)
 
@@ -199,16 +191,11 @@ def _option(word: str) -> tuple[str, str | None]:
     return name.replace("-", "_"), value if equals else None
 
 
-def _take(words: list[str]) -> list[str]:
-    """The words behind a list option: up to the next option, or to a word that is an existing path."""
-    taken = []
-    while words and not words[0].startswith("-") and not Path(words[0]).exists():
-        taken.append(words.pop(0))
-    return taken
-
-
 def _split(words: Sequence[str]) -> list[str]:
-    return [part for word in words for part in word.strip("[]").split(",") if part]
+    parts: list[str] = []
+    for word in words:
+        parts += filter(None, word.strip("[]").split(","))
+    return parts
 
 
 def _is_list(hint: Any) -> bool:
@@ -217,11 +204,10 @@ def _is_list(hint: Any) -> bool:
 
 def _gather(function: Function, hints: Mapping[str, Any], positionals: list[str]) -> list[str]:
     """Positional words, those of a last positional list in one."""
-    required = [
-        n
-        for n, p in inspect.signature(function).parameters.items()
-        if p.default is inspect.Parameter.empty
-    ]
+    required = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty:
+            required.append(name)
     if not required or not _is_list(hints[required[-1]]) or len(positionals) < len(required):
         return positionals
     single = len(required) - 1

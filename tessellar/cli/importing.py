@@ -34,13 +34,13 @@ class Paper:
         for importer in importers:
             if importer.is_in(content, where, key):
                 return importer
-        entries = [entry for importer in importers for entry in importer.entries]
+        entries: list[str] = []
+        wanted = []
+        for importer in importers:
+            entries += importer.entries
+            wanted.append(f"not the weights of {importer.what} (they have {importer.marks[0]})")
         # Raises where there are no weights, or too many.
         unwrap(content, where, key, entries, evaluated=False)
-        wanted = [
-            f"not the weights of {importer.what} (they have {importer.marks[0]})"
-            for importer in importers
-        ]
         raise UserError(f"{where} holds nothing of {self.name}: {', '.join(wanted)}")
 
 
@@ -119,12 +119,15 @@ def imagenet_names() -> tuple[str, ...]:
     from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
-    told = [info.index_to_description(label) for label in range(IMAGENET_CLASSES)]
-    first = [one.split(",")[0] for one in told]
-    names = [one if first.count(one) == 1 else told[label] for label, one in enumerate(first)]
-    return tuple(
-        one if names.count(one) == 1 else f"{one} ({label})" for label, one in enumerate(names)
-    )
+    synonyms = list(map(info.index_to_description, range(IMAGENET_CLASSES)))
+    first = [each.split(",")[0] for each in synonyms]
+    for label, name in enumerate(synonyms):
+        if first.count(name.split(",")[0]) == 1:
+            synonyms[label] = name.split(",")[0]
+    names = []
+    for label, name in enumerate(synonyms):
+        names.append(name if synonyms.count(name) == 1 else f"{name} ({label})")
+    return tuple(names)
 
 
 def _generator(

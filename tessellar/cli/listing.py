@@ -21,7 +21,9 @@ from tessellar.cli.catalogue import (
     definition,
     entries,
     header_of,
+    imported,
     matching,
+    parsed,
 )
 from tessellar.cli.spelling import spelled
 from tessellar.errors import UserError, in_one_line
@@ -174,35 +176,56 @@ def _class(entry: Entry, name: str, kind: str) -> list[str]:
     for file in files:
         try:
             node = definition(file, name)
-        except StopIteration:
+        except LookupError:
             continue
         docstring = (ast.get_docstring(node) or "").splitlines()
-        options = [f"    {option}" for option in options_of(node, file)]
+        options = [f"    {option}" for option in options_of(node, file).values()]
         return [name, *docstring, "options:", *options, f"file: {_relative(file)}"]
     return [name, entry.what, f"file: {_home(entry)}"]
 
 
-def options_of(node: ast.ClassDef | ast.FunctionDef, file: Path) -> list[str]:
-    """`name: type = default` of a function, of a class's constructor, or of a dataclass's fields with
-    those of its bases in the same file.
+def options_of(node: ast.ClassDef | ast.FunctionDef, file: Path) -> dict[str, str]:
+    """`name: type = default` by name: of a function, of a class's constructor with those that it
+    hands on to its base, or of a dataclass's fields with those of its bases in the same file.
     """
-    if isinstance(node, ast.ClassDef):
-        makers = [
-            item
-            for item in node.body
-            if isinstance(item, ast.FunctionDef) and item.name == "__init__"
-        ]
-        if not makers:
-            return list(_fields(node, file).values())
-        node = makers[0]
+    if isinstance(node, ast.FunctionDef):
+        return _arguments(node)
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            options = _arguments(item)
+            if item.args.kwarg is not None:
+                options = _with_handed_on(options, node, file, item)
+            return options
+    return _fields(node, file)
+
+
+def _arguments(node: ast.FunctionDef) -> dict[str, str]:
     given = [argument for argument in node.args.args if argument.arg != "self"]
     defaults = [None] * (len(given) - len(node.args.defaults)) + list(node.args.defaults)
-    options = []
+    options = {}
     for argument, default in zip(given, defaults, strict=True):
         kind = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
         value = f" = {ast.unparse(default)}" if default is not None else ""
-        options.append(f"{argument.arg}{kind}{value}")
+        options[argument.arg] = f"{argument.arg}{kind}{value}"
     return options
+
+
+def _with_handed_on(
+    own: dict[str, str], node: ast.ClassDef, file: Path, maker: ast.FunctionDef
+) -> dict[str, str]:
+    """With the options of the first base, of this file or an imported one, but for those that the
+    constructor `maker` gives to it by name.
+    """
+    base = ast.unparse(node.bases[0])
+    for name, module, _ in imported(parsed(file)):
+        if name == base:
+            file = PACKAGE.parent / f"{module.replace('.', '/')}.py"
+    options = options_of(definition(file, base), file)
+    for call in ast.walk(maker):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+            for keyword in call.keywords:
+                options.pop(keyword.arg or "", None)
+    return own | {name: option for name, option in options.items() if name not in own}
 
 
 def _fields(node: ast.ClassDef, file: Path) -> dict[str, str]:
@@ -211,7 +234,7 @@ def _fields(node: ast.ClassDef, file: Path) -> dict[str, str]:
     for base in node.bases:
         try:
             above = definition(file, ast.unparse(base))
-        except StopIteration:
+        except LookupError:
             continue
         if isinstance(above, ast.ClassDef):
             found |= _fields(above, file)

@@ -71,8 +71,13 @@ def dispatch(command: str | None, argv: list[str]) -> int | None:
     if "--version" in (command, *argv):
         print(versions())
         return 0
-    if command in ("list", "show"):
-        return _catalogue(command, argv)
+    if command in ("list", "show") and {"-h", "--help"} & set(argv):
+        print(usage())
+        return 0
+    if command == "list":
+        return list_main(argv)
+    if command == "show":
+        return show_main(argv)
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS, listed=0)
         raise UserError(f"{command!r} is not a command; there are {', '.join(COMMANDS)}{hint}")
@@ -81,14 +86,6 @@ def dispatch(command: str | None, argv: list[str]) -> int | None:
         print(text)
         return 0
     return importlib.import_module(f"tessellar.cli.{command}").main(wants_all(argv))
-
-
-def _catalogue(command: str, argv: list[str]) -> int:
-    """`tessellar list` and `tessellar show`."""
-    if "-h" in argv or "--help" in argv:
-        print(usage())
-        return 0
-    return list_main(argv) if command == "list" else show_main(argv)
 
 
 def versions() -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tessellar.cli.catalogue import imported
 from tessellar.errors import UserError
 from tessellar.processes.diffusion import DiffusionSampler
 from tessellar.processes.flow import Flow
@@ -65,14 +66,20 @@ def explain(message: str, options: Iterable[str], files: Sequence[str], argv: Se
     else:
         cause = deepest(message)
     text = _say(cause, set(options))
-    files = [f for f in files if not _given_on_command_line(cause, argv)]
+    words = _words(cause)
+    given: set[str] = set()  # on the command line
+    for argument in argv:
+        if argument.startswith("--"):
+            given |= set(argument[2:].partition("=")[0].split("."))
+    if words and words[-1].split(".")[-1] in given:
+        files = []
     return ": ".join([*files_holding(files, cause), text])
 
 
 def deepest(message: str) -> Cause:
     """The cause in a tree of complaints; siblings that all say `Expected ...` belong together."""
-    path: list[tuple[int, str]] = []
-    best: tuple[int, list[tuple[int, str]], list[str]] = (-1, [], [])
+    path: dict[int, str] = {}  # the complaints above the present one, by their indentation
+    best: tuple[int, list[str], list[str]] = (-1, [], [])
     class_path = None
     values = {}
     for line in filter(str.strip, message.splitlines()):
@@ -81,28 +88,33 @@ def deepest(message: str) -> Cause:
         line = CALLABLE.sub(r"\1", GOT_CLASS.sub("", line))
         level = len(line) - len(line.lstrip(" -"))
         text = line.strip(" -")
-        path = [(depth, part) for depth, part in path if depth < level]
+        for depth in [*path]:
+            if depth >= level:
+                del path[depth]
         if text.startswith("Given value:"):
             values[level] = text.partition("Given value:")[2].strip()
         if not text or text.startswith(NOISE):
             continue
         key = KEY.match(text)
         if key or CLASS.match(text):
-            path.append((level, text))
+            path[level] = text
             text = key[2] if key else ""
+        above = list(path.values())
         if text and level > best[0]:
-            best = (level, list(path), [text])
-        elif text and level == best[0] and text.startswith("Expected") and path == best[1]:
+            best = (level, above, [text])
+        elif text and level == best[0] and text.startswith("Expected") and above == best[1]:
             best[2].append(text)
     keys = []
     class_above = None
-    for _, part in best[1]:
+    for part in best[1]:
         if key := KEY.match(part):
             keys.append(key[1])
         elif found := CLASS.match(part):
             class_above = found[1]
-    above = [level for level in values if level < best[0]]
-    value = values[max(above)] if above else None
+    value = None
+    for level in sorted(values):
+        if level < best[0]:
+            value = values[level]
     return Cause(tuple(keys), class_path or class_above, tuple(best[2]), value)
 
 
@@ -111,15 +123,10 @@ def _say(cause: Cause, options: set[str]) -> str:
     prefix = f"{cause.place}: " if cause.place else ""
     if found := re.match(r"Option '([\w.]+)' is not accepted", text):
         owner = f"{_short(cause.class_path)} ({cause.place})" if cause.class_path else "there"
-        names = (
-            _parameters(cause.class_path)
-            if cause.class_path
-            else {o.split(".")[0] for o in options}
-        )
+        names = _parameters(cause.class_path) if cause.class_path else _under(options, "")
         key = found[1].split(".")[0]
-        return (
-            f"{owner} {'has' if cause.class_path else 'is'} no option {key!r}{nearest(key, names)}"
-        )
+        verb = "has" if cause.class_path else "is"
+        return f"{owner} {verb} no option {key!r}{nearest(key, names)}"
     if found := re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
         names = _members(cause.class_path, found[1]) | _under(options, found[1])
         owner = ".".join([*cause.keys, found[1]])
@@ -183,8 +190,8 @@ def concrete(base: type) -> list[type]:
     """Classes below `base` that can be made, in the order of their definition."""
     found = [] if inspect.isabstract(base) else [base]
     for below in base.__subclasses__():
-        found += [cls for cls in concrete(below) if cls not in found]
-    return found
+        found += concrete(below)
+    return list(dict.fromkeys(found))
 
 
 def _papers_with(name: str) -> str:
@@ -194,9 +201,8 @@ def _papers_with(name: str) -> str:
     exported = []
     for room in ROOMS:
         for file in sorted((PACKAGE / room).glob("*/__init__.py")):
-            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-            imported = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-            if any(alias.name == name for node in imported for alias in node.names):
+            header = ast.parse(file.read_text(encoding="utf-8"))
+            if any(offered == name for offered, _, _ in imported(header)):
                 exported.append(f"tessellar.{room}.{file.parent.name}.{name}")
     return f"; did you mean {' or '.join(exported)}?" if exported else ""
 
@@ -214,8 +220,19 @@ def _resolve(class_path: str | None) -> Any:
 
 
 def _parameters(class_path: str | None) -> set[str]:
+    """Options of a class, those that it hands on to its base (`**options`) among them."""
+    names: set[str] = set()
     target = _resolve(class_path)
-    return set(inspect.signature(target).parameters) if target is not None else set()
+    for cls in inspect.getmro(target) if inspect.isclass(target) else filter(None, [target]):
+        handed_on = set()
+        for name, parameter in inspect.signature(cls).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                handed_on.add(name)
+            else:
+                names.add(name)
+        if not handed_on:
+            break
+    return names
 
 
 def _members(class_path: str | None, group: str) -> set[str]:
@@ -245,16 +262,6 @@ def contents(module: str) -> set[str]:
     for info in pkgutil.iter_modules(getattr(found, "__path__", [])):
         names.add(info.name)
     return {name for name in names if not name.startswith("_")}
-
-
-def _given_on_command_line(cause: Cause, argv: Sequence[str]) -> bool:
-    words = _words(cause)
-    given: set[str] = set()
-    for argument in argv:
-        if argument.startswith("--"):
-            option = argument[2:].partition("=")[0]
-            given |= set(option.split("."))
-    return bool(words) and words[-1].split(".")[-1] in given
 
 
 def _words(cause: Cause) -> list[str]:

@@ -44,9 +44,9 @@ def _refuse_zero_bytes(config: object, where: str) -> None:
 
 def configs_of(argv: Sequence[str]) -> list[str]:
     """Files behind `--config`."""
-    pairs = zip(argv, [*argv[1:], ""], strict=False)
-    return [
-        b if a == "--config" else a.partition("=")[2]
-        for a, b in pairs
-        if a.split("=")[0] == "--config"
-    ]
+    found = []
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        if option == "--config":
+            found.append(value if equals else after)
+    return found

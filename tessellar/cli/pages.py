@@ -56,15 +56,15 @@ EXAMPLES = {
 
 def page(command: str, argv: Sequence[str]) -> str | None:
     """The help that `argv` of a command asks for; None where it asks for none, or for all of it."""
-    asked = [place for place, word in enumerate(argv) if word in ("-h", "--help")]
-    if not asked or list(argv[asked[0] + 1 : asked[0] + 2]) == ["all"]:
+    asked = _help_in(argv)
+    if asked is None or list(argv[asked + 1 : asked + 2]) == ["all"]:
         return None
     if command == "train":
         return _train()
     if _table_of(command) is None:
         return _function(command, command, command)
     functions = functions_of(command)
-    name = next((word for word in argv[: asked[0]] if not word.startswith("-")), None)
+    name = next((word for word in argv[:asked] if not word.startswith("-")), None)
     if name not in functions:
         return page_of_commands(command, functions)
     module, function = functions[name]
@@ -74,10 +74,15 @@ def page(command: str, argv: Sequence[str]) -> str | None:
 def wants_all(argv: Sequence[str]) -> list[str]:
     """`argv` with `--help all` as parsers know it."""
     words = list(argv)
-    places = [place for place, word in enumerate(words) if word in ("-h", "--help")]
-    if places and words[places[0] + 1 : places[0] + 2] == ["all"]:
-        del words[places[0] + 1]
+    asked = _help_in(words)
+    if asked is not None and words[asked + 1 : asked + 2] == ["all"]:
+        del words[asked + 1]
     return words
+
+
+def _help_in(argv: Sequence[str]) -> int | None:
+    """Where help is asked for first."""
+    return next((place for place, word in enumerate(argv) if word in ("-h", "--help")), None)
 
 
 def _train() -> str:
@@ -113,14 +118,11 @@ def own_options() -> list[tuple[str, str]]:
 
 def _choices() -> str:
     """Names of systems and data sets, a line or two each."""
-    lines = []
-    for title, kind in (
-        ("tokenizers", "tokenizers"),
-        ("generators", "generators"),
-        ("data sets", "data"),
-    ):
-        names = ", ".join(entry.name for entry in entries(kind))
-        lines.append(_hanging(f"{title}:", names))
+    lines = [
+        _names_of("tokenizers", "tokenizers"),
+        _names_of("generators", "generators"),
+        _names_of("data sets", "data"),
+    ]
     configs = entries("configs")
     folders = sorted({entry.name.partition("/")[0] for entry in configs})
     lines.append(_hanging("configs:", f"{len(configs)} in {', '.join(folders)}"))
@@ -173,22 +175,26 @@ def _function(command: str, module: str, function: str, name: str = "") -> str:
     docstring = ast.get_docstring(node) or ""
     said = argument_lines(docstring)
     count = len(node.args.args) - len(node.args.defaults)
-    needed = [argument.arg for argument in node.args.args[:count]]
-    rows = [(needed_name.upper(), said.get(needed_name, "")) for needed_name in needed]
+    usage = " ".join(filter(None, ["usage:", spelled(command), name]))
+    rows = []
+    for argument in node.args.args[:count]:
+        needed = argument.arg.upper()
+        rows.append((needed, said.get(argument.arg, "")))
+        usage += f" {needed}"
     for argument, default in zip(node.args.args[count:], node.args.defaults, strict=True):
-        rows.append(
-            (_option(argument.arg), option_line(argument, default, said.get(argument.arg, "")))
-        )
-    words = " ".join(filter(None, [spelled(command), name, *(row[0] for row in rows[:count])]))
+        line = option_line(argument, default, said.get(argument.arg, ""))
+        rows.append((_option(argument.arg), line))
     what = _wrapped(" ".join(docstring.partition("\n\nArgs:")[0].split()))
-    sections = [f"usage: {words} [options]", what, _table(rows)]
-    sections += names_for({argument.arg for argument in node.args.args})
-    every = EXAMPLES.get(command, ())
-    shown = [each for each in every if not name or each.startswith(f"{name} ")]
-    return "\n\n".join([*sections, *([_examples(command, shown)] if shown else [])])
+    sections = [f"{usage} [options]", what, _table(rows)]
+    sections += names_for([argument.arg for argument in node.args.args])
+    start = f"{name} " if name else ""
+    shown = [each for each in EXAMPLES.get(command, ()) if each.startswith(start)]
+    if shown:
+        sections.append(_examples(command, shown))
+    return "\n\n".join(sections)
 
 
-def names_for(arguments: set[str]) -> list[str]:
+def names_for(arguments: Sequence[str]) -> list[str]:
     """What the arguments of a command choose among: data sets, algorithms, whose weights."""
     lines = []
     if "system" in arguments and "file" in arguments:
@@ -198,14 +204,16 @@ def names_for(arguments: set[str]) -> list[str]:
                 if (entry.file.parent / "official.py").is_file():
                     systems.add(entry.name)
         lines.append(_hanging("systems:", ", ".join(sorted(systems))))
-    for title, argument, kind in (
-        ("data sets", "data", "data"),
-        ("algorithms", "algorithm", "algorithms"),
-    ):
-        if argument in arguments:
-            names = ", ".join(entry.name for entry in entries(kind))
-            lines.append(_hanging(f"{title}:", names))
+    if "data" in arguments:
+        lines.append(_names_of("data sets", "data"))
+    if "algorithm" in arguments:
+        lines.append(_names_of("algorithms", "algorithms"))
     return ["\n".join(lines)] if lines else []
+
+
+def _names_of(title: str, kind: str) -> str:
+    names = ", ".join(entry.name for entry in entries(kind))
+    return _hanging(f"{title}:", names)
 
 
 def _definition(module: str, function: str) -> ast.FunctionDef:
@@ -262,5 +270,7 @@ def _wrapped(text: str) -> str:
 
 
 def _examples(command: str, shown: Sequence[str] | None = None) -> str:
-    lines = EXAMPLES[command] if shown is None else shown
-    return "\n".join(["examples:", *(f"  {spelled(command)} {line}" for line in lines)])
+    lines = ["examples:"]
+    for line in EXAMPLES[command] if shown is None else shown:
+        lines.append(f"  {spelled(command)} {line}")
+    return "\n".join(lines)

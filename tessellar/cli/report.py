@@ -7,6 +7,7 @@ runs' folders hold, read as it is.
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ OF_SEVERAL = "outputs/report.html"
 SHOWN = 6  # pictures of a kind over time
 KINDS = ("samples", "reconstructions")
 ORDER = ("val/", "train/loss", "usage", "train/", "speed/")
+Column = dict[str, str]  # what one run has in each row of a table
 FACTS = ("updates", "samples_seen", "precision", "devices", "wall_seconds", "cpu_seconds", "commit")
 
 
@@ -53,31 +55,75 @@ class RunFiles:
         """Pictures `<kind>_<update>.png`, SHOWN of them evenly in time, the first and the last
         among them.
         """
-        found = sorted((self.folder / "pictures").glob(f"{kind}_*.png"))
-        if len(found) > SHOWN:
-            found = [found[round(k * (len(found) - 1) / (SHOWN - 1))] for k in range(SHOWN)]
-        return [Picture(path, _update_of(path)) for path in found]
+        paths = sorted((self.folder / "pictures").glob(f"{kind}_*.png"))
+        if len(paths) > SHOWN:
+            paths = [paths[round(k * (len(paths) - 1) / (SHOWN - 1))] for k in range(SHOWN)]
+        found = []
+        for path in paths:
+            number = path.stem.rpartition("_")[2]
+            caption = f"update {int(number)}" if number.isdecimal() else path.stem
+            found.append(Picture(path, caption))
+        return found
 
     def others(self) -> list[Picture]:
         """Pictures that are not over time: nearest training images and the like."""
-        found = sorted((self.folder / "pictures").glob("*.png"))
-        return [Picture(path, path.stem) for path in found if not path.stem.startswith(KINDS)]
+        found = []
+        for path in sorted((self.folder / "pictures").glob("*.png")):
+            if not path.stem.startswith(KINDS):
+                found.append(Picture(path, path.stem))
+        return found
 
     def commands(self) -> list[str]:
         """The command of each part of the run."""
-        parts = self.facts.get("parts") or [self.facts]
-        return [
-            str(part["command"]) for part in parts if isinstance(part, dict) and "command" in part
-        ]
+        found = []
+        for part in self.facts.get("parts") or [self.facts]:
+            if isinstance(part, dict) and "command" in part:
+                found.append(str(part["command"]))
+        return found
 
-    def evaluations(self) -> dict[str, str]:
+    def numbers(self) -> Column:
+        """Facts of run.json, and the classes of the data by name."""
+        column = {"data": ""}
+        data = self.facts.get("data")
+        if isinstance(data, dict):
+            names = data.get("class_names") or []
+            few = ", ".join(in_one_line(str(name)) for name in names[:10])
+            more = f", and {len(names) - 10} more" if len(names) > 10 else ""
+            column["data"] = f"{data.get('name')}: {len(names)} classes ({few}{more})"
+        for key in FACTS:
+            column[key.replace("_", " ")] = _number(self.facts.get(key))
+        return column
+
+    def validation(self) -> Column:
+        """The last, the least and the most of each validation metric."""
+        column = {}
+        for name, points in self.curves.items():
+            if not name.startswith("val/") or not points:
+                continue
+            update, last = points[-1]
+            column[f"{name}, last"] = f"{last:.5g} (update {update})"
+            low = min(points, key=lambda point: point[1])
+            high = max(points, key=lambda point: point[1])
+            extremes = f"{low[1]:.5g} ({low[0]}), {high[1]:.5g} ({high[0]})"
+            column[f"{name}, least and most"] = extremes
+        return column
+
+    def evaluations(self) -> Column:
         """Metrics of the records below `evaluations/`, by file and name."""
-        found = {}
+        column = {}
         for path in sorted((self.folder / "evaluations").glob("*.json")):
             metrics = _json(path).get("metrics")
             for name, value in metrics.items() if isinstance(metrics, dict) else ():
-                found[f"{name} at {path.stem.lstrip('0')}"] = _number(value)
-        return found
+                column[f"{name} at {path.stem.lstrip('0')}"] = _number(value)
+        return column
+
+    def settings(self) -> Column:
+        """Settings of the config but for those of how the run was called."""
+        try:
+            content = flat(yaml.safe_load(self.config))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return {}
+        return {key: str(content[key]) for key in content.keys() - {"name", "resume", "config"}}
 
 
 def report(runs: list[str], out: str = "") -> None:
@@ -108,88 +154,64 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 def sections(runs: Sequence[RunFiles]) -> list[Section]:
     """All parts of the page, in order."""
     names = [run.name for run in runs]
+    numbers = side_by_side([run.numbers() for run in runs])
+    validation = side_by_side([run.validation() for run in runs])
+    evaluations = side_by_side([run.evaluations() for run in runs])
+    rows = numbers | dict(sorted(validation.items())) | dict(sorted(evaluations.items()))
     over_time = []
     for kind in KINDS:
-        for run in runs:
-            shown = run.pictures(kind)
-            over_time += [Strip(_titled(kind, run, runs), shown)] if shown else []
-    rest = [Strip(_titled("pictures", run, runs), run.others()) for run in runs if run.others()]
-    commands = [text("\n".join(run.commands())) for run in runs if run.commands()]
-    configs = [text(run.config, f"config.yaml of {run.name}") for run in runs if run.config]
+        over_time += [Strip(_titled(kind, run, runs), run.pictures(kind)) for run in runs]
+    others = [Strip(_titled("pictures", run, runs), run.others()) for run in runs]
+    commands = ""
+    configs = ""
+    for run in runs:
+        if run.commands():
+            commands += text("\n".join(run.commands()))
+        if run.config:
+            configs += text(run.config, f"config.yaml of {run.name}")
     return [
-        Section("Numbers", table(names, _numbers(runs))),
-        Section("What differs", table(names, _differences(runs)) if len(runs) > 1 else ""),
+        Section("Numbers", table(names, rows)),
+        Section("What differs", table(names, differences(runs))),
         Section("Curves", _curves(runs, names)),
         Section("Pictures over time", strips(over_time)),
-        Section("More pictures", strips(rest)),
-        Section("Commands", "".join(commands)),
-        Section("Configs", "".join(configs)),
+        Section("More pictures", strips(others)),
+        Section("Commands", commands),
+        Section("Configs", configs),
     ]
+
+
+def side_by_side(columns: Sequence[Column]) -> dict[str, list[str]]:
+    """Rows by name, with a cell of each column; a row without any content is left out."""
+    rows: dict[str, list[str]] = {}
+    for name in dict.fromkeys(chain.from_iterable(columns)):
+        cells = [column.get(name, "") for column in columns]
+        if any(cells):
+            rows[name] = cells
+    return rows
+
+
+def differences(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
+    """Settings in which the configs differ."""
+    rows = {}
+    for key, cells in sorted(side_by_side([run.settings() for run in runs]).items()):
+        if len(set(cells)) > 1:
+            rows[key] = cells
+    return rows
 
 
 def _titled(kind: str, run: RunFiles, runs: Sequence[RunFiles]) -> str:
     return kind if len(runs) == 1 else f"{kind} of {run.name}"
 
 
-def _numbers(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Facts of run.json, then the last and the best of each validation metric, then evaluations."""
-    rows: dict[str, list[str]] = {"data": [_data(run) for run in runs]}
-    for key in FACTS:
-        rows[key.replace("_", " ")] = [_number(run.facts.get(key)) for run in runs]
-    metrics = sorted({name for run in runs for name in run.curves if name.startswith("val/")})
-    for name in metrics:
-        rows[f"{name}, last"] = [_extreme(run, name, "last") for run in runs]
-        rows[f"{name}, least and most"] = [_extreme(run, name, "range") for run in runs]
-    measured = [run.evaluations() for run in runs]
-    for name in sorted({name for one in measured for name in one}):
-        rows[name] = [one.get(name, "") for one in measured]
-    return {name: cells for name, cells in rows.items() if any(cells)}
-
-
-def _data(run: RunFiles) -> str:
-    data = run.facts.get("data")
-    if not isinstance(data, dict):
-        return ""
-    names = data.get("class_names") or []
-    few = ", ".join(in_one_line(str(name)) for name in names[:10])
-    more = f", and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"{data.get('name')}: {len(names)} classes ({few}{more})"
-
-
-def _extreme(run: RunFiles, name: str, which: str) -> str:
-    points = run.curves.get(name)
-    if not points:
-        return ""
-    if which == "last":
-        return f"{points[-1][1]:.5g} (update {points[-1][0]})"
-    low = min(points, key=lambda point: point[1])
-    high = max(points, key=lambda point: point[1])
-    return f"{low[1]:.5g} ({low[0]}), {high[1]:.5g} ({high[0]})"
-
-
-def _differences(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Settings in which the configs differ, but for how the runs were called."""
-    configs = [flat(_yaml(run.config)) for run in runs]
-    keys = sorted({key for config in configs for key in config} - {"name", "resume", "config"})
-    rows = {key: [str(config.get(key, "")) for config in configs] for key in keys}
-    return {key: cells for key, cells in rows.items() if len(set(cells)) > 1}
-
-
 def _curves(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
-    metrics = sorted({name for run in runs for name in run.curves}, key=_place_of)
-    drawn = panels({name: [run.curves.get(name, []) for run in runs] for name in metrics})
+    """Validation first, then the loss and the usage of codes, then the rest (ORDER)."""
+    ranked = []
+    for metric in set(chain.from_iterable(run.curves for run in runs)):
+        rank = next((place for place, part in enumerate(ORDER) if part in metric), len(ORDER))
+        ranked.append((rank, metric))
+    curves = {metric: [run.curves.get(metric, []) for run in runs] for _, metric in sorted(ranked)}
+    drawn = panels(curves)
     return (legend(names) if len(runs) > 1 and drawn else "") + drawn
-
-
-def _place_of(metric: str) -> tuple[int, str]:
-    """Validation first, then the loss and the usage of codes, then the rest."""
-    found = [place for place, part in enumerate(ORDER) if part in metric]
-    return (min(found, default=len(ORDER)), metric)
-
-
-def _update_of(path: Path) -> str:
-    number = path.stem.rpartition("_")[2]
-    return f"update {int(number)}" if number.isdecimal() else path.stem
 
 
 def _number(value: Any) -> str:
@@ -208,13 +230,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _yaml(content: str) -> Any:
-    try:
-        return yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

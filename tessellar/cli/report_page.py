@@ -6,6 +6,7 @@ Nothing is fetched when it is opened, and whatever comes from files is escaped.
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import chain
 from math import floor, isfinite, log10
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +59,13 @@ class Section(NamedTuple):
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The whole document."""
-    told = [f"<h2>{escape(s.title)}</h2>\n{s.body}" for s in sections if s.body]
+    body = ""
+    for section in sections:
+        if section.body:
+            body += f"<h2>{escape(section.title)}</h2>\n{section.body}\n"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
-        + "\n".join(told)
-        + "\n</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
 
 
@@ -71,12 +73,16 @@ def table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A row each entry: its name, then a cell for each column."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *columns))
-    lines = [f"<tr>{head}</tr>"] if len(columns) > 1 else []
+    lines = ""
+    if len(columns) > 1:
+        lines = f"<tr>{_cells('th', ['', *columns])}</tr>"
     for name, cells in rows.items():
-        told = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr><th>{escape(name)}</th>{told}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+        lines += f"<tr>{_cells('th', [name])}{_cells('td', cells)}</tr>"
+    return f"<table>{lines}</table>"
+
+
+def _cells(tag: str, texts: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
 
 
 def text(content: str, title: str = "") -> str:
@@ -87,49 +93,51 @@ def text(content: str, title: str = "") -> str:
 
 def legend(names: Sequence[str]) -> str:
     """Which colour is which run."""
-    keys = [
-        f'<span class="key" style="background:{_colour(place)}"></span>{escape(name)}&emsp;'
-        for place, name in enumerate(names)
-    ]
-    return f"<p>{''.join(keys)}</p>"
+    keys = ""
+    for place, name in enumerate(names):
+        box = f'<span class="key" style="background:{_colour(place)}"></span>'
+        keys += f"{box}{escape(name)}&emsp;"
+    return f"<p>{keys}</p>"
 
 
 def strips(rows: Sequence[Strip]) -> str:
-    """Rows of pictures, each in the file itself."""
-    told = []
+    """Rows of pictures, each in the file itself; a row without any is left out."""
+    lines = []
     for row in rows:
-        cells = [_figure(picture) for picture in row.pictures]
-        told.append(f'<h3>{escape(row.title)}</h3><div class="strip">{"".join(cells)}</div>')
-    return "\n".join(told)
+        figures = ""
+        for picture in row.pictures:
+            data = base64.b64encode(picture.path.read_bytes()).decode()
+            caption = escape(picture.caption)
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            figures += f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+        if figures:
+            lines.append(f'<h3>{escape(row.title)}</h3><div class="strip">{figures}</div>')
+    return "\n".join(lines)
 
 
 def panels(curves: Mapping[str, Sequence[Points]]) -> str:
     """A panel each metric, with a line for each run (which may be empty)."""
-    drawn = [_panel(name, lines) for name, lines in curves.items()]
-    return f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
+    drawn = "".join(panel(name, lines) for name, lines in curves.items())
+    return f'<div class="panels">{drawn}</div>' if curves else ""
 
 
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.path.read_bytes()).decode()
-    caption = escape(picture.caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _panel(name: str, lines: Sequence[Points]) -> str:
-    """One metric over updates, as SVG."""
-    finite = [[(x, y) for x, y in line if isfinite(y)] for line in lines]
-    points = [point for line in finite for point in line]
+def panel(name: str, lines: Sequence[Points]) -> str:
+    """One metric over updates, as SVG; empty where no value is finite."""
+    finite = []
+    for line in lines:
+        finite.append([point for point in line if isfinite(point[1])])
+    points = list(chain.from_iterable(finite))
     if not points:
         return ""
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-    inner = (LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, TOP + 16)
+    updates, values = zip(*points, strict=True)
+    x_ticks = ticks(min(updates), max(updates))
+    y_ticks = ticks(min(values), max(values))
+    left = LEFT
+    right = WIDTH - RIGHT
+    low = HEIGHT - BOTTOM
+    high = TOP + 16
 
     def place(x: float, y: float) -> tuple[float, float]:
-        left, right, low, high = inner
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + across * (right - left), low - up * (low - high)
@@ -143,20 +151,19 @@ def _panel(name: str, lines: Sequence[Points]) -> str:
         across, _ = place(x, y_ticks[0])
         parts.append(f'<text x="{across:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{x:g}</text>')
     for number, line in enumerate(finite):
+        colour = _colour(number)
         placed = [place(x, y) for x, y in line]
         if len(placed) > 1:
-            parts.append(_line(placed, _colour(number), 1.6))
-        if 0 < len(placed) < 30:
-            parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{_colour(number)}"/>'
-                for x, y in placed
-            ]
+            parts.append(_line(placed, colour, 1.6))
+        if len(placed) < 30:
+            for x, y in placed:
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{colour}"/>')
     return f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
 def _line(points: Sequence[tuple[float, float]], colour: str, width: float) -> str:
-    told = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{told}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
 
 
 def _colour(number: int) -> str:

@@ -36,10 +36,9 @@ from tessellar.sampling.output import SampleFolder
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.run import (
     MAX_IMAGES,
+    Drawing,
     balanced_labels,
     check_seed,
-    sample_images,
-    sample_texts,
 )
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
@@ -104,7 +103,14 @@ def sample(
     texts = None if prompts is None else read_prompts(prompts, generator)
     named = parse_classes(classes, generator) if texts is None else list(range(len(texts)))
     default = DEFAULT_COUNT if texts is None else len(texts)
-    labels = balanced_labels(_total(count, per_class, len(named), default), named)
+    if count is not None and per_class is not None:
+        raise UserError("give either --count or --per-class, not both")
+    if per_class is not None:
+        count = per_class * len(named)
+    total = default if count is None else count
+    if not 1 <= total <= MAX_IMAGES:
+        raise UserError(f"{total} images were asked for; 1 to {MAX_IMAGES} can be made")
+    labels = balanced_labels(total, named)
     check_seed(seed, len(labels))
     check_whole("batch size", batch_size, least=1, most=MAX_IMAGES)
     sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
@@ -153,11 +159,8 @@ def sample(
         print(
             f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}"
         )
-        print(
-            f"this process: {recorder.report()}"
-            if distributed.world_size() > 1
-            else recorder.report()
-        )
+        whose = "this process: " if distributed.world_size() > 1 else ""
+        print(f"{whose}{recorder.report()}")
 
 
 def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
@@ -205,15 +208,6 @@ def _what(named: list[int], texts: list[str] | None, class_names: Sequence[str])
     return {"prompts": texts, "labels": "image i has prompt prompts[i % len(prompts)]"}
 
 
-def _total(count: int | None, per_class: int | None, classes: int, default: int) -> int:
-    if count is not None and per_class is not None:
-        raise UserError("give either --count or --per-class, not both")
-    total = count if count is not None else default if per_class is None else per_class * classes
-    if not 1 <= total <= MAX_IMAGES:
-        raise UserError(f"{total} images were asked for; 1 to {MAX_IMAGES} can be made")
-    return total
-
-
 @contextmanager
 def _stage(target: Path, overwrite: bool) -> Iterator[Path]:
     """One staged folder that all processes write into."""
@@ -240,11 +234,11 @@ def _draw(
 ) -> None:
     """Draw this process's share and write it, and say how far it is."""
     share = distributed.own_share(len(labels))
-    settings = (sampling, seed, batch_size, precision, share, recorder)
+    drawing = Drawing(sampling, seed, batch_size, precision, recorder)
     if texts is None:
-        batches = sample_images(model, labels, *settings)
+        batches = drawing.of_classes(model, labels, share)
     else:
-        batches = sample_texts(model, [texts[label] for label in labels], *settings)
+        batches = drawing.of_texts(model, [texts[label] for label in labels], share)
     with Progress("sampling", len(share), "images", quiet=distributed.rank() > 0) as bar:
         for indices, images in batches:
             folder.write(indices, images)

@@ -354,11 +354,9 @@ def validate(cli: TrainCLI) -> None:
             cli.model, cli.datamodule, ckpt_path=run.checkpoint, verbose=False, weights_only=True
         )
     if trainer.is_global_zero:
-        print(
-            "\n".join(
-                f"{name} {value:.6g}" for name, value in sorted(metrics.items()) if name != "step"
-            )
-        )
+        for name, value in sorted(metrics.items()):
+            if name != "step":
+                print(f"{name} {value:.6g}")
 
 
 def parse(argv: Sequence[str]) -> TrainCLI:

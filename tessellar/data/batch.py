@@ -50,10 +50,11 @@ def collate(samples: "Batch | TokenBatch | list[Sample]") -> Batch | TokenBatch:
     if isinstance(samples, dict):
         return samples
     keys = set(samples[0])
-    if any(set(sample) != keys for sample in samples):
-        raise ValueError(
-            f"samples of one batch have different keys: {sorted({tuple(sorted(s)) for s in samples})}"
-        )
+    for sample in samples:
+        if set(sample) != keys:
+            raise ValueError(
+                f"samples of one batch have different keys: {sorted(keys)} and {sorted(sample)}"
+            )
     batch: Batch = {
         "image": torch.stack([s["image"] for s in samples]),
         "index": torch.tensor([s["index"] for s in samples]),

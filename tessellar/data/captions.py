@@ -61,8 +61,8 @@ def read_captions(value: Any, name: str) -> tuple[str, ...]:
     if value is None:
         return ()
     several = isinstance(value, (list, tuple, np.ndarray))
-    texts = [_text(one, value, name) for one in (value if several else [value])]
-    return tuple(text for text in texts if text)
+    texts = [_text(each, value, name) for each in (value if several else [value])]
+    return tuple(filter(None, texts))
 
 
 def _text(one: Any, value: Any, name: str) -> str:

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from tessellar.checkpoints.data_facts import DataFacts
 from tessellar.data.batch import collate
 from tessellar.data.classes import shown
+from tessellar.data.crops import Resize
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
-from tessellar.data.pictures import PictureDataset
+from tessellar.data.framing import Crop, Framing
+from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.sampler import ResumableSampler
 from tessellar.data.workers import ignore_interruptions, sensible_workers
 from tessellar.errors import UserError
@@ -155,8 +157,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def fingerprint(self) -> str:
         """Hash of the training and validation images, without augmentation."""
-        parts = [self.train_dataset(augment=False), self.val_dataset()]
-        return digest(parts=[part.fingerprint() for part in parts])
+        train = self.train_dataset(augment=False).fingerprint()
+        return digest(parts=[train, self.val_dataset().fingerprint()])
 
     def contents(self) -> tuple[str, str]:
         """Hashes of the training and of the validation samples, without augmentation."""
@@ -182,15 +184,17 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def teardown(self, stage: str) -> None:
         """Say how many corrupt images were skipped, and name the first ones."""
-        damaged = [d for d in self._loaded if isinstance(d, PictureDataset) and d.corrupt]
-        for dataset in damaged:
-            names = [dataset.where(index) for index in dataset.corrupt]
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        for dataset in self._loaded:
+            if not isinstance(dataset, PictureDataset) or not dataset.corrupt:
+                continue
+            count = len(dataset.corrupt)
+            more = f" and {count - SHOWN} more" if count > SHOWN else ""
             log.warning(
-                "%d of %d images are corrupt and were skipped: %s",
-                len(names),
+                "%d of %d images are corrupt and were skipped: %s%s",
+                count,
                 len(dataset),
-                ", ".join(names[:SHOWN]) + more,
+                ", ".join(map(dataset.where, dataset.corrupt[:SHOWN])),
+                more,
             )
         self._loaded.clear()
 
@@ -240,3 +244,32 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"the run was at sample {start} of an epoch; {self.name} now has {total}: continue it with its own data"
             )
         return epoch, start
+
+
+class PictureDataModule(ImageDataModule):
+    """Pictures of any size in files or tars, framed as squares of `size` pixels: what all sets of
+    one's own pictures take.
+
+    `crop`, `flip`, `ten_ratios` and `resize` apply to training (see Framing). Corrupt images are
+    skipped up to the share `max_corrupt`. Where no `name` is given, a set names itself.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        crop: Crop = "adm",
+        flip: bool = True,
+        ten_ratios: Sequence[float] = (1.1,),
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        seed: int | None = None,
+        name: str | None = None,
+        max_corrupt: float = MAX_CORRUPT,
+        resize: Resize | None = None,
+        balance: bool = False,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, balance)
+        self.image_size = (size, size)
+        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
+        self.name = name or ""
+        self.max_corrupt = max_corrupt

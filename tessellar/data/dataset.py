@@ -128,9 +128,10 @@ def hold_out(
         ranked.setdefault(0 if labels is None else int(labels[place]), []).append(place)
     wanted = min(ceil(share * len(names)), max(len(names) - len(ranked), 1))
     counts = _shares({label: len(places) for label, places in ranked.items()}, share, wanted)
-    held_out = [place for label, places in ranked.items() for place in places[: counts[label]]]
-    rest = sorted(set(range(len(names))) - set(held_out))
-    return rest, sorted(held_out)
+    held_out: set[int] = set()
+    for label, places in ranked.items():
+        held_out |= set(places[: counts[label]])
+    return sorted(set(range(len(names))) - held_out), sorted(held_out)
 
 
 def _shares(sizes: Mapping[int, int], share: float, wanted: int) -> dict[int, int]:
@@ -142,7 +143,9 @@ def _shares(sizes: Mapping[int, int], share: float, wanted: int) -> dict[int, in
         most = dict(sizes)
     counts = {label: min(int(share * size), most[label]) for label, size in sizes.items()}
     while sum(counts.values()) < wanted:
-        open_ones = [label for label in sizes if counts[label] < most[label]]
-        left = {label: share * sizes[label] - counts[label] for label in open_ones}
-        counts[max(open_ones, key=lambda label: (left[label], -label))] += 1
+        left: dict[int, float] = {}  # of those that can give one more
+        for label, size in sizes.items():
+            if counts[label] < most[label]:
+                left[label] = share * size - counts[label]
+        counts[max(left, key=lambda label: (left[label], -label))] += 1
     return counts

@@ -44,7 +44,13 @@ def is_image(name: str) -> bool:
 def plain_files(folder: str | Path) -> list[str]:
     """Names of the files right in a folder that are not junk, sorted; no pipes, no devices."""
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if not is_junk(e.name) and _is_file(e))
+        names = []
+        for entry in entries:
+            # A link that leads nowhere counts: it is for the reader to name it as unreadable.
+            nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+            if not is_junk(entry.name) and (entry.is_file() or nowhere):
+                names.append(entry.name)
+        return sorted(names)
 
 
 def sub_folders(folder: str | Path) -> list[str]:
@@ -67,11 +73,6 @@ def _walk(folder: str, below: str, above: frozenset[tuple[int, int]]) -> Iterato
         yield below + name
     for name in sub_folders(folder):
         yield from _walk(os.path.join(folder, name), f"{below}{name}/", above | {here})
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """A link that leads nowhere counts: it is for the reader to name it as unreadable."""
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
 
 
 @cache  # a set is listed several times in a run, and said once

@@ -15,7 +15,6 @@ Rules where a file does not tell its range, or holds more than one image:
 import io
 import logging
 import warnings
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,10 @@ def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that nobody reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=_formats()) as image:
+            Image.init()
+            # Those of FORMATS that this Pillow was built with.
+            formats = [name for name in FORMATS if name in Image.OPEN]
+            with Image.open(source, formats=formats) as image:
                 check_shape(image)
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image), image, name)
@@ -67,13 +69,6 @@ def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise every kind on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"cannot read the image {name}: {reason}") from error
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """FORMATS as far as this Pillow was built with them."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def check_shape(image: Image.Image) -> None:

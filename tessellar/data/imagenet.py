@@ -72,16 +72,27 @@ def prepare_train(source: Path, target: Path) -> None:
 
 
 def _unpack_class(file: BinaryIO, name: str, target: Path, where: str) -> None:
-    """The pictures of one class's tar in `target`/`name`, unless they are there."""
+    """The pictures of one class's tar in `target`/`name`, unless they are there.
+
+    Their contents alone are written: a tar's owners, modes and paths are not taken over.
+    """
     folder = target / name
     if folder.is_dir():
         return
     staged = target / f".{name}.part"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    with writing(folder), closing(_as_tar(file, where)) as tar:
+    with writing(folder), closing(_open_tar(where, file)) as tar:
         for member in _files(tar, where):
-            _write_member(tar, member, staged / Path(member.name).name)
+            content = tar.extractfile(member)
+            assert content is not None
+            place = staged / Path(member.name).name
+            with open(place, "wb") as out:
+                shutil.copyfileobj(content, out)
+            if place.stat().st_size != member.size:
+                raise UserError(
+                    f"{member.name} ends too early: the file was not downloaded to its end"
+                )
         staged.replace(folder)
 
 
@@ -121,13 +132,13 @@ def _pictures(source: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Names and contents of the pictures of a tar or of a flat folder."""
     if source.is_dir():
         for path in sorted(source.iterdir()):
-            if path.suffix.lower() in PICTURES:
+            if _is_picture(path):
                 with open(path, "rb") as file:
                     yield path.name, file
         return
     with closing(_open_tar(source)) as tar:
         for member in _files(tar, str(source)):
-            if Path(member.name).suffix.lower() in PICTURES:
+            if _is_picture(Path(member.name)):
                 content = tar.extractfile(member)
                 assert content is not None
                 yield Path(member.name).name, content  # type: ignore[misc]
@@ -188,37 +199,32 @@ def write_shards(folder: Path, target: Path, size: int = SHARD) -> int:
     Pictures are dealt out in turn, so that every shard holds all classes. Shards that are there are
     left.
     """
-    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in PICTURES)
+    files = sorted(filter(_is_picture, folder.glob("*/*")))
     classes = sorted({path.parent.name for path in files})
-    numbers = {name: number for number, name in enumerate(classes)}
     count = max(1, -(-len(files) // size))
     target.mkdir(parents=True, exist_ok=True)
     with Progress("writing shards", count, "shards") as bar:
         for number in range(count):
             path = target / f"{folder.name}-{number:05d}.tar"
             if not path.is_file():
-                _write_shard(path, files[number::count], numbers)
+                _write_shard(path, files[number::count], classes)
             load_index(path)
             bar.update()
     return count
 
 
-def _write_shard(path: Path, files: Sequence[Path], numbers: Mapping[str, int]) -> None:
+def _write_shard(path: Path, files: Sequence[Path], classes: Sequence[str]) -> None:
     staged = path.with_suffix(".part")
     with writing(path, unfinished=staged):
         with tarfile.open(staged, "w") as tar:
             for file in files:
                 name = file.parent.name
                 tar.add(file, arcname=f"{name}_{file.stem}{file.suffix.lower()}", recursive=False)
-                _add_text(tar, f"{name}_{file.stem}.cls", str(numbers[name]))
+                label = str(classes.index(name)).encode()
+                info = tarfile.TarInfo(f"{name}_{file.stem}.cls")
+                info.size = len(label)
+                tar.addfile(info, io.BytesIO(label))
         staged.replace(path)
-
-
-def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
-    content = text.encode()
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
 
 
 def write_crops(folder: Path, target: Path, size: int) -> int:
@@ -243,7 +249,7 @@ def _crop_class(folder: Path, target: Path, size: int) -> int:
     count = 0
     with writing(target):
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() not in PICTURES:
+            if not _is_picture(path):
                 continue
             try:
                 center_crop(read_image(path), size).save(staged / f"{path.stem}.png")
@@ -256,10 +262,10 @@ def _crop_class(folder: Path, target: Path, size: int) -> int:
 
 def count_pictures(folder: Path) -> dict[str, int]:
     """Pictures of each class folder."""
-    return {
-        name: sum(path.suffix.lower() in PICTURES for path in (folder / name).iterdir())
-        for name in _class_folders(folder)
-    }
+    counts = {}
+    for name in _class_folders(folder):
+        counts[name] = sum(map(_is_picture, (folder / name).iterdir()))
+    return counts
 
 
 def tell_counts(split: str, counts: Mapping[str, int]) -> str:
@@ -269,6 +275,10 @@ def tell_counts(split: str, counts: Mapping[str, int]) -> str:
     if total == EXPECTED[split] and len(counts) == CLASSES:
         return said
     return f"{said} (all of ImageNet: {EXPECTED[split]:,} of {CLASSES:,})"
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -285,24 +295,16 @@ def _link(source: Path, target: Path) -> None:
     os.symlink(source.resolve(), target)
 
 
-def _open_tar(path: Path) -> tarfile.TarFile:
-    if not path.exists():
+def _open_tar(path: str | Path, content: BinaryIO | None = None) -> tarfile.TarFile:
+    """The tar at `path`, or the one whose `content` is given."""
+    if content is None and not Path(path).exists():
         raise UserError(f"{path} does not exist")
     try:
-        return tarfile.open(path, tarinfo=Header)
+        return tarfile.open(path if content is None else None, fileobj=content, tarinfo=Header)
     except RefusedHeader as error:
         raise UserError(f"{path}: {error}") from error
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{path} is not a tar, or it is cut off") from error
-
-
-def _as_tar(file: BinaryIO, where: str) -> tarfile.TarFile:
-    try:
-        return tarfile.open(fileobj=file, tarinfo=Header)
-    except RefusedHeader as error:
-        raise UserError(f"{where}: {error}") from error
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{where} is not a tar, or it is cut off") from error
 
 
 def _members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
@@ -330,13 +332,3 @@ def _files(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
                 f"{where}: {member.name!r} has {member.size} bytes, more than {LARGEST_MEMBER}"
             )
         yield member
-
-
-def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
-    """The content of a picture alone: a tar's owners, modes and paths are not taken over."""
-    content = tar.extractfile(member)
-    assert content is not None
-    with open(place, "wb") as out:
-        shutil.copyfileobj(content, out)
-    if place.stat().st_size != member.size:
-        raise UserError(f"{member.name} ends too early: the file was not downloaded to its end")

@@ -60,11 +60,13 @@ class PictureDataset(ImageDataset):
         self.damage = Damage(len(labels), max_corrupt, self.where)
         self.vary_captions = vary_captions
         self.own_captions = captioned is not None and bool(captioned.any())
-        self.has_captions = self.own_captions or any(
-            class_text(class_names, k) for k in labels.unique().tolist()
-        )
-        if captioned is not None and self.own_captions:
-            self._tell_missing(captioned)
+        named = [class_text(class_names, label) for label in labels.unique().tolist()]
+        self.has_captions = self.own_captions or any(named)
+        if captioned is not None and self.own_captions and not captioned.all():
+            missing = (~captioned).nonzero().flatten().tolist()
+            names = [class_text(class_names, label) for label in range(len(class_names))]
+            instead = "the name of the class is taken" if any(names) else "an empty text is taken"
+            tell_missing(len(missing), len(captioned), self.where(missing[0]), instead)
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
@@ -95,17 +97,10 @@ class PictureDataset(ImageDataset):
         return self._captions(indices, indices)
 
     def _captions(self, indices: Sequence[int], sources: Sequence[int]) -> list[str]:
-        texts = [self.texts(source) for source in sources]
+        texts = list(map(self.texts, sources))
         if not self.vary_captions:
             return [pick(several, 0.0) for several in texts]
         return draw_captions(texts, indices, self.seed, self.epoch)
-
-    def _tell_missing(self, captioned: Tensor) -> None:
-        missing = (~captioned).nonzero().flatten().tolist()
-        if missing:
-            named = any(class_text(self.class_names, k) for k in range(len(self.class_names)))
-            instead = "the name of the class is taken" if named else "an empty text is taken"
-            tell_missing(len(missing), len(captioned), self.where(missing[0]), instead)
 
     @property
     def corrupt(self) -> list[int]:  # type: ignore[override]
@@ -133,12 +128,13 @@ class PictureDataset(ImageDataset):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS).tolist()
-        read = [self.damage.read(int(index), self.open) for index in indices]
-        shown = [
-            self.framing.draw(image, row, self.where(i))
-            for (i, image), row in zip(read, draws, strict=True)
-        ]
-        return self._batch(indices, [source for source, _ in read], shown)
+        sources = []
+        shown = []
+        for index, row in zip(indices, draws, strict=True):
+            source, image = self.damage.read(int(index), self.open)
+            sources.append(source)
+            shown.append(self.framing.draw(image, row, self.where(source)))
+        return self._batch(indices, sources, shown)
 
     def _batch(
         self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]

@@ -100,10 +100,9 @@ class ResumableSampler(DistributedSampler):
         seed or data size.
         """
         ours = {"seed": self.seed, "length": len(self.dataset)}  # type: ignore[arg-type]
-        if any(state[key] != value for key, value in ours.items()):
-            raise ValueError(
-                f"the saved order has { ({key: state[key] for key in ours}) }; this one has {ours}"
-            )
+        saved = {key: state[key] for key in ours}
+        if saved != ours:
+            raise ValueError(f"the saved order has {saved}; this one has {ours}")
         self.seek(state["epoch"], min(state["start"], self.total))
 
 

@@ -50,13 +50,14 @@ def match_classes(source: ImageSource, extractor: Extractor) -> ClassMatch:
         raise UserError(
             f"{extractor.name} has several classes of one name: those of {source.name} cannot be found"
         )
-    missing = [name for name in ours if name not in theirs]
+    missing = _without(ours, theirs)
     if not missing:
-        return ClassMatch(torch.tensor([theirs.index(name) for name in ours]))
+        return ClassMatch(torch.tensor(list(map(theirs.index, ours))))
     any_number = any(are_numbers([name]) for name in theirs)
-    if are_numbers(ours) and not any_number and _in_range(ours, extractor):
+    numbers = _numbers_in_range(ours, extractor)
+    if numbers and not any_number:
         said = f"the classes of {source.name} are named by numbers, taken as those of {extractor.name} ({_few(theirs)})"
-        return ClassMatch(torch.tensor([int(name) for name in ours]), (said,))
+        return ClassMatch(torch.tensor(numbers), (said,))
     raise UserError(
         f"{shown(missing)} of {source.name} is no class of {extractor.name}, which knows {shown(theirs, 10)}: rename "
         "the classes, or measure without accuracy"
@@ -77,13 +78,14 @@ def match_bare_labels(source: ImageSource, extractor: Extractor) -> ClassMatch:
 def match_nameless_network(source: ImageSource, extractor: Extractor) -> ClassMatch:
     ours = source.class_names
     unknown = f"{extractor.name} does not say the names of its classes"
-    if are_numbers(ours) and _in_range(ours, extractor):
+    numbers = _numbers_in_range(ours, extractor)
+    if numbers:
         said = (
             f"{unknown}: {ours[-1]!r} of {source.name} is taken as its class {ours[-1]}, and so on"
         )
         if list(ours) != sorted(ours):
             said += "; one trained on folders in the order of text is to be trained again"
-        return ClassMatch(torch.tensor([int(name) for name in ours]), (said,))
+        return ClassMatch(torch.tensor(numbers), (said,))
     if len(ours) != extractor.num_classes:
         raise UserError(
             f"{unknown}, of which there are {extractor.num_classes}, and {source.name} has {len(ours)}: train it again "
@@ -101,13 +103,16 @@ def other_classes(source: ImageSource, name: str, class_names: Sequence[str]) ->
     theirs = tuple(class_names)
     if min(len(ours), len(theirs)) < 2 or are_numbers(ours) != are_numbers(theirs):
         return []
-    only_ours = [one for one in ours if one not in theirs]
-    only_theirs = [one for one in theirs if one not in ours]
-    if not only_ours and not only_theirs:
+    only_ours = _without(ours, theirs)
+    only_theirs = _without(theirs, ours)
+    differences = []
+    if only_ours:
+        differences.append(f"{shown(only_ours)} only in {source.name}")
+    if only_theirs:
+        differences.append(f"{shown(only_theirs)} only in {name}")
+    if not differences:
         return []
-    alone = [(source.name, only_ours), (name, only_theirs)]
-    told = "; ".join(f"{shown(names)} only in {where}" for where, names in alone if names)
-    return [f"samples and reference differ in their classes: {told}"]
+    return [f"samples and reference differ in their classes: {'; '.join(differences)}"]
 
 
 def other_shares(
@@ -147,8 +152,18 @@ def _shares(names: Sequence[str], counts: Sequence[int]) -> dict[Any, float]:
     return {key: count / total for key, count in zip(keys, counts, strict=False)}
 
 
-def _in_range(names: Sequence[str], extractor: Extractor) -> bool:
-    return all(0 <= int(name) < extractor.num_classes for name in names)
+def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Those of the names that are not among the others."""
+    known = set(others)
+    return [name for name in names if name not in known]
+
+
+def _numbers_in_range(names: Sequence[str], extractor: Extractor) -> list[int]:
+    """The names as numbers of the network's classes; empty where one is none."""
+    if not are_numbers(names):
+        return []
+    numbers = list(map(int, names))
+    return numbers if 0 <= min(numbers) and max(numbers) < extractor.num_classes else []
 
 
 def _few(names: Sequence[str]) -> str:

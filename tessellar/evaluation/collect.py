@@ -155,10 +155,9 @@ def rebatch(batches: Iterable[ImageBatch], size: int) -> Iterator[ImageBatch]:
 
 
 def _join(batches: list[ImageBatch]) -> ImageBatch:
-    if len({b.images.shape[1:] for b in batches}) > 1:
-        raise UserError(
-            f"images differ in size: {', '.join(str(tuple(b.images.shape[2:])) for b in batches)}"
-        )
+    sizes = [tuple(batch.images.shape[2:]) for batch in batches]
+    if len(set(sizes)) > 1:
+        raise UserError(f"images differ in size: {', '.join(map(str, sizes))}")
     fields = []
     for column in zip(*batches, strict=True):
         fields.append(None if column[0] is None else torch.cat(column))

@@ -23,11 +23,11 @@ from tessellar.protocol.ranges import check_whole
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.run import (
     MAX_IMAGES,
+    Drawing,
     as_uint8,
     balanced_labels,
     check_seed,
     proportional_labels,
-    sample_images,
 )
 from tessellar.sampling.settings import Sampling
 
@@ -90,17 +90,9 @@ class GeneratedImages(ImageSource):
         if self.labels is None:
             yield from self._captioned(batch_size)
             return
+        drawing = Drawing(self.sampling, self.seed, batch_size, self.precision)
         share = own_share(self.count)
-        arguments = (
-            self.model,
-            self.labels.tolist(),
-            self.sampling,
-            self.seed,
-            batch_size,
-            self.precision,
-            share,
-        )
-        for places, images in sample_images(*arguments):
+        for places, images in drawing.of_classes(self.model, self.labels.tolist(), share):
             index = torch.tensor(places)
             yield ImageBatch(images, index, self.labels[index])
 
@@ -112,7 +104,7 @@ class GeneratedImages(ImageSource):
         device = next(self.model.parameters()).device.type
         for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
             batch: Any = self.data.batch((index % len(self.data)).tolist())
-            seeds = [self.seed + i for i in index.tolist()]
+            seeds = (self.seed + index).tolist()
             with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
                 tokens = self.model.sample_tokens(
                     self.model.conditioner(batch), self.sampling, seeds

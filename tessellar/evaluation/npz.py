@@ -19,9 +19,8 @@ from tessellar.errors import UserError, writing
 from tessellar.npy import ArrayHeader, read_header
 from tessellar.tensor_files import require_file
 
-MAX_ARRAY = (
-    4 << 30
-)  # bytes of an array that is read at once: features of 10,000 images, a covariance
+# Bytes of an array that is read at once: features of 10,000 images, a covariance.
+MAX_ARRAY = 4 << 30
 MAX_ROW = 1 << 28
 
 
@@ -74,21 +73,25 @@ def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     others are left out.
     """
     present = names(path)
-    found = {
-        ours: next((n for n in theirs if n in present), None) for ours, theirs in wanted.items()
-    }
+    arrays = {}
     with _readable(path), zipfile.ZipFile(path) as archive:
-        return {ours: _array(archive, name) for ours, name in found.items() if name is not None}
+        for ours, theirs in wanted.items():
+            for name in theirs:
+                if name in present:
+                    arrays[ours] = _read_array(archive, name, path)
+                    break
+    return arrays
 
 
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     with archive.open(f"{name}.npy") as stream:
         header = _read_header(archive, stream, name)
         if header.size > MAX_ARRAY:
             raise ValueError(f"{name} has {header.size} bytes, more than {MAX_ARRAY}")
-        content = _read(stream, header.size, Path(str(archive.filename)))
+        content = _read(stream, header.size, path)
     values = np.frombuffer(content, header.dtype)
-    return values.reshape(header.shape, order="F" if header.fortran else "C").copy()
+    order = "F" if header.fortran else "C"
+    return values.reshape(header.shape, order=order).copy()
 
 
 def _read_header(archive: zipfile.ZipFile, stream: IO[bytes], name: str) -> ArrayHeader:

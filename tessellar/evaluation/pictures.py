@@ -39,12 +39,14 @@ def pick_images(source: ImageSource, count: int) -> Tensor:
     """A fixed random part of `count` images of a source, the same on every rank; uint8 [n, 3, H,
     W].
     """
-    picked = []
+    picked: dict[int, Tensor] = {}
     places = subset(source.count, count)
     for batch in source.batches(64):
         rows = torch.isin(batch.index, places)
-        picked += list(zip(batch.index[rows].tolist(), batch.images[rows], strict=True))
-    chosen = dict(pair for part in all_gather(picked) for pair in part)
+        picked |= zip(batch.index[rows].tolist(), batch.images[rows], strict=True)
+    chosen: dict[int, Tensor] = {}
+    for part in all_gather(picked):
+        chosen |= part
     return torch.stack([chosen[index] for index in sorted(chosen)])
 
 
@@ -83,8 +85,10 @@ def neighbour_grid(queries: Tensor, neighbours: Neighbours) -> Tensor:
     neighbours.
     """
     cells = torch.cat([queries[:, None].cpu(), neighbours.images], dim=1)
-    columns = ["sample", *(f"nearest {k + 1}" for k in range(cells.shape[1] - 1))]
-    return picture_grid([list(row) for row in cells], column_labels=columns)
+    columns = ["sample"]
+    for number in range(1, cells.shape[1]):
+        columns.append(f"nearest {number}")
+    return picture_grid(cells.unbind(), column_labels=columns)
 
 
 def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from tessellar.checkpoints.card import commit
@@ -70,10 +71,8 @@ def read_record(path: str | Path) -> Record:
     if not isinstance(record, dict) or not {"metrics", "comparable", "fingerprint"} <= set(record):
         raise UserError(f"{path} is not a record of an evaluation")
     metrics = record["metrics"]
-    numbers = isinstance(metrics, dict) and all(
-        isinstance(value, (int, float)) for value in metrics.values()
-    )
-    if not numbers or not isinstance(record["comparable"], dict):
+    sound = isinstance(metrics, dict) and isinstance(record["comparable"], dict)
+    if not sound or not all(isinstance(value, (int, float)) for value in metrics.values()):
         raise UserError(f"{path} is not a record of an evaluation: its metrics are no numbers")
     return record
 
@@ -86,8 +85,11 @@ def differences(a: Record, b: Record) -> list[str]:
         return []
     ours = _flat(a["comparable"])
     theirs = _flat(b["comparable"])
-    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    return [f"{key}: {ours.get(key)} / {theirs.get(key)}" for key in keys]
+    lines = []
+    for key in ours | theirs:
+        if ours.get(key) != theirs.get(key):
+            lines.append(f"{key}: {ours.get(key)} / {theirs.get(key)}")
+    return lines
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,12 +122,13 @@ def compare(a: Record, b: Record, names: tuple[str, str] = ("a", "b")) -> str:
     reasons = differences(a, b)
     verdict = ["comparable"]
     if reasons:
-        verdict = ["NOT comparable; these differ:"]
-        verdict += [f"  {reason}" for reason in reasons]
+        verdict = ["NOT comparable; these differ:", indent("\n".join(reasons), "  ")]
     metrics = {**a["metrics"], **b["metrics"]}
     width = max(map(len, metrics), default=0)
-    rows = [f"{name:{width}}  {_cell(a, name)}  {_cell(b, name)}" for name in metrics]
-    return "\n".join([*verdict, f"{'':{width}}  {names[0]:>12}  {names[1]:>12}", *rows])
+    rows = [f"{'':{width}}  {names[0]:>12}  {names[1]:>12}"]
+    for name in metrics:
+        rows.append(f"{name:{width}}  {_cell(a, name)}  {_cell(b, name)}")
+    return "\n".join([*verdict, *rows])
 
 
 def _cell(record: Record, name: str) -> str:

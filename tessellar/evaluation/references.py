@@ -167,8 +167,11 @@ def save_statistics(reference: Reference, path: str | Path) -> None:
     }
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.cov}
-    plain = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
-    npz.write_arrays(Path(path), {**plain, "meta": np.array(json.dumps(meta))})
+    plain = {"meta": np.array(json.dumps(meta))}
+    for name, value in arrays.items():
+        if value is not None:
+            plain[name] = value.cpu().numpy()
+    npz.write_arrays(Path(path), plain)
 
 
 def load_statistics(path: str | Path) -> Reference:
@@ -182,11 +185,13 @@ def load_statistics(path: str | Path) -> Reference:
             f"{path} holds no statistics (mu and sigma); it holds {', '.join(sorted(npz.names(path)))}"
         )
     meta = _meta(arrays, path)
-    mean, cov = (_real(arrays[name], name, path) for name in ("mu", "sigma"))
+    mean = _real(arrays["mu"], "mu", path)
+    cov = _real(arrays["sigma"], "sigma", path)
     moments = _moments(mean, cov, meta.count, path)
     spatial = None
     if {"mu_s", "sigma_s"} <= set(arrays):
-        mean_s, cov_s = (_real(arrays[name], name, path) for name in ("mu_s", "sigma_s"))
+        mean_s = _real(arrays["mu_s"], "mu_s", path)
+        cov_s = _real(arrays["sigma_s"], "sigma_s", path)
         spatial = _moments(mean_s, cov_s, meta.count, path)
     features = None
     if "features" in arrays and "meta" in arrays:
@@ -239,9 +244,10 @@ def _meta(arrays: dict[str, np.ndarray], path: Path) -> _Meta:
         check_whole(f"{where}: count", said["count"], least=2, most=2**62)
     if not isinstance(said.get("extractor", {}), dict):
         raise UserError(f"{where}: extractor is {said['extractor']!r:.80}; it must be a mapping")
-    texts = {
-        key: _texts(said.get(key, []), f"{where}: {key}") for key in ("warnings", "class_names")
-    }
+    for key in ("warnings", "class_names"):
+        value = said.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(f"{where}: {key} is {value!r:.80}; it must be a list of texts")
     counts = said.get("class_counts", [])
     if not isinstance(counts, list):
         raise UserError(f"{where}: class_counts is {counts!r:.80}; it must be a list of numbers")
@@ -253,16 +259,10 @@ def _meta(arrays: dict[str, np.ndarray], path: Path) -> _Meta:
         count=said.get("count"),
         split=said.get("split"),
         extractor=said.get("extractor", {}),
-        warnings=texts["warnings"],
-        class_names=texts["class_names"],
+        warnings=tuple(said.get("warnings", [])),
+        class_names=tuple(said.get("class_names", [])),
         class_counts=tuple(counts),
     )
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{where} is {value!r:.80}; it must be a list of texts")
-    return tuple(value)
 
 
 def _real(array: np.ndarray, name: str, path: Path) -> np.ndarray:

@@ -5,6 +5,7 @@ A source yields this rank's share in batches of uint8 images with their place in
 ranks every image comes exactly once. Its fingerprint is quick to compute and serves as a cache key.
 """
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -189,14 +190,13 @@ class FolderImages(ImageSource):
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
-            images = [self._read(i) for i in index.tolist()]
-            if len({image.shape for image in images}) > 1:
+            images = list(map(self._read, index.tolist()))
+            if any(image.shape != images[0].shape for image in images):
                 raise UserError(
                     f"images in {self.root} differ in size; crop those of both sides to one: --size N"
                 )
-            yield ImageBatch(
-                torch.stack(images), index, None if self.labels is None else self.labels[index]
-            )
+            labels = None if self.labels is None else self.labels[index]
+            yield ImageBatch(torch.stack(images), index, labels)
 
     def _read(self, i: int) -> Tensor:
         image = read_image(self.root / self.files[i])
@@ -205,8 +205,10 @@ class FolderImages(ImageSource):
         return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
 
     def fingerprint(self) -> str:
-        stats = [(self.root / file).stat() for file in self.files]
-        files = [(f, s.st_size, s.st_mtime_ns) for f, s in zip(self.files, stats, strict=True)]
+        files = []
+        for file in self.files:
+            facts = (self.root / file).stat()
+            files.append((file, facts.st_size, facts.st_mtime_ns))
         return digest(set="folder", files=files, **self._crop)
 
     def describe(self) -> dict[str, Any]:
@@ -277,13 +279,17 @@ class ListedFiles(NamedTuple):
 
 def sampled_files(root: Path) -> ListedFiles:
     """Files `<index>_<class>_<name>.png` of `sample.py`, and their classes; its grid is no sample."""
-    found = sorted(file.name for file in root.iterdir() if SAMPLE_NAME.fullmatch(file.name))
+    found = []
+    labels = []
+    for name in sorted(os.listdir(root)):
+        if SAMPLE_NAME.fullmatch(name):
+            found.append(name)
+            labels.append(int(Path(name).stem.split("_")[1]))
     if not found:
         raise UserError(
             f"{root} holds a samples.json but no images <index>_<class>.png; measure its samples.npz"
         )
-    labels = torch.tensor([int(Path(name).stem.split("_")[1]) for name in found])
-    return ListedFiles(found, labels, names_of_record(root))
+    return ListedFiles(found, torch.tensor(labels), names_of_record(root))
 
 
 def listed_files(root: Path) -> ListedFiles:

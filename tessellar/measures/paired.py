@@ -74,18 +74,14 @@ class PairedSums:
             raise UserError(
                 f"reconstructions are {tuple(images.shape)}, originals {tuple(originals.shape)}"
             )
-        ones = torch.ones(len(images))  # counts the pairs
-        quality = psnr(images, originals)
-        likeness = ssim(images, originals)
-        distance = self._lpips(images, originals)
-        for place, score in enumerate((ones, quality, likeness, distance)):
+        count = torch.ones(len(images))
+        distance = torch.zeros(len(images))
+        if self.lpips is not None:
+            with torch.inference_mode():
+                distance = self.lpips(from_uint8(images), from_uint8(originals)).flatten()
+        scores = (count, psnr(images, originals), ssim(images, originals), distance)
+        for place, score in enumerate(scores):
             self.sums[place] += score.sum().cpu().double()
-
-    @torch.inference_mode()
-    def _lpips(self, images: Tensor, originals: Tensor) -> Tensor:
-        if self.lpips is None:
-            return torch.zeros(len(images))
-        return self.lpips(from_uint8(images), from_uint8(originals)).flatten()
 
     def compute(self) -> PairedScores:
         """Means over all ranks."""

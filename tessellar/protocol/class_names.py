@@ -43,8 +43,8 @@ def class_ids(classes: Classes, num_classes: int, names: Sequence[str] = ()) -> 
 
 def numbers_are_names(names: Sequence[str]) -> bool:
     """Whether a number in a text is a name: all names are whole numbers, and not simply their ids."""
-    whole = bool(names) and all(name.isdecimal() for name in names)
-    return whole and list(names) != [str(label) for label in range(len(names))]
+    whole = bool(names) and all(map(str.isdecimal, names))
+    return whole and list(names) != list(map(str, range(len(names))))
 
 
 def _of_text(text: str, num_classes: int, names: Sequence[str]) -> list[int]:
@@ -59,10 +59,10 @@ def _of_text(text: str, num_classes: int, names: Sequence[str]) -> list[int]:
         end = next((e for e in ends if _find(",".join(parts[start:e]), names) is not None), None)
         if end is None:
             found += _of_part(parts[start], names, num_classes)
-            start += 1
+            end = start + 1
         else:
             found.append(_of_name(",".join(parts[start:end]), names))
-            start = end
+        start = end
     return found
 
 

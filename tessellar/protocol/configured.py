@@ -89,11 +89,10 @@ def remembering(init: Any) -> Any:
 
 def _numbers(config: dict[str, Any]) -> str:
     """`width=16, num_heads=0`: arguments that are whole numbers, for messages."""
-    found = [
-        f"{name}={value}"
-        for name, value in config.items()
-        if isinstance(value, int) and not isinstance(value, bool)
-    ]
+    found = []
+    for name, value in config.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            found.append(f"{name}={value}")
     return ", ".join(found)[:300] or "these arguments"
 
 

@@ -98,13 +98,10 @@ class Constant(GuidanceSchedule):
 
 
 @dataclass(frozen=True)
-class Linear(GuidanceSchedule):
-    """From `start` at the first entity to w at the last (xAR, VAR), or short of it (MaskGIT:
-    `reach_end` False).
-    """
+class _FromStart(GuidanceSchedule):
+    """A schedule that does not begin at w but at `start`."""
 
     start: float = 1.0
-    reach_end: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +110,15 @@ class Linear(GuidanceSchedule):
     @property
     def is_one(self) -> bool:
         return self.scale == 1 and self.start == 1
+
+
+@dataclass(frozen=True)
+class Linear(_FromStart):
+    """From `start` at the first entity to w at the last (xAR, VAR), or short of it (MaskGIT:
+    `reach_end` False).
+    """
+
+    reach_end: bool = True
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
         return self.start + (self.scale - self.start) * _progress(entity, entities, self.reach_end)
@@ -212,23 +218,14 @@ class LateStep(GuidanceSchedule):
 
 
 @dataclass(frozen=True)
-class LateLinear(GuidanceSchedule):
+class LateLinear(_FromStart):
     """w at the first entity, behind it `start` + (w - 1) r over progress r = n / (N - 1) (GigaTok,
     ReToK).
 
     The official code has 1.0001 for `start`. With `falling` it is 1 - r in place of r.
     """
 
-    start: float = 1.0
     falling: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("guidance start", self.start, least=-LARGEST, most=LARGEST)
-
-    @property
-    def is_one(self) -> bool:
-        return self.scale == 1 and self.start == 1
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
         progress = _progress(entity, entities)

@@ -54,15 +54,21 @@ def local_sizes(length: int, steps: int) -> tuple[int, ...]:
     if not 1 <= steps <= length:
         raise UserError(f"{length} tokens cannot be generated in {steps} steps: give 1 to {length}")
     if (length, steps) in TABLES:
-        return tuple(size for size, times in TABLES[length, steps] for _ in range(times))
+        published: list[int] = []
+        for size, times in TABLES[length, steps]:
+            published += [size] * times
+        return tuple(published)
     if steps == 1:
         return (length,)
     # n_k = N (cos(pi (k - 1) / 2 K) - cos(pi k / 2 K)), and what rounding leaves is taken from, or given to, the
     # sizes that it moved most.
-    exact = [
-        length * (cos(pi * k / (2 * steps)) - cos(pi * (k + 1) / (2 * steps))) for k in range(steps)
-    ]
-    sizes = [1, *(max(1, round(size)) for size in exact[1:])]
+    exact = []
+    sizes = []
+    for k in range(steps):
+        size = length * (cos(pi * k / (2 * steps)) - cos(pi * (k + 1) / (2 * steps)))
+        exact.append(size)
+        sizes.append(max(1, round(size)))
+    sizes[0] = 1
     while sum(sizes) != length:
         change = 1 if sum(sizes) < length else -1
         movable = [k for k in range(1, steps) if sizes[k] + change >= 1]
@@ -122,9 +128,8 @@ def local_order_of(
     """Cells of a grid in raster numbers, in groups of `sizes`."""
     rows, columns = grid
     order = _Order(rows, columns, thresholds, chances)
-    order.add(
-        [chances.first, *order.spread([chances.first], order.shuffled(0).tolist(), sizes[0] - 1)]
-    )
+    others = order.spread([chances.first], order.shuffled(0).tolist(), sizes[0] - 1)
+    order.add([chances.first, *others])
     for step, size in enumerate(sizes[1:], start=1):
         order.add(order.group(step, size))
     return order.cells
@@ -143,8 +148,12 @@ def grid_of(rows: int, columns: int) -> Grid:
     """The distances of a grid in raster order."""
     place = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
     apart = ((place[:, None] - place) ** 2).sum(-1)
-    near = [np.flatnonzero((row == 1) | (row == 2)) for row in apart]
-    support = [1 / np.sqrt(row[cells]) for row, cells in zip(apart, near, strict=True)]
+    near = []
+    support = []
+    for row in apart:
+        cells = np.flatnonzero((row == 1) | (row == 2))
+        near.append(cells)
+        support.append(1 / np.sqrt(row[cells]))
     return Grid(apart, near, support)
 
 

@@ -185,10 +185,8 @@ class Quantizer(Configured, nn.Module, ABC):
         """Vectors [..., C] of tokens; what `forward` returned as `quantized`, up to rounding."""
 
 
-class GridTokenizer(Tokenizer):
-    """A quantizer between an encoder and a decoder, with one vector a cell of the layout in raster
-    order.
-    """
+class QuantizedTokenizer(Tokenizer):
+    """A quantizer between an encoder and a decoder, with one vector a position of the layout."""
 
     quantizer: Quantizer
 
@@ -209,6 +207,10 @@ class GridTokenizer(Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         self.layout.check(tokens)
         return self.render(self.quantizer.decode(tokens))
+
+
+class GridTokenizer(QuantizedTokenizer):
+    """Of a layout that is one grid, in raster order, whose images come from the vectors alone."""
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         quantized = self.quantizer(self.latents(images))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PAPER = "white"
 
 
 def picture_grid(
-    rows: Sequence[Sequence[Tensor]],
+    rows: Sequence[Sequence[Tensor] | Tensor],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
@@ -38,13 +39,16 @@ def picture_grid(
     Short rows end in paper. Labels stand to the left of rows and above columns, captions below
     their cells, all wrapped at words.
     """
-    first = next(image for row in rows for image in row)
+    first = rows[0][0]
     factor = enlargement(first.shape[1], first.shape[2])
     height = first.shape[1] * factor
     width = first.shape[2] * factor
-    left = _label_width(row_labels)
+    left = 0
+    if row_labels:  # as wide as the longest of them, up to LABEL_WIDTH
+        longest = max(text_width(" ".join(_words(label))) for label in row_labels)
+        left = min(longest, LABEL_WIDTH) + 2 * GAP
     top = 0 if not column_labels else GAP + LINE * _lines_of(column_labels, width)
-    below = 0 if not captions else LINE * _lines_of([c for row in captions for c in row], width)
+    below = 0 if not captions else LINE * _lines_of(list(chain.from_iterable(captions)), width)
     columns = max(map(len, rows))
     size = (
         left + columns * (width + GAP) + GAP,
@@ -60,7 +64,8 @@ def picture_grid(
             _write(draw, row_labels[r], (GAP, y), left - GAP, max(1, height // LINE))
         for c, image in enumerate(row):
             x = left + GAP + c * (width + GAP)
-            page.paste(_enlarged(image, factor), (x, y))
+            picture = Image.fromarray(rearrange(image.cpu(), "c h w -> h w c").contiguous().numpy())
+            page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
             if captions:
                 _write(draw, captions[r][c], (x, y + height), width, CAPTION_LINES)
     return rearrange(torch.from_numpy(np.array(page)), "h w c -> c h w")

@@ -8,6 +8,7 @@ grid and the npz.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def grid_rows(labels: Sequence[int]) -> list[list[int]]:
     for index, label in enumerate(labels):
         by_class.setdefault(label, []).append(index)
     if len(by_class) > 1:
-        return [indices[:GRID_PER_CLASS] for indices in list(by_class.values())[:GRID_CLASSES]]
+        return [row[:GRID_PER_CLASS] for row in islice(by_class.values(), GRID_CLASSES)]
     shown = list(range(len(labels)))[: GRID_PER_CLASS**2]
     columns = max(1, ceil(sqrt(len(shown))))
     return [shown[i : i + columns] for i in range(0, len(shown), columns)]
@@ -78,7 +79,7 @@ class SampleFolder:
         self.npz = npz
         self.rows = grid_rows(labels) if grid else []
         self.shown: dict[int, Tensor] = {}
-        self._wanted = {index for row in self.rows for index in row}
+        self._wanted = set(chain.from_iterable(self.rows))
         self._pixels = self.open_pixels(len(labels), image_size) if npz else None
 
     def open_pixels(self, count: int, image_size: tuple[int, int]) -> np.ndarray:
@@ -126,9 +127,12 @@ class SampleFolder:
 
     def _grid(self, shown: Mapping[int, Tensor]) -> Tensor:
         """A row a class, with its name beside it where there is one, else its id."""
-        cells = [[shown[index] for index in row] for row in self.rows]
-        labels = [self.labels[row[0]] for row in self.rows]
-        if len(set(labels)) < len(labels):
+        cells = []
+        names: dict[int, str] = {}
+        for row in self.rows:
+            cells.append([shown[index] for index in row])
+            label = self.labels[row[0]]
+            names[label] = self.titles[label] if self.titles else str(label)
+        if len(names) < len(cells):  # several rows of one class
             return picture_grid(cells)
-        names = [self.titles[label] if self.titles else str(label) for label in labels]
-        return picture_grid(cells, row_labels=names)
+        return picture_grid(cells, row_labels=list(names.values()))

@@ -24,6 +24,7 @@ from tessellar.text.conditioners import TextConditioner
 
 PRECISIONS = ("float32", "bf16")
 MAX_IMAGES = 10_000_000
+Batches = Iterator[tuple[list[int], Tensor]]
 SEEDS = 1 << 63  # above it no generator of random numbers takes them
 
 
@@ -80,85 +81,21 @@ def proportional_labels(count: int, counts: Sequence[int]) -> list[int]:
     return labels
 
 
-def sample_images(
-    model: ImageModel,
-    labels: Sequence[int],
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 64,
-    precision: str = "float32",
-    indices: Sequence[int] | None = None,
-    recorder: Recorder | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches (indices, uint8 images [b, 3, H, W] on the CPU); image i has class `labels[i]` and
-    seed `seed + i`.
-
-    `indices` (default: all) are the images to make: a process makes every world-th. A `recorder`
-    counts evaluations. Raises UserError for unknown class ids before anything is drawn.
-    """
-    condition = model.class_condition(labels)
-    return sample_conditions(
-        model,
-        condition,
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        indices=indices,
-        recorder=recorder,
-    )
-
-
-def sample_conditions(
-    model: ImageModel,
-    condition: Condition,
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 64,
-    precision: str = "float32",
-    indices: Sequence[int] | None = None,
-    recorder: Recorder | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """As `sample_images`, image i from row i of any condition."""
-    todo = range(condition.batch) if indices is None else indices
-    how = Drawing(sampling, seed, batch_size, precision, recorder)
-    return how.batches(model, lambda rows: condition.select(torch.tensor(rows)), todo)
-
-
-def sample_texts(
-    model: ImageModel,
-    texts: Sequence[str],
-    sampling: Sampling,
-    seed: int = 0,
-    batch_size: int = 64,
-    precision: str = "float32",
-    indices: Sequence[int] | None = None,
-    recorder: Recorder | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """As `sample_images`, image i of `texts[i]`; texts are read batch by batch, since their
-    features are large.
-
-    Raises UserError for a generator that is not conditioned on text.
-    """
-    conditioner = model.conditioner
-    if not isinstance(conditioner, TextConditioner):
-        raise UserError("this generator is conditioned on class ids, not on text: give --classes")
-    todo = range(len(texts)) if indices is None else indices
-    how = Drawing(sampling, seed, batch_size, precision, recorder)
-    return how.batches(model, lambda rows: conditioner.of_texts([texts[i] for i in rows]), todo)
-
-
 @dataclass(frozen=True)
 class Drawing:
-    """How a set of images is drawn, however conditioned; raises UserError for a batch size below 1
-    and an unknown precision, before anything is drawn.
+    """How a set of images is drawn: image i with seed `seed + i`, in batches (indices, uint8 images
+    [b, 3, H, W] on the CPU).
+
+    `indices` (default: all) are the images to make: a process makes every world-th. A `recorder`
+    counts evaluations. Raises UserError, before anything is drawn, for a batch size below 1 and an
+    unknown precision.
     """
 
     sampling: Sampling
-    seed: int
-    batch_size: int
-    precision: str
-    recorder: Recorder | None
+    seed: int = 0
+    batch_size: int = 64
+    precision: str = "float32"
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         check_whole("batch size", self.batch_size, least=1, most=MAX_IMAGES)
@@ -166,22 +103,41 @@ class Drawing:
             there = ", ".join(PRECISIONS)
             raise UserError(f"precision {self.precision!r} does not exist; there are {there}")
 
-    def batches(
-        self,
-        model: ImageModel,
-        condition_of: Callable[[list[int]], Condition],
-        indices: Sequence[int],
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Batches (indices, uint8 images) of `indices`, whose conditions are made batch by batch."""
+    def of_classes(
+        self, model: ImageModel, labels: Sequence[int], indices: Sequence[int] | None = None
+    ) -> Batches:
+        """Image i of class `labels[i]`; raises UserError for unknown ones."""
+        todo = self._checked(range(len(labels)) if indices is None else indices)
+        condition = model.class_condition(labels)
+        return self._batches(model, lambda rows: condition.select(torch.tensor(rows)), todo)
+
+    def of_texts(
+        self, model: ImageModel, texts: Sequence[str], indices: Sequence[int] | None = None
+    ) -> Batches:
+        """Image i of `texts[i]`; texts are read batch by batch, since their features are large.
+
+        Raises UserError for a generator that is not conditioned on text.
+        """
+        conditioner = model.conditioner
+        if not isinstance(conditioner, TextConditioner):
+            raise UserError(
+                "this generator is conditioned on class ids, not on text: give --classes"
+            )
+        todo = self._checked(range(len(texts)) if indices is None else indices)
+        return self._batches(
+            model, lambda rows: conditioner.of_texts([texts[i] for i in rows]), todo
+        )
+
+    def _checked(self, indices: Sequence[int]) -> Sequence[int]:
         check_seed(self.seed, max(indices, default=0) + 1)
-        return self._batches(model, condition_of, indices)
+        return indices
 
     def _batches(
         self,
         model: ImageModel,
         condition_of: Callable[[list[int]], Condition],
         indices: Sequence[int],
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Batches:
         for start in range(0, len(indices), self.batch_size):
             chosen = list(indices[start : start + self.batch_size])
             condition = condition_of(chosen)

@@ -68,11 +68,12 @@ class FrozenEncoder:
         # Without autocast: T5 overflows in float16, and features should not depend on the run's
         # precision.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            states = model(
-                input_ids=read["input_ids"], attention_mask=mask
-            ).last_hidden_state.float()
+            output = model(input_ids=read["input_ids"], attention_mask=mask)
+        features = []
         # Padding is cut off, so that features of a text are the same in any batch.
-        return [row[keep.bool()] for row, keep in zip(states, mask, strict=True)]
+        for states, keep in zip(output.last_hidden_state.float(), mask, strict=True):
+            features.append(states[keep.bool()])
+        return features
 
     def _load(self, device: torch.device) -> tuple[Any, Any]:
         if self._loaded is None:

@@ -146,9 +146,13 @@ class TrainingModule(L.LightningModule, ABC):
 
     def facts(self) -> Facts:
         """What a run will cost by its sizes alone; on any device, the meta device included."""
-        parameters = list(self.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        trained = 0
+        frozen = 0
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                trained += parameter.numel()
+            else:
+                frozen += parameter.numel()
         return Facts(trained, frozen, self.tokenizer.layout.length)
 
     def check_data(self, data: ImageDataModule) -> None:
@@ -263,9 +267,8 @@ class TrainingModule(L.LightningModule, ABC):
         name = player.name
         self.skipped += 1
         with torch.no_grad():
-            for tensor, before in zip(
-                written(player), self._written_before.get(name, []), strict=False
-            ):
+            kept = self._written_before.get(name, [])
+            for tensor, before in zip(written(player), kept, strict=False):
                 tensor.copy_(before)
         if player is self.players[0]:
             counting = self._lightning_optimizer()

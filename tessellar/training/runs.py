@@ -72,10 +72,9 @@ class Run:
     """
 
     def __init__(self, name: str, root: str | Path = "runs", resume: str | None = None) -> None:
+        # A surrogate is no UTF-8, and not printable.
         if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
-            raise UserError(
-                f"--name {name!r} must be a plain folder name"
-            )  # a surrogate is no UTF-8, and not printable
+            raise UserError(f"--name {name!r} must be a plain folder name")
         if len(os.fsencode(name)) > LONGEST_NAME:
             raise UserError(
                 f"--name {name[:20]!r}... is longer than the {LONGEST_NAME} bytes of a folder's name"
@@ -89,11 +88,9 @@ class Run:
         self.record: dict[str, Any] = {}  # what run.json says
         self.checkpoint = self.find_checkpoint(resume)
         self.begun = False
-        self._made: list[
-            Path
-        ] = []  # folders that are taken away again where the run does not begin
-        own = self.checkpoint is not None and self.folder in self.checkpoint.parents
-        if not own and rank_zero_only.rank == 0:
+        # Folders that are taken away again where the run does not begin.
+        self._made: list[Path] = []
+        if not self.continues and rank_zero_only.rank == 0:
             self.require_free(resume)
 
     @property
@@ -112,9 +109,10 @@ class Run:
                 f"--resume auto: {self.folder} has no {LAST} to continue from, but {found.relative_to(self.folder)}; "
                 f"use another --name, with --model.init_from {found} where its weights shall be taken along"
             )
-        others = self.folder.iterdir() if self.folder.is_dir() else []
-        foreign = [path for path in others if re.fullmatch(OF_A_BEGINNING, path.name) is None]
-        if found is not None or foreign or (self.folder.exists() and not self.folder.is_dir()):
+        taken = found is not None or (self.folder.exists() and not self.folder.is_dir())
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            taken |= re.fullmatch(OF_A_BEGINNING, path.name) is None
+        if taken:
             raise UserError(
                 f"{self.folder} exists; choose another --name, or continue that run with --resume auto"
             )
@@ -135,14 +133,15 @@ class Run:
             if not intact(chosen):
                 raise UserError(f"--resume {resume}: this checkpoint is damaged, or it is none")
             return chosen
-        for path in (self.folder / CHECKPOINTS / name for name in (LAST, PREVIOUS)):
+        for name in (LAST, PREVIOUS):
+            path = self.folder / CHECKPOINTS / name
             if path.is_file() and intact(path):
                 return path
             if path.is_file():
                 log.warning("%s is damaged and is left aside", path)
                 self._damaged.append(path)
         if self._damaged:
-            names = " and ".join(str(path) for path in self._damaged)
+            names = " and ".join(map(str, self._damaged))
             raise UserError(
                 f"{names} cannot be read: remove them to start this run from its beginning, or use --name"
             )
@@ -187,16 +186,15 @@ class Run:
         another one does.
         """
         checkpoints = self.folder / CHECKPOINTS
-        self._made = [
-            path for path in (checkpoints, self.folder, self.folder.parent) if not path.exists()
-        ]
+        for path in (checkpoints, self.folder, self.folder.parent):
+            if not path.exists():
+                self._made.append(path)
         with writing(self.folder):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / LOCK).open("w")
         try:
-            fcntl.lockf(
-                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the system lets go of it however the process ends
+            # The system lets go of it however the process ends.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it or use another --name"
@@ -241,9 +239,9 @@ class Run:
             "started": now(),
             "status": RUNNING,
         }
-        self.parts = [
-            {**p, "config": f"config.{n}.yaml"} for n, p in enumerate(self.earlier_parts()[:number])
-        ]
+        self.parts = self.earlier_parts()[:number]
+        for place, earlier in enumerate(self.parts):
+            earlier["config"] = f"config.{place}.yaml"
         self.parts.append(part)
         self.record = {**facts, "status": RUNNING, "started": part["started"]}
         self.write("run.json", self.record)
@@ -445,9 +443,8 @@ def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = Tru
     """
     try:
         with restoring(checkpoint):
-            content = torch.load(
-                checkpoint, map_location="cpu", weights_only=True, mmap=True
-            )  # reads no tensor
+            # Mapped, so that no tensor is read.
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except Exception as error:  # of an archive that is no torch file

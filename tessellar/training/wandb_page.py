@@ -48,11 +48,9 @@ def is_online() -> bool:
     said = os.environ.get("WANDB_MODE")
     if said:
         return said not in ("offline", "dryrun")
-    return bool(os.environ.get("WANDB_API_KEY")) or _is_logged_in()
-
-
-def _is_logged_in() -> bool:
-    """Whether `wandb login` wrote a key for the server into a netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    # `wandb login` writes a key for the server into a netrc file.
     host = urlparse(os.environ.get("WANDB_BASE_URL") or SERVER).netloc
     named = os.environ.get("NETRC")
     files = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]

@@ -78,6 +78,11 @@ def test_every_kind_is_listed_and_can_be_shown(capsys) -> None:
         assert name.rpartition("/")[2] in said(capsys, "show", name)
     assert "--config imagenet256/titok_l32" in said(capsys, "show", "titok")
     assert "drop" in said(capsys, "show", "LlamaGen")
+    pictures = said(capsys, "show", "ImageFolderData")
+    for option in ("root: str", "val_share: float = 0.05", "batch_size: int = 64", "balance: "):
+        assert option in pictures
+    stream = said(capsys, "show", "WebDatasetStreamData")
+    assert "name: str = 'webdataset'" in stream and "balance: " not in stream
     options = said(capsys, "show", "GroupedJacobi")
     assert "window" in options and "group_size" in options and "ClassVar" not in options
 

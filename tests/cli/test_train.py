@@ -91,6 +91,10 @@ FID_OF_0_1 = {
     "class_path": "tessellar.callbacks.fid.FID",
     "init_args": {"sampling": {"algorithm": "sjd", "options": {"window": 3}}},
 }
+FOLDER = {
+    "class_path": "tessellar.data.ImageFolderData",
+    "init_args": {"root": "nowhere", "size": 16, "batchsize": 4},
+}
 MISTAKES = [
     (tokenizer("traner", 1), (), "run.yaml: there is no option 'traner'; did you mean 'trainer'?"),
     (tokenizer("trainer.max_step", 1), (), "run.yaml: trainer has no option 'max_step'; did you mean 'max_steps'?"),
@@ -98,6 +102,7 @@ MISTAKES = [
     (tokenizer(f"{MODEL}.quantizer.vocab", 1), (), "VectorQuantizer (model.tokenizer.quantizer) has no option"),
     (tokenizer("model.schedule.decy", 1), (), "model.schedule has no option 'decy'; did you mean 'decay'?"),
     (tokenizer("data.batchsize", 1), (), "ShapesData (data) has no option 'batchsize'; did you mean 'batch_size'?"),
+    (tokenizer("data", FOLDER), (), "ImageFolderData (data) has no option 'batchsize'; did you mean 'batch_size'?"),
     (tokenizer(f"{MODEL}.width", "wide"), (), "model.tokenizer.width: expected int, not 'wide'"),
     (tokenizer("model.schedule.decay", "cosin"), (), "not 'cosin'; did you mean 'cosine'?"),
     (tokenizer(f"{MODEL}.quantizer", delete=True), (), "model.tokenizer: quantizer missing"),

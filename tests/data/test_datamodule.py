@@ -1,16 +1,19 @@
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning import LightningModule, Trainer
 from PIL import Image
 
+import tessellar.data
 from tessellar.data import FashionMNISTData, ImageDataModule, ImageFolderData, ShapesData, collate
+from tessellar.data.framing import Framing
 from tessellar.errors import UserError
 
 
@@ -237,7 +240,7 @@ def test_the_fingerprint_ignores_augmentation_and_follows_content(image_root: Pa
         ("FashionMNISTData", {"root": "somewhere"}),
         (
             "ImageFolderData",
-            {"root": "somewhere", "size": 16, "crop": "ten", "ten_ratios": [1.1, 1.05]},
+            {"root": "somewhere", "size": 16, "crop": "ten", "flip": False, "ten_ratios": [1.1]},
         ),
         (
             "WebDatasetData",
@@ -266,6 +269,32 @@ def test_sets_are_built_from_yaml_without_touching_files(name: str, arguments: d
         and isinstance(built, ImageDataModule)
         and built.batch_size == 64
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["ImageFolderData", "WebDatasetData", "WebDatasetStreamData", "HFData"]
+)
+def test_sets_of_own_pictures_take_the_same_options(name: str) -> None:
+    """By their names in YAML, with the same defaults; a stream cannot draw classes equally often."""
+    path = f"tessellar.data.{name}"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    where = {"root": "a", "shards": "a", "val_shards": "b", "path": "a", "epoch_length": 64}
+    own = signature(getattr(tessellar.data, name)).parameters
+    given = {key: value for key, value in where.items() if key in own}
+    framing = {"crop": "ten", "flip": False, "ten_ratios": [1.1, 1.3], "max_corrupt": 0.25}
+    loading = {"batch_size": 8, "num_workers": 0, "seed": 5, "name": "mine"}
+    arguments = {"size": 16, **given, **framing, **loading}
+    config = parser.parse_object({"data": {"class_path": path, "init_args": arguments}})
+    built = parser.instantiate(config).data
+    assert built.framing == Framing(16, "ten", False, (1.1, 1.3)) and built.name == "mine"
+    assert (built.batch_size, built.seed, built.max_corrupt) == (8, 5, 0.25)
+    refused = {"class_path": path, "init_args": {**arguments, "balance": True}}
+    if name == "WebDatasetStreamData":
+        with pytest.raises(ArgumentError, match="balance"):
+            parser.parse_object({"data": refused})
+    else:
+        assert parser.instantiate(parser.parse_object({"data": refused})).data.balance
 
 
 def test_importing_the_package_is_light_and_unknown_names_are_errors():

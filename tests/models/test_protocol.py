@@ -53,12 +53,11 @@ from tessellar.protocol.layout import (
     grid_layout,
     sequence_layout,
 )
-from tessellar.tokenizers.kl_vae import KLVAE
-from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, GaussianSpace
+from tessellar.tokenizers.quantizers.gaussian import GaussianSpace
 from tessellar.tokenizers.titok import ViTSize
-from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.var import VARVQVAE, MultiScaleQuantizer
 from tessellar.tokenizers.vat import VAT, SequenceScales
+from tests.tiny.other_generators import post_quantized
 from tests.tiny.pairs import TOKENIZERS
 
 CLASSES = 5
@@ -115,24 +114,11 @@ def tokenflow() -> TokenFlowAR:
 
 def tokenbridge(**options: Any) -> TokenBridge:
     """With the tokenizer that says what its tokens stand for; draws as those of `mar`."""
-    vae = KLVAE(GaussianBottleneck(4, scale=1.0), 32, 8, (1, 1, 1, 1), 1, groups=8)
-    tokenizer = PostQuantized(vae, 5)
-    generator = TokenBridge(
-        tokenizer.layout,
-        32,
-        depth=1,
-        num_heads=4,
-        head_width=16,
-        head_depth=1,
-        head_heads=2,
-        num_classes=CLASSES,
-        buffer=2,
-        steps=5,
-        dropout=0.0,
-        condition_dropout=0.5,
-        least_masked=0.1,
-        **options,
-    )
+    tokenizer = post_quantized(4, 5)
+    often = {"condition_dropout": 0.5, "least_masked": 0.1}
+    sizes = {"depth": 1, "num_heads": 4, "head_width": 16, "head_depth": 1, "head_heads": 2}
+    rest = {"num_classes": CLASSES, "buffer": 2, "steps": 5, "dropout": 0.0}
+    generator = TokenBridge(tokenizer.layout, 32, **sizes, **rest, **often, **options)
     generator.bind(tokenizer)
     return generator
 

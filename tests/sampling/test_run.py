@@ -1,5 +1,8 @@
 """A set of samples: an image depends on its seed and class alone, whatever the batch, the order and the process."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import PowerCosine
-from tessellar.sampling.run import balanced_labels, sample_images
+from tessellar.sampling.run import Drawing, balanced_labels
 from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.text.conditioners import FeatureConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -34,10 +37,14 @@ def model() -> ImageGenerator:
 
 
 def draw(
-    model: ImageGenerator, sampling: Sampling, count: int = 7, **options: object
+    model: ImageGenerator,
+    sampling: Sampling,
+    count: int = 7,
+    indices: Sequence[int] | None = None,
+    **options: Any,
 ) -> dict[int, Tensor]:
     labels = balanced_labels(count, 5)
-    batches = sample_images(model, labels, sampling, **options)  # type: ignore[arg-type]
+    batches = Drawing(sampling, **options).of_classes(model, labels, indices)
     return {
         i: image for indices, images in batches for i, image in zip(indices, images, strict=True)
     }
@@ -81,16 +88,18 @@ def test_bf16_draws_images_and_leaves_the_model_as_it_was(model: ImageGenerator)
 
 def test_mistakes_are_told_before_anything_is_drawn(model: ImageGenerator) -> None:
     with pytest.raises(UserError, match="class id 5 does not exist; classes are 0 to 4"):
-        sample_images(model, [0, 5], Sampling())
+        Drawing(Sampling()).of_classes(model, [0, 5])
     with pytest.raises(UserError, match="precision 'fp8' does not exist; there are float32, bf16"):
-        sample_images(model, [0], Sampling(), precision="fp8")
+        Drawing(Sampling(), precision="fp8")
     with pytest.raises(UserError, match="batch size is 0"):
-        sample_images(model, [0], Sampling(), batch_size=0)
+        Drawing(Sampling(), batch_size=0)
     text = LlamaGen(
         model.tokenizer.layout, 32, 1, 2, num_classes=None, caption_dim=4, ffn_multiple_of=8
     )
     with pytest.raises(UserError, match="conditioned on text"):
-        sample_images(ImageGenerator(model.tokenizer, text, FeatureConditioner()), [0], Sampling())
+        Drawing(Sampling()).of_classes(
+            ImageGenerator(model.tokenizer, text, FeatureConditioner()), [0]
+        )
 
 
 def test_labels_go_round_the_classes() -> None:

@@ -213,50 +213,39 @@ def maskgit_uvit() -> Pair:
     return made, maskgit.from_official(maskgit.to_official(shaken(made)), SEQUENCE, 2)
 
 
+# Another width, depth and number of heads on each side of the masked backbone, and a buffer.
+TWO_SHAPES: dict[str, Any] = {
+    "width": 16,
+    "depth": 3,
+    "num_heads": 4,
+    "decoder_width": 24,
+    "decoder_depth": 1,
+    "decoder_heads": 3,
+    "head_width": 20,
+    "head_depth": 3,
+    "num_classes": CLASSES,
+    "buffer": 5,
+    "mlp_ratio": 3.0,
+    "steps": 3,
+}
+
+
 def mar_of_two_shapes() -> Pair:
-    """Another width, depth and number of heads on each side, patches, and a buffer."""
-    made = MAR(
-        LATENTS,
-        width=16,
-        depth=3,
-        num_heads=4,
-        decoder_width=24,
-        decoder_depth=1,
-        decoder_heads=3,
-        head_width=20,
-        head_depth=3,
-        num_classes=CLASSES,
-        patch=2,
-        buffer=5,
-        mlp_ratio=3.0,
-        steps=3,
-    )
+    made = MAR(LATENTS, patch=2, **TWO_SHAPES)
     return made, mar.from_official(mar.to_official(shaken(made)), LATENTS, 4, decoder_heads=3)
+
+
+def post_quantized(channels: int, levels: int) -> PostQuantized:
+    """A tokenizer of 4 x 4 tokens of `channels` indices each."""
+    vae = KLVAE(GaussianBottleneck(channels, scale=1.0), 32, 8, (1, 1, 1, 1), 1, groups=8)
+    return PostQuantized(vae, levels)
 
 
 def _tokenbridge(channels: int, levels: int, **options: Any) -> Pair:
     """Both bound to one tokenizer, which says what tokens stand for."""
-    vae = KLVAE(GaussianBottleneck(channels, scale=1.0), 32, 8, (1, 1, 1, 1), 1, groups=8)
-    tokenizer = PostQuantized(vae, levels)
-    made = TokenBridge(
-        tokenizer.layout,
-        width=16,
-        depth=3,
-        num_heads=4,
-        decoder_width=24,
-        decoder_depth=1,
-        decoder_heads=3,
-        head_width=20,
-        head_depth=3,
-        head_heads=5,
-        num_classes=CLASSES,
-        buffer=5,
-        mlp_ratio=3.0,
-        steps=3,
-        dropout=0.0,
-        condition_dropout=0.0,
-        **options,
-    )
+    tokenizer = post_quantized(channels, levels)
+    none = {"dropout": 0.0, "condition_dropout": 0.0}
+    made = TokenBridge(tokenizer.layout, head_heads=5, **TWO_SHAPES, **none, **options)
     state = tokenbridge.to_official(shaken(made))
     again = tokenbridge.from_official(state, tokenizer.layout, 4, decoder_heads=3)
     for generator in (made, again):

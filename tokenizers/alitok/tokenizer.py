@@ -26,7 +26,7 @@ from tessellar.layers.starts import STD, start_layers
 from tessellar.layers.tags import tag, untag
 from tessellar.layers.vit import ViTBlock
 from tessellar.protocol.layout import Layout, Segment
-from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import QuantizedTokenizer, Quantizer, TokenizerOutput
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok.tokenizer import SIZES, ViTSize, learned
@@ -127,7 +127,7 @@ class Decoder(Transformer):
         return self.run(sequence)[:, len(self.first) :]
 
 
-class AliTok(Tokenizer):
+class AliTok(QuantizedTokenizer):
     """Square images of `image_size` as g + 1 prefix tokens and g x g tokens of patches.
 
     `buffer`: learned rows before the tokens in stage "bidirectional"; the causal decoder has one.
@@ -228,12 +228,9 @@ class AliTok(Tokenizer):
         self.check_images(images)
         return self.encoder((images + 1) / 2)
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(images))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.layout.check(tokens)
-        return self.draw_image(self.decoder(self.quantizer.decode(tokens)))
+    def render(self, vectors: Tensor) -> Tensor:
+        """Images of code vectors [B, N, C]."""
+        return self.draw_image(self.decoder(vectors))
 
     def draw_image(self, states: Tensor) -> Tensor:
         """The image [B, 3, H, W] in [-1, 1] of the decoder's states [B, N, D]."""

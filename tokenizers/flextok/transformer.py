@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tessellar.layers.adaln import AdaLNBlock, Modulation, modulate
-from tessellar.layers.attention import attention as attend
 from tessellar.layers.llama import SwiGLU
+from tessellar.layers.split_attention import SplitAttention
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
 from tessellar.protocol.arguments import in_ranges
@@ -81,27 +81,15 @@ def norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
 
 
-class Attention(nn.Module):
-    """Attention without biases whose queries and keys are normed; `mask` True = visible."""
-
-    def __init__(self, size: TransformerSize, implementation: str = "auto") -> None:
-        super().__init__()
-        self.head_dim = size.head_dim
-        self.implementation = implementation
-        self.wq = nn.Linear(size.width, size.width, bias=False)
-        self.wk = nn.Linear(size.width, size.width, bias=False)
-        self.wv = nn.Linear(size.width, size.width, bias=False)
-        self.proj = nn.Linear(size.width, size.width, bias=False)
-        self.head_norm = norm(size.head_dim)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q = rearrange(self.wq(x), "b n (h d) -> b h n d", d=self.head_dim)
-        k = rearrange(self.wk(x), "b n (h d) -> b h n d", d=self.head_dim)
-        v = rearrange(self.wv(x), "b n (h d) -> b h n d", d=self.head_dim)
-        q = self.head_norm(q).to(v.dtype)
-        k = self.head_norm(k).to(v.dtype)
-        out = attend(q, k, v, mask, implementation=self.implementation, scale=8 / self.head_dim)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+def attention_of(size: TransformerSize, implementation: str) -> SplitAttention:
+    """With normed queries and keys, whose scores have the scale of heads of 64 channels."""
+    return SplitAttention(
+        size.width,
+        size.width // size.head_dim,
+        head_norm=norm(size.head_dim),
+        scale=8 / size.head_dim,
+        implementation=implementation,
+    )
 
 
 class Block(nn.Module):
@@ -110,11 +98,11 @@ class Block(nn.Module):
     def __init__(self, size: TransformerSize, implementation: str) -> None:
         super().__init__()
         self.norm = norm(size.width)
-        self.attention = Attention(size, implementation)
+        self.attention = attention_of(size, implementation)
         self.mlp = feed_forward(size.width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.norm(x), mask)
+        x = x + self.attention(self.norm(x), mask=mask)
         return x + self.mlp(self.norm(x))
 
 
@@ -236,7 +224,7 @@ class Decoder(nn.Module):
         self.time = TimeEmbedding(width, period=TIME_PERIOD)
         self.blocks = nn.ModuleList(
             AdaLNBlock(
-                Attention(size, implementation),
+                attention_of(size, implementation),
                 feed_forward(width),
                 norm(width),
                 PairModulation(width),

@@ -72,11 +72,12 @@ _POSITIONS = {
 
 
 def _named(pairs: Mapping[str, str], side: str, ours: str) -> dict[str, str]:
-    """The table of one side."""
-    return {
-        a.replace("{side}", side): b.replace("{side}", side).replace("{ours}", ours)
-        for a, b in pairs.items()
-    }
+    """The table of one side: `side` in their names, `ours` in those of our Q-Formers."""
+    named = {}
+    for theirs, here in pairs.items():
+        here = here.replace("{side}", side).replace("{ours}", ours)
+        named[theirs.replace("{side}", side)] = here
+    return named
 
 
 KEYS = table(
@@ -156,12 +157,14 @@ def tokenizer_from_official(
 def _size(state: Mapping[str, Tensor], side: str, heads: int | None) -> QFormerSize:
     width = len(state[f"{side}.ln_post.weight"])
     depth = count(state, rf"{side}\.transformer\.(\d+)\.")
-    known = [size for size in SIZES.values() if size.width == width]
-    if heads is None and not known:
-        raise UserError(
-            f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads"
-        )
-    return replace(known[0], depth=depth) if heads is None else QFormerSize(width, depth, heads)
+    if heads is not None:
+        return QFormerSize(width, depth, heads)
+    for size in SIZES.values():
+        if size.width == width:
+            return replace(size, depth=depth)
+    raise UserError(
+        f"no published ReToK tokenizer has a Q-Former of width {width}: give --num_heads"
+    )
 
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> ReToK:

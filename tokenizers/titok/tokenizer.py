@@ -22,7 +22,7 @@ from tessellar.layers.tags import tag
 from tessellar.layers.vit import ViTBlock
 from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.layout import Layout, sequence_layout
-from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import QuantizedTokenizer, Quantizer, TokenizerOutput
 from tessellar.tokenizers.maskgit_vqgan import PixelDecoder, ProxyCodes
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
@@ -172,7 +172,7 @@ class TokenDecoder(Stack):
         return Decoded(self.head(self.norm_out(x[:, 1 : 1 + self.num_cells])), first)
 
 
-class TiTok(Tokenizer):
+class TiTok(QuantizedTokenizer):
     """Square images of `image_size` as `num_tokens` tokens.
 
     With `pixels` a two-stage model, whose decoder scores that network's codes; `target` is the
@@ -289,16 +289,6 @@ class TiTok(Tokenizer):
     def render(self, vectors: Tensor) -> Tensor:
         """Images of code vectors [B, n, C]."""
         return self.draw_image(self.decoder(vectors))
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer.encode(self.latents(images))
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self.quantizer.draw(self.latents(images), generator)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        self.layout.check(tokens)
-        return self.render(self.quantizer.decode(tokens))
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "decoder"):

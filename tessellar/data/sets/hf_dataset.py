@@ -16,10 +16,9 @@ from torch import Tensor
 
 from tessellar.data.captions import read_captions
 from tessellar.data.classes import order_classes
-from tessellar.data.crops import Resize
-from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import digest, hold_out
-from tessellar.data.framing import Crop, Framing
+from tessellar.data.framing import Framing
 from tessellar.data.image_file import UnreadableImage, decode_image, read_image
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.tars.members import MAX_CLASSES
@@ -40,9 +39,8 @@ def load_table(path: str, config: str | None, split: str, revision: str | None) 
             "reading Hugging Face data sets needs their package: pip install datasets"
         ) from error
     try:
-        if Path(path).is_dir() and any(
-            (Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")
-        ):
+        saved = (Path(path) / "state.json", Path(path) / "dataset_dict.json")
+        if any(map(Path.is_file, saved)):
             found = datasets.load_from_disk(path)
             table = found[split] if isinstance(found, dict) else found
         else:
@@ -82,16 +80,15 @@ def classes_of(table: Any, column: str | None, name: str) -> tuple[Tensor, tuple
     if column is None:
         return torch.zeros(len(table), dtype=torch.int64), (name,)
     values = list(table.select_columns([column])[:][column])
-    if values and all(isinstance(value, str) for value in values):
+    if set(map(type, values)) == {str}:
         names = order_classes(values, name)
         places = {value: place for place, value in enumerate(names)}
         return torch.tensor([places[value] for value in values]), names
-    whole = [isinstance(value, int) and not isinstance(value, bool) for value in values]
-    if not all(whole):
-        row = whole.index(False)
-        raise UserError(
-            f"{name}[{row}] has class {values[row]!r}; column {column!r} must hold whole numbers or names"
-        )
+    for row, value in enumerate(values):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(
+                f"{name}[{row}] has class {value!r}; column {column!r} must hold whole numbers or names"
+            )
     names = tuple(getattr(table.features[column], "names", None) or ())
     if not names:
         # One wrong number must not become a billion classes.
@@ -111,12 +108,9 @@ def captioned_of(table: Any, column: str, name: str) -> Tensor:
     texts = table.select_columns([column])
     found: list[bool] = []
     for start in range(0, len(table), CHUNK):
-        values = texts[start : start + CHUNK][column]
-        places = range(start, start + len(values))
-        found += [
-            bool(read_captions(value, f"{name}[{row}]"))
-            for row, value in zip(places, values, strict=True)
-        ]
+        for value in texts[start : start + CHUNK][column]:
+            there = read_captions(value, f"{name}[{len(found)}]")
+            found.append(bool(there))
     if not any(found):
         raise UserError(f"column {column!r} of {name} holds no text; it should hold captions")
     return torch.tensor(found)
@@ -197,13 +191,13 @@ class HFImages(PictureDataset):
 
 
 @in_ranges
-class HFData(ImageDataModule):
+class HFData(PictureDataModule):
     """A Hugging Face data set: `path` is its name on the hub, or a folder; needs the package
     `datasets`.
 
     `image`, `label` and `caption` name columns; without `label` there is one class. Without
-    `val_split`, the share `val_share` of the rows is held out, and never trained on. `crop`,
-    `flip`, `ten_ratios` and `resize` apply to training (see Framing).
+    `val_split`, the share `val_share` of the rows is held out, and never trained on. `options` are
+    those of PictureDataModule.
     """
 
     def __init__(
@@ -218,31 +212,19 @@ class HFData(ImageDataModule):
         image: str = "image",
         label: str | None = "label",
         caption: str | None = None,
-        crop: Crop = "adm",
-        flip: bool = True,
-        ten_ratios: Sequence[float] = (1.1,),
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int | None = None,
-        name: str | None = None,
-        max_corrupt: float = MAX_CORRUPT,
-        resize: Resize | None = None,
-        balance: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, balance)
+        super().__init__(size, **options)
         self.path = path
         self.config = config
         self.revision = revision
         self.split = split
         self.val_split = val_split
         self.val_share = val_share
-        self.image_size = (size, size)
         self.image = image
         self.label = label
         self.caption = caption
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
-        self.name = name or Path(path).name
-        self.max_corrupt = max_corrupt
+        self.name = self.name or Path(path).name
 
     @property
     def holds_out(self) -> bool:
@@ -253,7 +235,7 @@ class HFData(ImageDataModule):
         """Training and validation rows."""
         rows = self._rows(self.split)
         if self.val_split is None:
-            names = [str(row) for row in range(len(rows.labels))]
+            names = list(map(str, range(len(rows.labels))))
             train, val = hold_out(names, self.val_share, rows.labels.tolist())
             return rows.take(train), rows.take(val)
         val = self._rows(self.val_split)

@@ -3,28 +3,20 @@ folder, the only class.
 
 Hidden and system files are passed over, files of other kinds named with their count (`files.py`).
 Crops, augmentation and corrupt images are `pictures.py`'s.
-
-The data sets as LightningDataModules, to be named in a run's YAML: `class_path:
-tessellar.data.ShapesData`.
-
-The base class makes the loaders: a deterministic order from (seed, epoch), whole batches in
-training, every sample once in validation, and no draw from the global random numbers, so that the
-rest of a run does not depend on its loaders.
 """
 
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from PIL import Image
 
 from tessellar.data.classes import order_classes
 from tessellar.data.crops import Resize
-from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.files import (
     files_below,
@@ -49,11 +41,9 @@ class Listing(NamedTuple):
 
     def take(self, rows: Sequence[int]) -> "Listing":
         """The listing of some of its rows."""
-        return Listing(
-            tuple(self.files[i] for i in rows),
-            tuple(self.labels[i] for i in rows),
-            self.class_names,
-        )
+        files = [self.files[row] for row in rows]
+        labels = [self.labels[row] for row in rows]
+        return Listing(tuple(files), tuple(labels), self.class_names)
 
 
 def list_folder(root: str | Path) -> Listing:
@@ -66,7 +56,7 @@ def list_folder(root: str | Path) -> Listing:
             f"{root} is not a folder; it should hold images, or one sub-folder of images for each class"
         )
     beside = plain_files(root)
-    flat = [file for file in beside if is_image(file)]
+    flat = list(filter(is_image, beside))
     classes = order_classes(sub_folders(root), str(root))
     if flat and classes:
         raise UserError(
@@ -75,14 +65,21 @@ def list_folder(root: str | Path) -> Listing:
     if flat:
         _tell(root, beside)
         return Listing(tuple(flat), (0,) * len(flat), (root.resolve().name,))
-    below = {name: [f"{name}/{file}" for file in files_below(root / name)] for name in classes}
-    images = {name: [file for file in files if is_image(file)] for name, files in below.items()}
-    if not all(images.values()) or not images:
-        empty = next((root / name for name, files in images.items() if not files), root)
-        raise UserError(f"{empty} holds no image ({', '.join(EXTENSIONS)}){_others(empty)}")
-    _tell(root, [*beside, *chain.from_iterable(below.values())])
-    labels = tuple(label for label, name in enumerate(classes) for _ in images[name])
-    return Listing(tuple(chain.from_iterable(images.values())), labels, classes)
+    if not classes:
+        _refuse_empty(root)
+    every = beside
+    images: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = files_below(root / name)
+        found = list(filter(is_image, files))
+        if not found:
+            _refuse_empty(root / name)
+        every += [f"{name}/{file}" for file in files]
+        images += [f"{name}/{file}" for file in found]
+        labels += [label] * len(found)
+    _tell(root, every)
+    return Listing(tuple(images), tuple(labels), classes)
 
 
 def _tell(root: Path, files: Sequence[str]) -> None:
@@ -90,10 +87,11 @@ def _tell(root: Path, files: Sequence[str]) -> None:
     tell_left_out(str(root), len(files), left_out)
 
 
-def _others(folder: Path) -> str:
-    """The files that a folder without images does hold, for the message."""
+def _refuse_empty(folder: Path) -> NoReturn:
+    """Raise UserError for a folder without images, with the files that it does hold."""
     files = files_below(folder)
-    return f"; it holds {len(files)} other files, such as {files[0]}" if files else ""
+    others = f"; it holds {len(files)} other files, such as {files[0]}" if files else ""
+    raise UserError(f"{folder} holds no image ({', '.join(EXTENSIONS)}){others}")
 
 
 def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]:
@@ -148,13 +146,12 @@ class ImageFolder(PictureDataset):
 
 
 @in_ranges
-class ImageFolderData(ImageDataModule):
-    """Your own images: one sub-folder a class, or one flat folder.
+class ImageFolderData(PictureDataModule):
+    """Your own images: one sub-folder a class, or one flat folder, whose name the set has.
 
     Without `val_root`, the share `val_share` of the files is held out for validation: they are
-    never trained on, which no published recipe does. `crop`, `flip`, `ten_ratios` and `resize`
-    apply to training (see Framing); validation and reference statistics take the ADM centre crop.
-    `name` is the folder's unless given. Corrupt images are skipped up to the share `max_corrupt`.
+    never trained on, which no published recipe does. Validation and reference statistics take the
+    ADM centre crop. `options` are those of PictureDataModule.
     """
 
     def __init__(
@@ -163,28 +160,13 @@ class ImageFolderData(ImageDataModule):
         size: int,
         val_root: str | None = None,
         val_share: float = 0.05,
-        crop: Crop = "adm",
-        flip: bool = True,
-        ten_ratios: Sequence[float] = (1.1,),
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int | None = None,
-        name: str | None = None,
-        max_corrupt: float = MAX_CORRUPT,
-        resize: Resize | None = None,
-        balance: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, balance)
+        super().__init__(size, **options)
         self.root = root
-        self.max_corrupt = max_corrupt
         self.val_root = val_root
         self.val_share = val_share
-        self.image_size = (size, size)
-        self.crop: Crop = crop
-        self.flip = flip
-        self.ten_ratios = ten_ratios
-        self.resize = resize
-        self.name = name or Path(root).resolve().name
+        self.name = self.name or Path(root).resolve().name
 
     @property
     def holds_out(self) -> bool:
@@ -211,19 +193,21 @@ class ImageFolderData(ImageDataModule):
         return self._listings[0].class_names
 
     def train_dataset(self, augment: bool = True) -> ImageFolder:
-        listing = self._listings[0]
-        if not augment:
-            return self._still_folder(self.root, listing)
-        framing = (self.image_size[0], self.crop, self.flip, self.ten_ratios, self.seed)
-        return ImageFolder(self.root, *framing, listing, self.max_corrupt, self.resize)
+        framing = self.framing if augment else self.framing.still()
+        return self._folder(self.root, self._listings[0], framing)
 
     def val_dataset(self) -> ImageFolder:
-        return self._still_folder(self.val_root or self.root, self._listings[1])
+        return self._folder(self.val_root or self.root, self._listings[1], self.framing.still())
 
-    def _still_folder(self, root: str, listing: Listing) -> ImageFolder:
-        """One view an image: the ADM centre crop, or the image itself where it has the right size."""
-        size = self.image_size[0]
-        crop: Crop = "none" if self.crop == "none" else "adm"
+    def _folder(self, root: str, listing: Listing, framing: Framing) -> ImageFolder:
         return ImageFolder(
-            root, size, crop, seed=self.seed, listing=listing, max_corrupt=self.max_corrupt
+            root,
+            framing.size,
+            crop=framing.crop,
+            flip=framing.flip,
+            ten_ratios=framing.ten_ratios,
+            seed=self.seed,
+            listing=listing,
+            max_corrupt=self.max_corrupt,
+            resize=framing.resize,
         )

@@ -184,12 +184,14 @@ def render(scenes: Scenes, size: int) -> np.ndarray:
 
 def captions(scenes: Scenes) -> list[str]:
     """For example 'a large red circle on a grey background'."""
-    words = [list(names) for names in (SIZES, COLOURS, SHAPES, BACKGROUNDS)]
-    rows = zip(scenes.size, scenes.colour, scenes.shape, scenes.background, strict=True)
-    return [
-        f"a {words[0][s]} {words[1][c]} {words[2][k]} on a {words[3][b]} background"
-        for s, c, k, b in rows
-    ]
+    sizes = list(SIZES)
+    colours = list(COLOURS)
+    shapes = list(SHAPES)
+    backgrounds = list(BACKGROUNDS)
+    texts = []
+    for s, c, k, b in zip(scenes.size, scenes.colour, scenes.shape, scenes.background, strict=True):
+        texts.append(f"a {sizes[s]} {colours[c]} {shapes[k]} on a {backgrounds[b]} background")
+    return texts
 
 
 class Shapes(ImageDataset):

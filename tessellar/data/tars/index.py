@@ -75,10 +75,10 @@ class TarIndex:
 
     def members(self, sample: int) -> dict[str, Place]:
         """Place of each field of a sample."""
-        rows = range(self.starts[sample], self.starts[sample + 1])
-        return {
-            FIELDS[self.fields[row]]: (int(self.offsets[row]), int(self.sizes[row])) for row in rows
-        }
+        found = {}
+        for row in range(self.starts[sample], self.starts[sample + 1]):
+            found[FIELDS[self.fields[row]]] = (int(self.offsets[row]), int(self.sizes[row]))
+        return found
 
     def read(self, sample: int, field: str) -> bytes:
         """The bytes of one member; fewer than it should have where the tar was cut off since."""
@@ -175,7 +175,9 @@ def plain_files(path: Path, file: BinaryIO) -> Iterator[tuple[str, Place]]:
 def collect(
     path: Path, file: BinaryIO, samples: dict[str, dict[str, Place]], keys: Keys
 ) -> TarIndex:
-    kept: dict[str, dict[str, Place]] = {}
+    names: list[bytes] = []
+    starts = [0]
+    rows: list[tuple[int, int, int]] = []
     labels: list[int] = []
     captioned: list[bool] = []
     class_names: dict[int, str] = {}
@@ -183,29 +185,27 @@ def collect(
     for key, members in samples.items():
         where = f"{path}:{key}"
         try:
-            if not any(field in members for field in IMAGE_FIELDS):
+            if members.keys().isdisjoint(IMAGE_FIELDS):
                 raise UnreadableMember(f"{where} has no image")
             label, name, has_caption = _text(file, members, keys, where)
         except UnreadableMember as error:
             left_out.append(str(error))
             continue
-        kept[key] = members
+        names.append(os.fsencode(key))
+        for field, place in members.items():
+            rows.append((FIELDS.index(field), *place))
+        starts.append(len(rows))
         labels.append(label)
         captioned.append(has_caption)
         if name is not None and class_names.setdefault(label, name) != name:
             raise UserError(
                 f"{where}: class {label} is {name!r} here and {class_names[label]!r} before"
             )
-    rows = [
-        (FIELDS.index(field), *place)
-        for members in kept.values()
-        for field, place in members.items()
-    ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
     return TarIndex(
         path,
-        names=np.array([os.fsencode(key) for key in kept], dtype=bytes),
-        starts=np.cumsum([0, *(len(members) for members in kept.values())], dtype=np.int64),
+        names=np.array(names, dtype=bytes),
+        starts=np.array(starts, dtype=np.int64),
         fields=table[:, 0].astype(np.uint8),
         offsets=table[:, 1].copy(),
         sizes=table[:, 2].copy(),
@@ -251,7 +251,7 @@ def _keep(index: TarIndex, kept: Path, facts: dict[str, Any]) -> None:
     meta = json.dumps({**facts, "class_names": names, "left_out": index.left_out})
     stage = kept.with_name(f".{kept.stem}.{uuid.uuid4().hex[:8]}.npz")
     try:
-        arrays = {name: getattr(index, name) for name in _ARRAYS}
+        arrays = _arrays_of(index)
         np.savez(stage, meta=np.frombuffer(meta.encode(), dtype=np.uint8), **arrays)
         os.replace(stage, kept)
     except OSError as error:
@@ -299,22 +299,24 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
         return None
 
 
+def _arrays_of(index: TarIndex) -> dict[str, np.ndarray]:
+    return {name: getattr(index, name) for name in _ARRAYS}
+
+
 def makes_sense(index: TarIndex, size: int) -> bool:
     n = len(index.names)
     m = len(index.fields)
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    for name, array in _arrays_of(index).items():
+        if array.ndim != 1 or array.dtype.kind != _ARRAYS[name]:
+            return False
     return (
-        all(array.ndim == 1 and array.dtype.kind == _ARRAYS[name] for name, array in arrays.items())
-        and len(index.starts) == n + 1
+        len(index.starts) == n + 1
         and len(index.labels) == len(index.captioned) == n
         and len(index.offsets) == len(index.sizes) == m
         and index.starts[0] == 0
         and index.starts[-1] == m
         and bool((np.diff(index.starts) > 0).all())
         and bool((index.fields < len(FIELDS)).all())
-        and bool(
-            (
-                (index.offsets >= 0) & (index.sizes >= 0) & (index.offsets + index.sizes <= size)
-            ).all()
-        )
+        and bool((index.offsets >= 0).all() and (index.sizes >= 0).all())
+        and bool((index.offsets + index.sizes <= size).all())
     )

@@ -12,8 +12,11 @@ from tessellar.errors import UserError
 def expand_braces(spec: str | Sequence[str]) -> list[str]:
     """Braces written out, everything else as it is; raises UserError for braces that do not match."""
     specs = [spec] if isinstance(spec, str) else list(spec)
+    names: list[str] = []
     try:
-        return [str(name) for one in specs for name in braceexpand(str(one))]
+        for each in specs:
+            names += map(str, braceexpand(str(each)))
+        return names
     except ValueError as error:
         raise UserError(
             f"{spec}: braces do not match; write for example train-{{0000..0127}}.tar"

@@ -12,7 +12,8 @@ import logging
 import random
 import tarfile
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
@@ -22,11 +23,10 @@ from webdataset.tariterators import url_opener
 
 from tessellar.data.batch import Sample, collate
 from tessellar.data.captions import class_text, pick, tell_missing
-from tessellar.data.crops import Resize
 from tessellar.data.damage import SAMPLE, too_many, warn_of_first
-from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import ImageDataset, digest
-from tessellar.data.framing import DRAWS, Crop, Framing
+from tessellar.data.framing import DRAWS, Framing
 from tessellar.data.image_file import UnreadableImage
 from tessellar.data.pictures import MAX_CORRUPT, to_tensor
 from tessellar.data.tars.headers import LARGEST_MEMBER, Header, RefusedHeader
@@ -198,15 +198,15 @@ class WebDatasetStream(IterableDataset[Sample]):
 
     def _once(self, place: int, places: int) -> Iterator[Sample]:
         """Every `places`-th sample of all shards, from `place` on."""
-        samples = (sample for url in self.urls for sample in stream_samples(url))
-        seen = 0
-        for index, (name, fields) in enumerate(samples):
-            seen += 1
-            if index % places == place and (
-                sample := self._decode(name, fields, index, [0.0] * (DRAWS + 1))
-            ):
+        index = 0
+        for name, fields in chain.from_iterable(map(stream_samples, self.urls)):
+            sample = None
+            if index % places == place:
+                sample = self._decode(name, fields, index, [0.0] * (DRAWS + 1))
+            index += 1
+            if sample is not None:
                 yield sample
-        if not seen:
+        if not index:
             raise UserError(f"{_named(self.urls)} no sample: nothing with {', '.join(FIELDS)}")
 
     def _endless(self, place: int, places: int) -> Iterator[Sample]:
@@ -256,8 +256,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         image_field = next((field for field in IMAGE_FIELDS if field in fields), None)
         if image_field is None:
             raise UnreadableMember(f"{name} has no image")
-        wanted = [field for field in (image_field, "json", "txt", "cls") if field in fields]
-        decoded = {field: decode(field, fields[field], f"{name}.{field}") for field in wanted}
+        decoded = _decoded(name, fields, (image_field, "json", "txt", "cls"))
         label = label_of(decoded, self.keys.label, name) or 0
         if label >= len(self.class_names):
             raise UserError(
@@ -295,17 +294,13 @@ def _named(urls: Sequence[str]) -> str:
     return f"{urls[0]} holds" if len(urls) == 1 else f"{urls[0]} and {len(urls) - 1} others hold"
 
 
-def _has_caption(name: str, fields: Raw, keys: Keys) -> bool:
-    """False also where its text cannot be read."""
-    try:
-        text = {
-            field: decode(field, fields[field], name)
-            for field in ("json", "txt")
-            if field in fields
-        }
-        return bool(captions_of(text, keys.caption, name))
-    except UnreadableMember:
-        return False
+def _decoded(name: str, fields: Raw, wanted: Sequence[str]) -> dict[str, Any]:
+    """What the wanted fields of a sample hold, as far as it has them."""
+    found = {}
+    for field in wanted:
+        if field in fields:
+            found[field] = decode(field, fields[field], f"{name}.{field}")
+    return found
 
 
 class _EpochLoader(DataLoader):
@@ -319,12 +314,13 @@ class _EpochLoader(DataLoader):
 
 
 @in_ranges
-class WebDatasetStreamData(ImageDataModule):
+class WebDatasetStreamData(PictureDataModule):
     """Remote shards; `shards` and `val_shards` may hold braces, as in `.../train-{0000..0127}.tar`.
     Nothing is exact.
 
     `epoch_length` samples over all ranks make an epoch. There is no image by index, so measure
-    against a folder or a statistics file.
+    against a folder or a statistics file. `options` are those of PictureDataModule but `balance`:
+    how rare a class is does not show before all is read.
     """
 
     def __init__(
@@ -337,31 +333,20 @@ class WebDatasetStreamData(ImageDataModule):
         buffer: int = 1000,
         label: str = "class",
         caption: str = "caption",
-        crop: Crop = "adm",
-        flip: bool = True,
-        ten_ratios: Sequence[float] = (1.1,),
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int | None = None,
         name: str = "webdataset",
-        max_corrupt: float = MAX_CORRUPT,
-        resize: Resize | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(size, name=name, balance=False, **options)
         if num_classes < 1 or epoch_length < 1 or buffer < 0:
             raise ValueError(
                 f"num_classes {num_classes} and epoch_length {epoch_length} must be positive, buffer >= 0"
             )
         self.shards = shards
         self.val_shards = val_shards
-        self.image_size = (size, size)
         self.epoch_length = epoch_length
         self.buffer = buffer
         self.class_names = tuple(map(str, range(num_classes)))
         self.keys = Keys(label=label, caption=caption)
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
-        self.name = name
-        self.max_corrupt = max_corrupt
 
     def train_dataset(self, augment: bool = True) -> ImageDataset:
         raise UserError(
@@ -385,22 +370,28 @@ class WebDatasetStreamData(ImageDataModule):
         """Looks at the first samples of the first training and the first validation shard."""
         for spec in (self.shards, self.val_shards):
             url = expand_braces(spec)[0]
-            peeked = list(islice(stream_samples(url), PEEKED))
-            if not any(_has_caption(name, fields, self.keys) for name, fields in peeked):
+            looked_at = 0
+            captioned = False
+            for name, fields in islice(stream_samples(url), PEEKED):
+                looked_at += 1
+                with suppress(UnreadableMember):  # a text that cannot be read is none
+                    text = _decoded(name, fields, ("json", "txt"))
+                    captioned |= bool(captions_of(text, self.keys.caption, name))
+            if not captioned:
                 raise UserError(
-                    f"none of the first {len(peeked)} samples of {url} has a caption, which this generator reads: a "
+                    f"none of the first {looked_at} samples of {url} has a caption, which this generator reads: a "
                     f".txt member, or {self.keys.caption!r} in its .json (data.caption)"
                 )
 
     def fingerprint(self) -> str:
-        parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]
+        parts = [expand_braces(self.shards), expand_braces(self.val_shards)]
         return digest(set="webdataset-stream", shards=parts, size=self.image_size)
 
     def contents(self) -> tuple[str, str]:
         """Hashes of the names of the shards: what they hold is not known before it is read."""
         size = self.image_size
-        parts = [expand_braces(spec) for spec in (self.shards, self.val_shards)]
-        train, val = (digest(set="webdataset-stream", shards=part, size=size) for part in parts)
+        train = digest(set="webdataset-stream", shards=expand_braces(self.shards), size=size)
+        val = digest(set="webdataset-stream", shards=expand_braces(self.val_shards), size=size)
         return train, val
 
     def train_dataloader(self) -> DataLoader:

@@ -18,15 +18,14 @@ import torch
 from PIL import Image
 
 from tessellar import distributed
-from tessellar.data.crops import Resize
 from tessellar.data.damage import too_many
-from tessellar.data.datamodule import ImageDataModule
+from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import digest, hold_out
-from tessellar.data.framing import Crop, Framing
+from tessellar.data.framing import Framing
 from tessellar.data.image_file import UnreadableImage, decode_image
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.tars.index import Keys, TarIndex, load_index
-from tessellar.data.tars.members import captions_of, decode
+from tessellar.data.tars.members import FIELDS, captions_of, decode
 from tessellar.data.tars.shards import find_shards
 from tessellar.errors import UserError
 from tessellar.progress import Progress
@@ -89,7 +88,7 @@ class TarSamples:
         """Training and validation part, the latter the share `val_share` of the samples (see
         `hold_out`).
         """
-        names = [self.name(place) for place in range(len(self))]
+        names = list(map(self.name, range(len(self))))
         train, val = hold_out(names, val_share, self.labels.tolist())
         return self.take(train), self.take(val)
 
@@ -101,13 +100,15 @@ def read_shards(
     had to be left out.
     """
     shards = []
+    left_out: list[str] = []
     paths = find_shards(spec)
     with Progress("reading shards", len(paths), "shards", quiet=distributed.rank() > 0) as bar:
         for path in paths:
-            shards.append(load_index(path, keys))
+            shard = load_index(path, keys)
+            shards.append(shard)
+            left_out += shard.left_out
             bar.update()
     samples = TarSamples(shards, keys)
-    left_out = [line for shard in shards for line in shard.left_out]
     total = len(samples) + len(left_out)
     if not len(samples):
         raise UserError(f"{spec} holds no image" + (f"; {left_out[0]}" if left_out else ""))
@@ -200,32 +201,23 @@ class WebDatasetTars(PictureDataset):
         its own field.
         """
         shard, sample = self.samples.find(index)
-        where = shard.where(sample)
-        return {
-            field: decode(field, shard.read(sample, field), f"{where}.{field}")
-            for field in shard.members(sample)
-        }
+        return _decoded(shard, sample, FIELDS)
 
     def texts(self, index: int) -> tuple[str, ...]:
         return super().texts(int(self.told[index]))
 
     def own_texts(self, index: int) -> tuple[str, ...]:
         shard, sample = self.samples.find(index)
-        where = shard.where(sample)
-        there = shard.members(sample)
-        read = {
-            f: decode(f, shard.read(sample, f), f"{where}.{f}")
-            for f in ("txt", "json")
-            if f in there
-        }
-        return captions_of(read, self.samples.keys.caption, where)
+        read = _decoded(shard, sample, ("txt", "json"))
+        return captions_of(read, self.samples.keys.caption, shard.where(sample))
 
     def fingerprint(self) -> str:
-        shards = self.samples.shards
-        rows = self.samples.rows
-        names = [shard.name(sample) for shard in shards for sample in range(len(shard))]
-        sizes = np.concatenate([shard.image_sizes() for shard in shards])[rows].tolist()
-        images = list(zip((names[row] for row in rows.tolist()), sizes, strict=True))
+        names: list[str] = []
+        sizes: list[int] = []
+        for shard in self.samples.shards:
+            names += map(shard.name, range(len(shard)))
+            sizes += shard.image_sizes().tolist()
+        images = [(names[row], sizes[row]) for row in self.samples.rows.tolist()]
         labels = self.labels.tolist()
         size = self.framing.size
         views = self.framing.describe()
@@ -233,22 +225,34 @@ class WebDatasetTars(PictureDataset):
 
     def content(self) -> str:
         """With the sizes of all texts of the tars, and whose text each image is told."""
-        texts = [text for shard in self.samples.shards for text in shard.text_sizes().tolist()]
+        texts: list[int] = []
+        for shard in self.samples.shards:
+            texts += shard.text_sizes().tolist()
         told = hashlib.sha256(self.told.numpy().tobytes()).hexdigest()
         return digest(images=self.fingerprint(), texts=texts, told=told)
 
 
+def _decoded(shard: TarIndex, sample: int, wanted: Sequence[str]) -> dict[str, Any]:
+    """What the wanted fields of a sample hold, as far as it has them."""
+    found = {}
+    for field in wanted:
+        if field in shard.members(sample):
+            content = shard.read(sample, field)
+            found[field] = decode(field, content, f"{shard.where(sample)}.{field}")
+    return found
+
+
 @in_ranges
-class WebDatasetData(ImageDataModule):
+class WebDatasetData(PictureDataModule):
     """Local WebDataset tars: `shards` is a path with `*` or `{0000..0127}`, a folder of tars, or a
     list of such.
 
     Without `val_shards`, the share `val_share` of the samples is held out for validation, never
     trained on. `label`, `class_name` and `caption` name entries of a sample's `.json`; a `.cls` or
-    `.txt` member goes before them. Of a list of captions, training draws one at each visit. `crop`,
-    `flip`, `ten_ratios` and `resize` apply to training (see Framing). `name` is that of the folder
-    unless given. `shuffle_captions` gives training images each other's captions, in an order that
-    `seed` fixes: the control that shows what text does.
+    `.txt` member goes before them. Of a list of captions, training draws one at each visit.
+    `shuffle_captions` gives training images each other's captions, in an order that `seed` fixes:
+    the control that shows what text does. `options` are those of PictureDataModule; the set has the
+    folder's name.
     """
 
     def __init__(
@@ -261,31 +265,18 @@ class WebDatasetData(ImageDataModule):
         label: str = "class",
         class_name: str = "class_name",
         caption: str = "caption",
-        crop: Crop = "adm",
-        flip: bool = True,
-        ten_ratios: Sequence[float] = (1.1,),
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int | None = None,
-        name: str | None = None,
-        max_corrupt: float = MAX_CORRUPT,
         shuffle_captions: bool = False,
-        resize: Resize | None = None,
-        balance: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, balance)
+        super().__init__(size, **options)
         self.shuffle_captions = shuffle_captions
         self.shards = shards
         self.val_shards = val_shards
         self.val_share = val_share
-        self.image_size = (size, size)
         self.given_classes = num_classes
         self.keys = Keys(label, class_name, caption)
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
-        self.max_corrupt = max_corrupt
-        self.name = (
-            name or Path(shards if isinstance(shards, str) else shards[0]).absolute().parent.name
-        )
+        first = shards if isinstance(shards, str) else shards[0]
+        self.name = self.name or Path(first).absolute().parent.name
 
     @property
     def holds_out(self) -> bool:
@@ -311,17 +302,21 @@ class WebDatasetData(ImageDataModule):
 
     def train_dataset(self, augment: bool = True) -> WebDatasetTars:
         framing = self.framing if augment else self.framing.still()
-        return self._tars(self._samples[0], framing, self.shuffle_captions, vary_captions=augment)
+        return WebDatasetTars(
+            self._samples[0],
+            self.class_names,
+            framing=framing,
+            seed=self.seed,
+            max_corrupt=self.max_corrupt,
+            shuffle_captions=self.shuffle_captions,
+            vary_captions=augment,
+        )
 
     def val_dataset(self) -> WebDatasetTars:
-        return self._tars(self._samples[1], self.framing.still())
-
-    def _tars(
-        self,
-        samples: TarSamples,
-        framing: Framing,
-        shuffled: bool = False,
-        vary_captions: bool = False,
-    ) -> WebDatasetTars:
-        options = (self.seed, self.max_corrupt, shuffled, vary_captions)
-        return WebDatasetTars(samples, self.class_names, framing, *options)
+        return WebDatasetTars(
+            self._samples[1],
+            self.class_names,
+            framing=self.framing.still(),
+            seed=self.seed,
+            max_corrupt=self.max_corrupt,
+        )

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -145,8 +145,9 @@ def _prepare(folder: Path, plan: Any) -> IO[str]:
         raise UserError(
             f"another process writes {folder}; wait for it, or use another --out"
         ) from error
-    if _plan_of(folder) == plan:
-        return lock
+    with suppress(OSError, ValueError):  # there is none, or one that cannot be read
+        if json.loads((folder / PLAN).read_text(encoding="utf-8")) == plan:
+            return lock
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -155,10 +156,3 @@ def _prepare(folder: Path, plan: Any) -> IO[str]:
         staged.write_text(json.dumps(plan), encoding="utf-8")
         staged.replace(folder / PLAN)
     return lock
-
-
-def _plan_of(folder: Path) -> Any:
-    try:
-        return json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

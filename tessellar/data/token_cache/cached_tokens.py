@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tessellar.checkpoints.data_facts import other_class
@@ -123,11 +122,10 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("_tokens", "_sums", "_ends", "_captions")
-        }
+        state = dict(vars(self))
+        for name in ("_tokens", "_sums", "_ends", "_captions"):
+            state.pop(name, None)
+        return state
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         index = torch.as_tensor(indices)
@@ -136,7 +134,13 @@ class CachedTokens(IndexedDataset[TokenBatch]):
         places = index.numpy(), (draws * self.header.views).astype(np.int64)
         rows = self._tokens[places]
         tokens = unpack(rows, self.header.storage, self.header.token_layout)
-        self._check(tokens)
+        try:
+            if self.header.storage.kind != "posterior":
+                self.header.token_layout.check(tokens)
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder / TOKENS} is damaged ({error}); make the cache anew"
+            ) from error
         if self._sums is not None and (crc_of_rows(rows) != self._sums[places]).any():
             raise UserError(
                 f"{self.folder / TOKENS} is damaged: a row lacks its checksum; make the cache anew"
@@ -156,25 +160,14 @@ class CachedTokens(IndexedDataset[TokenBatch]):
             raise UserError(f"{self.folder} holds no captions")
         return self._captions_of(np.asarray(indices))
 
-    def _check(self, tokens: Tensor) -> None:
-        if self.header.storage.kind == "posterior":
-            return
-        try:
-            self.header.token_layout.check(tokens)
-        except ValueError as error:
-            raise UserError(
-                f"{self.folder / TOKENS} is damaged ({error}); make the cache anew"
-            ) from error
-
     def _captions_of(self, index: np.ndarray) -> list[str]:
         assert self._ends is not None
         ends = self._ends[index]
         starts = np.where(index > 0, self._ends[index - 1], 0)
-        places = zip(starts.tolist(), ends.tolist(), strict=True)
-        stored = [
-            bytes(self._captions[start:end]).decode(errors="replace") for start, end in places
-        ]
-        texts = [tuple(several.split(SEPARATOR)) for several in stored]
+        texts = []
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            stored = bytes(self._captions[start:end]).decode(errors="replace")
+            texts.append(tuple(stored.split(SEPARATOR)))
         if not self.augment:
             return [pick(several, 0.0) for several in texts]
         return draw_captions(texts, index, self.seed, self.epoch)

@@ -80,8 +80,10 @@ def encode_dataset(
     tokenizer = tokenizer.source
     shown = tuple(dataset.views(0)["image"].shape[2:])
     if shown != tuple(tokenizer.image_size):
-        ours, theirs = ("x".join(map(str, size)) for size in (shown, tokenizer.image_size))
-        raise UserError(f"the data set {name} has images of {ours}, the tokenizer takes {theirs}")
+        raise UserError(
+            f"the data set {name} has images of {shown[0]}x{shown[1]}, the tokenizer takes "
+            f"{tokenizer.image_size[0]}x{tokenizer.image_size[1]}"
+        )
     tokenizer.eval()
     target = Path(os.path.abspath(folder))
     check_target(target, HEADER, overwrite)
@@ -136,15 +138,17 @@ def _encode_blocks(
     num_workers: int,
 ) -> None:
     """Encode this process's share of the blocks that are not done; `start` is where rows begin."""
-    done = set(blocks.done())
-    open_ones = [block for block in range(blocks.number) if block not in done]
+    done = blocks.done()
+    open_ones = sorted(set(range(blocks.number)) - set(done))
     distributed.barrier()  # all have looked before one writes
     own = open_ones[distributed.rank() :: distributed.world_size()]
-    batches = [
-        list(blocks.images(block)[place : place + at_once])
-        for block in own
-        for place in range(0, len(blocks.images(block)), at_once)
-    ]
+    batches = []
+    total = 0
+    for block in own:
+        images = blocks.images(block)
+        total += len(images)
+        for place in range(0, len(images), at_once):
+            batches.append(list(images[place : place + at_once]))
     loader = DataLoader(
         _Views(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]
@@ -157,7 +161,6 @@ def _encode_blocks(
         log.info("goes on after %d of %d blocks", len(done), blocks.number)
     loaded = iter(loader) if batches else iter(())
     width = int(np.prod(storage.shape)) * np.dtype(storage.dtype).itemsize * dataset.num_views
-    total = sum(len(blocks.images(block)) for block in own)
     with (
         Progress("encoding", total, "images", quiet=distributed.rank() > 0) as bar,
         open(blocks.folder / TOKENS, "r+b") as tokens,
@@ -168,7 +171,8 @@ def _encode_blocks(
             content = _Content()
             for _ in range(0, len(images), at_once):
                 items = next(loaded)
-                packed = pack(encode(tokenizer, _images(items), precision), storage)
+                images_of_all = torch.cat([item["image"] for item in items])
+                packed = pack(encode(tokenizer, images_of_all, precision), storage)
                 tokens.write(packed.tobytes())
                 content.add(items, packed)
                 bar.update(len(items))
@@ -176,10 +180,6 @@ def _encode_blocks(
             os.fsync(tokens.fileno())
             corrupt = sum(index in images for index in dataset.corrupt)
             blocks.write(block, content.as_block(corrupt))
-
-
-def _images(items: Sequence[Batch]) -> Tensor:
-    return torch.cat([item["image"] for item in items])
 
 
 class _Content:
@@ -213,24 +213,29 @@ class _Content:
 def _finish(blocks: Blocks, header: Header, views: int) -> Header:
     """Write what the blocks brought as the cache's own files, and the header that it is complete by."""
     stage = blocks.folder
-    found = [blocks.read(block) for block in range(blocks.number)]
-    np.save(stage / LABELS, np.concatenate([block.labels for block in found]))
-    sums = np.concatenate([block.sums for block in found])
-    np.save(stage / CHECKSUMS, sums.reshape(blocks.count, views))
-    starts = np.cumsum([0, *(len(block.captions) for block in found)])
-    ends = np.concatenate(
-        [block.ends + start for block, start in zip(found, starts[:-1], strict=True)]
-    )
-    (stage / CAPTIONS).write_bytes(b"".join(block.captions for block in found))
-    if len(ends):
-        np.save(stage / ENDS, ends.astype(np.int64))
-    small = [name for name in (LABELS, CHECKSUMS, CAPTIONS, ENDS) if (stage / name).is_file()]
-    header = replace(
-        header,
-        captions=bool(len(ends)),
-        corrupt=sum(block.corrupt for block in found),
-        checksums={name: crc_of(stage / name) for name in small},
-    )
+    labels: list[np.ndarray] = []
+    sums: list[np.ndarray] = []
+    ends: list[np.ndarray] = []
+    captions = bytearray()
+    corrupt = 0
+    for number in range(blocks.number):
+        block = blocks.read(number)
+        labels.append(block.labels)
+        sums.append(block.sums)
+        ends.append(block.ends + len(captions))
+        captions += block.captions
+        corrupt += block.corrupt
+    np.save(stage / LABELS, np.concatenate(labels))
+    np.save(stage / CHECKSUMS, np.concatenate(sums).reshape(blocks.count, views))
+    (stage / CAPTIONS).write_bytes(captions)
+    all_ends = np.concatenate(ends).astype(np.int64)
+    if len(all_ends):
+        np.save(stage / ENDS, all_ends)
+    checksums = {}
+    for name in (LABELS, CHECKSUMS, CAPTIONS, ENDS):
+        if (stage / name).is_file():
+            checksums[name] = crc_of(stage / name)
+    header = replace(header, captions=len(all_ends) > 0, corrupt=corrupt, checksums=checksums)
     text = json.dumps(asdict(header) | {"storage": header.storage._asdict()}, indent=1)
     (stage / HEADER).write_text(text)
     return header

@@ -29,9 +29,10 @@ def clean_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 [B, 3, H, W] to float32 [B, 3, *size] in [0, 255]."""
     channels = rearrange(images.cpu().numpy().astype(np.float32), "b c h w -> (b c) h w")
     shape = (size[1], size[0])
-    resized = [
-        np.asarray(Image.fromarray(c).resize(shape, Image.Resampling.BICUBIC)) for c in channels
-    ]
+    resized = []
+    for channel in channels:
+        picture = Image.fromarray(channel).resize(shape, Image.Resampling.BICUBIC)
+        resized.append(np.asarray(picture))
     stacked = rearrange(torch.from_numpy(np.stack(resized)), "(b c) h w -> b c h w", b=len(images))
     return stacked.clamp(0, 255).to(images.device)
 

@@ -51,10 +51,11 @@ class TimmNetwork(ExactTables, Extractor):
             network = build_filled(lambda: network_of(facts), state, where, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
-        for key, values in (("mean", facts.mean), ("std", facts.std)):
-            self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
+        # Of channels, to be subtracted and divided by: [3, 1, 1].
         self.mean: Tensor
         self.std: Tensor
+        self.register_buffer("mean", torch.tensor(facts.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(facts.std)[:, None, None], persistent=False)
 
     def extract(self, images: Tensor) -> Features:
         x = self.at_network_size(images) / 255
@@ -79,14 +80,12 @@ class TimmNetwork(ExactTables, Extractor):
         return RESIZERS[self.facts.resize](images, self.facts.image_size)
 
     def describe(self) -> dict[str, object]:
-        facts = {
-            "arch": self.facts.arch,
-            "options": self.facts.options,
-            "image_size": list(self.facts.image_size),
-        }
+        facts = self.facts
         return {
             **super().describe(),
-            **facts,
-            "mean": list(self.facts.mean),
-            "std": list(self.facts.std),
+            "arch": facts.arch,
+            "options": facts.options,
+            "image_size": list(facts.image_size),
+            "mean": list(facts.mean),
+            "std": list(facts.std),
         }

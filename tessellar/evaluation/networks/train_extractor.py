@@ -82,9 +82,9 @@ def train_extractor(
         torch.manual_seed(recipe.seed)
         network = network_of(facts).to(device)
         average = fit(network, data, recipe)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()
-    }
+    state = {}
+    for name, tensor in average.state_dict().items():
+        state[name] = tensor.detach().cpu().contiguous()
     accuracy = accuracy_of(TimmNetwork(facts, state, "", str(out)).to(device), data)
     training = {"data": data.name, "data_fingerprint": data.fingerprint(), "val_accuracy": accuracy}
     facts = replace(facts, training={**training, **recipe.__dict__}, purpose=purpose)
