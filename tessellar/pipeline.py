@@ -7,6 +7,7 @@ hub id.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal, overload
 
@@ -173,7 +174,7 @@ class ImageGenerator(nn.Module):
             raise UserError(f"count is {count}; at least 1 image can be made")
         if prompts is None:
             ids = self.class_ids("all" if classes is None else classes)
-            return self.class_condition([ids[i % len(ids)] for i in range(count or len(ids))])
+            return self.class_condition(list(islice(cycle(ids), count or len(ids))))
         if classes is not None:
             raise UserError("give either classes or prompts, not both")
         if not isinstance(self.conditioner, TextConditioner):
@@ -181,9 +182,7 @@ class ImageGenerator(nn.Module):
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise UserError("no prompt is given")
-        return self.conditioner.of_texts(
-            [texts[i % len(texts)] for i in range(count or len(texts))]
-        )
+        return self.conditioner.of_texts(list(islice(cycle(texts), count or len(texts))))
 
     @torch.no_grad()
     def encode(self, images: Pictures) -> Tensor:

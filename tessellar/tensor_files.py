@@ -73,9 +73,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), "pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
-    except (
-        Exception
-    ) as error:  # a type that torch lacks is a KeyError, a large header a MemoryError
+    except Exception as error:
+        # A type that torch lacks is a KeyError, a large header a MemoryError.
         raise UserError(
             f"{path} is truncated or not a safetensors file ({_one_line(error)})"
         ) from error
@@ -166,9 +165,8 @@ def read_pickle(path: Path) -> Any:
                 f"{path} holds code ({code[1]}), not only tensors, so it was not opened"
             ) from error
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
-    except (
-        Exception
-    ) as error:  # bytes that are no pickle make the unpickler fail in any way, IndexError included
+    except Exception as error:
+        # Bytes that are no pickle make the unpickler fail in any way, IndexError included.
         raise UserError(f"{path} is truncated or not a torch file ({_one_line(error)})") from error
     if not checked:
         log.info("%s carries no checksums, so damage to it would not be noticed", path)

@@ -181,11 +181,8 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a LlamaGen generator",
     marks=("tok_embeddings.weight", "cls_embedding.*", "layers.0.feed_forward.w1.weight"),
-    entries=(
-        "model",
-        "module",
-        "state_dict",
-    ),  # the order of the official sampling script; no average
+    # The order of the official sampling script; no average.
+    entries=("model", "module", "state_dict"),
     keys=KEYS,
     build=_build,
 )

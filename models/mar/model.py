@@ -109,8 +109,9 @@ class MAR(RandomSets):
             eps, v = self.head(noisy, t.expand(noisy.shape[:2]), z)
             eps = state.guidance.merge(eps, entity, planned)
             v = v[: state.batch]
-            unfolded = (rearrange(part, "b l (c q) -> b (l q) c", q=area) for part in (eps, v))
-            return torch.cat([*unfolded], -1)
+            eps = rearrange(eps, "b l (c q) -> b (l q) c", q=area)
+            v = rearrange(v, "b l (c q) -> b (l q) c", q=area)
+            return torch.cat([eps, v], -1)
 
         number = int(entity.flatten()[0])
         return ImplicitDiffusion(
@@ -145,13 +146,12 @@ class MAR(RandomSets):
         patches = self.to_patches(tokens)
         z = self.backbone(patches, ~masked, condition)
         chosen = masked.to(tokens.device).flatten().repeat(self.repeats)
-        rows = [x.flatten(0, 1).repeat(self.repeats, 1)[chosen] for x in (patches, z)]
-        losses = self.row_losses(at_least_float32(rows[0]), rows[1], t[chosen], noise[chosen])
-        share = (
-            torch.ones(masked.shape, device=tokens.device)
-            if weight is None
-            else weight[:, None].expand(masked.shape)
-        )
+        clean = patches.flatten(0, 1).repeat(self.repeats, 1)[chosen]
+        z = z.flatten(0, 1).repeat(self.repeats, 1)[chosen]
+        losses = self.row_losses(at_least_float32(clean), z, t[chosen], noise[chosen])
+        if weight is None:
+            weight = torch.ones(len(masked), device=tokens.device)
+        share = weight[:, None].expand(masked.shape)
         share = share.flatten().repeat(self.repeats)[chosen]
         return (losses * share).sum() / share.sum().clamp(min=torch.finfo(losses.dtype).eps)
 

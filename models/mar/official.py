@@ -135,10 +135,8 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a MAR generator",
     marks=("class_emb.weight", "fake_latent", "diffloss.net.input_proj.weight"),
-    entries=(
-        "model_ema",
-        "model",
-    ),  # `checkpoint-last.pth`: the official evaluation loads the average
+    # Of `checkpoint-last.pth`: the official evaluation loads the average.
+    entries=("model_ema", "model"),
     keys=KEYS,
     build=_build,
     tokenizer="kl_vae",

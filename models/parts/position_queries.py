@@ -25,9 +25,8 @@ from tessellar.protocol.generator import State
 from tessellar.protocol.guidance import NO_GUIDANCE
 from tessellar.protocol.work import Work, linear_macs
 
-QUERY = (
-    2**20
-)  # place of the query of the first token, behind the prefix; tokens have places 0 .. N - 1 there
+# Place of the query of the first token, behind the prefix; tokens have places 0 .. N - 1 there.
+QUERY = 2**20
 
 
 class PositionQueries(PrefixTransformer):
@@ -70,9 +69,8 @@ class PositionQueries(PrefixTransformer):
         with torch.device("cpu"):
             number = self.entities.numbers
             sizes = torch.tensor(self.entities.sizes)
-            seen = (
-                int(self.entities.ends[1:][number].sum()) + queries * self.prefix_length
-            )  # context, own queries
+            # By queries: the context, and those of their own entity.
+            seen = int(self.entities.ends[1:][number].sum()) + queries * self.prefix_length
             own = int((self.entities.ends[1:-1] * sizes[:-1]).sum()) + context * self.prefix_length
         attention = 2 * len(self.layers) * self.num_heads * self.head_dim * (seen + own)
         blocks = linear_macs(self.layers)

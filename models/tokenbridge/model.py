@@ -162,11 +162,9 @@ class TokenBridge(RandomSets):
         masked = masked.to(tokens.device)
         classes = self.channels.classes(tokens[masked])
         logits = self.head(z[masked], classes)
-        targets = classes.unbind(1)
-        losses = [
-            F.cross_entropy(at_least_float32(given), wanted, reduction="none")
-            for given, wanted in zip(logits, targets, strict=True)
-        ]
+        losses = []
+        for given, wanted in zip(logits, classes.unbind(1), strict=True):
+            losses.append(F.cross_entropy(at_least_float32(given), wanted, reduction="none"))
         each = torch.stack(losses).mean(0)
         if weight is None:
             return each.mean()

@@ -108,10 +108,8 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a TokenBridge generator",
     marks=("fake_latent", "condition_proj.weight", "channel_embed"),
-    entries=(
-        "model_ema",
-        "model",
-    ),  # `checkpoint-last.pth`: the official evaluation loads the average
+    # Of `checkpoint-last.pth`: the official evaluation loads the average.
+    entries=("model_ema", "model"),
     keys=KEYS,
     build=_build,
 )

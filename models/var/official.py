@@ -88,9 +88,8 @@ def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) 
 OFFICIAL = GeneratorImporter(
     what="a VAR generator",
     marks=("pos_1LC", "lvl_embed.weight"),
-    entries=(
-        "trainer.var_wo_ddp",
-    ),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
+    # Of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged.
+    entries=("trainer.var_wo_ddp",),
     keys=KEYS,
     build=_build,
 )

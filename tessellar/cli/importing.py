@@ -100,12 +100,8 @@ def import_model(
         return _generator(paper, importer, state, tokenizer, options)
     except UserError:
         raise
-    except (
-        IndexError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # sizes that no model can have
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        # Sizes that no model can have.
         reason = " ".join(str(error).split())
         raise UserError(
             f"the tensors of {file} have other shapes than those of a {name} checkpoint ({reason})"

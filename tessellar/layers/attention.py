@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 IMPLEMENTATIONS = ("auto", "explicit", "sdpa", "float64")
-EXPLICIT_UP_TO = (
-    160  # keys, so that VAR's 130 are in; in bfloat16 SDPA with a mask wins from about 200 on
-)
+# Keys, so that VAR's 130 are in; in bfloat16 SDPA with a mask wins from about 200 on.
+EXPLICIT_UP_TO = 160
 
 
 def attention(

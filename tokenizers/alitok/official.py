@@ -80,19 +80,15 @@ def from_official(
         if "quantize.embed_prob" in state
         else VectorQuantizer(codes, dim, l2_normalize=False)
     )
-    sizes = [
-        ViTSize(wide, count(state, rf"{half}\.transformer\.(\d+)\."), heads_of(wide, given))
-        for half, wide, given in (
-            ("encoder", width, heads and heads[0]),
-            ("decoder", decoder_width, heads and heads[1]),
-        )
-    ]
+    encoder_depth = count(state, r"encoder\.transformer\.(\d+)\.")
+    decoder_depth = count(state, r"decoder\.transformer\.(\d+)\.")
+    encoder_heads, decoder_heads = heads or (None, None)
     made = AliTok(
         quantizer,
         side * patch_size,
         patch_size=patch_size,
-        encoder_size=sizes[0],
-        decoder_size=sizes[1],
+        encoder_size=ViTSize(width, encoder_depth, heads_of(width, encoder_heads)),
+        decoder_size=ViTSize(decoder_width, decoder_depth, heads_of(decoder_width, decoder_heads)),
         stage="causal" if causal else "bidirectional",
         buffer=len(state["decoder.class_embedding"]),
         prefix_weight=prefix_weight,

@@ -266,12 +266,17 @@ class AliTok(QuantizedTokenizer):
         As published, the decoder's blocks are taken over; its spare rows and its positions, which
         differ in number, start afresh.
         """
-        taken = dict(state)
-        if self.stage == "causal" or not any(name.startswith("strip_head.") for name in taken):
-            return taken
-        taken = {name: t for name, t in taken.items() if not name.startswith("strip_head.")}
+        causal = any(name.startswith("strip_head.") for name in state)
+        if self.stage == "causal" or not causal:
+            return dict(state)
         own = self.state_dict()
-        return taken | {name: own[name] for name in ("decoder.first", "decoder.positions")}
+        taken = {}
+        for name, tensor in state.items():
+            if not name.startswith("strip_head."):
+                taken[name] = tensor
+        for name in ("decoder.first", "decoder.positions"):
+            taken[name] = own[name]
+        return taken
 
 
 def alitok_256(stage: Stage = "bidirectional") -> AliTok:

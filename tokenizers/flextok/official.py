@@ -144,32 +144,32 @@ def from_official(
             f"this is not the config of a FlexTok tokenizer: {', '.join(missing)} is absent"
         )
     refuse_other_options(config)
-    ours = keys(config).from_official(
-        {k: t for k, t in state.items() if not k.startswith(VAE)}, "the FlexTok file"
-    )
-    absent = [
-        key for key in ("encoder.embed.table", "decoder.register_positions") if key not in ours
-    ]
-    if absent:
-        raise UserError(
-            f"these are not the weights of a FlexTok tokenizer: {', '.join(absent)} is absent"
-        )
+    own_keys = keys(config)
+    ours = own_keys.from_official(_without(state, VAE), "the FlexTok file")
+    for key in ("encoder.embed.table", "decoder.register_positions"):
+        if key not in ours:
+            raise UserError(f"these are not the weights of a FlexTok tokenizer: {key} is absent")
     vae_state = part_of(state, VAE)
     made = built(ours, vae_state, config, image_size)
-    own = {k: t for k, t in made.state_dict().items() if k.startswith(("vae.", "quantizer."))}
-    load_strict(made, {**ours, **own}, "the FlexTok file")
+    for key, tensor in made.state_dict().items():
+        if key.startswith(("vae.", "quantizer.")):
+            ours[key] = tensor
+    load_strict(made, ours, "the FlexTok file")
     return made.eval()
+
+
+def _without(state: Mapping[str, Tensor], *starts: str) -> dict[str, Tensor]:
+    """The tensors whose names begin otherwise."""
+    return {key: tensor for key, tensor in state.items() if not key.startswith(starts)}
 
 
 def to_official(tokenizer: FlexTok, config: Config) -> dict[str, Tensor]:
     """Official state dict, with the names of a config; the inverse of `from_official`."""
     assert tokenizer.vae is not None
     state = tokenizer.state_dict()
-    mine = {k: t for k, t in state.items() if not k.startswith(("vae.", "quantizer.", "repa."))}
-    vae = part_of(state, "vae.")
-    for key in [key for key in vae if key.startswith("quantizer.")]:
-        del vae[key]  # scale and counters, which no official file holds
-    theirs = keys(config).to_official(mine)
+    theirs = keys(config).to_official(_without(state, "vae.", "quantizer.", "repa."))
+    # Scale and counters are in no official file.
+    vae = _without(part_of(state, "vae."), "quantizer.")
     for key, tensor in VAE_KEYS.to_official(vae).items():
         theirs[f"{VAE}{key}"] = tensor
     return theirs

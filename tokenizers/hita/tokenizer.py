@@ -283,10 +283,9 @@ class Hita(Tokenizer):
         """The training pass on given vision features [B, V, Dv]."""
         holistic, patches = self.latents(images, vision)
         parts = (self.holistic_quantizer(holistic), self.quantizer(patches))
-        losses = {
-            name: torch.stack([loss, parts[1].losses[name]]).sum()
-            for name, loss in parts[0].losses.items()
-        }
+        losses = {}
+        for name, loss in parts[0].losses.items():
+            losses[name] = torch.stack([loss, parts[1].losses[name]]).sum()
         if self.vision_loss:
             predicted = self.predict_vision(parts[0].quantized)
             losses["vision"] = (

@@ -34,11 +34,11 @@ def cnn_keys(side: str, own: str | None = None) -> dict[str, str]:
     from `upsample`.
     """
     other = "upsample" if side == "encoder" else "downsample"
-    return {
-        theirs.replace("{side}", side): ours.replace("{side}", own or side)
-        for theirs, ours in _SIDE.items()
-        if other not in theirs
-    }
+    named = {}
+    for theirs, ours in _SIDE.items():
+        if other not in theirs:
+            named[theirs.replace("{side}", side)] = ours.replace("{side}", own or side)
+    return named
 
 
 KEYS = table(

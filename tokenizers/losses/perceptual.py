@@ -86,19 +86,21 @@ class LPIPS(ExactTables):
         return super().train(False)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        ours, theirs = (
-            self.backbone(((x - self.mean) / self.std).to(x.dtype))
-            for x in (images, reconstruction)
-        )
+        ours = self.features(images)
+        theirs = self.features(reconstruction)
         # Products, not convolutions: under autocast the features may be bfloat16, their distance is
         # not.
         # LPIPS (arXiv 1801.03924, equation 1): channels of unit length, squared differences weighed
         # by the heads, means over the map, a sum over layers.
-        distances = [
-            ((_unit(a) - _unit(b)).square() * weight[0]).sum(1).mean(dim=(1, 2))
-            for a, b, weight in zip(ours, theirs, self.heads.parameters(), strict=True)
-        ]
+        distances = []
+        for a, b, weight in zip(ours, theirs, self.heads.parameters(), strict=True):
+            weighed = (_unit(a) - _unit(b)).square() * weight[0]
+            distances.append(weighed.sum(1).mean(dim=(1, 2)))
         return torch.stack(distances).sum(0)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps of the layers that are compared, of images [B, 3, H, W] in [-1, 1]."""
+        return self.backbone(((images - self.mean) / self.std).to(images.dtype))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -107,9 +107,8 @@ class OneDPiece(TiTok):
         full = self.decoder(vectors)
         short = self.decoder(prefix)
         losses = output.losses | self.decoder_losses(images, full)
-        losses |= {
-            f"shorter_{name}": value for name, value in self.decoder_losses(images, short).items()
-        }
+        for name, value in self.decoder_losses(images, short).items():
+            losses[f"shorter_{name}"] = value
         if self.drop.alignment:
             losses["alignment"] = self.drop.alignment * self.alignment(short, full)
         shorter = None if self.stage == "proxy" else self.draw_image(short)

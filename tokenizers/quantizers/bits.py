@@ -56,10 +56,9 @@ class BitCode:
         bits = bits.long()
         if self.form == "bits":
             return bits
-        ids = [
-            (part << self._places(part.shape[-1], bits.device)).sum(-1)
-            for part in bits.split(self.split, -1)
-        ]
+        ids = []
+        for part in bits.split(self.split, -1):
+            ids.append((part << self._places(part.shape[-1], bits.device)).sum(-1))
         return ids[0] if len(ids) == 1 else torch.stack(ids, -1)
 
     def bits(self, tokens: Tensor) -> Tensor:

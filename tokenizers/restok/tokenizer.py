@@ -38,9 +38,10 @@ def keep_probabilities(length: int, shortest: int, share: float) -> dict[int, fl
     """Probability of keeping n = `shortest`, twice that, .., N tokens: `share` in all below N,
     doubling with n.
     """
-    shorter = [shortest << i for i in range((length // shortest).bit_length() - 1)]
-    weights = [2**i for i in range(len(shorter))]
-    kept = {n: share * w / sum(weights) for n, w in zip(shorter, weights, strict=True)}
+    count = (length // shortest).bit_length() - 1
+    kept = {}
+    for i in range(count):
+        kept[shortest << i] = share * 2**i / (2**count - 1)  # weights 1, 2, 4, ...
     return {**kept, length: 1 - sum(kept.values())}
 
 
@@ -148,9 +149,8 @@ class ResTok(Tokenizer):
         """Images of code vectors [B, N, c], of which the first `keep` [B] count."""
         maps = self.decoder(codes.to(self.decoder.output.weight.dtype), keep)
         with torch.autocast(maps.device.type, enabled=False):
-            dtype = next(
-                self.cnn_decoder.parameters()
-            ).dtype  # float32, but in a model that was cast itself
+            # float32, but in a model that was cast itself
+            dtype = next(self.cnn_decoder.parameters()).dtype
             return 2 * self.cnn_decoder(maps.to(dtype)) - 1
 
     def encode(self, images: Tensor) -> Tensor:

@@ -125,9 +125,8 @@ def _build(state: Mapping[str, Tensor], options: ImportOptions) -> VARVQVAE:
 OFFICIAL = TokenizerImporter(
     what="a multi-scale VQVAE of VAR",
     marks=("encoder.conv_in.weight", "quantize.embedding.weight"),
-    entries=(
-        "trainer.vae_local",
-    ),  # of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged
+    # Of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged.
+    entries=("trainer.vae_local",),
     keys=_keys_of,
     own=("quantizer.step", "quantizer.counts"),
     split=split_qkv,

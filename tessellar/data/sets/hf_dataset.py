@@ -45,9 +45,8 @@ def load_table(path: str, config: str | None, split: str, revision: str | None) 
             table = found[split] if isinstance(found, dict) else found
         else:
             table = datasets.load_dataset(path, config, split=split, revision=revision)
-    except (
-        Exception
-    ) as error:  # the package raises whatever its file readers and its connection raise
+    except Exception as error:
+        # The package raises whatever its file readers and its connection raise.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {path}, split {split!r}: {reason}") from error
     return table

@@ -81,9 +81,8 @@ def stream_members(url: str) -> Iterator[tuple[str, str, bytes]]:
         raise UserError(f"{url}: {error}") from error
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # the library passes on whatever its openers and Python's tar reader raise
+    except Exception as error:
+        # The library passes on whatever its openers and Python's tar reader raise.
         raise UserError(
             f"{url} cannot be read: {error.args[0] if error.args else type(error).__name__}"
         ) from error
