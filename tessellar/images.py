@@ -73,7 +73,7 @@ def from_pictures(pictures: Pictures, check_range: bool = True) -> Tensor:
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:
         raise UserError(f"PIL images of one batch must have one size, not {sorted(sizes)}")
-    return _from_array(np.stack(list(map(on_white, pictures))))
+    return _from_array(np.stack([np.asarray(on_white(picture)) for picture in pictures]))
 
 
 def on_white(picture: Image.Image) -> Image.Image:

@@ -299,7 +299,7 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
         return None
 
 
-def _arrays_of(index: TarIndex) -> dict[str, np.ndarray]:
+def _arrays_of(index: TarIndex) -> dict[str, Any]:
     return {name: getattr(index, name) for name in _ARRAYS}
 
 
