@@ -17,6 +17,7 @@ from tessellar.callbacks.run_progress import gpu_memory
 from tessellar.protocol.arguments import in_ranges
 from tessellar.training import flops
 from tessellar.training.base import TrainingModule
+from tessellar.training.facts import count_parameters
 
 log = logging.getLogger(__name__)
 # Batches between two counts of operations: a discriminator may have joined.
@@ -46,12 +47,12 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         if trainer.is_global_zero:
-            facts = pl_module.facts()
+            trained, frozen = count_parameters(pl_module)
             total = pl_module.total_updates
             log.info(
                 "parameters: %s trained, %s frozen; updates: %s",
-                f"{facts.trained:,}",
-                f"{facts.frozen:,}",
+                f"{trained:,}",
+                f"{frozen:,}",
                 "no end" if total == sys.maxsize else f"{total:,}",
             )
         self._cpu = cpu_time()

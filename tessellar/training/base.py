@@ -40,7 +40,7 @@ from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.randomness import derive
 from tessellar.schedules import Schedule
 from tessellar.training import random_state
-from tessellar.training.facts import Facts
+from tessellar.training.facts import Facts, count_parameters
 from tessellar.training.optim import set_factor, set_weight_decay
 from tessellar.training.optimizer_names import arrange, former_names, names_by_place
 from tessellar.training.sharding import (
@@ -146,13 +146,7 @@ class TrainingModule(L.LightningModule, ABC):
 
     def facts(self) -> Facts:
         """What a run will cost by its sizes alone; on any device, the meta device included."""
-        trained = 0
-        frozen = 0
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                trained += parameter.numel()
-            else:
-                frozen += parameter.numel()
+        trained, frozen = count_parameters(self)
         return Facts(trained, frozen, self.tokenizer.layout.length)
 
     def check_data(self, data: ImageDataModule) -> None:

@@ -4,9 +4,23 @@ an image.
 
 from typing import NamedTuple
 
+from torch import nn
+
 BYTES = 4
 STATES = 5
 """Weights, gradients, two moments of AdamW, averaged weights: float32 numbers a trained parameter."""
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Numbers of those that are trained and of those that are frozen."""
+    trained = 0
+    frozen = 0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        else:
+            frozen += parameter.numel()
+    return trained, frozen
 
 
 class Facts(NamedTuple):
