@@ -25,6 +25,7 @@ from tessellar.data.sampler import ResumableSampler
 from tessellar.data.workers import ignore_interruptions, sensible_workers
 from tessellar.errors import UserError
 from tessellar.progress import count_of
+from tessellar.protocol.arguments import in_ranges
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # corrupt images that are named, of all that are counted
@@ -246,6 +247,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return epoch, start
 
 
+@in_ranges
 class PictureDataModule(ImageDataModule):
     """Pictures of any size in files or tars, framed as squares of `size` pixels: what all sets of
     one's own pictures take.
