@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
@@ -35,10 +37,21 @@ def ignore_interruptions(_: int) -> None:
 
     Terminals, `timeout` and schedulers signal the whole process group. A worker that died of it
     would take along the main process, which still needs the batch under way before it saves.
-    Workers end when the main process does.
+    Workers end when the main process does, and then have nothing to say of it.
     """
     for number in INTERRUPTING:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _silent_when_left
+
+
+def _silent_when_left(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """The thread that hands tensors over prints a traceback where the main process was killed just
+    then. A loader's own errors take another way: to the main process.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """How many processes load data where nobody said it."""
 
+import os
+import sys
+
 import pytest
 import torch
 
 from tessellar.data import ImageFolderData, ShapesData
-from tessellar.data.workers import sensible_workers
+from tessellar.data.workers import ignore_interruptions, sensible_workers
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,17 @@ def test_the_number_follows_gpus_and_cores(monkeypatch, gpus, cores, here, worke
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(ValueError, match="num_workers -1"):
         ImageFolderData("nowhere", 16, num_workers=-1)
+
+
+def test_a_worker_whose_main_process_is_gone_leaves_without_a_traceback(
+    capfd: pytest.CaptureFixture,
+) -> None:
+    child = os.fork()
+    if child == 0:
+        ignore_interruptions(0)
+        for error in (ConnectionResetError(104, "x"), BrokenPipeError(), EOFError(), KeyError("y")):
+            sys.excepthook(type(error), error, None)
+        sys.stderr.flush()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert capfd.readouterr().err.splitlines() == ["KeyError: 'y'"]
