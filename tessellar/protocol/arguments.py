@@ -77,10 +77,21 @@ ELSEWHERE: Mapping[str, frozenset[str]] = {
     "ContextNoise.end": SHARES,
     "DinoDiscriminator.layers": COUNTS,  # places of blocks; a VisionModel counts from the end, too
     "OrderAnnealing.end": COUNTS,
+    "Times.shift": POSITIVE,
 }
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    """Classes that take fractions under a name of a count say so by their annotations."""
+    if isinstance(value, float):
+        check_number(name, value, least=0)
+    else:
+        check_whole(name, value, least=least)
+
+
 RULES: tuple[tuple[frozenset[str], Callable[[str, Any], None]], ...] = (
-    (SIZES, functools.partial(check_whole, least=1)),
-    (COUNTS, functools.partial(check_whole, least=0)),
+    (SIZES, functools.partial(_check_count, least=1)),
+    (COUNTS, functools.partial(_check_count, least=0)),
     (SHARES, functools.partial(check_number, least=0, most=1)),
     (AMOUNTS, functools.partial(check_number, least=0)),
     (POSITIVE, functools.partial(check_number, above=0)),
