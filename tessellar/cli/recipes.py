@@ -66,6 +66,13 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
             "framing.size": 256,
             "framing.resize": None,
         },
+        "ADM random crop (shorter side in [256, 320]); probability of the random crop 1 to epoch 700, "
+        "linear to 0 at 750, then centre crop": {
+            "framing.crop": "random",
+            "framing.size": 256,
+            "framing.resize": None,
+            "framing.centring": (700, 750),
+        },
         "centre 256": {"framing.crop": "center", "framing.size": 256},
         "random 256": {"framing.crop": "random", "framing.size": 256},
         "random 256, no zoom": {"framing.crop": "random", "framing.size": 256},
@@ -84,6 +91,7 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
     "augmentation.flip": {
         "part of the ten crops": {"framing.crop": "ten", "framing.flip": False},
         "0.5": {"framing.flip": True},
+        "0.5, also after epoch 750": {"framing.flip": True},
         "0.0": {"framing.flip": False},
     },
     "augmentation.ten_crop": {
@@ -162,6 +170,7 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
         for words in (
             "bf16 autocast",
             "bf16 autocast, fp32 weights",
+            "bf16 autocast, head target in fp32",
             "bf16 (accelerate)",
             "bf16 (accelerate), TF32",
             "bf16 (accelerate), TF32; losses outside of autocast",
@@ -209,6 +218,7 @@ ELSEWHERE: dict[str, str] = {
     "losses.adversarial.adaptive.times": "the weight of the adversarial loss",
     "tail_drop.stages": "the same class trains both",
     "dropout.nested.applied": "tests/tokenizers/test_restok.py",
+    "perturbation.*": "flips of bits by size: tests/models/test_bitdance.py",
     "augment.fill": "0 of images in [0, 1]: augment.unit_range",
     "augmentation.range": "the range of the official tokenizer's input: ours takes [-1, 1] and maps it inside",
     "augmentation.codes": "whether codes are extracted before: a cache or not, as the user likes (docs/training.md)",
@@ -241,12 +251,14 @@ class Recipe:
     @property
     def framing(self) -> Framing:
         resize = self.data.get("resize")
+        centring = self.data.get("centring")
         return Framing(
             size=self.data["size"],
             crop=self.data.get("crop", "adm"),
             flip=self.data.get("flip", True),
             ten_ratios=tuple(self.data.get("ten_ratios", (1.1,))),
             resize=None if resize is None else Resize(**resize),
+            centring=None if centring is None else tuple(centring),
         )
 
     @property
@@ -330,7 +342,7 @@ def ema_facts(recipe: Recipe) -> Facts:
 
 
 def framing_facts(framing: Framing) -> Facts:
-    names = ("crop", "size", "flip", "ten_ratios", "resize")
+    names = ("crop", "size", "flip", "ten_ratios", "resize", "centring")
     return {f"framing.{name}": getattr(framing, name) for name in names}
 
 

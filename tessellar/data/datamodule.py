@@ -252,8 +252,8 @@ class PictureDataModule(ImageDataModule):
     """Pictures of any size in files or tars, framed as squares of `size` pixels: what all sets of
     one's own pictures take.
 
-    `crop`, `flip`, `ten_ratios` and `resize` apply to training (see Framing). Corrupt images are
-    skipped up to the share `max_corrupt`. Where no `name` is given, a set names itself.
+    `crop`, `flip`, `ten_ratios`, `resize` and `centring` apply to training (see Framing). Corrupt
+    images are skipped up to the share `max_corrupt`. Where no `name` is given, a set names itself.
     """
 
     def __init__(
@@ -269,9 +269,10 @@ class PictureDataModule(ImageDataModule):
         max_corrupt: float = MAX_CORRUPT,
         resize: Resize | None = None,
         balance: bool = False,
+        centring: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, balance)
         self.image_size = (size, size)
-        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
+        self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize, centring)
         self.name = name or ""
         self.max_corrupt = max_corrupt

@@ -37,6 +37,9 @@ class Framing:
 
     `resize` is torchvision's resize to a fixed shorter side, before crops "random" (any position:
     TiTok, VAR) or "center"; without it "random" is LlamaGen's, whose scale is random too.
+
+    `centring`: between these two epochs random crops give way to ADM's centre crop, more and more
+    often (BitDance).
     """
 
     size: int
@@ -44,8 +47,16 @@ class Framing:
     flip: bool = False
     ten_ratios: tuple[float, ...] = (1.1,)
     resize: Resize | None = None
+    centring: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.centring is not None:
+            first, last = self.centring
+            if self.crop != "random" or self.resize is not None or not 0 <= first < last:
+                raise UserError(
+                    f"centring is {[first, last]}: two epochs, one before the other, of crop 'random' "
+                    "without a resize"
+                )
         if self.crop not in CROPS or self.size < 1:
             raise ValueError(
                 f"crop is {self.crop!r} and size {self.size}; crop must be one of {CROPS}, size positive"
@@ -96,11 +107,23 @@ class Framing:
             )
         return ImageOps.mirror(image) if k else image
 
-    def draw(self, image: Image.Image, draws: Sequence[float], where: str) -> Image.Image:
+    def random_share(self, epoch: int) -> float:
+        """The share of an epoch's visits that random crops have; the others are centre crops."""
+        if self.centring is None:
+            return 1.0
+        first, last = self.centring
+        return min(1.0, max(0.0, (last - epoch) / (last - first)))
+
+    def draw(
+        self, image: Image.Image, draws: Sequence[float], where: str, epoch: int = 0
+    ) -> Image.Image:
         """The view that DRAWS numbers in [0, 1) choose."""
         if self.crop != "random":
             return self.view(image, int(draws[0] * self.num_views), where)
-        if self.resize is None:
+        # Its first bit says whether the image is mirrored; the others are as good as a fresh number.
+        if 2 * draws[0] % 1 >= self.random_share(epoch):
+            image = center_crop(image, self.size)
+        elif self.resize is None:
             image = random_crop(image, self.size, (draws[1], draws[2], draws[3]))
         else:
             image = random_square(self.resize(image, self.size), self.size, draws[2], draws[3])
@@ -115,4 +138,6 @@ class Framing:
         ]
         if self.resize is not None:
             facts.append([self.resize.ratio, self.resize.filter])
+        if self.centring is not None:
+            facts.append(list(self.centring))
         return facts

@@ -133,7 +133,7 @@ class PictureDataset(ImageDataset):
         for index, row in zip(indices, draws, strict=True):
             source, image = self.damage.read(int(index), self.open)
             sources.append(source)
-            shown.append(self.framing.draw(image, row, self.where(source)))
+            shown.append(self.framing.draw(image, row, self.where(source), self.epoch))
         return self._batch(indices, sources, shown)
 
     def _batch(

@@ -16,8 +16,9 @@ from tessellar.data.crops import (
     resize_shorter,
     ten_crop,
 )
-from tessellar.data.framing import Framing
+from tessellar.data.framing import DRAWS, Framing
 from tessellar.errors import UserError
+from tessellar.randomness import derive, uniforms
 
 sides, sizes = st.integers(1, 150), st.integers(1, 40)
 draws = st.floats(0, 1, exclude_max=True)
@@ -171,3 +172,23 @@ def test_fingerprints_tell_resizes_apart_and_keep_those_from_before():
         None,
         [1.0, "bicubic"],
     ]
+
+
+def test_random_crops_give_way_to_centre_crops_between_two_epochs() -> None:
+    """More and more visits from epoch 700 to 750 show the centre; the share of mirror images stays."""
+    framing = Framing(20, "random", flip=True, centring=(700, 750))
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    centre = np.asarray(center_crop(image, 20))
+    for epoch, expected in ((0, 0.0), (700, 0.0), (725, 0.5), (750, 1.0), (800, 1.0)):
+        assert framing.random_share(epoch) == 1 - expected
+        draws = uniforms(derive(3, epoch), range(400), DRAWS).tolist()
+        shown = [np.asarray(framing.draw(image, row, "it", epoch)) for row in draws]
+        same = [np.array_equal(one, centre) for one in shown]
+        mirrored = [np.array_equal(one[:, ::-1], centre) for one in shown]
+        assert abs(np.mean(np.array(same) | np.array(mirrored)) - expected) < 0.08
+        assert abs(np.mean(mirrored) - expected / 2) < 0.08
+    with pytest.raises(UserError, match="two epochs, one before the other"):
+        Framing(8, "random", centring=(750, 700))
+    with pytest.raises(UserError, match="of crop 'random'"):
+        Framing(8, "adm", centring=(7, 9))

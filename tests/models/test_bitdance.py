@@ -35,22 +35,22 @@ FEW = Sampling(flow=EulerMaruyamaToData(3))
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters", "entities"),
+    ("preset", "parameters", "entities", "flip"),
     [
-        (bitdance_b_1x, 242_373_152, 256),
-        (bitdance_b_4x, 260_102_432, 64),
-        (bitdance_b_16x, 260_111_648, 16),
-        (bitdance_l_1x, 527_271_968, 256),
-        (bitdance_h_1x, 1_007_960_352, 256),
+        (bitdance_b_1x, 242_373_152, 256, 0.1),
+        (bitdance_b_4x, 260_102_432, 64, 0.1),
+        (bitdance_b_16x, 260_111_648, 16, 0.1),
+        (bitdance_l_1x, 527_271_968, 256, 0.05),
+        (bitdance_h_1x, 1_007_960_352, 256, 0.05),
     ],
 )
 def test_published_variants(
-    preset: Callable[[Layout], BitDance], parameters: int, entities: int
+    preset: Callable[[Layout], BitDance], parameters: int, entities: int, flip: float
 ) -> None:
     with torch.device("meta"):
         made = preset(grid_layout(16, 16, Bits(32)))
     assert sum(parameter.numel() for parameter in made.parameters()) == parameters
-    assert made.entities.count == entities
+    assert made.entities.count == entities and made.flip == flip
 
 
 @pytest.mark.parametrize(("patch", "parameters"), [(1, 22_106_144), (2, 39_833_120)])

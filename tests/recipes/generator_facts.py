@@ -8,6 +8,7 @@ from torch import nn
 
 from tessellar.cli.recipes import Facts, Recipe
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.bitdance import BitDance
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
@@ -159,6 +160,16 @@ def _(generator: TokenBridge) -> Facts:
         "dropout.drop_path": 0.0,
         "losses.cross_entropy.weight": 1.0,
         "least_masked": generator.least_masked,
+    }
+
+
+@_facts.register
+def _(generator: BitDance) -> Facts:
+    dropouts = {module.p for module in generator.modules() if isinstance(module, nn.Dropout)}
+    return {
+        "dropout.all": the_one(dropouts, float),
+        "losses.flow.weight": 1.0,
+        "losses.flow.repeats": generator.repeats,
     }
 
 

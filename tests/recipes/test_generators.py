@@ -17,6 +17,7 @@ READS = {
     "har": "restok.restok_l_128",
     "hita": "hita.hita_v",
     "alitok": "alitok.alitok_256",
+    "bitdance": "bitdance.ae_d16c32",
 }
 GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.parts]
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tessellar.cli.recipes import read_recorded
 from tessellar.models.alitok import AliTokAR
 from tessellar.models.alitok.official import to_official as alitok_to_official
+from tessellar.models.bitdance import BitDance
+from tessellar.models.bitdance.official import to_official as bitdance_to_official
 from tessellar.models.har import HAR
 from tessellar.models.har.official import to_official as har_to_official
 from tessellar.models.hita import HitaAR
@@ -40,6 +42,7 @@ from tessellar.models.var.official import to_official as var_to_official
 from tessellar.models.xar import XAR
 from tessellar.models.xar.official import to_official as xar_to_official
 from tessellar.protocol.layout import (
+    Bits,
     Categorical,
     Continuous,
     Factorized,
@@ -112,6 +115,11 @@ def make(system: str, part: str, width: int) -> Made:
             return LPD(grid, width, 2, width // 64), lpd_to_official
         case "alitok", _:
             return alitok(width)
+        case "bitdance" | "bitdance_parallel", _:
+            patch = 1 if system == "bitdance" else 2
+            sizes = {"head_depth": 2, "head_groups": 2, "patch": patch}
+            grid = grid_layout(16, 16, Bits(32))
+            return BitDance(grid, 768, 2, 12, **sizes), bitdance_to_official
         case "mar", _:
             return MAR(latents, 768, 2, 12, head_width=1024, head_depth=2), mar_to_official
         case "tokenbridge", _:
@@ -154,6 +162,8 @@ SYSTEMS = (
     "retok",
     "alitok",
     "lpd",
+    "bitdance",
+    "bitdance_parallel",
 )
 
 

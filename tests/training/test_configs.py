@@ -18,6 +18,7 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "har": "restok.restok_l_128",
     "hita": "hita.hita_v",
     "alitok": "alitok.alitok_256",
+    "bitdance": "bitdance.ae_d16c32",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 PARAMETERS = {
@@ -62,6 +63,13 @@ PARAMETERS = {
     "imagenet256/alitok_b": 177_048_064,
     "imagenet256/alitok_l": 317_851_648,
     "imagenet256/alitok_xl": 662_141_696,
+    "imagenet256/ae_d16c32": 460_294_179,
+    "imagenet256/uniwetok_128": 697_044_355,
+    "imagenet256/bitdance_b_1x": 242_373_152,
+    "imagenet256/bitdance_b_4x": 260_102_432,
+    "imagenet256/bitdance_b_16x": 260_111_648,
+    "imagenet256/bitdance_l_1x": 527_271_968,
+    "imagenet256/bitdance_h_1x": 1_007_960_352,
     "imagenet256/one_d_piece_stage1": 205_256_463,
     "imagenet256/one_d_piece_s256": 83_871_247,
     "imagenet256/one_d_piece_b256": 205_256_463,

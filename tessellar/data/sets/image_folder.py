@@ -122,8 +122,9 @@ class ImageFolder(PictureDataset):
         listing: Listing | None = None,
         max_corrupt: float = MAX_CORRUPT,
         resize: Resize | None = None,
+        centring: tuple[int, int] | None = None,
     ) -> None:
-        framing = Framing(size, crop, flip, tuple(ten_ratios), resize)
+        framing = Framing(size, crop, flip, tuple(ten_ratios), resize, centring)
         listing = list_folder(root) if listing is None else listing
         self.root = Path(root)
         self.files = listing.files
@@ -210,4 +211,5 @@ class ImageFolderData(PictureDataModule):
             listing=listing,
             max_corrupt=self.max_corrupt,
             resize=framing.resize,
+            centring=framing.centring,
         )

@@ -264,7 +264,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         own = captions_of(decoded, self.keys.caption, name)
         self._count_caption(bool(own), name)
         texts = own or class_text(self.class_names, label)
-        shown = self.framing.draw(decoded[image_field], draws[:DRAWS], name)
+        shown = self.framing.draw(decoded[image_field], draws[:DRAWS], name, self.epoch)
         return {
             "image": to_tensor([shown])[0],
             "index": index,
