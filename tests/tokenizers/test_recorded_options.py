@@ -24,6 +24,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         ("titok", "single", {"rope": True}, "the official option 'rope' is not known here"),
         ("alitok", "tok", {"aux_tokens_num": 4}, "aux_tokens_num is 4; the weights are of"),
         ("alitok", "tok", {"rope": True}, "the official option 'rope' is not known here"),
+        ("uniwetok", "ddconfig", {"double_z": True}, "double_z is True; only False is supported"),
+        ("uniwetok", "ddconfig", {"attn_blocks": 3}, "attn_blocks is 3; the weights are of 1"),
+        ("bitdance", "vae_ddconfig_override", {"ch": 64}, "ch is 64; the weights are of 32"),
         (
             "one_d_piece",
             "vq_model",
@@ -100,4 +103,6 @@ CASES = {
     "tokenflow": "interp",
     "var": "vae",
     "llamagen": "vq",
+    "uniwetok": "sq",
+    "bitdance": "vae",
 }
