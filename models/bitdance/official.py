@@ -37,7 +37,8 @@ def head_pairs(theirs: str, ours: str) -> dict[str, str]:
         "final_layer.linear.{tensor}": "output.{tensor}",
         "res_blocks.{i}.w1.{tensor}": "blocks.{i}.mlp.w1.{tensor}",
         "res_blocks.{i}.w2.{tensor}": "blocks.{i}.mlp.w2.{tensor}",
-        "res_blocks.{i}.attn.{layer}.{tensor}": "blocks.{i}.{layer}.{tensor}",
+        "res_blocks.{i}.attn.wqkv.{tensor}": "blocks.{i}.wqkv.{tensor}",
+        "res_blocks.{i}.attn.wo.{tensor}": "blocks.{i}.wo.{tensor}",
         "res_blocks.{i}.{norm}.{tensor}": "blocks.{i}.{norm}.{tensor}",
     }
     return {f"{theirs}{a}": f"{ours}{b}" for a, b in pairs.items()}

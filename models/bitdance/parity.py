@@ -42,7 +42,7 @@ SUPPORTED = {"patch_size": 1, "time_schedule": "logit_normal", "parallel_mode": 
 
 def _times(config: Mapping[str, Any]) -> Times:
     """Our time is 1 - theirs."""
-    return Times(mean=-config["P_mean"], std=config["P_std"], shift=config["time_shift"])
+    return Times(mean=-config["P_mean"], std=config["P_std"], time_shift=config["time_shift"])
 
 
 def _generator(recording: Recording) -> BitDance:
@@ -127,7 +127,7 @@ def _sampled(
         conditional, null = v.chunk(2)
         return null + scale * (conditional - null)
 
-    solver = EulerMaruyamaToData(len(noise) + 1, shift=shift)
+    solver = EulerMaruyamaToData(len(noise) + 1, time_shift=shift)
     return solver.integrate(
         velocity, (start.shape[1], start.shape[2]), RecordedNoise([start, *noise])
     )
@@ -179,7 +179,7 @@ class Watched(EulerMaruyamaToData):
 
 
 def _watched(steps: int, shift: float) -> Watched:
-    solver = Watched(steps, shift=shift)
+    solver = Watched(steps, time_shift=shift)
     object.__setattr__(solver, "kept", [])
     return solver
 

@@ -58,7 +58,7 @@ class Times:
     batch of B.
 
     `mean` of the normal shifts logit-normal times towards noise, where redundant data (pixels) are
-    still uncertain; `std` is its deviation. `shift` then moves all times (`shifted`).
+    still uncertain; `std` is its deviation. `time_shift` then moves all times (`shifted`).
     """
 
     law: TimeLaw = "logit_normal"
@@ -66,10 +66,10 @@ class Times:
     stratified: bool = False
     mean: float = 0.0
     std: float = 1.0
-    shift: float = 1.0
+    time_shift: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("shift of times", self.shift, above=0)
+        check_number("time_shift of times", self.time_shift, above=0)
         if self.law not in get_args(TimeLaw):
             raise ValueError(
                 f"law of times is {self.law!r}; it must be one of {', '.join(get_args(TimeLaw))}"
@@ -78,11 +78,11 @@ class Times:
     def draw(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Times in (0, 1), [B], of the global stream."""
         drawn = self._drawn(batch, device)
-        return drawn if self.shift == 1 else shifted(drawn, self.shift)
+        return drawn if self.time_shift == 1 else shifted(drawn, self.time_shift)
 
     def of_normal(self, normal: Tensor) -> Tensor:
         """The logit-normal times of normal draws of any shape."""
-        return shifted((self.std * normal + self.mean).sigmoid(), self.shift)
+        return shifted((self.std * normal + self.mean).sigmoid(), self.time_shift)
 
     def _drawn(self, batch: int, device: torch.device | str | None) -> Tensor:
         if self.law == "logit_normal" and not self.stratified:
@@ -182,26 +182,26 @@ class EulerMaruyama(Flow):
 @dataclass(frozen=True)
 class EulerMaruyamaToData(Flow):
     """The same steps down to `last_time`, then one step of the ODE to 0: the prediction of the data
-    there (BitDance, arXiv 2602.14041). `shift` moves the grid towards noise (`shifted`).
+    there (BitDance, arXiv 2602.14041). `time_shift` moves the grid towards noise (`shifted`).
 
     In float32 and in the official order of operations: where guidance is strong, its binary head
     grows the last bit of a number to the third digit of what is not saturated.
     """
 
     last_time: float = 0.05
-    shift: float = 1.0
+    time_shift: float = 1.0
 
     least: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("flow last_time", self.last_time, least=1e-6, most=0.999)
-        check_number("flow shift", self.shift, least=1e-3, most=1e3)
+        check_number("flow time_shift", self.time_shift, least=1e-3, most=1e3)
 
     def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
         # t counts from noise here, and velocities go from noise to data.
         even = torch.linspace(0, 1 - self.last_time, steps)
-        grid = (1 / self.shift) / (1 / self.shift + (1 / even - 1))
+        grid = (1 / self.time_shift) / (1 / self.time_shift + (1 / even - 1))
         t = grid[0]
         x = x.float()
         for dt in grid.diff():

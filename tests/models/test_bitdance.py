@@ -2,6 +2,7 @@
 and its form over captions."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,9 @@ from tessellar.protocol.noise import Noise
 from tessellar.sampling.decode import Ancestral, decode_from
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import SpeculativeJacobi
+from tessellar.tensor_files import read_safetensors
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 GRID = grid_layout(4, 4, Bits(6))
 FEW = Sampling(flow=EulerMaruyamaToData(3))
 
@@ -286,6 +289,23 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
     sizes = {"layout": GRID, "width": 16, "depth": 1, "num_heads": 2, "head_width": 16}
     with pytest.raises(UserError, match=message):
         BitDance(**{**sizes, **options})
+
+
+@pytest.mark.parametrize("system", ["bitdance", "bitdance_parallel"])
+def test_the_way_back_gives_the_official_names(system: str) -> None:
+    """All that the recorded file holds, but its frozen tokenizer."""
+    state, _ = read_safetensors(GOLDEN / system / "weights.safetensors")
+    made = bitdance.from_official(state, grid_layout(4, 4, Bits(8)), 2)
+    back = bitdance.to_official(made)
+    assert back.keys() == {name for name in state if not name.startswith("vae.")}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
+
+
+def test_the_way_back_of_the_text_head_gives_the_official_names() -> None:
+    state, _ = read_safetensors(GOLDEN / "bitdance_t2i_head" / "weights.safetensors")
+    back = bitdance.head_to_official(bitdance.head_from_official(state, 4))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
 
 
 def test_a_generator_of_other_bits_is_refused() -> None:

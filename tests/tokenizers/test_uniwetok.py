@@ -2,6 +2,7 @@
 that the paper names, stages, and files with averages."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tessellar.networks.vision import Teacher, VisionModel
 from tessellar.protocol.layout import Bits
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.tensor_files import read_safetensors
 from tessellar.tokenizers.bitdance import BinaryAutoencoder, ae_d16c32, ae_d32c128, ae_d32c256
 from tessellar.tokenizers.bitdance import official as bitdance
 from tessellar.tokenizers.quantizers.lfq import LFQ
@@ -22,6 +24,7 @@ from tessellar.tokenizers.uniwetok import official as uniwetok
 from tessellar.tokenizers.uniwetok.attention import by_centres, from_edge_to_edge
 
 BITS = 12
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def count(module: nn.Module) -> int:
@@ -232,3 +235,15 @@ def test_averages_of_a_training_file_are_taken(kind: str) -> None:
     again = importer.build(importer.read(content, "file"), options)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, made.state_dict()[name]), name
+
+
+def test_the_way_back_gives_the_official_names() -> None:
+    state, _ = read_safetensors(GOLDEN / "uniwetok" / "weights.safetensors")
+    back = uniwetok.to_official(uniwetok.from_official(state, 32, 4))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
+    inside, _ = read_safetensors(GOLDEN / "bitdance" / "weights.safetensors")
+    frozen = {name.removeprefix("vae."): t for name, t in inside.items() if "vae." in name}
+    back = bitdance.to_official(bitdance.from_official(inside, 8, 4))
+    assert back.keys() == frozen.keys()
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in back.items())
