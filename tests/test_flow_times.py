@@ -1,5 +1,6 @@
 """Times of flow training: the laws that are named, one draw in each part where they are stratified."""
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,18 @@ def test_logit_normal_times(stratified: bool, mean: float) -> None:
     torch.manual_seed(0)
     logits = Times(stratified=stratified, mean=mean).draw(4000).double().logit()
     assert abs(float(logits.mean()) - mean) < 0.06 and abs(float(logits.std()) - 1) < 0.06
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_a_deviation_and_a_shift_of_logit_normal_times(stratified: bool) -> None:
+    """A shift by s adds log s to the logits."""
+    torch.manual_seed(0)
+    times = Times(stratified=stratified, mean=0.8, std=0.5, time_shift=3.0)
+    logits = times.draw(4000).double().logit()
+    assert abs(float(logits.mean()) - 0.8 - math.log(3)) < 0.04
+    assert abs(float(logits.std()) - 0.5) < 0.03
+    normal = torch.randn(5, 2)
+    torch.testing.assert_close(times.of_normal(normal).logit(), 0.5 * normal + 0.8 + math.log(3))
 
 
 @pytest.mark.parametrize("law", ["logit_normal", "mode"])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.interop.options import check_sizes
 from tessellar.models.bitdance.head import LEAST, BinaryHead, sincos_table
-from tessellar.models.bitdance.model import BitDance, ClassTokens, flipped
+from tessellar.models.bitdance.model import BitDance, ClassTokens, NullFirst, flipped
 from tessellar.models.bitdance.official import from_official, head_from_official
 from tessellar.parity.forms import as_vectors
 from tessellar.parity.generation import guidance_of
@@ -207,12 +207,14 @@ def sampling(recording: Recording) -> Outputs:
     tokens = generator.layout.blank(batch)
     for step in decode_from(generator, state, Sampling(flow=solver), noise, tokens):
         tokens = step.tokens
-    first = torch.cat(solver.kept[:2])
-    later = [one.repeat(2, 1, 1) for one in solver.kept[2:]]
-    ends = torch.stack([first, *later])
+    branches = state.guidance.branches
+    ends = [end.repeat(branches, 1, 1) for end in solver.kept]
+    if isinstance(state.part, NullFirst):
+        ends = [torch.cat(solver.kept[:2]), *ends[2:]]
+    found = torch.stack(ends)
     height = generator.layout.segments[0].shape[0]
     return {
-        "sample.pre_sign": ends[:, :, 0] if generator.area == 1 else ends,
+        "sample.pre_sign": found[:, :, 0] if generator.area == 1 else found,
         "sample.bits": signs_of(tokens, height),
         "sample.image": _drawn(recording, tokens, channels_last=generator.area == 1),
     }
@@ -237,9 +239,9 @@ def _draws(first: Tensor, later: Tensor, batch: int) -> Iterator[Tensor]:
     """Noises in the order in which we ask: of the first patch, of the null rows' first patch, of each
     later one.
     """
-    for rows in (slice(batch), slice(batch, None)):
-        for step in first:
-            yield _in_patches(step[rows])
+    for part in first.split(batch, dim=1):
+        for step in part:
+            yield _in_patches(step)
     for patch in later:
         for step in patch:
             yield _in_patches(step)

@@ -8,10 +8,12 @@ from tessellar.errors import UserError
 from tessellar.processes.flow import (
     Euler,
     EulerMaruyama,
+    EulerMaruyamaToData,
     Flow,
     interpolate,
     logit_normal,
     sde_times,
+    shifted,
     target,
 )
 from tessellar.protocol.distribution import ImplicitFlow
@@ -55,6 +57,22 @@ def test_variance_recursion() -> None:
             variance *= (1 + ((2 - float(t)) * float(gain(t)) + 1) * dt) ** 2
             variance += 2 * float(t) * -dt if number < steps - 1 else 0.0
         assert abs(variance - expected) < 1e-4
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_grid_to_the_data_and_its_last_step(shift: float) -> None:
+    """Even from 1, or moved towards noise; the last evaluation stays where it is, and ends at its prediction."""
+    seen = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t))
+        return (x - 0.3) / t.float()
+
+    flow = EulerMaruyamaToData(5, last_time=0.2, time_shift=shift)
+    drawn = flow.integrate(velocity, (2, 3), Noise([1, 2]))
+    expected = shifted(torch.linspace(1, 0.2, 5), shift).tolist()
+    assert seen[:4] == pytest.approx(expected[:4], abs=1e-5) and seen[4] == pytest.approx(0.2)
+    torch.testing.assert_close(drawn, torch.full((2, 2, 3), 0.3), atol=1e-5, rtol=0)
 
 
 def test_both_solvers_reach_a_point_that_the_velocity_names() -> None:
