@@ -64,9 +64,13 @@ def recorded_generator(recording: Recording) -> TokenFlowAR:
     codebooks = recorded_codebooks(recording)
     weights = recording.weights["model"]
     state = {name: tensor for name, tensor in weights.items() if not name.startswith(TOWER)}
+    layout = Layout(codebooks.segments)
+    # Read before the prompts are, whose ids it tells from padding.
+    padding = len(state["lm_head.weight"]) - int(layout.vocab().max()) - 1
+    check_sizes(config, "the config", {"pad_id": padding})
     made = from_official(
         state,
-        Layout(codebooks.segments),
+        layout,
         text_length=config["text_len"],
         opening=tuple(recording.inputs["prompts"][0, config["text_len"] :].tolist()),
         negative=real_ids(recording.inputs["negative_prompt"], config),
@@ -78,7 +82,6 @@ def recorded_generator(recording: Recording) -> TokenFlowAR:
         "hidden": made.width,
         "layers": len(made.layers),
         "heads": made.num_heads,
-        "pad_id": made.offset - 1,
         "image_token_start": made.offset,
     }
     check_sizes(config, "the config", sizes)

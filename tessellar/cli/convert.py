@@ -2,6 +2,7 @@
 
 import json as json_module
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from tessellar.checkpoints.staging import check_target
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.importing import IMAGENET_CLASSES, imagenet_names, import_model
-from tessellar.cli.next_steps import after_export
+from tessellar.cli.spelling import spelled
 from tessellar.errors import UserError, in_one_line
 from tessellar.interop.importer import ImportOptions
 from tessellar.parity.verify import Report, UnknownSystem, verify
@@ -230,7 +231,11 @@ def _export(
     else:
         export_generator(model, out, record=record, overwrite=overwrite)
     print(f"wrote {out}")
-    log.info("%s", after_export(model, out))
+    place = shlex.quote(out)
+    if isinstance(model, ImageGenerator):
+        log.info("next: %s %s --out outputs/samples", spelled("sample"), place)
+    else:
+        log.info("next: %s model %s --data CLASS --data.root FOLDER", spelled("evaluate"), place)
 
 
 def _check_out(out: str, overwrite: bool) -> None:

@@ -23,14 +23,6 @@ OF_TRAINING = ("batch_size", "num_workers", "balance", "seed")
 PLACES = ("root", "val_root", "shards", "val_shards", "path")
 
 
-def after_export(model: Any, out: str) -> str:
-    """What an export is good for."""
-    place = shlex.quote(out)
-    if isinstance(model, ImageGenerator):
-        return f"next: {spelled('sample')} {place} --out outputs/samples"
-    return f"next: {spelled('evaluate')} model {place} --data CLASS --data.root FOLDER"
-
-
 def after_cache(tokenizer: str, model: Tokenizer, data: ImageDataModule, out: str) -> str:
     """How a generator is trained on a cache of tokens."""
     cache = shlex.quote(out)

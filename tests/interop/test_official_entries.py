@@ -91,6 +91,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "open_magvit2": "state_dict",
         "bitdance": "ema",
         "uniwetok": "state_dict",
+        "tokenflow": "ema",
     }
     generators = {
         "llamagen": "model",
@@ -103,6 +104,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "ibq": "state_dict",
         "open_magvit2": "state_dict",
         "bitdance": "ema",
+        "tokenflow": "model",
     }
     assert evaluated("tokenizers") == {**tokenizers, "var": "trainer.vae_local"}
     assert evaluated("generators") == {

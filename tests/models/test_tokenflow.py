@@ -223,7 +223,9 @@ def test_what_does_not_fit_is_refused() -> None:
     layout = tokenizer().layout
     with pytest.raises(UserError, match="needs either num_classes or text_vocab"):
         TokenFlowAR(layout, 32, 1, 4)
-    with pytest.raises(UserError, match="scales need a layout of grids from coarse to fine"):
+    with pytest.raises(
+        UserError, match="scales need a layout of grids, or of sequences, from coarse to fine"
+    ):
         TokenFlowAR(grid_layout(4, 4, Categorical(9)), 32, 1, 4, 3)
     with pytest.raises(UserError, match="begins with one token"):
         scales = tuple(Segment((side, side), Categorical(9), f"scale{side}") for side in (2, 4))

@@ -116,7 +116,9 @@ def test_tokenizers_that_do_not_fit() -> None:
         UserError, match="reads the summed maps of a multi-scale tokenizer; ViTVQ has none"
     ):
         made.bind(ViTVQ(VectorQuantizer(8, 4), 8, 4, 16, 1, 1, 2))
-    with pytest.raises(UserError, match="scales need a layout of grids from coarse to fine"):
+    with pytest.raises(
+        UserError, match="scales need a layout of grids, or of sequences, from coarse to fine"
+    ):
         VAR(grid_layout(4, 4, Categorical(9)), 32, 1, 4)
     with pytest.raises(UserError, match="VAR has no tokenizer yet"):
         made.score(tokens(), LABELS)

@@ -80,8 +80,9 @@ PARAMETERS = {
 def _tokenizer(config: dict) -> str:
     """One whose tokens are of the kind that the generator of a YAML reads."""
     arguments = config["model"]["init_args"]
-    if arguments["tokenizer"] in EXPORTS:
-        return f"tessellar.tokenizers.{EXPORTS[arguments['tokenizer']]}"
+    tokenizer = arguments["tokenizer"]
+    if isinstance(tokenizer, str) and tokenizer in EXPORTS:
+        return f"tessellar.tokenizers.{EXPORTS[tokenizer]}"
     generator = arguments["generator"]
     path = generator if isinstance(generator, str) else generator["class_path"]
     return f"tessellar.tokenizers.{READS.get(path.split('.')[-2], 'llamagen.vq_16')}"

@@ -81,7 +81,7 @@ PLAIN = TokenizerImporter(
 )
 
 INNER = TokenizerImporter(
-    what="the binary autoencoder in a file of a BitDance generator",
+    what="a binary autoencoder in a file of a BitDance generator",
     marks=("vae.encoder.conv_in.weight", "vae.decoder.adaptive.0.*", "cls_embedding.weight"),
     entries=("ema", "model"),
     keys=_inner_keys,
