@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +76,7 @@ def pages() -> list[Page]:
         Page("checkpoints", "docs/checkpoints.md", (mine_and_more,)),
         Page("environment", "docs/environment.md"),
         Page("cost", "docs/cost.md"),
-        Page("decoding", "docs/decoding.md"),
+        Page("decoding", "docs/decoding.md", (demo,)),
         Page("generators", "docs/generators.md", (fashion_files, kl_f4), data),
         Page("tokenizers", "docs/tokenizers.md", (fashion_files,), data),
         Page("small", "docs/small_recipes.md", (fashion_files,), data),
@@ -91,8 +90,8 @@ SMALL = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--da
 FEW_SHAPES = ["--data.length", "64", "--data.val_length", "16"]
 FEW_OF = {
     "extractor": ["--recipe.epochs", "1", "--architecture.arch", "test_resnet"],
-    "model": ["--count", "24", "--precision", "float32"],
-    "stats": ["--count", "24"],
+    "model": ["--count", "12", "--precision", "float32"],
+    "stats": ["--count", "12"],
     "neighbours": ["--count", "3"],
     "benchmarks/reconstruction.py": ["--images", "16", "--few", "8"],
 }
@@ -101,6 +100,9 @@ FEW_OF = {
 def smaller(words: list[str]) -> list[str]:
     """The same command with a few updates or images."""
     script = words[0]
+    if "--protocol" in words:  # which fixes the number of images
+        place = words.index("--protocol")
+        words = [*words[:place], *words[place + 2 :]]
     shapes_data = any("demo/" in word and word.endswith(".yaml") for word in words)
     shapes_data |= any(word.endswith("ShapesData") for word in words)
     few_shapes = FEW_SHAPES if shapes_data else []
@@ -108,13 +110,14 @@ def smaller(words: list[str]) -> list[str]:
         if "--print_config" in words:
             return words
         few = ["--trainer.max_steps", "12", *FEW[2:]] if "--resume" in words else FEW
-        return [*words, *few, *SMALL, *few_shapes]
+        quick = ["--sampling.flow.steps", "2"] if "xar" in " ".join(words) else []
+        return [*words, *few, *SMALL, *few_shapes, *quick]
     if script == "sample.py":
         return [*words, "--per-class", "2"] if "--per-class" in words else [*words, "--count", "4"]
     chosen = words[1] if script == "evaluate.py" else script
     few = FEW_OF.get(chosen, [])
     if chosen == "stats" and "train" not in words:
-        few = ["--extractor", "demo/shapes_classifier.safetensors"]  # in place of Inception
+        few = ["--extractor", "demo/shapes_classifier.safetensors", "--size", "24"]
     return [*words, *few, *few_shapes]
 
 
@@ -125,7 +128,6 @@ def commands_of(page: Page) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-@cache
 def python_of(file: Path) -> str:
     """The Python of a page, as one program."""
     return "\n".join(re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.S))
@@ -175,15 +177,16 @@ def expect(step: Step, page: Page) -> None:
         if words[0] == "train.py":
             step.screen = words[words.index("--name") + 1]
     if step.screen == "pictures-tokenizer":
-        step.says += (r"1 file.*\.heic",)  # counted and named
+        step.says += (r"files are not read \(\.heic 1, \.txt 1\)",)
 
 
 # What pages take for granted.
 
 
-@cache
 def fashion_files() -> list[Step]:
     """Fashion-MNIST's files and a network trained on them."""
+    if Path("data/fashion").exists():
+        return []
     words = ["evaluate.py", "extractor", "--data", "tessellar.data.FashionMNISTData"]
     words += ["--data.root", "data/fashion", "--out", "data/net.safetensors"]
     return [
@@ -195,13 +198,13 @@ def fashion_files() -> list[Step]:
     ]
 
 
-@cache
 def clip_art_files() -> list[Step]:
-    clip_art(Path("data/clips"))
+    """Tars with captions."""
+    if not Path("data/clips").exists():
+        clip_art(Path("data/clips"))
     return []
 
 
-@cache
 def shapes() -> list[Step]:
     """The runs of README, where its page has not been followed."""
     if Path("runs/shapes-generator/export").exists():
@@ -209,9 +212,10 @@ def shapes() -> list[Step]:
     return [*_demo_run("tokenizer", "shapes"), *_demo_run("generator", "shapes")]
 
 
-@cache
 def demo() -> list[Step]:
     """What `make demo` leaves, smaller."""
+    if Path("outputs/demo").exists():
+        return []
     words = ["sample.py", "runs/demo-generator/export", "--out", "outputs/demo", "--per-class", "2"]
     runs = [*_demo_run("tokenizer", "demo"), *_demo_run("generator", "demo")]
     return [*runs, Step("the demo's samples", words)]
@@ -224,17 +228,18 @@ def _demo_run(part: str, name: str) -> list[Step]:
     return [Step(f"{name}: a {part}", smaller(words))]
 
 
-@cache
 def records() -> list[Step]:
     """Two records that are compared, and a folder of pictures."""
+    if Path("folder").exists():
+        return []
     words = ["evaluate.py", "model", "runs/demo-tokenizer/export", *FEW_OF["model"]]
     words += ["--extractor", "demo/shapes_classifier.safetensors", "--out"]
     shutil.copytree("pictures/lake", "folder")
     return [Step(f"a record {name}", [*words, f"{name}.json"]) for name in "ab"]
 
 
-@cache
 def kl_f4() -> list[Step]:
+    """The tokenizer whose latents xAR draws."""
     words = ["train.py", "--config", "configs/fashion_mnist/kl_f4.yaml", "--name", "kl_f4"]
     return [Step("a continuous tokenizer", smaller([*words, "--data.root", "data/fashion"]))]
 
@@ -281,7 +286,7 @@ def pasted() -> list[Step]:
         for line in re.findall(r"(?:next:|     ) [\w ,]+: python (.+?)(?: \(|$)", log, flags=re.M):
             words = shlex.split(line)
             if words[0] == "evaluate.py":  # in place of Inception
-                words += ["--extractor", "demo/shapes_classifier.safetensors"]
+                words += ["--extractor", "outputs/pictures-net.safetensors"]
             if "--out" in words:
                 words[words.index("--out") + 1] += "-pasted"
             found.append(Step(f"{name} says: {' '.join(words[:3])}", smaller(words)))
@@ -329,7 +334,7 @@ def refusals() -> list[Step]:
             "did you mean 'snow'",
         ),
         refused("a folder that is taken", ["sample.py", EXPORT, "--out", "outputs/pictures"], "--overwrite"),
-        refused("folders of several sizes", one_size, r"--size N"),
+        refused("folders of several sizes", one_size, "--size N|compressed with loss"),
     ]  # fmt: skip
 
 
@@ -345,7 +350,7 @@ def departures() -> list[Step]:
             "Ctrl-C while training",
             [*stopped, "--trainer.max_steps", "100000"],
             code=130,
-            interrupt="writes runs/stopped",
+            interrupt="parameters: .* trained",
             makes=("runs/stopped/checkpoints/last.ckpt",),
         ),
         Step(
@@ -444,7 +449,7 @@ def prepared() -> list[Step]:
         "--out",
         "imagenet",
         "--size",
-        "64",
+        "24",
         "--extractor",
         "demo/shapes_classifier.safetensors",
     ]
@@ -452,13 +457,18 @@ def prepared() -> list[Step]:
     training += ["--data.root", "imagenet/train", "--data.val_root", "imagenet/val", *FEW, *SMALL]
     return [
         Step(
-            "ImageNet's folders, interrupted", words, 130, interrupt=r"train: \d", before=downloads
+            "ImageNet's folders, interrupted",
+            words,
+            code=130,
+            interrupt=r"train: \d",
+            patience=0,
+            before=downloads,
         ),
         Step(
             "and given again",
             words,
-            says=("160 pictures", "80 pictures", "next: "),
-            makes=("imagenet/index.json", "imagenet/val_64.npz"),
+            says=("train: 80 pictures", "val: 40 pictures", "next: "),
+            makes=("imagenet/index.json", "imagenet/val_24.npz"),
         ),
         Step("training reads them", training, says=("validation images",)),
     ]
@@ -537,8 +547,11 @@ def follow(name: str, steps: list[Step]) -> list[Outcome]:
     return outcomes
 
 
-def enter(folder: Path) -> None:
-    """Make the folder of a new user, and go there."""
+def enter(folder: Path, keep: bool) -> None:
+    """Make the folder of a new user, or keep it as an earlier call left it, and go there."""
+    if keep and folder.is_dir():
+        os.chdir(folder)
+        return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.chdir(folder)
@@ -552,10 +565,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="the first hour as a check")
     parser.add_argument("--page", nargs="*", default=[], help="names of pages (default: all)")
     parser.add_argument("--folder", default="outputs/first_hour")
+    parser.add_argument("--keep", action="store_true", help="go on in the folder as it was left")
     parser.add_argument("--whole", action="store_true", help="the pages' own numbers of updates")
     parser.add_argument("--write", action="store_true", help="put screens into the pages")
     options = parser.parse_args()
-    enter(Path(options.folder).resolve())
+    enter(Path(options.folder).resolve(), options.keep)
     for command in IMPORTED:
         importlib.import_module(f"tessellar.cli.{command}")
     outcomes: list[Outcome] = []

@@ -32,6 +32,8 @@ def run(command: Callable[[], int | None]) -> int:
     threading.excepthook = _of_a_thread
     try:
         return _run(command)
+    except KeyboardInterrupt:  # while a mistake was told
+        return 130
     finally:
         threading.excepthook = before
 

@@ -98,7 +98,10 @@ def _spelled_options(called: Called) -> str:
     told = ""
     for key, parameter in inspect.signature(called.data).parameters.items():
         value = called.options.get(key)
-        if key in OF_TRAINING or value is None or value == parameter.default:
+        default = parameter.default
+        if isinstance(default, tuple):  # a config holds lists
+            default = list(default)
+        if key in OF_TRAINING or value is None or value == default:
             continue
         told += f" --data.{key} {shlex.quote(str(value))}"
     return told

@@ -148,8 +148,17 @@ class Reconstructions(ImageSource):
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
         device = next(self.tokenizer.parameters()).device
         for batch in self.originals.batches(batch_size):
+            self._check_size(batch.images)
             images = reconstruct(self.tokenizer, from_uint8(batch.images).to(device))
             yield ImageBatch(to_uint8(images).cpu(), batch.index, batch.labels, batch.images)
+
+    def _check_size(self, images: Tensor) -> None:
+        given = tuple(images.shape[-2:])
+        if given != self.tokenizer.image_size:
+            raise UserError(
+                f"images of {self.originals.name} are {given}, the tokenizer reads "
+                f"{self.tokenizer.image_size}: measure images of that size (--data.size)"
+            )
 
     def fingerprint(self) -> str:
         return digest(weights=fingerprint(self.tokenizer), originals=self.originals.fingerprint())

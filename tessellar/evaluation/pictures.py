@@ -62,6 +62,11 @@ def nearest(
     best: Neighbours | None = None
     with Progress("searching", len(own_share(source.count)), "images", quiet=rank() > 0) as bar:
         for batch in source.batches(batch_size):
+            if batch.images.shape[1:] != queries.shape[1:]:
+                raise UserError(
+                    f"samples are {tuple(queries.shape[2:])}, images of {source.name} are "
+                    f"{tuple(batch.images.shape[2:])}: compare images of one size (--data.size)"
+                )
             distances = torch.cdist(points, embed(batch.images).cpu().double())
             closest = distances.sort(dim=1, stable=True)
             found = Neighbours(batch.images[closest.indices[:, :count]], closest.values[:, :count])

@@ -40,7 +40,7 @@ def test_from_a_tokenizer_to_samples(tmp_path: Path, monkeypatch, caplog) -> Non
     name = ["--name", "my run"]
     call(["train", "--config", "own_images/tokenizer", *name, *data, *FEW, *NARROW])
     cached = told(caplog.messages, "cache its tokens: ")
-    assert cached[-2:] == ["--out", "caches/my run"] and "0.25" in cached
+    assert cached[-4:] == ["--data.val_share", "0.25", "--out", "caches/my run"]
     call(cached, "--device", "cpu")
     assert Path("caches/my run/train/header.json").is_file()
     call(told(caplog.messages, ""), *FEW, *NARROW_GENERATOR)

@@ -25,8 +25,8 @@ class Step:
     """One command of a user and what it should do.
 
     `words` are a script with its words, or -c with code, or -m with a module. `says` are regular expressions of its
-    output, `never` such that must not appear, `makes` files that are there afterwards. `interrupt` sends Ctrl-C when
-    its expression has appeared. `screen` names the text that pages show.
+    output, `never` such that must not appear, `makes` files that are there afterwards. `interrupt` sends Ctrl-C
+    `patience` seconds after its expression has appeared. `screen` names the text that pages show.
     """
 
     title: str
@@ -36,6 +36,7 @@ class Step:
     never: tuple[str, ...] = ("Traceback",)
     makes: tuple[str, ...] = ()
     interrupt: str = ""
+    patience: float = 1.0
     screen: str = ""
     before: Callable[[], None] | None = None
 
@@ -62,7 +63,7 @@ def run(step: Step) -> Outcome:
         os.close(read)
         _become(step.words, write)
     os.close(write)
-    output = _listen(read, process, step.interrupt)
+    output = _listen(read, process, step)
     _, status, used = os.wait4(process, 0)
     outcome = Outcome(step, output, used.ru_utime + used.ru_stime)
     outcome.wrong = list(_differences(step, os.waitstatus_to_exitcode(status), output))
@@ -108,9 +109,10 @@ def _execute(words: list[str]) -> None:
             runpy.run_path(words[0], run_name="__main__")
 
 
-def _listen(read: int, process: int, interrupt: str) -> str:
-    """All that the process writes; Ctrl-C is sent when `interrupt` appears in it, an end after LONGEST seconds."""
+def _listen(read: int, process: int, step: Step) -> str:
+    """All that the process writes; Ctrl-C is sent when the step says, and an end after LONGEST seconds."""
     said = b""
+    interrupt = step.interrupt
     due = float("inf")
     end = time.monotonic() + LONGEST
     while True:
@@ -134,7 +136,7 @@ def _listen(read: int, process: int, interrupt: str) -> str:
             and due == float("inf")
             and re.search(interrupt, said.decode(errors="replace"))
         ):
-            due = now + 1  # as a person, who does not press it at once
+            due = now + step.patience
 
 
 def _differences(step: Step, code: int, output: str) -> list[str]:
