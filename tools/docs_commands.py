@@ -85,6 +85,8 @@ def pages() -> list[Page]:
     ]
 
 
+#: Pages whose first block of Python is run; all are looked at by a type checker.
+RUN_PYTHON = ("readme", "library", "decoding")
 FEW = ["--trainer.max_steps", "8", "--trainer.val_check_interval", "4", "--log_every", "1"]
 SMALL = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.batch_size", "8"]
 FEW_SHAPES = ["--data.length", "64", "--data.val_length", "16"]
@@ -128,9 +130,9 @@ def commands_of(page: Page) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def python_of(file: Path) -> str:
-    """The Python of a page, as one program."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.S))
+def python_of(file: Path) -> list[str]:
+    """The Python of a page, block by block."""
+    return re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.S)
 
 
 def steps_of(page: Page, whole: bool) -> list[Step]:
@@ -147,8 +149,8 @@ def steps_of(page: Page, whole: bool) -> list[Step]:
         step = Step(" ".join(shlex.split(line)[:4]), words if whole else smaller(words))
         expect(step, page)
         found.append(step)
-    if page.name in ("readme", "library"):
-        found.append(Step("its Python", ["-c", python_of(page.path)], makes=("circle.png",)))
+    if page.name in RUN_PYTHON:
+        found.append(Step("its Python", ["-c", python_of(page.path)[0]]))
     return found
 
 
@@ -491,9 +493,9 @@ def typed() -> list[str]:
     folder.mkdir(exist_ok=True)
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if page.stem != "checkpoints":
-            (folder / f"{page.stem.lower()}_lines.py").write_text(python_of(page))
-    blocks = python_of(ROOT / "docs/checkpoints.md")
-    (folder / "checkpoints_lines.py").write_text("from mypackage import official\n" + blocks)
+            (folder / f"{page.stem.lower()}_lines.py").write_text("\n".join(python_of(page)))
+    blocks = ["from mypackage import official", *python_of(ROOT / "docs/checkpoints.md")]
+    (folder / "checkpoints_lines.py").write_text("\n".join(blocks))
     (folder / "mypackage.py").write_text("from typing import Any\n\nofficial: Any\n")
     settings = {"include": ["."], "extraPaths": [str(ROOT)], "reportMissingModuleSource": False}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
@@ -570,8 +572,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put screens into the pages")
     options = parser.parse_args()
     enter(Path(options.folder).resolve(), options.keep)
-    for command in IMPORTED:
-        importlib.import_module(f"tessellar.cli.{command}")
+    if options.page != ["types"]:
+        for command in IMPORTED:
+            importlib.import_module(f"tessellar.cli.{command}")
     outcomes: list[Outcome] = []
     failed: dict[str, int] = {}
     for name, made in chapters(options.page, options.whole):

@@ -5,6 +5,7 @@ runs' folders hold, read as it is.
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
@@ -166,7 +167,7 @@ def sections(runs: Sequence[RunFiles]) -> list[Section]:
     configs = ""
     for run in runs:
         if run.commands():
-            commands += text("\n".join(run.commands()))
+            commands += text("\n".join(_in_lines(command) for command in run.commands()))
         if run.config:
             configs += text(run.config, f"config.yaml of {run.name}")
     return [
@@ -191,12 +192,33 @@ def side_by_side(columns: Sequence[Column]) -> dict[str, list[str]]:
 
 
 def differences(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Settings in which the configs differ."""
+    """Settings in which the configs differ, but for options of classes that not all runs have."""
+    settings = [run.settings() for run in runs]
     rows = {}
-    for key, cells in sorted(side_by_side([run.settings() for run in runs]).items()):
+    for key, cells in sorted(side_by_side(settings).items()):
         if len(set(cells)) > 1:
             rows[key] = cells
-    return rows
+    others = [key.removesuffix("class_path") for key in rows if key.endswith(".class_path")]
+    shared = {}
+    for key, cells in rows.items():
+        of_others = any(key.startswith(other) and key != f"{other}class_path" for other in others)
+        if not of_others or all(key in config for config in settings):
+            shared[key] = cells
+    return shared
+
+
+def _in_lines(command: str, width: int = 110) -> str:
+    """A command over lines of about `width` that a shell takes for one; words stay whole."""
+    try:
+        words = [shlex.quote(word) for word in shlex.split(command)]
+    except ValueError:  # a quote that is not closed
+        return command
+    lines = words[:1]
+    for word in words[1:]:
+        if word.startswith("--") and len(lines[-1]) > width / 2:
+            lines.append("   ")  # an option stays beside its value
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def _titled(kind: str, run: RunFiles, runs: Sequence[RunFiles]) -> str:

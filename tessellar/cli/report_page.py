@@ -24,11 +24,11 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1180px
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; border-bottom: 1px solid #ddd; margin-top: 2em }
 h3 { font-size: 1em; margin: 1em 0 .3em }
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top }
-th { font-weight: 600 } tr + tr td { border-top: 1px solid #eee }
+th { font-weight: 600 } tr + tr > * { border-top: 1px solid #eee }
 pre { background: #f6f6f4; padding: .8em; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
 .panels { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0 } figcaption { font-size: .85em; color: #555 }
-.strip { display: flex; gap: 1em; overflow-x: auto; padding-bottom: .5em }
-.strip img { max-height: 520px; max-width: 680px; image-rendering: auto; border: 1px solid #ddd }
+.strip { display: flex; flex-wrap: wrap; gap: 1em; padding-bottom: .5em }
+.strip img { max-height: 640px; max-width: 100%; border: 1px solid #ddd }
 .key { display: inline-block; width: 1em; height: .7em; margin-right: .4em }
 svg text { font: 10px system-ui, sans-serif; fill: #555 } svg .name { font-size: 12px; fill: #222 }
 """

@@ -154,7 +154,7 @@ class Reconstructions(ImageSource):
 
     def _check_size(self, images: Tensor) -> None:
         given = tuple(images.shape[-2:])
-        if given != self.tokenizer.image_size:
+        if given != tuple(self.tokenizer.image_size):
             raise UserError(
                 f"images of {self.originals.name} are {given}, the tokenizer reads "
                 f"{self.tokenizer.image_size}: measure images of that size (--data.size)"

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,39 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.Mon
         "model.width" in differs and "<td>16</td><td>32</td>" in differs and "depth" not in differs
     )
     assert "samples of a" in html and "samples of b" in html
+
+
+def test_options_of_a_class_that_one_run_lacks_are_no_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, data in (
+        ("a", "{class_path: tessellar.data.ImageFolderData, init_args: {root: x, crop: adm}}"),
+        ("b", "{class_path: tessellar.data.CachedTokensData, init_args: {root: y, images: null}}"),
+    ):
+        folder = run_folder(tmp_path / "runs", name, 16)
+        with (folder / "config.yaml").open("a") as file:
+            file.write(f"data: {data}\nema: {len(data)}\n")
+    assert not dispatch("report", ["runs/a", "runs/b"])
+    html = Path("outputs/report.html").read_text()
+    differs = html[html.index("What differs") : html.index("Curves</h2>")]
+    rows = re.findall(r"<tr><th>([\w.]+)</th>", differs)
+    assert rows == ["data.class_path", "data.root", "ema"]
+
+
+def test_a_long_command_is_cut_between_options(tmp_path: Path) -> None:
+    """A browser would break lines inside of option names; what is shown can be pasted."""
+    folder = run_folder(tmp_path, "a", 16)
+    options = " ".join(f"--data.option_{k} 'a value'" for k in range(12))
+    command = f"python train.py --name a {options}"
+    (folder / "run.json").write_text(json.dumps({"command": command}))
+    assert not dispatch("report", [str(folder)])
+    shown = re.search(r"<pre>(python.*?)</pre>", (folder / "report.html").read_text(), re.S)
+    assert shown is not None
+    lines = unescape(shown[1]).splitlines()
+    assert len(lines) > 3 and max(len(line) for line in lines) < 120
+    assert all(line.startswith("    --") for line in lines[1:])
+    assert shlex.split("\n".join(lines).replace("\\\n", "")) == shlex.split(command)
 
 
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path: Path) -> None:

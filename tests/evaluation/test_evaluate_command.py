@@ -198,6 +198,22 @@ def test_stats_of_a_folder_of_any_size_are_cropped(net: list[str], tmp_path: Pat
     assert json.loads(str(np.load("ref.npz")["meta"]))["count"] == 3
 
 
+@pytest.mark.parametrize("options", [["--data.size", "24"], ["--data.size", "24", "--count", "5"]])
+def test_images_of_another_size_than_the_tokenizers_are_one_line(
+    models: Path, net: list[str], options: list[str]
+) -> None:
+    command = ["stats", "train", "--through", str(models / "tokenizer"), *SHAPES, *options]
+    with pytest.raises(UserError, match=r"shapes train are \(24, 24\), the tokenizer reads \(32, "):
+        main([*command, *net, "--out", "ref.npz"])
+    assert not Path("ref.npz").exists()
+
+
+def test_neighbours_of_another_size_are_one_line(samples: str, net: list[str]) -> None:
+    for extractor in ([], net):
+        with pytest.raises(UserError, match=r"samples are \(32, 32\), images of shapes train are"):
+            main(["neighbours", samples, *SHAPES, "--data.size", "24", *extractor])
+
+
 def test_pixels_need_no_network(
     models: Path, net: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
