@@ -73,6 +73,7 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
             "framing.resize": None,
             "framing.centring": (700, 750),
         },
+        "random crop 0.8-1.0": {"framing.crop": "random", "framing.resize": None},
         "centre 256": {"framing.crop": "center", "framing.size": 256},
         "random 256": {"framing.crop": "random", "framing.size": 256},
         "random 256, no zoom": {"framing.crop": "random", "framing.size": 256},

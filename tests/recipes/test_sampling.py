@@ -11,12 +11,11 @@ import torch
 import yaml
 
 from tessellar.checkpoints.export import export_generator
-from tessellar.cli.recipes import read_recorded
 from tessellar.cli.sample import main
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol import guidance
 from tessellar.protocol.entities import Entities
-from tests.recipes.frame import CONFIGS, GOLDEN, ROOT
+from tests.recipes.frame import CONFIGS, ROOT, recorded
 from tests.tiny.pairs import GENERATORS, TOKENIZERS
 
 FOLDER = CONFIGS / "sampling"
@@ -33,7 +32,7 @@ SEARCHED = "scale found by search"
 
 
 def published(system: str) -> list[dict[str, Any]]:
-    return read_recorded(GOLDEN, system)["sampling"]
+    return recorded(system)["sampling"]
 
 
 def holds(entry: dict[str, Any], facts: dict[str, Any]) -> bool:
@@ -103,6 +102,11 @@ def check_draw(name: str, recorded: dict[str, Any]) -> None:
     top_p = recorded.get("top_p")
     none = top_p in (None, "none", 0.0)  # FlexTok's 0.0 is no filter
     assert choice.get("top_p", 1.0) == (1.0 if none else top_p)
+    again = [
+        (draw.get("top_k", 0), draw.get("top_p", 0))
+        for draw in options(name, "algorithm").get("again", [])
+    ]
+    assert again == [tuple(draw) for draw in recorded.get("redraws", [])]
     annealed = recorded.get("softmax_temperature_annealing", True)
     assert options(name, "algorithm").get("anneal", True) is bool(annealed)
 

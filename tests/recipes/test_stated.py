@@ -24,7 +24,9 @@ from tessellar.cli.recipes import (
 from tessellar.models.flextok import FlexAR
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.token_shuffle import TokenShuffle, token_shuffle_2b7
-from tessellar.protocol.layout import Categorical, grid_layout, sequence_layout
+from tessellar.models.tokenflow import tokenflow_7b
+from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
+from tessellar.tokenizers.tokenflow.quantizer import SIDES
 from tests.recipes.frame import ROOT
 from tests.recipes.generator_facts import llama_facts
 
@@ -46,11 +48,13 @@ def stated(system: str) -> dict[str, Any]:
 
 def values(recipe: dict[str, Any]) -> Facts:
     """Every value that is stated, of training and of sampling, by its name."""
-    facts = {
-        name: value
-        for name, value in recorded_facts(recipe["parts"]["generator"]).items()
-        if name not in ("variant", "decay", "init") and not fnmatchcase(name, "losses.*.name")
-    }
+    facts = {}
+    for part, recorded in recipe["parts"].items():
+        prefix = "" if part == "generator" else f"{part}."
+        for name, value in recorded_facts(recorded).items():
+            named = name in ("variant", "decay", "init") or fnmatchcase(name, "losses.*.name")
+            if not named:
+                facts[prefix + name] = value
     for number, variant in enumerate(recipe["sampling"]):
         for name, value in variant.items():
             if value is not None and name != "variant":
@@ -59,7 +63,7 @@ def values(recipe: dict[str, Any]) -> Facts:
 
 
 def test_the_systems_are_those_without_a_recording() -> None:
-    assert SYSTEMS == ["flextok_ar", "next_entity", "token_shuffle"]
+    assert SYSTEMS == ["flextok_ar", "next_entity", "token_shuffle", "tokenflow"]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -117,6 +121,10 @@ def ours(system: str) -> Facts:
                 options = made.model["generator"]["init_args"]
                 model = NextEntity(grid_layout(8, 8, Categorical(512)), **options)
                 return {**training_facts("fashion_mnist/next_entity", 1), **model_facts(model)}
+            case "tokenflow":
+                scales = tuple(Segment((p, p), Categorical(32_768)) for p in SIDES[16])
+                model = tokenflow_7b(Layout(scales))
+                return {**training_facts("t2i/tokenflow_7b", 8), **model_facts(model)}
             case _:
                 model = FlexAR(sequence_layout(256, Categorical(64000)), 64, 1, 4, 1000)
                 return model_facts(model)

@@ -139,6 +139,7 @@ def _own(tokenizer: Any) -> Facts:
         "losses.vision.margin": getattr(tokenizer, "vision_margin", None),
         "losses.prefix.weight": getattr(tokenizer, "prefix_weight", None),
         "losses.projection.weight": getattr(tokenizer, "semantic_weight", None),
+        "losses.semantic.weight": getattr(tokenizer, "semantic_weight", None),
         "losses.feature.weight": getattr(tokenizer, "feature_weight", None),
         "losses.feature.end": getattr(tokenizer, "feature_steps", None),
         "quantizer.clustering_vq": type(first).__name__ == "ClusteringVQ",
@@ -165,6 +166,7 @@ def _training(tokenizer: Any) -> Facts:
         "dropout.cnn": rate,
         "dropout.transformers": max([rate, *(part.rate for part in blocks)]),
         "dropout.drop_path": "not used by the CNN",
+        "dropout.scale": getattr(tokenizer.quantizer, "scale_dropout", None),
         "trained": sorted(
             {name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}
         ),

@@ -19,10 +19,16 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "hita": "hita.hita_v",
     "alitok": "alitok.alitok_256",
     "bitdance": "bitdance.ae_d16c32",
+    "tokenflow": "tokenflow.tokenflow_b_256",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 PARAMETERS = {
     "t2i/token_shuffle_2048": 2_789_634_816,
+    "t2i/tokenflow_7b": 7_027_204_096,
+    "imagenet256/tokenflow_b": 181_902_251,
+    "imagenet256/tokenflow_b_decoder": 376_569_643,
+    "imagenet256/tokenflow_l": 559_964_139,
+    "imagenet256/tokenflow_xl": 554_009_963,
     "imagenet256/vq_16": 71_883_403,
     "imagenet256/vq_8": 70_109_835,
     "imagenet256/llamagen_b": 110_888_448,
