@@ -17,10 +17,11 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.pipeline import ImageGenerator, load_generator
 from tessellar.protocol.condition import ClassConditioner
+from tessellar.protocol.configured import build
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import SpeculativeJacobi
 from tessellar.text.bpe import BOS, FIRST_PAIR, bpe_of, pad_left, require, train_bpe
-from tessellar.text.conditioners import CaptionConditioner, EncoderConditioner
+from tessellar.text.conditioners import CaptionConditioner, EncoderConditioner, PublishedIds
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
 
@@ -201,6 +202,32 @@ def test_features_are_padded_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     EncoderConditioner("some/t5", 4, None).of_texts(["table"])
     assert library.read.count("table") == 3
     assert list(conditioner.state_dict()) == []
+
+
+def test_ids_of_a_published_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(texts: list[str], max_length: int, truncation: bool) -> dict[str, list[list[int]]]:
+        assert truncation
+        return {"input_ids": [[1, *map(len, text.split())][:max_length] for text in texts]}
+
+    library = Encoder()
+    library.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _, **__: words)
+    monkeypatch.setattr("tessellar.text.encoders.require", lambda _: library)
+    conditioner = PublishedIds("some/llama", 3)
+    found = conditioner.of_texts(["a red circle", "table"])
+    assert found.ids is not None and found.valid is not None
+    assert found.ids[0].tolist() == [1, 1, 3] and found.ids[1, 1:].tolist() == [1, 5]
+    assert found.valid.tolist() == [[True] * 3, [False, True, True]]
+    assert conditioner.is_prepared and list(conditioner.state_dict()) == []
+    # Of a file of others, only what the user trusts is read.
+    with pytest.raises(UserError, match="names the text encoder 'some/llama'"):
+        build(conditioner.config)
+
+    def absent(source: str, **_: object) -> None:
+        raise OSError(f"{source} is not there")
+
+    library.AutoTokenizer = SimpleNamespace(from_pretrained=absent)
+    with pytest.raises(UserError, match="the vocabulary of some/llama cannot be read .*not there"):
+        PublishedIds("some/llama").of_texts(["x"])
 
 
 def test_an_unknown_encoder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

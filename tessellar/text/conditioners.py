@@ -14,7 +14,12 @@ from tessellar.errors import UserError
 from tessellar.protocol.condition import Condition, Conditioner
 from tessellar.protocol.configured import from_a_file
 from tessellar.text.bpe import BPE, FIRST_PAIR, bpe_of, pad_left, train_bpe
-from tessellar.text.encoders import FeatureCache, FrozenEncoder, require_known
+from tessellar.text.encoders import (
+    FeatureCache,
+    FrozenEncoder,
+    published_vocabulary,
+    require_known,
+)
 
 UNTRAINED = -1
 
@@ -136,3 +141,35 @@ class EncoderConditioner(TextConditioner):
     def of_texts(self, texts: Sequence[str]) -> Condition:
         features, valid = pad_left(self.features(texts, self.place.device), self.length)
         return Condition(valid=valid, features=features)
+
+
+class PublishedIds(TextConditioner):
+    """Caption tokens [B, P], left-padded, by the vocabulary of a published text model (Llama's for
+    TokenFlow), of at most `length` tokens with those that it adds itself.
+
+    `source` is a local folder or a hub id, read at the first text; an export reaches it as
+    EncoderConditioner reaches its encoder.
+    """
+
+    gives = "caption tokens"
+    meaning = ("source",)
+
+    def __init__(self, source: str, length: int = 128) -> None:
+        super().__init__()
+        if from_a_file():
+            require_known(source)
+        if length < 1:
+            raise UserError(f"length is {length}; it must be at least 1")
+        self.source = source
+        self.length = length
+        self._vocabulary: Any = None
+        # Where ids go.
+        self.register_buffer("place", torch.zeros(0), persistent=False)
+        self.place: Tensor
+
+    def of_texts(self, texts: Sequence[str]) -> Condition:
+        if self._vocabulary is None:
+            self._vocabulary = published_vocabulary(self.source)
+        read = self._vocabulary(list(texts), max_length=self.length, truncation=True)
+        ids, valid = pad_left([torch.tensor(row) for row in read["input_ids"]])
+        return Condition(ids=ids, valid=valid).to(self.place.device)

@@ -42,6 +42,18 @@ def require_known(source: str) -> None:
         )
 
 
+def published_vocabulary(source: str) -> Any:
+    """What makes ids of texts for a published model, a local folder or a hub id, through
+    `transformers`; never code that came with it. Raises UserError where it cannot be read.
+    """
+    library = require("transformers")
+    try:
+        return library.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0][:160]
+        raise UserError(f"the vocabulary of {source} cannot be read ({first})") from error
+
+
 class FrozenEncoder:
     """Hidden states of a frozen T5 encoder or CLIP text model through `transformers`, float32.
 
@@ -83,9 +95,7 @@ class FrozenEncoder:
                 # Without the argument transformers asks the user whether to run code that came with
                 # the encoder.
                 config = library.AutoConfig.from_pretrained(self.source, trust_remote_code=False)
-                tokenizer = library.AutoTokenizer.from_pretrained(
-                    self.source, trust_remote_code=False
-                )
+                tokenizer = published_vocabulary(self.source)
                 kind = {
                     "t5": "T5EncoderModel",
                     "clip": "CLIPTextModel",

@@ -13,12 +13,14 @@ from tessellar.cli.recipes import Facts, Recipe, optimizer_facts, schedule_facts
 from tessellar.layers.gated_block import GatedAttention
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.rectok import ChannelBottleneck
 
 UNIT_RANGE = (
     "titok",
     "one_d_piece",
     "restok",
     "alitok",
+    "rectok",
 )  # systems whose official losses see images in [0, 1]
 
 
@@ -72,7 +74,9 @@ def tokenizer_facts(recipe: Recipe, tokenizer: Any, system: str) -> Facts:
         **_own(tokenizer),
         **_training(tokenizer),
     }
-    if isinstance(tokenizer.quantizer, GaussianBottleneck):
+    if isinstance(tokenizer.quantizer, ChannelBottleneck):
+        facts["losses.kl.weight"] = tokenizer.quantizer.kl_weight  # of an image's sum, as there
+    elif isinstance(tokenizer.quantizer, GaussianBottleneck):
         latents = tokenizer.layout.length * tokenizer.quantizer.dim
         height, width = tokenizer.image_size
         # Of sums over latents; where the likeness is officially a sum over pixels too, both are of one scale.
@@ -166,6 +170,8 @@ def _training(tokenizer: Any) -> Facts:
         "dropout.cnn": rate,
         "dropout.transformers": max([rate, *(part.rate for part in blocks)]),
         "dropout.drop_path": "not used by the CNN",
+        "masked": getattr(tokenizer, "masked", None),
+        "gamma": getattr(tokenizer, "gamma", None),
         "dropout.scale": getattr(tokenizer.quantizer, "scale_dropout", None),
         "trained": sorted(
             {name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}

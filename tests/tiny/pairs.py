@@ -51,6 +51,7 @@ from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, Gaussia
 from tessellar.tokenizers.quantizers.ibq import IBQ
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
 from tessellar.tokenizers.titok import TiTok, ViTSize
@@ -130,6 +131,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "VAR's VQVAE": lambda: VARVQVAE(MultiScaleQuantizer(16, 4, (1, 2, 4)), 16, 32, (1, 1, 1), 1),
     "VAT": lambda: VAT(GaussianSpace(SequenceScales(16, 4, (1, 1, 2, 4))), 16, 4, TINY, TINY),
     "TokenFlow": _tokenflow,
+    "RecTok": lambda: RecTok(ChannelBottleneck(4), 16, 4, TINY, TINY, TINY, 8),
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
     "scale pyramid of a KL VAE": lambda: ScalePyramid(_kl(), (1, 2, 4)),

@@ -40,6 +40,8 @@ from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.ibq import IBQ
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok
+from tessellar.tokenizers.rectok import official as rectok
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.restok import official as restok
 from tessellar.tokenizers.retok import QFormerSize, ReToK
@@ -329,10 +331,43 @@ def uniwetok_of_other_heads() -> Pair:
     return made, uniwetok.from_official(state, (8, 20), 6, groups=11)
 
 
+def rectok_of_two_depths() -> Pair:
+    """Normed queries and keys, and statistics that no official file holds."""
+    sizes: dict[str, Any] = {"encoder_size": ENCODER, "decoder_size": ViTSize(32, 1, 2)}
+    made = shaken(
+        RecTok(
+            ChannelBottleneck(7),
+            24,
+            8,
+            semantic_size=DECODER,
+            semantic_dim=9,
+            qk_norm=True,
+            **sizes,
+        )
+    )
+    return made, rectok.from_official(rectok.to_official(made), (6, 2), 2)
+
+
+def rectok_without_a_teacher() -> Pair:
+    made = shaken(
+        RecTok(
+            ChannelBottleneck(4),
+            32,
+            8,
+            encoder_size=DECODER,
+            decoder_size=ENCODER,
+            semantic_dim=None,
+        )
+    )
+    return made, rectok.from_official(rectok.to_official(made), (2, 6))
+
+
 CASES: dict[str, Callable[[], Pair]] = {
     "BitDance's, fed with noise": bitdance_with_noise,
     "BitDance's, of one level": bitdance_of_one_level,
     "UniWeTok of other heads": uniwetok_of_other_heads,
+    "RecTok": rectok_of_two_depths,
+    "RecTok without a semantic decoder": rectok_without_a_teacher,
     "IBQ": ibq_of_three_levels,
     "Open-MAGVIT2": open_magvit2_of_three_levels,
     "TokenFlow of CLIP": tokenflow_clip,

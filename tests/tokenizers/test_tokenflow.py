@@ -209,14 +209,16 @@ def test_vision_models_come_from_files(tmp_path: Path) -> None:
     torch.nn.init.normal_(source.network.pos_embed)  # type: ignore[union-attr, arg-type]
     state = {name: tensor.contiguous() for name, tensor in source.network.state_dict().items()}
     save_file(state, tmp_path / "plain.safetensors")
-    with pytest.raises(UserError, match=r"has no projection to the space of images and texts"):
-        semantic_teacher(CLIP, str(tmp_path / "plain.safetensors"), 16, SIZES, shared_space=True)
+    with pytest.raises(
+        UserError, match=r"has no projection to 6 channels of a space of images and texts"
+    ):
+        semantic_teacher(CLIP, str(tmp_path / "plain.safetensors"), 16, SIZES, shared_dim=6)
     projection = torch.randn(6, 16)
     save_file(state | {"head.weight": projection}, tmp_path / "clip.safetensors")
     file = str(tmp_path / "clip.safetensors")
     read = SemanticVision(CLIP, file, 16, SIZES, AS_IS)
     assert torch.equal(read.network.pos_embed, source.network.pos_embed)  # type: ignore[arg-type]
-    frozen = semantic_teacher(CLIP, file, 16, SIZES, AS_IS, shared_space=True)
+    frozen = semantic_teacher(CLIP, file, 16, SIZES, AS_IS, shared_dim=6)
     assert frozen.dim == 6 and not any(p.requires_grad for p in frozen.model.parameters())
     expected = read.patch_features(images()) @ projection.T
     torch.testing.assert_close(frozen(images()).patches, expected)

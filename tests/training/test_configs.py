@@ -25,6 +25,8 @@ EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML na
 PARAMETERS = {
     "t2i/token_shuffle_2048": 2_789_634_816,
     "t2i/tokenflow_7b": 7_027_204_096,
+    "imagenet256/rectok_b": 171_970_900 + 1_606_336,
+    "imagenet256/rectok_b_decoder": 171_970_900,
     "imagenet256/tokenflow_b": 181_902_251,
     "imagenet256/tokenflow_b_decoder": 376_569_643,
     "imagenet256/tokenflow_l": 559_964_139,

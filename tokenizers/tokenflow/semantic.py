@@ -42,10 +42,9 @@ class SemanticVision(VisionModel):
     """A vision transformer of timm as TokenFlow reads it, at any image size that its patches divide.
 
     Unlike other vision models it is trained; what no feature reads (blocks behind `layers`, pooling)
-    stays as it was. `normed`: the features are those behind the last norm. `shared_space`: CLIP's,
-    projected to where images and texts meet; only weights from a file have that projection. Images
-    are not resized. Raises UserError for networks that are no such transformer, and for a file
-    without the projection.
+    stays as it was. `normed`: the features are those behind the last norm. `shared_dim`: CLIP's,
+    projected to the so many channels in which images and texts meet. Images are not resized. Raises
+    UserError for networks that are no such transformer, and for a file without the projection.
     """
 
     def __init__(
@@ -58,10 +57,11 @@ class SemanticVision(VisionModel):
         layers: tuple[int, ...] = (-1,),
         label: str | None = None,
         normed: bool = True,
-        shared_space: bool = False,
+        shared_dim: int | None = None,
     ) -> None:
         self.normed = normed
-        self.wants_shared_space = shared_space
+        self.shared_dim = shared_dim
+        self.projection: Tensor | None = None  # of the file, read while the network is made
         super().__init__(
             name,
             weights,
@@ -76,6 +76,11 @@ class SemanticVision(VisionModel):
             raise UserError(f"{self.name} is no plain vision transformer, which TokenFlow reads")
         if len(self.layers) != 1:
             raise UserError(f"TokenFlow reads one layer of its vision model, not {len(layers)}")
+        if shared_dim is not None:
+            empty = torch.zeros(super().dim, shared_dim)
+            found = empty if self.projection is None else self.projection
+            self.projection = None
+            self.register_buffer("shared_space", found)
         self.requires_grad_(True)
         for unread in self._unread():
             unread.requires_grad_(False)
@@ -92,8 +97,8 @@ class SemanticVision(VisionModel):
 
     def fill(self, state: Mapping[str, Tensor], where: str) -> None:
         """As a vision model, from files that may hold more: a projection, a norm behind pooling."""
-        if self.wants_shared_space:
-            self.register_buffer("shared_space", projection_of(state, where), persistent=False)
+        if self.shared_dim is not None:
+            self.projection = projection_of(state, self.shared_dim, where)
         own = self.network.state_dict()
         kept = {k: t for k, t in state.items() if k in own or not k.startswith("fc_norm.")}
         super().fill(kept, where)
@@ -116,8 +121,7 @@ class SemanticVision(VisionModel):
 
     @property
     def dim(self) -> int:
-        space = self._buffers.get("shared_space")
-        return super().dim if space is None else space.shape[1]
+        return super().dim if self.shared_dim is None else self.shared_dim
 
     def preprocess(self, images: Tensor) -> Tensor:
         normalised = ((at_least_float32(images) + 1) / 2 - self.mean) / self.std
@@ -150,17 +154,21 @@ class SemanticVision(VisionModel):
         return VisionFeatures(patches[:, :0], patches)
 
 
-def projection_of(state: Mapping[str, Tensor], where: str) -> Tensor:
+def projection_of(state: Mapping[str, Tensor], out: int, where: str) -> Tensor:
     """CLIP's projection [D, out] of OpenAI's, open_clip's or timm's weights; raises UserError where
     there is none.
     """
+    found = None
     for name in ("visual.proj", "proj"):
-        if name in state:
-            return state[name].float()
+        found = state.get(name, found)
     for name in ("head.weight", "visual.head.proj.weight"):
         if name in state:
-            return state[name].float().T
-    raise UserError(f"{where} has no projection to the space of images and texts (visual.proj)")
+            found = state[name].T
+    if found is None or found.shape[1] != out:
+        raise UserError(
+            f"{where} has no projection to {out} channels of a space of images and texts (visual.proj)"
+        )
+    return found.float()
 
 
 def semantic_teacher(
@@ -172,7 +180,7 @@ def semantic_teacher(
     layers: tuple[int, ...] = (-1,),
     label: str | None = None,
     normed: bool = True,
-    shared_space: bool = False,
+    shared_dim: int | None = None,
 ) -> Teacher:
     """A frozen SemanticVision whose features the semantic decoder is to give back."""
     model = SemanticVision(
@@ -184,7 +192,7 @@ def semantic_teacher(
         layers=layers,
         label=label,
         normed=normed,
-        shared_space=shared_space,
+        shared_dim=shared_dim,
     )
     return Teacher(model.requires_grad_(False))  # type: ignore[arg-type]
 
