@@ -17,7 +17,8 @@ class Schedule:
     at 1 / `warmup`, so that no update is lost, unless `warmup_from` says at which factor the first
     update is. `final_weight_decay` is what the optimizer's weight decay changes to along half a
     cosine over the whole run (VAR); null keeps it. `length`: updates that the decay is spread over,
-    where that is not the run's length (a run that stops before does not reach `final`).
+    where that is not the run's length (a run that stops before does not reach `final`). At each of
+    `milestones`, updates, the factor falls to `milestone_factor` of itself, whatever the decay.
     """
 
     decay: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
@@ -27,10 +28,17 @@ class Schedule:
     warmup_from: float | None = None
     final_weight_decay: float | None = None
     length: int | None = None
+    milestones: tuple[int, ...] = ()
+    milestone_factor: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
-        shares = {"decay_start": self.decay_start, "final": self.final}
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        shares = {
+            "decay_start": self.decay_start,
+            "final": self.final,
+            "milestone_factor": self.milestone_factor,
+        }
         if self.warmup_from is not None:
             shares["warmup_from"] = self.warmup_from
         for name, value in shares.items():
@@ -44,6 +52,10 @@ class Schedule:
             raise ValueError(
                 f"schedule.length is {self.length}; it is a number of updates, at least 1"
             )
+        if any(milestone < 1 for milestone in self.milestones):
+            raise ValueError(
+                f"schedule.milestones are {list(self.milestones)}; they are updates, at least 1"
+            )
         if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
             raise ValueError(
                 f"schedule.final_weight_decay is {self.final_weight_decay}; it must be at least 0 and finite"
@@ -51,7 +63,9 @@ class Schedule:
 
     def factor(self, step: int, total: int) -> float:
         """Factor of the peak learning rate at update `step` (0-based) of `total`."""
-        return self.warmup_factor(step) * self.decay_factor(step, self.length or total)
+        passed = sum(step >= milestone for milestone in self.milestones)
+        dropped = self.milestone_factor**passed
+        return dropped * self.warmup_factor(step) * self.decay_factor(step, self.length or total)
 
     def weight_decay(self, initial: float, step: int, total: int) -> float:
         """Weight decay at update `step` (0-based) of `total`, of a group that begins with

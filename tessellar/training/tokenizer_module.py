@@ -27,7 +27,8 @@ class TokenizerModule(TrainingModule):
     of the run, as TiTok's and ResTok's; None: the tokenizer's schedule, on the run's clock, as
     LlamaGen's. `init_from` starts from the weights of an export or checkpoint; where that has no
     discriminator a fresh one is used. `init_fresh` names tensors or modules of the tokenizer that
-    stay as they were made.
+    stay as they were made. `discriminator_first`: the discriminator is updated before the tokenizer,
+    as IBQ's.
     """
 
     best_by = ("val/psnr", "max")
@@ -47,6 +48,7 @@ class TokenizerModule(TrainingModule):
         compile_blocks: bool = False,
         init_from: str | None = None,
         init_fresh: Sequence[str] = (),
+        discriminator_first: bool = False,
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         self.tokenizer = tokenizer
@@ -56,6 +58,7 @@ class TokenizerModule(TrainingModule):
         self.schedule = schedule
         self.discriminator_settings = discriminator_optimizer or optimizer
         self.discriminator_schedule = discriminator_schedule
+        self.discriminator_first = discriminator_first
         if init_from is not None:
             init_tokenizer(init_from, tokenizer, loss.discriminator, fresh=init_fresh)
         if compile_blocks:
@@ -103,17 +106,23 @@ class TokenizerModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         images = batch["image"]
         output = self.tokenizer(images)
+        if self.discriminator_first:
+            self._discriminate(images, output.reconstruction)
         terms = self.loss.generator_loss(images, output, self.updates, self.tokenizer.last_layer)
         self.backward_and_step(self.players[0], terms.total)
         self.log_terms("train", {"loss": terms.total, **terms.terms}, len(images))
-        if self.discriminator is not None and self.loss.adversarial_active(self.updates):
-            against = self.loss.discriminator_loss(
-                images, output.reconstruction.detach(), self.updates
-            )
-            self.backward_and_step(self.players[1], against.total)
-            self.log_terms("train", against.terms, len(images))
+        if not self.discriminator_first:
+            self._discriminate(images, output.reconstruction)
         self.finish_batch(len(images))
         return {"loss": terms.total.detach(), "tokens": output.tokens}
+
+    def _discriminate(self, images: Tensor, reconstruction: Tensor) -> None:
+        """The discriminator's update, once it has begun."""
+        if self.discriminator is None or not self.loss.adversarial_active(self.updates):
+            return
+        against = self.loss.discriminator_loss(images, reconstruction.detach(), self.updates)
+        self.backward_and_step(self.players[1], against.total)
+        self.log_terms("train", against.terms, len(images))
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         images = batch["image"]

@@ -42,7 +42,11 @@ UNNAMED = {
 }
 
 # Parts that train in one group, whose YAMLs say `decayed: all`: a test below.
-ONE_GROUP = {("alitok", "discriminator")}
+ONE_GROUP = {
+    ("alitok", "discriminator"),
+    *(("seed_voken", f"ibq_{size}") for size in ("b", "l", "xl", "xxl")),
+    *(("seed_voken", f"magvit2_{size}") for size in ("b", "l", "xl")),
+}
 
 # Parts for which no names are recorded: what they are compared by instead.
 OTHERWISE = {
@@ -56,6 +60,14 @@ OTHERWISE = {
         "one_d_piece",
         "generator",
     ): "TiTok's MaskGIT with a ViT, whose tables hold `embedding`: generator_vit",
+    (
+        "seed_voken",
+        "ibq_discriminator",
+    ): "Adam without weight decay: configs/imagenet256/ibq_*.yaml",
+    (
+        "seed_voken",
+        "magvit2_discriminator",
+    ): "Adam without weight decay: configs/imagenet256/open_magvit2_*.yaml",
     ("restok", "discriminator"): "vectors do not decay, matrices do: see STATED",
     ("retok", "tokenizer_main_stage"): "as retok/tokenizer",
     ("retok", "discriminator"): "one group: `decayed: all` in configs/imagenet256/retok_s_*.yaml",
@@ -168,3 +180,11 @@ def test_some_discriminators_train_in_one_group(name: str, decay: float) -> None
     optimizers = OptimizerSettings(**settings).make(PatchGAN(8, 1))
     decays = {group["weight_decay"] for optimizer in optimizers for group in optimizer.param_groups}
     assert decays == {decay}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_ar_*.yaml")), ids=lambda path: path.stem)
+def test_generators_of_seed_voken_train_in_one_group(path: Path) -> None:
+    """Their annealer writes the decay into every group; Hita's does not."""
+    settings = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"]
+    is_theirs = path.stem.startswith(("ibq", "open_magvit2"))
+    assert (settings.get("decayed") == "all") is is_theirs

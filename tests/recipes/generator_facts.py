@@ -15,6 +15,7 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.tokenbridge import TokenBridge
@@ -81,6 +82,15 @@ def _(generator: HitaAR) -> Facts:
         "cross_entropy_patches",
     )  # losses `holistic` and `patches`, summed
     return {**llama_facts(generator), **{f"losses.{name}.weight": 1.0 for name in names}}
+
+
+@_facts.register
+def _(generator: OpenMAGVIT2AR) -> Facts:
+    inner: Any = generator.intra.layers
+    facts = llama_facts(generator)
+    if {layer.dropout.p for layer in inner} != {facts["dropout.residual"]}:
+        facts["dropout.residual"] = "another one inside of tokens"
+    return facts
 
 
 @_facts.register

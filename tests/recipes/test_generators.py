@@ -18,6 +18,8 @@ READS = {
     "hita": "hita.hita_v",
     "alitok": "alitok.alitok_256",
     "bitdance": "bitdance.ae_d16c32",
+    "open_magvit2": "open_magvit2.open_magvit2_256",
+    "ibq": "ibq.ibq_16384",
 }
 GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.parts]
 

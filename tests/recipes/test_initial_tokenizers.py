@@ -13,9 +13,11 @@ from tessellar.protocol.configured import build
 from tessellar.tokenizers import (
     alitok,
     hita,
+    ibq,
     kl_vae,
     llamagen,
     one_d_piece,
+    open_magvit2,
     restok,
     retok,
     titok,
@@ -23,10 +25,12 @@ from tessellar.tokenizers import (
 )
 from tessellar.tokenizers.alitok.official import to_official as alitok_names
 from tessellar.tokenizers.hita.official import to_official as hita_names
+from tessellar.tokenizers.ibq.official import to_official as ibq_names
 from tessellar.tokenizers.kl_vae.official import to_official as kl_names
 from tessellar.tokenizers.llamagen.official import to_official as llamagen_names
 from tessellar.tokenizers.losses.blur_discriminator import BlurDiscriminator
 from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.open_magvit2.official import to_official as open_magvit2_names
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.restok.official import to_official as restok_names
 from tessellar.tokenizers.retok.official import to_official as retok_names
@@ -105,6 +109,10 @@ STARTS: dict[str, tuple[Callable[[], State], tuple[str, ...]]] = {
     "var_vqvae": (lambda: vaex_names(var.var_vqvae()), ("var", "tokenizer")),
     "kl16": (lambda: kl_names(kl_vae.kl16()), ("mar", "tokenizer")),
     "vq_16": (lambda: llamagen_names(llamagen.vq_16()), ("llamagen", "tokenizer")),
+    "open_magvit2_256": (
+        lambda: open_magvit2_names(open_magvit2.open_magvit2_256()),
+        ("seed_voken", "magvit2_tokenizer_256"),
+    ),
     "patchgan": (lambda: PatchGAN().state_dict(), ("llamagen", "discriminator")),
     "blur_discriminator": (
         lambda: DISCRIMINATOR_KEYS.to_official(BlurDiscriminator().state_dict()),
@@ -133,6 +141,16 @@ def test_hita_starts_as_officially() -> None:
         if not vision_branch.match(kind)
     }
     assert unlike(hita_names(hita.hita_v()), kinds) == []
+
+
+def test_ibq_starts_as_officially() -> None:
+    """Its recorded table is taming's, which the official code swaps afterwards for one of N(0, 1)."""
+    torch.manual_seed(0)
+    made = ibq.ibq_16384()
+    kinds = recorded("seed_voken", "ibq_tokenizer")
+    table = kinds.pop("quantize.embedding.weight")
+    assert table["std"] < 1e-4 and abs(float(made.quantizer.codebook.weight.std()) - 1) < 1e-2  # type: ignore[union-attr]
+    assert unlike(ibq_names(made), kinds) == []
 
 
 def std_of_latents(width: int, channels: int, z_channels: int) -> float:

@@ -23,6 +23,8 @@ from tessellar.models.har import HAR
 from tessellar.models.har.official import to_official as har_to_official
 from tessellar.models.hita import HitaAR
 from tessellar.models.hita.official import to_official as hita_to_official
+from tessellar.models.ibq import IBQAR
+from tessellar.models.ibq.official import to_official as ibq_to_official
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.llamagen.official import to_official as llamagen_to_official
 from tessellar.models.lpd import LPD
@@ -31,6 +33,8 @@ from tessellar.models.mar import MAR
 from tessellar.models.mar.official import to_official as mar_to_official
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.maskgit.official import to_official as maskgit_to_official
+from tessellar.models.open_magvit2 import OpenMAGVIT2AR
+from tessellar.models.open_magvit2.official import to_official as open_magvit2_to_official
 from tessellar.models.rar import RAR
 from tessellar.models.rar.official import to_official as rar_to_official
 from tessellar.models.retok import ReToKGPT
@@ -91,6 +95,19 @@ def alitok(width: int) -> Made:
     return AliTokAR(layout, width, 2, 16), alitok_to_official
 
 
+def seed_voken(part: str) -> Made:
+    """Of the part's width and start of gates, two blocks deep."""
+    model, _, size = part.partition("_")
+    width = {"b": 1024, "l": 1280, "xl": 1536, "xxl": 1920}[size]
+    if model == "magvit2":
+        layout = grid_layout(16, 16, Factorized((64, 4096)))
+        return OpenMAGVIT2AR(layout, width, 2, width // 64, 2), open_magvit2_to_official
+    gate = {"b": 1e-3, "l": 1e-3, "xl": 1e-4, "xxl": 1e-5}[size]
+    layout = grid_layout(16, 16, Categorical(16384))
+    made = IBQAR(layout, width, 2, width // 64, gate_scale=gate)
+    return made, ibq_to_official
+
+
 def width_of(config: Mapping[str, Any]) -> int:
     """The width that a run's official options name; 0 where they name none."""
     names = ("hidden_size", "decoder_embed_dim")
@@ -120,6 +137,8 @@ def make(system: str, part: str, width: int) -> Made:
             sizes = {"head_depth": 2, "head_groups": 2, "patch": patch}
             grid = grid_layout(16, 16, Bits(32))
             return BitDance(grid, 768, 2, 12, **sizes), bitdance_to_official
+        case "seed_voken", _:
+            return seed_voken(part)
         case "mar", _:
             return MAR(latents, 768, 2, 12, head_width=1024, head_depth=2), mar_to_official
         case "tokenbridge", _:
@@ -164,7 +183,12 @@ SYSTEMS = (
     "lpd",
     "bitdance",
     "bitdance_parallel",
+    "seed_voken",
 )
+
+
+OF_SEED_VOKEN = tuple(f"{name}_{size}" for name in ("ibq", "magvit2") for size in "blx")
+"""Its recording names parts by their model."""
 
 
 def runs(system: str) -> list[tuple[str, str, str]]:
@@ -173,7 +197,7 @@ def runs(system: str) -> list[tuple[str, str, str]]:
     """
     found = []
     for part, facts in read_recorded(GOLDEN, system)["parts"].items():
-        if not part.startswith("generator"):
+        if not part.startswith(("generator", *OF_SEED_VOKEN)):
             continue
         init = facts["init"]
         if init.get("params", True) is None:  # it goes on from another part

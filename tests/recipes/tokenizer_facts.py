@@ -14,6 +14,8 @@ from tessellar.layers.gated_block import GatedAttention
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.rectok import ChannelBottleneck
+from tessellar.tokenizers.quantizers.ibq import IBQ
+from tessellar.tokenizers.quantizers.lfq import LFQ
 
 UNIT_RANGE = (
     "titok",
@@ -64,8 +66,11 @@ def tokenizer_facts(recipe: Recipe, tokenizer: Any, system: str) -> Facts:
     pixels = {"l1": 0.0, "l2": 1.0, **loss.get("reconstruction", {})}
     squared = pixels["l2"] * (4 if system in UNIT_RANGE else 1)
     distances = perceptual_weights(loss)
+    first = recipe.model.get("discriminator_first", False)
+    players = ["discriminator", "generator"] if first else ["generator", "discriminator"]
     facts: Facts = {
-        "losses.reconstruction.weight": squared,
+        "update_order": ", then ".join(players),
+        "losses.reconstruction.weight": squared or pixels["l1"],
         "losses.l1.weight": pixels["l1"],
         "losses.l2.weight": pixels["l2"],
         "losses.perceptual.weight": distances.get("LogitDistance", distances.get("LPIPS")),
@@ -149,6 +154,20 @@ def _own(tokenizer: Any) -> Facts:
         "quantizer.clustering_vq": type(first).__name__ == "ClusteringVQ",
         "quantizer.l2_norm": getattr(first, "l2_normalize", None),
     }
+    if isinstance(first, IBQ):
+        return facts | {
+            "losses.quant.weight": first.quantization_weight,
+            "losses.quant.commitment": first.codebook_weight,  # beta, of the codebook's term here
+            "losses.entropy.weight": first.entropy_weight,
+            "losses.entropy.temperature": first.temperature,
+        }
+    if isinstance(first, LFQ):
+        return facts | {
+            "losses.commitment.weight": first.commitment_weight,
+            "losses.entropy.weight": first.entropy_weight,
+            "losses.entropy.sample": 1.0,
+            "losses.entropy.batch": first.diversity,
+        }
     if hasattr(first, "codebook_weight"):
         facts |= {
             "losses.codebook.weight": first.codebook_weight,

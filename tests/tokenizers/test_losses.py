@@ -1,5 +1,6 @@
 """Losses of tokenizer training: terms, start step, adaptive weight, LPIPS with injected weights."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_hinge_and_non_saturating_point_the_right_way() -> None:
             bad, good, kind
         )
     assert float(discriminator_adversarial(good, bad, "hinge")) == 0.0
+
+
+def test_non_saturating_of_an_image_takes_its_mean_logit() -> None:
+    """softplus of -1 and of 2, not of the four logits."""
+    logits = torch.tensor([[3.0, -1.0], [-2.0, -2.0]]).view(2, 1, 1, 2)
+    found = float(generator_adversarial(logits, "non_saturating_image"))
+    expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(2))) / 2
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found != pytest.approx(float(generator_adversarial(logits, "non_saturating")), rel=1e-2)
 
 
 def test_adversarial_terms_begin_at_the_start_step() -> None:

@@ -20,6 +20,8 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "alitok": "alitok.alitok_256",
     "bitdance": "bitdance.ae_d16c32",
     "tokenflow": "tokenflow.tokenflow_b_256",
+    "open_magvit2": "open_magvit2.open_magvit2_256",
+    "ibq": "ibq.ibq_16384",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 PARAMETERS = {
@@ -82,6 +84,19 @@ PARAMETERS = {
     "imagenet256/one_d_piece_s256": 83_871_247,
     "imagenet256/one_d_piece_b256": 205_256_463,
     "imagenet256/one_d_piece_l256": 641_742_863,
+    "imagenet256/open_magvit2_256": 115_127_829,
+    "imagenet256/open_magvit2_128": 112_021_653,
+    "imagenet256/open_magvit2_ar_b": 343_570_432,
+    "imagenet256/open_magvit2_ar_l": 804_362_240,
+    "imagenet256/open_magvit2_ar_xl": 1_486_679_040,
+    "imagenet256/ibq_1024": 107_049_859,
+    "imagenet256/ibq_8192": 108_884_867,
+    "imagenet256/ibq_16384": 110_982_019,
+    "imagenet256/ibq_262144": 173_896_579,
+    "imagenet256/ibq_ar_b": 342_994_944,
+    "imagenet256/ibq_ar_l": 649_640_960,
+    "imagenet256/ibq_ar_xl": 1_076_103_168,
+    "imagenet256/ibq_ar_xxl": 2_063_331_840,
 }
 
 

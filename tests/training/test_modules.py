@@ -35,6 +35,22 @@ def test_two_optimizers_count_once(fit, make) -> None:
     )
 
 
+def test_the_discriminator_may_be_updated_first(fit, make) -> None:
+    """Then the tokenizer's adversarial loss is that of the new discriminator."""
+    for first in (False, True):
+        module = make.tokenizer_module(PatchGAN(8, 1), discriminator_first=first)
+        step, turns = module.backward_and_step, []
+
+        def note(player, loss, step=step, turns=turns) -> None:
+            turns.append(player.name)
+            step(player, loss)
+
+        module.backward_and_step = note
+        fit(module, 2)
+        turn = ["discriminator", "tokenizer"] if first else ["tokenizer", "discriminator"]
+        assert turns == ["tokenizer", *turn]
+
+
 def test_a_discriminator_has_its_own_schedule_from_its_own_start(fit, make) -> None:
     own = Schedule("linear", warmup=2, length=10)
     module = make.tokenizer_module(

@@ -85,6 +85,11 @@ def test_factor_scales_every_peak() -> None:
         (Schedule("cosine", final=0.1), {0: 1, 50: 0.55, 100: 0.1, 200: 0.1}),
         (Schedule("sqrt", decay_start=0.8), {0: 1, 80: 1, 85: 0.5, 90: 1 - 0.5**0.5, 100: 0}),
         (Schedule(warmup=10, warmup_from=0.0), {0: 0, 5: 0.5, 9: 0.9, 10: 1, 50: 1}),
+        (Schedule(milestones=(20, 60)), {0: 1, 19: 1, 20: 0.1, 59: 0.1, 60: 0.01, 100: 0.01}),
+        (
+            Schedule("linear", milestones=(50,), milestone_factor=0.5),
+            {25: 0.75, 50: 0.25, 75: 0.125},
+        ),
         (
             Schedule("linear", warmup=10, decay_start=0.5, warmup_from=0.2),
             {0: 0.2, 5: 0.6, 10: 1, 75: 0.5},

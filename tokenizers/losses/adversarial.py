@@ -1,4 +1,5 @@
-"""Adversarial losses: hinge, non-saturating and vanilla; the adaptive weight of VQGAN (arXiv
+"""Adversarial losses: hinge, non-saturating (of each logit, or of an image's mean logit as in
+SEED-Voken) and vanilla; the adaptive weight of VQGAN (arXiv
 2012.09841, equation 7).
 
 The official LlamaGen code swaps the arguments of its non-saturating losses; these have them the
@@ -16,14 +17,18 @@ from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.arguments import in_ranges
 
-Kind = Literal["hinge", "non_saturating"]
+Kind = Literal["hinge", "non_saturating", "non_saturating_image"]
 DiscriminatorKind = Literal["hinge", "vanilla", "non_saturating"]
 
 
 def generator_adversarial(fake: Tensor, kind: Kind = "hinge") -> Tensor:
     """What the generator side minimises, of discriminator logits on its images."""
     fake = at_least_float32(fake)
-    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+    if kind == "hinge":
+        return -fake.mean()
+    if kind == "non_saturating_image":
+        fake = fake.flatten(1).mean(1)
+    return F.softplus(-fake).mean()
 
 
 def discriminator_adversarial(
