@@ -26,7 +26,8 @@ class Choice:
     off.
 
     `further_temperatures` are those of the sub-tokens behind the first, where a token has several;
-    the last one goes on. Without them, all have `temperature`.
+    the last one goes on. Without them, all have `temperature`. `bit_steps` are the numbers of bits
+    that each step of a head that unmasks bits sets (BAR); without them, there are four even ones.
     """
 
     temperature: float = 1.0
@@ -34,9 +35,13 @@ class Choice:
     top_p: float = 1.0
     min_p: float = 0.0
     further_temperatures: tuple[float, ...] = ()
+    bit_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "further_temperatures", tuple(self.further_temperatures))
+        object.__setattr__(self, "bit_steps", tuple(self.bit_steps))
+        for count in self.bit_steps:
+            check_whole("bit_steps", count, least=1)
         for temperature in (self.temperature, *self.further_temperatures):
             check_number("temperature", temperature, least=0, most=HOTTEST)
             if 0 < temperature < COLDEST:

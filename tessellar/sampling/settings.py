@@ -96,8 +96,9 @@ class Sampling:
         """
         described = {part.name: describe(getattr(self, part.name)) for part in fields(self)}
         choice = describe(self.choice)["init_args"]
-        if not choice["further_temperatures"]:
-            del choice["further_temperatures"]  # most tokens have no sub-tokens
+        for of_some_tokens in ("further_temperatures", "bit_steps"):
+            if not choice[of_some_tokens]:
+                del choice[of_some_tokens]
         return {**described, "choice": choice}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.bar import BAR, MaskedBits
 from tessellar.models.bitdance import BitDance
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
@@ -23,7 +24,7 @@ from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
-from tessellar.models.parts.llama import LlamaGenerator
+from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
@@ -146,6 +147,25 @@ def open_magvit2(layout: Layout) -> OpenMAGVIT2AR:
     return OpenMAGVIT2AR(layout, 32, 2, 4, 2, CLASSES, dropout=0.0, ffn_multiple_of=8)
 
 
+def bar(patch: int, **options: Any) -> BAR:
+    """Half of the samples in an order of their own."""
+    layout = grid_layout(2 * patch, 3 * patch, Bits(3))
+    return BAR(
+        layout,
+        32,
+        depth=2,
+        num_heads=4,
+        patch=patch,
+        head_width=24,
+        head_depth=1,
+        num_classes=CLASSES,
+        dropout=0.0,
+        random_order=0.5,
+        condition_dropout=0.5,
+        **options,
+    )
+
+
 def token_shuffle(layout: Layout) -> TokenShuffle:
     return TokenShuffle(layout, 32, 2, 4, 2, num_classes=CLASSES, ffn_multiple_of=8)
 
@@ -156,6 +176,9 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "bitdance-patches": lambda: bitdance(2),
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
     "llamagen-1d": lambda: LlamaGen(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
+    "bar": lambda: bar(1),
+    "bar-patches": lambda: bar(2),
+    "sets-of-bar": lambda: bar(1, sets=(2, 1)),
     "flextok-ar": lambda: FlexAR(LINE, 32, 2, 4, CLASSES, learned_positions=True),
     "har": lambda: HAR(
         sequence_layout(16, Categorical(19)), 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8
@@ -192,7 +215,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
 }
 GUIDANCES = {"plain": NO_GUIDANCE, "guided": Guidance(Linear(3.0, start=1.5))}
 
-WITHOUT_LIKELIHOOD = ("bitdance", "maskgit", "xar", "mar", "tokenbridge")
+WITHOUT_LIKELIHOOD = ("bitdance", "maskgit", "xar", "mar", "tokenbridge", "bar")
 
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 
@@ -214,6 +237,8 @@ def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
     if layout.is_continuous:
         return torch.randn(layout.blank(batch).shape, generator=draw)
     kind = layout.segments[0].kind
+    if isinstance(kind, Bits):
+        return torch.randint(0, 2, layout.blank(batch).shape, generator=draw)
     if isinstance(kind, Factorized):
         return (
             torch.rand(layout.blank(batch).shape, generator=draw) * torch.tensor(kind.vocabs)
@@ -225,11 +250,8 @@ def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
 
 def predicted(generator: Generator, state: State, tokens: Tensor, count: int, want: int) -> Tensor:
     """What is predicted of the last `want` of `count` entities, [B, T, ...]; one at a time where it is no logits."""
-    if (
-        not isinstance(generator, LlamaGenerator)
-        and not generator.layout.is_categorical
-        and want > 1
-    ):
+    at_once = isinstance(generator, PrefixTransformer)
+    if not at_once and not generator.layout.is_categorical and want > 1:
         return torch.cat([predicted(generator, state, tokens, 1, 1) for _ in range(count)], 1)
     return values(generator.predict(state, tokens, count, want), len(tokens))
 
@@ -244,6 +266,11 @@ def values(distribution: Distribution, batch: int) -> Tensor:
         return distribution.log_prob(tokens)[..., None]
     if isinstance(distribution, Chained):
         return of_stages(distribution)
+    if isinstance(distribution, MaskedBits):
+        bits = torch.ones(distribution.shape, dtype=torch.int64)
+        masked = torch.arange(distribution.shape[-1]).expand(distribution.shape) > 0
+        logits = distribution.model(bits, masked, torch.full(distribution.shape[:2], 0.7))
+        return logits.flatten(2).repeat_interleave(distribution.tokens_each, 1)
     assert isinstance(distribution, Implicit)
     noisy = torch.randn(1, *distribution.shape, generator=torch.Generator().manual_seed(7))
     return distribution.model(noisy.expand(batch, -1, -1), torch.tensor(0.5))
