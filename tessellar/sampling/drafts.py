@@ -54,7 +54,9 @@ class Neighbourhood:
             up.append(
                 torch.where((place >= width) & (len(segment.shape) > 1), start + place - width, -1)
             )
-        return Neighbourhood(torch.cat(left), torch.cat(up), layout.vocab())
+        # Tokens of sub-tokens have no vocabulary of their own: all are alike.
+        vocab = layout.vocab() if layout.is_categorical else torch.ones(layout.length).long()
+        return Neighbourhood(torch.cat(left), torch.cat(up), vocab)
 
 
 def sources(

@@ -9,9 +9,10 @@ with `GroupedRatio` (GSD, arXiv 2508.07747) or `Reuse` (SJD++).
 Different from the official code: every image of a batch commits its own number of tokens
 (committing the minimum and testing accepted drafts again with their old law is biased), filters are
 applied once, and any layout, entity order and batch is taken, entities of several tokens included
-if all are equally large.
+if all are equally large, and tokens of several sub-tokens or bits, one an entity (`chains.py`).
 
-Shapes: B images, W slots of a window (one entity each), s tokens an entity, V codes. Slot j of the
+Shapes: B images, W slots of a window (one entity each), s tokens an entity, or the s sub-tokens of
+its one token, V codes. Slot j of the
 window that begins behind m committed entities is entity m + j; all slots but the last of a full
 window hold drafts.
 """
@@ -28,13 +29,15 @@ from torch.nn import functional as F
 from tessellar.errors import UserError
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Distribution, Draws, Logits
+from tessellar.protocol.distribution import Chained, Distribution, Draws, Logits
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.layout import Bits, Factorized, Layout
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_name, check_number, check_whole
 from tessellar.sampling.acceptance import Acceptance, GroupedRatio, distance_quantile, plain_ratio
 from tessellar.sampling.algorithm import Algorithm, check_in_order
+from tessellar.sampling.chains import Drafts, verify_chain
 from tessellar.sampling.couplings import COUPLINGS, Coupling, Reuse, Verdict, fresh, gumbel, verify
 from tessellar.sampling.drafts import SCHEMES, Neighbourhood, fill, look_up, sources
 from tessellar.sampling.report import Recorder, forward, running
@@ -56,6 +59,11 @@ class Rules:
     init: str = "random"
     acceptance: Acceptance = plain_ratio
     coupling: Coupling = fresh
+    sub_tokens: tuple[Acceptance, ...] = ()
+
+    def acceptances(self, count: int) -> tuple[Acceptance, ...]:
+        """The test of each of `count` sub-tokens: `sub_tokens`, or the same for all."""
+        return self.sub_tokens or (self.acceptance,) * count
 
 
 DEFAULT_RULES = Rules()
@@ -115,13 +123,22 @@ def speculative_jacobi(
 ) -> Tensor:
     """Tokens [B, N] of a batch of conditions; image b depends on its own noise and condition alone.
 
-    Raises UserError for generators without categorical tokens that are independent given the
-    entities before them.
+    Raises UserError for generators whose tokens have no probabilities, or depend on each other
+    within an entity.
     """
     with running(recorder, condition.batch, generator.layout.length, noise.device):
         state = generator.start(condition, guidance, window=rules.window)
-        require_windows(state, generator, "speculative decoding")
-        decoder = _Decoder(generator, choice, rules, Neighbourhood.of(generator.layout), recorder)
+        vocabs = sub_tokens(generator.layout)
+        if not vocabs:
+            require_windows(state, generator, "speculative decoding")
+        elif set(state.entities.sizes) != {1}:
+            raise UserError(
+                f"speculative decoding of sub-tokens needs one token an entity; {type(generator).__name__} has "
+                f"{sorted(set(state.entities.sizes))}"
+            )
+        decoder = _Decoder(
+            generator, choice, rules, Neighbourhood.of(generator.layout), vocabs, recorder
+        )
         batch = decoder.begin(state, noise)
         result = batch.tokens.clone()
         while True:
@@ -143,14 +160,15 @@ class _Decoder:
     choice: Choice
     rules: Rules
     hood: Neighbourhood
+    vocabs: tuple[int, ...]  # of the sub-tokens of a token; empty where it is one id
     recorder: Recorder | None
 
     def begin(self, state: State, noise: Noise) -> Batch:
         """Nothing committed, a window of initial drafts."""
         layout = self.generator.layout
         slots = self.rules.window
-        size = state.entities.sizes[0]
-        codes = int(layout.vocab().max())
+        size = len(self.vocabs) or state.entities.sizes[0]
+        codes = max(self.vocabs) if self.vocabs else int(layout.vocab().max())
         tokens = layout.blank(state.batch).to(noise.device)
         done = torch.zeros(state.batch, dtype=torch.int64)
         draft = tokens.new_zeros(state.batch, slots, size)
@@ -161,7 +179,7 @@ class _Decoder:
         )
         return replace(
             batch,
-            window=self._filled(batch, done, law[:, 0, 0], torch.zeros(state.batch, slots) > 0),
+            window=self._filled(batch, done, law[:, 0], torch.zeros(state.batch, slots) > 0),
         )
 
     def step(self, batch: Batch) -> Batch:
@@ -173,21 +191,52 @@ class _Decoder:
         tokens = batch.tokens
         drafts = min(self.rules.window - 1, width)
         if drafts:
-            tokens = state.entities.put(
-                tokens, first, drafts, batch.window.draft[:, :drafts].flatten(1)
-            )
+            put_in = self.values(batch.window.draft[:, :drafts])
+            tokens = state.entities.put(tokens, first, drafts, put_in)
         state.rollback(first)
         with forward(self.recorder, tokens.device):
             distribution = self.generator.predict(state, tokens, count=width)
-        p = probabilities(distribution, self.choice, state)
-        verdict = self.judge(batch, p)
+        if self.vocabs:
+            verdict = self.judge_chain(batch, distribution)
+            p = verdict.law
+        else:
+            p = probabilities(distribution, self.choice, state)
+            verdict = self.judge(batch, p)
         accepted = verdict.accepted.cpu()
         committed = torch.minimum((accepted + 1).clamp(max=width), remaining)
         if self.recorder is not None:
             self._record(self.recorder, first, remaining, accepted, committed, p)
-        tokens = state.entities.put(tokens, first, width, verdict.tokens.flatten(1))
+        tokens = state.entities.put(tokens, first, width, self.values(verdict.tokens))
         batch = replace(batch, tokens=tokens, done=first + committed)
         return replace(batch, window=self.shift(batch, verdict, committed))
+
+    def values(self, slots: Tensor) -> Tensor:
+        """Tokens [B, W, s] as the buffer takes them."""
+        return slots if self.vocabs else slots.flatten(1)
+
+    def judge_chain(self, batch: Batch, distribution: Distribution) -> Verdict:
+        """Sub-token by sub-token; noise for the full window, as below."""
+        if not isinstance(distribution, Chained):
+            name = type(self.generator).__name__
+            raise UserError(
+                f"speculative decoding needs probabilities of tokens, which {name} has none of as it draws them"
+            )
+        slots = self.rules.window
+        size = len(self.vocabs)
+        width = distribution.shape[1]
+        window = batch.window
+        uniform = F.pad(batch.noise.uniform(slots - 1, size), (0, 0, 0, 1))
+        exponential = batch.noise.exponential(slots, size, window.law.shape[-1])
+        drafts = Drafts(
+            window.draft[:, :width],
+            window.law[:, :width],
+            uniform=uniform[:, :width],
+            exponential=exponential[:, :width],
+            tied=None if window.tied is None else window.tied[:, :width],
+        )
+        return verify_chain(
+            distribution, self.choice, drafts, self.rules.acceptances(size), self.rules.coupling
+        )
 
     def judge(self, batch: Batch, p: Tensor) -> Verdict:
         """Noise is always drawn for the full window, so that it does not depend on the other
@@ -226,11 +275,12 @@ class _Decoder:
             tied = torch.where(there.to(new.device)[..., None, None], tied[rows, index], new)
         window = Window(verdict.tokens[rows, index], verdict.law[rows, index], tied)
         last = (batch.done - committed + width) * batch.state.entities.sizes[0] - 1
-        return self._filled(replace(batch, window=window), last, verdict.law[:, -1, -1], there)
+        law = verdict.law[:, -1] if self.vocabs else verdict.law[:, -1, -1:]
+        return self._filled(replace(batch, window=window), last, law, there)
 
     def _filled(self, batch: Batch, last: Tensor, law: Tensor, there: Tensor) -> Window:
-        """Initial drafts where `there` [B, W] is False; `law` [B, V] is that of the last known
-        token, rank `last`.
+        """Initial drafts where `there` [B, W] is False; `law` [B, F, V] is that of the last known
+        token, rank `last`, and its sub-tokens (F = 1 where it has none).
         """
         window = batch.window
         entities = batch.state.entities
@@ -244,27 +294,36 @@ class _Decoder:
             ranks = entities.steps(batch.done, drafts)
             source = sources(scheme, self.hood, entities, ranks, last)
             place = look_up(entities.order, ranks.clamp(max=entities.length - 1))
-            uniform = batch.noise.uniform(drafts * size)
-            exponential = (
-                batch.noise.exponential(drafts * size, law.shape[-1])
-                if scheme == "sample-left"
-                else uniform
-            )
-            vocab = self.hood.vocab[place].to(device)
-            new = fill(
-                scheme,
-                source.to(device),
-                known=batch.tokens,
-                vocab=vocab,
-                law=law,
-                uniform=uniform,
-                exponential=exponential,
-            )
+            tokens = []
+            laws = []
+            for factor in range(len(self.vocabs) or 1):
+                uniform = batch.noise.uniform(drafts * size)
+                exponential = (
+                    batch.noise.exponential(drafts * size, law.shape[-1])
+                    if scheme == "sample-left"
+                    else uniform
+                )
+                vocab = self.hood.vocab[place].to(device)
+                known = batch.tokens
+                if self.vocabs:
+                    vocab = torch.full_like(vocab, self.vocabs[factor])
+                    known = batch.tokens[..., factor]
+                new = fill(
+                    scheme,
+                    source.to(device),
+                    known=known,
+                    vocab=vocab,
+                    law=law[:, factor],
+                    uniform=uniform,
+                    exponential=exponential,
+                )
+                tokens.append(new.tokens)
+                laws.append(new.law)
+            # One token an entity where there are sub-tokens: s counts those of an entity, or of a token.
+            filled = rearrange(torch.stack(tokens, -1), "b (w s) f -> b w (s f)", s=size)
+            fresh_law = rearrange(torch.stack(laws, 2), "b (w s) f v -> b w (s f) v", s=size)
             keep = there[:, :drafts, None].to(device)
-            draft[:, :drafts] = torch.where(
-                keep, draft[:, :drafts], rearrange(new.tokens, "b (w s) -> b w s", s=size)
-            )
-            fresh_law = rearrange(new.law, "b (w s) v -> b w s v", s=size)
+            draft[:, :drafts] = torch.where(keep, draft[:, :drafts], filled)
             new_law[:, :drafts] = torch.where(keep[..., None], new_law[:, :drafts], fresh_law)
         new_law[:, drafts:] = 0  # the last slot of a window has no draft
         return Window(draft, new_law, window.tied)
@@ -288,6 +347,22 @@ class _Decoder:
             for n in (torch.minimum(accepted, committed), committed)
         ]
         recorder.certainty(p, *flags)
+
+
+def sub_tokens(layout: Layout) -> tuple[int, ...]:
+    """Vocabularies of the sub-tokens, or bits, of every token of a layout; empty where a token is one
+    id or a vector.
+    """
+    kinds = {segment.kind for segment in layout.segments}
+    kind = kinds.pop()
+    if kinds:
+        return ()
+    match kind:
+        case Factorized(vocabs):
+            return vocabs
+        case Bits(count):
+            return (2,) * count
+    return ()
 
 
 def require_windows(state: State, generator: Generator, algorithm: str) -> None:
@@ -414,10 +489,13 @@ class GroupedJacobi(SpeculativeJacobi):
 
     def acceptance(self, generator: Generator) -> GroupedRatio:
         """The acceptance rule with the generator's embeddings; raises UserError where it has none."""
+        return self.of_table(getattr(generator, "token_embedding", None), generator)
+
+    def of_table(self, embedding: object, generator: Generator) -> GroupedRatio:
+        """The rule over the codes of one table of embeddings."""
         threshold = self.d_threshold
         table = None
         if self.d_quantile is not None or threshold is not None:
-            embedding = getattr(generator, "token_embedding", None)
             if not isinstance(embedding, nn.Embedding):
                 name = type(generator).__name__
                 raise UserError(
@@ -432,4 +510,12 @@ class GroupedJacobi(SpeculativeJacobi):
         )
 
     def rules(self, generator: Generator) -> Rules:
-        return Rules(self.window, self.init, self.acceptance(generator), COUPLINGS[self.coupling])
+        coupling = COUPLINGS[self.coupling]
+        count = len(sub_tokens(generator.layout))
+        if not count:
+            return Rules(self.window, self.init, self.acceptance(generator), coupling)
+        tables = getattr(generator, "embeddings", None)
+        if not isinstance(tables, nn.ModuleList):
+            tables = [None] * count
+        each = tuple(self.of_table(table, generator) for table in tables)
+        return Rules(self.window, self.init, coupling=coupling, sub_tokens=each)
