@@ -34,6 +34,7 @@ KINDS = (
     "Open-MAGVIT2",
     "BitDance's autoencoder",
     "UniWeTok",
+    "BAR-FSQ",
 )
 LEGAL = [(t, g) for t in KINDS for g in GENERATORS if reason_against(t, g) is None]
 FAST = Sampling(Constant(2.0), flow=Euler(2), diffusion=AncestralDiffusion(2))

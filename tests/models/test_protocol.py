@@ -24,7 +24,6 @@ from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
-from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.token_shuffle import TokenShuffle
@@ -243,14 +242,12 @@ def tokens_of(layout: Layout, batch: int, seed: int = 0) -> Tensor:
         return (
             torch.rand(layout.blank(batch).shape, generator=draw) * torch.tensor(kind.vocabs)
         ).long()
-    if isinstance(kind, Bits):
-        return torch.randint(0, 2, layout.blank(batch).shape, generator=draw)
     return (torch.rand(batch, layout.length, generator=draw) * layout.vocab()).long()
 
 
 def predicted(generator: Generator, state: State, tokens: Tensor, count: int, want: int) -> Tensor:
     """What is predicted of the last `want` of `count` entities, [B, T, ...]; one at a time where it is no logits."""
-    at_once = isinstance(generator, PrefixTransformer)
+    at_once = isinstance(generator, (OpenMAGVIT2AR, BAR))
     if not at_once and not generator.layout.is_categorical and want > 1:
         return torch.cat([predicted(generator, state, tokens, 1, 1) for _ in range(count)], 1)
     return values(generator.predict(state, tokens, count, want), len(tokens))

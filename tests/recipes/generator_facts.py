@@ -9,6 +9,7 @@ from torch import nn
 from tessellar.cli.recipes import Facts, Recipe
 from tessellar.models.alitok import AliTokAR
 from tessellar.models.bitdance import BitDance
+from tessellar.models.bar import BAR
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
@@ -116,6 +117,21 @@ def _(generator: RAR) -> Facts:
         "dropout.attention": the_one(layers, lambda layer: layer.attention.dropout),
         "dropout.drop_path": 0.0,
         **PLAIN,
+    }
+
+
+@_facts.register
+def _(generator: BAR) -> Facts:
+    layers: Any = generator.layers
+    inner = {
+        *(layer.dropout.p for layer in layers),
+        *(layer.attention.dropout for layer in layers),
+    }
+    return {
+        "dropout.blocks": the_one(inner, float),
+        "losses.cross_entropy.weight": 1.0,
+        "losses.cross_entropy.weight_masked": 1.0,
+        "losses.cross_entropy.weight_unmasked": generator.known_weight,
     }
 
 

@@ -20,6 +20,7 @@ READS = {
     "bitdance": "bitdance.ae_d16c32",
     "open_magvit2": "open_magvit2.open_magvit2_256",
     "ibq": "ibq.ibq_16384",
+    "bar": "bar_fsq.bar_fsq_256",
 }
 GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.parts]
 

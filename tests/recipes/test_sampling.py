@@ -16,6 +16,7 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.protocol import guidance
 from tessellar.protocol.entities import Entities
 from tests.recipes.frame import CONFIGS, ROOT, recorded
+from tests.recipes.frame import CONFIGS, GOLDEN, ROOT, STATED
 from tests.tiny.pairs import GENERATORS, TOKENIZERS
 
 FOLDER = CONFIGS / "sampling"
@@ -33,6 +34,7 @@ SEARCHED = "scale found by search"
 
 def published(system: str) -> list[dict[str, Any]]:
     return recorded(system)["sampling"]
+    return read_recorded(GOLDEN, system, STATED)["sampling"]
 
 
 def holds(entry: dict[str, Any], facts: dict[str, Any]) -> bool:
@@ -114,6 +116,7 @@ def check_draw(name: str, recorded: dict[str, Any]) -> None:
         for draw in options(name, "algorithm").get("again", [])
     ]
     assert again == [tuple(draw) for draw in recorded.get("redraws", [])]
+    assert choice.get("bit_steps") == recorded.get("bit_steps")
     annealed = recorded.get("softmax_temperature_annealing", True)
     assert options(name, "algorithm").get("anneal", True) is bool(annealed)
 
@@ -170,6 +173,11 @@ def test_a_file_is_parsed_and_run(name: str, folder: Path, tmp_path: Path) -> No
     for part in ("algorithm", "flow", "diffusion"):
         if "steps" in options(name, part):
             argv += [f"--{part}.steps", "2"]
+    if "bit_steps" in settings(name).get(
+        "choice", {}
+    ):  # of as many bits as a position of the tiny one has
+        bits = 16 * (4 if "patches" in FILES[name]["pair"][1] else 1)
+        argv += ["--choice.bit_steps", f"[{bits // 4}, {bits - bits // 4}]"]
     main(argv)
     record = yaml.safe_load((tmp_path / "set" / "samples.json").read_text())
     expected = options(name, "guidance")

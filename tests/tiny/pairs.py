@@ -15,6 +15,7 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.bar import BAR
 from tessellar.models.bitdance import BitDance
 from tessellar.models.flextok import FlexAR
 from tessellar.models.har import HAR
@@ -37,6 +38,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.alitok import AliTok
+from tessellar.tokenizers.bar_fsq import BARFSQ
 from tessellar.tokenizers.bitdance import BinaryAutoencoder
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize
 from tessellar.tokenizers.hita import Hita
@@ -46,6 +48,7 @@ from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
 from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
+from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, GaussianSpace
 from tessellar.tokenizers.quantizers.ibq import IBQ
@@ -120,6 +123,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "Open-MAGVIT2": lambda: OpenMAGVIT2(LFQ(5, split=(2, 3)), 16, 32, (1, 1, 1), 1),
     "BitDance's autoencoder": lambda: BinaryAutoencoder(_bits(), 16, 32, (1, 1, 1), 1),
     "UniWeTok": lambda: UniWeTok(_bits(), 16, 32, (1, 1, 1), 1, 1, 2),
+    "BAR-FSQ": lambda: BARFSQ(BinaryFSQ(16), 16, 4, 16, 1, 2, 2.0, 16, 1, 2),
     "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
     "AliTok": lambda: AliTok(_vq(), 16, 4, TINY, TINY),
     "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
@@ -145,6 +149,8 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "Open-MAGVIT2's AR": lambda layout: OpenMAGVIT2AR(
         layout, 16, 1, 2, 1, CLASSES, ffn_multiple_of=8
     ),
+    "BAR": lambda layout: _bar(layout, 1),
+    "BAR of patches": lambda layout: _bar(layout, 2),
     "ReToK's GPT": lambda layout: ReToKGPT(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "AliTok's AR": lambda layout: AliTokAR(layout, 16, 1, 2, CLASSES, ffn_multiple_of=8),
     "FlexTok's AR": lambda layout: FlexAR(layout, 16, 1, 2, CLASSES),
@@ -191,6 +197,10 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
         steps=4,
     ),
 }
+
+
+def _bar(layout: Layout, patch: int) -> BAR:
+    return BAR(layout, 16, 1, 2, patch, head_width=16, head_depth=1, num_classes=CLASSES)
 
 
 def _xar(layout: Layout, entity: str) -> XAR:

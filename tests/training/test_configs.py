@@ -22,6 +22,7 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "tokenflow": "tokenflow.tokenflow_b_256",
     "open_magvit2": "open_magvit2.open_magvit2_256",
     "ibq": "ibq.ibq_16384",
+    "bar": "bar_fsq.bar_fsq_256",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 PARAMETERS = {
@@ -97,6 +98,10 @@ PARAMETERS = {
     "imagenet256/ibq_ar_l": 649_640_960,
     "imagenet256/ibq_ar_xl": 1_076_103_168,
     "imagenet256/ibq_ar_xxl": 2_063_331_840,
+    "imagenet256/bar_b": 415_322_158 - 256,  # the head's frequencies are a buffer
+    "imagenet256/bar_b_2": 415_076_098 - 256,
+    "imagenet256/bar_b_4": 415_752_223 - 256,
+    "imagenet256/bar_l": 1_107_798_990 - 256,
 }
 
 

@@ -1,0 +1,122 @@
+"""BAR's tokenizer: where its quantizer's threshold is, bits of any number, both directions, SigLIP2's tower."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tessellar.errors import UserError
+from tessellar.networks.vision import Teacher, VisionModel
+from tessellar.protocol.configured import build
+from tessellar.protocol.layout import Bits, grid_layout
+from tessellar.tokenizers.bar_fsq import BARFSQ, bar_fsq_256, bar_fsq_512
+from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
+
+TOWER = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "class_token": False}
+
+
+def slope(quantizer: BinaryFSQ, at: float) -> float:
+    z = torch.full((1, quantizer.dim), at, requires_grad=True)
+    quantizer.train()(z).quantized.sum().backward()
+    assert z.grad is not None
+    return float(z.grad[0, 0])
+
+
+def test_the_published_threshold_is_far_below_zero() -> None:
+    """z = 0 is 1, with hardly a gradient; the threshold is -3.80, where the slope is 1."""
+    published = BinaryFSQ(3, centred=False)
+    z = torch.tensor([[0.0, -3.81, -3.79]])
+    assert published.encode(z).tolist() == [[1, 0, 1]]
+    assert published.decode(published.encode(z)).tolist() == [[1.0, -1.0, 1.0]]
+    assert slope(published, 0.0) == pytest.approx(0.001999, abs=2e-6)
+    assert slope(published, -3.800701) == pytest.approx(1.001, abs=1e-3)
+    centred = BinaryFSQ(3)
+    assert centred.encode(torch.tensor([[0.1, -0.1, 0.0]])).tolist() == [[1, 0, 1]]
+    assert slope(centred, 0.0) == pytest.approx(1.0)
+
+
+def test_bits_are_no_index() -> None:
+    """256 bits: no integer would hold them."""
+    made = BinaryFSQ(256)
+    z = torch.randn(2, 5, 256)
+    tokens = made.encode(z)
+    assert made.kind == Bits(256) and tokens.shape == z.shape
+    assert torch.equal(made.decode(tokens), torch.where(z >= 0, 1.0, -1.0))
+    with pytest.raises(ValueError, match="at least one bit"):
+        BinaryFSQ(0)
+
+
+def small(**options: object) -> BARFSQ:
+    torch.manual_seed(0)
+    sizes = (16, 4, 24, 2, 3, 2.0, 32, 3, 2)
+    return BARFSQ(BinaryFSQ(5), *sizes, **options)  # type: ignore[arg-type]
+
+
+def test_forward_is_decode_of_encode_and_gradients_reach_every_parameter() -> None:
+    made = small().eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = made(images)
+    tokens = made.encode(images)
+    assert made.layout == grid_layout(4, 4, Bits(5))
+    made.layout.check(tokens)
+    assert torch.equal(tokens, output.tokens) and len(tokens.unique()) == 2
+    torch.testing.assert_close(made.decode(tokens), output.reconstruction, atol=2e-5, rtol=0)
+    made.train()(images).reconstruction.square().mean().backward()
+    without = [n for n, p in made.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    again = build(made.config)
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.eval().encode(images), tokens)
+
+
+def tower() -> VisionModel:
+    torch.manual_seed(1)
+    return VisionModel("vit_tiny_patch16_224", image_size=16, options=TOWER)
+
+
+def test_the_encoder_starts_as_the_tower_and_is_kept_near_it(tmp_path: Path) -> None:
+    """The tower in a file: the encoder gives its features; its patch embeddings stay; the teacher is not exported."""
+    vision = tower()
+    state = {name: tensor.contiguous() for name, tensor in vision.network.state_dict().items()}
+    save_file(state, tmp_path / "tower.safetensors")
+    torch.manual_seed(0)
+    made = BARFSQ(
+        BinaryFSQ(5), 16, 4, 24, 2, 3, 4.0, 32, 3, 2,
+        tower=str(tmp_path / "tower.safetensors"),
+        teacher=Teacher(vision),
+    )  # fmt: skip
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    frozen = {name for name, p in made.named_parameters() if not p.requires_grad}
+    assert frozen == {"patch_in.weight", "patch_in.bias", "positions"}
+    for name in ("encoder.1.fc2.weight", "encoder_norm.bias"):
+        theirs = name.replace("encoder.1.fc2", "blocks.1.mlp.fc2").replace("encoder_norm", "norm")
+        assert torch.equal(made.state_dict()[name], state[theirs])
+    patches = torch.nn.functional.conv2d(
+        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4
+    )
+    found: Tensor = made.patch_in(
+        images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    )
+    torch.testing.assert_close(found, patches.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
+    losses = made.train()(images).losses
+    assert set(losses) == {"alignment"} and float(losses["alignment"].detach()) > 0
+    assert made.config["init_args"]["tower"] is None and made.config["init_args"]["teacher"] is None
+    assert made.eval()(images).losses == {}
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(UserError, match="patches of 5 do not divide images of 16"):
+        BARFSQ(BinaryFSQ(4), 16, 5)
+    with pytest.raises(UserError, match="the teacher's features have 24 channels, the encoder 32"):
+        BARFSQ(BinaryFSQ(4), 16, 4, 32, 1, 2, teacher=Teacher(tower()))
+
+
+def test_published_layouts() -> None:
+    with torch.device("meta"):
+        assert bar_fsq_256().layout == grid_layout(16, 16, Bits(16))
+        assert bar_fsq_512().layout == grid_layout(32, 32, Bits(10))
+        assert sum(p.numel() for p in bar_fsq_256().encoder_norm.parameters()) == 2304
