@@ -33,6 +33,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
+        if not isinstance(self.milestones, (list, tuple)):
+            raise ValueError(f"schedule.milestones is {self.milestones!r}; it is a list of updates")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         shares = {
             "decay_start": self.decay_start,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tessellar.errors import UserError
 from tessellar.protocol.noise import Noise
-from tessellar.protocol.ranges import check_number, check_whole
+from tessellar.protocol.ranges import check_list, check_number, check_whole
 
 COLDEST = 1e-4  # below it, logits divided by it leave the range of float32
 HOTTEST = 1e6
@@ -38,8 +38,8 @@ class Choice:
     bit_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "further_temperatures", tuple(self.further_temperatures))
-        object.__setattr__(self, "bit_steps", tuple(self.bit_steps))
+        for name in ("further_temperatures", "bit_steps"):
+            object.__setattr__(self, name, check_list(name, getattr(self, name)))
         for count in self.bit_steps:
             check_whole("bit_steps", count, least=1)
         for temperature in (self.temperature, *self.further_temperatures):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessellar.protocol.entities import Entities
-from tessellar.protocol.ranges import check_number, check_whole
+from tessellar.protocol.ranges import check_list, check_number, check_whole
 
 Schedule = Callable[[Tensor, Entities], Tensor]
 """Entity numbers [B, T] (may run past the end) to scales [B, T]."""
@@ -278,7 +278,7 @@ class PerSubToken(GuidanceSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "further", tuple(self.further))
+        object.__setattr__(self, "further", check_list("guidance further", self.further))
         for scale in self.further:
             check_number("guidance further", scale, least=-LARGEST, most=LARGEST)
 

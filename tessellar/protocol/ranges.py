@@ -33,6 +33,13 @@ def check_name(name: str, value: Any, names: tuple[str, ...]) -> None:
         raise UserError(f"{name} is {value!r}; it must be one of {', '.join(names)}")
 
 
+def check_list(name: str, value: Any) -> tuple[Any, ...]:
+    """`value` as a tuple; raise UserError unless it is a list of values."""
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{name} is {value!r}; it must be a list of numbers")
+    return tuple(value)
+
+
 def _spelled(kind: str, least: float, most: float, above: float) -> str:
     if above > -inf:
         return f"{kind} in ({above}, {most}]" if most < inf else f"{kind} above {above}"

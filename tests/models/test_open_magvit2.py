@@ -162,6 +162,8 @@ def test_settings_of_sub_tokens_are_written_down_and_read_again() -> None:
         (lambda: Choice(further_temperatures=(1e-9,)), "temperature is 1e-09"),
         (lambda: Choice(further_temperatures=(float("nan"),)), "temperature is nan"),
         (lambda: PerSubToken(2.0, further=(float("inf"),)), "guidance further is inf"),
+        (lambda: PerSubToken(2.0, further=3.0), "guidance further is 3.0; it must be a list"),  # type: ignore[arg-type]
+        (lambda: Choice(bit_steps=4), "bit_steps is 4; it must be a list"),  # type: ignore[arg-type]
         (lambda: OpenMAGVIT2AR(CODES), "predicts tokens of several sub-tokens; this tokenizer"),
         (lambda: IBQAR(PUBLISHED), "LlamaGen predicts categorical tokens"),
     ],

@@ -88,6 +88,22 @@ def test_sub_tokens_are_the_bits_of_the_whole_code() -> None:
     assert int(parts.encode(torch.eye(18)[7:8] * 2 - 1)[0, 1]) == 2
 
 
+def test_vectors_compared_a_few_at_a_time_are_compared_as_all_are() -> None:
+    """Losses, tokens, and gradients of vectors and codes."""
+    found = []
+    for rows in (None, 3):
+        torch.manual_seed(0)
+        made = IBQ(24, 6, rows_at_once=rows).train()
+        z = torch.randn(2, 5, 6, requires_grad=True)
+        out = made(z)
+        (out.quantized.square().sum() + torch.stack(list(out.losses.values())).sum()).backward()
+        found.append((out.tokens, *out.losses.values(), z.grad, made.codebook.weight.grad))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
+    with pytest.raises(ValueError, match="rows_at_once is 0"):
+        IBQ(24, 6, rows_at_once=0)
+
+
 def lightning(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """A checkpoint of the official training: averages without dots, and a discriminator."""
     averages = {f"model_ema.{name.replace('.', '')}": t + 1 for name, t in state.items()}

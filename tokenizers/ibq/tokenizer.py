@@ -61,6 +61,8 @@ def ibq_16384(image_size: int | tuple[int, int] = 256) -> IBQVQGAN:
     return IBQVQGAN(IBQ(16384, 256), image_size)
 
 
-def ibq_262144(image_size: int | tuple[int, int] = 256) -> IBQVQGAN:
-    """173,896,579 parameters."""
-    return IBQVQGAN(IBQ(262144, 256), image_size)
+def ibq_262144(
+    image_size: int | tuple[int, int] = 256, rows_at_once: int | None = 1024
+) -> IBQVQGAN:
+    """173,896,579 parameters; logits of `rows_at_once` vectors at a time are 1 GB."""
+    return IBQVQGAN(IBQ(262144, 256, rows_at_once=rows_at_once), image_size)

@@ -3,18 +3,33 @@ one-hot assignment.
 
 A code is the argmax of dot products, so norms of codes matter; gradients reach the latent and all
 codes through the softmax. That keeps large codebooks in use, at the price of logits [N, V] in
-training.
+training: `rows_at_once` makes them for so many vectors at a time, and again in the backward pass.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.protocol.layout import Categorical
 from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
-from tessellar.tokenizers.quantizers.entropy import Entropies, entropies
+from tessellar.tokenizers.quantizers.entropy import Entropies, entropies, entropy
+
+
+class Compared(NamedTuple):
+    """Rows compared with all codes: vectors [n, C], tokens [n], the sum of the rows' entropies, and
+    the sum of their assignments [V].
+    """
+
+    quantized: Tensor
+    tokens: Tensor
+    sample: Tensor
+    shares: Tensor
 
 
 class IBQ(Quantizer):
@@ -22,7 +37,8 @@ class IBQ(Quantizer):
     assignments have none.
 
     Losses: `index` |one-hot code - z|^2 (gradients to both), `codebook` and `commitment` as in VQ
-    (the small weight is the codebook's here), `entropy`. Raises ValueError for sizes below 1.
+    (the small weight is the codebook's here), `entropy`. In training `rows_at_once` vectors are
+    compared with the codes at a time (None: all). Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -33,10 +49,14 @@ class IBQ(Quantizer):
         codebook_weight: float = 0.25,
         entropy_weight: float = 0.05,
         temperature: float = 0.01,
+        rows_at_once: int | None = None,
     ) -> None:
         super().__init__()
         if vocab_size < 1 or dim < 1:
             raise ValueError(f"vocab_size {vocab_size} and dim {dim} must be at least 1")
+        if rows_at_once is not None and rows_at_once < 1:
+            raise ValueError(f"rows_at_once is {rows_at_once}; it must be at least 1, or None")
+        self.rows_at_once = rows_at_once
         self.kind = Categorical(vocab_size)
         self.dim = dim
         self.quantization_weight = quantization_weight
@@ -66,10 +86,10 @@ class IBQ(Quantizer):
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_float32(z)
-            logits = self.logits(z)
-            tokens = logits.argmax(-1)
+            compared = [self._compare(rows) for rows in self._parts(z)]
+            tokens = torch.cat([part.tokens for part in compared]).view(z.shape[:-1])
+            quantized = torch.cat([part.quantized for part in compared]).view(z.shape)
             hard = self.decode(tokens)
-            quantized = self._pass(logits, tokens)
             losses = {
                 "index": F.mse_loss(quantized, z),
                 "codebook": self.codebook_weight * F.mse_loss(hard, z.detach()),
@@ -77,8 +97,35 @@ class IBQ(Quantizer):
             }
             losses = {name: self.quantization_weight * value for name, value in losses.items()}
             if self.entropy_weight:
-                losses["entropy"] = self.entropy_weight * self.entropies(logits).loss()
+                count = tokens.numel()
+                sample = torch.stack([part.sample for part in compared]).sum() / count
+                shares = torch.stack([part.shares for part in compared]).sum(0) / count
+                # The entropy of a mean over all ranks, as `entropies` has it.
+                batch = entropy(distributed.mean_over_ranks(shares), "magvit")
+                losses["entropy"] = self.entropy_weight * (sample - batch)
             return QuantizerOutput(quantized, tokens, losses)
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Vectors [n, C], so many at a time."""
+        rows = z.flatten(0, -2)
+        return rows.split(self.rows_at_once or max(1, len(rows)))
+
+    def _compare(self, rows: Tensor) -> "Compared":
+        """Rows [n, C] against all codes; computed again in the backward pass where they are parts."""
+        if self.rows_at_once is None or not self.training:
+            return self._compared(rows)
+        return Compared(*checkpoint(self._compared, rows, use_reentrant=False))
+
+    def _compared(self, rows: Tensor) -> "Compared":
+        logits = self.logits(rows)
+        tokens = logits.argmax(-1)
+        quantized = self._pass(logits, tokens)
+        if not self.entropy_weight:
+            nothing = rows.new_zeros(())
+            return Compared(quantized, tokens, nothing, nothing)
+        log_shares = (logits / self.temperature).log_softmax(-1)
+        shares = log_shares.exp()
+        return Compared(quantized, tokens, -(shares * log_shares).sum(), shares.sum(0))
 
     def _pass(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Codes whose gradient is that of the softmax's mean code; its values stay exact."""
