@@ -29,6 +29,10 @@ SIZES = _words(
     dim epoch_length every every_n_epochs every_n_updates group group_bits groups heads hidden holistic
     init_step keep kernel length levels longest max_skipped multiple multipliers
     num_samples ffn_multiple_of patch phis pool repeats restart_every samples semantic_layer shortest sides size
+    init_step keep kernel length levels longest max_skipped mlp_blocks multiple multipliers
+    num_samples ffn_multiple_of milestones patch phis pool
+    repeats restart_every
+    rows_at_once samples semantic_layer sets shortest sides size
     split stages steps stride table text_vocab tokens trained_steps virtual_batch width window
     """
 )
@@ -37,6 +41,8 @@ COUNTS = _words(
     """
     adversarial_start blur bos buffer channel_order deep decoder_attention encoder_attention
     feature_steps first grace mlp_blocks neighbours null_class num_workers pad restart_until seed shallow
+    adversarial_start attention blur bos buffer channel_order deep decoder_attention encoder_attention
+    feature_steps first grace neighbours null_class num_workers pad restart_until seed shallow
     shift start tap warmup
     """
 )
@@ -44,7 +50,7 @@ COUNTS = _words(
 SHARES = _words(
     """
     betas crop cutout decay decay_start drop drop_path dropout final label_smoothing least_masked
-    max_corrupt muon_momentum null phi_ratio probability random_order rate share warmup_from
+    max_corrupt milestone_factor muon_momentum null phi_ratio probability random_order rate share warmup_from
     warn_below
     """
 )
