@@ -14,7 +14,14 @@ from tessellar.protocol.layout import Bits, grid_layout
 from tessellar.tokenizers.bar_fsq import BARFSQ, bar_fsq_256, bar_fsq_512
 from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
 
-TOWER = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "class_token": False}
+TOWER = {
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "class_token": False,
+    "global_pool": "",
+}
 
 
 def slope(quantizer: BinaryFSQ, at: float) -> float:
@@ -75,7 +82,9 @@ def test_forward_is_decode_of_encode_and_gradients_reach_every_parameter() -> No
 
 def tower() -> VisionModel:
     torch.manual_seed(1)
-    return VisionModel("vit_tiny_patch16_224", image_size=16, options=TOWER)
+    made = VisionModel("vit_tiny_patch16_224", image_size=16, options=TOWER)
+    made.filled = True  # its random weights are the tower's
+    return made
 
 
 def test_the_encoder_starts_as_the_tower_and_is_kept_near_it(tmp_path: Path) -> None:
