@@ -28,21 +28,16 @@ SIZES = _words(
     accumulate always batch_size blocks caption_dim channels classes columns decoder_multipliers depth
     dim epoch_length every every_n_epochs every_n_updates group group_bits groups heads hidden holistic
     init_step keep kernel length levels longest max_skipped multiple multipliers
-    num_samples ffn_multiple_of patch phis pool repeats restart_every samples semantic_layer shortest sides size
-    init_step keep kernel length levels longest max_skipped mlp_blocks multiple multipliers
-    num_samples ffn_multiple_of milestones patch phis pool
-    repeats restart_every
-    rows_at_once samples semantic_layer sets shortest sides size
+    num_samples ffn_multiple_of milestones patch phis pool repeats restart_every rows_at_once
+    samples semantic_layer sets shortest sides size
     split stages steps stride table text_vocab tokens trained_steps virtual_batch width window
     """
 )
 #: Whole numbers of at least 0.
 COUNTS = _words(
     """
-    adversarial_start blur bos buffer channel_order deep decoder_attention encoder_attention
-    feature_steps first grace mlp_blocks neighbours null_class num_workers pad restart_until seed shallow
     adversarial_start attention blur bos buffer channel_order deep decoder_attention encoder_attention
-    feature_steps first grace neighbours null_class num_workers pad restart_until seed shallow
+    feature_steps first grace mlp_blocks neighbours null_class num_workers pad restart_until seed shallow
     shift start tap warmup
     """
 )

@@ -8,8 +8,8 @@ from torch import nn
 
 from tessellar.cli.recipes import Facts, Recipe
 from tessellar.models.alitok import AliTokAR
-from tessellar.models.bitdance import BitDance
 from tessellar.models.bar import BAR
+from tessellar.models.bitdance import BitDance
 from tessellar.models.har import HAR
 from tessellar.models.hita import HitaAR
 from tessellar.models.llamagen import LlamaGen
