@@ -28,7 +28,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CONFIGS = ROOT / "configs" / "imagenet256"
 GOLDEN = ROOT / "tests" / "golden"
-STATED = HERE / "stated"
 PAGE = HERE / "imagenet256.md"
 
 
@@ -91,7 +90,6 @@ def page() -> str:
 
 def _row(entry: Entry, side: str) -> str:
     part = recorded(entry.system)["parts"][entry.parts[side]]
-    part = read_recorded(GOLDEN, entry.system, STATED)["parts"][entry.parts[side]]
     cells = [
         f"`{entry.config}`",
         f"{side} ({entry.system}/{entry.parts[side]})",
@@ -198,11 +196,6 @@ def _results(entries: list[Entry]) -> list[str]:
     lines += ["", "Reconstructions:", "", "| system | variant | rFID | PSNR |", "|---" * 4 + "|"]
     for system in systems:
         for facts in recorded(system).get("reconstruction") or ():
-        for facts in read_recorded(GOLDEN, system, STATED).get("sampling") or ():
-            lines.append(_sampling(system, facts))
-    lines += ["", "Reconstructions:", "", "| system | variant | rFID | PSNR |", "|---" * 4 + "|"]
-    for system in systems:
-        for facts in read_recorded(GOLDEN, system, STATED).get("reconstruction") or ():
             cells = (system, facts.get("variant"), facts.get("rfid"), facts.get("psnr"))
             lines.append(
                 "| " + " | ".join("-" if cell is None else str(cell) for cell in cells) + " |"

@@ -463,7 +463,6 @@ def read_differences(path: Path) -> list[Difference]:
     return [Difference(tuple(entry.pop("configs")), **entry) for entry in listed]
 
 
-def read_recorded(folder: Path, system: str, *others: Path) -> dict[str, Any]:
-    """The recipe of a system: recorded in `folder`, or in one of `others` (stated by its spec)."""
-    found = next((place for place in (folder, *others) if (place / system).is_dir()), folder)
-    return json.loads((found / system / "recipe.json").read_text())
+def read_recorded(folder: Path, system: str) -> dict[str, Any]:
+    """The recipe recording of a system."""
+    return json.loads((folder / system / "recipe.json").read_text())

@@ -24,7 +24,6 @@ from tessellar.training.base import TrainingModule
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "imagenet256"
 GOLDEN = ROOT / "tests" / "golden"
-STATED = ROOT / "docs" / "recipes" / "stated"
 ENTRIES = {
     entry.config: entry for entry in read_entries(ROOT / "docs" / "recipes" / "recipes.yaml")
 }
@@ -44,7 +43,6 @@ def recorded(system: str) -> dict[str, Any]:
 @cache
 def recorded_part(system: str, part: str) -> Facts:
     return recorded_facts(recorded(system)["parts"][part])
-    return recorded_facts(read_recorded(GOLDEN, system, STATED)["parts"][part])
 
 
 def disagreements(entry: Entry, side: str, ours: Facts) -> list[str]:

@@ -16,7 +16,6 @@ from tessellar.pipeline import ImageGenerator
 from tessellar.protocol import guidance
 from tessellar.protocol.entities import Entities
 from tests.recipes.frame import CONFIGS, ROOT, recorded
-from tests.recipes.frame import CONFIGS, GOLDEN, ROOT, STATED
 from tests.tiny.pairs import GENERATORS, TOKENIZERS
 
 FOLDER = CONFIGS / "sampling"
@@ -34,7 +33,6 @@ SEARCHED = "scale found by search"
 
 def published(system: str) -> list[dict[str, Any]]:
     return recorded(system)["sampling"]
-    return read_recorded(GOLDEN, system, STATED)["sampling"]
 
 
 def holds(entry: dict[str, Any], facts: dict[str, Any]) -> bool:

@@ -28,8 +28,6 @@ from tessellar.models.tokenflow import tokenflow_7b
 from tessellar.protocol.layout import Categorical, Layout, Segment, grid_layout, sequence_layout
 from tessellar.tokenizers.tokenflow.quantizer import SIDES
 from tests.recipes.frame import ROOT
-from tessellar.protocol.layout import Categorical, grid_layout, sequence_layout
-from tests.recipes.frame import ENTRIES, ROOT
 from tests.recipes.generator_facts import llama_facts
 
 STATED = ROOT / "docs" / "recipes" / "stated"
@@ -57,12 +55,6 @@ def values(recipe: dict[str, Any]) -> Facts:
             named = name in ("variant", "decay", "init") or fnmatchcase(name, "losses.*.name")
             if not named:
                 facts[prefix + name] = value
-    facts: Facts = {}
-    for part in recipe["parts"].values():
-        for name, value in recorded_facts(part).items():
-            remark = name in ("variant", "decay", "init") or fnmatchcase(name, "losses.*.name")
-            if not remark:
-                facts[name] = value
     for number, variant in enumerate(recipe["sampling"]):
         for name, value in variant.items():
             if value is not None and name != "variant":
@@ -71,8 +63,7 @@ def values(recipe: dict[str, Any]) -> Facts:
 
 
 def test_the_systems_are_those_without_a_recording() -> None:
-    assert SYSTEMS == ["flextok_ar", "next_entity", "rectok", "token_shuffle", "tokenflow"]
-    assert SYSTEMS == ["bar", "flextok_ar", "next_entity", "token_shuffle"]
+    assert SYSTEMS == ["bar", "flextok_ar", "next_entity", "rectok", "token_shuffle", "tokenflow"]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -144,12 +135,6 @@ GENERATORS = [system for system in SYSTEMS if "generator" in stated(system)["par
 
 
 @pytest.mark.parametrize("system", GENERATORS)
-LISTED = {
-    entry.system for entry in ENTRIES.values()
-}  # compared by tests/recipes/test_generators.py
-
-
-@pytest.mark.parametrize("system", [system for system in SYSTEMS if system not in LISTED])
 def test_a_system_trains_as_its_recipe_states(system: str) -> None:
     found = compare(recorded_facts(stated(system)["parts"]["generator"]), ours(system))
     assert {item.name for item in found} == set(MEANT.get(system, {})), [

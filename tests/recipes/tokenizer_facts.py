@@ -13,9 +13,9 @@ from tessellar.cli.recipes import Facts, Recipe, optimizer_facts, schedule_facts
 from tessellar.layers.gated_block import GatedAttention
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
-from tessellar.tokenizers.rectok import ChannelBottleneck
 from tessellar.tokenizers.quantizers.ibq import IBQ
 from tessellar.tokenizers.quantizers.lfq import LFQ
+from tessellar.tokenizers.rectok import ChannelBottleneck
 
 UNIT_RANGE = (
     "titok",
