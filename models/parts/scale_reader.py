@@ -15,7 +15,8 @@ from tessellar.protocol.tokenizer import Tokenizer
 class ScaleInputs(Protocol):
     """What such a generator asks of its tokenizer."""
 
-    latent_dim: int
+    @property
+    def latent_dim(self) -> int: ...
 
     def next_inputs(self, tokens: Tensor, count: int) -> Tensor:
         """Inputs [B, n, latent_dim] of scales 1 .. count - 1, raster in each, from tokens [B, N] of
