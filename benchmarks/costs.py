@@ -1,6 +1,7 @@
 """What each run under configs/ costs: the table of docs/cost.md, made from the YAMLs themselves.
 
     python benchmarks/costs.py --write docs/cost.md       (replaces what stands between its two marks)
+    python benchmarks/costs.py --write docs/cost.md imagenet256/rar_b    (that row alone)
 
 Every model is built at its real size on the meta device. Operations are counted on one image, forward and backward;
 memory and GPU-hours are estimates by the formulas of the page. Only `MEASURED` was run.
@@ -26,6 +27,10 @@ from tessellar.training.flops import CountFlops, peak_of
 from tessellar.training.generator_module import GeneratorModule
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
+HEAD = (
+    "| config | trained | frozen | tokens an image | GFLOP an image | memory without activations, GB "
+    "| images in all | measured images/s | H100-hours, estimate |\n|---|---|---|---|---|---|---|---|---|"
+)
 MARKS = "<!-- made by benchmarks/costs.py -->", "<!-- end -->"
 PROCESSES, GPU, SHARE = 8, "H100", 0.4  # what an estimate of GPU-hours supposes
 MEASURED = {  # images/s, one thread of a shared CPU core, of the runs in the README
@@ -191,15 +196,6 @@ def _counted(module: Any, size: tuple[int, int]) -> int | None:
     return count.total
 
 
-def table(costs: list[Cost]) -> str:
-    """The rows as Markdown."""
-    head = (
-        "| config | trained | frozen | tokens an image | GFLOP an image | memory without activations, GB "
-        f"| images in all | measured images/s | {GPU}-hours, estimate |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([head, *map(row, costs)])
-
-
 def row(c: Cost) -> str:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -220,21 +216,44 @@ def row(c: Cost) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def kept(page: str) -> dict[str, str]:
+    """The rows between the marks of a page, by the config that each is of."""
+    inside = page.partition(MARKS[0])[2].partition(MARKS[1])[0]
+    rows = [
+        line for line in inside.splitlines() if line.startswith("| ") and "/" in line.split()[1]
+    ]
+    return {line.split()[1]: line for line in rows}
+
+
+def with_rows(page: str, rows: dict[str, str]) -> str:
+    """The page with these rows, sorted, between its marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    text = "\n".join([HEAD, *(rows[name] for name in sorted(rows))])
+    return f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+
+
 def main() -> int:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(description="The cost table of every config.")
     parser.add_argument(
-        "--write", type=Path, help="a page to put the table into, between its marks"
+        "configs",
+        nargs="*",
+        help="such as imagenet256/rar_b; the rows of others stay (default: all)",
     )
+    parser.add_argument("--write", type=Path, help="a page to put the rows into, between its marks")
     given = parser.parse_args()
-    text = table([cost(path) for path in sorted(ROOT.glob("*/*.yaml"))])
-    if given.write is None:
-        print(text)
-        return 0
-    before, _, rest = given.write.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    given.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    known = {f"{path.parent.name}/{path.stem}": path for path in sorted(ROOT.glob("*/*.yaml"))}
+    for name in given.configs or known:
+        if name not in known:
+            raise SystemExit(f"{name} is no config: there are {', '.join(known)}")
+        made = row(cost(known[name]))
+        print(made, flush=True)
+        if given.write is not None:  # row by row: what is made stays, whatever comes
+            page = given.write.read_text()
+            rows = {key: line for key, line in kept(page).items() if key in known}
+            given.write.write_text(with_rows(page, {**rows, name: made}))
     return 0
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.costs import ROOT, Cost, cost, row
+from benchmarks.costs import ROOT, Cost, cost, kept, row, with_rows
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cost.md"
 
@@ -21,3 +21,12 @@ def test_estimates_follow_the_pages_formulas() -> None:
     assert facts._replace(flops=None).gpu_hours is None and "| ~1,000 |" in row(
         facts._replace(counted=False)
     )
+
+
+def test_the_rows_of_other_configs_stay_as_they_are() -> None:
+    page = PAGE.read_text()
+    rows = kept(page)
+    assert len(rows) > 60 and with_rows(page, rows) == page
+    name = "imagenet256/rar_b"
+    changed = with_rows(page, {**rows, name: f"| {name} | 1 |"})
+    assert kept(changed) == {**rows, name: f"| {name} | 1 |"}
