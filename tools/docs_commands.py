@@ -469,7 +469,7 @@ def prepared() -> list[Step]:
         Step(
             "and given again",
             words,
-            says=("train: 80 pictures", "val: 40 pictures", "next: "),
+            says=("train: 80 pictures", "val: 800 pictures", "next: "),
             makes=("imagenet/index.json", "imagenet/val_24.npz"),
         ),
         Step("training reads them", training, says=("validation images",)),
@@ -477,14 +477,15 @@ def prepared() -> list[Step]:
 
 
 def downloads() -> None:
-    """Class folders as ImageNet has them."""
+    """Class folders as ImageNet has them; enough to validate on that there is time for Ctrl-C."""
     for number, name in enumerate(CLASSES):
         files = sorted(Path("pictures", name).glob("*.[jJ][pP][gG]"))
-        for split, chosen in (("train", files[:10]), ("val", files[10:15])):
+        for split, chosen, copies in (("train", files[:10], 1), ("val", files[10:15], 20)):
             folder = Path("downloads") / split / f"n0000000{number}"
             folder.mkdir(parents=True)
             for file in chosen:
-                shutil.copy(file, folder / f"{file.stem}.JPEG")
+                for copy in range(copies):
+                    shutil.copy(file, folder / f"{file.stem}_{copy}.JPEG")
 
 
 def typed() -> list[str]:
