@@ -43,7 +43,7 @@ LEFT_OUT = {
     r"^(python3 -m venv|pip|make|uv)\b": "installs, or runs this",
     r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
-    r"import (llamagen|mar|xar) |exports/(llamagen|xar|kl16)": "published weights: tests/interop",
+    r"convert\.py import ": "published weights: tests/interop",
     r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }
 
@@ -138,8 +138,10 @@ def python_of(file: Path) -> list[str]:
 def steps_of(page: Page, whole: bool) -> list[Step]:
     """What a page says, as steps."""
     found = []
+    missing: list[str] = []  # what commands that are left out would have made
     for line in commands_of(page):
-        if any(re.search(pattern, line) for pattern in LEFT_OUT):
+        if any(re.search(pattern, line) for pattern in [*LEFT_OUT, *missing]):
+            missing += [re.escape(made) for made in re.findall(r"--out (exports/\S+)", line)]
             continue
         for placeholder, here in page.placeholders:
             line = re.sub(rf"(?<![A-Z_]){placeholder}(?![A-Z_\d])", here, line)
