@@ -23,11 +23,11 @@ def frequencies(count: int, period: float, device: torch.device, exact: bool = T
     argument = -math.log(period) * torch.arange(count, dtype=torch.float32, device="cpu") / count
     if not exact:
         return argument.exp().double().to(device)
-    exact = argument.double().exp()
-    rounded = exact.float()
+    value = argument.double().exp()
+    rounded = value.float()
     spacing = (torch.nextafter(rounded, torch.tensor(torch.inf)) - rounded).double()
-    near_tie = (exact - rounded).abs() > NEAR_TIE * spacing
-    return torch.where(near_tie, exact, rounded.double()).to(device)
+    near_tie = (value - rounded).abs() > NEAR_TIE * spacing
+    return torch.where(near_tie, value, rounded.double()).to(device)
 
 
 def sinusoid(t: Tensor, channels: int, period: float = 10000.0, exact: bool = True) -> Tensor:
