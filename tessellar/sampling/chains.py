@@ -2,7 +2,7 @@
 
 A token of a chain (`Chained`: two sub-tokens, sets of bits) is kept iff all its sub-tokens are. The
 first one that is not is redrawn from the residual (p - q)+; those behind it in the token are fresh
-samples, for their drafts belong to another token. Exact where the acceptance is: this is the
+samples: the law that their drafts had was that of another token. Exact where the acceptance is: this is the
 speculative test of arXiv 2211.17192 on the sequence of sub-tokens. Behind the first token that is
 not kept every token is coupled with its draft in the same way, sub-token by sub-token
 (`couplings.py`), as long as it agrees with it.
