@@ -134,7 +134,7 @@ def make(system: str, part: str, width: int) -> Made:
             return alitok(width)
         case "bitdance" | "bitdance_parallel", _:
             patch = 1 if system == "bitdance" else 2
-            sizes = {"head_depth": 2, "head_groups": 2, "patch": patch}
+            sizes: dict[str, Any] = {"head_depth": 2, "head_groups": 2, "patch": patch}
             grid = grid_layout(16, 16, Bits(32))
             return BitDance(grid, 768, 2, 12, **sizes), bitdance_to_official
         case "seed_voken", _:

@@ -84,7 +84,7 @@ def _bits() -> LFQ:
 
 
 def _bitdance(layout: Layout, patch: int) -> BitDance:
-    sizes = {"head_width": 16, "head_depth": 1, "head_groups": 1, "head_dim": 8}
+    sizes: dict[str, Any] = {"head_width": 16, "head_depth": 1, "head_groups": 1, "head_dim": 8}
     return BitDance(layout, 16, 1, 2, patch=patch, num_classes=CLASSES, class_tokens=2, **sizes)
 
 

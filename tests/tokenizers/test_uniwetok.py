@@ -165,7 +165,7 @@ def test_the_prior_sees_no_later_token() -> None:
 
 
 def test_distillation_teaches_features_and_bits() -> None:
-    sizes = {"patch_size": 8, "embed_dim": 24, "depth": 1}
+    sizes: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 1}
     vision = VisionModel("vit_tiny_patch16_224", image_size=16, options=sizes)
     vision.filled = True
     made = uniwetok_small(distillation=Distillation(Teacher(vision), 24, BITS, 1.0, 0.5))
