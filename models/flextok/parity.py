@@ -46,9 +46,7 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
 
 @replays("flextok_ar", "c2i")
 def c2i(recording: Recording) -> Outputs:
-    """Embeddings, logits, loss, greedy tokens with and without guidance, and branches of the last
-    token.
-    """
+    """Embeddings, logits, loss, greedy tokens with and without guidance, branches of a last token."""
     generator = _generator(recording, "c2i")
     tokens = recording.inputs["c2i/tokens"]
     label = recording.inputs["c2i/class"]

@@ -192,9 +192,7 @@ def training(recording: Recording) -> Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedDiffusion(AncestralDiffusion):
-    """The sampler with its recorded noise: rows are sample-major patches of `area` tokens, of which
-    the conditional half counts.
-    """
+    """The sampler with recorded noise: rows are patches of `area` tokens, the first half counts."""
 
     recording: Recording
     run: str

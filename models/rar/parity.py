@@ -1,6 +1,4 @@
-"""Replays of what the official RAR gave (recordings of system `titok_rar`): scores in any order,
-prefixes, sampling.
-"""
+"""Replays of RAR (recordings of system `titok_rar`): scores in any order, prefixes, sampling."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,4 @@
-"""Replays of Token-Shuffle's recorded outputs: windows, fused inputs, states, losses, schedules,
-greedy decoding.
-"""
+"""Replays of Token-Shuffle: windows, fused inputs, states, losses, schedules, greedy decoding."""
 
 from collections.abc import Mapping
 from typing import Any

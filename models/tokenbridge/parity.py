@@ -75,9 +75,7 @@ def recorded_generator(recording: Recording) -> TokenBridge:
 
 @replays("tokenbridge", "train", gradients=True)
 def training(recording: Recording) -> Outputs:
-    """Indices, mask, hidden states and logits with the classes; loss and gradient with some of them
-    dropped.
-    """
+    """Indices, mask, states and logits with the classes; loss and gradient with some dropped."""
     generator = recorded_generator(recording)
     (tokenizer,) = generator.bound
     given = recording.inputs

@@ -1,6 +1,4 @@
-"""Replays of xAR's recorded outputs: a training pass, sampling with the recorded noise, orders of
-every X.
-"""
+"""Replays of xAR: a training pass, sampling with the recorded noise, orders of every X."""
 
 from collections.abc import Mapping
 from math import isqrt

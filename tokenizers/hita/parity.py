@@ -68,9 +68,7 @@ def _vision(recording: Recording) -> HitaVision:
 
 @replays("hita", "tok_shared", "tok_prep")
 def preparation(recording: Recording) -> Outputs:
-    """Images as the vision model sees them, every few rows and columns: the recorded ones and a
-    computed wave.
-    """
+    """Images as the vision model sees them, every few pixels: the recorded ones and a wave."""
     vision = _vision(recording)
     settings = recording.settings("prep336_out_stride7")
     stride = settings["stride"]

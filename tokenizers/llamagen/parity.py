@@ -1,6 +1,4 @@
-"""Replays of the official LlamaGen tokenizer, discriminator and losses (recordings of system
-`llamagen`).
-"""
+"""Replays of LlamaGen's tokenizer, discriminator and losses (recordings of system `llamagen`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -93,9 +91,7 @@ def discriminator(recording: Recording) -> Outputs:
 
 
 class OfficialLoss(TokenizerLoss):
-    """With `non_saturating` as the official code has it: target and logit swapped, so that one half
-    is constant.
-    """
+    """With their `non_saturating`: target and logit swapped, so that one half is constant."""
 
     def adversarial(self, fake: Tensor) -> Tensor:
         if self.adversarial_kind == "hinge":
@@ -153,9 +149,7 @@ class _Update:
         )
 
     def discriminator_loss(self, stored: PatchGAN) -> Tensor:
-        """With batch statistics of its own: the stored discriminator takes the place of the one
-        that was run.
-        """
+        """With batch statistics of its own: of the stored discriminator, not the one that was run."""
         self.loss.discriminator = stored.train().double()
         return self.loss.discriminator_loss(
             self.images, self.output.reconstruction, self.step

@@ -1,6 +1,4 @@
-"""Replays of the official One-D-Piece (recordings of system `one_d_piece`); images there are in [0,
-1].
-"""
+"""Replays of One-D-Piece (recordings of system `one_d_piece`, whose images are in [0, 1])."""
 
 from einops import rearrange
 

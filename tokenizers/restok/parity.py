@@ -1,6 +1,4 @@
-"""Replays of ResTok's tokenizer (cases `tok_*` of recordings of system `restok`). Recorded images
-are in [0, 1].
-"""
+"""Replays of ResTok's tokenizer (cases `tok_*` of system `restok`, whose images are in [0, 1])."""
 
 import torch
 from torch import Tensor

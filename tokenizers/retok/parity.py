@@ -20,9 +20,7 @@ SUPPORTED = {"multi_level_query_init": True, "adaptive_gn": True, "d2s_up": True
 
 
 def _tokenizer(recording: Recording) -> ReToK:
-    """In eval mode, with nothing inferred: the released code keeps all N tokens and has no
-    schedule.
-    """
+    """With nothing inferred: the released code keeps all N tokens and has no schedule."""
     config = recording.options(read=READ, supported=SUPPORTED)
     quantizer = VectorQuantizer(
         config["codebook_size"],

@@ -1,5 +1,4 @@
-"""Replays of the official TiTok tokenizers, their VQGAN, discriminator and losses (recordings of
-system `titok`).
+"""Replays of the TiTok tokenizers, their VQGAN, discriminator and losses (system `titok`).
 
 The recorded images are in [0, 1], ours in [-1, 1].
 """
@@ -57,9 +56,7 @@ def official_quantizer(options: Mapping[str, Any]) -> Quantizer:
 def recorded_tokenizer(
     recording: Recording, variant: str, part: str, kind: type[T], stage: Stage = "decoder"
 ) -> T:
-    """The tokenizer of a variant's official options, filled with its weights; checked against the
-    config's sizes.
-    """
+    """The tokenizer of a variant's official options, filled with its weights."""
     options = recording.options(variant, READ, {"strict_length_assertion": False})
     recording.options("vqgan", VQGAN_READ, {"dropout": 0.0, "num_channels": 3})
     table = recording.config["size_table"]
@@ -181,9 +178,7 @@ def kl(recording: Recording) -> Outputs:
 
 @replays("titok", "tok_shared", "tok_disc")
 def discriminator(recording: Recording) -> Outputs:
-    """The discriminator, and the losses of both sides of the second stage (its quantizer's losses
-    weigh nothing).
-    """
+    """The discriminator, and the losses of both sides of the second stage, without a quantizer's."""
     settings = recording.settings("disc/gen_total")
     images = recorded_images(recording)
     fake = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)(images)

@@ -1,6 +1,4 @@
-"""Replays of TokenBridge's quantisation of channels (case `quant` of recordings of system
-`tokenbridge`).
-"""
+"""Replays of TokenBridge's quantisation of channels (case `quant` of system `tokenbridge`)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,6 +1,4 @@
-"""Replays of VAR's multi-scale tokenizer (cases `vae` and `vq_train` of recordings of system
-`var`).
-"""
+"""Replays of VAR's multi-scale tokenizer (cases `vae` and `vq_train` of system `var`)."""
 
 import torch
 
