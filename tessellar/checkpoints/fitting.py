@@ -220,25 +220,21 @@ def _pieces(
             candidates.append((old, new))
             candidates += [([a], [b]) for a, b in zip(old, new, strict=True)]
     if theirs.image_size is not None and ours.image_size is not None:
-        candidates += _square_grids(then, now, theirs.image_size, ours.image_size)
+        # Square grids of patches with sides in the ratio of the images', with a class token or none.
+        height, width = theirs.image_size
+        new_height, new_width = ours.image_size
+        for before in (0, 1) if height == width and new_height == new_width else ():
+            a = isqrt(max(then - before, 0))
+            b = isqrt(max(now - before, 0))
+            square = a * a == then - before and b * b == now - before
+            if square and a * new_height == b * height:
+                candidates.append(([(a, a)], [(b, b)]))
     for old, new in candidates:
         before = then - sum(map(prod, old))
         same = before == now - sum(map(prod, new))
         if same and 0 <= before <= MOST_BEFORE and old != new:
             return before, list(zip(old, new, strict=True))
     return None
-
-
-def _square_grids(then: int, now: int, old: Grid, new: Grid) -> list[tuple[list[Grid], list[Grid]]]:
-    """Grids of patches whose sides are in the ratio of the images', with a class token or none."""
-    found = []
-    for before in (0, 1):
-        a = isqrt(max(then - before, 0))
-        b = isqrt(max(now - before, 0))
-        square = a * a == then - before and b * b == now - before
-        if square and old[0] == old[1] and new[0] == new[1] and a * new[0] == b * old[0]:
-            found.append(([(a, a)], [(b, b)]))
-    return found
 
 
 def _grids(layout: Layout) -> list[Grid]:

@@ -72,7 +72,23 @@ def imagenet(
             print(f"{split}: {number} shards in {target / 'shards'}")
     if size is not None:
         _crops(target, size, crop_train, extractor, device)
-    _tell_next(target, form)
+    # The options by which training reads what was prepared.
+    if form == "shards":
+        train_tars = shlex.quote(f"{target}/shards/train-*.tar")
+        val_tars = shlex.quote(f"{target}/shards/val-*.tar")
+        options = (
+            f"--data tessellar.data.WebDatasetData --data.shards {train_tars} "
+            f"--data.val_shards {val_tars}"
+        )
+    else:
+        train_folder = shlex.quote(str(target / "train"))
+        val_folder = shlex.quote(str(target / "val"))
+        options = f"--data.root {train_folder} --data.val_root {val_folder}"
+    log.info(
+        "next: %s --config imagenet256/vq_16 %s (weights/vgg16.pth is torchvision's VGG-16)",
+        spelled("train"),
+        options,
+    )
 
 
 def _crops(target: Path, size: int, crop_train: bool, extractor: str, device: str) -> None:
@@ -87,24 +103,6 @@ def _crops(target: Path, size: int, crop_train: bool, extractor: str, device: st
             from tessellar.cli.evaluation_tools import stats
 
             stats(str(folder), size=size, extractor=extractor, out=str(reference), device=device)
-
-
-def _tell_next(target: Path, form: str) -> None:
-    """The options by which training reads what was prepared."""
-    if form == "shards":
-        train = shlex.quote(f"{target}/shards/train-*.tar")
-        val = shlex.quote(f"{target}/shards/val-*.tar")
-        options = (
-            f"--data tessellar.data.WebDatasetData --data.shards {train} --data.val_shards {val}"
-        )
-    else:
-        train = shlex.quote(str(target / "train"))
-        options = f"--data.root {train} --data.val_root {shlex.quote(str(target / 'val'))}"
-    log.info(
-        "next: %s --config imagenet256/vq_16 %s (weights/vgg16.pth is torchvision's VGG-16)",
-        spelled("train"),
-        options,
-    )
 
 
 COMMANDS = {"imagenet": imagenet}

@@ -155,7 +155,15 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
             value = words.pop(0) if takes_next else value
             plain.append(f"--{name}" if value is None else f"--{name}={value}")
     plain += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
-    return [*_gather(function, hints, positionals), *plain]
+    required = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty:
+            required.append(name)
+    if required and _is_list(hints[required[-1]]) and len(positionals) >= len(required):
+        # The words of a last positional list are one.
+        single = len(required) - 1
+        positionals = [*positionals[:single], json.dumps(positionals[single:])]
+    return [*positionals, *plain]
 
 
 def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
@@ -200,18 +208,6 @@ def _split(words: Sequence[str]) -> list[str]:
 
 def _is_list(hint: Any) -> bool:
     return get_origin(hint) is list or any(get_origin(h) is list for h in get_args(hint))
-
-
-def _gather(function: Function, hints: Mapping[str, Any], positionals: list[str]) -> list[str]:
-    """Positional words, those of a last positional list in one."""
-    required = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is parameter.empty:
-            required.append(name)
-    if not required or not _is_list(hints[required[-1]]) or len(positionals) < len(required):
-        return positionals
-    single = len(required) - 1
-    return [*positionals[:single], json.dumps(positionals[single:])]
 
 
 def _plain(message: str, names: Sequence[str]) -> str:

@@ -206,25 +206,25 @@ def write_shards(folder: Path, target: Path, size: int = SHARD) -> int:
     with Progress("writing shards", count, "shards") as bar:
         for number in range(count):
             path = target / f"{folder.name}-{number:05d}.tar"
+            staged = path.with_suffix(".part")
             if not path.is_file():
-                _write_shard(path, files[number::count], classes)
+                with writing(path, unfinished=staged):
+                    _write_shard(staged, files[number::count], classes)
+                    staged.replace(path)
             load_index(path)
             bar.update()
     return count
 
 
 def _write_shard(path: Path, files: Sequence[Path], classes: Sequence[str]) -> None:
-    staged = path.with_suffix(".part")
-    with writing(path, unfinished=staged):
-        with tarfile.open(staged, "w") as tar:
-            for file in files:
-                name = file.parent.name
-                tar.add(file, arcname=f"{name}_{file.stem}{file.suffix.lower()}", recursive=False)
-                label = str(classes.index(name)).encode()
-                info = tarfile.TarInfo(f"{name}_{file.stem}.cls")
-                info.size = len(label)
-                tar.addfile(info, io.BytesIO(label))
-        staged.replace(path)
+    with tarfile.open(path, "w") as tar:
+        for file in files:
+            name = file.parent.name
+            tar.add(file, arcname=f"{name}_{file.stem}{file.suffix.lower()}", recursive=False)
+            label = str(classes.index(name)).encode()
+            info = tarfile.TarInfo(f"{name}_{file.stem}.cls")
+            info.size = len(label)
+            tar.addfile(info, io.BytesIO(label))
 
 
 def write_crops(folder: Path, target: Path, size: int) -> int:

@@ -51,22 +51,18 @@ class ViTBlock(nn.Module):
         for linear in (self.proj, self.fc2):
             nn.init.zeros_(linear.weight)
 
-    def _attention(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, is_causal=self.causal, implementation=self.implementation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x))
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         if self.exact_attention:
             with torch.autocast(x.device.type, enabled=False):
                 out = self._attend(q.float(), k.float(), v.float()).to(q.dtype)
         else:
             out = self._attend(q, k, v)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, is_causal=self.causal, implementation=self.implementation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attention(self.attention_norm(x))
+        x = x + self.proj(rearrange(out, "b h n d -> b n (h d)"))
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate=self.gelu))
 
 

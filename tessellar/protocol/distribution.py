@@ -304,19 +304,18 @@ class Bits(Chained):
         shown = torch.zeros(len(self.sets), self.count, dtype=torch.bool, device=self.device)
         for stage, before in enumerate(self.sets[:-1]):
             shown[stage + 1 :, list(before)] = True
-        return lambda known, stage: _two_logits(
-            self.head(known, shown[stage])[..., list(self.sets[stage])]
-        )
+
+        def two_logits(known: Tensor, stage: int) -> Tensor:
+            """The log-odds of a stage's bits as logits [..., 2] of their two values."""
+            log_odds = self.head(known, shown[stage])[..., list(self.sets[stage])]
+            return torch.stack([torch.zeros_like(log_odds), log_odds], -1)
+
+        return two_logits
 
 
 def _log_prob(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability [...] of `ids` [...] under logits [..., V], in float32."""
     return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
-def _two_logits(log_odds: Tensor) -> Tensor:
-    """Log-odds [...] of a bit as the logits [..., 2] of its two values."""
-    return torch.stack([torch.zeros_like(log_odds), log_odds], -1)
 
 
 def with_values(tokens: Tensor, members: tuple[int, ...], values: Tensor) -> Tensor:

@@ -70,8 +70,16 @@ class MetricsFile(Logger):
         self._columns += new
         if new or self._place == 0:
             self._rewrite(self._read(self._place))
-        else:
-            self._write_row()
+            return
+        # By one write: a kill leaves the older row or the newer one, a full disk the older one.
+        with writing(self.path), self.path.open("r+b", buffering=0) as file:
+            file.seek(self._place)
+            before = file.read()
+            try:
+                _put(file, self._place, _lines(self._columns, [self._row]))
+            except OSError:
+                _put(file, self._place, before)
+                raise
 
     def _read(self, end: int | None = None) -> list[dict[str, str]]:
         """The whole rows of the file, of its first `end` bytes; a kill may have left a part of one."""
@@ -95,19 +103,6 @@ class MetricsFile(Logger):
             staged.write_bytes(before + last)
             staged.replace(self.path)
         self._place = len(before)
-
-    def _write_row(self) -> None:
-        """Put the last row in its place, by one write: a kill leaves the older or the newer one, and
-        a full disk the older one.
-        """
-        with writing(self.path), self.path.open("r+b", buffering=0) as file:
-            file.seek(self._place)
-            before = file.read()
-            try:
-                _put(file, self._place, _lines(self._columns, [self._row]))
-            except OSError:
-                _put(file, self._place, before)
-                raise
 
 
 def _put(file: BinaryIO, place: int, content: bytes) -> None:

@@ -55,17 +55,11 @@ class ClusteringVQ(VectorQuantizer):
         # that nobody uses, 0 for one of average use.
         shares = self.shares.lerp(used / used.sum(), 1 - self.decay)
         speed = torch.exp(-shares * len(shares) * 10 / 0.01 - 1e-3)[:, None]
-        codes = self.codebook.weight.lerp(
-            self._nearest(latents).to(self.codebook.weight.dtype), speed
-        )
+        with torch.autocast(latents.device.type, enabled=False):
+            # The latent nearest to each code [V, C], as it came (not normalised).
+            nearest = latents[self.distances(self._normalize(latents)).argmin(0)]
+        codes = self.codebook.weight.lerp(nearest.to(self.codebook.weight.dtype), speed)
         # A pass that is not finite changes nothing: its NaN would be the nearest latent of every
         # code.
         self.shares.copy_(torch.where(finite, shares, self.shares))
         self.codebook.weight.copy_(torch.where(finite, codes, self.codebook.weight))
-
-    def _nearest(self, latents: Tensor) -> Tensor:
-        """The latent, of those of the global batch [M, C], nearest to each code [V, C], as it came
-        (not normalised).
-        """
-        with torch.autocast(latents.device.type, enabled=False):
-            return latents[self.distances(self._normalize(latents)).argmin(0)]

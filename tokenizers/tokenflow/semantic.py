@@ -82,18 +82,13 @@ class SemanticVision(VisionModel):
             self.projection = None
             self.register_buffer("shared_space", found)
         self.requires_grad_(True)
-        for unread in self._unread():
-            unread.requires_grad_(False)
-
-    def _unread(self) -> list[nn.Module]:
-        """Parts that no feature reads."""
-        network: Any = self.network
-        parts = [*network.blocks[self.layers[0] + 1 :], network.fc_norm, network.head]
+        unread = [*network.blocks[self.layers[0] + 1 :], network.fc_norm, network.head]
         if network.attn_pool is not None:
-            parts.append(network.attn_pool)
+            unread.append(network.attn_pool)
         if not self.normed:
-            parts.append(network.norm)
-        return parts
+            unread.append(network.norm)
+        for part in unread:  # no feature reads it
+            part.requires_grad_(False)
 
     def fill(self, state: Mapping[str, Tensor], where: str) -> None:
         """As a vision model, from files that may hold more: a projection, a norm behind pooling."""

@@ -239,8 +239,8 @@ def _published(
     semantic: SemanticVision,
     image_size: int,
     width: int,
-    teacher: Teacher | None,
     semantic_dim: int,
+    teacher: Teacher | None,
     stage: Stage,
     enhanced: bool = False,
 ) -> TokenFlow:
@@ -270,7 +270,15 @@ def tokenflow_b(
     OpenAI's CLIP ViT-B/16, in `weights`.
     """
     semantic = SemanticVision(**CLIP_B, weights=weights, preprocessing=AS_IS)  # type: ignore[arg-type]
-    return _published(semantic, 224, 768, teacher, 512, stage, enhanced)
+    return _published(
+        semantic,
+        224,
+        width=768,
+        semantic_dim=512,
+        teacher=teacher,
+        stage=stage,
+        enhanced=enhanced,
+    )
 
 
 def tokenflow_b_256(
@@ -283,7 +291,15 @@ def tokenflow_b_256(
     generator's.
     """
     semantic = SemanticVision(**CLIP_B, weights=weights, preprocessing=AS_IS)  # type: ignore[arg-type]
-    return _published(semantic, 256, 768, teacher, 512, stage, enhanced)
+    return _published(
+        semantic,
+        256,
+        width=768,
+        semantic_dim=512,
+        teacher=teacher,
+        stage=stage,
+        enhanced=enhanced,
+    )
 
 
 def tokenflow_l(
@@ -291,7 +307,7 @@ def tokenflow_l(
 ) -> TokenFlow:
     """559,964,139 parameters, 817 tokens at 256 pixels; from ViTamin-XL, in `weights`."""
     semantic = SemanticVision(**VITAMIN_XL, weights=weights)
-    return _published(semantic, 256, 1152, teacher, 1152, stage)
+    return _published(semantic, 256, width=1152, semantic_dim=1152, teacher=teacher, stage=stage)
 
 
 def tokenflow_xl(
@@ -299,4 +315,4 @@ def tokenflow_xl(
 ) -> TokenFlow:
     """554,009,963 parameters, 2,227 tokens at 384 pixels; from SigLIP-SO400M, in `weights`."""
     semantic = SemanticVision(**SIGLIP_SO400M, weights=weights)
-    return _published(semantic, 384, 1152, teacher, 1152, stage)
+    return _published(semantic, 384, width=1152, semantic_dim=1152, teacher=teacher, stage=stage)

@@ -134,7 +134,12 @@ class SequenceScales(VectorQuantizer):
             z = at_least_float32(z)
             finite = distributed.all_finite(z.detach()) if self.training else None
             if finite is not None:
-                self._maintain(self._rests(z), finite)
+                rests = z
+                if self.init_step is not None or self.restart_every is not None:
+                    # Codes are made of data: of the rests of all scales.
+                    with torch.no_grad():
+                        rests = torch.cat([rest for rest, _, _ in self.scan(z)], 1)
+                self._maintain(rests, finite)
             found = []
             total = torch.zeros_like(z)
             # VAR's losses: errors of the sum so far, that move the codes and that move z.
@@ -154,10 +159,3 @@ class SequenceScales(VectorQuantizer):
                 "commitment": self.commitment_weight * torch.stack(to_latents).mean(),
             }
             return QuantizerOutput(z + (total - z).detach(), tokens, losses)
-
-    @torch.no_grad()
-    def _rests(self, z: Tensor) -> Tensor:
-        """What codes may be made of, where they are made of data: the rests of all scales."""
-        if self.init_step is None and self.restart_every is None:
-            return z
-        return torch.cat([rest for rest, _, _ in self.scan(z)], 1)
