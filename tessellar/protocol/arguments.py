@@ -25,8 +25,8 @@ def _words(text: str) -> frozenset[str]:
 #: Whole numbers of at least 1.
 SIZES = _words(
     """
-    accumulate always batch_size blocks caption_dim channels classes columns decoder_multipliers depth
-    dim epoch_length every every_n_epochs every_n_updates group group_bits groups heads hidden holistic
+    accumulate always batch_size bits blocks caption_dim channels classes columns decoder_multipliers depth
+    dim epoch_length every every_n_epochs every_n_updates group group_bits groups head_groups heads hidden holistic
     init_step keep kernel length levels longest max_skipped multiple multipliers
     num_samples ffn_multiple_of milestones patch phis pool repeats restart_every rows_at_once
     samples semantic_layer sets shortest sides size
@@ -44,7 +44,7 @@ COUNTS = _words(
 #: Numbers in [0, 1].
 SHARES = _words(
     """
-    betas crop cutout decay decay_start drop drop_path dropout final label_smoothing least_masked
+    betas crop cutout decay decay_start drop drop_path dropout final flip label_smoothing least_masked
     max_corrupt milestone_factor muon_momentum null phi_ratio probability random_order rate share warmup_from
     warn_below
     """
