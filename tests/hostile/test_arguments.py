@@ -47,6 +47,7 @@ from tessellar.tokenizers.losses.tokenizer_loss import Onset, TokenizerLoss
 from tessellar.tokenizers.one_d_piece.tokenizer import TailDrop
 from tessellar.tokenizers.retok import Inferred, QFormerSize
 from tessellar.tokenizers.titok.tokenizer import ViTSize
+from tessellar.tokenizers.tokenflow.semantic import SemanticDecoderSize
 from tessellar.training.methods.context_noise import ContextNoise
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import Recovery
@@ -79,6 +80,7 @@ MADE: dict[type, dict[str, Any]] = {
     Recovery: {},
     Resize: {"ratio": 1.1},
     Schedule: {},
+    SemanticDecoderSize: {},
     ShapesData: {},
     TailDrop: {},
     Throughput: {"every": 1},

@@ -22,8 +22,10 @@ from tessellar.layers.tags import tag
 from tessellar.layers.vit import resized_positions
 from tessellar.networks.timm_networks import Options
 from tessellar.networks.vision import Preprocessing, Teacher, VisionFeatures, VisionModel
+from tessellar.protocol.arguments import in_ranges
 
 
+@in_ranges
 @dataclass(frozen=True)
 class SemanticDecoderSize:
     """Of the semantic decoder."""
