@@ -34,7 +34,8 @@ class ImageGenerator(nn.Module):
     """A tokenizer, a generator of its tokens and what reads the generator's condition.
 
     `class_names[k]` is the name of class k; empty where names are not known, or the generator reads
-    text. Raises UserError where the generator was built for another layout than the tokenizer's.
+    text. Raises UserError where the generator was built for another layout than the tokenizer's: it
+    may be that of its first tokens, where they can be decoded alone.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ImageGenerator(nn.Module):
         class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if tokenizer.layout != generator.layout:
+        if not tokenizer.layout.starts_with(generator.layout):
             raise UserError(
                 f"the generator was built for {generator.layout}, but the tokenizer gives {tokenizer.layout}"
             )

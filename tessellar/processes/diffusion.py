@@ -36,6 +36,11 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> Tensor:
     return torch.tensor(betas, dtype=torch.float64, device="cpu")
 
 
+def linear_betas(steps: int = TRAINING_STEPS) -> Tensor:
+    """From 1e-4 to 0.02 in even steps (DDPM, arXiv 2006.11239)."""
+    return torch.linspace(1e-4, 0.02, steps, dtype=torch.float64, device="cpu")
+
+
 def kept_steps(count: int, total: int = TRAINING_STEPS) -> list[int]:
     """`count` of `total` steps, evenly from the first to the last; raises UserError where there are
     not that many.
@@ -158,6 +163,12 @@ class Diffusion:
 def full_process() -> Diffusion:
     """The process of training, all 1,000 steps."""
     return Diffusion(cosine_betas(), tuple(range(TRAINING_STEPS)))
+
+
+@lru_cache
+def linear_process() -> Diffusion:
+    """All 1,000 steps with linear betas (Semanticist, arXiv 2503.08685)."""
+    return Diffusion(linear_betas(), tuple(range(TRAINING_STEPS)))
 
 
 def respaced(process: Diffusion, steps: list[int]) -> Diffusion:

@@ -6,7 +6,7 @@ layout is a sequence of segments (a grid, a 1D sequence, holistic tokens then a 
 scales), each with its shape and with what one position holds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -138,6 +138,34 @@ class Layout:
         """(h, w) if the layout is one grid, else None."""
         shape = self.segments[0].shape
         return (shape[0], shape[1]) if len(self.segments) == 1 and len(shape) == 2 else None
+
+    def first(self, count: int) -> "Layout":
+        """The layout of the first `count` positions; raises ValueError where they are no prefix
+        that can be decoded.
+        """
+        if count == self.length:
+            return self
+        shortest = self.length if self.min_prefix is None else self.min_prefix
+        if not shortest <= count < self.length:
+            raise ValueError(f"the first {count} positions of {self} cannot be decoded alone")
+        kept = []
+        for start, segment in zip(self.starts, self.segments, strict=False):
+            left = count - start
+            if left >= segment.length:
+                kept.append(segment)
+            elif left > 0:
+                # A part of a grid is a run of its cells.
+                kept.append(replace(segment, shape=(left,)))
+        return Layout(tuple(kept), self.min_prefix)
+
+    def starts_with(self, other: "Layout") -> bool:
+        """Whether `other` is this layout, or that of first positions of it that can be decoded
+        alone.
+        """
+        try:
+            return self.first(other.length) == other
+        except ValueError:
+            return False
 
     def vocab(self) -> Tensor:
         """Vocabulary size of each position, int64 [N]; raises TypeError unless the layout is

@@ -26,6 +26,7 @@ from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
+from tessellar.models.semanticist import SemanticistAR
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.tokenbridge import TokenBridge
 from tessellar.models.tokenbridge.head import ChannelLogits
@@ -191,6 +192,18 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "retok": lambda: ReToKGPT(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
+    "semanticist": lambda: SemanticistAR(
+        sequence_layout(8, Continuous(3), min_prefix=1),
+        32,
+        2,
+        4,
+        CLASSES,
+        6,
+        24,
+        2,
+        dropout=0.0,
+        ffn_multiple_of=8,
+    ),
     "next-token": lambda: next_entity(LINE, "token"),
     "next-cell": lambda: next_entity(GRID, "cell:2"),
     "next-subsample": lambda: next_entity(GRID, "subsample:2"),

@@ -35,6 +35,8 @@ from tessellar.models.rar import RAR
 from tessellar.models.rar import official as rar
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.retok import official as retok
+from tessellar.models.semanticist import SemanticistAR
+from tessellar.models.semanticist import official as semanticist
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.token_shuffle import official as token_shuffle
 from tessellar.models.tokenbridge import KL16_ORDER, TokenBridge
@@ -271,6 +273,21 @@ def xar_of_two_depths() -> Pair:
     return made, xar.from_official(xar.to_official(shaken(made)), LATENTS, 3, "cell:2x4")
 
 
+def semanticist_of_first_tokens() -> Pair:
+    layout = sequence_layout(9, Continuous(5), min_prefix=1)
+    sizes: dict[str, Any] = {"num_tokens": 7, "head_width": 20, "head_depth": 3}
+    made = SemanticistAR(layout, 24, 3, 3, CLASSES, dropout=0.0, ffn_multiple_of=20, **sizes)
+    state = semanticist.to_official(shaken(made))
+    again = semanticist.from_official(state, layout, 3)
+    again.layers.apply(_without_dropout)
+    return made, again
+
+
+def _without_dropout(module: nn.Module) -> None:
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+
+
 def _vqvae() -> VARVQVAE:
     return shaken(VARVQVAE(MultiScaleQuantizer(23, 6, (1, 3, 4)), 16, 32, (1, 1, 2), 1))
 
@@ -359,6 +376,7 @@ OF_CLASSES: list[Callable[[], Pair]] = [
     tokenbridge_of_groups,
     tokenbridge_in_parallel,
     xar_of_two_depths,
+    semanticist_of_first_tokens,
     var_of_other_scales,
     var_of_shared_modulation,
 ]

@@ -46,6 +46,8 @@ from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.restok import official as restok
 from tessellar.tokenizers.retok import QFormerSize, ReToK
 from tessellar.tokenizers.retok import official as retok
+from tessellar.tokenizers.semanticist import Semanticist, SlotDecoding
+from tessellar.tokenizers.semanticist import official as semanticist
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.titok import official as titok
 from tessellar.tokenizers.tokenflow import (
@@ -362,6 +364,16 @@ def rectok_without_a_teacher() -> Pair:
     return made, rectok.from_official(rectok.to_official(made), (2, 6))
 
 
+def semanticist_tokenizer() -> Pair:
+    """Of pixels in patches of 8, with a projection, and more heads than the widths say."""
+    sizes: dict[str, Any] = {"encoder_size": DECODER, "decoder_size": ENCODER, "repa_dim": 7}
+    decoding = SlotDecoding(2)
+    made = shaken(Semanticist(24, 4, 9, 5, None, 8, decoding=decoding, tap=3, **sizes))
+    again = semanticist.from_official(semanticist.to_official(made), None, (2, 6))
+    again.decoding = decoding
+    return made, again
+
+
 CASES: dict[str, Callable[[], Pair]] = {
     "BitDance's, fed with noise": bitdance_with_noise,
     "BitDance's, of one level": bitdance_of_one_level,
@@ -389,6 +401,7 @@ CASES: dict[str, Callable[[], Pair]] = {
     "Hita": hita_tokenizer,
     "ResTok": restok_tokenizer,
     "ReToK": retok_tokenizer,
+    "Semanticist": semanticist_tokenizer,
     "FlexTok": flextok_tokenizer,
     "FlexTok's VAE": flextok_autoencoder,
 }

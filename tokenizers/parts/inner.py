@@ -4,8 +4,10 @@ from tessellar.protocol.configured import refuse_outside
 from tessellar.protocol.tokenizer import Tokenizer
 
 
-def inner_tokenizer(outer: Tokenizer, given: Tokenizer | str) -> Tokenizer:
-    """The tokenizer that `outer` was given as its argument `tokenizer`.
+def inner_tokenizer(
+    outer: Tokenizer, given: Tokenizer | str, argument: str = "tokenizer"
+) -> Tokenizer:
+    """The tokenizer that `outer` was given as one of its arguments.
 
     The config of `outer` then holds it, not where it was: an export is complete in itself.
     """
@@ -13,7 +15,7 @@ def inner_tokenizer(outer: Tokenizer, given: Tokenizer | str) -> Tokenizer:
         return given
     from tessellar.checkpoints.reading import load_tokenizer
 
-    refuse_outside(f"the tokenizer of {type(outer).__name__}, {given}")
+    refuse_outside(f"the {argument} of {type(outer).__name__}, {given}")
     loaded = load_tokenizer(given)
-    outer._config["tokenizer"] = loaded.config
+    outer._config[argument] = loaded.config
     return loaded
