@@ -97,6 +97,11 @@ STATEMENTS: dict[str, dict[str, Facts]] = {
         "0.0": {"framing.flip": False},
     },
     "augmentation.ten_crop": {
+        "ten crops of ADM centre crops to int(1.05 * 256) and int(1.1 * 256), drawn with replacement": {
+            "framing.crop": "ten",
+            "framing.size": 256,
+            "framing.ten_ratios": (1.05, 1.1),
+        },
         "ADM centre crop int(1.1 * 256) = 281, TenCrop(256), one of 10 drawn a visit": {
             "framing.crop": "ten",
             "framing.size": 256,

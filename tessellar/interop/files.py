@@ -42,7 +42,7 @@ def is_official_file(path: str | Path) -> bool:
         return HEADER_KEY not in read_metadata(path)
     if path.suffix == ".ckpt" and path.is_file():  # ours, or one as MAR's kl16.ckpt
         return HEADER_KEY not in read_pickle(path)
-    return path.suffix in (".pt", ".pth", ".bin")
+    return path.suffix in (".pt", ".pth", ".bin", ".pkl")
 
 
 def read_content(path: str | Path) -> Any:

@@ -4,7 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessellar.data.token_cache.storage import pack, sample_posterior, storage_of, unpack
+from tessellar.data.token_cache.storage import (
+    is_storage_of,
+    pack,
+    sample_posterior,
+    storage_of,
+    unpack,
+)
 from tessellar.protocol.layout import (
     Bits,
     Categorical,
@@ -26,7 +32,7 @@ from tessellar.protocol.layout import (
         (Categorical(2**32), ("ids", "uint32", (6,))),
         (Factorized((16, 300)), ("ids", "uint16", (6, 2))),
         (Bits(9), ("bits", "uint8", (6, 2))),
-        (Continuous(5), ("vectors", "uint16", (6, 5))),
+        (Continuous(5), ("vectors", "float32", (6, 5))),
     ],
 )
 def test_tokens_take_the_smallest_type_that_holds_them(kind, expected):
@@ -70,12 +76,17 @@ def test_unpacking_inverts_packing(data: st.DataObject):
     assert torch.equal(unpack(array, storage, layout), tokens)
 
 
-def test_vectors_are_rounded_to_bfloat16_and_no_further():
+def test_vectors_are_not_rounded_but_in_caches_of_earlier_versions():
     layout = grid_layout(2, 2, Continuous(3))
     tokens = torch.randn(5, 4, 3) * torch.logspace(-8, 8, 3)
     storage = storage_of(layout)
     back = unpack(pack(tokens, storage), storage, layout)
-    assert back.dtype == torch.float32 and torch.equal(back, tokens.bfloat16().float())
+    assert back.dtype == torch.float32 and torch.equal(back, tokens)
+    older = storage._replace(dtype="uint16")
+    assert is_storage_of(storage, layout) and is_storage_of(older, layout)
+    assert not is_storage_of(older._replace(kind="ids"), layout)
+    assert not is_storage_of(older, grid_layout(2, 2, Continuous(4)))
+    assert torch.equal(unpack(pack(tokens, older), older, layout), tokens.bfloat16().float())
 
 
 def test_a_posterior_is_sampled_around_its_mean():

@@ -19,6 +19,7 @@ from tessellar.models.maskgit import MaskGIT
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
+from tessellar.models.semanticist import SemanticistAR
 from tessellar.models.tokenbridge import TokenBridge
 from tessellar.models.var import VAR
 from tessellar.models.xar import XAR
@@ -207,6 +208,19 @@ def _(generator: XAR) -> Facts:
         "dropout.attention": the_one(blocks, lambda block: block.attention.dropout),
         "dropout.projection_and_mlp": the_one(inner, float),
         "dropout.drop_path": 0.0,
+        "losses.flow.weight": 1.0,
+    }
+
+
+@_facts.register
+def _(generator: SemanticistAR) -> Facts:
+    residual = the_one(generator.layers, lambda layer: layer.dropout.p)  # type: ignore[attr-defined]
+    return {
+        "dropout.token": getattr(generator.embedding_dropout, "p", 0.0),
+        "dropout.residual": residual,
+        "dropout.feed_forward": residual,
+        "positions": generator.layout.length,
+        "repeats": generator.repeats,
         "losses.flow.weight": 1.0,
     }
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from tessellar.cli.recipes import Facts, Recipe, optimizer_facts, schedule_facts
+from tessellar.cli.recipes import IMAGES, Facts, Recipe, optimizer_facts, schedule_facts
 from tessellar.layers.gated_block import GatedAttention
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.ibq import IBQ
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.rectok import ChannelBottleneck
+from tessellar.tokenizers.semanticist import Semanticist
 
 UNIT_RANGE = (
     "titok",
@@ -79,9 +80,10 @@ def tokenizer_facts(recipe: Recipe, tokenizer: Any, system: str) -> Facts:
         **_own(tokenizer),
         **_training(tokenizer),
     }
-    if isinstance(tokenizer.quantizer, ChannelBottleneck):
-        facts["losses.kl.weight"] = tokenizer.quantizer.kl_weight  # of an image's sum, as there
-    elif isinstance(tokenizer.quantizer, GaussianBottleneck):
+    quantizer = getattr(tokenizer, "quantizer", None)
+    if isinstance(quantizer, ChannelBottleneck):
+        facts["losses.kl.weight"] = quantizer.kl_weight  # of an image's sum, as there
+    elif isinstance(quantizer, GaussianBottleneck):
         latents = tokenizer.layout.length * tokenizer.quantizer.dim
         height, width = tokenizer.image_size
         # Of sums over latents; where the likeness is officially a sum over pixels too, both are of one scale.
@@ -136,7 +138,7 @@ def _augment(loss: Mapping[str, Any]) -> Facts:
 
 def _own(tokenizer: Any) -> Facts:
     """Losses that the tokenizer itself names; in stage "decoder" the quantizer's are left out."""
-    quantizer = tokenizer.quantizer
+    quantizer = getattr(tokenizer, "quantizer", None)
     parts = getattr(quantizer, "quantizers", None) or [quantizer]
     first = parts[0]
     facts: Facts = {
@@ -197,6 +199,18 @@ def _training(tokenizer: Any) -> Facts:
         ),
         "losses.flow.weight": 1.0,
     }
+    if isinstance(tokenizer, Semanticist):
+        how = tokenizer.training_settings
+        facts |= {
+            "dropout.drop_path": max(block.drop_path.rate for block in tokenizer.encoder.blocks),
+            "nested.null": how.null,
+            "nested.from_epoch": how.nested_after / (IMAGES // 2048),
+            "nested.shortest": 1,
+            "nested.longest": tokenizer.num_slots,
+            "losses.diffusion.weight": 1.0,
+            "losses.bound.weight": 1.0,
+            "losses.repa.weight": how.repa_weight,
+        }
     if hasattr(tokenizer, "drop"):
         facts |= {
             "tail_drop.shortest": tokenizer.drop.shortest,

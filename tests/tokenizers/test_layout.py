@@ -121,3 +121,20 @@ def test_kinds_that_fit_are_taken() -> None:
 def test_a_layout_holds_ids_or_vectors_but_not_both() -> None:
     with pytest.raises(ValueError, match="cannot share"):
         Layout((Segment((2,), Bits(3)), Segment((2,), Continuous(3))))
+
+
+def test_first_positions_are_a_layout_where_they_can_be_decoded_alone() -> None:
+    line = sequence_layout(6, Continuous(3), min_prefix=2)
+    assert line.first(6) is line
+    assert line.first(2) == sequence_layout(2, Continuous(3), min_prefix=2)
+    mixed = Layout(HOLISTIC.segments, min_prefix=3)
+    assert mixed.first(7).segments == (HOLISTIC.segments[0], Segment((3,), Categorical(5), "grid"))
+    assert mixed.first(3).segments == (Segment((3,), Categorical(8), "holistic"),)
+    for layout, count in ((line, 1), (line, 7), (HOLISTIC, 4)):
+        with pytest.raises(
+            ValueError, match=f"the first {count} positions of .* cannot be decoded"
+        ):
+            layout.first(count)
+    assert line.starts_with(line) and line.starts_with(line.first(3))
+    assert not line.starts_with(sequence_layout(3, Continuous(3)))
+    assert not HOLISTIC.starts_with(mixed.first(3)) and not line.first(3).starts_with(line)

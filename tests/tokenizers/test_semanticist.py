@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.checkpoints.export import export_tokenizer
 from tessellar.cli.importing import import_model
 from tessellar.errors import UserError
 from tessellar.interop.importer import ImportOptions
@@ -26,7 +27,7 @@ from tessellar.tokenizers.semanticist import (
     semanticist_l,
     semanticist_xl,
 )
-from tessellar.tokenizers.semanticist.official import from_official, to_official
+from tessellar.tokenizers.semanticist.official import from_official, load_vae, to_official
 from tessellar.tokenizers.semanticist.tokenizer import process_of, standardised
 from tessellar.tokenizers.titok import ViTSize
 
@@ -293,6 +294,12 @@ def test_official_files_hold_an_average_of_what_is_trained(tmp_path: Path) -> No
     ours = made.state_dict()
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, ours[key]), key
+    # A preset reads the same file, or an export.
+    exported = export_tokenizer(vae(), tmp_path / "export")
+    for weights in (tmp_path / "kl16.ckpt", exported):
+        assert torch.equal(load_vae(weights, 16).encode(images()), vae().encode(images()))
+    with pytest.raises(UserError, match="is a Semanticist; Semanticist's VAE is a KLVAE"):
+        load_vae(export_tokenizer(made, tmp_path / "whole"), 16)
     with pytest.raises(UserError, match="not the weights of a Semanticist tokenizer"):
         from_official({}, None)
 

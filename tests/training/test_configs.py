@@ -23,6 +23,7 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "open_magvit2": "open_magvit2.open_magvit2_256",
     "ibq": "ibq.ibq_16384",
     "bar": "bar_fsq.bar_fsq_256",
+    "semanticist": "semanticist.semanticist_l",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 PARAMETERS = {
@@ -81,6 +82,9 @@ PARAMETERS = {
     "imagenet256/bitdance_b_16x": 260_111_648,
     "imagenet256/bitdance_l_1x": 527_271_968,
     "imagenet256/bitdance_h_1x": 1_007_960_352,
+    "imagenet256/vat_b256": 172_030_068,
+    "imagenet256/semanticist_ar_l": 488_566_800,
+    "imagenet256/semanticist_ar_l_on_xl": 488_566_800,
     "imagenet256/one_d_piece_stage1": 205_256_463,
     "imagenet256/one_d_piece_s256": 83_871_247,
     "imagenet256/one_d_piece_b256": 205_256_463,

@@ -9,6 +9,7 @@ p^2, ...] scale by scale, maps [B, C, h, w].
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import prod
 
 import torch
 from einops import rearrange
@@ -49,6 +50,11 @@ class PyramidQuantizer(Quantizer):
         """What a scale's tokens [B, p p, ...] add to the latent [B, C, h, w]."""
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the map of each scale; a sequence is a map of one row."""
+        return tuple((side, side) for side in self.sides)
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         """One grid a scale."""
         return tuple(Segment((side, side), self.kind, f"scale{side}") for side in self.sides)
@@ -57,8 +63,8 @@ class PyramidQuantizer(Quantizer):
     def ends(self) -> tuple[int, ...]:
         """Tokens before each scale, and of all."""
         ends = [0]
-        for side in self.sides:
-            ends.append(ends[-1] + side**2)
+        for shape in self.shapes:
+            ends.append(ends[-1] + prod(shape))
         return tuple(ends)
 
     def scan(
@@ -69,10 +75,10 @@ class PyramidQuantizer(Quantizer):
 
         The `skipped` scale takes nothing off the rest. Gradients reach z through the rests.
         """
-        rest = rearrange(z, "b (h w) c -> b c h w", h=self.sides[-1]).contiguous()
-        for scale, side in enumerate(self.sides):
+        rest = rearrange(z, "b (h w) c -> b c h w", h=self.shapes[-1][0]).contiguous()
+        for scale, shape in enumerate(self.shapes):
             # Averaged down, so that a token says what its whole cell lacks.
-            latents = rows(averaged(rest, side))
+            latents = rows(averaged(rest, shape))
             tokens = self.nearest(latents.detach())
             added = self.added(scale, tokens)
             # The rest is a target for the next scales: no gradient runs along what was taken.
@@ -109,14 +115,14 @@ class PyramidQuantizer(Quantizer):
         with torch.autocast(tokens.device.type, enabled=False):
             inputs = []
             sums = self.sums(tokens[:, : self.ends[count - 1]])
-            for side, total in zip(self.sides[1:count], sums, strict=True):
-                inputs.append(rows(averaged(total, side)))
+            for shape, total in zip(self.shapes[1:count], sums, strict=True):
+                inputs.append(rows(averaged(total, shape)))
         return torch.cat(inputs, 1)
 
 
-def averaged(maps: Tensor, side: int) -> Tensor:
-    """Maps [B, C, h, w] averaged down to `side` x `side`."""
-    return maps if side == maps.shape[-1] else F.interpolate(maps, (side, side), mode="area")
+def averaged(maps: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Maps [B, C, h, w] averaged down to `shape`."""
+    return maps if shape == maps.shape[-2:] else F.interpolate(maps, shape, mode="area")
 
 
 def enlarged(vectors: Tensor, side: int, mode: str = "bicubic") -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.errors import UserError
-from tessellar.interop.files import read_content
+from tessellar.interop.files import is_official_file, read_content
 from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
 from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.sizes import count, heads_of
@@ -139,6 +140,17 @@ def to_official(tokenizer: Semanticist) -> dict[str, Tensor]:
     return OFFICIAL.to_official(tokenizer)
 
 
+def load_vae(file: str | Path, image_size: int) -> KLVAE:
+    """The VAE of MAR's file, or of an export of ours; raises UserError for other files."""
+    if is_official_file(file):
+        state = KL_VAE.read(read_content(file), str(file))
+        return KL_VAE.build(state, ImportOptions(image_size=image_size))
+    found = load_tokenizer(str(file))
+    if not isinstance(found, KLVAE):
+        raise UserError(f"{file} is a {type(found).__name__}; Semanticist's VAE is a KLVAE")
+    return found
+
+
 def vae_beside(file: str | None, image_size: int) -> KLVAE:
     """MAR's VAE of the file beside the tokenizer's; raises UserError where there is none."""
     found = None if file is None else Path(file).with_name(VAE_FILE)
@@ -146,8 +158,7 @@ def vae_beside(file: str | None, image_size: int) -> KLVAE:
         raise UserError(
             f"Semanticist's weights hold no VAE: put MAR's {VAE_FILE} beside {file or 'them'}"
         )
-    state = KL_VAE.read(read_content(found), str(found))
-    return KL_VAE.build(state, ImportOptions(image_size=image_size))
+    return load_vae(found, image_size)
 
 
 def _build(state: Mapping[str, Tensor], options: ImportOptions) -> Semanticist:

@@ -335,10 +335,15 @@ NESTED_AFTER = 31_250  # 50 epochs of 625 batches of 2,048
 
 
 def _published(
-    decoder: ViTSize, vae: str | None, repa_dim: int | None, teacher: Teacher | None
+    decoder: ViTSize, vae_weights: str | None, repa_dim: int | None, teacher: Teacher | None
 ) -> Semanticist:
+    vae = kl16(scale=KL16_SCALE)
+    if vae_weights is not None and torch.get_default_device().type != "meta":
+        from tessellar.tokenizers.semanticist.official import load_vae
+
+        vae = load_vae(vae_weights, vae.image_size[0])
     return Semanticist(
-        vae=kl16(scale=KL16_SCALE) if vae is None else vae,
+        vae=vae,
         decoder_size=decoder,
         training_settings=SlotTraining(nested_after=NESTED_AFTER),
         repa_dim=repa_dim,
@@ -347,17 +352,17 @@ def _published(
 
 
 def semanticist_l(
-    vae: str | None = None, repa_dim: int | None = 768, teacher: Teacher | None = None
+    vae_weights: str | None = None, repa_dim: int | None = 768, teacher: Teacher | None = None
 ) -> Semanticist:
     """551,169,680 parameters without the VAE: 86,237,952 encoder, 464,919,424 decoder.
 
-    `vae`: an export of MAR's KL-16; None: one that waits for its weights.
+    `vae_weights`: MAR's `kl16.ckpt` or an export of it; without it the VAE waits for a state dict.
     """
-    return _published(ViTSize(1024, 24, 16), vae, repa_dim, teacher)
+    return _published(ViTSize(1024, 24, 16), vae_weights, repa_dim, teacher)
 
 
 def semanticist_xl(
-    vae: str | None = None, repa_dim: int | None = 768, teacher: Teacher | None = None
+    vae_weights: str | None = None, repa_dim: int | None = 768, teacher: Teacher | None = None
 ) -> Semanticist:
     """768,326,544 parameters without the VAE: 86,237,952 encoder, 682,076,288 decoder."""
-    return _published(ViTSize(1152, 28, 16), vae, repa_dim, teacher)
+    return _published(ViTSize(1152, 28, 16), vae_weights, repa_dim, teacher)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tessellar.data.token_cache.storage import Storage, storage_of
+from tessellar.data.token_cache.storage import Storage, is_storage_of
 from tessellar.errors import UserError
 from tessellar.plain_data import read_json
 from tessellar.protocol.configured import build
@@ -83,14 +83,14 @@ def read_header(folder: str | Path) -> Header:
         raise UserError(f"{path} is not of a {FORMAT} of version {VERSION}")
     try:
         header = _header(facts)
-        expected = storage_of(header.token_layout, header.storage.kind == "posterior")
+        fits = is_storage_of(header.storage, header.token_layout)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # entries of any other kind
         raise UserError(f"{path} is not a header as it should be ({error!r})") from error
-    if header.storage != expected or header.count < 1 or header.views < 1:
+    if not fits or header.count < 1 or header.views < 1:
         raise UserError(
-            f"{path} contradicts itself: {header.count} images in {header.storage}, not {expected}"
+            f"{path} contradicts itself: {header.count} images of {header.token_layout} in {header.storage}"
         )
     return header
 

@@ -1,9 +1,11 @@
 """How tokens lie on disk: ids in the smallest unsigned integers, bits eight to a byte, real vectors
-as bfloat16.
+in float32, a posterior in bfloat16.
 
-`pack` and `unpack` are each other's inverse, but for the rounding of real vectors. bfloat16 is
+`pack` and `unpack` are each other's inverse, but for the rounding of a posterior. bfloat16 is
 stored as its bit pattern in uint16. Of a continuous tokenizer with a posterior, mean and standard
-deviation are stored, to be sampled at each visit.
+deviation are stored, to be sampled at each visit: its noise hides the rounding. Vectors that are
+tokens themselves (Semanticist's slots) have nothing that hides it; caches of earlier versions hold
+them in bfloat16 too, and are read.
 """
 
 from typing import Literal, NamedTuple
@@ -34,11 +36,20 @@ def storage_of(layout: Layout, posterior: bool = False) -> Storage:
     trailing = tuple(layout.blank(1).shape[2:])
     if layout.is_continuous:
         assert isinstance(kinds[0], Continuous)
-        width = kinds[0].dim * (2 if posterior else 1)
-        return Storage("posterior" if posterior else "vectors", "uint16", (layout.length, width))
+        dim = kinds[0].dim
+        if posterior:
+            return Storage("posterior", "uint16", (layout.length, 2 * dim))
+        return Storage("vectors", "float32", (layout.length, dim))
     if all(isinstance(kind, Bits) for kind in kinds):
         return Storage("bits", "uint8", (layout.length, -(-trailing[0] // 8)))
     return Storage("ids", smallest_dtype(max(vocabulary_sizes(layout))), (layout.length, *trailing))
+
+
+def is_storage_of(storage: Storage, layout: Layout) -> bool:
+    """Whether tokens of a layout may lie like this, in a cache of this or an earlier version."""
+    expected = storage_of(layout, storage.kind == "posterior")
+    rounded = expected._replace(dtype="uint16")
+    return storage == expected or (storage.kind == "vectors" and storage == rounded)
 
 
 def vocabulary_sizes(layout: Layout) -> list[int]:
@@ -72,6 +83,8 @@ def pack(tokens: Tensor, storage: Storage) -> np.ndarray:
             packed = tokens.numpy().astype(storage.dtype)
         case "bits":
             packed = np.packbits(tokens.numpy().astype(np.uint8), axis=-1)
+        case "vectors" if storage.dtype == "float32":
+            packed = tokens.float().contiguous().numpy()
         case _:
             packed = (
                 tokens.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
@@ -92,6 +105,8 @@ def unpack(array: np.ndarray, storage: Storage, layout: Layout) -> Tensor:
         case "bits":
             count = layout.blank(1).shape[2]
             return torch.from_numpy(np.unpackbits(array, axis=-1, count=count).astype(np.int64))
+        case "vectors" if storage.dtype == "float32":
+            return torch.from_numpy(array.astype(np.float32))
         case _:
             return (
                 torch.from_numpy(np.ascontiguousarray(array).view(np.int16))
