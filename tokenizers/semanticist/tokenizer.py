@@ -255,7 +255,7 @@ class Semanticist(Tokenizer):
         kept = self.draw_kept(len(images))
         losses = self.losses(images, latents, slots, kept, t, torch.randn_like(latents))
         self.passes += 1
-        return TokenizerOutput(images[:, :0], slots, losses)
+        return TokenizerOutput(images[:, :0], slots.detach(), losses)
 
     def draw_kept(self, batch: int) -> Tensor:
         """How many slots each image of a training pass keeps, [B]; 0 is none."""
