@@ -52,6 +52,15 @@ class SemanticistAR(LlamaGenerator):
         norm_eps: float = 1e-5,
         attention: str = "auto",
     ) -> None:
+        kind = layout.segments[0].kind
+        if not isinstance(kind, Continuous):
+            raise UserError(
+                f"Semanticist's generator predicts continuous tokens; this tokenizer gives {layout}"
+            )
+        try:
+            read = layout.first(num_tokens or layout.length)
+        except ValueError as error:
+            raise UserError(f"num_tokens is {num_tokens}; {error}") from error
         super().__init__(
             width,
             depth,
@@ -61,15 +70,7 @@ class SemanticistAR(LlamaGenerator):
             dropout=dropout,
             attention=attention,
         )
-        kind = layout.segments[0].kind
-        if not isinstance(kind, Continuous):
-            raise UserError(
-                f"Semanticist's generator predicts continuous tokens; this tokenizer gives {layout}"
-            )
-        try:
-            self.layout = layout.first(num_tokens or layout.length)
-        except ValueError as error:
-            raise UserError(f"num_tokens is {num_tokens}; {error}") from error
+        self.layout = read
         self.entities = token_order(self.layout)
         self.repeats = repeats
         self.channels = kind.dim

@@ -147,7 +147,9 @@ def test_images_are_sampled_of_the_first_slots_of_a_longer_tokenizer() -> None:
     images = model.sample(LABELS, settings, [0, 1])
     assert images.shape == (2, 3, 16, 16) and bool(images.isfinite().all())
     assert model.sample_tokens(LABELS, settings, [0, 1]).shape == (2, 5, C)
-    other = SemanticistAR(sequence_layout(9, Continuous(C)), 32, 1, 4, 5)
+    other = SemanticistAR(
+        sequence_layout(9, Continuous(C)), 32, 1, 4, 5, head_width=8, head_depth=1
+    )
     with pytest.raises(UserError, match="was built for 9 tokens .* but the tokenizer gives 12"):
         ImageGenerator(tokenizer, other, other.make_conditioner())
 
