@@ -84,6 +84,8 @@ def test_the_loss_is_that_of_the_velocity_that_is_integrated() -> None:
     noise = torch.randn(1, 2, 5, C)
     clean = tokens()[:, :5]
     t = torch.full((1, 2, 5), 0.3)
+    times: list[Tensor] = []
+    made.flow_head.time.register_forward_pre_hook(lambda _, given: times.append(given[0]))
     distribution = made.score(tokens(), LABELS)
     assert isinstance(distribution, ImplicitFlow) and distribution.shape == (5, C)
     velocity = distribution.model(
@@ -92,6 +94,9 @@ def test_the_loss_is_that_of_the_velocity_that_is_integrated() -> None:
     expected = (velocity - (noise[0] - clean)).square().mean()
     found = made.flow_loss(tokens(), LABELS, t, noise)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    # The head is told the share of data, not scaled.
+    for given in times:
+        torch.testing.assert_close(given, torch.full_like(given, 0.7))
     each = made.flow_loss(tokens(), LABELS, t, noise, torch.tensor([1.0, 0.0]))
     of_first = (velocity - (noise[0] - clean))[0].square().mean()
     torch.testing.assert_close(each, of_first, atol=1e-6, rtol=1e-5)

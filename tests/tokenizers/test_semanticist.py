@@ -73,6 +73,15 @@ def test_a_slot_sees_the_image_and_the_slots_before_it() -> None:
 
 
 @torch.no_grad()
+def test_the_encoder_reads_images_from_zero_to_one() -> None:
+    made = make()
+    seen: list[Tensor] = []
+    made.encoder.patch_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    made.encode(images())
+    torch.testing.assert_close(seen[0], (images() + 1) / 2)
+
+
+@torch.no_grad()
 def test_the_first_slots_are_those_of_an_encoder_with_fewer() -> None:
     made = make()
     slots = made.encode(images())
