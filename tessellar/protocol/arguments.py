@@ -29,7 +29,7 @@ SIZES = _words(
     dim epoch_length every every_n_epochs every_n_updates group group_bits groups head_groups heads hidden holistic
     init_step keep kernel length levels longest max_skipped multiple multipliers
     num_samples ffn_multiple_of milestones patch phis pool repeats restart_every rows_at_once
-    samples semantic_layer sets shortest sides size
+    samples semantic_layer sets shortest sides size slots
     split stages steps stride table text_vocab tokens trained_steps virtual_batch width window
     """
 )
@@ -37,7 +37,7 @@ SIZES = _words(
 COUNTS = _words(
     """
     adversarial_start attention blur bos buffer channel_order deep decoder_attention encoder_attention
-    feature_steps first grace mlp_blocks neighbours null_class num_workers pad restart_until seed shallow
+    feature_steps first grace mlp_blocks neighbours nested_after null_class num_workers pad restart_until seed shallow
     shift start tap warmup
     """
 )
@@ -68,7 +68,7 @@ POSITIVE = _words(
 SIGNED = _words("gate_init gate_scale highest layers lowest mean mode_scale")
 #: The words that rule a name which they end.
 LAST_WORDS = _words(
-    "blocks channels classes depth dim dropout eps heads hidden length size share tokens weight width"
+    "blocks channels classes depth dim dropout eps heads hidden length size share slots tokens weight width"
 )
 #: Where a class means something else by a name.
 ELSEWHERE: Mapping[str, frozenset[str]] = {
@@ -79,6 +79,7 @@ ELSEWHERE: Mapping[str, frozenset[str]] = {
     "DinoDiscriminator.layers": COUNTS,  # places of blocks; a VisionModel counts from the end, too
     "MultiScaleQuantizer.phis": COUNTS,  # 0: one each
     "OrderAnnealing.end": COUNTS,
+    "SequenceScales.lengths": SIZES,  # where others say by a word how lengths are drawn
     "TableGenerator.spread": AMOUNTS,
     "Times.shift": POSITIVE,
 }

@@ -89,9 +89,9 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "lpd": "ema",
         "ibq": "state_dict",
         "open_magvit2": "state_dict",
+        "tokenflow": "ema",
         "bitdance": "ema",
         "uniwetok": "state_dict",
-        "tokenflow": "ema",
     }
     generators = {
         "llamagen": "model",

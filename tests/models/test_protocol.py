@@ -227,7 +227,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
 }
 GUIDANCES = {"plain": NO_GUIDANCE, "guided": Guidance(Linear(3.0, start=1.5))}
 
-WITHOUT_LIKELIHOOD = ("bitdance", "maskgit", "xar", "mar", "tokenbridge", "bar")
+WITHOUT_LIKELIHOOD = ("bitdance", "maskgit", "xar", "mar", "semanticist", "tokenbridge", "bar")
 
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 
