@@ -29,7 +29,6 @@ KINDS = (
     "VAT",
     "KL VAE",
     "TiTok KL",
-    "Semanticist",
     "scale pyramid of a KL VAE",
     "TokenBridge's of a KL VAE",
     "Open-MAGVIT2",
