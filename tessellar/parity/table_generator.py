@@ -7,11 +7,13 @@ independent given the entities before them.
 """
 
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.protocol.arguments import AMOUNTS
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import ClassConditioning, Condition
 from tessellar.protocol.distribution import Logits
@@ -29,6 +31,8 @@ class TableGenerator(Generator):
     `num_classes` classes and a null class; `entity_size` tokens an entity. Raises UserError where
     the table would be too large.
     """
+
+    ranges: ClassVar = {"spread": AMOUNTS}
 
     def __init__(
         self,

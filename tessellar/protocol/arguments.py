@@ -1,7 +1,8 @@
 """What the numbers of a config may be, told by the names of arguments: one rule for each name, or
 for the last word of it (`decoder_depth` is a depth), for every class that a config may build.
 
-A class checks what only it knows (that heads divide a width). What a name alone says is said here
+A class that means something else by a name says so: `ranges = {"shift": POSITIVE}`, a ClassVar. It
+checks what only it knows (that heads divide a width). What a name alone says is said here
 once: that a width is a whole number of at least 1, a dropout a share, a weight of a loss neither
 negative nor NaN. Checked after the constructor, whose own message tells more.
 """
@@ -70,19 +71,6 @@ SIGNED = _words("gate_init gate_scale highest layers lowest mean mode_scale")
 LAST_WORDS = _words(
     "blocks channels classes depth dim dropout eps heads hidden length size share slots tokens weight width"
 )
-#: Where a class means something else by a name.
-ELSEWHERE: Mapping[str, frozenset[str]] = {
-    "AdaptiveWeight.lowest": AMOUNTS,
-    "AdaptiveWeight.highest": AMOUNTS,
-    "BlurDiscriminator.kernel": SIGNED,  # a filter, where the others' are sides
-    "ContextNoise.end": SHARES,
-    "DinoDiscriminator.layers": COUNTS,  # places of blocks; a VisionModel counts from the end, too
-    "MultiScaleQuantizer.phis": COUNTS,  # 0: one each
-    "OrderAnnealing.end": COUNTS,
-    "SequenceScales.lengths": SIZES,  # where others say by a word how lengths are drawn
-    "TableGenerator.spread": AMOUNTS,
-    "Times.shift": POSITIVE,
-}
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
@@ -110,9 +98,9 @@ def rule_of(owner: type, name: str) -> Callable[[str, Any], None] | None:
     if owner.__module__.partition(".")[0] != __name__.partition(".")[0]:
         return None
     for made in owner.__mro__:
-        known = ELSEWHERE.get(f"{made.__name__}.{name}")
-        if known is not None:
-            return next(rule for names, rule in RULES if names is known)
+        own = vars(made).get("ranges", {})
+        if name in own:
+            return next(rule for names, rule in RULES if names is own[name])
     last = name.rpartition("_")[2]
     words = (name, last) if last in LAST_WORDS else (name,)
     for word in words:

@@ -7,7 +7,7 @@ right way round.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
-from tessellar.protocol.arguments import in_ranges
+from tessellar.protocol.arguments import AMOUNTS, in_ranges
 
 Kind = Literal["hinge", "non_saturating", "non_saturating_image"]
 DiscriminatorKind = Literal["hinge", "vanilla", "non_saturating"]
@@ -78,6 +78,8 @@ class AdaptiveWeight:
     as LDM's (arXiv 2112.10752). Ours is a mean, of which both the weight and its bounds are that
     many times smaller. Raises ValueError for bounds that are negative or crossed.
     """
+
+    ranges: ClassVar = {"lowest": AMOUNTS, "highest": AMOUNTS}
 
     lowest: float = 0.0
     highest: float = 1e4

@@ -5,10 +5,13 @@ From MaskBit (arXiv 2409.16211) by way of TiTok's repository. Takes images in [-
 1] to its layers, as the published training did.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.protocol.arguments import SIGNED
 from tessellar.protocol.configured import Configured
 
 
@@ -33,6 +36,8 @@ class BlurDiscriminator(Configured, nn.Module):
     """Images [B, 3, H, W] to logits [B, 1, pool, pool], whatever the size. 1,909,889 parameters at
     the defaults.
     """
+
+    ranges: ClassVar = {"kernel": SIGNED}  # a filter, where the others' are sides
 
     def __init__(
         self,

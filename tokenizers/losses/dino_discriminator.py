@@ -7,7 +7,7 @@ in VAR's code.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.networks.vision import Teacher
+from tessellar.protocol.arguments import COUNTS
 from tessellar.protocol.configured import Configured
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 
@@ -71,6 +72,10 @@ class DinoDiscriminator(Configured, nn.Module):
     ViT-S/16 have 7,386,245 parameters. Raises UserError for a network without blocks or a class
     token, and for layers that it does not have.
     """
+
+    ranges: ClassVar = {
+        "layers": COUNTS
+    }  # places of blocks; elsewhere they count from the end, too
 
     def __init__(
         self,

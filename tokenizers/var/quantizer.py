@@ -8,6 +8,7 @@ official code: codes may be initialised from data and restarted.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from tessellar import distributed
 from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.arguments import COUNTS
 from tessellar.protocol.tokenizer import QuantizerOutput
 from tessellar.tokenizers.quantizers.pyramid import PyramidQuantizer, enlarged, rows
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -49,6 +51,8 @@ class MultiScaleQuantizer(PyramidQuantizer, VectorQuantizer):
     The other options are those of VectorQuantizer, whose codes are not normalised here. Raises
     ValueError for sides that do not grow.
     """
+
+    ranges: ClassVar = {"phis": COUNTS}
 
     def __init__(
         self,

@@ -8,11 +8,13 @@ and lines between neighbours here, one codebook, no convolution behind it.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.protocol.arguments import SIZES
 from tessellar.protocol.layout import Segment
 from tessellar.tokenizers.var import MultiScaleQuantizer
 
@@ -23,6 +25,8 @@ class SequenceScales(MultiScaleQuantizer):
     Codes start as draws of N(0, I), where the latents are pulled to. The other options are those of
     VectorQuantizer. Raises ValueError for lengths that shrink.
     """
+
+    ranges: ClassVar = {"lengths": SIZES}  # where others say by a word how they are drawn
 
     def __init__(
         self,

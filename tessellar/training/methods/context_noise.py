@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
-from tessellar.protocol.arguments import in_ranges
+from tessellar.protocol.arguments import SHARES, in_ranges
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.layout import Layout
@@ -34,6 +34,8 @@ class ContextNoise:
     With `uniform` each image draws its own rate below that one; without, it is the rate of all.
     Raises UserError for numbers outside [0, 1].
     """
+
+    ranges: ClassVar = {"end": SHARES}
 
     rate: float = 1.0
     end: float = 0.75

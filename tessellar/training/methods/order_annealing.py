@@ -6,12 +6,12 @@ to raster order that ends at three quarters. The share is a function of the upda
 resumed run needs no state.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
 from tessellar.errors import UserError
-from tessellar.protocol.arguments import in_ranges
+from tessellar.protocol.arguments import COUNTS, in_ranges
 
 
 @in_ranges
@@ -20,6 +20,8 @@ class OrderAnnealing(Callback):
 
     Raises UserError for updates out of order, or a generator without orders.
     """
+
+    ranges: ClassVar = {"end": COUNTS}
 
     def __init__(self, start: int, end: int) -> None:
         if not 0 <= start < end:
