@@ -6,8 +6,9 @@
 Each config runs 3 updates of 8 samples at its own seed, in one thread. A generator reads the tokenizer of its config
 with random weights; the teacher that some tokenizers learn from is a network with random weights too. Digests of the
 weights before the first update tell another order of initial draws from another computation: `named` covers names and
-values, `values` only the tensors, whatever their names. `--weights` keeps the initial weights, `--start` begins from
-kept ones, of any version, a generator's tokenizer included: its tokens are a function of its own start. bfloat16 is
+values, `values` only the tensors, whatever their names. `--weights` keeps the initial weights and the state of chance
+behind them (what is drawn in training goes on from there), `--start` begins from kept ones, of any version, a
+generator's tokenizer included: its tokens are a function of its own start. bfloat16 is
 computed where a processor only emulates it too. Equal bits can be expected on equal processors and versions of torch
 only; the file names both.
 """
@@ -84,10 +85,16 @@ def emulate_bfloat16() -> None:
 
 
 def start_from(module: torch.nn.Module, name: str, start: Path | None) -> None:
-    """Fill a config's model with the initial weights that were kept of it, where a folder is given."""
-    if start is not None:
-        state = load_file(start / f"{name.replace('/', '-')}.safetensors")
-        module.load_state_dict(with_current_names(module, state))
+    """Fill a config's model with the initial weights that were kept of it, where a folder is given,
+    and go on from the state of chance that was kept with them.
+    """
+    if start is None:
+        return
+    state = load_file(start / f"{name.replace('/', '-')}.safetensors")
+    module.load_state_dict(with_current_names(module, state))
+    chance = start / f"{name.replace('/', '-')}-rng.safetensors"
+    if chance.is_file():
+        torch.set_rng_state(load_file(chance)["rng"])
 
 
 def built(name: str, options: list[str]) -> TrainCLI:
@@ -175,6 +182,8 @@ def measure(
             {key: tensor.clone().contiguous() for key, tensor in module.state_dict().items()},
             weights / file,
         )
+        rng = f"{name.replace('/', '-')}-rng.safetensors"
+        save_file({"rng": torch.get_rng_state()}, weights / rng)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     kept = [callback for callback in callbacks if type(callback).__name__ not in WITHOUT]
     trainer.callbacks = [*kept, losses]  # type: ignore[attr-defined]
