@@ -143,10 +143,8 @@ class Soak:
             others = (130, [])
         else:
             expected = (-signal.SIGKILL, [])
-            others = (
-                2,
-                ["error: another process of this run has ended; continue with --resume auto"],
-            )
+            then = "continue with --resume auto" if saved else "nothing was saved"
+            others = (2, [f"error: another process of this run has ended; {then}"])
         if (code, said) in ((0, []), expected) or (not struck and (code, said) == others):
             return
         if self.kind == "two" and (code, said) in (expected, others):
