@@ -43,7 +43,6 @@ LEFT_OUT = {
     r"^(python3 -m venv|pip|make|uv)\b": "installs, or runs this",
     r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
-    r"retok64\.yaml": "a config that the page describes",
     r"convert\.py import ": "published weights: tests/interop",
     r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }
