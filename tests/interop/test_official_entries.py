@@ -90,6 +90,7 @@ def test_every_importer_states_the_entry_that_its_paper_evaluates() -> None:
         "ibq": "state_dict",
         "open_magvit2": "state_dict",
         "tokenflow": "ema",
+        "rectok": "model_ema",
         "bitdance": "ema",
         "uniwetok": "state_dict",
     }

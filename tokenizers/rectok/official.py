@@ -16,7 +16,7 @@ from tessellar.interop.importer import ImportOptions, TokenizerImporter
 from tessellar.interop.keys import Rule, table
 from tessellar.interop.sizes import convolution, count, matrix
 from tessellar.tokenizers.rectok.bottleneck import ChannelBottleneck
-from tessellar.tokenizers.rectok.tokenizer import RecTok
+from tessellar.tokenizers.rectok.tokenizer import TINY, RecTok
 from tessellar.tokenizers.titok.official import patch_convolution, patch_matrix
 from tessellar.tokenizers.titok.tokenizer import ViTSize
 
@@ -97,19 +97,15 @@ def from_official(
     patch_size = state["encoder.patch_embed.0.weight"].shape[-1]
     side = isqrt(state["encoder.positional_embedding"].shape[1])
     out = state.get(f"{SEMANTIC}.out.bias")
-    sizes = {
-        "encoder_size": size_of(state, "encoder", heads and heads[0]),
-        "decoder_size": size_of(state, "decoder", heads and heads[1]),
-    }
-    if out is not None:
-        sizes["semantic_size"] = size_of(state, SEMANTIC, semantic_heads)
     made = RecTok(
         ChannelBottleneck(len(state["encoder.latent_head.bias"]) // 2),
         side * patch_size,
         patch_size,
         semantic_dim=None if out is None else len(out),
         qk_norm="encoder.transformer.0.attn.q_norm.weight" in state,
-        **sizes,
+        encoder_size=size_of(state, "encoder", heads and heads[0]),
+        decoder_size=size_of(state, "decoder", heads and heads[1]),
+        semantic_size=TINY if out is None else size_of(state, SEMANTIC, semantic_heads),
     )
     return OFFICIAL.fill(made, state, where)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.layers.attention import attention as attend
+from tessellar.layers.precision import ExactTables
 from tessellar.layers.tags import tag
 from tessellar.tokenizers.titok.tokenizer import ViTSize
 
@@ -66,7 +67,7 @@ class Block(nn.Module):
         return x + self.w3(F.silu(gate) * value)
 
 
-class Transformer(nn.Module):
+class Transformer(ExactTables):
     """Positions, a norm, blocks, a norm."""
 
     def __init__(self, side: int, size: ViTSize, qk_norm: bool, attention: str) -> None:
