@@ -29,6 +29,7 @@ KINDS = (
     "VAT",
     "KL VAE",
     "TiTok KL",
+    "Semanticist",
     "scale pyramid of a KL VAE",
     "TokenBridge's of a KL VAE",
     "Open-MAGVIT2",

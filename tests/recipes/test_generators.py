@@ -21,6 +21,7 @@ READS = {
     "open_magvit2": "open_magvit2.open_magvit2_256",
     "ibq": "ibq.ibq_16384",
     "bar": "bar_fsq.bar_fsq_256",
+    "semanticist": "semanticist.semanticist_l",
 }
 GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.parts]
 

@@ -29,6 +29,7 @@ from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
+from tessellar.models.semanticist import SemanticistAR
 from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.models.tokenbridge import TokenBridge
 from tessellar.models.tokenflow import TokenFlowAR
@@ -57,6 +58,7 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
+from tessellar.tokenizers.semanticist import Semanticist, SlotDecoding
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.tokenbridge import PostQuantized
 from tessellar.tokenizers.tokenflow import (
@@ -114,6 +116,10 @@ def _tokenflow() -> TokenFlow:
     return TokenFlow(quantizer, semantic, 16, 32, (1, 1, 1), 1, 8, **options)
 
 
+def _semanticist() -> Semanticist:
+    return Semanticist(16, 4, 8, 4, None, 4, TINY, TINY, decoding=SlotDecoding(2))
+
+
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "LlamaGen VQ": lambda: LlamaGenVQ(_vq(), 16, 32, (1, 1, 1), 1, 32),
     "ViT-VQ": lambda: ViTVQ(_vq(), 16, 4, 16, 1, 1, 2),
@@ -138,6 +144,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "RecTok": lambda: RecTok(ChannelBottleneck(4), 16, 4, TINY, TINY, TINY, 8),
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
+    "Semanticist": _semanticist,
     "scale pyramid of a KL VAE": lambda: ScalePyramid(_kl(), (1, 2, 4)),
     "TokenBridge's of a KL VAE": lambda: PostQuantized(_kl(), 8),
 }
@@ -183,6 +190,9 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "xAR, subsample": lambda layout: _xar(layout, "subsample:2"),
     "xAR, scale": lambda layout: _xar(layout, "scale"),
     "xAR, image": lambda layout: _xar(layout, "image"),
+    "Semanticist's AR": lambda layout: SemanticistAR(
+        layout, 16, 1, 2, CLASSES, None, 16, 1, ffn_multiple_of=8
+    ),
     "MAR": lambda layout: MAR(layout, 16, 1, 2, None, 16, 1, CLASSES, buffer=2, repeats=1, steps=4),
     "TokenBridge": lambda layout: TokenBridge(
         layout,
