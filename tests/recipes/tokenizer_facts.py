@@ -193,7 +193,7 @@ def _training(tokenizer: Any) -> Facts:
         "dropout.drop_path": "not used by the CNN",
         "masked": getattr(tokenizer, "masked", None),
         "gamma": getattr(tokenizer, "gamma", None),
-        "dropout.scale": getattr(tokenizer.quantizer, "scale_dropout", None),
+        "dropout.scale": getattr(getattr(tokenizer, "quantizer", None), "scale_dropout", None),
         "trained": sorted(
             {name.split(".")[0] for name, p in tokenizer.named_parameters() if p.requires_grad}
         ),
