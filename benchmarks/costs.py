@@ -40,11 +40,18 @@ MEASURED = {  # images/s, one thread of a shared CPU core, of the runs in the RE
 NO_AUTOCAST = patch(
     "torch.autocast", lambda *_, **__: nullcontext()
 )  # it does not know the meta device
-CONTINUOUS = (
-    "xar",
-    "mar",
-    "tokenbridge",
-)  # modules of generators that read the latents of a KL VAE
+#: By a generator's module, the tokenizer in place of an export that no YAML beside it trains.
+STAND_INS = {
+    "xar": "kl_vae.kl16",
+    "mar": "kl_vae.kl16",
+    "tokenbridge": "kl_vae.kl16",
+    "bar": "bar_fsq.bar_fsq_256",
+    "bitdance": "bitdance.ae_d16c32",
+    "ibq": "ibq.ibq_16384",
+    "open_magvit2": "open_magvit2.open_magvit2_256",
+    "semanticist": "semanticist.semanticist_l",
+    "tokenflow": "tokenflow.tokenflow_b_256",
+}
 IMPORTED = {  # tokenizers that a YAML reads as `imports/NAME`
     "maskgit_vqgan": {"class_path": "tessellar.tokenizers.maskgit_vqgan.maskgit_vqgan"},
     "var_vqvae_512": {
@@ -94,7 +101,7 @@ def build(path: Path, folder: Path) -> TrainCLI:
     if "generator" in arguments:
         generator = arguments["generator"]
         name = generator if isinstance(generator, str) else generator["class_path"]
-        stand_in = "kl_vae.kl16" if name.split(".")[-2] in CONTINUOUS else "llamagen.vq_16"
+        stand_in = STAND_INS.get(name.split(".")[-2], "llamagen.vq_16")
         given = arguments.get("tokenizer")
         if isinstance(given, str):
             found = _tokenizer_of(given, path) or f"tessellar.tokenizers.{stand_in}"
