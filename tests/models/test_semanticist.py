@@ -70,7 +70,9 @@ def test_only_the_first_tokens_are_read() -> None:
     distribution = made.score(tokens(), LABELS)
     last = tokens()
     last[:, 4] += 1
-    assert torch.equal(made.score(last, LABELS).hidden, distribution.hidden)
+    hidden = made.score(last, LABELS).hidden
+    assert hidden is not None and distribution.hidden is not None
+    assert torch.equal(hidden, distribution.hidden)
     with pytest.raises(UserError, match="num_tokens is 13; the first 13 positions of .* cannot"):
         make(num_tokens=13)
     with pytest.raises(UserError, match="predicts continuous tokens"):

@@ -252,7 +252,7 @@ def test_repa_compares_the_tapped_patches_and_gradients_reach_everything() -> No
     assert output.reconstruction.shape == (8, 0, 16, 16)
     assert set(output.losses) == {"diffusion", "bound", "repa"}
     assert -1 <= float(output.losses["repa"]) <= 1
-    sum(output.losses.values()).backward()
+    torch.stack(list(output.losses.values())).sum().backward()
     trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None or not bool(p.grad.any())] == []
     assert set(dict(made.named_parameters())) - set(trained) == {"decoder.positions"}
@@ -279,7 +279,8 @@ def with_vae() -> Semanticist:
 @torch.no_grad()
 def test_latents_of_a_frozen_vae_are_drawn() -> None:
     made = with_vae()
-    assert made.vae is not None and not made.train().vae.training
+    made.train()
+    assert made.vae is not None and not made.vae.training
     assert all(not p.requires_grad for p in made.vae.parameters())
     latents = made.latents(images())
     tokens = made.vae.encode(images()).view(2, 8, 8, 5)
