@@ -471,7 +471,7 @@ def prepared() -> list[Step]:
         Step(
             "and given again",
             words,
-            says=("train: 80 pictures", "val: 800 pictures", "next: "),
+            says=("train: 80 pictures", "val: 4,000 pictures", "next: "),
             makes=("imagenet/index.json", "imagenet/val_24.npz"),
         ),
         Step("training reads them", training, says=("validation images",)),
@@ -482,7 +482,7 @@ def downloads() -> None:
     """Class folders as ImageNet has them; enough to validate on that there is time for Ctrl-C."""
     for number, name in enumerate(CLASSES):
         files = sorted(Path("pictures", name).glob("*.[jJ][pP][gG]"))
-        for split, chosen, copies in (("train", files[:10], 1), ("val", files[10:15], 20)):
+        for split, chosen, copies in (("train", files[:10], 1), ("val", files[10:15], 100)):
             folder = Path("downloads") / split / f"n0000000{number}"
             folder.mkdir(parents=True)
             for file in chosen:

@@ -123,7 +123,7 @@ def _listen(read: int, process: int, step: Step) -> str:
             interrupt = ""
         if now > end:
             os.killpg(process, signal.SIGKILL)
-        ready, _, _ = select.select([read], [], [], 0.2)
+        ready, _, _ = select.select([read], [], [], 0.02)
         if not ready:
             continue
         part = os.read(read, 65536)
