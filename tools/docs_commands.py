@@ -459,6 +459,7 @@ def prepared() -> list[Step]:
     ]
     training = ["train.py", "--config", "configs/own_images/tokenizer.yaml", "--name", "prepared"]
     training += ["--data.root", "imagenet/train", "--data.val_root", "imagenet/val", *FEW, *SMALL]
+    training += ["--trainer.limit_val_batches", "4"]
     return [
         Step(
             "ImageNet's folders, interrupted",
