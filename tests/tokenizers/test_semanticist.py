@@ -27,7 +27,8 @@ from tessellar.tokenizers.semanticist import (
     semanticist_l,
     semanticist_xl,
 )
-from tessellar.tokenizers.semanticist.official import from_official, load_vae, to_official
+from tessellar.tokenizers.semanticist.official import from_official, to_official
+from tessellar.tokenizers.semanticist.official_vae import load_vae
 from tessellar.tokenizers.semanticist.tokenizer import process_of, standardised
 from tessellar.tokenizers.titok import ViTSize
 

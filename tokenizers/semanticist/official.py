@@ -14,14 +14,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.errors import UserError
-from tessellar.interop.files import is_official_file, read_content
 from tessellar.interop.importer import FLAT, ImportOptions, TokenizerImporter
 from tessellar.interop.keys import KeyTable, Rule, table
 from tessellar.interop.sizes import count, heads_of
 from tessellar.tokenizers.kl_vae import KLVAE
-from tessellar.tokenizers.kl_vae.official import OFFICIAL as KL_VAE
+from tessellar.tokenizers.semanticist.official_vae import load_vae
 from tessellar.tokenizers.semanticist.tokenizer import Semanticist
 from tessellar.tokenizers.titok import ViTSize
 
@@ -138,17 +136,6 @@ def from_official(
 def to_official(tokenizer: Semanticist) -> dict[str, Tensor]:
     """The official state dict of what is trained; the inverse of `from_official`."""
     return OFFICIAL.to_official(tokenizer)
-
-
-def load_vae(file: str | Path, image_size: int) -> KLVAE:
-    """The VAE of MAR's file, or of an export of ours; raises UserError for other files."""
-    if is_official_file(file):
-        state = KL_VAE.read(read_content(file), str(file))
-        return KL_VAE.build(state, ImportOptions(image_size=image_size))
-    found = load_tokenizer(str(file))
-    if not isinstance(found, KLVAE):
-        raise UserError(f"{file} is a {type(found).__name__}; Semanticist's VAE is a KLVAE")
-    return found
 
 
 def vae_beside(file: str | None, image_size: int) -> KLVAE:

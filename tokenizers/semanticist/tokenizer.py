@@ -339,7 +339,7 @@ def _published(
 ) -> Semanticist:
     vae = kl16(scale=KL16_SCALE)
     if vae_weights is not None and torch.get_default_device().type != "meta":
-        from tessellar.tokenizers.semanticist.official import load_vae
+        from tessellar.tokenizers.semanticist.official_vae import load_vae
 
         vae = load_vae(vae_weights, vae.image_size[0])
     return Semanticist(
