@@ -38,8 +38,10 @@ def test_every_file_is_seen():
     assert "tessellar.models.xar.model" in tool.modules(ROOT)
 
 
-def test_packages_import_in_order():
-    assert tool.violations(ROOT) == []
+def test_packages_import_in_order_and_no_files_in_a_circle():
+    graph = tool.graph_of(ROOT)
+    assert tool.violations(graph) == []
+    assert tool.circles(graph) == []
 
 
 @pytest.mark.parametrize(
@@ -75,11 +77,31 @@ def test_packages_import_in_order():
 def test_a_forbidden_import_is_seen(copy: Path, file: str, line: str, said: str):
     with (copy / file).open("a") as opened:
         opened.write(f"\n{line}\n")
-    (found,) = tool.violations(copy)
+    (found,) = tool.violations(tool.graph_of(copy))
     assert said in found
+
+
+def test_circles_of_files_are_seen_wherever_the_import_stands(copy: Path):
+    """Within a package and across papers of one level, at the top, inside a function, by dots."""
+    ring = ("models/rar/model.py", "models/har/model.py", "models/xar/model.py")
+    planted = {
+        "tessellar/layers/attention.py": "from . import vit",
+        ring[0]: "import tessellar.models.xar.model",
+        ring[1]: "def f():\n    import tessellar.models.rar.model",
+        ring[2]: "from ..har import model",
+    }
+    for file, line in planted.items():
+        with (copy / file).open("a") as opened:
+            opened.write(f"\n{line}\n")
+    layers, papers = sorted(tool.circles(tool.graph_of(copy)))
+    assert layers.startswith("a circle of 2 files") and "layers.vit -> " in layers
+    har, rar, xar = (f"tessellar.models.{name}.model" for name in ("har", "rar", "xar"))
+    assert papers == f"a circle of 3 files: {har} -> {rar} -> {xar} -> {har}"
 
 
 def test_a_room_without_a_place_is_seen(copy: Path):
     (copy / "tessellar" / "misc").mkdir()
     (copy / "tessellar" / "misc" / "__init__.py").write_text("")
-    assert tool.violations(copy) == ["tessellar.misc lies in misc, which has no place in the order"]
+    assert tool.violations(tool.graph_of(copy)) == [
+        "tessellar.misc lies in misc, which has no place in the order"
+    ]

@@ -1,8 +1,9 @@
-"""The order of packages as a contract: each imports only what stands before it. Prints what does not.
+"""The order of packages as a contract: each imports only what stands before it, and no files import each other in a
+circle. Prints what does not hold.
 
 Links are followed (`tessellar/models` and `tessellar/tokenizers`), imports inside functions and under TYPE_CHECKING
 count. Within one level, packages do not import each other. `*/parity.py` counts as part of parity, which stands above
-the papers whose outputs it replays.
+the papers whose outputs it replays. Circles are of single files: those of packages are against the order already.
 """
 
 import ast
@@ -60,17 +61,29 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of the package that a file names in an import, wherever the import stands."""
+def imports(module: str, known: dict[str, Path]) -> set[str]:
+    """Other modules of the package that a module names in an import, wherever the import stands."""
+    path = known[module]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name in known}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = _source(node, module, path)
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in known else node.module)
-    return {name for name in found if name in known}
+                whole = f"{source}.{alias.name}"
+                found.add(whole if whole in known else source)
+    return {name for name in found if name in known and name != module}
+
+
+def _source(node: ast.ImportFrom, module: str, path: Path) -> str:
+    """The module that `from ... import` reads: dots count from the file's own package."""
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    up = node.level - 1 if path.name == "__init__.py" else node.level
+    package = ".".join(parts[: len(parts) - up])
+    return f"{package}.{node.module}" if node.module else package
 
 
 def room(module: str) -> str:
@@ -81,16 +94,21 @@ def room(module: str) -> str:
     return "parity" if parts[-1] == "parity" else parts[1]
 
 
-def violations(root: Path) -> list[str]:
-    """Imports against the order, and rooms that the order does not know; one line each."""
+def graph_of(root: Path) -> dict[str, set[str]]:
+    """Every module of the package with those that it imports."""
     known = modules(root)
+    return {module: imports(module, known) for module in known}
+
+
+def violations(graph: dict[str, set[str]]) -> list[str]:
+    """Imports against the order, and rooms that the order does not know; one line each."""
     lines = []
-    for module, path in known.items():
+    for module, targets in graph.items():
         own = room(module)
         if own and own not in LEVEL:
             lines.append(f"{module} lies in {own}, which has no place in the order")
             continue
-        for target in sorted(imports(path, known)):
+        for target in sorted(targets):
             other = room(target)
             if own in ("", other) or (own in GROUND and other == "errors"):
                 continue
@@ -99,10 +117,64 @@ def violations(root: Path) -> list[str]:
     return lines
 
 
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Files that import each other, be it through others or inside functions; one line a circle."""
+    lines = []
+    for group in _knots(graph):
+        lines.append(f"a circle of {len(group)} files: {' -> '.join(_around(group, graph))}")
+    return lines
+
+
+def _knots(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The strongly connected components of two or more nodes (Tarjan, 1972)."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    open_nodes: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        number[node] = len(number)
+        lowest[node] = number[node]
+        open_nodes.append(node)
+        for target in sorted(graph[node]):
+            if target not in number:
+                visit(target)
+                lowest[node] = min(lowest[node], lowest[target])
+            elif target in open_nodes:
+                lowest[node] = min(lowest[node], number[target])
+        if lowest[node] == number[node]:
+            start = open_nodes.index(node)
+            group = set(open_nodes[start:])
+            del open_nodes[start:]
+            if len(group) > 1:
+                found.append(group)
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return found
+
+
+def _around(group: set[str], graph: dict[str, set[str]]) -> list[str]:
+    """One shortest way through a knot from its first file back to it."""
+    first = min(group)
+    ways = [[first]]
+    seen: set[str] = set()
+    while True:
+        way = ways.pop(0)
+        for target in sorted(graph[way[-1]] & group):
+            if target == first:
+                return [*way, first]
+            if target not in seen:
+                seen.add(target)
+                ways.append([*way, target])
+
+
 def main() -> int:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1]
-    found = violations(root)
-    print("\n".join(found) or f"{len(modules(root))} modules import in order")
+    graph = graph_of(root)
+    found = violations(graph) + circles(graph)
+    print("\n".join(found) or f"{len(graph)} modules import in order, without circles")
     return 1 if found else 0
 
 
