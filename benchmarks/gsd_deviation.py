@@ -81,7 +81,7 @@ def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000
     counts = torch.zeros(len(law), dtype=torch.int64)
     condition = Condition(ids=torch.zeros(batch, dtype=torch.int64))
     for number in range(rounds):
-        noise = _SharedNoise(number, batch)
+        noise = SharedNoise(number, batch)
         if rule is None:
             tokens = Ancestral()(generator, condition, Sampling(), noise)
         else:
@@ -91,7 +91,7 @@ def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000
     return float((counts / counts.sum() - law).abs().sum() / 2)
 
 
-class _SharedNoise(Noise):
+class SharedNoise(Noise):
     """One stream for the whole batch."""
 
     def __init__(self, seed: int, batch: int, stream: torch.Generator | None = None) -> None:
@@ -101,8 +101,10 @@ class _SharedNoise(Noise):
     def _draw(self, function, *shape: int) -> Tensor:
         return function(self.batch, *shape, generator=self.stream)
 
-    def select(self, index: Tensor) -> "_SharedNoise":
-        return _SharedNoise(0, len(index), self.stream)
+    def select(self, index: Tensor) -> "SharedNoise":
+        return SharedNoise(0, len(index), self.stream)
+
+    part = select
 
 
 def main() -> None:

@@ -218,6 +218,12 @@ class PlacedCache:
         self.kept[:, -1] = False
         self._window = self._window[:, :0]
 
+    def reveal(self) -> None:
+        """Places that nobody read are seen from now on, with keys and values of 0."""
+        places = torch.arange(self.capacity + 1, device=self.kept.device)
+        self.block = torch.where(self.kept, self.block, places)
+        self.kept = self.kept | (places < self.capacity)
+
     def commit(self) -> None:
         """Nothing stays unless `keep` says so."""
 

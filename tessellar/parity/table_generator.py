@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.layers.kv_cache import PlacedCache
 from tessellar.protocol.arguments import AMOUNTS
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import ClassConditioning, Condition
@@ -107,6 +108,44 @@ class TableGenerator(Generator):
             state.rows(_generated(tokens, state.entities)), state.rows(rank), state.condition
         )
         return Logits(state.merge(logits, state.entities.entity_of(first, want)))
+
+    def start_places(
+        self,
+        condition: Condition,
+        guidance: Guidance = NO_GUIDANCE,
+        entities: Entities | None = None,
+    ) -> State:
+        """What is read are digits of the prefix; those that nobody may see count as code 0."""
+        if self.entity_size > 1:
+            return super().start_places(condition, guidance, entities)
+        state = self.start(condition, guidance, entities)
+        rows = state.condition.batch
+        device = self.table.device
+        data = torch.zeros(1, 2, rows, 1, self.layout.length + 1, 1, device=device)
+        kept = torch.zeros(rows, self.layout.length + 1, dtype=torch.bool, device=device)
+        state.cache = PlacedCache(data, kept, torch.zeros_like(kept, dtype=torch.int64))
+        return state
+
+    def predict_places(
+        self, state: State, tokens: Tensor, places: Tensor, groups: Tensor | None = None
+    ) -> Logits:
+        assert isinstance(state.cache, PlacedCache) and state.condition.ids is not None
+        rank = state.entities.ranks_of(places.clamp(min=0))
+        groups = torch.zeros_like(places) if groups is None else groups
+        slot = state.rows(torch.where(places < 0, -1, rank))
+        slots = state.cache.reserve(slot, state.rows(groups), state.rows(rank))
+        # The slot of rank r holds the token of rank r - 1, as its share of the prefix's number.
+        generated = state.rows(_generated(tokens, state.entities))
+        before = (state.rows(rank) - 1).to(tokens.device)
+        weight = self.codes ** before.clamp(min=0)
+        digits = torch.where(before < 0, 0, generated.gather(1, before.clamp(min=0)) * weight)
+        read = digits[:, None, :, None].float()
+        _, shares = state.cache.write(0, slots, read, read)
+        assert slots.mask is not None
+        prefix = (shares[:, :, None, :, 0] * slots.mask).sum(-1)[:, 0].long()
+        row = self.starts[before + 1] + prefix
+        logits = self.table[state.condition.ids[:, None], row]
+        return Logits(state.merge(logits, state.entities.entity_at(rank)))
 
     def logits_at(self, generated: Tensor, rank: Tensor, condition: Condition) -> Tensor:
         """Logits [R, T, V] at generation ranks [R, T], given tokens [R, N] in generation order."""

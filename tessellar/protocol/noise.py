@@ -43,3 +43,11 @@ class Noise:
         chosen = Noise([], self.device)
         chosen.streams = [self.streams[i].clone_state() for i in index.tolist()]
         return chosen
+
+    def part(self, index: Tensor) -> "Noise":
+        """The streams of images `index` [b], each named once: what is drawn of them here moves them
+        on there.
+        """
+        chosen = Noise([], self.device)
+        chosen.streams = [self.streams[i] for i in index.tolist()]
+        return chosen

@@ -22,9 +22,11 @@ from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.confidence import MaskGIT
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.draft_model import DraftModel
+from tessellar.sampling.parallel_jacobi import ParallelJacobi
 from tessellar.sampling.redrawn import Redrawn
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
+from tessellar.sampling.zipar import ZipAR
 
 ALGORITHMS = (
     Ancestral,
@@ -32,6 +34,8 @@ ALGORITHMS = (
     ReusingJacobi,
     GroupedJacobi,
     DraftModel,
+    ZipAR,
+    ParallelJacobi,
     MaskGIT,
     Redrawn,
 )

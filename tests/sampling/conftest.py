@@ -34,6 +34,8 @@ class SharedNoise(Noise):
         rest.stream = self.stream
         return rest
 
+    part = select
+
 
 @pytest.fixture
 def shared_noise() -> Callable[[int, int], Noise]:
