@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
-from tessellar.models.semanticist.head import FlowMLP
+from tessellar.models.semanticist.head import FlowMLP, HeadConditioning
 from tessellar.processes import flow
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import ImplicitFlow
@@ -29,7 +29,8 @@ class SemanticistAR(LlamaGenerator):
     """Class-conditional next-token generator over the first `num_tokens` (None: all) of continuous
     tokens.
 
-    `repeats` is how many noise levels each token is trained at in one update. Raises UserError for
+    `repeats` is how many noise levels each token is trained at in one update; `head_conditioning`
+    says where the head reads what it is to predict (`head.py`). Raises UserError for
     other layouts, and for a number of tokens that cannot be decoded alone.
     """
 
@@ -45,6 +46,7 @@ class SemanticistAR(LlamaGenerator):
         num_tokens: int | None = None,
         head_width: int = 1536,
         head_depth: int = 12,
+        head_conditioning: HeadConditioning = "concat",
         condition_dropout: float = 0.1,
         dropout: float = 0.1,
         repeats: int = 4,
@@ -88,7 +90,9 @@ class SemanticistAR(LlamaGenerator):
         self.init_weights()
         for table in (self.input_positions, self.z_positions):
             nn.init.normal_(table, std=0.02)
-        self.flow_head = FlowMLP(kind.dim, width, width=head_width, depth=head_depth)
+        self.flow_head = FlowMLP(
+            kind.dim, width, width=head_width, depth=head_depth, conditioning=head_conditioning
+        )
 
     def prefix(self, condition: Condition) -> Prefix:
         embeddings = self.conditioning(condition).embeddings + self.input_positions[:, :1]

@@ -12,6 +12,7 @@ from tessellar.errors import UserError
 from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import count, ffn_multiple, heads_of
+from tessellar.models.semanticist.head import HeadConditioning
 from tessellar.models.semanticist.model import SemanticistAR
 from tessellar.protocol.layout import Continuous, Layout
 
@@ -48,8 +49,7 @@ def from_official(
 ) -> SemanticistAR:
     """A generator of the sizes that the weights show, over the first tokens of a layout.
 
-    Raises UserError for other weights, for a layout of other channels or fewer tokens, and for the
-    head method that nobody published (`adaln`).
+    Raises UserError for other weights, and for a layout of other channels or fewer tokens.
     """
     OFFICIAL.check(state)
     rows, width = state["cls_embedding.embedding_table.weight"].shape
@@ -62,8 +62,9 @@ def from_official(
             f"{where} is for {tokens} tokens of {channels} channels, but the tokenizer gives {layout}"
         )
     head_width = len(state[f"{_NET}.input_proj.weight"])
-    if state[f"{_NET}.final_layer.linear.weight"].shape[1] != 2 * head_width:
-        raise UserError(f"{where} has a head with cond_method adaln; only concat is supported")
+    # The output reads the condition beside its input, or it does not.
+    read = state[f"{_NET}.final_layer.linear.weight"].shape[1]
+    conditioning: HeadConditioning = "concat" if read == 2 * head_width else "adaln"
     generator = SemanticistAR(
         layout,
         width,
@@ -73,6 +74,7 @@ def from_official(
         num_tokens=tokens,
         head_width=head_width,
         head_depth=count(state, r"diffloss\.net\.res_blocks\.(\d+)\."),
+        head_conditioning=conditioning,
         ffn_multiple_of=ffn_multiple(width, len(state["layers.0.feed_forward.w1.weight"])),
     )
     return OFFICIAL.fill(generator, state, where)

@@ -162,10 +162,17 @@ class EulerMaruyama(Flow):
     """Euler-Maruyama on the reverse SDE dx = (v - t score) dt + sqrt(2 t) dw, whose drift is (2 -
     t) v + x.
 
-    An even grid from 1 to LAST_TIME, then one step to 0 without noise.
+    An even grid from 1 to LAST_TIME, then one step to 0 without noise. `temperature` scales the
+    noise of each step, not the start (Semanticist's, arXiv 2503.08685).
     """
 
+    temperature: float = 1.0
+
     least: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("flow temperature", self.temperature, least=0)
 
     def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
         times = sde_times(steps)
@@ -174,7 +181,8 @@ class EulerMaruyama(Flow):
             dt = after - now
             x_next = x + dt * ((2 - now) * model(x, now).double() + x)
             if number < steps - 1:
-                x_next = x_next + (2 * now * dt.abs()).sqrt() * noise.normal(*x.shape[1:]).double()
+                spread = self.temperature * (2 * now * dt.abs()).sqrt()
+                x_next = x_next + spread * noise.normal(*x.shape[1:]).double()
             x = x_next
         return x
 

@@ -124,9 +124,10 @@ def test_guidance_grows_with_the_number_of_the_token_and_acts_on_the_velocity() 
     torch.testing.assert_close(guided.model(x, t), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_sde_of_a_normal_has_the_variance_of_its_recursion() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_the_sde_of_a_normal_has_the_variance_of_its_recursion(temperature: float) -> None:
     """For data N(0, 1) the exact velocity to data is (2 s - 1) x / (s^2 + (1 - s)^2), s the share of data."""
-    solver = EulerMaruyama(250)
+    solver = EulerMaruyama(250, temperature=temperature)
 
     def coefficient(s: float) -> float:
         return (2 * s - 1) / (s**2 + (1 - s) ** 2)
@@ -138,7 +139,8 @@ def test_the_sde_of_a_normal_has_the_variance_of_its_recursion() -> None:
     dt = 0.96 / 249
     for step in range(249):
         s = step * dt
-        variance = (1 + ((1 + s) * coefficient(s) - 1) * dt) ** 2 * variance + 2 * (1 - s) * dt
+        variance = (1 + ((1 + s) * coefficient(s) - 1) * dt) ** 2 * variance
+        variance += 2 * (1 - s) * dt * temperature**2
     variance *= (1 + (1.96 * coefficient(0.96) - 1) * 0.04) ** 2
     drawn = solver.integrate(model, (100, 400), Noise([0]))
     assert float(drawn.var()) == pytest.approx(variance, rel=0.03)
@@ -188,5 +190,31 @@ def test_official_weights_of_another_layout_or_head_are_refused() -> None:
         from_official(state, sequence_layout(4, Continuous(C)), 4)
     width = state["diffloss.net.final_layer.linear.weight"].shape[1] // 2
     linear = state["diffloss.net.final_layer.linear.weight"][:, :width]
-    with pytest.raises(UserError, match="cond_method adaln; only concat is supported"):
+    with pytest.raises(UserError, match="fit"):
         from_official({**state, "diffloss.net.final_layer.linear.weight": linear}, LAYOUT, 4)
+
+
+@torch.no_grad()
+def test_the_other_head_is_modulated_by_the_condition_and_reads_nothing_beside() -> None:
+    """`adaln`: h += gate MLP(LN(h) (1 + scale) + shift), every vector of time + condition; official files say so."""
+    made = make(head_conditioning="adaln")
+    head = made.flow_head
+    x, z, t = torch.randn(4, C), torch.randn(4, 32), torch.rand(4)
+    silu = torch.nn.functional.silu
+    condition = silu(head.time(t) + head.condition(z))
+    h = head.input(x)
+    for block in head.blocks:
+        shift, scale, gate = block.modulation.linear(condition).chunk(3, -1)
+        inner = block.norm(h) * (1 + scale) + shift
+        h = h + gate * block.fc2(silu(block.fc1(inner)))
+    shift, scale = head.modulation.linear(condition).chunk(2, -1)
+    expected = head.output(head.norm(h) * (1 + scale) + shift)
+    torch.testing.assert_close(head(x, t, z), expected)
+    again = from_official(to_official(made), LAYOUT, 4)
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, made.state_dict()[key]), key
+    # The halves of the concatenation are gone: 2 W x W a block less, W C of the output.
+    sizes = [sum(p.numel() for p in m.flow_head.parameters()) for m in (make(), made)]
+    assert sizes[0] - sizes[1] == 2 * 24 * 24 + 24 * C
+    with pytest.raises(UserError, match="conditioning of the head is 'film'"):
+        make(head_conditioning="film")

@@ -135,6 +135,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: Choice(top_p=NAN), "top_p is nan"),
         (lambda: Choice(min_p=NAN), "min_p is nan"),
         (lambda: EulerMaruyama(1), "flow steps is 1; it must be an integer in \\[2, "),
+        (lambda: EulerMaruyama(temperature=-0.5), "flow temperature is -0.5"),
         (lambda: Euler(0), "flow steps is 0"),
         (lambda: AncestralDiffusion(1), "diffusion steps is 1"),
         (lambda: AncestralDiffusion(temperature=NAN), "diffusion temperature is nan"),
