@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
+from tessellar.interop.importer import FLAT, GeneratorImporter, by_heads
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import count, ffn_multiple
 from tessellar.models.har.model import HAR
@@ -78,15 +78,11 @@ def to_official(generator: HAR) -> dict[str, Tensor]:
     return OFFICIAL.to_official(generator)
 
 
-def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> HAR:
-    return from_official(state, layout, options.num_heads)
-
-
 OFFICIAL = GeneratorImporter(
     what="a HAR generator",
     marks=("spe_tok_embeddings.special_embeddings.weight",),
     entries=FLAT,
     keys=KEYS,
-    build=_build,
+    build=by_heads(from_official),
     paper="restok",
 )

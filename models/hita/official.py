@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.importer import GeneratorImporter, by_heads
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import count, ffn_multiple
 from tessellar.models.hita.model import HitaAR, Lookup
@@ -99,10 +99,6 @@ def join_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**rest, "output.weight": torch.cat(heads)}
 
 
-def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> HitaAR:
-    return from_official(state, layout, options.num_heads)
-
-
 OFFICIAL = GeneratorImporter(
     what="a Hita generator",
     marks=("slot_pos.weight", "slot_embeddings.weight"),
@@ -110,5 +106,5 @@ OFFICIAL = GeneratorImporter(
     keys=KEYS,
     split=split_heads,
     join=join_heads,
-    build=_build,
+    build=by_heads(from_official),
 )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.importer import GeneratorImporter, by_heads
 from tessellar.interop.keys import table
 from tessellar.interop.options import check_options
 from tessellar.interop.sizes import count, ffn_multiple
@@ -174,15 +174,11 @@ def heads_shown(state: Mapping[str, Tensor], sizes: Sizes) -> int:
     return HEADS[sizes.width, sizes.depth]
 
 
-def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> LlamaGen:
-    return from_official(state, layout, options.num_heads)
-
-
 OFFICIAL = GeneratorImporter(
     what="a LlamaGen generator",
     marks=("tok_embeddings.weight", "cls_embedding.*", "layers.0.feed_forward.w1.weight"),
     # The order of the official sampling script; no average.
     entries=("model", "module", "state_dict"),
     keys=KEYS,
-    build=_build,
+    build=by_heads(from_official),
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.importer import GeneratorImporter, by_heads
 from tessellar.interop.keys import table
 from tessellar.interop.lightning import generator_weights
 from tessellar.interop.sizes import count, ffn_multiple, heads_of
@@ -79,15 +79,11 @@ def to_official(generator: OpenMAGVIT2AR) -> dict[str, Tensor]:
     return OFFICIAL.to_official(generator)
 
 
-def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> OpenMAGVIT2AR:
-    return from_official(state, layout, options.num_heads)
-
-
 OFFICIAL = GeneratorImporter(
     what="an Open-MAGVIT2 generator",
     marks=("*pre_emb.weight", "*post_emb.weight", "*factorized_blocks.0.ffn_norm.weight"),
     entries=("state_dict",),
     keys=KEYS,
     split=generator_weights,
-    build=_build,
+    build=by_heads(from_official),
 )

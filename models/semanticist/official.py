@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import FLAT, GeneratorImporter, ImportOptions
+from tessellar.interop.importer import FLAT, GeneratorImporter, by_heads
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import count, ffn_multiple, heads_of
 from tessellar.models.semanticist.head import HeadConditioning
@@ -85,10 +85,6 @@ def to_official(generator: SemanticistAR) -> dict[str, Tensor]:
     return OFFICIAL.to_official(generator)
 
 
-def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> SemanticistAR:
-    return from_official(state, layout, options.num_heads)
-
-
 OFFICIAL = GeneratorImporter(
     what="a Semanticist generator",
     marks=(
@@ -98,5 +94,5 @@ OFFICIAL = GeneratorImporter(
     ),
     entries=FLAT,
     keys=KEYS,
-    build=_build,
+    build=by_heads(from_official),
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.importer import GeneratorImporter, ImportOptions
+from tessellar.interop.importer import GeneratorImporter, by_heads
 from tessellar.interop.keys import table
 from tessellar.interop.sizes import count, heads_of
 from tessellar.models.var.model import VAR
@@ -81,15 +81,11 @@ def to_official(generator: VAR) -> dict[str, Tensor]:
     return OFFICIAL.to_official(generator)
 
 
-def _build(state: Mapping[str, Tensor], layout: Layout, options: ImportOptions) -> VAR:
-    return from_official(state, layout, options.num_heads)
-
-
 OFFICIAL = GeneratorImporter(
     what="a VAR generator",
     marks=("pos_1LC", "lvl_embed.weight"),
     # Of `ar-ckpt-*.pth`; the published files are flat, no weights are averaged.
     entries=("trainer.var_wo_ddp",),
     keys=KEYS,
-    build=_build,
+    build=by_heads(from_official),
 )

@@ -193,6 +193,17 @@ class GeneratorImporter(Importer[G]):
     tokenizer: str = ""
 
 
+def by_heads(from_official: Callable[..., G]) -> Callable[[State, Layout, ImportOptions], G]:
+    """How a generator is built whose file tells all but the number of heads:
+    `from_official(state, layout, num_heads)`.
+    """
+
+    def build(state: State, layout: Layout, options: ImportOptions) -> G:
+        return from_official(state, layout, options.num_heads)
+
+    return build
+
+
 def _has(state: State, mark: str) -> bool:
     """Whether a key is like the mark; most marks are whole keys."""
     return mark in state or any(match_key(mark, key) is not None for key in state)

@@ -5,6 +5,7 @@ Exact: tokens follow the guided, processed distribution of the generator. One ne
 entity.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Draws, Implicit, Logits
+from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
@@ -62,18 +64,24 @@ def decode_from(
         yield Step(n, distribution, tokens)
 
 
-@dataclass(frozen=True)
-class Ancestral(Algorithm):
-    """Entity by entity, one evaluation each; every generator and every head. Exact.
+class EntityByEntity(Algorithm):
+    """The loop of algorithms whose steps put one entity after the other into place."""
 
-    `steps`: number of entities, for generators of random order.
-    """
+    @abstractmethod
+    def steps_of(
+        self,
+        generator: Generator,
+        state: State,
+        settings: Draws,
+        noise: Noise,
+        tokens: Tensor,
+        recorder: Recorder | None,
+    ) -> Iterator[Step]:
+        """The steps from an empty buffer `tokens` to the last entity."""
 
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps is not None:
-            check_whole("steps of Ancestral", self.steps, least=1)
+    def plan(self, generator: Generator, noise: Noise) -> Entities:
+        """The partition to decode in."""
+        return generator.plan(noise)
 
     @torch.no_grad()
     def __call__(
@@ -86,8 +94,36 @@ class Ancestral(Algorithm):
         recorder: Recorder | None = None,
     ) -> Tensor:
         with running(recorder, condition.batch, generator.layout.length, noise.device):
-            state = generator.start(condition, guidance, generator.plan(noise, self.steps))
+            state = generator.start(condition, guidance, self.plan(generator, noise))
             tokens = generator.layout.blank(condition.batch).to(noise.device)
-            for step in decode_from(generator, state, settings, noise, tokens, recorder=recorder):
+            for step in self.steps_of(generator, state, settings, noise, tokens, recorder):
                 tokens = step.tokens
         return tokens
+
+
+@dataclass(frozen=True)
+class Ancestral(EntityByEntity):
+    """Entity by entity, one evaluation each; every generator and every head. Exact.
+
+    `steps`: number of entities, for generators of random order.
+    """
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_whole("steps of Ancestral", self.steps, least=1)
+
+    def plan(self, generator: Generator, noise: Noise) -> Entities:
+        return generator.plan(noise, self.steps)
+
+    def steps_of(
+        self,
+        generator: Generator,
+        state: State,
+        settings: Draws,
+        noise: Noise,
+        tokens: Tensor,
+        recorder: Recorder | None,
+    ) -> Iterator[Step]:
+        return decode_from(generator, state, settings, noise, tokens, recorder=recorder)

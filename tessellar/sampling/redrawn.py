@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Draws, Solver
 from tessellar.protocol.generator import Generator, State
-from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
-from tessellar.sampling.algorithm import Algorithm
-from tessellar.sampling.decode import Step, decode_from
-from tessellar.sampling.report import Recorder, forward, running
+from tessellar.sampling.decode import EntityByEntity, Step, decode_from
+from tessellar.sampling.report import Recorder, forward
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def redrawn_from(
 
 
 @dataclass(frozen=True)
-class Redrawn(Algorithm):
+class Redrawn(EntityByEntity):
     """Entity by entity, each but the first drawn again by every choice of `again`, given the draft
     before it. Approximate.
 
@@ -73,21 +70,15 @@ class Redrawn(Algorithm):
 
     exact: ClassVar[bool] = False
 
-    @torch.no_grad()
-    def __call__(
+    def steps_of(
         self,
         generator: Generator,
-        condition: Condition,
+        state: State,
         settings: Draws,
         noise: Noise,
-        guidance: Guidance = NO_GUIDANCE,
-        recorder: Recorder | None = None,
-    ) -> Tensor:
-        with running(recorder, condition.batch, generator.layout.length, noise.device):
-            state = generator.start(condition, guidance, generator.plan(noise))
-            tokens = generator.layout.blank(condition.batch).to(noise.device)
-            for step in redrawn_from(
-                generator, state, self.again, settings, noise, tokens, recorder=recorder
-            ):
-                tokens = step.tokens
-        return tokens
+        tokens: Tensor,
+        recorder: Recorder | None,
+    ) -> Iterator[Step]:
+        return redrawn_from(
+            generator, state, self.again, settings, noise, tokens, recorder=recorder
+        )

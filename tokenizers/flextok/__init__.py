@@ -9,7 +9,8 @@ from tessellar.tokenizers.flextok.tokenizer import (
     flextok_d18_d18,
     flextok_d18_d28,
 )
-from tessellar.tokenizers.flextok.transformer import Grid, TransformerSize
+from tessellar.tokenizers.flextok.transformer import TransformerSize
+from tessellar.tokenizers.parts.latent_maps import Grid
 
 __all__ = [
     "FlexTok",

@@ -12,15 +12,14 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from tessellar.layers.precision import at_least_float32
 from tessellar.networks.vision import Teacher
 from tessellar.processes import flow
-from tessellar.protocol.layout import Categorical, Continuous, sequence_layout
+from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.protocol.noise import Noise
-from tessellar.protocol.tokenizer import Quantizer, Tokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import Quantizer, TokenizerOutput
 from tessellar.tokenizers.flextok.flow_decoding import (
     FlowDecoding,
     FlowTraining,
@@ -31,19 +30,24 @@ from tessellar.tokenizers.flextok.flow_decoding import (
 from tessellar.tokenizers.flextok.transformer import (
     Decoder,
     Encoder,
-    Grid,
     TransformerSize,
     Velocity,
 )
 from tessellar.tokenizers.flextok.vae import flextok_vae
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.losses.alignment import cosine_distance, projection, regrid
+from tessellar.tokenizers.parts.latent_maps import (
+    LatentMaps,
+    grid_of,
+    kept_lengths,
+    streams_of,
+)
 from tessellar.tokenizers.quantizers.fsq import FSQ
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 
 
-class FlexTok(Tokenizer):
+class FlexTok(LatentMaps):
     """Square images as `num_tokens` ordered tokens, decodable from the first on.
 
     `vae` gives the latents that the flow draws; it is frozen and part of the weights. None: the
@@ -105,41 +109,13 @@ class FlexTok(Tokenizer):
         )
         self.repa = None if repa_dim is None else projection(decoder_size.width, repa_dim)
 
-    def train(self, mode: bool = True) -> "FlexTok":
-        """The VAE stays in eval mode."""
-        super().train(mode)
-        if self.vae is not None:
-            self.vae.eval()
-        return self
-
     @property
     def last_layer(self) -> Tensor:
         return self.decoder.head.weight
 
-    @torch.no_grad()
-    def latents(self, images: Tensor, sample: bool = False) -> Tensor:
-        """What the flow draws, [B, C, h, w]: scaled latents of images (drawn, or the mode), or the
-        images.
-        """
-        self.check_images(images)
-        if self.vae is None:
-            return images
-        tokens = self.vae.draw(images) if sample else self.vae.encode(images)
-        return rearrange(tokens, "b (h w) c -> b c h w", h=self.grid.side)
-
-    @torch.no_grad()
-    def render(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of what the flow drew."""
-        return (
-            latents
-            if self.vae is None
-            else self.vae.decode(rearrange(latents, "b c h w -> b (h w) c").contiguous())
-        )
-
     def encode(self, images: Tensor, length: int | None = None) -> Tensor:
         """The first `length` tokens (None: all); the encoder computes no more than those."""
-        if length is not None and not 1 <= length <= self.num_tokens:
-            raise ValueError(f"length is {length}; it must be in [1, {self.num_tokens}]")
+        self.check_length(length)
         return self.quantizer.encode(self.encoder(self.latents(images), length))
 
     def decode(
@@ -158,10 +134,7 @@ class FlexTok(Tokenizer):
         to `decoding`'s.
         """
         self.layout.check(tokens)
-        if noise is None:
-            noise = Noise(tokens[:, 0].tolist(), tokens.device)
-        if len(noise) != len(tokens):
-            raise ValueError(f"noise has {len(noise)} streams for {len(tokens)} images")
+        noise = streams_of(tokens, noise, Tensor.tolist)
         how = self.decoding if steps is None else replace(self.decoding, steps=steps)
         start = noise.normal(self.grid.channels, self.grid.side, self.grid.side)
         return self.render(self.denoise(tokens, start, how, guidance, lengths))
@@ -181,15 +154,7 @@ class FlexTok(Tokenizer):
         """
         decoding = decoding or self.decoding
         guidance = decoding.guidance if guidance is None else guidance
-        if lengths is None:
-            kept = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        else:
-            kept = lengths
-            outside = (kept < 1) | (kept > tokens.shape[1])
-            if kept.shape != (len(tokens),) or bool(outside.any()):
-                raise ValueError(
-                    f"lengths are {kept.tolist()}; give {len(tokens)} in [1, {tokens.shape[1]}]"
-                )
+        kept = kept_lengths(tokens, lengths)
         dtype = next(self.decoder.parameters()).dtype
         codes = self.quantizer.decode(tokens).to(dtype)
         # With guidance all images are drawn twice at once: under their tokens, and under none.
@@ -258,30 +223,6 @@ class FlexTok(Tokenizer):
             self.repa(regrid(features, (side, side), self.teacher.grid).to(features.dtype)),
             self.teacher(images).patches,
         )
-
-
-def grid_of(vae: KLVAE | None, image_size: int, patch: int, table: int | None) -> Grid:
-    """Raises ValueError unless the images, the VAE's latents and the patches fit each other."""
-    channels = 3
-    side = image_size
-    if vae is not None:
-        kind = vae.layout.segments[0].kind
-        shape = vae.layout.grid
-        if (
-            vae.image_size != (image_size, image_size)
-            or shape is None
-            or not isinstance(kind, Continuous)
-        ):
-            raise ValueError(
-                f"the VAE gives {vae.layout} of images {vae.image_size}, not of {image_size}x{image_size}"
-            )
-        channels = kind.dim
-        side = shape[0]
-    if side % patch:
-        raise ValueError(f"patch_size {patch} does not divide maps of {side}x{side}")
-    if table is not None and table < side // patch:
-        raise ValueError(f"table is {table}; there are {side // patch}x{side // patch} patches")
-    return Grid(channels, side, patch, table or side // patch)
 
 
 def _published(

@@ -21,6 +21,7 @@ from tessellar.layers.split_attention import SplitAttention
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
 from tessellar.protocol.arguments import in_ranges
+from tessellar.tokenizers.parts.latent_maps import Grid
 
 EPS = 1e-5
 TIME_PERIOD = 256.0
@@ -40,41 +41,6 @@ class TransformerSize:
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 and of head_dim {self.head_dim}"
             )
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Maps [B, channels, side, side] cut into squares of `patch`; `table` is the side of the table
-    of positions.
-    """
-
-    channels: int
-    side: int
-    patch: int
-    table: int
-
-    @property
-    def patches(self) -> int:
-        """Patches along a side."""
-        return self.side // self.patch
-
-    @property
-    def patch_dim(self) -> int:
-        return self.channels * self.patch**2
-
-    def split(self, maps: Tensor) -> Tensor:
-        """Maps to patches [B, n, patch_dim], the channels of a pixel side by side."""
-        return rearrange(maps, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
-
-    def join(self, patches: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        return rearrange(
-            patches,
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=self.patches,
-            p=self.patch,
-            q=self.patch,
-        )
 
 
 def norm(width: int) -> nn.LayerNorm:

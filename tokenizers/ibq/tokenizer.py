@@ -5,24 +5,18 @@ of 256 channels stay in use. Convolutional halves are taming's (arXiv 2012.09841
 the coarsest level.
 """
 
-from torch import nn
-
-from tessellar.layers.cnn import Decoder, Encoder, Sizes
-from tessellar.protocol.layout import grid_layout
+from tessellar.layers.cnn import Sizes
 from tessellar.protocol.tokenizer import Quantizer
-from tessellar.tokenizers.parts.vqgan import VQGAN
+from tessellar.tokenizers.parts.vqgan import TamingVQGAN
 from tessellar.tokenizers.quantizers.ibq import IBQ
 
 
-class IBQVQGAN(VQGAN):
+class IBQVQGAN(TamingVQGAN):
     """Images of `image_size` (one side, or height and width) as a grid of codes.
 
     `attention` are the levels with attention, 0 the finest; None: the coarsest alone. Raises
     ValueError where the stride does not divide the image size.
     """
-
-    encoder: Encoder
-    decoder: Decoder
 
     def __init__(
         self,
@@ -35,14 +29,15 @@ class IBQVQGAN(VQGAN):
         dropout: float = 0.0,
         attention: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
-        self.layout = grid_layout(*self.grid, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
-        self.encoder = Encoder(sizes, attention)
-        self.decoder = Decoder(sizes, attention)
-        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
-        self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
+        super().__init__(
+            quantizer,
+            image_size,
+            encoding=sizes,
+            decoding=sizes,
+            encoder_attention=attention,
+            decoder_attention=attention,
+        )
 
 
 # Published variants: 16 x 16 tokens at 256 pixels.          parameters

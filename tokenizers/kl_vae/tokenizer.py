@@ -7,18 +7,17 @@ exists (it has none), attention is placed by level instead of by a nominal resol
 latent scale lives with the weights.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessellar.layers.cnn import Decoder, Encoder, Sizes
-from tessellar.protocol.layout import grid_layout
-from tessellar.tokenizers.parts.vqgan import VQGAN
+from tessellar.layers.cnn import Sizes
+from tessellar.tokenizers.parts.vqgan import TamingVQGAN
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 # 1 / standard deviation of kl16.ckpt's sampled latents over ImageNet.
 KL16_SCALE = 0.2325
 
 
-class KLVAE(VQGAN):
+class KLVAE(TamingVQGAN):
     """Images of `image_size` (one side, or height and width) to a grid of latents, `quantizer.dim`
     channels each.
 
@@ -28,8 +27,6 @@ class KLVAE(VQGAN):
     """
 
     quantizer: GaussianBottleneck
-    encoder: Encoder
-    decoder: Decoder
 
     def __init__(
         self,
@@ -43,14 +40,16 @@ class KLVAE(VQGAN):
         dropout: float = 0.0,
         groups: int = 32,
     ) -> None:
-        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
-        self.layout = grid_layout(*self.grid, quantizer.kind, "latents")
         shared = (channels, tuple(multipliers), num_res_blocks)
-        self.encoder = Encoder(Sizes(*shared, quantizer.in_dim, dropout, groups), encoder_attention)
-        self.decoder = Decoder(Sizes(*shared, quantizer.dim, dropout, groups), decoder_attention)
-        self.quant_conv = nn.Conv2d(quantizer.in_dim, quantizer.in_dim, 1)
-        self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, quantizer.dim, 1)
+        super().__init__(
+            quantizer,
+            image_size,
+            encoding=Sizes(*shared, quantizer.in_dim, dropout, groups),
+            decoding=Sizes(*shared, quantizer.dim, dropout, groups),
+            encoder_attention=encoder_attention,
+            decoder_attention=decoder_attention,
+            segment="latents",
+        )
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, N, C] of the tokens, which a cache keeps."""

@@ -6,25 +6,19 @@ downsampling padded at the right and bottom only. Different from the official co
 recent codes (usage is a callback's business), and codes can be restarted.
 """
 
-from torch import nn
-
-from tessellar.layers.cnn import Decoder, Encoder, Sizes
-from tessellar.protocol.layout import grid_layout
+from tessellar.layers.cnn import Sizes
 from tessellar.protocol.tokenizer import Quantizer
-from tessellar.tokenizers.parts.vqgan import VQGAN
+from tessellar.tokenizers.parts.vqgan import TamingVQGAN
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
-class LlamaGenVQ(VQGAN):
+class LlamaGenVQ(TamingVQGAN):
     """VQGAN over images of `image_size` (one side, or height and width); convolutional, so any
     multiple of the stride.
 
     `decoder_multipliers` None: those of the encoder. Raises ValueError where the stride does not
     divide the image size.
     """
-
-    encoder: Encoder
-    decoder: Decoder
 
     def __init__(
         self,
@@ -37,14 +31,9 @@ class LlamaGenVQ(VQGAN):
         dropout: float = 0.0,
         decoder_multipliers: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(image_size, stride=2 ** (len(multipliers) - 1))
-        self.layout = grid_layout(*self.grid, quantizer.kind)
         sizes = Sizes(channels, tuple(multipliers), num_res_blocks, z_channels, dropout)
-        self.encoder = Encoder(sizes)
-        self.decoder = Decoder(sizes.decoding(decoder_multipliers))
-        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
-        self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
+        decoding = sizes.decoding(decoder_multipliers)
+        super().__init__(quantizer, image_size, encoding=sizes, decoding=decoding)
 
 
 def vq_16(

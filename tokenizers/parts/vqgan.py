@@ -7,8 +7,10 @@ Shapes: images [B, 3, H, W], maps [B, C, h, w] at the stride of the encoder, vec
 from einops import rearrange
 from torch import Tensor, nn
 
+from tessellar.layers.cnn import Decoder, Encoder, Sizes
 from tessellar.layers.precision import at_least_float32
-from tessellar.protocol.tokenizer import GridTokenizer
+from tessellar.protocol.layout import grid_layout
+from tessellar.protocol.tokenizer import GridTokenizer, Quantizer
 
 
 class VQGAN(GridTokenizer):
@@ -55,3 +57,32 @@ class VQGAN(GridTokenizer):
 
     def render(self, vectors: Tensor) -> Tensor:
         return self.paint(rearrange(vectors, "b (h w) c -> b c h w", h=self.grid[0]))
+
+
+class TamingVQGAN(VQGAN):
+    """A VQGAN of taming's halves, with 1x1 convolutions to the quantizer and from it.
+
+    `encoding` and `decoding` are the sizes of the halves; `encoder_attention` and
+    `decoder_attention` their levels with attention, 0 the finest (None: the coarsest alone).
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        image_size: int | tuple[int, int],
+        encoding: Sizes,
+        decoding: Sizes,
+        encoder_attention: tuple[int, ...] | None = None,
+        decoder_attention: tuple[int, ...] | None = None,
+        segment: str = "tokens",
+    ) -> None:
+        super().__init__(image_size, stride=2 ** (len(encoding.multipliers) - 1))
+        self.layout = grid_layout(*self.grid, quantizer.kind, segment)
+        self.encoder = Encoder(encoding, encoder_attention)
+        self.decoder = Decoder(decoding, decoder_attention)
+        self.quant_conv = nn.Conv2d(encoding.z_channels, quantizer.in_dim, 1)
+        self.quantizer = quantizer
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, decoding.z_channels, 1)

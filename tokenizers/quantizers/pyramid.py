@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import Segment
 from tessellar.protocol.tokenizer import Quantizer
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 
 
 def rows(maps: Tensor) -> Tensor:
@@ -118,6 +119,19 @@ class PyramidQuantizer(Quantizer):
             for shape, total in zip(self.shapes[1:count], sums, strict=True):
                 inputs.append(rows(averaged(total, shape)))
         return torch.cat(inputs, 1)
+
+
+class PyramidVQ(PyramidQuantizer, VectorQuantizer):
+    """Scales of one codebook, whose codes come from the rests of all of them where they are
+    initialised from data or restarted.
+    """
+
+    @torch.no_grad()
+    def candidates(self, z: Tensor) -> Tensor:
+        if self.init_step is None and self.restart_every is None:
+            return z  # nobody asks for them
+        rests = [rest for rest, _, _ in self.scan(z)]
+        return self._normalize(torch.cat(rests, 1))
 
 
 def averaged(maps: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -110,25 +110,35 @@ class VectorQuantizer(Quantizer):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            z = self._normalize(z)
+            z = at_least_float32(z)
             finite = distributed.all_finite(z.detach()) if self.training else None
             if finite is not None:
-                self._maintain(z.detach(), finite)
-            tokens = self.encode(z)
+                self._maintain(self.candidates(z.detach()), finite)
+            output = self.quantize(z)
             if finite is not None:
-                self._count(tokens, finite)
-            quantized = self.decode(tokens)
-            losses = {
-                "codebook": self.codebook_weight * F.mse_loss(quantized, z.detach()),
-                "commitment": self.commitment_weight * F.mse_loss(z, quantized.detach()),
-            }
-            if self.entropy_weight > 0:
-                losses["entropy"] = self.entropy_weight * entropy_loss(
-                    -self.distances(z), self.entropy_temperature
-                )
-            # Straight through: the value of the code, the gradient of the latent.
-            passed = rotate_to(z, quantized) if self.rotation else z + (quantized - z).detach()
-            return QuantizerOutput(passed, tokens, losses)
+                self._count(output.tokens, finite)
+            return output
+
+    def candidates(self, z: Tensor) -> Tensor:
+        """Vectors that codes are initialised and restarted from."""
+        return self._normalize(z)
+
+    def quantize(self, z: Tensor) -> QuantizerOutput:
+        """z quantized with the codes as they are, and its losses."""
+        z = self._normalize(z)
+        tokens = self.encode(z)
+        quantized = self.decode(tokens)
+        losses = {
+            "codebook": self.codebook_weight * F.mse_loss(quantized, z.detach()),
+            "commitment": self.commitment_weight * F.mse_loss(z, quantized.detach()),
+        }
+        if self.entropy_weight > 0:
+            losses["entropy"] = self.entropy_weight * entropy_loss(
+                -self.distances(z), self.entropy_temperature
+            )
+        # Straight through: the value of the code, the gradient of the latent.
+        passed = rotate_to(z, quantized) if self.rotation else z + (quantized - z).detach()
+        return QuantizerOutput(passed, tokens, losses)
 
     def _count(self, tokens: Tensor, finite: Tensor) -> None:
         """Count which codes a training pass chose, of all processes: each sees the same unused."""

@@ -30,11 +30,16 @@ from tessellar.protocol.layout import Continuous, sequence_layout
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_number, check_whole
 from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
-from tessellar.tokenizers.flextok.tokenizer import grid_of
 from tessellar.tokenizers.kl_vae import KLVAE, kl16
 from tessellar.tokenizers.kl_vae.tokenizer import KL16_SCALE
 from tessellar.tokenizers.losses.alignment import cosine_distance
 from tessellar.tokenizers.parts.inner import inner_tokenizer
+from tessellar.tokenizers.parts.latent_maps import (
+    LatentMaps,
+    grid_of,
+    kept_lengths,
+    streams_of,
+)
 from tessellar.tokenizers.semanticist.transformers import SlotDiT, SlotEncoder
 from tessellar.tokenizers.titok import ViTSize
 from tessellar.tokenizers.titok.tokenizer import SIZES
@@ -77,7 +82,7 @@ class SlotTraining:
         check_number("repa_weight", self.repa_weight, least=0)
 
 
-class Semanticist(Tokenizer):
+class Semanticist(LatentMaps):
     """Square images as `num_slots` ordered slots of `slot_dim` channels, decodable from the first
     on.
 
@@ -149,13 +154,6 @@ class Semanticist(Tokenizer):
         )
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 
-    def train(self, mode: bool = True) -> "Semanticist":
-        """The VAE stays in eval mode."""
-        super().train(mode)
-        if self.vae is not None:
-            self.vae.eval()
-        return self
-
     @property
     def last_layer(self) -> Tensor:
         return self.decoder.head.weight
@@ -165,20 +163,9 @@ class Semanticist(Tokenizer):
         self.check_images(images)
         return standardised(self.to_slot(self.encoder((images + 1) / 2, count)))
 
-    @torch.no_grad()
-    def latents(self, images: Tensor, sample: bool = False) -> Tensor:
-        """What the decoder draws, [B, C, h, w]: scaled latents of images (drawn, or the mode), or
-        the images.
-        """
-        if self.vae is None:
-            return images
-        tokens = self.vae.draw(images) if sample else self.vae.encode(images)
-        return rearrange(tokens, "b (h w) c -> b c h w", h=self.grid.side)
-
     def encode(self, images: Tensor, length: int | None = None) -> Tensor:
         """The first `length` slots (None: all); the encoder computes no more than those."""
-        if length is not None and not 1 <= length <= self.num_slots:
-            raise ValueError(f"length is {length}; it must be in [1, {self.num_slots}]")
+        self.check_length(length)
         return self.slots(images, length)
 
     def decode(
@@ -197,19 +184,12 @@ class Semanticist(Tokenizer):
         to `decoding`'s. Raises ValueError for lengths that are not in [1, k].
         """
         self.layout.check(tokens)
-        if noise is None:
-            noise = Noise(seeds_of(tokens[:, 0]), tokens.device)
-        if len(noise) != len(tokens):
-            raise ValueError(f"noise has {len(noise)} streams for {len(tokens)} images")
-        count = tokens.shape[1]
-        kept = torch.full((len(tokens),), count) if lengths is None else lengths
-        if kept.shape != (len(tokens),) or bool(((kept < 1) | (kept > count)).any()):
-            raise ValueError(f"lengths are {kept.tolist()}; give {len(tokens)} in [1, {count}]")
+        noise = streams_of(tokens, noise, seeds_of)
+        kept = kept_lengths(tokens, lengths)
         how = self.decoding
         how = how if steps is None else replace(how, steps=steps)
         how = how if guidance is None else replace(how, guidance=guidance)
-        latents = self.denoise(tokens, kept, how, noise)
-        return latents if self.vae is None else self.vae.decode(latents_of(latents))
+        return self.render(self.denoise(tokens, kept, how, noise))
 
     @torch.no_grad()
     def denoise(self, slots: Tensor, kept: Tensor, decoding: SlotDecoding, noise: Noise) -> Tensor:

@@ -21,7 +21,8 @@ from tessellar.layers.attention import attention as attend
 from tessellar.layers.llama import StochasticDepth
 from tessellar.layers.tags import tag
 from tessellar.layers.time_embedding import TimeEmbedding
-from tessellar.tokenizers.flextok.transformer import Grid, positions_2d
+from tessellar.tokenizers.flextok.transformer import positions_2d
+from tessellar.tokenizers.parts.latent_maps import Grid
 from tessellar.tokenizers.titok import ViTSize
 
 EPS = 1e-6

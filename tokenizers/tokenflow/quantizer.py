@@ -17,8 +17,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.ranges import check_number
 from tessellar.protocol.tokenizer import QuantizerOutput
 from tessellar.tokenizers.quantizers.entropy import entropy_loss
-from tessellar.tokenizers.quantizers.pyramid import PyramidQuantizer, enlarged, rows
-from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.quantizers.pyramid import PyramidVQ, enlarged, rows
 
 SIDES = {
     14: (1, 2, 4, 6, 8, 10, 12, 14),
@@ -28,7 +27,7 @@ SIDES = {
 """The published scales by the side of the finest."""
 
 
-class SharedQuantizer(PyramidQuantizer, VectorQuantizer):
+class SharedQuantizer(PyramidVQ):
     """Codes of `semantic_dim` + `pixel_dim` channels, and scales of `sides`.
 
     The index minimises |z_sem - s|^2 + pixel_weight |z_pix - p|^2 between vectors of length 1.
@@ -129,27 +128,12 @@ class SharedQuantizer(PyramidQuantizer, VectorQuantizer):
             skipped = int(torch.randint(1, len(self.sides), ()))
         return distributed.broadcast(skipped)
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """A skipped scale has tokens, but adds nothing to the sum and has no losses."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = at_least_float32(z)
-            finite = distributed.all_finite(z.detach()) if self.training else None
-            if finite is not None:
-                # Codes from data, of the rests of all scales, before any is quantized with them.
-                latents = z
-                if self.init_step is not None or self.restart_every is not None:
-                    with torch.no_grad():
-                        latents = torch.cat([rest for rest, _, _ in self.scan(z)], 1)
-                self._maintain(self._normalize(latents.detach()), finite)
-            output = self.quantize(z, self.draw_skipped())
-            if finite is not None:
-                self._count(output.tokens, finite)
-            return output
-
     def quantize(self, z: Tensor, skipped: int | None = None) -> QuantizerOutput:
-        """The quantized z [B, h w, C] without the `skipped` scale, and losses as means over the
-        others.
+        """z [B, h w, C] without the `skipped` scale (None: the one that this pass draws), and losses
+        as means over the others: a skipped scale has tokens, but adds nothing.
         """
+        if skipped is None:
+            skipped = self.draw_skipped()
         total = torch.zeros(())
         found = []
         losses: dict[str, list[Tensor]] = {"codebook": [], "commitment": []}

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar import distributed
-from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.arguments import COUNTS
 from tessellar.protocol.tokenizer import QuantizerOutput
-from tessellar.tokenizers.quantizers.pyramid import PyramidQuantizer, enlarged, rows
-from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.quantizers.pyramid import PyramidVQ, enlarged, rows
 
 
 class Phi(nn.Conv2d):
@@ -43,7 +40,7 @@ def phi_of_scale(scales: int, count: int) -> list[int]:
     return [int(np.argmin(np.abs(ticks - k / max(scales - 1, 1)))) for k in range(scales)]
 
 
-class MultiScaleQuantizer(PyramidQuantizer, VectorQuantizer):
+class MultiScaleQuantizer(PyramidVQ):
     """Scales of `sides`, the last that of the latent grid; `phis` convolutions are shared among
     them (0: one each).
 
@@ -95,32 +92,19 @@ class MultiScaleQuantizer(PyramidQuantizer, VectorQuantizer):
         h = enlarged(self.codebook(tokens), self.sides[-1])
         return self.phis[self.which[scale]](h)
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        with torch.autocast(z.device.type, enabled=False):
-            z = at_least_float32(z)
-            finite = distributed.all_finite(z.detach()) if self.training else None
-            if finite is not None:
-                # Codes from data, of the rests of all scales, before any is quantized with them.
-                latents = z
-                if self.init_step is not None or self.restart_every is not None:
-                    with torch.no_grad():
-                        latents = torch.cat([rest for rest, _, _ in self.scan(z.detach())], 1)
-                self._maintain(latents, finite)
-            found = []
-            total = torch.zeros_like(z)
-            # Squared errors that move the codes, and those that move z, by scale.
-            to_codes = []
-            to_latents = []
-            for _, tokens, added in self.scan(z.detach()):
-                total = total + rows(added)
-                found.append(tokens)
-                to_codes.append(F.mse_loss(total, z.detach()))
-                to_latents.append(F.mse_loss(z, total.detach()))
-            tokens = torch.cat(found, 1)
-            if finite is not None:
-                self._count(tokens, finite)
-            losses = {
-                "codebook": self.codebook_weight * torch.stack(to_codes).mean(),
-                "commitment": self.commitment_weight * torch.stack(to_latents).mean(),
-            }
-            return QuantizerOutput(z + (total - z).detach(), tokens, losses)
+    def quantize(self, z: Tensor) -> QuantizerOutput:
+        found = []
+        total = torch.zeros_like(z)
+        # Squared errors that move the codes, and those that move z, by scale.
+        to_codes = []
+        to_latents = []
+        for _, tokens, added in self.scan(z.detach()):
+            total = total + rows(added)
+            found.append(tokens)
+            to_codes.append(F.mse_loss(total, z.detach()))
+            to_latents.append(F.mse_loss(z, total.detach()))
+        losses = {
+            "codebook": self.codebook_weight * torch.stack(to_codes).mean(),
+            "commitment": self.commitment_weight * torch.stack(to_latents).mean(),
+        }
+        return QuantizerOutput(z + (total - z).detach(), torch.cat(found, 1), losses)
