@@ -47,11 +47,12 @@ from tessellar.sampling.settings import Sampling
 
 def samples(
     samples: str,
-    reference: str = "",
+    reference: list[str] | None = None,
     data: ImageDataModule | None = None,
     size: int | None = None,
-    extractor: str = "inception",
+    extractor: list[str] | None = None,
     network: NetworkFacts | None = None,
+    validation: list[str] | None = None,
     protocol: str = "free",
     metrics: list[Metric] | None = None,
     out: str = "",
@@ -63,13 +64,15 @@ def samples(
 
     Args:
         samples: folder or npz
-        reference: folder, npz of images or of statistics; or train or val of --data
+        reference: folder, npz of images or of statistics (then one for each network); or train or val of --data
         data: data set of the reference, as in a training YAML: a class, then --data.root and so on
         size: crop the centre of the images of both folders to this size, as ADM does
-        extractor: inception (downloaded), its weights file, or a timm network's .safetensors
+        extractor: inception (downloaded), its weights file, a timm network's .safetensors; or several, for one pass
+            (fdr6: the six of FDr^6; NAME or NAME=FILE: a network of the field, such as dinov2)
         network: what the .safetensors holds, where it does not say so itself
-        protocol: adm-50k, torch-fidelity, clean-fid, rfid-val, fmnist-10k or free
-        metrics: of fd sfd is kid pr accuracy (default: the protocol's)
+        validation: folder or npz of validation images, or val of --data: the ratio fdr divides by their distance
+        protocol: adm-50k, torch-fidelity, clean-fid, fdr6, rfid-val, fmnist-10k or free
+        metrics: of fd fdinf fdr sfd is kid mind cmmd pr dc accuracy (default: the protocol's)
         out: JSON record to write (default: a new file below outputs/evaluations)
         batch_size: images at once; it does not change the numbers
         device: auto, cpu, cuda, ...
@@ -78,18 +81,21 @@ def samples(
     check_out(out)
     source = open_images(samples, size=size)
     measurement = Measurement(
-        protocols.protocol(protocol), extractor, network, device, cache, batch_size
+        protocols.protocol(protocol), extractor or [], network, device, cache, batch_size
     )
     measurement.begin(samples, out)
-    measurement.report(source, measurement.reference(reference, data, size), metrics, out)
+    references = measurement.references(reference, data, size)
+    measurement.validation = measurement.references(validation, data, size)
+    measurement.report(source, references, metrics, out)
 
 
 def model(
     model: str,
     data: ImageDataModule | None = None,
-    reference: str = "",
-    extractor: str = "inception",
+    reference: list[str] | None = None,
+    extractor: list[str] | None = None,
     network: NetworkFacts | None = None,
+    validation: list[str] | None = None,
     protocol: str = "free",
     metrics: list[Metric] | None = None,
     count: int | None = None,
@@ -116,10 +122,13 @@ def model(
         model: export folder, .safetensors, .ckpt or hub id
         data: data set, as in a training YAML (default: that of the run)
         reference: train or val of --data, or a path (default: train for samples, val for reconstructions)
-        extractor: inception (downloaded), its weights file, a timm network's .safetensors, or none (for paired, lpips)
+        extractor: inception (downloaded), its weights file, a timm network's .safetensors, or none (for paired, lpips);
+            or several, for one pass (fdr6: the six of FDr^6; NAME or NAME=FILE: a network of the field, such as dinov2)
         network: what the .safetensors holds, where it does not say so itself
-        protocol: adm-50k, torch-fidelity, clean-fid, rfid-val, fmnist-10k or free
-        metrics: of fd sfd is kid pr accuracy paired lpips (default: the protocol's; paired is PSNR and SSIM)
+        validation: folder or npz of validation images, or val of --data: the ratio fdr divides by their distance
+        protocol: adm-50k, torch-fidelity, clean-fid, fdr6, rfid-val, fmnist-10k or free
+        metrics: of fd fdinf fdr sfd is kid mind cmmd pr dc accuracy paired lpips (default: the protocol's; paired is
+            PSNR and SSIM, dc density and coverage)
         count: number of samples, or of validation images to reconstruct (default: the protocol's, or all)
         labels: classes of the samples: equally often (balanced), or as often as in the training set of --data (data)
         guidance: classifier-free guidance, a schedule over the entities (Constant); scale 1 is none
@@ -142,25 +151,23 @@ def model(
     check_count("--count", count)
     check_seed(seed, count or 1)
     measurement = Measurement(
-        protocols.protocol(protocol), extractor, network, device, cache, batch_size
+        protocols.protocol(protocol), extractor or [], network, device, cache, batch_size
     )
     measurement.begin(model, out)
     data = data or data_of_run(model)
     made = read_source(model, raw=raw)
-    loaded = assemble(made).to(measurement.extractor.device)
+    loaded = assemble(made).to(measurement.on)
     facts = {"model": model, "weights": made.weights, "fingerprint": fingerprint(loaded)}
     count = count or measurement.protocol.samples
     if isinstance(loaded, Tokenizer):
         source: ImageSource = Reconstructions(loaded, split_of("val", data, count), facts)
-        measures: list[Metric] = ["fd", "paired"] if measurement.extractor.dim else ["paired"]
+        measures: list[Metric] = ["fd", "paired"] if measurement.sees else ["paired"]
         if reference:
-            against = measurement.reference(reference, data)
+            against = measurement.references(reference, data)
         else:  # the very images that were reconstructed
-            against = (
-                measurement.reference_of(split_of("val", data, count))
-                if measurement.extractor.dim
-                else None
-            )
+            against = None
+            if measurement.sees:
+                against = measurement.references_of(split_of("val", data, count))
         metrics = metrics or (measures if protocol == "free" else None)
     else:
         sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
@@ -175,10 +182,10 @@ def model(
             plan=labels,
         )
         source = generated
-        against = measurement.reference(reference or "train", data)
-        metrics = metrics or (
-            _free_metrics(generated, measurement.extractor) if protocol == "free" else None
-        )
+        against = measurement.references(reference or ["train"], data)
+        if protocol == "free" and not metrics:
+            metrics = _free_metrics(generated, measurement.extractors)
+    measurement.validation = measurement.references(validation, data)
     measurement.report(source, against, metrics, out, lpips_weights)
 
 
@@ -222,17 +229,23 @@ def _counts(model: ImageGenerator, data: ImageDataModule | None) -> list[int]:
     return [counts[data.class_names.index(name)] for name in names]
 
 
-def _free_metrics(source: GeneratedImages, extractor: Extractor) -> list[Metric]:
-    """The distance, and class accuracy where the network knows the generator's classes."""
+def _free_metrics(source: GeneratedImages, extractors: Sequence[Extractor]) -> list[Metric]:
+    """The distance, and class accuracy where the networks that have classes know the generator's."""
+    classifiers = [extractor for extractor in extractors if extractor.num_classes]
+    known = [extractor for extractor in classifiers if _knows(extractor, source)]
+    return ["fd", "accuracy"] if known and known == classifiers else ["fd"]
+
+
+def _knows(extractor: Extractor, source: GeneratedImages) -> bool:
     classes = getattr(source.model.conditioner, "num_classes", None)
     bare = not source.class_names or not extractor.class_names
     if classes is None or (bare and classes != extractor.num_classes):
-        return ["fd"]
+        return False
     try:
         match_classes(source, extractor)
     except UserError:
-        return ["fd"]
-    return ["fd", "accuracy"]
+        return False
+    return True
 
 
 COMMANDS = {

@@ -15,12 +15,12 @@ from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
-from tessellar.evaluation.engine import evaluate_samples
+from tessellar.evaluation.engine import Yardstick, evaluate
 from tessellar.evaluation.networks.extractors import Extractor
-from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.loading import load_extractors
 from tessellar.evaluation.protocols import HELD_OUT, Metric, Protocol
 from tessellar.evaluation.record import Record, summary, write_record
-from tessellar.evaluation.references import Reference, load_reference, reference_from
+from tessellar.evaluation.references import Reference, load_references, references_from
 from tessellar.evaluation.sources import DatasetImages, ImageSource
 from tessellar.networks.facts import NetworkFacts
 from tessellar.places import in_runs
@@ -36,55 +36,73 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Measurement:
-    """What the commands share: a protocol and the network that it measures with."""
+    """What the commands share: a protocol and the networks that it measures with."""
 
     protocol: Protocol
-    extractor_source: str
+    extractor_sources: Sequence[str]
     network: NetworkFacts | None
     device: str
     cache: str | None
     batch_size: int
+    validation: Sequence[Reference] | None = None
 
     def __post_init__(self) -> None:
         check_whole("--batch_size", self.batch_size, least=1, most=MAX_IMAGES)
-        loaded = load_extractor(self.extractor_source, self.network, self.protocol.resize)
-        self.extractor: Extractor = loaded.to(pick_device(self.device))
+        self.on = pick_device(self.device)
+        sources = self.extractor_sources or self.protocol.networks or ["inception"]
+        self.extractors: list[Extractor] = []
+        for loaded in load_extractors(sources, self.network, self.protocol.resize):
+            self.extractors.append(loaded.to(self.on))
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is a feature network at all."""
+        return bool(self.extractors[0].dim)
 
     def begin(self, what: str, out: str) -> None:
         """Say what is measured with which network, and where the record will lie."""
         if distributed.rank() == 0:
             place = out or f"a record into {RECORDS}"
-            network = self.extractor.name if self.extractor.dim else "no network"
-            log.info("measures %s with %s; writes %s", what, network, place)
+            networks = ", ".join(extractor.name for extractor in self.extractors)
+            log.info(
+                "measures %s with %s; writes %s",
+                what,
+                networks if self.sees else "no network",
+                place,
+            )
 
-    def reference(
-        self, name: str, data: ImageDataModule | None, size: int | None = None
-    ) -> Reference | None:
-        """Statistics of a path, whose images are cropped to `size`, or of a split of `data`; None
-        without a name.
+    def references(
+        self, names: Sequence[str] | None, data: ImageDataModule | None, size: int | None = None
+    ) -> list[Reference] | None:
+        """For each network statistics of a path, whose images are cropped to `size`, or of a split of
+        `data`; None without a name.
         """
-        if name in SPLITS:
-            return self.reference_of(split_of(name, data))
-        if not name:
+        if not names:
             return None
-        return load_reference(name, self.extractor, self.cache, self.batch_size, size)
+        if len(names) == 1 and names[0] in SPLITS:
+            return self.references_of(split_of(names[0], data))
+        return load_references(names, self.extractors, self.cache, self.batch_size, size=size)
 
-    def reference_of(self, source: ImageSource) -> Reference:
-        return reference_from(source, self.extractor, self.cache, self.batch_size)
+    def references_of(self, source: ImageSource) -> list[Reference]:
+        return references_from(source, self.extractors, self.cache, self.batch_size)
+
+    def yardsticks(self, references: Sequence[Reference] | None) -> list[Yardstick]:
+        none: list[None] = [None] * len(self.extractors)
+        sides = (references or none, self.validation or none)
+        return [Yardstick(*row) for row in zip(self.extractors, *sides, strict=True)]
 
     def report(
         self,
         source: ImageSource,
-        reference: Reference | None,
+        references: Sequence[Reference] | None,
         metrics: Sequence[Metric] | None,
         out: str,
         lpips_weights: str | None = None,
     ) -> None:
         """Measure, write the record, print its line."""
-        record = evaluate_samples(
+        record = evaluate(
             source,
-            self.extractor,
-            reference=reference,
+            self.yardsticks(references),
             protocol=self.protocol,
             metrics=metrics,
             batch_size=self.batch_size,

@@ -23,7 +23,7 @@ from tessellar.evaluation.pictures import nearest as nearest_images
 from tessellar.evaluation.pictures import neighbour_grid, pick_images, pixels
 from tessellar.evaluation.record import compare as comparison
 from tessellar.evaluation.record import differences, read_record
-from tessellar.evaluation.references import reference_from, save_statistics
+from tessellar.evaluation.references import references_from, save_statistics
 from tessellar.evaluation.sources import ImageSource, open_images
 from tessellar.networks.facts import MAX_SIDE, PURPOSE, NetworkFacts, Purpose
 from tessellar.pipeline import ImageGenerator, load
@@ -37,7 +37,7 @@ def stats(
     images: str,
     data: ImageDataModule | None = None,
     size: int | None = None,
-    extractor: str = "inception",
+    extractor: list[str] | None = None,
     network: NetworkFacts | None = None,
     protocol: str = "free",
     through: str = "",
@@ -53,7 +53,8 @@ def stats(
         images: folder or npz with arr_0; or train or val of --data
         data: data set, as in a training YAML: a class, then --data.root and so on
         size: crop the centre of a folder's images to this size, as ADM does
-        extractor: inception (downloaded), its weights file, or a timm network's .safetensors
+        extractor: inception (downloaded), its weights file, a timm network's .safetensors; or several, for one pass
+            over the images and a file OUT-NAME.npz for each
         network: what the .safetensors holds, where it does not say so itself
         protocol: whose resize the Inception network takes
         through: a tokenizer, or a generator that holds one: of the images as it reconstructs them, from which a perfect
@@ -70,27 +71,32 @@ def stats(
     if size is not None:
         check_whole("--size", size, least=1, most=MAX_SIDE)
     measurement = Measurement(
-        protocols.protocol(protocol), extractor, network, device, None, batch_size
+        protocols.protocol(protocol), extractor or [], network, device, None, batch_size
     )
     if distributed.rank() == 0:
-        log.info("statistics of %s by %s; writes %s", images, measurement.extractor.name, out)
+        names = ", ".join(each.name for each in measurement.extractors)
+        log.info("statistics of %s by %s; writes %s", images, names, out)
     source: ImageSource
     if images in SPLITS:
         source = split_of(images, data, count)
     else:
         source = open_images(images, as_samples=False, size=size)
     if through:
-        model = load(through).to(measurement.extractor.device)
+        model = load(through).to(measurement.on)
         source = Reconstructions(
             model.tokenizer if isinstance(model, ImageGenerator) else model, source
         )
-    reference = reference_from(source, measurement.extractor, None, batch_size)
-    if distributed.rank() == 0:
-        save_statistics(reference, out)
-        print(
-            f"wrote {out}: {reference.moments.count} images of {reference.name}, hash {reference.hash}"
-        )
-        warn(reference.warnings)
+    references = references_from(source, measurement.extractors, None, batch_size)
+    if distributed.rank() > 0:
+        return
+    for reference, each in zip(references, measurement.extractors, strict=True):
+        path = Path(out)
+        if len(references) > 1:
+            path = path.with_name(f"{path.stem}-{each.name}{path.suffix}")
+        save_statistics(reference, path)
+        what = f"{reference.moments.count} images of {reference.name}, hash {reference.hash}"
+        print(f"wrote {path}: {what}")
+    warn(references[0].warnings)
 
 
 def extractor(

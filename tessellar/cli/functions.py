@@ -144,9 +144,9 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
             plain.append(f"--{name}={given}")
         elif _is_list(hints.get(name)):
             values = [] if value is None else [value]
-            if value is None:  # up to the next option, or to a word that is an existing path
-                while words and not words[0].startswith("-") and not Path(words[0]).exists():
-                    values.append(words.pop(0))
+            if value is None:
+                missing = len(_required_names(function)) - len(positionals)
+                values = _take_list(words, missing, hints)
             lists.setdefault(name, []).extend(_split(values))
         else:
             takes_next = (
@@ -155,15 +155,48 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
             value = words.pop(0) if takes_next else value
             plain.append(f"--{name}" if value is None else f"--{name}={value}")
     plain += [f"--{name}={json.dumps(values)}" for name, values in lists.items()]
-    required = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is parameter.empty:
-            required.append(name)
+    required = _required_names(function)
     if required and _is_list(hints[required[-1]]) and len(positionals) >= len(required):
         # The words of a last positional list are one.
         single = len(required) - 1
         positionals = [*positionals[:single], json.dumps(positionals[single:])]
     return [*positionals, *plain]
+
+
+def _required_names(function: Function) -> list[str]:
+    parameters = inspect.signature(function).parameters
+    return [name for name, each in parameters.items() if each.default is each.empty]
+
+
+def _take_list(words: list[str], missing: int, hints: Mapping[str, Any]) -> list[str]:
+    """The words of a list, taken off `words`: up to the next option; where `missing` positional
+    words are still to come, the last ones that are paths are left for them.
+    """
+    taken: list[str] = []
+    while words and not words[0].startswith("-"):
+        taken.append(words.pop(0))
+    for _ in range(missing - _positionals_of(words, hints)):
+        if len(taken) > 1 and Path(taken[-1]).exists():
+            words.insert(0, taken.pop())
+    return taken
+
+
+def _positionals_of(words: Sequence[str], hints: Mapping[str, Any]) -> int:
+    """How many words belong to no option."""
+    count = 0
+    in_list = False
+    expects_value = False
+    for word in words:
+        if word.startswith("--"):
+            name, value = _option(word)
+            flag = hints.get(name) is bool or name.startswith("no_")
+            in_list = value is None and _is_list(hints.get(name))
+            expects_value = value is None and not flag and not in_list
+        elif expects_value or in_list:
+            expects_value = False
+        elif not word.startswith("-"):
+            count += 1
+    return count
 
 
 def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
@@ -202,7 +235,10 @@ def _option(word: str) -> tuple[str, str | None]:
 def _split(words: Sequence[str]) -> list[str]:
     parts: list[str] = []
     for word in words:
-        parts += filter(None, word.strip("[]").split(","))
+        if Path(word).exists():  # whatever its name
+            parts.append(word)
+        else:
+            parts += filter(None, word.strip("[]").split(","))
     return parts
 
 

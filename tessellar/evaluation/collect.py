@@ -1,5 +1,5 @@
-"""One pass over images: features, statistics, scores, reduced once over ranks. The reference and
-the samples take it.
+"""One pass over images: features of one or several networks, statistics, scores, reduced once over
+ranks. The reference and the samples take it.
 
 What grows with the number of images is 8 bytes each for a hash of the pixels, and, where KID or
 precision/recall need them, the features of at most `keep` images. Batches are re-cut to one size
@@ -7,7 +7,7 @@ and the last is filled up, so that a network sees one shape and an image's featu
 on its neighbours' number nor on the number of processes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,10 @@ class Needs:
     lpips: nn.Module | None = None
 
 
+Job = tuple[Extractor, Needs]
+"""A network, and what to collect of what it says."""
+
+
 @dataclass(frozen=True, eq=False)
 class Collected:
     """A set of images as metrics see it, over all ranks; `features` [n, D] are in the order of the
@@ -58,8 +62,29 @@ class Collected:
     duplicates: int
 
 
+class Pictures:
+    """What is collected of pixels, whatever networks see them: hashes, and likeness to originals."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        paired = any(needs.paired for _, needs in jobs)
+        lpips = next((needs.lpips for _, needs in jobs if needs.lpips is not None), None)
+        self.paired = PairedSums(lpips) if paired else None
+        self.hashes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+
+    def update(self, batch: ImageBatch) -> None:
+        """Add images."""
+        self.hashes.append(image_hashes(batch.images))
+        if self.paired is not None and batch.originals is not None:
+            self.paired.update(batch.images, batch.originals)
+
+    def finish(self) -> tuple[Tensor, PairedScores | None]:
+        """Hashes and scores over all ranks."""
+        hashes = gather_rows(torch.cat(self.hashes))
+        return hashes, self.paired.compute() if self.paired is not None else None
+
+
 class Collector:
-    """State of one pass over `total` images; `update` with this rank's share, then `finish`."""
+    """What one network sees of `total` images; `update` with this rank's share, then `finish`."""
 
     def __init__(self, extractor: Extractor, total: int, needs: Needs) -> None:
         self.total = total
@@ -72,19 +97,16 @@ class Collector:
         self.score = (
             ScoreSums.empty(total, extractor.num_classes, needs.score) if needs.score else None
         )
-        self.paired = PairedSums(needs.lpips) if needs.paired else None
         self.keep = subset(total, needs.keep)
         # Images whose class the network finds, images with a label.
         self.hits = torch.zeros(2, dtype=torch.float64)
         self.kept: list[tuple[Tensor, Tensor]] = [
             (torch.empty(0, extractor.dim), torch.empty(0, dtype=torch.int64))
         ]
-        self.hashes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
 
     def update(self, batch: ImageBatch, features: Features) -> None:
         """Add images with their features."""
         self.statistics.update(features.features)
-        self.hashes.append(image_hashes(batch.images))
         if self.spatial is not None and features.spatial is not None:
             self.spatial.update(features.spatial)
         if self.score is not None:
@@ -96,15 +118,12 @@ class Collector:
             wanted = classes_of(batch.labels.cpu(), self.needs.classes)
             found = features.logits.argmax(dim=1).cpu() == wanted
             self.hits += torch.tensor([int(found.sum()), len(found)])
-        if self.paired is not None and batch.originals is not None:
-            self.paired.update(batch.images, batch.originals)
 
-    def finish(self) -> Collected:
+    def finish(self, hashes: Tensor, paired: PairedScores | None) -> Collected:
         """Reduce over ranks; raises UserError where images are missing or came twice."""
         statistics = self.statistics.reduce()
         if statistics.count != self.total:
             raise UserError(f"{self.total} images were announced, {statistics.count} came")
-        hashes = gather_rows(torch.cat(self.hashes))
         right, labelled = all_reduce_sum(self.hits).tolist()
         return Collected(
             count=self.total,
@@ -113,7 +132,7 @@ class Collector:
             features=self._features() if self.needs.keep else None,
             score=self.score.compute() if self.score is not None else None,
             accuracy=right / labelled if labelled else None,
-            paired=self.paired.compute() if self.paired is not None else None,
+            paired=paired,
             image_hash=set_hash(hashes),
             duplicates=len(hashes) - len(hashes.unique()),
         )
@@ -129,16 +148,29 @@ def collect(
     """Extract features of this rank's `batches` in batches of `size`; `total` counts the images of
     all ranks.
     """
-    collector = Collector(extractor, total, needs)
+    return collect_all(batches, total, [(extractor, needs)], size)[0]
+
+
+def collect_all(
+    batches: Iterable[ImageBatch], total: int, jobs: Sequence[Job], size: int = 64
+) -> list[Collected]:
+    """As `collect`, for several networks: each image is made, hashed and compared with its original
+    once, and seen by all of them.
+    """
+    collectors = [Collector(extractor, total, needs) for extractor, needs in jobs]
+    pictures = Pictures(jobs)
     with Progress("features", len(own_share(total)), "images", quiet=rank() > 0) as bar:
         for batch in rebatch(batches, size):
             count = len(batch.images)
             filled = F.pad(batch.images, (0, 0, 0, 0, 0, 0, 0, size - count))
-            output = extractor(filled)
-            parts = [None if part is None else part[:count] for part in output]
-            collector.update(batch, Features(*parts))  # type: ignore[arg-type]
+            pictures.update(batch)
+            for (extractor, _), collector in zip(jobs, collectors, strict=True):
+                output = extractor(filled)
+                parts = [None if part is None else part[:count] for part in output]
+                collector.update(batch, Features(*parts))  # type: ignore[arg-type]
             bar.update(count)
-    return collector.finish()
+    hashes, paired = pictures.finish()
+    return [collector.finish(hashes, paired) for collector in collectors]
 
 
 def rebatch(batches: Iterable[ImageBatch], size: int) -> Iterator[ImageBatch]:

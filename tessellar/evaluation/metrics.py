@@ -5,45 +5,85 @@ Inception weights with TensorFlow's resize, else FD(name), sFD(name), IS(name), 
 fewer than 50,000 images carries N.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.evaluation.collect import Collected, Needs
 from tessellar.evaluation.networks.extractors import Extractor
-from tessellar.evaluation.networks.lpips import load_lpips
-from tessellar.evaluation.protocols import Metric
+from tessellar.evaluation.protocols import Metric, Protocol
 from tessellar.evaluation.references import Reference
-from tessellar.measures.frechet import frechet_distance
+from tessellar.measures.density_coverage import density_coverage
+from tessellar.measures.frechet import distance_at_infinity, frechet_distance, mean_ratio
+from tessellar.measures.gaussian_mmd import cmmd
 from tessellar.measures.inception_score import SplitRule
 from tessellar.measures.kid import kernel_distance
+from tessellar.measures.mind import mind
 from tessellar.measures.precision_recall import precision_recall
+from tessellar.networks.standard import FDR6_VALIDATION
 
 FULL_COUNT = 50_000
 KEPT_SAMPLES = 50_000  # features kept for KID, precision and recall
 VERSIONS = {"fd": 1, "sfd": 1, "is": 1, "kid": 1, "pr": 1, "accuracy": 1, "paired": 1, "lpips": 1}
 """Raised when a metric's value changes for the same images; part of a record's fingerprint."""
+FIRST_METRICS = tuple(VERSIONS)
+OF_FEATURES: set[Metric] = {"kid", "pr", "mind", "cmmd", "dc"}
+"""Compare features of samples with those of the reference, of which statistics hold none."""
+OF_CLASSES: tuple[Metric, ...] = ("is", "accuracy")
+OF_PIXELS: tuple[Metric, ...] = ("paired", "lpips")
+
+
+def versions_of_metrics() -> dict[str, int]:
+    """For a record: those that were always there, and later ones that have changed, so that a new
+    metric leaves the fingerprints of older records as they were.
+    """
+    return {name: n for name, n in VERSIONS.items() if name in FIRST_METRICS or n > 1}
 
 
 def needs_of(
     metrics: Iterable[Metric],
     is_splits: SplitRule,
-    lpips_weights: str | None = None,
+    lpips: nn.Module | None = None,
     classes: Tensor | None = None,
 ) -> Needs:
     """What one pass over the samples must collect; `classes` are the network's of each label
-    (`class_match.py`).
+    (`class_match.py`), `lpips` is the network of that metric.
     """
     chosen = set(metrics)
     return Needs(
         spatial="sfd" in chosen,
         score=is_splits if "is" in chosen else None,
-        keep=KEPT_SAMPLES if chosen & {"kid", "pr"} else 0,
+        keep=KEPT_SAMPLES if chosen & {*OF_FEATURES, "fdinf"} else 0,
         classes=classes if "accuracy" in chosen else None,
         paired=bool(chosen & {"paired", "lpips"}),
-        lpips=load_lpips(lpips_weights) if "lpips" in chosen else None,
+        lpips=lpips,
     )
+
+
+def applicable(
+    metrics: Sequence[Metric], extractors: Sequence[Extractor]
+) -> list[tuple[Metric, ...]]:
+    """Which metrics each network can measure: one alone has to measure all, of several those that
+    can; measures of pixels go to the first.
+    """
+    if len(extractors) == 1:
+        return [tuple(metrics)]
+    chosen: list[tuple[Metric, ...]] = []
+    for place, extractor in enumerate(extractors):
+        own: list[Metric] = []
+        for metric in metrics:
+            unfit = metric in OF_CLASSES and not extractor.num_classes
+            unfit = unfit or (metric == "sfd" and extractor.spatial_dim is None)
+            if not unfit and (metric not in OF_PIXELS or place == 0):
+                own.append(metric)
+        chosen.append(tuple(own))
+    for metric in metrics:
+        if not any(metric in own for own in chosen):
+            what = "spatial features" if metric == "sfd" else "classes"
+            networks = ", ".join(extractor.name for extractor in extractors)
+            raise UserError(f"metric {metric!r} needs a network with {what}; {networks} have none")
+    return chosen
 
 
 def distance_name(extractor: Extractor, count: int, reconstructions: bool = False) -> str:
@@ -56,7 +96,7 @@ def distance_name(extractor: Extractor, count: int, reconstructions: bool = Fals
 
 def named(metric: str, extractor: Extractor) -> str:
     """`metric` for the network of FID, `metric(name)` for any other."""
-    short = {"sFID": "sFD", "KID": "KD"}.get(metric, metric)
+    short = {"sFID": "sFD", "KID": "KD", "FID-infinity": "FD-infinity"}.get(metric, metric)
     return (
         metric
         if extractor.distance == "FID"
@@ -76,13 +116,18 @@ def check_metrics(
             raise UserError(
                 f"metric {metric!r} needs a feature network, and --extractor {extractor.name} is none"
             )
+        if metric in OF_CLASSES and not extractor.num_classes:
+            raise UserError(
+                f"metric {metric!r} needs a network with classes, and {extractor.name} has none; leave it out of "
+                "--metrics, or give a classifier (inception)"
+            )
         if metric == "sfd" and extractor.spatial_dim is None:
             raise UserError(
                 f"{extractor.name} has no spatial features; only the Inception network serves for sFID"
             )
-        if metric in ("fd", "sfd", "kid", "pr") and reference is None:
+        if metric in ("fd", "sfd", "fdinf", "fdr", *OF_FEATURES) and reference is None:
             raise UserError(f"metric {metric!r} compares with a reference; give --reference")
-        if metric in ("kid", "pr") and reference is not None and reference.features is None:
+        if metric in OF_FEATURES and reference is not None and reference.features is None:
             raise UserError(
                 f"the reference {reference.name} has statistics only; {metric} needs its images or features"
             )
@@ -97,10 +142,12 @@ def check_metrics(
 
 
 def measure(
-    samples: Collected, reference: Reference | None, extractor: Extractor, metrics: Iterable[Metric]
+    samples: Collected, reference: Reference | None, extractor: Extractor, metrics: Sequence[Metric]
 ) -> dict[str, float]:
     """Values by name, in the order of `metrics`, which `check_metrics` has passed."""
     values: dict[str, float] = {}
+    if "fdr" in metrics and "fd" not in metrics:  # which it is made of
+        metrics = ("fd", *metrics)
     for metric in metrics:
         values |= values_of(metric, samples, reference, extractor)
     return values
@@ -120,12 +167,19 @@ def values_of(
         case "is" if samples.score is not None:
             name = named("IS", extractor)
             return {name: samples.score.mean, f"{name} std": samples.score.std}
-        case "kid" | "pr" if (
+        case "kid" | "pr" | "mind" | "cmmd" | "dc" if (
             samples.features is not None
             and reference is not None
             and reference.features is not None
         ):
             return _neighbours(metric, samples.features, reference.features, extractor)
+        case "fdinf" if samples.features is not None and reference is not None:
+            features = samples.features.to(extractor.device)
+            return {
+                named("FID-infinity", extractor): distance_at_infinity(features, reference.moments)
+            }
+        case "fdr":
+            return {}  # of all networks together: `ratios`
         case "accuracy" if samples.accuracy is not None:
             return {"accuracy": samples.accuracy}
         case "paired" if samples.paired is not None:
@@ -139,13 +193,42 @@ def values_of(
     raise AssertionError(f"{metric} was not checked, or not collected")
 
 
+def ratios(
+    distances: dict[str, float], validation: dict[str, float] | None, protocol: Protocol
+) -> dict[str, float]:
+    """Each network's distance over that of the `validation` images, and their mean. It is called
+    FDr^6 where the protocol is that of the paper, whose own denominators then count, else by the
+    names of its networks.
+    """
+    published = protocol.name == "fdr6"
+    against = FDR6_VALIDATION if published else validation
+    assert against is not None
+    values = {}
+    for name, distance in distances.items():
+        values[f"FDr({name})"] = mean_ratio({name: distance}, against)
+    if len(distances) > 1:
+        name = "FDr^6" if published else f"FDr({', '.join(distances)})"
+        values[name] = mean_ratio(distances, against)
+    return values
+
+
 def _neighbours(
     metric: str, samples: Tensor, reference: Tensor, extractor: Extractor
 ) -> dict[str, float]:
     features = (samples.to(extractor.device), reference.to(extractor.device))
-    if metric == "kid":
-        kid = kernel_distance(*features)
-        name = named("KID", extractor)
-        return {name: kid.mean, f"{name} std": kid.std}
+    match metric:
+        case "kid":
+            kid = kernel_distance(*features)
+            name = named("KID", extractor)
+            return {name: kid.mean, f"{name} std": kid.std}
+        case "mind":
+            return {named("MIND", extractor): mind(*features)}
+        case "cmmd":
+            name = "CMMD" if extractor.name == "clip-336" else f"CMMD({extractor.name})"
+            return {name: cmmd(*features)}
+        case "dc":
+            found = density_coverage(*features)
+            density = named("density", extractor)
+            return {density: found.density, named("coverage", extractor): found.coverage}
     both = precision_recall(*features)
     return {named("precision", extractor): both.precision, named("recall", extractor): both.recall}

@@ -7,6 +7,7 @@
 | torch-fidelity | 50,000  | 50 a class   | Inception, tf1-bilinear  | train        | 10, shuffled    |
 | clean-fid      | 50,000  | 50 a class   | Inception, clean-bicubic | train        | 10, shuffled    |
 | rfid-val       | 50,000  | as the data  | Inception, tf1-bilinear  | val          | 10, shuffled    |
+| fdr6           | 50,000  | 50 a class   | the six of FDr^6         | train        | 10, shuffled    |
 | fmnist-10k     | 10,000  | 1,000 a class| fmnist-resnet10t         | train        | 10, shuffled    |
 | free           | any     | any          | any                      | any          | 10, shuffled    |
 
@@ -14,13 +15,29 @@ All of them round to 8 bits in one place (`tessellar.images.to_uint8`) and divid
 1. A small set of one's own gets a protocol of its own by `small`.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tessellar.errors import UserError
 from tessellar.measures.inception_score import SplitRule
+from tessellar.networks.standard import FDR6
 
-Metric = Literal["fd", "sfd", "is", "kid", "pr", "accuracy", "paired", "lpips"]
+Metric = Literal[
+    "fd",
+    "sfd",
+    "is",
+    "kid",
+    "pr",
+    "accuracy",
+    "paired",
+    "lpips",
+    "mind",
+    "cmmd",
+    "dc",
+    "fdinf",
+    "fdr",
+]
 HELD_OUT = "held-out"
 """The split of validation images that are a share of the training set."""
 LabelPlan = Literal["balanced", "data", "any"]
@@ -38,10 +55,14 @@ class Protocol:
     reference: Literal["train", "val", "any"] = "any"
     is_splits: SplitRule = "10-shuffled"
     metrics: tuple[Metric, ...] = ("fd",)
+    networks: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Plain data for records; which metrics are computed does not change their values."""
-        return {key: value for key, value in asdict(self).items() if key != "metrics"}
+        facts = {key: value for key, value in asdict(self).items() if key != "metrics"}
+        if not self.networks:  # as records of the first protocols have it
+            del facts["networks"]
+        return facts
 
     def check(
         self,
@@ -79,6 +100,12 @@ class Protocol:
                 self._require(what, wanted, given)
         return warnings
 
+    def check_networks(self, names: Sequence[str]) -> None:
+        """Raise UserError where the protocol has its own networks, and these are others."""
+        if self.networks:
+            wanted = ", ".join(sorted(self.networks))
+            self._require("networks", wanted, ", ".join(sorted(names)))
+
     def _require(self, what: str, wanted: Any, given: Any) -> None:
         if wanted not in (None, "any", given):
             raise UserError(
@@ -107,6 +134,13 @@ PROTOCOLS = {
         _generation("torch-fidelity"),
         _generation("clean-fid", resize="clean-bicubic", metrics=("fd", "kid")),
         _generation("rfid-val", labels="data", reference="val", metrics=("fd", "paired")),
+        _generation(
+            "fdr6",
+            network="any",
+            resize="any",
+            networks=FDR6,
+            metrics=("fd", "fdr", "is", "pr"),
+        ),
         small("fmnist-10k", 10_000, "fmnist-resnet10t", ("fd", "is", "pr", "accuracy")),
         Protocol("free", metrics=("fd",)),
     )

@@ -3,7 +3,9 @@ must agree.
 
 Two numbers are comparable iff the fingerprints of their records are equal. It covers the network,
 the reference, the number of samples, the label plan, the protocol and the versions of the metrics;
-not the model, its sampling settings or the seeds, which are what one wants to compare.
+not the model, its sampling settings or the seeds, which are what one wants to compare. A record of
+several networks has a fingerprint for each: its numbers are comparable with those of any record
+that has the same network under the same fingerprint.
 """
 
 import json
@@ -31,13 +33,20 @@ def make_record(
     warnings: list[str],
     seconds: float,
 ) -> Record:
-    """The record of an evaluation; `comparable` holds what must agree with another record."""
+    """The record of an evaluation; `comparable` holds what must agree with another record: of one
+    network, or under `networks` of each by its name.
+    """
+    parts: dict[str, Any] = {}
+    if "networks" in comparable:
+        each = comparable["networks"].items()
+        parts["fingerprints"] = {name: digest(**facts) for name, facts in each}
     return {
         "metrics": metrics,
         "samples": samples,
         "reference": reference,
         "comparable": comparable,
         "fingerprint": digest(**comparable),
+        **parts,
         "warnings": warnings,
         "seconds": round(seconds, 3),
         "code": {"commit": commit(), "versions": versions()},
@@ -79,12 +88,37 @@ def read_record(path: str | Path) -> Record:
 
 def differences(a: Record, b: Record) -> list[str]:
     """What keeps two records from being comparable, one line each; empty if their fingerprints are
-    equal.
+    equal, or those of the networks that both have.
     """
     if a["fingerprint"] == b["fingerprint"]:
         return []
-    ours = _flat(a["comparable"])
-    theirs = _flat(b["comparable"])
+    ours = networks_of(a)
+    theirs = networks_of(b)
+    if len(ours) == len(theirs) == 1:
+        return _unequal(*ours.values(), *theirs.values())
+    shared = [name for name in ours if name in theirs]
+    if not shared:
+        return [f"networks: {', '.join(ours)} / {', '.join(theirs)}"]
+    lines = []
+    for name in shared:
+        lines += [f"{name}: {line}" for line in _unequal(ours[name], theirs[name])]
+    return lines
+
+
+def networks_of(record: Record) -> dict[str, dict[str, Any]]:
+    """What must agree with another record, by network."""
+    comparable = record["comparable"]
+    networks = comparable.get("networks")
+    if isinstance(networks, dict) and all(isinstance(part, dict) for part in networks.values()):
+        return networks
+    extractor = comparable.get("extractor")
+    name = extractor.get("name") if isinstance(extractor, dict) else ""
+    return {str(name): comparable}
+
+
+def _unequal(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    ours = _flat(ours)
+    theirs = _flat(theirs)
     lines = []
     for key in ours | theirs:
         if ours.get(key) != theirs.get(key):

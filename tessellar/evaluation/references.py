@@ -9,6 +9,7 @@ field uses (`mu`, `ref_mu`, `mu_s`, ...).
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tessellar.data.dataset import digest
 from tessellar.distributed import broadcast, rank
 from tessellar.errors import UserError
 from tessellar.evaluation import npz
-from tessellar.evaluation.collect import Collected, Needs, collect
+from tessellar.evaluation.collect import Collected, Needs, collect_all
 from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.sources import ArrayImages, ImageSource, open_images
 from tessellar.measures.pixels import array_hash
@@ -91,18 +92,44 @@ def reference_from(
     batch_size: int = 64,
 ) -> Reference:
     """Statistics of a source's images, read from the cache if they are there; all ranks take part."""
-    path = None if cache_dir is None else cache_folder(cache_dir) / cache_name(source, extractor)
-    cached = broadcast(
-        load_statistics(path) if path is not None and rank() == 0 and path.is_file() else None
-    )
-    if cached is not None:
-        return cached
-    needs = Needs(spatial=extractor.spatial_dim is not None, keep=KEPT_FEATURES)
-    collected = collect(source.batches(batch_size), source.count, extractor, needs, batch_size)
-    reference = reference_of(collected, source, extractor)
-    if path is not None and rank() == 0:
-        save_statistics(reference, path)
-    return reference
+    return references_from(source, [extractor], cache_dir, batch_size)[0]
+
+
+def references_from(
+    source: ImageSource,
+    extractors: Sequence[Extractor],
+    cache_dir: str | Path | None = None,
+    batch_size: int = 64,
+) -> list[Reference]:
+    """As `reference_from`, for several networks: one pass over the images for all those whose
+    statistics are not in the cache.
+    """
+    found: dict[str, Reference] = {}
+    for extractor in extractors:
+        path = _cached(source, extractor, cache_dir)
+        kept = load_statistics(path) if path and rank() == 0 and path.is_file() else None
+        kept = broadcast(kept)
+        if kept is not None:
+            found[extractor.name] = kept
+    missing = [extractor for extractor in extractors if extractor.name not in found]
+    jobs = []
+    for extractor in missing:
+        needs = Needs(spatial=extractor.spatial_dim is not None, keep=KEPT_FEATURES)
+        jobs.append((extractor, needs))
+    if jobs:
+        batches = source.batches(batch_size)
+        collected = collect_all(batches, source.count, jobs, batch_size)
+        for extractor, seen in zip(missing, collected, strict=True):
+            reference = reference_of(seen, source, extractor)
+            found[extractor.name] = reference
+            path = _cached(source, extractor, cache_dir)
+            if path and rank() == 0:
+                save_statistics(reference, path)
+    return [found[extractor.name] for extractor in extractors]
+
+
+def _cached(source: ImageSource, extractor: Extractor, cache: str | Path | None) -> Path | None:
+    return None if cache is None else cache_folder(cache) / cache_name(source, extractor)
 
 
 def reference_of(collected: Collected, source: ImageSource, extractor: Extractor) -> Reference:
@@ -142,11 +169,66 @@ def load_reference(
     Images of a folder are cropped to `size` where one is given. Raises UserError where neither is
     found, or where statistics belong to another network.
     """
-    path = Path(path)
-    arrays = npz.names(path) if path.suffix == ".npz" and path.is_file() else set()
-    if arrays.isdisjoint(NAMES["mu"]):
+    return load_references([path], [extractor], cache_dir, batch_size, size=size)[0]
+
+
+def load_references(
+    paths: Sequence[str | Path],
+    extractors: Sequence[Extractor],
+    cache_dir: str | Path | None = None,
+    batch_size: int = 64,
+    size: int | None = None,
+) -> list[Reference]:
+    """As `load_reference`, for several networks: one path of images for all of them, or for each a
+    file of its statistics, in any order where the files say whose they are.
+
+    Raises UserError where a network has no statistics.
+    """
+    if len(paths) == 1 and not holds_statistics(paths[0]):
+        path = Path(paths[0])
         images = open_images(path, as_samples=False, size=size if path.is_dir() else None)
-        return reference_from(images, extractor, cache_dir, batch_size)
+        return references_from(images, extractors, cache_dir, batch_size)
+    pictures = [path for path in paths if not holds_statistics(path)]
+    if pictures:
+        raise UserError(
+            f"--reference {pictures[0]} holds no statistics: give images once, or statistics for each network"
+        )
+    if len(paths) != len(extractors):
+        networks = ", ".join(extractor.name for extractor in extractors)
+        raise UserError(
+            f"--reference names {len(paths)} files of statistics for {len(extractors)} networks ({networks}): one for "
+            "each is needed, or the images themselves (a folder, an npz, train or val)"
+        )
+    ordered = in_order_of(extractors, paths)
+    pairs = zip(ordered, extractors, strict=True)
+    return [_read_statistics(path, net, cache_dir, batch_size) for path, net in pairs]
+
+
+def holds_statistics(path: str | Path) -> bool:
+    """Whether a file has a mean and a covariance, so that its images, if any, need not be read."""
+    path = Path(path)
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    return not npz.names(path).isdisjoint(NAMES["mu"])
+
+
+def in_order_of(extractors: Sequence[Extractor], paths: Sequence[str | Path]) -> list[Path]:
+    """Files of statistics in the order of the networks they were computed with; as they are where
+    one does not say it.
+    """
+    given = list(map(Path, paths))
+    named = {}
+    for path in given:
+        meta = _meta(npz.read_arrays(path, {"meta": NAMES["meta"]}), path)
+        named[meta.extractor.get("name")] = path
+    wanted = [extractor.name for extractor in extractors]
+    return [named[name] for name in wanted] if set(wanted) == set(named) else given
+
+
+def _read_statistics(
+    path: Path, extractor: Extractor, cache_dir: str | Path | None, batch_size: int
+) -> Reference:
+    arrays = npz.names(path)
     reference = load_statistics(path)
     reference.check(extractor)
     if reference.features is None and "arr_0" in arrays:

@@ -41,7 +41,9 @@ SHAPES = (
 )
 
 Purpose = Literal["evaluator", "teacher"]
-Resize = Literal["none", "clean-bicubic", "tf1-bilinear"]
+Resize = Literal["none", "clean-bicubic", "tf1-bilinear", "torch-bicubic", "pil-bicubic"]
+Readout = Literal["pooled", "class-token", "mean-map", "head"]
+Precision = Literal["float32", "bf16"]
 MAX_SIDE = 4096
 MAX_CLASSES = 1_000_000
 MAX_TEXT = 500
@@ -61,6 +63,9 @@ class NetworkFacts:
     `resize` ("none": they must have that size), scaled to [0, 1], then (x - mean) / std. `training`
     says how the network came about, `purpose` whether it measures or teaches: never both.
     `class_names` are those of its classes, in their order; empty where they are not known.
+    `readout` is what its features are: the vector in front of the classifier ("pooled"), the first
+    token ("class-token"), the mean of the last map ("mean-map"), or what its last layer gives
+    ("head": a projection, so no classes). `precision` is that of its arithmetic.
     """
 
     name: str
@@ -74,6 +79,8 @@ class NetworkFacts:
     training: dict[str, Any] = field(default_factory=dict)
     purpose: Purpose = PURPOSE
     class_names: tuple[str, ...] = ()
+    readout: Readout = "pooled"
+    precision: Precision = "float32"
 
     def to_metadata(self) -> dict[str, str]:
         """Metadata of a safetensors file, by which it describes itself."""
@@ -106,10 +113,15 @@ class NetworkFacts:
 
     def check(self, where: str) -> None:
         """Raise UserError, naming the entry, for what describes no network; `where` is the file."""
-        texts = (self.name, self.arch, self.resize, self.purpose, *self._sequence("class_names"))
+        words = (self.name, self.arch, self.resize, self.purpose, self.readout, self.precision)
+        texts = (*words, *self._sequence("class_names"))
         if not all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts):
-            raise UserError(f"{where}: name, arch, resize, purpose and class_names must be texts")
+            raise UserError(
+                f"{where}: name, arch, resize, purpose, readout, precision and class_names must be texts"
+            )
         check_name(f"{where}: resize", self.resize, get_args(Resize))
+        check_name(f"{where}: readout", self.readout, get_args(Readout))
+        check_name(f"{where}: precision", self.precision, get_args(Precision))
         check_name(f"{where}: purpose", self.purpose, get_args(Purpose))
         check_whole(f"{where}: num_classes", self.num_classes, least=0, most=MAX_CLASSES)
         sizes = {"image_size": 2, "mean": 3, "std": 3}

@@ -9,10 +9,12 @@ reads.
 """
 
 import re
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from tessellar.errors import UserError
 
@@ -75,3 +77,26 @@ def create_network(
     """
     check_network(name, options)
     return timm.create_model(name, pretrained=download, num_classes=num_classes, **options)  # type: ignore[arg-type]
+
+
+def as_timm_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as timm or the network's authors publish them, under the names of `network`; those of
+    a classifier that it lacks are left out. What fits neither way is left as it is.
+    """
+    own = network.state_dict()
+    kept = _without_classifier(network, state)
+    module = sys.modules[type(network).__module__]
+    # Authors' names to timm's; not every module has it.
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    fits = kept.keys() == own.keys() and all(kept[key].shape == own[key].shape for key in own)
+    if convert and not fits:
+        kept = _without_classifier(network, convert(dict(state), network))
+    return kept
+
+
+def _without_classifier(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    cfg: Any = network.pretrained_cfg
+    names = cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    own = network.state_dict()
+    return {key: tensor for key, tensor in state.items() if key in own or not key.startswith(heads)}

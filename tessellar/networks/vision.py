@@ -7,7 +7,6 @@ teacher` trained here, whose file says what it is. Two ways to use one: as a par
 (`Teacher`: neither in the state dict nor in the config of the model that it teaches).
 """
 
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,12 @@ from tessellar.errors import UserError
 from tessellar.interop.files import unwrap
 from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.networks.facts import KEY, NetworkFacts, refuse_evaluator
-from tessellar.networks.timm_networks import Options, check_network, create_network
+from tessellar.networks.timm_networks import (
+    Options,
+    as_timm_names,
+    check_network,
+    create_network,
+)
 from tessellar.protocol.configured import Configured, LossOnly, describe, refuse_outside
 from tessellar.tensor_files import (
     read_metadata,
@@ -114,15 +118,7 @@ class VisionModel(Configured, ExactTables):
         """Weights as timm or the network's authors publish them; raises UserError where they do not
         fit.
         """
-        own = self.network.state_dict()
-        kept = _without_classifier(self.network, state)
-        module = sys.modules[type(self.network).__module__]
-        # Authors' names to timm's; not every module has it.
-        convert = getattr(module, "checkpoint_filter_fn", None)
-        fits = kept.keys() == own.keys() and all(kept[key].shape == own[key].shape for key in own)
-        if convert and not fits:
-            kept = _without_classifier(self.network, convert(dict(state), self.network))
-        load_strict(self.network, kept, where)
+        load_strict(self.network, as_timm_names(self.network, state), where)
         self.filled = True
 
     @property
@@ -391,14 +387,6 @@ def completed(how: Preprocessing, facts: NetworkFacts | None, network: nn.Module
 def input_size_of(network: nn.Module) -> tuple[int, int]:
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     return tuple(size) if size else tuple(network.pretrained_cfg["input_size"][1:])  # type: ignore[index, return-value]
-
-
-def _without_classifier(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    cfg: Any = network.pretrained_cfg
-    names = cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-    own = network.state_dict()
-    return {key: tensor for key, tensor in state.items() if key in own or not key.startswith(heads)}
 
 
 def _mark_filled(module: nn.Module, _: Any) -> None:

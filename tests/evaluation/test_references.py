@@ -32,7 +32,7 @@ def npz(random_images: Images, write_npz: Write, tmp_path: Path) -> Path:
 
 def test_the_cache_saves_the_second_pass(tiny: Extractor, npz: Path, tmp_path: Path) -> None:
     first = reference_from(ArrayImages(npz), tiny, tmp_path / "cache")
-    with mock.patch.object(references, "collect", side_effect=AssertionError("computed again")):
+    with mock.patch.object(references, "collect_all", side_effect=AssertionError("computed again")):
         second = reference_from(ArrayImages(npz), tiny, tmp_path / "cache")
     assert torch.equal(first.moments.cov, second.moments.cov) and first.hash == second.hash
     assert (

@@ -3,7 +3,8 @@ metric.
 
 `tf1-bilinear`: TensorFlow 1's bilinear without half-pixel centres (ADM, torch-fidelity, arXiv
 1706.08500). `clean-bicubic`: Pillow's antialiased bicubic on each channel as float, not rounded
-(clean-fid, arXiv 2104.11222).
+(clean-fid, arXiv 2104.11222). `torch-bicubic`: torch's antialiased bicubic of floats, not clamped
+(FD-loss, arXiv 2604.28190; EDM2). `pil-bicubic`: Pillow's of the 8-bit picture, rounded (dgm-eval).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 Resizer = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -37,4 +39,25 @@ def clean_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     return stacked.clamp(0, 255).to(images.device)
 
 
-RESIZERS: dict[str, Resizer] = {"tf1-bilinear": tf1_bilinear, "clean-bicubic": clean_bicubic}
+def torch_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [B, 3, H, W] to float32 [B, 3, *size] around [0, 255]: bicubic overshoots at edges."""
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def pil_bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [B, 3, H, W] to float32 [B, 3, *size], whole numbers in [0, 255]."""
+    resized = []
+    for picture in rearrange(images.cpu(), "b c h w -> b h w c").numpy():
+        shape = (size[1], size[0])
+        small = Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC)
+        resized.append(np.asarray(small))
+    stacked = torch.from_numpy(np.stack(resized)).to(images.device)
+    return rearrange(stacked, "b h w c -> b c h w").float()
+
+
+RESIZERS: dict[str, Resizer] = {
+    "tf1-bilinear": tf1_bilinear,
+    "clean-bicubic": clean_bicubic,
+    "torch-bicubic": torch_bicubic,
+    "pil-bicubic": pil_bicubic,
+}

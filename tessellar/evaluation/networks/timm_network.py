@@ -30,7 +30,7 @@ def network_of(facts: NetworkFacts) -> torch.nn.Module:
 
 
 class TimmNetwork(ExactTables, Extractor):
-    """Features are the pooled vector in front of the classifier."""
+    """Features are what `facts.readout` says; logits are empty where the network has no classes."""
 
     def __init__(
         self, facts: NetworkFacts, state: Mapping[str, Tensor], sha256: str, where: str
@@ -40,7 +40,8 @@ class TimmNetwork(ExactTables, Extractor):
         self.name = facts.name
         self.resize = facts.resize
         self.sha256 = sha256
-        self.num_classes = facts.num_classes
+        # What a projection gives are no classes.
+        self.num_classes = 0 if facts.readout == "head" else facts.num_classes
         self.class_names = facts.class_names
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(
@@ -50,7 +51,11 @@ class TimmNetwork(ExactTables, Extractor):
         with torch.random.fork_rng(devices=[]):
             network = build_filled(lambda: network_of(facts), state, where, where)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
+        self.dim = int(network.num_features)  # type: ignore[arg-type]
+        if facts.readout == "pooled":
+            self.dim = int(getattr(network, "head_hidden_size", network.num_features))  # type: ignore[arg-type]
+        if facts.readout == "head":
+            self.dim = facts.num_classes
         # Of channels, to be subtracted and divided by: [3, 1, 1].
         self.mean: Tensor
         self.std: Tensor
@@ -62,9 +67,27 @@ class TimmNetwork(ExactTables, Extractor):
         # Tables are at least float32: back to the images' precision. Convolutions on a CPU are
         # faster on channels-last memory.
         x = ((x - self.mean) / self.std).to(x.dtype).contiguous(memory_format=torch.channels_last)
-        maps = self.network.forward_features(x)  # type: ignore[operator]
-        pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
-        return Features(pooled, self.network.get_classifier()(pooled))  # type: ignore[operator]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.facts.precision == "bf16"):
+            maps = self.network.forward_features(x)  # type: ignore[operator]
+            features = self.read_out(maps)
+            logits = features[:, :0]
+            if self.num_classes:
+                pooled = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+                logits = self.network.get_classifier()(pooled)  # type: ignore[operator]
+        return Features(features.float(), logits.float())
+
+    def read_out(self, maps: Tensor) -> Tensor:
+        """Features [B, D] of what the network gives before its head: maps [B, C, h, w] or tokens
+        [B, N, C].
+        """
+        match self.facts.readout:
+            case "class-token":
+                return maps[:, 0]
+            case "mean-map":
+                return maps.mean(dim=(2, 3))
+            case "head":
+                return self.network.forward_head(maps)  # type: ignore[operator]
+        return self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
 
     def at_network_size(self, images: Tensor) -> Tensor:
         """float32 images of the network's size; raises UserError if they differ and no resize is
@@ -81,7 +104,14 @@ class TimmNetwork(ExactTables, Extractor):
 
     def describe(self) -> dict[str, object]:
         facts = self.facts
+        # Only where they are not as they always were: else older records would differ.
+        ways = {}
+        if facts.readout != "pooled":
+            ways["readout"] = facts.readout
+        if facts.precision != "float32":
+            ways["precision"] = facts.precision
         return {
+            **ways,
             **super().describe(),
             "arch": facts.arch,
             "options": facts.options,
