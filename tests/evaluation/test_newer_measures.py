@@ -61,7 +61,7 @@ def test_fdr6_is_1_for_the_validation_images_and_6_7_for_var_d30() -> None:
         4.31: (1.15, 52.76, 58.61, 0.22, 5.02, 38.00),  # BAR-B
     }
     for expected, row in rows.items():
-        distances = dict(zip(FDR6, row, strict=True))
+        distances: dict[str, float] = dict(zip(FDR6, row, strict=True))
         assert mean_ratio(distances, FDR6_VALIDATION) == pytest.approx(expected, abs=0.05)
         values = ratios(distances, None, protocol("fdr6"))
         assert values["FDr^6"] == mean_ratio(distances, FDR6_VALIDATION)
@@ -122,7 +122,8 @@ def test_neighbours() -> None:
 
 def test_density_and_coverage_of_one_distribution() -> None:
     draw = torch.Generator().manual_seed(0)
-    found = [density_coverage(*torch.randn(2, 200, 4, generator=draw)) for _ in range(20)]
+    pairs = torch.randn(20, 2, 200, 4, generator=draw)
+    found = [density_coverage(pair[0], pair[1]) for pair in pairs]
     density = sum(one.density for one in found) / 20
     coverage = sum(one.coverage for one in found) / 20
     assert density == pytest.approx(1, abs=0.05)
