@@ -13,18 +13,16 @@ import os
 import sys
 import tempfile
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import torch
 import yaml
 
+from tessellar.absent import random_where_absent
+from tessellar.cli.dry_run import PROCESSES, SHARE, operations_of, parameters
 from tessellar.cli.train import TrainCLI, parse
-from tessellar.errors import UserError
-from tessellar.training.flops import CountFlops, peak_of
-from tessellar.training.generator_module import GeneratorModule
+from tessellar.training.flops import peak_of
 
 ROOT = Path(__file__).resolve().parents[1] / "configs"
 HEAD = (
@@ -32,40 +30,10 @@ HEAD = (
     "| images in all | measured images/s | H100-hours, estimate |\n|---|---|---|---|---|---|---|---|---|"
 )
 MARKS = "<!-- made by benchmarks/costs.py -->", "<!-- end -->"
-PROCESSES, GPU, SHARE = 8, "H100", 0.4  # what an estimate of GPU-hours supposes
+GPU = "H100"  # of the estimate of hours
 MEASURED = {  # images/s, one thread of a shared CPU core, of the runs in the README
     "fashion_mnist/tokenizer": "199 to 221 (CPU core)",
     "fashion_mnist/generator": "104 to 129 (CPU core)",
-}
-NO_AUTOCAST = patch(
-    "torch.autocast", lambda *_, **__: nullcontext()
-)  # it does not know the meta device
-#: By a generator's module, the tokenizer in place of an export that no YAML beside it trains.
-STAND_INS = {
-    "xar": "kl_vae.kl16",
-    "mar": "kl_vae.kl16",
-    "tokenbridge": "kl_vae.kl16",
-    "bar": "bar_fsq.bar_fsq_256",
-    "bitdance": "bitdance.ae_d16c32",
-    "ibq": "ibq.ibq_16384",
-    "open_magvit2": "open_magvit2.open_magvit2_256",
-    "semanticist": "semanticist.semanticist_l",
-    "tokenflow": "tokenflow.tokenflow_b_256",
-}
-IMPORTED = {  # tokenizers that a YAML reads as `imports/NAME`
-    "maskgit_vqgan": {"class_path": "tessellar.tokenizers.maskgit_vqgan.maskgit_vqgan"},
-    "var_vqvae_512": {
-        "class_path": "tessellar.tokenizers.var.var_vqvae",
-        "init_args": {"image_size": 512},
-    },
-    "vq_16_512": {
-        "class_path": "tessellar.tokenizers.llamagen.vq_16",
-        "init_args": {"image_size": 512},
-    },
-    "vq_16_2048": {
-        "class_path": "tessellar.tokenizers.llamagen.vq_16",
-        "init_args": {"image_size": 2048},
-    },
 }
 
 
@@ -93,50 +61,12 @@ class Cost(NamedTuple):
         return self.flops * self.images / (SHARE * peak) / 3600
 
 
-def build(path: Path, folder: Path) -> TrainCLI:
+def build(path: Path) -> TrainCLI:
     """The command line of a YAML on the meta device, without weights from files."""
-    config = yaml.safe_load(path.read_text())
-    arguments = config["model"]["init_args"]
-    options = []
-    if "generator" in arguments:
-        generator = arguments["generator"]
-        name = generator if isinstance(generator, str) else generator["class_path"]
-        stand_in = STAND_INS.get(name.split(".")[-2], "llamagen.vq_16")
-        given = arguments.get("tokenizer")
-        if isinstance(given, str):
-            found = _tokenizer_of(given, path) or f"tessellar.tokenizers.{stand_in}"
-            options.append(
-                f"--model.init_args.tokenizer={yaml.safe_dump(_class(found), default_flow_style=True)}"
-            )
-        elif isinstance(given, dict) and isinstance(given["init_args"].get("tokenizer"), str):
-            inner = given["init_args"]["tokenizer"]  # TokenBridge's grid on another's latents
-            given["init_args"]["tokenizer"] = _class(
-                _tokenizer_of(inner, path) or f"tessellar.tokenizers.{stand_in}"
-            )
-    else:
-        arguments["loss"]["init_args"].pop("perceptual", None)
-    copy = folder / path.name
-    copy.write_text(yaml.safe_dump(config))
     fixed = ("--trainer.strategy", "auto", "--trainer.accelerator", "cpu", "--trainer.devices", "1")
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), random_where_absent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return parse(["--config", str(copy), "--name", "x", *fixed, *options])
-
-
-def _class(given: Any) -> Any:
-    return given if isinstance(given, dict) else {"class_path": given}
-
-
-def _tokenizer_of(export: str, path: Path) -> Any:
-    """The tokenizer in the YAML beside this one that trains `runs/NAME/export`, or that is imported."""
-    imported = IMPORTED.get(Path(export).name)
-    if imported is not None:
-        return imported
-    beside = path.with_name(f"{Path(export).parent.name}.yaml")
-    for candidate in (beside, path.with_name("tokenizer.yaml")):
-        if candidate.exists() and candidate != path:
-            return yaml.safe_load(candidate.read_text())["model"]["init_args"]["tokenizer"]
-    return None
+        return parse(["--config", str(path), "--name", "x", *fixed])
 
 
 def cost(path: Path) -> Cost:
@@ -145,62 +75,29 @@ def cost(path: Path) -> Cost:
         here = os.getcwd()
         os.chdir(folder)
         try:
-            cli = build(path, Path(folder))
+            cli = build(path)
         finally:
             os.chdir(here)
-    module, config = cli.model, yaml.safe_load(path.read_text())
-    trained = sum(p.numel() for player in module.make_players() for p in player.parameters)
-    total = sum(p.numel() for p in module.parameters())
+    module = cli.model
+    config = yaml.safe_load(path.read_text())
+    trained, frozen = parameters(module)
+    perceptual = getattr(getattr(module, "loss", None), "perceptual", None)
+    if perceptual is not None:
+        frozen -= sum(p.numel() for p in perceptual.parameters())
     several = config["trainer"].get("strategy", "auto") != "auto"
     batch = cli.datamodule.batch_size * module.accumulate * (PROCESSES if several else 1)
     steps = config["trainer"].get("max_steps")
-    flops, counted = operations(module, module.tokenizer.image_size)
+    with torch.device("meta"):
+        flops, counted = operations_of(module)
     return Cost(
         f"{path.parent.name}/{path.stem}",
         trained,
-        total - trained,
+        frozen,
         module.tokenizer.layout.length,
         flops,
         None if steps is None else steps * batch,
         counted,
     )
-
-
-def operations(module: Any, size: tuple[int, int]) -> tuple[int | None, bool]:
-    """Operations of one image (the frozen tokenizer forward, what is trained forward and backward),
-    and whether they are those of training.
-
-    A tokenizer that looks at values only while it trains (at its codes, at drawn lengths) is counted
-    as it is used; a generator that looks at values is taken for 6 operations a parameter and token.
-    """
-    found = _counted(module, size)
-    if found is not None:
-        return found, True
-    if isinstance(module, GeneratorModule):
-        trained = sum(p.numel() for player in module.make_players() for p in player.parameters)
-        return 6 * trained * module.tokenizer.layout.length, False
-    module.eval()
-    return _counted(module, size), False
-
-
-def _counted(module: Any, size: tuple[int, int]) -> int | None:
-    images = torch.zeros(1, 3, *size, device="meta")
-    labels = torch.zeros(1, dtype=torch.long)
-    try:
-        with CountFlops() as count, NO_AUTOCAST:
-            if isinstance(module, GeneratorModule):
-                condition = module.model.conditioner({"label": labels}).to("meta")
-                with torch.device("meta"):
-                    terms = module.model.generator.loss(
-                        module.tokens_of({"image": images}), condition
-                    )
-                    torch.stack(list(terms.values())).sum().backward()
-            else:
-                with torch.device("meta"):
-                    module.tokenizer(images).reconstruction.sum().backward()
-    except (RuntimeError, NotImplementedError, UserError):
-        return None  # it looks at values, or at a vision model, which the meta device does not have
-    return count.total
 
 
 def row(c: Cost) -> str:
@@ -223,21 +120,23 @@ def row(c: Cost) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def kept(page: str) -> dict[str, str]:
-    """The rows between the marks of a page, by the config that each is of."""
-    inside = page.partition(MARKS[0])[2].partition(MARKS[1])[0]
+def kept(page: str, marks: tuple[str, str] = MARKS) -> dict[str, str]:
+    """The rows between two marks of a page, by the config that each is of."""
+    inside = page.partition(marks[0])[2].partition(marks[1])[0]
     rows = [
         line for line in inside.splitlines() if line.startswith("| ") and "/" in line.split()[1]
     ]
     return {line.split()[1]: line for line in rows}
 
 
-def with_rows(page: str, rows: dict[str, str]) -> str:
-    """The page with these rows, sorted, between its marks."""
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    text = "\n".join([HEAD, *(rows[name] for name in sorted(rows))])
-    return f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+def with_rows(
+    page: str, rows: dict[str, str], head: str = HEAD, marks: tuple[str, str] = MARKS
+) -> str:
+    """The page with these rows, sorted, between two of its marks."""
+    before, _, rest = page.partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    text = "\n".join([head, *(rows[name] for name in sorted(rows))])
+    return f"{before}{marks[0]}\n{text}\n{marks[1]}{after}"
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 PACKAGE = "tessellar"
 ORDER = (
     (
+        "absent",
         "errors",
         "distributed",
         "images",

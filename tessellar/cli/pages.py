@@ -94,6 +94,7 @@ def _train() -> str:
     options = [("--config CONFIG", "a YAML, or the name of one of ours; several add up")]
     options += own_options()
     options += [
+        ("--dry_run [GPU]", "try two updates on noise: parameters, memory, time, hours on a GPU"),
         ("--print_config", "the whole config with its defaults"),
         ("--help all", "every option; --model.help CLASS and --data.help CLASS: those of a class"),
     ]

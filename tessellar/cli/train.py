@@ -2,6 +2,7 @@
 
     python train.py --config fashion_mnist/tokenizer --name tok --data.root DIR
     python train.py validate --config fashion_mnist/tokenizer --name tok --resume auto
+    python train.py --config imagenet256/llamagen_b --dry_run H100
 
 Any key of the YAML can be given as an option; `--print_config` shows them all, `--model.help CLASS`
 explains a class.
@@ -41,6 +42,7 @@ from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.hub import is_hub_id
 from tessellar.checkpoints.reading import read_source
 from tessellar.cli.catalogue import class_path, config_file, entries
+from tessellar.cli.dry_run import DEVICE, config_of, dry_run, stand_in
 from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.functions import check_words
 from tessellar.cli.mistakes import cause_of, explain, nearest
@@ -175,6 +177,7 @@ class TrainCLI(LightningCLI):
         self.log_file = RunLog(self.run_folder.folder)
         _leave_emulated_bfloat16(config.trainer)
         self.asked = self.parser.dump(self.config, skip_unset=False)
+        stand_in(config.model.init_args, config_of(config.config))
         if self.run_folder.checkpoint is not None:
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
 
@@ -263,7 +266,10 @@ def main(argv: Sequence[str]) -> int:
             warnings.filterwarnings("ignore", message=message)
         try:
             with trusting(_given(given, "--package")), runs_stay():
-                actions[word](parse(given))
+                if "--dry_run" in given:
+                    try_out(given)
+                else:
+                    actions[word](parse(given))
         except Interrupted as signal:
             if rank_zero_only.rank == 0:
                 print(signal, file=sys.stderr)
@@ -276,6 +282,17 @@ def main(argv: Sequence[str]) -> int:
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
     return 0
+
+
+def try_out(given: Sequence[str]) -> None:
+    """Print what the run would take (`--dry_run`), on the device that `--dry_run DEVICE` names."""
+    words = list(given)
+    place = words.index("--dry_run")
+    named = len(words) > place + 1 and not words[place + 1].startswith("-")
+    device = words.pop(place + 1) if named else DEVICE
+    words.pop(place)
+    for line in dry_run(lambda: parse(words), device).lines():
+        print(line)
 
 
 def fit(cli: TrainCLI) -> None:

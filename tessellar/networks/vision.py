@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.absent import stays_random
 from tessellar.checkpoints.building import bounded
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
@@ -90,8 +91,9 @@ class VisionModel(Configured, ExactTables):
             refuse_outside(f"weights of a vision model, {weights}")
         downloads = weights == DOWNLOAD
         on_meta = torch.get_default_device().type == "meta"
+        at_random = weights is not None and name is not None and stays_random(weights)
         file = None
-        if weights is not None and not downloads and not (on_meta and name):
+        if weights is not None and not downloads and not at_random and not (on_meta and name):
             file = read_weights(weights)
         facts = file.facts if file else None
         self.name = network_name(name, facts, weights)
@@ -108,7 +110,7 @@ class VisionModel(Configured, ExactTables):
             self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self.filled = downloads
+        self.filled = downloads or at_random
         if file:
             self.fill(file.state, str(weights))
         self.register_load_state_dict_post_hook(_mark_filled)

@@ -8,6 +8,7 @@ waits for a state dict.
 
 import torch
 
+from tessellar.absent import stays_random
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
@@ -39,7 +40,8 @@ def flextok_vae(
         decoder_attention=(),
         groups=groups,
     )
-    if weights is not None and torch.get_default_device().type != "meta":
+    on_meta = torch.get_default_device().type == "meta"
+    if weights is not None and not on_meta and not stays_random(weights):
         from tessellar.tokenizers.flextok.official_vae import load_vae
 
         load_vae(vae, weights, scale)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.absent import stays_random
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.layers.precision import ExactTables, at_least_float32
@@ -23,6 +24,16 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
+def existing(weights: str) -> Path:
+    """The path of a file; raises UserError where there is none."""
+    path = Path(weights)
+    if not path.is_file():
+        raise UserError(
+            f"the perceptual loss needs torchvision's ConvNeXt-S weights; there is no file {path}"
+        )
+    return path
+
+
 class LogitDistance(ExactTables):
     """Mean squared difference of logits, [B], of images [B, 3, H, W] in [-1, 1].
 
@@ -32,14 +43,9 @@ class LogitDistance(ExactTables):
 
     def __init__(self, weights: str) -> None:
         super().__init__()
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(
-                f"the perceptual loss needs torchvision's ConvNeXt-S weights; there is no file {path}"
-            )
         self.network = classifier()
-        state = read_state(path)
-        load_strict(self.network, state, weights)
+        if not stays_random(weights):
+            load_strict(self.network, read_state(existing(weights)), weights)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.mean: Tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.absent import stays_random
 from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.layers.precision import ExactTables, at_least_float32
@@ -66,6 +67,12 @@ class LPIPS(ExactTables):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        if not stays_random(vgg):
+            self._read(vgg, heads)
+        self.eval().requires_grad_(False)
+
+    def _read(self, vgg: str, heads: str | None) -> None:
+        """The weights of both files."""
         if not Path(vgg).is_file():
             raise UserError(
                 f"the perceptual loss needs torchvision's VGG-16 weights; there is no file {vgg}. Give their path, or "
@@ -79,7 +86,6 @@ class LPIPS(ExactTables):
         for key, tensor in read_state(of_heads).items():
             lines[f"{key.split('.')[0].removeprefix('lin')}.weight"] = tensor
         load_strict(self.heads, lines, str(of_heads))
-        self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stays in eval mode."""

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.absent import stays_random
 from tessellar.errors import UserError
 from tessellar.layers.cnn import Sizes, Upsample, group_norm
 from tessellar.layers.precision import at_least_float32
@@ -219,7 +220,7 @@ def proxy_codes(weights: str, image_size: int = 256) -> ProxyCodes:
     """
     from tessellar.checkpoints.reading import load_tokenizer
 
-    if torch.get_default_device().type == "meta":
+    if torch.get_default_device().type == "meta" or stays_random(weights):
         return ProxyCodes(maskgit_vqgan(image_size))
     model = load_tokenizer(weights)
     if not isinstance(model, MaskGITVQGAN) or model.image_size != (image_size, image_size):

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tessellar.absent import stays_random
 from tessellar.layers.precision import at_least_float32
 from tessellar.networks.vision import Teacher
 from tessellar.processes.diffusion import (
@@ -318,7 +319,8 @@ def _published(
     decoder: ViTSize, vae_weights: str | None, repa_dim: int | None, teacher: Teacher | None
 ) -> Semanticist:
     vae = kl16(scale=KL16_SCALE)
-    if vae_weights is not None and torch.get_default_device().type != "meta":
+    on_meta = torch.get_default_device().type == "meta"
+    if vae_weights is not None and not on_meta and not stays_random(vae_weights):
         from tessellar.tokenizers.semanticist.official_vae import load_vae
 
         vae = load_vae(vae_weights, vae.image_size[0])
