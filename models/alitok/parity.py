@@ -15,16 +15,17 @@ from tessellar.parity.forms import to_unit
 from tessellar.parity.generation import (
     accuracy,
     beside,
+    by_power_cosine,
     learning_rates,
     past_the_end,
+    power_cosine,
     scores_of,
     with_dropped,
 )
-from tessellar.parity.recording import Outputs, Recording, Settings
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Decoded, drawn, gradient_norm, greedy, recorded_norms
 from tessellar.protocol.choice import Choice
-from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, PowerCosine
 from tessellar.protocol.layout import Categorical, Layout, Segment
 from tessellar.schedules import Schedule
 from tessellar.tokenizers.alitok.parity import recorded_tokenizer
@@ -90,18 +91,13 @@ def training(recording: Recording) -> Outputs:
     }
 
 
-def _schedule(settings: Settings) -> PowerCosine:
-    scale = settings["guidance_scale"]
-    return PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False)
-
-
 @replays("alitok", "gen_small_scale", "gen_scale")
 def scales(recording: Recording) -> Outputs:
     """The guidance scale of every step."""
     outputs = {}
     for name, settings in recording.each("*/cfg_scale"):
         entities = _generator(recording, name.partition("/")[0]).entities
-        outputs[name] = _schedule(settings)(torch.arange(entities.count)[None], entities)[0]
+        outputs[name] = power_cosine(settings)(torch.arange(entities.count)[None], entities)[0]
     return outputs
 
 
@@ -109,7 +105,7 @@ def _sampled(recording: Recording, generator: AliTokAR, name: str) -> Decoded:
     """A run `part/run/ids`: a scale of 0 is one branch; greedy, or drawn at recorded uniforms."""
     settings = recording.settings(name)
     condition = recording.classes(f"{name.partition('/')[0]}/class_ids")
-    guidance = Guidance(_schedule(settings)) if settings["guidance_scale"] else NO_GUIDANCE
+    guidance = by_power_cosine(settings)
     if settings["greedy"]:
         return greedy(generator, condition, guidance)
     choice = Choice(temperature=settings["randomize_temperature"])

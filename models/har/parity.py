@@ -9,10 +9,10 @@ from tessellar.interop.options import check_sizes
 from tessellar.models.har.model import HAR
 from tessellar.models.har.official import from_official
 from tessellar.parity.forms import to_unit
-from tessellar.parity.generation import guidance_of, scores_of
+from tessellar.parity.generation import filtered, guidance_of, scores_of
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import choice_of, greedy
+from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.guidance import Constant, Guidance, Linear, Step
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.tokenizers.restok.parity import recorded_images, recorded_tokenizer
@@ -95,8 +95,5 @@ def _guidance(settings: Mapping[str, Any]) -> Guidance:
 @replays("restok", "gen_filter")
 def filters(recording: Recording) -> Outputs:
     """Which logits top-k and top-p remove."""
-    logits = recording.inputs["filter_in"]
-    outputs = {}
-    for name, settings in recording.each("filter_*"):
-        outputs[name] = (choice_of(settings).probs(logits) == 0).to(torch.uint8)
-    return outputs
+    found = filtered(recording, "filter_*", logits="filter_in")
+    return {name: (probs == 0).to(torch.uint8) for name, probs in found.items()}

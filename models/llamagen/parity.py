@@ -11,10 +11,10 @@ from tessellar.interop.options import require
 from tessellar.models.llamagen.model import LlamaGen
 from tessellar.models.llamagen.official import from_config
 from tessellar.models.parts.llama import CaptionPrefix
-from tessellar.parity.generation import beside, scores_of
+from tessellar.parity.generation import beside, filtered, scores_of
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import choice_of, gradient_norm, greedy
+from tessellar.parity.stand_ins import gradient_norm, greedy
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import NO_GUIDANCE, Constant, Guidance, Interval
 from tessellar.protocol.layout import Categorical, grid_layout
@@ -94,6 +94,4 @@ def t2i(recording: Recording) -> Outputs:
 @replays("llamagen", "sample")
 def sample(recording: Recording) -> Outputs:
     """Probabilities after temperature, top-k and top-p."""
-    logits = recording.inputs["sample/logits"]
-    runs = recording.each("sample/*/probs")
-    return {name: choice_of(settings).probs(logits) for name, settings in runs}
+    return filtered(recording, "sample/*/probs", logits="sample/logits")

@@ -16,7 +16,13 @@ from tessellar.interop.options import check_sizes
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.models.lpd.model import LPD, resize_positions
 from tessellar.models.lpd.official import KEYS, from_official
-from tessellar.parity.generation import guidance_of, learning_rates, scores_of, with_dropped
+from tessellar.parity.generation import (
+    filtered,
+    guidance_of,
+    learning_rates,
+    scores_of,
+    with_dropped,
+)
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import (
@@ -260,9 +266,8 @@ def drawing(recording: Recording) -> Outputs:
 @replays("lpd", "filter")
 def filters(recording: Recording) -> Outputs:
     """Which logits top-k and top-p keep."""
-    logits = recording.inputs["filter/logits"]
-    runs = recording.each("filter/*")
-    return {name: choice_of(settings).probs(logits) > 0 for name, settings in runs}
+    found = filtered(recording, "filter/*", logits="filter/logits")
+    return {name: probs > 0 for name, probs in found.items()}
 
 
 @replays("lpd", "resize")

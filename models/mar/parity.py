@@ -48,13 +48,20 @@ def recorded_generator(recording: Recording) -> MAR:
         grid_layout(side, side, Continuous(config["vae_embed_dim"])),
         num_heads=config["encoder_num_heads"],
         decoder_heads=config["decoder_num_heads"],
-        condition_dropout=config.get("label_drop_prob", 0.1),
-        dropout=config.get("proj_dropout", 0.1),
-        attention_dropout=config.get("attn_dropout", 0.1),
-        least_masked=config.get("mask_ratio_min", 0.7),
+        **training_options(config),
     )
     generator.repeats = config["diffusion_batch_mul"]
     return generator
+
+
+def training_options(config: Mapping[str, Any]) -> dict[str, float]:
+    """What official options say of training, MAR's and TokenBridge's."""
+    return {
+        "condition_dropout": config.get("label_drop_prob", 0.1),
+        "dropout": config.get("proj_dropout", 0.1),
+        "attention_dropout": config.get("attn_dropout", 0.1),
+        "least_masked": config.get("mask_ratio_min", 0.7),
+    }
 
 
 def recorded_mask(orders: Tensor, num_masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ import torch
 
 from tessellar.models.maskgit.model import MaskGIT
 from tessellar.models.maskgit.official import from_official
-from tessellar.parity.generation import schedule_of
+from tessellar.parity.generation import power_cosine, schedule_of
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import RecordedNoise
-from tessellar.protocol.guidance import Constant, Guidance, Linear, PowerCosine
+from tessellar.protocol.guidance import Constant, Guidance, Linear
 from tessellar.protocol.layout import Categorical, sequence_layout
 from tessellar.sampling import confidence
 from tessellar.sampling.settings import Sampling
@@ -86,13 +86,10 @@ def decoding(recording: Recording) -> Outputs:
 def _guidance(settings: Mapping[str, Any]) -> Guidance:
     """Theirs is c + w (c - u) for `constant` and `linear`, so their w is ours less 1."""
 
-    def power_cosine(scale: float) -> PowerCosine:
-        return PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False)
-
     schedules = {
         "constant": lambda scale: Constant(scale + 1),
         "linear": lambda scale: Linear(scale + 1, start=1.0, reach_end=False),
-        "power-cosine": power_cosine,
+        "power-cosine": lambda scale: power_cosine(settings),
     }
     kind = settings["guidance_decay"]
     return Guidance(schedule_of(kind, settings["guidance_scale"], schedules))

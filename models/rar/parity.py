@@ -5,14 +5,13 @@ from torch import Tensor
 
 from tessellar.models.rar.model import RAR
 from tessellar.models.rar.official import from_official
-from tessellar.parity.generation import accuracy, beside, past_the_end, predicted
+from tessellar.parity.generation import accuracy, beside, by_power_cosine, past_the_end, predicted
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities
-from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, PowerCosine
 from tessellar.protocol.layout import Categorical, sequence_layout
 
 READ = (
@@ -80,10 +79,7 @@ def sampling(recording: Recording) -> Outputs:
     generator = _generator(recording)
     outputs: dict[str, Tensor] = {}
     for name, settings in recording.each("gen_*/ids"):
-        scale = settings["guidance_scale"]
-        schedule = PowerCosine(scale, settings["guidance_scale_pow"], reach_end=False)
-        guidance = Guidance(schedule) if scale else NO_GUIDANCE
-        decoded = greedy(generator, _condition(recording), guidance)
+        decoded = greedy(generator, _condition(recording), by_power_cosine(settings))
         logits = decoded.logits / settings["randomize_temperature"]
         outputs[name] = decoded.tokens
         outputs[beside(name, "probs")] = logits.softmax(-1)

@@ -8,7 +8,7 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.interop.options import require
-from tessellar.models.mar.parity import recorded_guidance, recorded_mask
+from tessellar.models.mar.parity import recorded_guidance, recorded_mask, training_options
 from tessellar.models.tokenbridge.model import TokenBridge
 from tessellar.models.tokenbridge.official import from_official
 from tessellar.parity.forms import as_map, as_vectors
@@ -64,10 +64,7 @@ def recorded_generator(recording: Recording) -> TokenBridge:
         num_heads=config["encoder_num_heads"],
         decoder_heads=config["decoder_num_heads"],
         channel_order=tuple(order.tolist()),
-        condition_dropout=config.get("label_drop_prob", 0.1),
-        dropout=config.get("proj_dropout", 0.1),
-        attention_dropout=config.get("attn_dropout", 0.1),
-        least_masked=config.get("mask_ratio_min", 0.7),
+        **training_options(config),
     )
     generator.bind(tokenizer)
     return generator

@@ -13,9 +13,10 @@ from tessellar.layers.kv_cache import NEVER
 from tessellar.models.tokenflow.model import TokenFlowAR
 from tessellar.models.tokenflow.official import from_official
 from tessellar.parity.forms import as_map
+from tessellar.parity.generation import filtered
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import choice_of, logits_of
+from tessellar.parity.stand_ins import logits_of
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.protocol.layout import Layout
@@ -148,6 +149,4 @@ def decoding(recording: Recording) -> Outputs:
 @replays("tokenflow_t2i", "filter")
 def filters(recording: Recording) -> Outputs:
     """Probabilities behind top-k and top-p."""
-    logits = recording.inputs["filter/logits"]
-    runs = recording.each("filter/probs_*")
-    return {name: choice_of(settings).probs(logits) for name, settings in runs}
+    return filtered(recording, "filter/probs_*", logits="filter/logits")

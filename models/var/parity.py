@@ -5,9 +5,10 @@ from tessellar.interop.options import check_sizes
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
 from tessellar.parity.forms import to_unit
+from tessellar.parity.generation import filtered
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.parity.stand_ins import choice_of, greedy, logits_of
+from tessellar.parity.stand_ins import greedy, logits_of
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
 from tessellar.tokenizers.var import VARVQVAE
 from tessellar.tokenizers.var.parity import recorded_vqvae
@@ -66,6 +67,5 @@ def decoding(recording: Recording) -> Outputs:
 @replays("var", "filter")
 def filters(recording: Recording) -> Outputs:
     """Which logits top-k and top-p keep."""
-    logits = recording.inputs["filter.logits"]
-    runs = recording.each("filter.*.keep")
-    return {name: choice_of(settings).probs(logits) > 0 for name, settings in runs}
+    found = filtered(recording, "filter.*.keep", logits="filter.logits")
+    return {name: probs > 0 for name, probs in found.items()}

@@ -5,18 +5,19 @@ Shapes: B images, N tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.parity.stand_ins import logits_of
+from tessellar.parity.recording import Outputs, Recording
+from tessellar.parity.stand_ins import choice_of, logits_of
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.generator import Generator
-from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, GuidanceSchedule
+from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, GuidanceSchedule, PowerCosine
 from tessellar.schedules import Schedule
 
 Schedules = Mapping[str, Callable[[float], GuidanceSchedule]]
@@ -75,6 +76,23 @@ def accuracy(logits: Tensor, tokens: Tensor) -> Tensor:
 def with_dropped(condition: Condition, generator: Generator, dropped: Tensor) -> Condition:
     """The null condition where `dropped` [B] is not 0."""
     return condition.where(dropped == 0, generator.null(condition))
+
+
+def filtered(recording: Recording, pattern: str, logits: str) -> Outputs:
+    """Probabilities of the recorded `logits` behind temperature and filters of every run."""
+    given = recording.inputs[logits]
+    return {name: choice_of(settings).probs(given) for name, settings in recording.each(pattern)}
+
+
+def power_cosine(settings: Mapping[str, Any]) -> PowerCosine:
+    """The schedule of official code that never reaches its scale."""
+    power = settings["guidance_scale_pow"]
+    return PowerCosine(settings["guidance_scale"], power, reach_end=False)
+
+
+def by_power_cosine(settings: Mapping[str, Any]) -> Guidance:
+    """Guidance by that schedule; a scale of 0 is one branch."""
+    return Guidance(power_cosine(settings)) if settings["guidance_scale"] else NO_GUIDANCE
 
 
 def schedule_of(kind: str, scale: float, schedules: Schedules) -> GuidanceSchedule:

@@ -1,6 +1,7 @@
 """Importers read sizes and options from weights: generators unlike the recorded ones go out and come back the same."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def test_an_instance_unlike_the_recorded_one_comes_back_the_same(
     make: Callable[[], Pair], condition: Condition
 ) -> None:
     made, again = make()
+    assert make.__name__.startswith(type(made).__module__.split(".")[2])
     ours = dict(made.state_dict())
     theirs = again.state_dict()
     assert theirs.keys() == ours.keys()
@@ -46,6 +48,13 @@ def test_an_instance_unlike_the_recorded_one_comes_back_the_same(
     assert found.keys() == expected.keys()
     for name, loss in expected.items():
         torch.testing.assert_close(found[name], loss, rtol=0, atol=0)
+
+
+def test_every_importer_of_a_generator_has_another_instance() -> None:
+    papers = [path.parent.name for path in Path(retok.__file__).parents[1].glob("*/official.py")]
+    assert len(papers) > 15
+    names = [make.__name__ for make, _ in CASES]
+    assert [paper for paper in papers if not any(n.startswith(f"{paper}_") for n in names)] == []
 
 
 def test_feed_forward_layers_that_no_option_here_gives_are_refused_by_name() -> None:

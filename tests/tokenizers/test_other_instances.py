@@ -5,6 +5,7 @@ that no two tensors are alike, and what its importer makes of it under official 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -27,6 +28,7 @@ from tessellar.tokenizers.ibq import IBQVQGAN
 from tessellar.tokenizers.ibq import official as ibq
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.kl_vae import official as kl_vae
+from tessellar.tokenizers.kl_vae.tokenizer import KL16_SCALE
 from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.llamagen import official as llamagen
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
@@ -50,6 +52,8 @@ from tessellar.tokenizers.semanticist import Semanticist, SlotDecoding
 from tessellar.tokenizers.semanticist import official as semanticist
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.titok import official as titok
+from tessellar.tokenizers.tokenbridge import PostQuantized
+from tessellar.tokenizers.tokenbridge import official as tokenbridge
 from tessellar.tokenizers.tokenflow import (
     SemanticDecoderSize,
     SemanticVision,
@@ -374,36 +378,45 @@ def semanticist_tokenizer() -> Pair:
     return made, again
 
 
+def tokenbridge_of_few_levels() -> Pair:
+    """Over a rectangular VAE of other widths; a file does not tell the levels."""
+    vae = KLVAE(GaussianBottleneck(6, scale=KL16_SCALE), (16, 24), 32, (1, 3, 2), 2)
+    made = shaken(PostQuantized(vae, 6))
+    return made, tokenbridge.from_official(tokenbridge.to_official(made), (16, 24), levels=6)
+
+
+# By the folder of the tokenizer; behind a comma what is other about it.
 CASES: dict[str, Callable[[], Pair]] = {
-    "BitDance's, fed with noise": bitdance_with_noise,
-    "BitDance's, of one level": bitdance_of_one_level,
-    "UniWeTok of other heads": uniwetok_of_other_heads,
-    "RecTok": rectok_of_two_depths,
-    "RecTok without a semantic decoder": rectok_without_a_teacher,
-    "IBQ": ibq_of_three_levels,
-    "Open-MAGVIT2": open_magvit2_of_three_levels,
-    "TokenFlow of CLIP": tokenflow_clip,
-    "TokenFlow of SigLIP": tokenflow_siglip,
-    "TokenFlow of ViTamin": tokenflow_vitamin,
-    "AliTok, causal": alitok_causal,
-    "AliTok, bidirectional": alitok_bidirectional,
-    "TiTok that gives pixels": titok_pixels,
-    "TiTok with latents": titok_latents,
-    "TiTok of two stages": titok_two_stages,
-    "One-D-Piece": one_d_piece,
-    "MaskGIT-VQGAN": maskgit,
-    "LlamaGen VQ": llamagen_vq,
-    "KL VAE": kl,
-    "VAR, one phi": lambda: var_vqvae(1, 0.3),
-    "VAR, a phi a scale, cosine": lambda: var_vqvae(0, 0.5, cosine=True),
-    "VAR, two phis": lambda: var_vqvae(2, 0.8),
-    "VAR, no phi": lambda: var_vqvae(3, 0.0),
-    "Hita": hita_tokenizer,
-    "ResTok": restok_tokenizer,
-    "ReToK": retok_tokenizer,
-    "Semanticist": semanticist_tokenizer,
-    "FlexTok": flextok_tokenizer,
-    "FlexTok's VAE": flextok_autoencoder,
+    "bitdance, fed with noise": bitdance_with_noise,
+    "bitdance, of one level": bitdance_of_one_level,
+    "uniwetok, of other heads": uniwetok_of_other_heads,
+    "rectok": rectok_of_two_depths,
+    "rectok, without a semantic decoder": rectok_without_a_teacher,
+    "ibq": ibq_of_three_levels,
+    "open_magvit2": open_magvit2_of_three_levels,
+    "tokenflow, of CLIP": tokenflow_clip,
+    "tokenflow, of SigLIP": tokenflow_siglip,
+    "tokenflow, of ViTamin": tokenflow_vitamin,
+    "alitok, causal": alitok_causal,
+    "alitok, bidirectional": alitok_bidirectional,
+    "titok, of pixels": titok_pixels,
+    "titok, of latents": titok_latents,
+    "titok, of two stages": titok_two_stages,
+    "one_d_piece": one_d_piece,
+    "maskgit_vqgan": maskgit,
+    "llamagen": llamagen_vq,
+    "kl_vae": kl,
+    "var, one phi": lambda: var_vqvae(1, 0.3),
+    "var, a phi a scale, cosine": lambda: var_vqvae(0, 0.5, cosine=True),
+    "var, two phis": lambda: var_vqvae(2, 0.8),
+    "var, no phi": lambda: var_vqvae(3, 0.0),
+    "hita": hita_tokenizer,
+    "restok": restok_tokenizer,
+    "retok": retok_tokenizer,
+    "semanticist": semanticist_tokenizer,
+    "tokenbridge": tokenbridge_of_few_levels,
+    "flextok": flextok_tokenizer,
+    "kl_vae, of FlexTok": flextok_autoencoder,
 }
 
 
@@ -412,6 +425,7 @@ CASES: dict[str, Callable[[], Pair]] = {
 def test_another_instance_comes_back_the_same(name: str) -> None:
     torch.manual_seed(0)
     made, again = CASES[name]()
+    assert type(made).__module__.split(".")[2] == name.partition(",")[0]
     assert again.image_size == made.image_size and again.layout == made.layout
     images = torch.rand(2, 3, *made.image_size) * 2 - 1
     tokens = _tokens(made, images)
@@ -421,6 +435,14 @@ def test_another_instance_comes_back_the_same(name: str) -> None:
     assert torch.equal(again.last_layer, made.last_layer)
     if isinstance(made, TokenFlow) and isinstance(again, TokenFlow):
         assert torch.equal(again.semantics(tokens), made.semantics(tokens))
+
+
+def test_every_importer_of_a_tokenizer_has_another_instance() -> None:
+    importers = set()
+    for path in Path(alitok.__file__).parents[1].glob("*/official.py"):
+        if "\nOFFICIAL" in path.read_text(encoding="utf-8"):  # that of quantizers reads no file
+            importers.add(path.parent.name)
+    assert importers == {name.partition(",")[0] for name in CASES}
 
 
 def _tokens(tokenizer: Tokenizer, images: Tensor) -> Tensor:
