@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0  # seconds without a new update until a run is given up
+MEETING = 45.0  # seconds that one of two processes waits for the other one
 
 
 class AttackedRun:
@@ -153,6 +154,7 @@ def as_torchrun_does(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "attacked",
+        "TESSELLAR_MEETING": str(MEETING),
     }
 
 

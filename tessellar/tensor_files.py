@@ -230,7 +230,7 @@ def _identity(path: Path) -> tuple[int, int, int]:
 def _damage(path: Path, *identity: int) -> str:
     """What is wrong with a zip archive, read once from beginning to end; empty for nothing."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             if unfolded := _unfolded(archive, path):
                 return f"would take {unfolded} bytes of memory, {UNFOLDED} times its size: torch packs nothing"
             part = archive.testzip()
@@ -239,6 +239,22 @@ def _damage(path: Path, *identity: int) -> str:
     except (zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
         return f"is damaged ({_one_line(error)})"
     return f"is damaged: its part {part} does not have its checksum" if part else ""
+
+
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """A zip archive of torch or numpy; raises BadZipFile for one that neither of them packs so.
+
+    Of bzip2 and LZMA, Python's reader unpacks whole blocks at once: kilobytes may be gigabytes.
+    """
+    archive = zipfile.ZipFile(path)
+    for part in archive.infolist():
+        if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            archive.close()
+            raise zipfile.BadZipFile(
+                f"{part.filename} is packed by method {part.compress_type}, which is not read; "
+                "those of torch and numpy are stored or deflated"
+            )
+    return archive
 
 
 def _unfolded(archive: zipfile.ZipFile, path: Path) -> int:

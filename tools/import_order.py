@@ -26,6 +26,7 @@ ORDER = (
         "progress",
         "schedules",
     ),
+    ("npz",),
     ("layers",),
     ("protocol",),
     ("text", "processes", "checkpoints"),

@@ -2,17 +2,19 @@
 set at a time (MAR, arXiv 2406.11838).
 """
 
-from math import ceil, cos, floor, pi
+from math import ceil, cos, exp, floor, pi
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.protocol.entities import Entities, cells, take
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.masked import MaskedGenerator
 from tessellar.protocol.noise import Noise
+
+NARROW = 0.75  # the least share from which on most draws of a bell would be lost
 
 
 def planned_sizes(patches: int, steps: int) -> tuple[int, ...]:
@@ -27,6 +29,26 @@ def planned_sizes(patches: int, steps: int) -> tuple[int, ...]:
     for i in range(1, steps):
         left.append(max(1, min(left[-1] - 1, floor(patches * cos(pi / 2 * i / steps)))))
     return tuple(a - b for a, b in zip(left, [*left[1:], 0], strict=True) if a > b)
+
+
+def draw_share(least: float) -> float:
+    """A share from N(1, 0.25) within [least, 1], by torch's global random numbers.
+
+    Drawn here because `nn.init.trunc_normal_` of torch 2.9 and of 2.15 give other numbers from one
+    seed: a run, and a recorded loss, would depend on the version.
+    """
+    # A draw that falls outside is made again. Where most would, shares are drawn evenly from what
+    # is allowed, and kept by the height of the bell there.
+    narrow = least > NARROW
+    while True:
+        if narrow:
+            share = float(torch.empty(1).uniform_(least, 1.0))
+            kept = float(torch.rand(1)) < exp(-0.5 * ((share - 1) / 0.25) ** 2)
+        else:
+            share = float(torch.empty(1).normal_(1.0, 0.25))
+            kept = least <= share <= 1
+        if kept:
+            return share
 
 
 class RandomSets(MaskedGenerator):
@@ -78,7 +100,6 @@ class RandomSets(MaskedGenerator):
         """[B, L], True where training hides a patch: one share a batch, N(1, 0.25) within
         [least_masked, 1].
         """
-        ratio = nn.init.trunc_normal_(torch.empty(1), 1.0, 0.25, self.least_masked, 1.0)
-        count = ceil(self.length * float(ratio))
+        count = ceil(self.length * draw_share(self.least_masked))
         rank = torch.rand(batch, self.length).argsort(1).argsort(1)
         return rank < count

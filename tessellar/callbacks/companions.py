@@ -4,21 +4,33 @@ Lightning starts the processes of `ddp` beside the first one. Every five seconds
 has ended, and then kills all of them without a word, even while the first one says what happened or
 still writes. Here a process has the time to end by itself; only one that hangs, as NCCL leaves it,
 is ended. Under torchrun, which looks after its processes, nothing is done.
+
+Before they have met, torch waits half an hour for a process that will not come, whoever started it:
+`meeting` says so and ends the wait.
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from tessellar.data.workers import INTERRUPTING
+from tessellar.errors import UserError
 
+log = logging.getLogger(__name__)
+MEETING = "TESSELLAR_MEETING"  # the environment's longest wait for all processes, in seconds
+LONGEST_MEETING = 600.0
+TOLD = 60.0  # seconds after which the wait is told
 PERIOD = 0.5  # seconds between two looks
 GRACE = 20.0  # seconds that a process has to end by itself once another one is gone
 IN_ORDER = (0, *(128 + number for number in INTERRUPTING))  # exit codes of a run that was saved
@@ -41,13 +53,10 @@ class Companions(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         processes = processes_beside(trainer)
-        environment = getattr(trainer.strategy, "cluster_environment", None)
         if processes:
-            for thread in threading.enumerate():
-                if thread.name == "child-process-observer":
-                    thread._child_processes = []  # type: ignore[attr-defined]  # it ends by itself
+            end_observer()
             watch = self._watch_children
-        elif isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+        elif is_started_beside(trainer):
             self._is_child = True
             watch = self._watch_parent
         else:
@@ -73,6 +82,74 @@ class Companions(L.Callback):
         leave("the first process of this run has ended", processes)
 
 
+@contextmanager
+def meeting(trainer: L.Trainer, give_up: Callable[[], None]) -> Iterator[None]:
+    """Until the processes of a run have met, end this one where one of them will not come, after
+    `give_up`.
+
+    Such a process was killed, or it never started. The wait has a limit, `TESSELLAR_MEETING` seconds
+    of the environment, and is told after a minute. Raises UserError where that is no such number.
+    """
+    ended = threading.Event()
+    if trainer.num_nodes * trainer.num_devices > 1:
+        watch = threading.Thread(
+            target=_watch_meeting, args=(trainer, longest_meeting(), give_up, ended), daemon=True
+        )
+        watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def longest_meeting() -> float:
+    text = os.environ.get(MEETING, str(LONGEST_MEETING))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:  # so written, NaN is refused as well
+        raise UserError(f"{MEETING} is {text!r}; it must be a number of seconds above 0")
+    return seconds
+
+
+def _watch_meeting(
+    trainer: L.Trainer, longest: float, give_up: Callable[[], None], ended: threading.Event
+) -> None:
+    world = trainer.num_nodes * trainer.num_devices
+    parent = os.getppid()
+    since = time.monotonic()
+    is_told = False
+    while not (dist.is_initialized() or ended.wait(PERIOD)):
+        waited = time.monotonic() - since
+        processes = processes_beside(trainer)
+        end_observer()
+        said = first_that_failed(processes)
+        if said is None and is_started_beside(trainer) and os.getppid() != parent:
+            said = "the first process of this run has ended"
+        if said is None and waited > longest:
+            said = f"not all of the {world} processes of this run came within {longest:g} seconds"
+        if said is not None:
+            give_up()
+            leave(said, processes, then="give the command again")
+        if waited > TOLD and not is_told:
+            log.warning("waits for the other processes of this run, which are %d in all", world)
+            is_told = True
+
+
+def end_observer() -> None:
+    """End Lightning's own watch of the processes that it started."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]  # it ends by itself
+
+
+def is_started_beside(trainer: L.Trainer) -> bool:
+    """Whether Lightning started this process beside the run's first one."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
 def processes_beside(trainer: L.Trainer) -> list[subprocess.Popen]:
     """The processes of `ddp` that Lightning started from this one."""
     started = getattr(trainer.strategy.launcher, "procs", [])
@@ -93,9 +170,11 @@ def first_that_failed(processes: list[subprocess.Popen]) -> str | None:
     return None
 
 
-def leave(line: str, processes: list[subprocess.Popen]) -> NoReturn:
+def leave(
+    line: str, processes: list[subprocess.Popen], then: str = "continue with --resume auto"
+) -> NoReturn:
     """End this process and those it started, whatever they wait for."""
-    print(f"error: {line}; continue with --resume auto", file=sys.stderr, flush=True)
+    print(f"error: {line}; {then}", file=sys.stderr, flush=True)
     end(processes)
     os._exit(2)
 

@@ -6,6 +6,7 @@ where there is one.
 """
 
 import os
+import stat
 import sys
 import tempfile
 import threading
@@ -83,8 +84,9 @@ def _kept(error: Exception) -> str:
     content = "".join(traceback.format_exception(error))
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     name = TRACEBACK if rank == 0 else f"traceback-{rank}.txt"
-    for folder in (_folder, Path(tempfile.gettempdir()) / f"tessellar-{os.getuid()}"):
+    for place in (_of_the_run, _of_the_user):
         try:
+            folder = place()
             if folder is not None:
                 folder.mkdir(exist_ok=True)
                 (folder / name).write_text(content, errors="backslashreplace")
@@ -92,3 +94,21 @@ def _kept(error: Exception) -> str:
         except OSError:
             continue
     return "the traceback could not be written anywhere"
+
+
+def _of_the_run() -> Path | None:
+    return _folder
+
+
+def _of_the_user() -> Path:
+    """A folder among the system's temporary ones that nobody else writes into.
+
+    Its name can be known: in one that is another's, a link could lead to a file of this user.
+    """
+    folder = Path(tempfile.gettempdir()) / f"tessellar-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    is_ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+    if not is_ours or facts.st_mode & 0o022:
+        return Path(tempfile.mkdtemp(prefix="tessellar-"))
+    return folder

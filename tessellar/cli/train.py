@@ -30,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tessellar.callbacks.checkpoints import Checkpoints
 from tessellar.callbacks.codebook_usage import CodebookUsage
-from tessellar.callbacks.companions import Companions, lost_process, processes_beside
+from tessellar.callbacks.companions import Companions, lost_process, meeting, processes_beside
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.grids import Grids
 from tessellar.callbacks.interruption import Interrupted, Interruption
@@ -330,7 +330,7 @@ def _fit(cli: TrainCLI) -> None:
     last = run.folder / CHECKPOINTS / LAST
     companions = next(c for c in trainer.callbacks if isinstance(c, Companions))  # type: ignore[attr-defined]
     try:
-        with restoring(run.checkpoint):
+        with restoring(run.checkpoint), meeting(trainer, run.abandon):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=run.checkpoint, weights_only=True)
     except NonFiniteGradients as error:
         raise UserError(

@@ -9,21 +9,20 @@ an interrupted command goes on where it was.
 import csv
 import io
 import logging
-import lzma
 import os
 import re
 import shutil
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tessellar.data.crops import center_crop
 from tessellar.data.image_file import UnreadableImage, read_image
 from tessellar.data.tars.headers import LARGEST_MEMBER, Header, RefusedHeader
 from tessellar.data.tars.index import load_index
+from tessellar.data.tars.unpacking import Unpacked
 from tessellar.errors import UserError, writing
 from tessellar.progress import Progress
 
@@ -57,7 +56,7 @@ def prepare_train(source: Path, target: Path) -> None:
                     _unpack_class(file, path.stem, target, str(path))
                 bar.update()
         return
-    with closing(_open_tar(source)) as outer:
+    with _open_tar(source) as outer:
         with Progress("unpacking", None, "classes") as bar:
             for member in _members(outer, str(source)):
                 name = Path(member.name)
@@ -82,7 +81,7 @@ def _unpack_class(file: BinaryIO, name: str, target: Path, where: str) -> None:
     staged = target / f".{name}.part"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    with writing(folder), closing(_open_tar(where, file)) as tar:
+    with writing(folder), _open_tar(where, file) as tar:
         for member in _files(tar, where):
             content = tar.extractfile(member)
             assert content is not None
@@ -136,7 +135,7 @@ def _pictures(source: Path) -> Iterator[tuple[str, BinaryIO]]:
                 with open(path, "rb") as file:
                     yield path.name, file
         return
-    with closing(_open_tar(source)) as tar:
+    with _open_tar(source) as tar:
         for member in _files(tar, str(source)):
             if _is_picture(Path(member.name)):
                 content = tar.extractfile(member)
@@ -178,7 +177,7 @@ def _of_devkit(path: Path) -> Labels:
             f"{path} needs the package scipy (pip install scipy); or give Kaggle's LOC_val_solution.csv as --labels"
         ) from error
     found: dict[str, bytes] = {}
-    with closing(_open_tar(path)) as tar:
+    with _open_tar(path) as tar:
         for member in _files(tar, str(path)):
             for wanted in (DEVKIT_TRUTH, DEVKIT_CLASSES):
                 if member.name.endswith(wanted):
@@ -295,16 +294,30 @@ def _link(source: Path, target: Path) -> None:
     os.symlink(source.resolve(), target)
 
 
-def _open_tar(path: str | Path, content: BinaryIO | None = None) -> tarfile.TarFile:
-    """The tar at `path`, or the one whose `content` is given."""
+@contextmanager
+def _open_tar(path: str | Path, content: BinaryIO | None = None) -> Iterator[tarfile.TarFile]:
+    """The tar at `path`, or the one whose `content` is given; packed ones are read as streams."""
     if content is None and not Path(path).exists():
         raise UserError(f"{path} does not exist")
-    try:
-        return tarfile.open(path if content is None else None, fileobj=content, tarinfo=Header)
-    except RefusedHeader as error:
-        raise UserError(f"{path}: {error}") from error
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{path} is not a tar, or it is cut off") from error
+    with ExitStack() as stack:
+        try:
+            file = content or stack.enter_context(open(path, "rb"))
+            begin = file.tell()
+            unpacked: Any = Unpacked(file, str(path))
+            if unpacked.is_packed:
+                tar = tarfile.open(fileobj=unpacked, mode="r|", tarinfo=Header)
+            else:
+                file.seek(begin)
+                tar = tarfile.open(fileobj=file, mode="r:", tarinfo=Header)
+        except RefusedHeader as error:
+            raise UserError(f"{path}: {error}") from error
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise UserError(f"{path} is not a tar, or it is cut off") from error
+        stack.enter_context(tar)
+        try:
+            yield tar
+        except tarfile.TarError as error:  # while a member's content is read
+            raise UserError(f"{path} is damaged or cut off: {error}") from error
 
 
 def _members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
@@ -315,7 +328,7 @@ def _members(tar: tarfile.TarFile, where: str) -> Iterator[tarfile.TarInfo]:
             member = next(members, None)
         except RefusedHeader as error:
             raise UserError(f"{where}: {error}") from error
-        except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        except (OSError, EOFError, tarfile.TarError) as error:
             raise UserError(f"{where} cannot be read: {error}") from error
         if member is None:
             return

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessellar import npz
 from tessellar.data.dataset import digest
 from tessellar.distributed import broadcast, rank
 from tessellar.errors import UserError
-from tessellar.evaluation import npz
 from tessellar.evaluation.collect import Collected, Needs, collect_all
 from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.sources import ArrayImages, ImageSource, open_images

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tessellar import npz
 from tessellar.data.batch import collate
 from tessellar.data.crops import center_crop
 from tessellar.data.dataset import ImageDataset, digest
@@ -26,7 +27,6 @@ from tessellar.data.sets.image_folder import list_folder
 from tessellar.data.workers import ignore_interruptions
 from tessellar.distributed import own_share, rank, world_size
 from tessellar.errors import UserError
-from tessellar.evaluation import npz
 from tessellar.evaluation.subset import subset
 from tessellar.images import to_uint8
 from tessellar.plain_data import read_json

@@ -1,5 +1,6 @@
 """How commands end when something goes wrong: one line, a code, and a file for what nobody foresaw."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,25 @@ def test_without_a_run_the_file_is_in_the_systems_folder(
     assert errors.run(raising(KeyError("x" * 1000))) == 1
     files = list((tmp_path / "system").rglob("traceback.txt"))
     assert len(files) == 1 and f"(traceback: {files[0]})" in told(capsys)
+
+
+def test_nobody_elses_link_leads_a_traceback_to_a_file_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder's name is known to all who share the machine."""
+    treasure = tmp_path / "treasure"
+    treasure.mkdir()
+    (treasure / "traceback.txt").write_text("thesis")
+    planted = tmp_path / "system" / f"tessellar-{os.getuid()}"
+    planted.symlink_to(treasure)
+    assert errors.run(raising(KeyError("x"))) == 1
+    planted.unlink()
+    planted.mkdir()
+    planted.chmod(0o777)
+    (planted / "traceback.txt").symlink_to(treasure / "traceback.txt")
+    assert errors.run(raising(KeyError("x"))) == 1
+    assert (treasure / "traceback.txt").read_text() == "thesis"
+    assert capsys.readouterr().err.count("(traceback: ") == 2
 
 
 def test_a_folder_that_takes_no_file_is_said(

@@ -1,10 +1,13 @@
 """Small files that claim, or unpack to, sizes out of all proportion: refused in one line before memory is taken."""
 
+import bz2
 import gzip
 import io
+import lzma
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +17,14 @@ import torch
 from PIL import Image, features
 
 from tessellar.data.image_file import UnreadableImage, decode_image
-from tessellar.data.imagenet import prepare_val, read_labels
+from tessellar.data.imagenet import prepare_train, prepare_val, read_labels
 from tessellar.data.sets.idx import read_idx
-from tessellar.data.tars.index import build_index
+from tessellar.data.tars.index import build_index, load_index
 from tessellar.data.tars.members import UnreadableMember, decode
 from tessellar.data.tars.webdataset_stream import stream_samples
 from tessellar.data.token_cache.blocks import Blocks
 from tessellar.errors import UserError
-from tessellar.evaluation.npz import open_rows, read_arrays
+from tessellar.npz import open_rows, read_arrays
 from tessellar.tensor_files import read_pickle
 from tests.hostile.attacks import refused, watched
 
@@ -126,6 +129,113 @@ def test_a_member_of_a_compressed_tar_has_the_size_of_a_picture(tmp_path: Path) 
     refused(lambda: prepare_val(path, tmp_path / "out", labels), "'0.png' has 21474836480 bytes")
 
 
+def greedy_xz(content: bytes) -> bytes:
+    """Packed by xz, and with a header that asks for a dictionary of four gigabytes."""
+    packed = bytearray(lzma.compress(content))
+    start = 12  # of the header of the first block; its first byte tells its length
+    end = start + 4 * (packed[start] + 1)
+    place = packed.index(b"\x21\x01", start) + 2  # LZMA2 and one byte of properties
+    packed[place] = 40
+    packed[end - 4 : end] = struct.pack("<I", zlib.crc32(packed[start : end - 4]))
+    return bytes(packed)
+
+
+def picture_tar() -> bytes:
+    stream = io.BytesIO()
+    picture = bytes(saved("PNG"))
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        tar.addfile(header("0.png", len(picture)), io.BytesIO(picture))
+    return stream.getvalue()
+
+
+def readers(tmp_path: Path, content: bytes) -> list[Callable[[], object]]:
+    """Everything that reads a packed tar."""
+    path = tmp_path / "t.tar"
+    path.write_bytes(content)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("n01440764\n")
+    return [
+        lambda: list(stream_samples(str(path))),
+        lambda: read_labels(path),
+        lambda: prepare_val(path, tmp_path / "out", labels),
+        lambda: prepare_train(path, tmp_path / "out"),
+    ]
+
+
+def test_a_dictionary_has_bounds(tmp_path: Path) -> None:
+    for read in readers(tmp_path, greedy_xz(picture_tar())):
+        refused(read, "t.tar cannot be unpacked: it asks for more than 256 MB of memory")
+
+
+PACKED = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda content: lzma.compress(content, lzma.FORMAT_ALONE, preset=6),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_packed_tar_is_unpacked_piece_by_piece(tmp_path: Path, kind: str) -> None:
+    """Some hundred bytes of bzip2 hold 128 MB of zeros, a member's: they are never there at once."""
+    zeros = PACKED[kind](bytes(1 << 24))
+    large = header("0.mp4", 8 << 24).tobuf(tarfile.GNU_FORMAT)
+    content = PACKED[kind](large) + zeros * 8 + PACKED[kind](picture_tar())
+    path = tmp_path / "t.tar"
+    path.write_bytes(content if kind != "lzma" else PACKED[kind](picture_tar()))
+    with watched(0.06):
+        ((_, fields),) = stream_samples(str(path))
+    assert list(fields) == ["png"]
+
+
+def test_what_unpacks_to_a_thousand_times_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tessellar.data.tars.unpacking.ALWAYS_UNPACKED", 1 << 25)
+    large = header("0.mp4", 8 << 30).tobuf(tarfile.GNU_FORMAT)
+    content = bz2.compress(large) + bz2.compress(bytes(1 << 24)) * 512
+    refused(readers(tmp_path, content)[0], "t.tar unpacks to more than 1032 times its size")
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_packed_tar_that_is_cut_or_damaged_is_one_line(tmp_path: Path, kind: str) -> None:
+    content = PACKED[kind](picture_tar())
+    for read in readers(tmp_path, content[: len(content) // 2]):
+        refused(read, "t.tar breaks off: more was packed than is there")
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 0x10
+    refused(readers(tmp_path, bytes(damaged))[0], "t.tar.* (cannot be|breaks off|is damaged)")
+
+
+def test_a_part_of_a_zip_archive_is_packed_as_numpy_and_torch_do(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, np.zeros(4))
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        path = tmp_path / "x.npz"
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("mu.npy", array.getvalue())
+        line = f"mu.npy is packed by method {method}, which is not read"
+        refused(lambda path=path: read_arrays(path, {"mu": ("mu",)}), line)
+        refused(lambda path=path: open_rows(path, "mu").__enter__(), line)
+        refused(lambda path=path: read_pickle(path), line)
+
+
+def test_a_kept_index_that_is_no_index_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    path.write_bytes(picture_tar())
+    whole = load_index(path)
+    kept = tmp_path / "t.index.npz"
+    with np.load(kept) as file:
+        arrays = dict(file)
+    arrays["meta"] = np.frombuffer(b"[" * 100_000, np.uint8)
+    np.savez(kept, **arrays)
+    assert load_index(path).names.tolist() == whole.names.tolist()
+    with zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("names.npy", npy(600 << 20, b" " * 5000))
+    with watched(0.25):
+        assert load_index(path).names.tolist() == whole.names.tolist()
+
+
 def test_other_members_of_any_size_are_passed_over_unread(tmp_path: Path) -> None:
     path = tmp_path / "t.tar"
     picture = io.BytesIO()
@@ -179,7 +289,7 @@ def test_a_damaged_block_of_an_unfinished_cache_is_one_line(tmp_path: Path) -> N
     content = bytearray(blocks.path(0).read_bytes())
     content[60:80] = b"\xff" * 20  # the packed bytes themselves
     blocks.path(0).write_bytes(content)
-    refused(lambda: blocks.read(0), "block_000000.npz is damaged")
+    refused(lambda: blocks.read(0), "block_000000.npz is truncated .*: remove it and")
 
 
 def saved(form: str, **options: object) -> bytearray:

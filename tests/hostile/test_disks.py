@@ -30,9 +30,9 @@ from tessellar.cli.errors import run
 from tessellar.data.sets.shapes import Shapes
 from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError, writing
-from tessellar.evaluation.npz import write_arrays
 from tessellar.evaluation.pictures import metric_curves
 from tessellar.evaluation.record import write_record
+from tessellar.npz import write_arrays
 from tessellar.sampling.output import SampleFolder, save_png
 from tessellar.tensor_files import write_safetensors
 from tessellar.text.encoders import FeatureCache

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.attacked import AttackedRun, last_update, start_two
+from benchmarks.attacked import AttackedRun, as_torchrun_does, last_update, start_two
 from tessellar.training.base import STATE_KEY
 
 SAVED = "saved and stopped after update {}; continue with --resume auto"
@@ -121,3 +121,14 @@ def test_a_killed_process_of_two_is_one_line(
     code, said = both[1 - killed].end()
     assert code == 2 and len(said) == 1, said
     assert said[0] == "error: another process of this run has ended; continue with --resume auto"
+
+
+def test_a_process_that_waits_for_one_that_never_comes_says_so_and_ends(
+    tmp_path: Path, endless: dict[str, Any]
+) -> None:
+    alone = {**as_torchrun_does(0, 2, PORT + 2), "TESSELLAR_MEETING": "1"}
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    code, said = AttackedRun(tmp_path, "x", options, environment=alone).end()
+    line = "not all of the 2 processes of this run came within 1 seconds; give the command again"
+    assert (code, said) == (2, [f"error: {line}"])
+    assert not (tmp_path / "runs").exists()

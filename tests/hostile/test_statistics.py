@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessellar.errors import UserError
-from tessellar.evaluation.npz import open_rows, read_arrays
 from tessellar.evaluation.record import read_record
 from tessellar.evaluation.references import load_statistics, save_statistics
 from tessellar.evaluation.sources import ArrayImages, FolderImages
 from tessellar.measures.frechet import frechet_distance
+from tessellar.npz import open_rows, read_arrays
 from tests.hostile.attacks import refused
 
 EYE = np.eye(4)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tessellar
+from tessellar import npz
 from tessellar.checkpoints.export import export_generator
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli import convert, evaluate, sample
 from tessellar.errors import UserError
-from tessellar.evaluation import npz
 from tessellar.evaluation.networks.loading import load_extractor
 from tessellar.evaluation.networks.timm_network import network_of
 from tessellar.networks.facts import NetworkFacts

@@ -12,12 +12,10 @@ import logging
 import os
 import tarfile
 import uuid
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -32,6 +30,8 @@ from tessellar.data.tars.members import (
     split_name,
 )
 from tessellar.errors import UserError
+from tessellar.npz import read_arrays
+from tessellar.plain_data import parse_json
 
 log = logging.getLogger(__name__)
 VERSION = 3
@@ -275,9 +275,9 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
     no sense.
     """
     try:
-        with np.load(kept, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _ARRAYS}
-            meta = json.loads(file["meta"].tobytes())
+        file = read_arrays(kept, {name: (name,) for name in (*_ARRAYS, "meta")})
+        arrays = {name: file[name] for name in _ARRAYS}
+        meta = parse_json(file["meta"].tobytes(), str(kept))
         if any(meta[key] != value for key, value in facts.items()):
             return None
         names = {int(label): str(name) for label, name in meta["class_names"].items()}
@@ -285,17 +285,7 @@ def _load(path: Path, kept: Path, facts: dict[str, Any]) -> TarIndex | None:
             path, **arrays, class_names=names, left_out=tuple(map(str, meta["left_out"]))
         )
         return index if makes_sense(index, facts["size"]) else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        BadZipFile,
-        zlib.error,
-        MemoryError,
-    ):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError):
         return None
 
 

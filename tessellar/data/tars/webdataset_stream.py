@@ -41,6 +41,7 @@ from tessellar.data.tars.members import (
     split_name,
 )
 from tessellar.data.tars.shards import expand_braces
+from tessellar.data.tars.unpacking import Unpacked
 from tessellar.data.workers import ignore_interruptions, starting_readers
 from tessellar.errors import UserError
 from tessellar.protocol.arguments import in_ranges
@@ -104,7 +105,8 @@ class _Header(Header):
 
 
 def _members(stream: BinaryIO, url: str) -> Iterator[tuple[str, str, bytes]]:
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+    unpacked: Any = Unpacked(stream, url)
+    with tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_Header) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
             if not member.isreg():
@@ -126,6 +128,7 @@ def _members(stream: BinaryIO, url: str) -> Iterator[tuple[str, str, bytes]]:
             raise UserError(
                 f"{url} breaks off, or is damaged, behind byte {tar.offset}: there is no end mark"
             )
+        unpacked.check_rest()
 
 
 def stream_samples(url: str) -> Iterator[tuple[str, Raw]]:

@@ -21,12 +21,16 @@ import numpy as np
 
 from tessellar import distributed
 from tessellar.errors import UserError, writing
+from tessellar.npz import read_arrays
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"
 LOCK = "lock"
 SIZE = 4096
 """Images of a block, about: a multiple of those that are encoded at once."""
+
+
+ARRAYS = ("labels", "sums", "captions", "ends", "corrupt")  # of a block's file
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,16 @@ class Blocks:
         """A block that is done; raises UserError for a damaged one."""
         path = self.path(block)
         try:
-            with np.load(path, allow_pickle=False) as content:
-                return Block(
-                    labels=content["labels"],
-                    sums=content["sums"],
-                    captions=content["captions"].tobytes(),
-                    ends=content["ends"],
-                    corrupt=int(content["corrupt"]),
-                )
-        except Exception as error:  # zipfile, zlib and numpy raise every kind on damaged files
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(
-                f"{path} is damaged ({reason}): remove it and give the command again"
-            ) from error
+            content = read_arrays(path, {name: (name,) for name in ARRAYS})
+            return Block(
+                labels=content["labels"],
+                sums=content["sums"],
+                captions=content["captions"].tobytes(),
+                ends=content["ends"],
+                corrupt=int(content["corrupt"]),
+            )
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{error}: remove it and give the command again") from error
 
     def clear(self) -> None:
         """Remove what a finished cache does not need."""

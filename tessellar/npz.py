@@ -17,7 +17,7 @@ import numpy as np
 
 from tessellar.errors import UserError, writing
 from tessellar.npy import ArrayHeader, read_header
-from tessellar.tensor_files import require_file
+from tessellar.tensor_files import open_archive, require_file
 
 # Bytes of an array that is read at once: features of 10,000 images, a covariance.
 MAX_ARRAY = 4 << 30
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 def names(path: Path) -> set[str]:
     """Names of the arrays in an npz file; raises UserError if it is none."""
     require_file(path)
-    with _readable(path, "is not an npz file"), zipfile.ZipFile(path) as archive:
+    with _readable(path, "is not an npz file"), open_archive(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
@@ -56,7 +56,7 @@ def open_rows(path: Path, name: str) -> Iterator[Rows]:
             f"{path} holds no array {name!r}; it holds {', '.join(sorted(names(path)))[:200]}"
         )
     with _readable(path):
-        archive = zipfile.ZipFile(path)
+        archive = open_archive(path)
     with archive:
         with _readable(path):
             stream = archive.open(f"{name}.npy")
@@ -74,7 +74,7 @@ def read_arrays(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, 
     """
     present = names(path)
     arrays = {}
-    with _readable(path), zipfile.ZipFile(path) as archive:
+    with _readable(path), open_archive(path) as archive:
         for ours, theirs in wanted.items():
             for name in theirs:
                 if name in present:
