@@ -208,8 +208,9 @@ def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
         name = word.removeprefix("--").removesuffix(".help").replace("-", "_")
         if word != f"--{name}.help" or not after.startswith("--"):
             continue
-        if inspect.isabstract(hints.get(name)):
-            return "\n".join(_listed(name, cls) for cls in concrete(hints[name]))
+        for kind in (hints.get(name), *get_args(hints.get(name))):
+            if inspect.isabstract(kind):
+                return "\n".join(_listed(name, cls) for cls in concrete(kind))
         for kind in (hints.get(name), *get_args(hints.get(name))):
             if isinstance(kind, type) and is_dataclass(kind):
                 return _listed(name, kind)

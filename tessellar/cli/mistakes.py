@@ -22,6 +22,8 @@ from tessellar.processes.flow import Flow
 from tessellar.protocol.guidance import GuidanceSchedule
 from tessellar.protocol.nearest import nearest
 from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.search.searching import Search
+from tessellar.sampling.search.verifiers import Verifier
 
 PACKAGE = Path(__file__).parents[1]
 ROOMS = ("models", "tokenizers")  # where papers' packages are
@@ -38,6 +40,8 @@ CHOICES: dict[str, type] = {
     "guidance": GuidanceSchedule,
     "flow": Flow,
     "diffusion": DiffusionSampler,
+    "search": Search,
+    "verifier": Verifier,
 }
 
 

@@ -20,6 +20,7 @@ from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import run_functions
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.captions import decode_text
+from tessellar.data.pixels import read_pixels
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble, pick_device
 from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
@@ -40,6 +41,8 @@ from tessellar.sampling.run import (
     balanced_labels,
     check_seed,
 )
+from tessellar.sampling.search.run import Searching
+from tessellar.sampling.search.searching import Search
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
 
@@ -70,6 +73,8 @@ def sample(
     npz: bool = False,
     grid: bool = True,
     overwrite: bool = False,
+    search: Search | None = None,
+    image: str | None = None,
 ) -> None:
     """Make images of classes, or of prompts: image i has class classes[i % len(classes)] and its
     own seed, seed + i.
@@ -96,6 +101,8 @@ def sample(
         npz: write samples.npz, which ADM's evaluator reads
         grid: write grid.png, a row a class
         overwrite: replace an older set of samples
+        search: keep the best of several candidates an image, such as BestOfN or Beam; --search.help lists them
+        image: picture that a search compares with (Reconstruction)
     """
     trust(package)
     check_target(Path(out), RECORD, overwrite)
@@ -115,6 +122,14 @@ def sample(
     check_whole("batch size", batch_size, least=1, most=MAX_IMAGES)
     sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
     recorder = Recorder()
+    making: Drawing | Searching = Drawing(sampling, seed, batch_size, precision, recorder)
+    if search is not None:
+        reference = None if image is None else read_pixels(image, generator.image_size)
+        making = Searching(search, sampling, seed, reference, precision, recorder)
+        asked_for = {"model": fingerprint(generator), "labels": labels, "texts": texts}
+        making.keep_journal(Path(f"{out}.search"), asked_for)
+    elif image is not None:
+        raise UserError("--image is for a --search that compares with it; name one")
     if distributed.rank() == 0:
         kinds = ("class", "classes") if texts is None else ("prompt", "prompts")
         asked = f"{len(labels):,} images of {count_of(len(named), *kinds)}"
@@ -124,17 +139,7 @@ def sample(
         titles = generator.class_names if texts is None else texts
         size = generator.tokenizer.image_size
         folder = SampleFolder(stage, labels, size, png=png, npz=npz, grid=grid, titles=titles)
-        _draw(
-            generator,
-            labels,
-            texts=texts,
-            sampling=sampling,
-            seed=seed,
-            batch_size=batch_size,
-            precision=precision,
-            folder=folder,
-            recorder=recorder,
-        )
+        _draw(generator, labels, texts=texts, making=making, folder=folder)
         seconds = time.perf_counter() - start
         record = {
             "model": model,
@@ -150,12 +155,14 @@ def sample(
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
             "decoding": recorder.report().as_dict(),
+            **making.facts(),
             "torch": torch.__version__,
         }
         if distributed.rank() == 0:
             text = json.dumps(record, indent=1) + "\n"
             (stage / RECORD).write_text(text, encoding="utf-8")
     if distributed.rank() == 0:
+        making.finish()
         print(
             f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}"
         )
@@ -225,20 +232,13 @@ def _draw(
     model: ImageGenerator,
     labels: Sequence[int],
     texts: Sequence[str] | None,
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    precision: str,
+    making: Drawing | Searching,
     folder: SampleFolder,
-    recorder: Recorder,
 ) -> None:
-    """Draw this process's share and write it, and say how far it is."""
+    """Make this process's share and write it, and say how far it is."""
     share = distributed.own_share(len(labels))
-    drawing = Drawing(sampling, seed, batch_size, precision, recorder)
-    if texts is None:
-        batches = drawing.of_classes(model, labels, share)
-    else:
-        batches = drawing.of_texts(model, [texts[label] for label in labels], share)
+    prompts = None if texts is None else [texts[label] for label in labels]
+    batches = making.batches(model, labels, share, prompts)
     with Progress("sampling", len(share), "images", quiet=distributed.rank() > 0) as bar:
         for indices, images in batches:
             folder.write(indices, images)

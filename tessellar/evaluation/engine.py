@@ -31,6 +31,7 @@ from tessellar.evaluation.record import Record, make_record
 from tessellar.evaluation.references import Reference
 from tessellar.evaluation.sources import ImageSource
 from tessellar.measures.frechet import frechet_distance
+from tessellar.networks.facts import marks_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def evaluate_samples(
 ) -> Record:
     """Measure the images of `source` with one network; `metrics` defaults to the protocol's.
 
-    Raises UserError where the protocol is not kept, or where a metric lacks what it needs.
+    Raises UserError where the protocol is not kept, where a metric lacks what it needs, and where the
+    network chose the samples itself.
     """
     yardsticks = [Yardstick(extractor, reference)]
     return evaluate(
@@ -83,6 +85,8 @@ def evaluate(
     started = time.perf_counter()
     metrics = tuple(protocol.metrics if metrics is None else metrics)
     extractors = [one.extractor for one in yardsticks]
+    for extractor in extractors:
+        refuse_selector(source, extractor)
     protocol.check_networks([extractor.name for extractor in extractors])
     chosen = applicable(metrics, extractors)
     validation = validation_distances(yardsticks, protocol) if "fdr" in metrics else None
@@ -181,6 +185,20 @@ def with_names_apart(
     for name, value in values.items():
         apart[f"accuracy({extractor.name})" if name == "accuracy" else name] = value
     return apart
+
+
+def refuse_selector(source: ImageSource, extractor: Extractor) -> None:
+    """Raise UserError where the network chose these images in a search: it would judge its own choice."""
+    chose = source.selected_by
+    if not chose:
+        return
+    marks = set(marks_of(extractor))
+    for network in chose:
+        if network.sha256 == extractor.sha256 or marks & set(network.marks):
+            raise UserError(
+                f"the samples {source.name} were selected by {network.name}, whose weights {extractor.name} has: "
+                "measure them with another network"
+            )
 
 
 def comparable_facts(

@@ -29,6 +29,7 @@ from tessellar.distributed import own_share, rank, world_size
 from tessellar.errors import UserError
 from tessellar.evaluation.subset import subset
 from tessellar.images import to_uint8
+from tessellar.networks.facts import UsedNetwork
 from tessellar.plain_data import read_json
 from tessellar.sampling.older import in_one_line, respell
 
@@ -42,6 +43,9 @@ MADE_KEYS = (
     "sampling",
     "seed",
     "precision",
+    "search",
+    "selected_by",
+    "edit",
 )
 
 
@@ -72,6 +76,11 @@ class ImageSource(ABC):
     warnings: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
+
+    @property
+    def selected_by(self) -> tuple[UsedNetwork, ...]:
+        """Networks that chose the images among others: they may not judge them."""
+        return ()
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
@@ -215,6 +224,10 @@ class FolderImages(ImageSource):
         return {**super().describe(), **self._crop, **self.made}
 
     @property
+    def selected_by(self) -> tuple[UsedNetwork, ...]:
+        return selecting_networks(self.root)
+
+    @property
     def _crop(self) -> dict[str, int]:
         """The size that images are cropped to, where they are."""
         return {} if self.size is None else {"size": self.size}
@@ -226,6 +239,20 @@ def made_by(folder: Path) -> dict[str, Any]:
     made = {key: record[key] for key in MADE_KEYS if key in record}
     now = _respelled(record)
     return made if now is None else {**made, "sampling": now}
+
+
+def selecting_networks(folder: Path) -> tuple[UsedNetwork, ...]:
+    """Networks that chose the images of a folder in a search, as the record of `sample.py` says."""
+    listed = _record(folder).get("selected_by") or []
+    try:
+        return tuple(
+            UsedNetwork(str(entry["name"]), str(entry["sha256"]), tuple(map(str, entry["marks"])))
+            for entry in listed
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'samples.json'}: selected_by does not list the networks that chose the samples"
+        ) from error
 
 
 def older_spelling(folder: Path) -> tuple[str, ...]:
@@ -348,6 +375,10 @@ class ArrayImages(ImageSource):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **made_by(self.path.parent)}
+
+    @property
+    def selected_by(self) -> tuple[UsedNetwork, ...]:
+        return selecting_networks(self.path.parent)
 
 
 def _labels(array: np.ndarray, path: Path) -> Tensor:

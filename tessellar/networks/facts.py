@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+from torch import nn
+
 from tessellar.errors import UserError
 from tessellar.plain_data import parse_json
 from tessellar.protocol.ranges import check_name, check_number, check_whole
@@ -164,6 +167,38 @@ PUBLISHED = {
 
 
 """Published networks whose files do not say all of this, by the SHA-256 of the file."""
+
+
+@dataclass(frozen=True)
+class UsedNetwork:
+    """A network that selected samples, for their record: the SHA-256 of its file (empty without one), and
+    `marks`: those of its largest tensors, which name it in any file.
+    """
+
+    name: str
+    sha256: str = ""
+    marks: tuple[str, ...] = ()
+
+
+MARKS = 4
+MARK_DIGITS = 16
+
+
+def marks_of(network: nn.Module) -> tuple[str, ...]:
+    """Hashes of the values of a network's largest tensors, whatever their names: two networks that share one
+    share trained weights. What is constant (an initialisation with zeros) marks nothing.
+    """
+    matrices = []
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            matrices.append(tensor.detach().cpu().float().contiguous())
+    matrices.sort(key=lambda tensor: tensor.numel(), reverse=True)
+    marks = []
+    for tensor in matrices:
+        if len(marks) < MARKS and bool((tensor != tensor.flatten()[0]).any()):
+            values = tensor.flatten().view(torch.uint8).numpy()
+            marks.append(hashlib.sha256(values).hexdigest()[:MARK_DIGITS])
+    return tuple(marks)
 
 
 def sha256_of(path: Path) -> str:

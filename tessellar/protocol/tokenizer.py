@@ -4,7 +4,7 @@ losses; and what every quantizer in one is: vectors to tokens and back.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +94,10 @@ class Tokenizer(Configured, ExactTables, ABC):
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of the tokens, about [-1, 1], not clamped; integers of any type, on any device."""
+
+    def decode_seeded(self, tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        """As `decode`; where decoding draws noise, image b by the stream of `seeds[b]`."""
+        return self.decode(tokens)
 
     @abstractmethod
     def forward(self, images: Tensor) -> TokenizerOutput:

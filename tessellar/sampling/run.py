@@ -8,7 +8,7 @@ of processes. Two runs of N images share no stream where their seeds lie at leas
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,6 +102,25 @@ class Drawing:
         if self.precision not in PRECISIONS:
             there = ", ".join(PRECISIONS)
             raise UserError(f"precision {self.precision!r} does not exist; there are {there}")
+
+    def batches(
+        self,
+        model: ImageModel,
+        labels: Sequence[int],
+        indices: Sequence[int] | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> Batches:
+        """Image i of `texts[i]`, or without texts of class `labels[i]`."""
+        if texts is None:
+            return self.of_classes(model, labels, indices)
+        return self.of_texts(model, texts, indices)
+
+    def facts(self) -> dict[str, Any]:
+        """What the record of the samples says besides the sampling settings."""
+        return {}
+
+    def finish(self) -> None:
+        """Nothing is to be done when all images are written."""
 
     def of_classes(
         self, model: ImageModel, labels: Sequence[int], indices: Sequence[int] | None = None

@@ -8,6 +8,7 @@ vision model's. Different from the official code: it has no trainer (the loss an
 configuration names are built here), encoding takes the mode of the VAE's posterior.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -138,6 +139,9 @@ class FlexTok(LatentMaps):
         how = self.decoding if steps is None else replace(self.decoding, steps=steps)
         start = noise.normal(self.grid.channels, self.grid.side, self.grid.side)
         return self.render(self.denoise(tokens, start, how, guidance, lengths))
+
+    def decode_seeded(self, tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        return self.decode(tokens, noise=Noise(seeds, tokens.device))
 
     @torch.no_grad()
     def denoise(

@@ -5,7 +5,7 @@ Training draws the noise anew. Outside of it an image's noise comes from a strea
 token seeds, so that the same tokens give the same image, alone and in a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -38,6 +38,9 @@ class NoisyDecoder(VQGAN):
         if len(drawn) != len(tokens):
             raise ValueError(f"noise has {len(drawn)} streams for {len(tokens)} images")
         return self.render_with(vectors, drawn)
+
+    def decode_seeded(self, tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        return self.decode(tokens, noise=Noise(seeds, tokens.device))
 
     def render(self, vectors: Tensor) -> Tensor:
         if self.training:

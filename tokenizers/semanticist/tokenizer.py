@@ -8,6 +8,7 @@ of the variance that they explain. Different from the official code: the nested 
 training passes of the weights, an image's noise comes from a stream of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -191,6 +192,9 @@ class Semanticist(LatentMaps):
         how = how if steps is None else replace(how, steps=steps)
         how = how if guidance is None else replace(how, guidance=guidance)
         return self.render(self.denoise(tokens, kept, how, noise))
+
+    def decode_seeded(self, tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        return self.decode(tokens, noise=Noise(seeds, tokens.device))
 
     @torch.no_grad()
     def denoise(self, slots: Tensor, kept: Tensor, decoding: SlotDecoding, noise: Noise) -> Tensor:
