@@ -100,6 +100,15 @@ def cost(path: Path) -> Cost:
     )
 
 
+def own_models() -> list[Path]:
+    """The YAMLs that say a model; an alignment takes its own from an export."""
+    found = []
+    for path in sorted(ROOT.glob("*/*.yaml")):
+        if "source" not in yaml.safe_load(path.read_text())["model"]["init_args"]:
+            found.append(path)
+    return found
+
+
 def row(c: Cost) -> str:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -150,7 +159,7 @@ def main() -> int:
     )
     parser.add_argument("--write", type=Path, help="a page to put the rows into, between its marks")
     given = parser.parse_args()
-    known = {f"{path.parent.name}/{path.stem}": path for path in sorted(ROOT.glob("*/*.yaml"))}
+    known = {f"{path.parent.name}/{path.stem}": path for path in own_models()}
     for name in given.configs or known:
         if name not in known:
             raise SystemExit(f"{name} is no config: there are {', '.join(known)}")

@@ -7,6 +7,7 @@ wrote it.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from tessellar.protocol.tokenizer import Tokenizer
 
 HEADER_KEY = "tessellar"
 CLASS_NAMES = "class_names"  # of an export's description: the name of class k at place k
-CLASS_NAMES = "class_names"  # of an export's description: the name of class k at place k
+AVERAGED = "averaged"  # of a checkpoint's: the part that averages are kept of
 FORMAT = 1
 PARTS = ("tokenizer", "generator", "conditioner", "discriminator")
-# Where our training modules keep the parts in their state dicts, and which module the EMA callback
-# averages.
+# Where our training modules keep the parts in their state dicts. The EMA callback averages the part
+# that the kind is named after, unless a checkpoint says another one.
 PREFIXES = {
     "tokenizer": {"tokenizer": "tokenizer.", "discriminator": "loss.discriminator."},
     "generator": {
@@ -34,7 +35,6 @@ PREFIXES = {
         "conditioner": "model.conditioner.",
     },
 }
-AVERAGED = {"tokenizer": "tokenizer.", "generator": "model.generator."}
 REQUIRED = {"tokenizer": ("tokenizer",), "generator": ("tokenizer", "generator", "conditioner")}
 
 
@@ -61,14 +61,14 @@ def describe_model(
     return described
 
 
-def checkpoint_header(
-    tokenizer: Tokenizer,
-    generator: Generator | None = None,
-    conditioner: Conditioner | None = None,
-    discriminator: nn.Module | None = None,
-) -> str:
-    """The header as the JSON string that `on_save_checkpoint` puts under `checkpoint[HEADER_KEY]`."""
-    return json.dumps(describe_model(tokenizer, generator, conditioner, discriminator))
+def checkpoint_header(parts: Mapping[str, nn.Module | None], averaged: str | None = None) -> str:
+    """The header as the JSON string that `on_save_checkpoint` puts under `checkpoint[HEADER_KEY]`;
+    `averaged` names the part that averages are kept of, where it is not the kind's own.
+    """
+    description = describe_model(**parts)  # type: ignore[arg-type]
+    if averaged is not None and averaged != description["kind"]:
+        description[AVERAGED] = averaged
+    return json.dumps(description)
 
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
@@ -88,6 +88,9 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     missing = [part for part in REQUIRED[config["kind"]] if part not in config]
     if missing:
         raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
+    averaged = str(config.get(AVERAGED, config["kind"]))
+    if averaged not in PREFIXES[config["kind"]]:
+        raise UserError(f"{where}: averages of {averaged!r:.40}, which is no part of the model")
     names = config.get(CLASS_NAMES, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: {CLASS_NAMES} must be a list of texts")
@@ -113,8 +116,9 @@ def checkpoint_tensors(
     if not all(isinstance(name, str) for name in (*state, *averages)):
         raise UserError(f"{where}: names of its weights are no texts")
     merged = dict(state)
+    averaged = PREFIXES[kind][description.get(AVERAGED, kind)]
     for name, tensor in averages.items():
-        merged[AVERAGED[kind] + name] = tensor
+        merged[averaged + name] = tensor
     tensors = {}
     for part, prefix in PREFIXES[kind].items():
         if part in description:

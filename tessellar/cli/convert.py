@@ -156,8 +156,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_table(report))
     for line in report.leftovers:
         console.print(f"[red]left over[/red] {escape(line)}")
+    for case in report.out_of_scope:
+        console.print(f"out of scope: {escape(str(case))}")
     failed = sum(not c.passed for c in report.comparisons)
     counts = f"{len(report.comparisons)} outputs compared, {failed} failed, {len(report.leftovers)} left over"
+    outside = sum(case.outputs for case in report.out_of_scope)
+    counts += f", {outside} out of scope" if outside else ""
     console.print(f"{'passed' if report.passed else '[red]FAILED[/red]'}: {counts}")
 
 

@@ -33,7 +33,7 @@ from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.training.base import TrainingModule
 from tessellar.training.facts import BYTES, STATES
 from tessellar.training.flops import CountFlops, countable, peak_of
-from tessellar.training.generator_module import GeneratorModule
+from tessellar.training.image_generator_module import ImageGeneratorModule
 
 log = logging.getLogger(__name__)
 UPDATES = 2
@@ -259,7 +259,7 @@ def operations_of(module: TrainingModule) -> tuple[int | None, bool]:
     found = _counted(module)
     if found is not None:
         return found, True
-    if isinstance(module, GeneratorModule):
+    if isinstance(module, ImageGeneratorModule):
         trained, _ = parameters(module)
         return 6 * trained * module.tokenizer.layout.length, False
     module.eval()
@@ -280,7 +280,7 @@ def _counted(module: TrainingModule) -> int | None:
 
 def _forward(module: TrainingModule, images: Tensor) -> Tensor:
     """Something to differentiate: the losses of a generator, the pixels of a tokenizer."""
-    if not isinstance(module, GeneratorModule):
+    if not isinstance(module, ImageGeneratorModule):
         return module.tokenizer(images).reconstruction.sum()
     labels = torch.zeros(1, dtype=torch.long, device="cpu")
     condition = module.model.conditioner({"label": labels}).to("meta")

@@ -182,11 +182,13 @@ class TrainCLI(LightningCLI):
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
 
     def _read_no_start_files(self, model: Any, checkpoint: Path) -> None:
-        """What a checkpoint replaces anyway is not asked for: the source of a fine-tuning, a
-        tokenizer that is gone.
+        """What a checkpoint replaces anyway is not asked for: the source of a fine-tuning or of an
+        alignment, a tokenizer that is gone.
         """
         if "init_from" in model:
             model.init_from = None
+        if "source" in model:
+            model.source = str(checkpoint)
         path = model.get("tokenizer")
         if isinstance(path, str) and not in_runs(path).exists() and not is_hub_id(path):
             log.info("%s is not there any more: the tokenizer of %s is taken", path, checkpoint)

@@ -24,6 +24,7 @@ from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.interop.files import unwrap
 from tessellar.layers.precision import ExactTables, at_least_float32
+from tessellar.layers.unsaved import Unsaved
 from tessellar.networks.facts import KEY, NetworkFacts, refuse_evaluator
 from tessellar.networks.timm_networks import (
     Options,
@@ -96,6 +97,7 @@ class VisionModel(Configured, ExactTables):
         if weights is not None and not downloads and not at_random and not (on_meta and name):
             file = read_weights(weights)
         facts = file.facts if file else None
+        self.file = Path(weights).expanduser() if weights and file else None
         self.name = network_name(name, facts, weights)
         self.label = label or (facts.name if facts else self.name)
         self.options = {**(facts.options if facts else {}), **options}
@@ -216,26 +218,17 @@ class VisionModel(Configured, ExactTables):
             )
 
 
-class Teacher(LossOnly, nn.Module):
+class Teacher(LossOnly, Unsaved[VisionModel]):
     """A vision model that only a training loss reads.
 
-    It moves with the module that holds it, but is no part of it: not in its parameters, state dict,
-    config or export. It runs in the precision around it, as the teachers of ReToK (`vq_train.py`) and
-    ResTok (inside its forward pass) do under autocast; its features are compared in float32.
+    It moves with the module that holds it, but is no part of it. It runs in the precision around
+    it, as the teachers of ReToK (`vq_train.py`) and ResTok (inside its forward pass) do under
+    autocast; its features are compared in float32.
     """
-
-    def __init__(self, model: VisionModel) -> None:
-        super().__init__()
-        # A tuple hides it from the module's parameters and state dict.
-        self._held = (model,)
 
     @property
     def model(self) -> VisionModel:
-        return self._held[0]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.model._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        return self.module
 
     @property
     def dim(self) -> int:

@@ -6,8 +6,10 @@ them.
 
 A replay computes the outputs of some cases of a recording with our modules: it reads the official
 config, the weights through an importer, and the inputs. It lies in `parity.py` of its paper's
-package; the packages are looked through at the first question. Replays of decoding algorithms,
-which belong to no paper here, lie in `tessellar/parity/decoding/`.
+package; the packages are looked through at the first question. Replays of decoding algorithms and
+of training methods, which belong to no folder of a paper, lie in `tessellar/parity/decoding/` and
+`tessellar/parity/training/`. Cases that are no aim of this project are named by `out_of_scope`, with
+the reason: they are counted and told, not compared.
 """
 
 import importlib
@@ -25,7 +27,7 @@ from tessellar.parity.recording import Recording
 ReplayFunction = Callable[[Recording], dict[str, Tensor]]
 
 PAPERS = ("tessellar.models", "tessellar.tokenizers")
-DECODING = "tessellar.parity.decoding"
+METHODS = ("tessellar.parity.decoding", "tessellar.parity.training")
 OWN = "tessellar.parity.own"  # of modules of this project's shape, whoever wrote them
 
 
@@ -45,6 +47,13 @@ class Replay:
 
 REGISTERED: dict[str, list[Replay]] = {}
 """What `replays` has seen so far, by system."""
+OUT_OF_SCOPE: dict[str, dict[str, str]] = {}
+"""Reasons by case, by system: what `out_of_scope` has seen so far."""
+
+
+def out_of_scope(system: str, *cases: str, reason: str) -> None:
+    """Name cases of recordings of `system` that are not replayed here, and why."""
+    OUT_OF_SCOPE.setdefault(system, {}).update(dict.fromkeys(cases, reason))
 
 
 def replays(
@@ -86,7 +95,7 @@ def _of_packages(system: str, packages: Sequence[str]) -> list[Replay]:
     """Registered replays of a system, without those of packages that were only named in an earlier
     question.
     """
-    roots = (OWN, *(f"{root}." for root in (*PAPERS, DECODING, *packages)))
+    roots = (OWN, *(f"{root}." for root in (*PAPERS, *METHODS, *packages)))
     found = REGISTERED.get(system, [])
     return [replay for replay in found if replay.function.__module__.startswith(roots)]
 
@@ -102,9 +111,10 @@ def _modules(packages: Sequence[str]) -> Iterator[tuple[str, Path]]:
             for path in sorted(folder.glob("*/parity.py")):
                 yield f"{root}.{path.parent.name}.parity", path
     yield OWN, Path(__file__).with_name("own.py")
-    for folder in _folders(DECODING):
-        for path in sorted(folder.glob("*.py")):
-            yield f"{DECODING}.{path.stem}", path
+    for package in METHODS:
+        for folder in _folders(package):
+            for path in sorted(folder.glob("*.py")):
+                yield f"{package}.{path.stem}", path
 
 
 def _folders(package: str) -> list[Path]:

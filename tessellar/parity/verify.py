@@ -2,7 +2,8 @@
 within its tolerance.
 
 |ours - theirs| <= atol + rtol |theirs|; both zero means exactly equal. A replay must read every recorded input and
-weight file and produce every output: what is left over is listed and counts as a failure.
+weight file and produce every output: what is left over is listed and counts as a failure. Cases out
+of this project's scope are named and counted, with the reason.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tessellar.errors import UserError
 from tessellar.parity.recording import Entry, Recording, dtype_name, read_recording
-from tessellar.parity.registration import Replay, replays_of, systems
+from tessellar.parity.registration import OUT_OF_SCOPE, Replay, replays_of, systems
 
 
 class UnknownSystem(UserError):
@@ -36,20 +37,35 @@ class Comparison:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A case that is not replayed, with the number of its outputs and the reason."""
+
+    case: str
+    outputs: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"case {self.case}, {self.outputs} outputs: {self.reason}"
+
+
 @dataclass
 class Report:
     """What came of one folder; `leftovers` are lines about anything unread, uncompared or
-    unrecorded.
+    unrecorded, `out_of_scope` the cases that are not replayed here.
     """
 
     folder: str
     system: str
     comparisons: list[Comparison] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
+    out_of_scope: list[LeftOut] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return not self.leftovers and all(c.passed for c in self.comparisons)
+        """Whether something was compared, all of it agrees, and nothing is left over."""
+        compared = bool(self.comparisons) and all(c.passed for c in self.comparisons)
+        return compared and not self.leftovers
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for machines."""
@@ -60,6 +76,7 @@ class Report:
             "passed": self.passed,
             "outputs": outputs,
             "leftovers": self.leftovers,
+            "out_of_scope": [asdict(case) for case in self.out_of_scope],
         }
 
 
@@ -89,6 +106,7 @@ def verify(
         what = ", ".join(selected) or "the recording"
         raise UserError(f"{recording.folder}: {what} has no outputs, only inputs")
     report = Report(str(folder), recording.system)
+    take_out(recording, report)
     outputs = replay_all(recording, known, report)
     for name in recording.names("output", recording.cases):
         ours = outputs.get(name)
@@ -96,6 +114,15 @@ def verify(
         report.comparisons.append(compare(name, recording.entries[name], ours, theirs))
     report.leftovers += leftovers_of(recording, outputs, complete=not selected)
     return report
+
+
+def take_out(recording: Recording, report: Report) -> None:
+    """Leave the cases that are out of scope out of the recording's, and put them into the report."""
+    for case, reason in OUT_OF_SCOPE.get(recording.system, {}).items():
+        if case in recording.cases:
+            count = len(recording.names("output", {case}))
+            report.out_of_scope.append(LeftOut(case, count, reason))
+            recording.cases = recording.cases - {case}
 
 
 def replay_all(recording: Recording, known: Sequence[Replay], report: Report) -> dict[str, Tensor]:

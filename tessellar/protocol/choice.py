@@ -54,6 +54,17 @@ class Choice:
         if self.min_p >= 1:
             raise UserError(f"min_p is {self.min_p}; it must be below 1")
 
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are never drawn, however they are scored."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the scores as they are."""
+        further = all(temperature == 1 for temperature in self.further_temperatures)
+        return self.temperature == 1 and further and not self.filters
+
     def of_factor(self, factor: int) -> "Choice":
         """How sub-token `factor` of a token is drawn."""
         further = self.further_temperatures

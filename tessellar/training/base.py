@@ -99,6 +99,8 @@ class TrainingModule(L.LightningModule, ABC):
     reads_labels: bool = False
     #: Names of the classes that an export numbers, where they are known.
     class_names: tuple[str, ...] = ()
+    #: Name of the part that averages are kept of, where it is not the one that the kind is named after.
+    averaged: str | None = None
     tokenizer: Tokenizer
 
     def __init__(self, clip: float | None, accumulate: int, max_skipped: int) -> None:
@@ -377,7 +379,7 @@ class TrainingModule(L.LightningModule, ABC):
         }
         if self.data_facts is not None:
             checkpoint[DATA_KEY] = self.data_facts.as_dict()
-        checkpoint[HEADER_KEY] = checkpoint_header(**self.parts())  # type: ignore[arg-type]
+        checkpoint[HEADER_KEY] = checkpoint_header(self.parts(), self.averaged)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = with_current_names(self, checkpoint["state_dict"])

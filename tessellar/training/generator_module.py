@@ -15,7 +15,6 @@ from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
-from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.arguments import in_ranges
@@ -26,8 +25,8 @@ from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.schedules import Schedule
 from tessellar.text.conditioners import TextConditioner
-from tessellar.training.base import Player, TrainingModule, trainable
-from tessellar.training.facts import Facts
+from tessellar.training.base import Player, trainable
+from tessellar.training.image_generator_module import ImageGeneratorModule
 from tessellar.training.methods.context_noise import ContextNoise, reading, require_teacher_forcing
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
@@ -46,7 +45,7 @@ def training_captions(dataset: IndexedDataset) -> list[str]:
 
 
 @in_ranges
-class GeneratorModule(TrainingModule):
+class GeneratorModule(ImageGeneratorModule):
     """Train a generator, built from the layout of `tokenizer` (a tokenizer, or the path of one).
 
     Its conditioner is the generator's own choice unless one is given.
@@ -154,50 +153,8 @@ class GeneratorModule(TrainingModule):
                 100 * share,
             )
 
-    @property
-    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
-        return self.model.tokenizer
-
-    @property
-    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.model.class_names
-
-    @property
-    def ema_target(self) -> nn.Module:
-        return self.model.generator
-
-    @property
-    def reads_labels(self) -> bool:  # type: ignore[override]
-        return isinstance(self.model.conditioner, ClassConditioner)
-
-    def parts(self) -> dict[str, nn.Module | None]:
-        model = self.model
-        return {
-            "tokenizer": model.tokenizer,
-            "generator": model.generator,
-            "conditioner": model.conditioner,
-        }
-
-    def facts(self) -> Facts:
-        """With the work of the generator."""
-        generator = self.model.generator
-        work = generator.work()
-        facts = super().facts()
-        return facts._replace(
-            entities=generator.entities.count, positions=work.positions, flops=work.training_flops
-        )
-
-    def check_data(self, data: ImageDataModule) -> None:
-        conditioner = self.model.conditioner
-        if isinstance(conditioner, TextConditioner):
-            data.check_captions()
-        wanted = getattr(conditioner, "num_classes", None)
-        if wanted is not None and wanted != data.num_classes:
-            raise UserError(
-                f"the generator has {wanted} classes; the data set {data.name} has {data.num_classes}: "
-                f"set --model.generator.num_classes {data.num_classes}"
-            )
-        super().check_data(data)
+    def hint_of_classes(self, count: int) -> str:
+        return f": set --model.generator.num_classes {count}"
 
     def make_players(self) -> list[Player]:
         parts = (self.model.generator, self.model.conditioner, self.recovery)
@@ -209,20 +166,6 @@ class GeneratorModule(TrainingModule):
         shard(self.model.generator, mesh, methods=("loss",))
         if any(True for _ in self.model.conditioner.parameters()):
             shard(self.model.conditioner, mesh)
-
-    @torch.no_grad()
-    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Tokens of a batch, encoded (or made of those of a cache) in float32 whatever the
-        precision of training; drawn anew where that is random.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            if "tokens" in batch:
-                tokens: Tensor = batch["tokens"]
-                # Vectors of a cache may be another tokenizer's, which this one quantises.
-                is_vectors = tokens.is_floating_point()
-                return self.model.tokenizer.from_source(tokens) if is_vectors else tokens
-            encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
-            return encode(batch["image"].float())
 
     def regularised_losses(self, tokens: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Losses under a noisy context, and that of the recovery of code vectors."""
@@ -257,12 +200,3 @@ class GeneratorModule(TrainingModule):
         self.log_terms("train", {"loss": total, **terms}, len(tokens))
         self.finish_batch(len(tokens))
         return {"loss": total.detach(), "tokens": tokens}
-
-    def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
-        tokens = self.tokens_of(batch)
-        terms, nats = self.model.generator.evaluate(tokens, self.model.conditioner(batch))
-        named = {"loss": torch.stack(list(terms.values())).sum(), **terms}
-        if nats is not None:
-            named["nats_per_image"] = nats.mean()
-        self.log_terms("val", named, len(tokens))
-        return {"tokens": tokens}

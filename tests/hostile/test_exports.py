@@ -43,7 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = ViTVQ(VectorQuantizer(16, 4), 16, 4, 16, 1, 1, 2).eval()
     folder = export_tokenizer(tokenizer, tmp_path_factory.mktemp("whole") / "vq")
-    header = checkpoint_header(tokenizer)
+    header = checkpoint_header({"tokenizer": tokenizer})
     state = {f"tokenizer.{name}": tensor for name, tensor in tokenizer.state_dict().items()}
     torch.save({HEADER_KEY: header, "state_dict": state, "global_step": 3}, folder / "x.ckpt")
     return folder

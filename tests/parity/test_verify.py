@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tessellar.cli.convert import main
+from tessellar.cli.convert import main, print_report
 from tessellar.errors import UserError
 from tessellar.parity.recording import Entry
 from tessellar.parity.verify import Report, compare, verify
@@ -122,6 +122,24 @@ def test_cases_that_are_no_table_are_said(folder: Path) -> None:
     edit(folder / "meta.json", lambda meta: meta.update(cases={"c2i": "training"}))
     with pytest.raises(UserError, match="`cases` is not a table of settings by case"):
         verify(folder)
+
+
+def test_a_case_out_of_scope_is_named_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    units = GOLDEN.parent / "tokenunify"
+    report = verify(units)
+    assert report.passed and not report.leftovers
+    (left,) = report.out_of_scope
+    assert left.case == "net" and left.outputs == 6 and "segmentation" in left.reason
+    assert not any(c.case == "net" for c in report.comparisons)
+    assert report.as_dict()["out_of_scope"][0]["outputs"] == 6
+    assert not verify(units, ["net"]).passed  # nothing is compared, which is no success
+    print_report(report)
+    shown = capsys.readouterr().out
+    assert "out of scope: case net, 6 outputs: the 3D segmentation network" in shown
+    assert "12 outputs compared, 0 failed, 0 left over, 6 out of scope" in shown
+    assert verify(folder, ["sample"]).out_of_scope == []
 
 
 def test_what_is_for_people_decides_nothing(folder: Path) -> None:

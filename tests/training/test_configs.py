@@ -1,12 +1,16 @@
 """Every YAML under configs/ parses and builds, at real size, on the meta device."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from tessellar.checkpoints.export import export_generator
 from tessellar.cli.train import parse
+from tests.training.conftest import make_generator_module
+from tests.training.test_alignment import teacher_file
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = sorted(ROOT.glob("*/*.yaml"))
@@ -128,6 +132,32 @@ def _without_vgg(path: Path, config: dict, folder: Path) -> str:
     return str(copy)
 
 
+def _with_small_networks(config: Any, teacher: str) -> Any:
+    """The config of an alignment's method without the networks that a test does not have."""
+    if isinstance(config, list):
+        return [_with_small_networks(item, teacher) for item in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {}
+    for name, value in config.items():
+        if name != "perceptual":
+            kept[name] = teacher if name == "weights" else _with_small_networks(value, teacher)
+    if str(kept.get("class_path")).endswith("CLIPScore"):
+        return {"class_path": "tessellar.training.alignment.ReconstructionReward"}
+    return kept
+
+
+def _on_a_small_generator(config: dict, folder: Path) -> str:
+    """A copy of an alignment's YAML whose source and whose rewards' networks are tiny."""
+    arguments = config["model"]["init_args"]
+    arguments["source"] = str(export_generator(make_generator_module().model, folder / "source"))
+    teacher = teacher_file(folder / "teacher.safetensors")
+    arguments["method"] = _with_small_networks(arguments["method"], teacher)
+    copy = folder / "alignment.yaml"
+    copy.write_text(yaml.safe_dump(config))
+    return str(copy)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -143,11 +173,15 @@ def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "cpu",
     ]
     config = yaml.safe_load(path.read_text())
-    if config["model"]["class_path"].endswith("TokenizerModule"):
+    is_alignment = "source" in config["model"]["init_args"]
+    if is_alignment:
+        options[1] = _on_a_small_generator(config, tmp_path)
+    elif config["model"]["class_path"].endswith("TokenizerModule"):
         options[1] = _without_vgg(path, config, tmp_path)
     else:
         options.append(f"--model.init_args.tokenizer={{class_path: {_tokenizer(config)}}}")
-    with torch.device("meta"):
+    # An alignment's model comes from its source, whatever the size.
+    with torch.device("cpu" if is_alignment else "meta"):
         cli = parse([*options, "--trainer.devices", "1"])
     count = sum(p.numel() for p in cli.model.ema_target.parameters())
     assert count == PARAMETERS.get(name, count)

@@ -31,8 +31,9 @@ class ContextNoise:
     """Rate of replaced tokens: `rate` at the start, falling to 0 at the share `end` of the run
     unless constant.
 
-    With `uniform` each image draws its own rate below that one; without, it is the rate of all.
-    Raises UserError for numbers outside [0, 1].
+    With `uniform` each image draws its own rate below that one; without, it is the rate of all. A
+    replacement may draw the true token again, as all codes do in VA-pi's and reAR's, unless
+    `exclude_true`. Raises UserError for numbers outside [0, 1].
     """
 
     ranges: ClassVar = {"end": SHARES}
@@ -41,6 +42,7 @@ class ContextNoise:
     end: float = 0.75
     decay: Literal["constant", "linear", "cosine"] = "linear"
     uniform: bool = True
+    exclude_true: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1 or not 0 < self.end <= 1:
@@ -63,12 +65,20 @@ class ContextNoise:
         if rate == 0:
             return tokens
         bound = torch.rand(len(tokens), 1, device=tokens.device) * rate if self.uniform else rate
-        drawn = torch.rand(
-            tokens.shape, device=tokens.device, dtype=torch.float64
-        ) * layout.vocab().to(tokens.device)
-        return torch.where(
-            torch.rand(tokens.shape, device=tokens.device) < bound, drawn.to(tokens.dtype), tokens
-        )
+        vocab = layout.vocab().to(tokens.device)
+        share = torch.rand(tokens.shape, device=tokens.device, dtype=torch.float64)
+        if self.exclude_true:
+            # One of the others: so many steps further, round the vocabulary.
+            further = 1 + (share * (vocab - 1)).to(tokens.dtype)
+            drawn = (tokens + further) % vocab
+        else:
+            drawn = (share * vocab).to(tokens.dtype)
+        return replaced(tokens, torch.rand(tokens.shape, device=tokens.device) < bound, drawn)
+
+
+def replaced(tokens: Tensor, mask: Tensor, drawn: Tensor) -> Tensor:
+    """Tokens [B, N] with those `drawn` where `mask` is True."""
+    return torch.where(mask, drawn, tokens)
 
 
 def require_teacher_forcing(generator: Generator, option: str) -> PrefixTransformer:

@@ -1,0 +1,1 @@
+"""Replays of recorded training methods, which belong to no folder of a paper."""
