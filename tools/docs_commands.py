@@ -44,6 +44,7 @@ LEFT_OUT = {
     r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
     r"convert\.py import ": "published weights: tests/interop",
+    r"-m benchmarks\.studies\.": "hours; their results are committed",
     r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }
 
@@ -93,6 +94,8 @@ FEW_SHAPES = ["--data.length", "64", "--data.val_length", "16"]
 FEW_OF = {
     "extractor": ["--recipe.epochs", "1", "--architecture.arch", "test_resnet"],
     "model": ["--count", "12", "--precision", "float32"],
+    "tokens": ["--count", "12"],
+    "probe": ["--count", "12", "--train_count", "24"],
     "stats": ["--count", "12"],
     "neighbours": ["--count", "3"],
     "benchmarks/reconstruction.py": ["--images", "16", "--few", "8"],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessellar import distributed
 from tessellar.protocol.arguments import in_ranges
-from tessellar.protocol.layout import Bits, Categorical, Factorized, Layout, Segment
+from tessellar.protocol.layout import Layout, codebooks
 
 log = logging.getLogger(__name__)
 ADVICE = (
@@ -83,18 +83,6 @@ class CodebookUsage(L.Callback):
             pl_module.log_dict({f"{name}_{fact}": value for fact, value in facts.items()})
             found.append((facts["usage"], segment.name))
         return found
-
-
-def codebooks(segment: Segment) -> list[int]:
-    """Sizes of the codebooks that a position of a segment draws from."""
-    match segment.kind:
-        case Categorical(vocab):
-            return [vocab]
-        case Factorized(vocabs):
-            return list(vocabs)
-        case Bits(n):
-            return [2] * n
-    raise TypeError(f"{segment.name} has no codebook: {segment.kind}")
 
 
 def add_counts(counts: list[Tensor], tokens: Tensor, layout: Layout) -> list[Tensor]:

@@ -21,7 +21,7 @@ from tessellar.cli.evaluation_run import (
     split_of,
 )
 from tessellar.cli.evaluation_tools import compare, extractor, neighbours, stats
-from tessellar.cli.functions import run_functions
+from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
@@ -251,6 +251,8 @@ def _knows(extractor: Extractor, source: GeneratedImages) -> bool:
 COMMANDS = {
     "samples": samples,
     "model": model,
+    "tokens": Elsewhere("tessellar.cli.evaluation_tokens", "tokens"),
+    "probe": Elsewhere("tessellar.cli.evaluation_tokens", "probe"),
     "stats": stats,
     "extractor": extractor,
     "neighbours": neighbours,

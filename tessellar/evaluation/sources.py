@@ -135,6 +135,10 @@ class DatasetImages(ImageSource):
         self.class_names = tuple(dataset.class_names)
         self.class_counts = counts_of(dataset.labels[subset(len(dataset), self.count)])
 
+    def captions(self) -> list[str]:
+        """Texts to the images, in their order; raises UserError where there are none."""
+        return self.dataset.captions(subset(len(self.dataset), self.count).tolist())
+
     @property
     def warnings(self) -> tuple[str, ...]:  # type: ignore[override]
         """Corrupt images are known only after they were met."""

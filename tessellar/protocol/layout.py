@@ -233,6 +233,18 @@ def check_range(tokens: Tensor, segment: Segment) -> None:
         )
 
 
+def codebooks(segment: Segment) -> list[int]:
+    """Sizes of the codebooks that a position of a segment draws from."""
+    match segment.kind:
+        case Categorical(vocab):
+            return [vocab]
+        case Factorized(vocabs):
+            return list(vocabs)
+        case Bits(n):
+            return [2] * n
+    raise TypeError(f"{segment.name} has no codebook: {segment.kind}")
+
+
 def grid_layout(height: int, width: int, kind: Kind, name: str = "tokens") -> Layout:
     """One grid of `height` x `width` positions in raster order."""
     return Layout((Segment((height, width), kind, name),))
