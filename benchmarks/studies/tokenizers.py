@@ -76,21 +76,25 @@ def row_of(training: Training, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, keep and measure one tokenizer."""
     export = training.make(arguments.runs, arguments.data)
     kept = small_export(export, training.name)
-    row = {"name": training.name, "training": training.facts(arguments.runs), "records": []}
-    for extractor in filter(None, (arguments.extractor, arguments.second)):
-        place = training.folder(arguments.runs) / f"tokens-{extractor.stem}.json"
-        record = measured(
-            place,
-            "evaluate.py",
-            *("tokens", str(kept), "--extractor", str(extractor)),
-            *("--data", "tessellar.data.FashionMNISTData", "--data.root", str(arguments.data)),
-            *("--prefix_count", str(arguments.prefix_images), "--batch_size", "250"),
-            *("--cache", str(arguments.runs / ".cache")),
-        )
-        row["records"].append(
-            {"metrics": record["metrics"], "samples": record["samples"], "file": kept.name}
-        )
-    return row
+    networks = [str(file) for file in (arguments.extractor, arguments.second) if file is not None]
+    names = "-".join(Path(file).stem for file in networks)
+    record = measured(
+        training.folder(arguments.runs) / f"tokens-{names}.json",
+        "evaluate.py",
+        *("tokens", str(kept), "--extractor", *networks),
+        *("--data", "tessellar.data.FashionMNISTData", "--data.root", str(arguments.data)),
+        *("--prefix_count", str(arguments.prefix_images), "--batch_size", "250"),
+        *("--cache", str(arguments.runs / ".cache")),
+    )
+    return {
+        "name": training.name,
+        "export": kept.name,
+        "training": training.facts(arguments.runs),
+        "metrics": record["metrics"],
+        "images": record["samples"]["images"],
+        "tokens": record["tokens"],
+        "measured at": record["code"]["commit"],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
-from tessellar.evaluation.engine import evaluate_samples
+from tessellar.evaluation.engine import evaluate
 from tessellar.evaluation.metrics import distance_name
 from tessellar.evaluation.probing import (
     PROBES,
@@ -40,7 +40,8 @@ from tessellar.evaluation.probing import (
 )
 from tessellar.evaluation.protocols import Metric
 from tessellar.evaluation.record import Record, make_record, summary, write_record
-from tessellar.evaluation.sources import DatasetImages
+from tessellar.evaluation.references import Reference
+from tessellar.evaluation.sources import DatasetImages, ImageSource
 from tessellar.evaluation.token_metrics import (
     ChangedReconstructions,
     check_swaps,
@@ -65,7 +66,7 @@ PROBE_VERSION = 1  # raised when a probe gives another number for the same featu
 def tokens(
     model: str,
     data: ImageDataModule | None = None,
-    extractor: str = "inception",
+    extractor: list[str] | None = None,
     network: NetworkFacts | None = None,
     count: int | None = None,
     prefix_count: int | None = None,
@@ -86,7 +87,7 @@ def tokens(
     Args:
         model: export folder, .safetensors, .ckpt or hub id of a tokenizer, or of a generator that holds one
         data: data set whose validation images are encoded, as in a training YAML (default: that of the run)
-        extractor: inception (downloaded), its weights file, a timm network's .safetensors, or none
+        extractor: inception (downloaded), its weights file, a timm network's .safetensors; several; or none
         network: what the .safetensors holds, where it does not say so itself
         count: so many validation images, a fixed random part (default: all)
         prefix_count: so many of them for prefixes and swaps (default: as many as count)
@@ -107,26 +108,23 @@ def tokens(
     check_count("--prefix_count", prefix_count)
     check_whole("--seed", seed, least=0, most=2**31)
     measurement = Measurement(
-        protocols.protocol("free"), extractor, network, device, cache, batch_size
+        protocols.protocol("free"), extractor or [], network, device, cache, batch_size
     )
     measurement.begin(model, out)
     data = data or data_of_run(model)
     loaded = tokenizer_of(model, raw)
-    tokenizer = loaded.tokenizer.to(measurement.extractor.device)
+    tokenizer = loaded.tokenizer.to(measurement.on)
     check_swaps(tokenizer, alpha or [], delta or [])
     steps = prefix_lengths(tokenizer.layout, lengths or [])
     originals = split_of("val", data, count)
     few = split_of("val", data, prefix_count or count)
-    has_network = bool(measurement.extractor.dim)
-    reference = measurement.reference_of(originals) if has_network else None
-    few_reference = measurement.reference_of(few) if has_network else None
+    of_all = measurement.yardsticks(_references(measurement, originals))
+    of_few = measurement.yardsticks(_references(measurement, few))
 
     source = ChangedReconstructions(tokenizer, originals, unchanged)
     source.facts = loaded.facts
-    metrics: list[Metric] = ["fd", "paired"] if has_network else ["paired"]
-    record = evaluate_samples(
-        source, measurement.extractor, reference, metrics=metrics, batch_size=batch_size
-    )
+    metrics: list[Metric] = ["fd", "paired"] if measurement.sees else ["paired"]
+    record = evaluate(source, of_all, metrics=metrics, batch_size=batch_size)
     found: dict[str, Any] = {"layout": str(tokenizer.layout)}
     if not tokenizer.layout.is_continuous:
         own = torch.cat(source.tokens)
@@ -141,12 +139,7 @@ def tokens(
         }
     if len(steps) > 1:
         found["prefixes"] = prefix_curve(
-            tokenizer,
-            few,
-            steps,
-            extractor=measurement.extractor,
-            reference=few_reference,
-            batch_size=batch_size,
+            tokenizer, few, steps, yardsticks=of_few, batch_size=batch_size
         )
     if alpha and delta:
         cells = swap_distances(
@@ -155,15 +148,13 @@ def tokens(
             alphas=alpha,
             deltas=delta,
             seed=seed,
-            extractor=measurement.extractor,
-            reference=few_reference,
+            yardsticks=of_few,
             batch_size=batch_size,
         )
         found["swaps"] = cells
-        if has_network:
-            name = distance_name(measurement.extractor, few.count, reconstructions=True)
-            distances = [cell[name] for cell in cells]
-            record["metrics"][f"p{name[1:]}"] = mean(distances)
+        for network_of in measurement.extractors if measurement.sees else ():
+            name = distance_name(network_of, few.count, reconstructions=True)
+            record["metrics"][f"p{name[1:]}"] = mean(cell[name] for cell in cells)
     record["tokens"] = {**found, "images of prefixes and swaps": few.count}
     _finish(record, out)
 
@@ -247,6 +238,11 @@ def probe(
         seconds=time.perf_counter() - started,
     )
     _finish(record, out)
+
+
+def _references(measurement: Measurement, images: ImageSource) -> list[Reference] | None:
+    """The images that are reconstructed are what reconstructions are compared with."""
+    return measurement.references_of(images) if measurement.sees else None
 
 
 class Loaded(NamedTuple):

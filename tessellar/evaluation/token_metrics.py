@@ -15,11 +15,9 @@ from torch import Tensor
 
 from tessellar.distributed import gather_rows
 from tessellar.errors import UserError
-from tessellar.evaluation.engine import evaluate_samples
+from tessellar.evaluation.engine import Yardstick, evaluate
 from tessellar.evaluation.generation import Reconstructions
-from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.protocols import Metric
-from tessellar.evaluation.references import Reference
 from tessellar.evaluation.sources import ImageBatch, ImageSource
 from tessellar.evaluation.token_views import latents_of
 from tessellar.images import from_uint8, to_uint8
@@ -148,18 +146,17 @@ def prefix_curve(
     tokenizer: Tokenizer,
     originals: ImageSource,
     lengths: Sequence[int],
-    extractor: Extractor,
-    reference: Reference | None,
+    yardsticks: Sequence[Yardstick],
     batch_size: int,
 ) -> list[dict[str, float]]:
-    """For each length: PSNR, SSIM, the distance where there is a network; the standard error of the
+    """For each length: PSNR, SSIM, the distances where there are networks; the standard error of the
     mean PSNR, and the mean step from the length before, image by image, with its standard error.
     """
     curve = []
     before = None
     for length in lengths:
         source = ChangedReconstructions(tokenizer, originals, Prefix(length))
-        found = _measured(source, extractor, reference, batch_size)
+        found = _measured(source, yardsticks, batch_size)
         scores = gather_rows(source.scores)
         point = {"tokens": length, **found, "PSNR error": standard_error(scores)}
         if before is not None:
@@ -176,27 +173,25 @@ def swap_distances(
     alphas: Sequence[float],
     deltas: Sequence[int],
     seed: int,
-    extractor: Extractor,
-    reference: Reference | None,
+    yardsticks: Sequence[Yardstick],
     batch_size: int,
 ) -> list[dict[str, float]]:
-    """PSNR, SSIM and the distance after swaps, for each share and number of nearest codes."""
+    """PSNR, SSIM and distances after swaps, for each share and number of nearest codes."""
     cells = []
     for alpha in alphas:
         for delta in deltas:
             change = Swap(tokenizer, alpha, delta, seed)
             source = ChangedReconstructions(tokenizer, originals, change)
-            found = _measured(source, extractor, reference, batch_size)
+            found = _measured(source, yardsticks, batch_size)
             cells.append({"alpha": alpha, "delta": delta, **found})
     return cells
 
 
 def _measured(
-    source: Reconstructions, extractor: Extractor, reference: Reference | None, batch_size: int
+    source: Reconstructions, yardsticks: Sequence[Yardstick], batch_size: int
 ) -> dict[str, float]:
-    metrics: list[Metric] = ["fd", "paired"] if extractor.dim else ["paired"]
-    record = evaluate_samples(source, extractor, reference, metrics=metrics, batch_size=batch_size)
-    return record["metrics"]
+    metrics: list[Metric] = ["fd", "paired"] if yardsticks[0].extractor.dim else ["paired"]
+    return evaluate(source, yardsticks, metrics=metrics, batch_size=batch_size)["metrics"]
 
 
 def standard_error(values: Tensor) -> float:

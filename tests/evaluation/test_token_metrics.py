@@ -91,7 +91,7 @@ def test_mistakes_are_told_before_any_image(
 
 
 def test_swaps_need_one_learned_codebook(tmp_path: Path, net: list[str]) -> None:
-    scalar = ViTVQ(FSQ([3, 3]), 32, 8, 16, 1, 1, 2)
+    scalar = ViTVQ(FSQ((3, 3)), 32, 8, 16, 1, 1, 2)
     path = str(export_tokenizer(scalar, tmp_path / "fsq"))
     with pytest.raises(UserError, match="one learned codebook.*by FSQ"):
         main(["tokens", path, *SHAPES, "--extractor", "none", "--alpha", "1", "--delta", "2"])
