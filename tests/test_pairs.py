@@ -28,6 +28,7 @@ KINDS = (
     "VAR's VQVAE",
     "VAT",
     "KL VAE",
+    "MingTok",
     "TiTok KL",
     "Semanticist",
     "scale pyramid of a KL VAE",

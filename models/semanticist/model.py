@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
+from tessellar.models.parts.flow_tokens import velocity_error
 from tessellar.models.parts.llama import ClassPrefix, LlamaGenerator
 from tessellar.models.semanticist.head import FlowMLP, HeadConditioning
-from tessellar.processes import flow
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import ImplicitFlow
 from tessellar.protocol.entities import Entities, take, token_order
@@ -145,12 +145,12 @@ class SemanticistAR(LlamaGenerator):
         hidden = self.score(clean, condition).hidden
         assert hidden is not None
         z = hidden + self.z_positions
-        noisy = flow.interpolate(clean, noise, t[..., None]).to(z.dtype)
-        found = self.flow_head(noisy, 1 - t, z.expand(len(t), -1, -1, -1))
-        error = (-found - flow.target(clean, noise)).square().mean((0, 2, 3))
-        if weight is None:
-            return error.mean()
-        return (error * weight).sum() / weight.sum().clamp(min=torch.finfo(error.dtype).eps)
+
+        def velocity(noisy: Tensor, t: Tensor) -> Tensor:
+            # Their velocity goes to the data, and their t is the share of data.
+            return -self.flow_head(noisy.to(z.dtype), 1 - t, z.expand(len(t), -1, -1, -1))
+
+        return velocity_error(velocity, clean, t, noise, weight)
 
     def nats(self, tokens: Tensor, condition: Condition) -> Tensor | None:
         return None  # a flow head has no likelihood

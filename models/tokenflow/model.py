@@ -149,10 +149,10 @@ class TokenFlowAR(ScaleReader, LlamaGenerator):
         last = embeddings[:, -1:] + self.place_embedding[:1]
         return Prefix(torch.cat([embeddings[:, :-1], last], dim=1), valid)
 
-    def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
+    def embed_inputs(self, inputs: Tensor, index: Tensor) -> Tensor:
         place = index + 1
-        inside = place.clamp(max=self.layout.length - 1)
-        x = self.placed(self.scale_inputs(tokens, inside), inside)
+        inside = self.ranks(index)
+        x = self.placed(inputs, inside)
         behind = (place - self.layout.length).clamp(min=0)
         if not bool((place > inside).any()):
             return x
@@ -203,8 +203,8 @@ class TokenFlowAR(ScaleReader, LlamaGenerator):
             raise UserError(
                 "the first scale is predicted from the text alone: it has no draft to read"
             )
-        rows = state.rows(tokens)
-        maps = self.scale_inputs(rows, place) + self.own_codes(rows[:, place[0]])
+        own = self.own_codes(state.rows(tokens)[:, place[0]])
+        maps = self.inputs(state, tokens, place) + own
         x = self.embedding_dropout(self.placed(maps, place))
         in_sequence = place + self.prefix_length - 1
         # An odd number, behind all coarser scales: it sees itself, but not the pass that drew it.

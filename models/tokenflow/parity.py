@@ -19,6 +19,7 @@ from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import logits_of
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance, Linear
+from tessellar.protocol.in_loop import ScaleInputs
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.redrawn import redrawn_from
@@ -33,7 +34,7 @@ READ = (
 TOWER = "tokenizer."  # of the codebooks, which the official file of the generator does not hold
 
 
-class Codebooks(SharedQuantizer):
+class Codebooks(SharedQuantizer, ScaleInputs):
     """What the generator asks of its tokenizer, of codebooks alone."""
 
     @property
@@ -115,7 +116,9 @@ def teacher_forced(recording: Recording) -> Outputs:
     # A query of padding sees everything here and nothing there: nobody reads what it becomes.
     allowed = (block[:, None] <= block[..., None]) & (block != NEVER)[..., None]
     return {
-        "next_scale_features": made.bound[0].next_inputs(codes, made.entities.count),
+        "next_scale_features": recorded_codebooks(recording).next_inputs(
+            codes, made.entities.count
+        ),
         "inputs_embeds": made._inputs(state, place, codes),
         "allowed": allowed[:, None].float(),
         "logits": made.output(made.hidden_states(codes, condition)),

@@ -235,12 +235,10 @@ class VAR(ScaleReader):
             self.scale_of(torch.arange(self.layout.length)).to(self.position.device)
         )
 
-    def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
+    def embed_inputs(self, inputs: Tensor, index: Tensor) -> Tensor:
         #   scale    0        1 .. S - 1
         #   input    class    the sum of coarser maps, resized to the scale: `next_inputs`
-        place = (index + self.first).clamp(max=self.layout.length - 1)
-        inputs = self.scale_inputs(tokens, place).to(self.input.weight.dtype)
-        return self.input(inputs) + self.places()[0, place]
+        return self.input(inputs.to(self.input.weight.dtype)) + self.places()[0, self.ranks(index)]
 
     def block(self, place: Tensor) -> Tensor:
         return self.scale_of(place)

@@ -35,8 +35,8 @@ def scale(
     package: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Make an export whose latents have unit variance on a data set: 1 / their standard deviation,
-    no shift.
+    """Make an export whose latents have unit variance on a data set: 1 / their standard deviation;
+    MingTok's and RecTok's are also shifted to mean 0.
 
     Args:
         tokenizer: export folder, .safetensors, .ckpt or hub id of a tokenizer with continuous latents
@@ -60,7 +60,9 @@ def scale(
     check_whole("--batch-size", batch_size, least=1, most=MAX_IMAGES)
     check_target(Path(out), WEIGHTS, overwrite)
     model = load_tokenizer(tokenizer, raw=raw).to(pick_device(device))
-    before = float(getattr(getattr(model.source, "quantizer", None), "scale", torch.tensor(1.0)))
+    before = float(
+        getattr(getattr(model.source, "quantizer", None), "scale", torch.tensor(1.0)).mean()
+    )
     after = measure_scale(model.source, _images(data, count, batch_size, pick_device(device)))
     record = replace(read_source(tokenizer, raw=raw).record, data=data.name)
     export_tokenizer(model.cpu(), out, record=record, overwrite=overwrite)

@@ -148,10 +148,24 @@ class Flow(ABC):
 
 @dataclass(frozen=True)
 class Euler(Flow):
-    """Euler steps on the ODE dx = v dt over an even grid from 1 to 0; takes no further noise."""
+    """Euler steps on the ODE dx = v dt over an even grid from 1 to 0; takes no further noise.
+
+    `time_shift` moves the grid towards noise (`shifted`), `temperature` scales the noise that it
+    starts from (both Ming-UniVision's, arXiv 2510.06590).
+    """
+
+    time_shift: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("flow time_shift", self.time_shift, least=1e-3, most=1e3)
+        check_number("flow temperature", self.temperature, least=0, most=1e3)
 
     def solve(self, model: Model, x: Tensor, steps: int, noise: Noise) -> Tensor:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        times = shifted(times, self.time_shift)
+        x = self.temperature * x
         for now, after in zip(times[:-1], times[1:], strict=True):
             x = x + (after - now) * model(x, now).double()
         return x

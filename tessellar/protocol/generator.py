@@ -148,6 +148,8 @@ class State:
         prefix = self.prefix
         if prefix is not None and prefix.valid is not None:
             prefix = Prefix(prefix.embeddings, prefix.valid.to(device))
+        fix = getattr(self.part, "fixed", None)
+        part = self.part if fix is None else fix(device)
         return replace(
             self,
             entities=self.entities.to(device),
@@ -156,6 +158,7 @@ class State:
             cache=self.cache.fixed(),
             input_ends=self.input_ends.to(device),
             input_size=int(lengths),
+            part=part,
         )
 
     def keep_places(self, keep: Tensor) -> None:

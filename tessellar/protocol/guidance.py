@@ -60,7 +60,10 @@ class Guidance:
             schedule = schedule.of_factor(factor)
         scale = schedule(entity, entities).to(x.device, torch.float32)
         scale = scale.view(*scale.shape, *(1,) * (x.ndim - scale.ndim))
-        return torch.where(scale == 1, conditional, null + scale.to(x.dtype) * (conditional - null))
+        guided = null + scale.to(x.dtype) * (conditional - null)
+        if isinstance(schedule, Renormed):
+            guided = no_longer(guided, conditional)
+        return torch.where(scale == 1, conditional, guided)
 
 
 NO_GUIDANCE = Guidance()
@@ -95,6 +98,22 @@ class Constant(GuidanceSchedule):
 
     def __call__(self, entity: Tensor, entities: Entities) -> Tensor:
         return torch.full(entity.shape, float(self.scale), device=entity.device)
+
+
+@dataclass(frozen=True)
+class Renormed(Constant):
+    """w at every entity; a guided prediction is no longer than the conditional one, token by token
+    (Ming-UniVision's channel renorm, arXiv 2510.06590).
+    """
+
+
+def no_longer(x: Tensor, reference: Tensor) -> Tensor:
+    """x [..., C] where it is as long as `reference` at most, else scaled to that length."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    allowed = torch.linalg.vector_norm(reference, dim=-1, keepdim=True)
+    # As published, the epsilon is outside the quotient; 0 / 0 is no bound.
+    ratio = torch.nan_to_num(allowed / length, nan=1.0) + 1e-8
+    return x * ratio.clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.mingtok import MingTokAR
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
@@ -113,6 +114,17 @@ def tokenflow() -> TokenFlowAR:
     return generator
 
 
+def mingtok() -> MingTokAR:
+    """With the tokenizer whose features it reads."""
+    tokenizer = TOKENIZERS["MingTok"]().eval()
+    sizes: dict[str, Any] = {"feature_dim": 16, "head_width": 24, "head_depth": 2, "repeats": 1}
+    generator = MingTokAR(
+        tokenizer.layout, 32, 2, 4, CLASSES, ffn_multiple_of=8, condition_dropout=0.5, **sizes
+    )
+    generator.bind(tokenizer)
+    return generator
+
+
 def tokenbridge(**options: Any) -> TokenBridge:
     """With the tokenizer that says what its tokens stand for; draws as those of `mar`."""
     tokenizer = post_quantized(4, 5)
@@ -189,6 +201,7 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "open-magvit2": lambda: open_magvit2(grid_layout(3, 3, Factorized((5, 7)))),
     "open-magvit2-1d": lambda: open_magvit2(sequence_layout(6, Factorized((3, 5, 4)))),
     "lpd": lambda: LPD(GRID, 32, 2, 4, CLASSES, 6, condition_dropout=0.5, dropout=0.0),
+    "mingtok": mingtok,
     "maskgit": lambda: MaskGIT(LINE, "vit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "maskgit-uvit": lambda: MaskGIT(GRID, "uvit", 32, 2, 4, 64, CLASSES, dropout=0.0),
     "retok": lambda: ReToKGPT(LINE, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
@@ -227,7 +240,16 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
 }
 GUIDANCES = {"plain": NO_GUIDANCE, "guided": Guidance(Linear(3.0, start=1.5))}
 
-WITHOUT_LIKELIHOOD = ("bitdance", "maskgit", "xar", "mar", "semanticist", "tokenbridge", "bar")
+WITHOUT_LIKELIHOOD = (
+    "bitdance",
+    "maskgit",
+    "mingtok",
+    "xar",
+    "mar",
+    "semanticist",
+    "tokenbridge",
+    "bar",
+)
 
 every_generator = pytest.mark.parametrize("name", GENERATORS)
 

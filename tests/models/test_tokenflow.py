@@ -124,7 +124,7 @@ def again_without_cache(made: TokenFlowAR, ids: Tensor, condition: Condition, sc
     sequence = torch.arange(made.prefix_length + end - 1)[None]
     x = made._inputs(state, sequence, ids)
     place = torch.arange(start, end)[None]
-    maps = made.scale_inputs(ids, place) + made.own_codes(ids[:, start:end])
+    maps = made.inputs(state, ids, place) + made.own_codes(ids[:, start:end])
     x = torch.cat([x[:, : -(end - start)], made.placed(maps, place)], 1)
     slots = state.cache.reserve(made.visibility(state, sequence))
     hidden = made.through_layers(x, made.shared(sequence, state, slots))
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused() -> None:
         )
     with pytest.raises(UserError, match="reads captions as token ids"):
         model().score(tokens(), Condition(ids=torch.ones(3, 7).long()))
-    with pytest.raises(UserError, match="built for latents of 40 channels, the tokenizer has 5"):
+    with pytest.raises(UserError, match="built for inputs of 40 channels, the tokenizer has 5"):
         TokenFlowAR(layout, 32, 1, 4, 3).bind(tokenizer())
     with pytest.raises(UserError, match="TokenFlowAR has no tokenizer yet"):
         TokenFlowAR(layout, 32, 1, 4, 3).score(tokens(), Condition(ids=torch.arange(3)))

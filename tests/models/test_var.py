@@ -110,7 +110,7 @@ def test_attention_ignores_scales_above_the_largest() -> None:
 
 def test_tokenizers_that_do_not_fit() -> None:
     made = VAR(vqvae().layout, 32, 1, 4, 5, 8)
-    with pytest.raises(UserError, match="built for latents of 8 channels, the tokenizer has 4"):
+    with pytest.raises(UserError, match="built for inputs of 8 channels, the tokenizer has 4"):
         made.bind(vqvae())
     with pytest.raises(
         UserError, match="reads the summed maps of a multi-scale tokenizer; ViTVQ has none"

@@ -16,6 +16,7 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.mingtok import MingTokAR
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
@@ -210,6 +211,11 @@ def _(generator: XAR) -> Facts:
         "dropout.drop_path": 0.0,
         "losses.flow.weight": 1.0,
     }
+
+
+@_facts.register
+def _(generator: MingTokAR) -> Facts:
+    return {"repeats": generator.repeats, "losses.flow.weight": 1.0}
 
 
 @_facts.register

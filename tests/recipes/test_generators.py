@@ -22,6 +22,7 @@ READS = {
     "ibq": "ibq.ibq_16384",
     "bar": "bar_fsq.bar_fsq_256",
     "semanticist": "semanticist.semanticist_l",
+    "mingtok": "mingtok.mingtok_512",
 }
 GENERATORS = [name for name, entry in ENTRIES.items() if "generator" in entry.parts]
 

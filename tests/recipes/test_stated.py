@@ -66,6 +66,7 @@ def test_the_systems_are_those_without_a_recording() -> None:
     assert SYSTEMS == [
         "bar",
         "flextok_ar",
+        "mingtok",
         "next_entity",
         "rectok",
         "semanticist",

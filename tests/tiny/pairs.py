@@ -25,6 +25,7 @@ from tessellar.models.llamagen import LlamaGen
 from tessellar.models.lpd import LPD
 from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
+from tessellar.models.mingtok import MingTokAR
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
 from tessellar.models.rar import RAR
@@ -47,12 +48,14 @@ from tessellar.tokenizers.ibq import IBQVQGAN
 from tessellar.tokenizers.kl_vae import KLVAE
 from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from tessellar.tokenizers.mingtok import MingTok
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
 from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
 from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, GaussianSpace
 from tessellar.tokenizers.quantizers.ibq import IBQ
+from tessellar.tokenizers.quantizers.latent_norm import LatentNorm
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok
@@ -142,6 +145,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "VAT": lambda: VAT(GaussianSpace(SequenceScales(16, 4, (1, 1, 2, 4))), 16, 4, TINY, TINY),
     "TokenFlow": _tokenflow,
     "RecTok": lambda: RecTok(ChannelBottleneck(4), 16, 4, TINY, TINY, TINY, 8),
+    "MingTok": lambda: MingTok(LatentNorm(4), 16, 4, TINY, TINY, TINY),
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
     "Semanticist": _semanticist,
@@ -192,6 +196,9 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "xAR, image": lambda layout: _xar(layout, "image"),
     "Semanticist's AR": lambda layout: SemanticistAR(
         layout, 16, 1, 2, CLASSES, None, 16, 1, ffn_multiple_of=8
+    ),
+    "MingTok's AR": lambda layout: MingTokAR(
+        layout, 16, 1, 2, CLASSES, feature_dim=16, head_width=16, head_depth=1, ffn_multiple_of=8
     ),
     "MAR": lambda layout: MAR(layout, 16, 1, 2, None, 16, 1, CLASSES, buffer=2, repeats=1, steps=4),
     "TokenBridge": lambda layout: TokenBridge(

@@ -33,6 +33,8 @@ from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.llamagen import official as llamagen
 from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from tessellar.tokenizers.maskgit_vqgan import official as maskgit_vqgan
+from tessellar.tokenizers.mingtok import MingTok
+from tessellar.tokenizers.mingtok import official as mingtok
 from tessellar.tokenizers.one_d_piece import OneDPiece
 from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
 from tessellar.tokenizers.open_magvit2 import official as open_magvit2
@@ -40,6 +42,7 @@ from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 from tessellar.tokenizers.quantizers.ibq import IBQ
+from tessellar.tokenizers.quantizers.latent_norm import LatentNorm
 from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok
@@ -337,6 +340,22 @@ def uniwetok_of_other_heads() -> Pair:
     return made, uniwetok.from_official(state, (8, 20), 6, groups=11)
 
 
+def mingtok_of_three_sizes() -> Pair:
+    """Heads of other widths on both sides, positions of another image size, other statistics."""
+    made = shaken(
+        MingTok(
+            LatentNorm(8, -0.4, 2.5),
+            36,
+            12,
+            encoder_size=ENCODER,
+            semantic_size=ViTSize(32, 3, 2),
+            pixel_size=ViTSize(24, 1, 2),
+            trained_size=24,
+        )
+    )
+    return made, mingtok.from_official(mingtok.to_official(made), 36, (-0.4, 2.5), (6, 2))
+
+
 def rectok_of_two_depths() -> Pair:
     """Normed queries and keys, and statistics that no official file holds."""
     sizes: dict[str, Any] = {"encoder_size": ENCODER, "decoder_size": ViTSize(32, 1, 2)}
@@ -390,6 +409,7 @@ CASES: dict[str, Callable[[], Pair]] = {
     "bitdance, fed with noise": bitdance_with_noise,
     "bitdance, of one level": bitdance_of_one_level,
     "uniwetok, of other heads": uniwetok_of_other_heads,
+    "mingtok": mingtok_of_three_sizes,
     "rectok": rectok_of_two_depths,
     "rectok, without a semantic decoder": rectok_without_a_teacher,
     "ibq": ibq_of_three_levels,

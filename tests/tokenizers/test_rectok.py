@@ -10,8 +10,9 @@ from tessellar.errors import UserError
 from tessellar.networks.vision import teacher
 from tessellar.protocol.configured import build
 from tessellar.protocol.layout import Continuous, grid_layout
+from tessellar.tokenizers.parts.hidden_patches import visible
 from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok, rectok_b
-from tessellar.tokenizers.rectok.tokenizer import Seen, as_stored, visible
+from tessellar.tokenizers.rectok.tokenizer import Seen, as_stored
 from tessellar.tokenizers.titok import ViTSize
 
 SMALL = ViTSize(32, 2, 4)

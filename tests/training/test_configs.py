@@ -28,11 +28,16 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "ibq": "ibq.ibq_16384",
     "bar": "bar_fsq.bar_fsq_256",
     "semanticist": "semanticist.semanticist_l",
+    "mingtok": "mingtok.mingtok_512",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
+SIZED = ("runs/mingtok/export",)  # whose features a generator reads, of a width of its own
 PARAMETERS = {
     "t2i/token_shuffle_2048": 2_789_634_816,
     "t2i/tokenflow_7b": 7_027_204_096,
+    "imagenet256/mingtok_512": 697_719_584 + 32 + 1_049_600 + 25_344,  # with what only training has
+    "imagenet256/mingtok_512_pixels": 697_719_584,
+    "imagenet256/mingtok_ar_l": 634_607_136,
     "imagenet256/rectok_b": 171_970_900 + 1_606_336,
     "imagenet256/rectok_b_decoder": 171_970_900,
     "imagenet256/tokenflow_b": 181_902_251,
@@ -113,15 +118,22 @@ PARAMETERS = {
 }
 
 
-def _tokenizer(config: dict) -> str:
-    """One whose tokens are of the kind that the generator of a YAML reads."""
+def _tokenizer(config: dict, path: Path) -> str:
+    """One whose tokens are of the kind that the generator of a YAML reads; where its sizes matter, that of the YAML
+    beside this one that trains the export.
+    """
     arguments = config["model"]["init_args"]
     tokenizer = arguments["tokenizer"]
+    if tokenizer in SIZED:
+        beside = path.with_name(f"{Path(tokenizer).parent.name}.yaml")
+        described = yaml.safe_load(beside.read_text())["model"]["init_args"]["tokenizer"]
+        return yaml.safe_dump(described, default_flow_style=True)
     if isinstance(tokenizer, str) and tokenizer in EXPORTS:
-        return f"tessellar.tokenizers.{EXPORTS[tokenizer]}"
+        return f"{{class_path: tessellar.tokenizers.{EXPORTS[tokenizer]}}}"
     generator = arguments["generator"]
-    path = generator if isinstance(generator, str) else generator["class_path"]
-    return f"tessellar.tokenizers.{READS.get(path.split('.')[-2], 'llamagen.vq_16')}"
+    class_path = generator if isinstance(generator, str) else generator["class_path"]
+    preset = READS.get(class_path.split(".")[-2], "llamagen.vq_16")
+    return f"{{class_path: tessellar.tokenizers.{preset}}}"
 
 
 def _without_vgg(path: Path, config: dict, folder: Path) -> str:
@@ -179,7 +191,7 @@ def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     elif config["model"]["class_path"].endswith("TokenizerModule"):
         options[1] = _without_vgg(path, config, tmp_path)
     else:
-        options.append(f"--model.init_args.tokenizer={{class_path: {_tokenizer(config)}}}")
+        options.append(f"--model.init_args.tokenizer={_tokenizer(config, path)}")
     # An alignment's model comes from its source, whatever the size.
     with torch.device("cpu" if is_alignment else "meta"):
         cli = parse([*options, "--trainer.devices", "1"])

@@ -8,7 +8,7 @@ VAE. Tokens are latents times `scale` = 1 / their standard deviation over the da
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -108,14 +108,19 @@ class GaussianBottleneck(Quantizer):
         if not self.measures:
             return
         now = torch.stack([latents.mean(), latents.square().mean()]).to(self.moments.dtype)
-        finite = torch.isfinite(
-            now
-        ).all()  # else this pass changes nothing: a NaN would stay in a running mean
-        # A mean of all passes at first, then a running one over the last MEMORY of them.
-        moments = self.moments.lerp(now, (1 / (self.passes + 1).float()).clamp(min=1 / MEMORY))
+        finite = torch.isfinite(now).all()
+        moments = followed(self.moments, self.passes, now)
         self.passes += finite
-        self.moments.copy_(torch.where(finite, moments, self.moments))
+        self.moments.copy_(moments)
         self.scale.copy_(torch.where(finite, scale_of(moments), self.scale))
+
+    def forget(self) -> None:
+        """Tokens are latents."""
+        self.scale.fill_(1.0)
+
+    def normalise(self, moments: Tensor) -> None:
+        """Tokens of variance 1, of the mean and the mean square [2, dim] of drawn latents."""
+        self.scale.copy_(scale_of(moments.mean(1)))
 
 
 class GaussianSpace(Quantizer):
@@ -151,32 +156,59 @@ class GaussianSpace(Quantizer):
         return self.inner.decode(tokens)
 
 
+def followed(moments: Tensor, passes: Tensor, now: Tensor) -> Tensor:
+    """Running means [...] after `passes` of them and those of a further pass.
+
+    A mean of all passes at first, then a running one over the last MEMORY of them. A pass that is
+    not finite changes nothing: a NaN would stay.
+    """
+    moved = moments.lerp(now, (1 / (passes + 1).float()).clamp(min=1 / MEMORY))
+    return torch.where(torch.isfinite(now).all(), moved, moments)
+
+
 def scale_of(moments: Tensor) -> Tensor:
-    """1 / standard deviation, of a mean and a mean square [2]."""
+    """1 / standard deviation, of a mean and a mean square [2, ...]."""
     return (moments[1] - moments[0].square()).clamp(min=1e-12).rsqrt()
+
+
+class Normalising(Protocol):
+    """A quantizer of continuous latents whose tokens are scaled, and maybe shifted, by what was
+    measured.
+    """
+
+    scale: Tensor
+
+    def forget(self) -> None:
+        """Tokens are latents."""
+        ...
+
+    def normalise(self, moments: Tensor) -> None:
+        """Scale (and shift) by the mean and the mean square [2, dim] of latents."""
+        ...
 
 
 @torch.no_grad()
 def measure_scale(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> float:
-    """Measure the scale anew on images [B, 3, H, W] and set it: 1 / standard deviation of their
-    sampled latents.
+    """Measure anew on images [B, 3, H, W] what tokens are normalised by, and set it; the scale that
+    it gives is the mean over channels, where each has its own.
 
-    Raises UserError for a tokenizer without a Gaussian bottleneck, and where there are no images.
+    Raises UserError for a tokenizer without continuous latents, and where there are no images.
     """
-    bottleneck = getattr(tokenizer, "quantizer", None)
-    if not isinstance(bottleneck, GaussianBottleneck):
+    quantizer = getattr(tokenizer, "quantizer", None)
+    if not hasattr(quantizer, "normalise"):
         raise UserError(
             f"{type(tokenizer).__name__} has no continuous latents whose scale could be measured"
         )
-    bottleneck.scale.fill_(1.0)
-    total = torch.zeros(2, dtype=torch.float64)
+    normalising = cast(Normalising, quantizer)
+    normalising.forget()
+    total = torch.zeros(2, 1, dtype=torch.float64)
     count = 0
     for number, images in enumerate(batches):
         generator = torch.Generator(images.device).manual_seed(number)
-        latents = tokenizer.draw(images, generator).double().cpu()
-        total += torch.stack([latents.sum(), latents.square().sum()])
-        count += latents.numel()
+        latents = tokenizer.draw(images, generator).double().cpu().flatten(0, -2)
+        total = total + torch.stack([latents.sum(0), latents.square().sum(0)])
+        count += len(latents)
     if count == 0:
         raise UserError("there are no images to measure the scale of the latents on")
-    bottleneck.scale.copy_(scale_of(total / count))
-    return float(bottleneck.scale)
+    normalising.normalise((total / count).to(normalising.scale))
+    return float(normalising.scale.mean())

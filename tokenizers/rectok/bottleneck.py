@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from tessellar.protocol.tokenizer import QuantizerOutput
-from tessellar.tokenizers.quantizers.gaussian import MEMORY, GaussianBottleneck, Posterior
+from tessellar.tokenizers.quantizers.gaussian import (
+    GaussianBottleneck,
+    Posterior,
+    followed,
+    scale_of,
+)
 
 
 class ChannelBottleneck(GaussianBottleneck):
@@ -63,11 +68,18 @@ class ChannelBottleneck(GaussianBottleneck):
             return
         rows = latents.flatten(0, -2).to(self.moments.dtype)
         now = torch.stack([rows.mean(0), rows.square().mean(0)])
-        finite = torch.isfinite(now).all()  # else this pass changes nothing
-        moments = self.moments.lerp(now, (1 / (self.passes + 1).float()).clamp(min=1 / MEMORY))
-        self.passes += finite
-        self.moments.copy_(torch.where(finite, moments, self.moments))
-        variance = (self.moments[1] - self.moments[0].square()).clamp(min=1e-12)
-        measured = finite & (self.passes > 0)
-        self.center.copy_(torch.where(measured, self.moments[0], self.center))
-        self.scale.copy_(torch.where(measured, variance.rsqrt(), self.scale))
+        moments = followed(self.moments, self.passes, now)
+        self.passes += torch.isfinite(now).all()
+        self.moments.copy_(moments)
+        measured = self.passes > 0
+        self.center.copy_(torch.where(measured, moments[0], self.center))
+        self.scale.copy_(torch.where(measured, scale_of(moments), self.scale))
+
+    def forget(self) -> None:
+        super().forget()
+        self.center.fill_(0.0)
+
+    def normalise(self, moments: Tensor) -> None:
+        """Mean 0 and variance 1 in every channel, of the mean and the mean square [2, dim]."""
+        self.center.copy_(moments[0])
+        self.scale.copy_(scale_of(moments))

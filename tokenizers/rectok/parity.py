@@ -9,8 +9,9 @@ from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
+from tessellar.tokenizers.parts.hidden_patches import visible
 from tessellar.tokenizers.rectok.official import from_official
-from tessellar.tokenizers.rectok.tokenizer import RecTok, Seen, visible
+from tessellar.tokenizers.rectok.tokenizer import RecTok, Seen
 
 SIZES = "vit_enc_model_size vit_dec_model_size vit_sem_model_size".split()
 READ = "mask_ratio gamma size_table".split()

@@ -10,13 +10,12 @@ training.
 """
 
 from collections.abc import Mapping
-from math import ceil, isqrt
+from math import isqrt
 from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from tessellar import distributed
 from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
@@ -24,6 +23,7 @@ from tessellar.networks.vision import Teacher
 from tessellar.protocol.layout import grid_layout
 from tessellar.protocol.tokenizer import GridTokenizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
+from tessellar.tokenizers.parts.hidden_patches import draw_places, spread
 from tessellar.tokenizers.quantizers.gaussian import Posterior
 from tessellar.tokenizers.rectok.bottleneck import ChannelBottleneck
 from tessellar.tokenizers.rectok.transformer import Encoder, PixelDecoder, SemanticDecoder
@@ -168,12 +168,7 @@ class RecTok(GridTokenizer):
 
     def draw_places(self, batch: int) -> Tensor | None:
         """Visible patches [B, n] of a training pass: as many in every image of all processes."""
-        low, high = self.masked
-        share = max(0.0, low + (high - low) * float(torch.rand(())))
-        share = float(distributed.broadcast(share))
-        if share == 0:
-            return None
-        return visible(torch.rand(batch, self.side**2), share)
+        return draw_places(self.masked, batch, self.side**2)
 
     def time(self, uniform: Tensor) -> Tensor:
         """Share of noise of uniform draws, shifted towards noise."""
@@ -218,9 +213,8 @@ class RecTok(GridTokenizer):
         tokens = self.quantizer.normalised(seen.posterior.mean)
         if seen.places is not None:
             # Every position has its token, though this pass encoded only some.
-            index = seen.places[..., None].expand_as(tokens)
             blank = tokens.new_zeros(len(tokens), self.side**2, tokens.shape[-1])
-            tokens = blank.scatter(1, index, tokens)
+            tokens = spread(tokens, seen.places, blank)
         return TokenizerOutput(reconstruction, tokens.detach(), losses)
 
     def semantic_loss(self, seen: Seen, target: Tensor) -> Tensor:
@@ -237,14 +231,6 @@ class RecTok(GridTokenizer):
         if self.semantic_decoder is not None:
             return dict(state)
         return {name: t for name, t in state.items() if not name.startswith("semantic_decoder.")}
-
-
-def visible(noise: Tensor, share: float) -> Tensor:
-    """Places [B, n] of the patches that stay where a `share` is hidden: those of the least noise
-    [B, N].
-    """
-    kept = ceil(noise.shape[1] * (1 - share))
-    return noise.argsort(dim=1)[:, :kept]
 
 
 def as_stored(images: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from tessellar.errors import UserError
 from tessellar.layers.cnn import Decoder, Encoder, Sizes
 from tessellar.layers.precision import at_least_float32
 from tessellar.networks.vision import Preprocessing, Teacher
+from tessellar.protocol.in_loop import ScaleInputs
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import GridTokenizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
@@ -39,7 +40,7 @@ AS_IS = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 """Images in [-1, 1] as they are."""
 
 
-class TokenFlow(GridTokenizer):
+class TokenFlow(GridTokenizer, ScaleInputs):
     """Square images of `image_size`, as many cells as `semantic` has patches there.
 
     `semantic_dim`: channels of the features that the semantic decoder gives back, those of `teacher`

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.layers.cnn import Decoder, Encoder, Sizes, SpatialAttention
+from tessellar.protocol.in_loop import ScaleInputs
 from tessellar.protocol.layout import Layout
 from tessellar.tokenizers.parts.vqgan import VQGAN
 from tessellar.tokenizers.var.quantizer import MultiScaleQuantizer
 
 
-class VARVQVAE(VQGAN):
+class VARVQVAE(VQGAN, ScaleInputs):
     """Square images whose grid of latents is the finest scale of `quantizer`.
 
     `kernel` is that of the convolutions on both sides of it, an odd number. Raises UserError where

@@ -11,6 +11,7 @@ sequences are resized (`quantizer.py`), and a decoder of mask tokens.
 import torch
 from torch import Tensor
 
+from tessellar.protocol.in_loop import ScaleInputs
 from tessellar.protocol.layout import Layout
 from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.quantizers.gaussian import GaussianSpace
@@ -21,7 +22,7 @@ from tessellar.tokenizers.vat.quantizer import SequenceScales
 LENGTHS_256 = (1, 1, 2, 4, 8, 16, 32, 64, 128)  # 256 tokens, of 128 latents
 
 
-class VAT(TiTok):
+class VAT(TiTok, ScaleInputs):
     """Square images of `image_size` as the scales of `quantizer`, a Gaussian space over
     `SequenceScales`.
 
