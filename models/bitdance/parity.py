@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.interop.options import check_sizes
 from tessellar.models.bitdance.head import LEAST, BinaryHead, sincos_table
 from tessellar.models.bitdance.model import BitDance, ClassTokens, NullFirst, flipped
 from tessellar.models.bitdance.official import from_official, head_from_official
@@ -67,7 +66,7 @@ def _generator(recording: Recording) -> BitDance:
     }
     if "parallel_num" in config:
         sizes["parallel_num"] = made.area
-    check_sizes(config, "the config", sizes)
+    recording.check_sizes(sizes)
     return made
 
 

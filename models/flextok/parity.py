@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_sizes
 from tessellar.models.flextok.model import FlexAR
 from tessellar.models.flextok.official import generator_from_official
 from tessellar.parity.generation import predicted, scores_of
@@ -26,7 +24,7 @@ READ = (
 
 def _generator(recording: Recording, part: str) -> FlexAR:
     config = recording.options(read=READ, supported={"pos_embed_type": "sincos1d"})
-    state = part_of(recording.weights["model"], f"{part}/")
+    state = recording.state(f"{part}/")
     kind = Categorical(config["codebook_size"])
     layout = sequence_layout(config["num_tokens"], kind, min_prefix=1)
     generator = generator_from_official(state, layout, config["num_heads"], config["text_length"])
@@ -35,7 +33,7 @@ def _generator(recording: Recording, part: str) -> FlexAR:
         "depth": len(generator.layers),
         "qk_norm": any(".q_norm." in key for key in state),
     }
-    check_sizes(config, "the config", sizes)
+    recording.check_sizes(sizes)
     return generator
 
 

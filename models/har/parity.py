@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 
-from tessellar.interop.options import check_sizes
 from tessellar.models.har.model import HAR
 from tessellar.models.har.official import from_official
-from tessellar.parity.forms import to_unit
+from tessellar.parity.forms import from_unit, to_unit
 from tessellar.parity.generation import filtered, guidance_of, scores_of
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import greedy
 from tessellar.protocol.guidance import Constant, Guidance, Linear, Step
 from tessellar.protocol.layout import Categorical, sequence_layout
-from tessellar.tokenizers.restok.parity import recorded_images, recorded_tokenizer
+from tessellar.tokenizers.restok.parity import recorded_tokenizer
 
 READ = (
     "dim n_layer n_head multiple_of norm_eps rope_base vocab_size block_size num_classes ar_token_num spe_token_num "
@@ -39,7 +38,7 @@ def recorded_generator(recording: Recording) -> HAR:
         dropout=config.get("all_dropouts", 0.1),
     )
     sizes = {"spe_token_num": made.special_embedding.num_embeddings}
-    check_sizes(config, "the config's generator", sizes)
+    recording.check_sizes(sizes, "generator")
     return made
 
 
@@ -47,7 +46,7 @@ def recorded_generator(recording: Recording) -> HAR:
 def scores(recording: Recording) -> Outputs:
     """Mask, logits and loss of the tokens that the tokenizer gives."""
     generator = recorded_generator(recording)
-    tokens = recorded_tokenizer(recording).encode(recorded_images(recording))
+    tokens = recorded_tokenizer(recording).encode(from_unit(recording.inputs["image"]))
     found = scores_of(generator, tokens, recording.classes("har_cond"))
     level = generator.block(torch.arange(generator.layout.length))
     visible = level[None] <= level[:, None]

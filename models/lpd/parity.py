@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tessellar.interop.options import check_sizes
 from tessellar.layers.kv_cache import KVCache, NoCache, Slots
 from tessellar.models.lpd.model import LPD, resize_positions
 from tessellar.models.lpd.official import KEYS, from_official
@@ -68,7 +67,7 @@ def recorded_generator(recording: Recording) -> LPD:
         "decoder_depth": len(made.layers),
         "class_num": made.num_classes,
     }
-    check_sizes(config, "the config", sizes)
+    recording.check_sizes(sizes)
     return made
 
 

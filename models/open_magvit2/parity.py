@@ -7,14 +7,11 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options
 from tessellar.models.open_magvit2.model import OpenMAGVIT2AR
 from tessellar.models.open_magvit2.official import from_official
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
-from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, FactorLogits
 from tessellar.protocol.guidance import Guidance, PerSubToken
 from tessellar.protocol.layout import Factorized, grid_layout
@@ -29,14 +26,12 @@ TRAINING = "token_drop resid_dropout_p".split()
 
 
 def _generator(recording: Recording) -> OpenMAGVIT2AR:
-    config = recording.config["gpt"]
     known = (*READ, *SHOWN, *TRAINING)
-    check_options(config, "the config's gpt", known, {"token_factorization": True})
+    config = recording.options("gpt", known, {"token_factorization": True})
     side = isqrt(config["block_size"])
     vocabs = tuple(2**bits for bits in config["factorized_bits"])
     layout = grid_layout(side, side, Factorized(vocabs))
-    weights = part_of(recording.weights["model"], "gpt.")
-    return from_official(weights, layout, config["n_head"])
+    return from_official(recording.state("gpt."), layout, config["n_head"])
 
 
 def _logits(distribution: Distribution, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,11 +42,11 @@ def _logits(distribution: Distribution, tokens: Tensor) -> tuple[Tensor, Tensor]
 
 
 @replays("seed_voken", "gpt")
-def scores(recording: Recording) -> dict[str, Tensor]:
+def scores(recording: Recording) -> Outputs:
     """Logits of both sub-tokens of given tokens, and the loss of each."""
     generator = _generator(recording)
     tokens = torch.stack([recording.inputs["gpt.idx_pre"], recording.inputs["gpt.idx_post"]], -1)
-    scored = generator.score(tokens, Condition(ids=recording.inputs["gpt.labels"]))
+    scored = generator.score(tokens, recording.classes("gpt.labels"))
     outputs = {}
     for name, logits, ids in zip(
         ("pre", "post"), _logits(scored, tokens), tokens.unbind(-1), strict=True
@@ -63,7 +58,7 @@ def scores(recording: Recording) -> dict[str, Tensor]:
 
 
 @replays("seed_voken", "gpt_greedy")
-def greedy(recording: Recording) -> dict[str, Tensor]:
+def greedy(recording: Recording) -> Outputs:
     """Greedy tokens behind both caches, and the guided logits of both sub-tokens at each step."""
     generator = _generator(recording)
     settings = recording.settings("gpt.greedy_pre")
@@ -71,7 +66,7 @@ def greedy(recording: Recording) -> dict[str, Tensor]:
         raise UserError("Open-MAGVIT2's sampler is replayed greedily: top_k 1")
     first, second = settings["cfg_scale"]
     guidance = Guidance(PerSubToken(first, further=(second,)))
-    condition = Condition(ids=recording.inputs["gpt.labels"])
+    condition = recording.classes("gpt.labels")
     state = generator.start(condition, guidance)
     tokens = generator.layout.blank(condition.batch)
     steps = []

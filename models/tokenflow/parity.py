@@ -7,8 +7,6 @@ The recorded sequence has one place behind the image, which predicts the mark th
 import torch
 from torch import Tensor
 
-from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_sizes
 from tessellar.layers.kv_cache import NEVER
 from tessellar.models.tokenflow.model import TokenFlowAR
 from tessellar.models.tokenflow.official import from_official
@@ -48,7 +46,7 @@ class Codebooks(SharedQuantizer, ScaleInputs):
 def recorded_codebooks(recording: Recording) -> Codebooks:
     """The recorded codebooks."""
     config = recording.config
-    state = part_of(recording.weights["model"], TOWER)
+    state = recording.state(TOWER)
     semantic, pixel = (state[name] for name in CODEBOOKS)
     made = Codebooks(
         config["codebook_size"],
@@ -69,7 +67,7 @@ def recorded_generator(recording: Recording) -> TokenFlowAR:
     layout = Layout(codebooks.segments)
     # Read before the prompts are, whose ids it tells from padding.
     padding = len(state["lm_head.weight"]) - int(layout.vocab().max()) - 1
-    check_sizes(config, "the config", {"pad_id": padding})
+    recording.check_sizes({"pad_id": padding})
     made = from_official(
         state,
         layout,
@@ -86,7 +84,7 @@ def recorded_generator(recording: Recording) -> TokenFlowAR:
         "heads": made.num_heads,
         "image_token_start": made.offset,
     }
-    check_sizes(config, "the config", sizes)
+    recording.check_sizes(sizes)
     made.bound = (codebooks,)
     return made
 

@@ -1,7 +1,5 @@
 """Replays of VAR's transformer and sampler (recordings of system `var`)."""
 
-from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_sizes
 from tessellar.models.var.model import VAR
 from tessellar.models.var.official import from_official
 from tessellar.parity.forms import to_unit
@@ -21,11 +19,10 @@ SUPPORTED = {"norm_eps": 1e-6, "drop_rate": 0.0, "attn_drop_rate": 0.0}
 
 def recorded_generator(recording: Recording, vqvae: VARVQVAE) -> VAR:
     """Our generator with the recorded weights and options, over the recorded tokenizer."""
-    state = part_of(recording.weights["model"], "var.")
     config = recording.options("var", READ, SUPPORTED)
-    check_sizes(config, "the config's var", {"patch_nums": list(vqvae.quantizer.sides)})
+    recording.check_sizes({"patch_nums": list(vqvae.quantizer.sides)}, "var")
     generator = from_official(
-        state,
+        recording.state("var."),
         vqvae.layout,
         config["num_heads"],
         condition_dropout=config.get("cond_drop_rate", 0.1),

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessellar.checkpoints.weights import part_of
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options
+from tessellar.interop.options import check_options, check_sizes
 from tessellar.plain_data import parse_json
 from tessellar.protocol.condition import Condition
 from tessellar.tensor_files import read_safetensors
@@ -157,15 +158,32 @@ class Recording:
         read: Collection[str] = (),
         supported: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The official config, or a part of it.
+        """The official config, or a part of it (`tokenizer.cnn`: a part of a part).
 
         Raises UserError for an option that is neither `read` nor has the one value that is
         supported.
         """
-        config = self.config[part] if part else self.config
-        where = f"the config's {part}" if part else "the config"
+        config, where = self._config(part)
         check_options(config, where, read, supported)
         return config
+
+    def check_sizes(self, found: Mapping[str, Any], part: str = "") -> None:
+        """Raises UserError where the config, or a part of it, says something else than was `found`
+        in the weights.
+        """
+        config, where = self._config(part)
+        check_sizes(config, where, found)
+
+    def _config(self, part: str) -> tuple[dict[str, Any], str]:
+        """A part of the config, and what it is called in messages."""
+        config = self.config
+        for name in filter(None, part.split(".")):
+            config = config[name]
+        return config, f"the config's {part}" if part else "the config"
+
+    def state(self, prefix: str, file: str = "model") -> dict[str, Tensor]:
+        """The tensors of a weight file whose names begin with `prefix`, without it."""
+        return part_of(self.weights[file], prefix)
 
     def classes(self, name: str) -> Condition:
         """The condition of recorded class ids."""

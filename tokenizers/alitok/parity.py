@@ -6,7 +6,6 @@ The recorded images are in [0, 1], ours in [-1, 1]: a squared error of theirs is
 import torch
 from torch import Tensor
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -31,12 +30,12 @@ def recorded_tokenizer(
     recording: Recording, part: str, prefix_weight: float | None = None
 ) -> AliTok:
     """The tokenizer of a weight file, `stage1` or `tokenizer`, checked against the config's sizes."""
-    options = recording.options("tok", READ)
+    recording.options("tok", READ)
     heads = (recording.config["encoder"]["num_heads"], recording.config["decoder"]["num_heads"])
     made = from_official(recording.weights[part], heads, prefix_weight)
     codes, dim = made.quantizer.codebook.weight.shape  # type: ignore[union-attr]
     found = (made.image_size[0], made.patch_size, made.prefix, codes, dim)
-    check_sizes(options, "the config's tok", dict(zip(READ, found, strict=True)))
+    recording.check_sizes(dict(zip(READ, found, strict=True)), "tok")
     return made
 
 

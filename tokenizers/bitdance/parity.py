@@ -5,7 +5,6 @@
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -19,11 +18,11 @@ OVERRIDES = "ch ch_mult num_res_blocks".split()
 def recorded_autoencoder(recording: Recording) -> BinaryAutoencoder:
     """The autoencoder beside the recorded generator."""
     config = recording.config
-    options = recording.options("vae_ddconfig_override", OVERRIDES)
+    recording.options("vae_ddconfig_override", OVERRIDES)
     state = recording.weights["model"]
     made = from_official(state, config["resolution"], config["num_codebooks"])
     found = {"ch": made.encoder.conv_in.out_channels, "num_res_blocks": len(made.encoder.mid)}
-    check_sizes(options, "the config's vae_ddconfig_override", found)
+    recording.check_sizes(found, "vae_ddconfig_override")
     return made
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
-from tessellar.interop.options import check_options, check_sizes, require
+from tessellar.interop.options import require
 from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -23,6 +23,7 @@ READ = (
     "image_size cnn encoder_decoder_transformers codebook_size codebook_embed_dim codebook_slots_embed_dim l2_norm "
     "commit_loss_beta entropy_loss_ratio"
 ).split()
+TRANSFORMERS = "tokenizer.encoder_decoder_transformers"
 CNN_READ = "ch ch_mult num_res_blocks z_channels".split()
 TRANSFORMERS_READ = (
     "dim depth num_head dim_head mlp_dim patch_size n_carrier dropout shift_k enable_vfm_recon vfm_dim"
@@ -36,11 +37,10 @@ VISION = {"img_size": 518, "patch_size": 14, "mlp_ratio": 4, "layer_scale": True
 def recorded_tokenizer(recording: Recording) -> Hita:
     """Our tokenizer with the recorded weights and those of the vision model."""
     config = recording.options("tokenizer", READ)
-    transformers = config["encoder_decoder_transformers"]
-    check_options(transformers, "the config's transformers", TRANSFORMERS_READ)
+    recording.options("tokenizer.cnn", CNN_READ, {"groups": 32})
+    transformers = recording.options(TRANSFORMERS, TRANSFORMERS_READ)
     heads = transformers["num_head"]
-    require(transformers, "the config's transformers", {"dim_head": transformers["dim"] // heads})
-    check_options(config["cnn"], "the config's cnn", CNN_READ, {"groups": 32})
+    require(transformers, TRANSFORMERS, {"dim_head": transformers["dim"] // heads})
     made = from_official(
         recording.weights["tokenizer"],
         image_size=config["image_size"],
@@ -56,7 +56,7 @@ def recorded_tokenizer(recording: Recording) -> Hita:
     )
     stride = config["image_size"] // made.layout.segments[1].shape[0]
     sizes = {"n_carrier": made.holistic, "patch_size": stride}
-    check_sizes(transformers, "the config's transformers", sizes)
+    recording.check_sizes(sizes, TRANSFORMERS)
     return made
 
 

@@ -2,12 +2,12 @@
 
 from einops import rearrange
 
-from tessellar.parity.forms import as_row, to_unit
+from tessellar.parity.forms import as_row, from_unit, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.parity.stand_ins import Fixed
 from tessellar.tokenizers.one_d_piece.tokenizer import OneDPiece
-from tessellar.tokenizers.titok.parity import recorded_images, recorded_tokenizer
+from tessellar.tokenizers.titok.parity import recorded_tokenizer
 from tessellar.tokenizers.titok.tokenizer import Stage
 
 
@@ -19,7 +19,7 @@ def _tokenizer(recording: Recording, stage: Stage = "decoder") -> OneDPiece:
 def evaluate(recording: Recording) -> Outputs:
     """Tokens, and scores and images of their prefixes."""
     tokenizer = _tokenizer(recording)
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     latents = tokenizer.latents(images)
     tokens = tokenizer.encode(images)
     outputs = {
@@ -41,7 +41,7 @@ def evaluate(recording: Recording) -> Outputs:
 def train(recording: Recording) -> Outputs:
     """A training pass of the first stage that keeps the recorded number of tokens."""
     tokenizer = _tokenizer(recording, "proxy").train()
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     length = int(recording.inputs["train/keep_length"])
     tokenizer.draw_length = lambda: length
     tokenizer.target = Fixed(recording.inputs["train/proxy_codes"])  # type: ignore[assignment]

@@ -1,11 +1,8 @@
 """Replays of the official Open-MAGVIT2 tokenizer (recordings of system `seed_voken`)."""
 
-from torch import Tensor
-
-from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_options, require
+from tessellar.interop.options import require
 from tessellar.parity.forms import as_map
-from tessellar.parity.recording import Recording
+from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
 from tessellar.tokenizers.open_magvit2.official import from_official
 
@@ -14,14 +11,12 @@ SHOWN = "z_channels resolution ch ch_mult num_res_blocks".split()  # by shapes, 
 
 
 @replays("seed_voken", "lfq")
-def tokenizer(recording: Recording) -> dict[str, Tensor]:
+def tokenizer(recording: Recording) -> Outputs:
     """Features, codes as signs and as integers, whole and by sub-token, and images of the codes."""
-    config = recording.config["lfq"]
-    check_options(config["dd"], "the tokenizer's ddconfig", SHOWN, SUPPORTED)
+    config = recording.options("lfq.dd", SHOWN, SUPPORTED)
     require(recording.settings("lfq.idx"), "the codes", {"big_endian": False})
-    weights = part_of(recording.weights["model"], "lfq_tok.")
-    split = tuple(config["bits"])
-    made = from_official(weights, config["dd"]["resolution"], split)
+    split = tuple(recording.config["lfq"]["bits"])
+    made = from_official(recording.state("lfq_tok."), config["resolution"], split)
     images = recording.inputs["lfq.image"]
     tokens = made.encode(images)
     first, second = tokens.unbind(-1)

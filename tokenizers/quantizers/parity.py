@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.checkpoints.weights import part_of
 from tessellar.interop.keys import KeyTable
 from tessellar.interop.options import require
 from tessellar.parity.forms import as_vectors
@@ -40,7 +39,7 @@ class Case:
         self.name = name
         self.config: Mapping[str, Any] = recording.config["cases"][name]
         self.settings = recording.case_settings.get(name, {})
-        self.state = part_of(recording.weights["model"], f"{name}/")
+        self.state = recording.state(f"{name}/")
 
     def input(self, name: str) -> Tensor:
         found = self.recording.inputs[f"{self.name}/{name}"]

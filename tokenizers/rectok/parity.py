@@ -5,7 +5,6 @@ recorded.
 import torch
 from torch import Tensor
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -34,7 +33,7 @@ def recorded_tokenizer(recording: Recording) -> RecTok:
         "sem_embed_dim": made.semantic_decoder.out.out_features,
         "use_qknorm": isinstance(made.encoder.blocks[0].q_norm, torch.nn.RMSNorm),
     }
-    check_sizes(config, "the config", found)
+    recording.check_sizes(found)
     made.gamma = config["gamma"]
     return made
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -61,13 +60,8 @@ def recorded_tokenizer(recording: Recording) -> ResTok:
         "test_num_latent_tokens": made.layout.length,
         "hierarchy_stages": len(made.encoder.merging) + 1,
     }
-    check_sizes(model, "the config's vq_model", sizes)
+    recording.check_sizes(sizes, "vq_model")
     return made
-
-
-def recorded_images(recording: Recording) -> Tensor:
-    """The recorded images in [-1, 1]."""
-    return from_unit(recording.inputs["image"])
 
 
 @replays("restok", "tok_shared", "tok_main")
@@ -76,7 +70,7 @@ def encoding_and_decoding(recording: Recording) -> Outputs:
     made = recorded_tokenizer(recording)
     assert made.encoder_to_vision is not None
     encoder = made.encoder
-    features = made.features(recorded_images(recording))
+    features = made.features(from_unit(recording.inputs["image"]))
     after_block: list[Tensor] = []
     for block in encoder.blocks:
         keep_output(block, after_block)
@@ -130,7 +124,7 @@ def training(recording: Recording) -> Outputs:
     """A pass that keeps a prefix of the tokens of each image, and how likely each length is."""
     made = recorded_tokenizer(recording)
     assert made.decoder_to_vision is not None
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["image"])
     keep = recording.inputs["nested_keep"]
     codes = made.quantizer(made.latents(made.encoder(made.features(images)))).quantized
     cells = made.decoder_to_vision(made.decoder.features(codes, keep))
@@ -146,7 +140,7 @@ def training(recording: Recording) -> Outputs:
 def losses(recording: Recording) -> Outputs:
     """The losses of both sides, with the recorded perceptual distance and logits."""
     made = recorded_tokenizer(recording)
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["image"])
     given = recording.inputs
     config = recording.options("losses", LOSS_READ, {"reconstruction": "l2"})
     keep = given["nested_keep"]

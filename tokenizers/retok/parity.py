@@ -2,7 +2,6 @@
 
 import torch
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, as_row, as_vectors
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -45,7 +44,7 @@ def _tokenizer(recording: Recording) -> ReToK:
         "keep_tokens": made.always,
         "redundant_tokens": made.redundant,
     }
-    check_sizes(config, "the config", sizes)
+    recording.check_sizes(sizes)
     return made
 
 

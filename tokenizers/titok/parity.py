@@ -10,8 +10,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.checkpoints.weights import part_of
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_row, as_vectors, from_unit, to_unit
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -75,19 +73,14 @@ def recorded_tokenizer(
         "vit_dec_patch_size": made.decoder_patch_size,
         "num_latent_tokens": made.num_tokens,
     }
-    check_sizes(options, f"the config's {variant}", sizes)
-    check_sizes(recording.config, "the config", {"crop_size": made.image_size[0]})
+    recording.check_sizes(sizes, variant)
+    recording.check_sizes({"crop_size": made.image_size[0]})
     return made
-
-
-def recorded_images(recording: Recording) -> Tensor:
-    """The recorded images in [-1, 1]."""
-    return from_unit(recording.inputs["images"])
 
 
 def _vqgan(recording: Recording) -> MaskGITVQGAN:
     """Encoder from its file, decoder and codebook from the two-stage tokenizer's pixel decoder."""
-    pixels = part_of(recording.weights["two_stage"], "pixel_")
+    pixels = recording.state("pixel_", "two_stage")
     return vqgan_from_official(
         {**recording.weights["vqgan_encoder"], **pixels}, recording.config["crop_size"]
     )
@@ -97,7 +90,7 @@ def _vqgan(recording: Recording) -> MaskGITVQGAN:
 def vqgan(recording: Recording) -> Outputs:
     """Features, codes and the image of the codes."""
     model = _vqgan(recording)
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     codes = model.encode(images)
     return {
         "vqgan/hidden": model.maps(images),
@@ -120,7 +113,7 @@ def _quantization(tokenizer: TiTok, images: Tensor, name: str) -> Outputs:
 @replays("titok", "tok_shared", "tok_vq2")
 def two_stage(recording: Recording) -> Outputs:
     """Both stages of the two-stage tokenizer."""
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     first = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok, stage="proxy")
     second = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)
     quantized = second.quantizer(second.latents(images))
@@ -145,7 +138,7 @@ def two_stage(recording: Recording) -> Outputs:
 def single_stage(recording: Recording) -> Outputs:
     """The single-stage tokenizer."""
     tokenizer = recorded_tokenizer(recording, "single", "single", TiTok)
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     return {
         **_quantization(tokenizer, images, "single"),
         "single/image": to_unit(tokenizer(images).reconstruction),
@@ -158,7 +151,7 @@ def kl(recording: Recording) -> Outputs:
     tokenizer = recorded_tokenizer(recording, "kl", "kl", TiTok)
     bottleneck = tokenizer.quantizer
     assert isinstance(bottleneck, GaussianBottleneck)
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     moments = tokenizer.latents(images)
     posterior = bottleneck.posterior(moments)
     sample = posterior.sample(as_vectors(recording.inputs["kl/noise"]))
@@ -180,7 +173,7 @@ def kl(recording: Recording) -> Outputs:
 def discriminator(recording: Recording) -> Outputs:
     """The discriminator, and the losses of both sides of the second stage, without a quantizer's."""
     settings = recording.settings("disc/gen_total")
-    images = recorded_images(recording)
+    images = from_unit(recording.inputs["images"])
     fake = recorded_tokenizer(recording, "two_stage", "two_stage", TiTok)(images)
     plain = TokenizerOutput(fake.reconstruction, fake.tokens, {})
     options = recording.options("discriminator", DISCRIMINATOR_READ)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -52,7 +51,7 @@ def recorded_tokenizer(recording: Recording, interpolated: bool = False) -> Toke
         commitment_weight=config["commit_beta"],
         entropy_weight=config["entropy_ratio"],
     )
-    check_sizes(config, "the config", {name: shown(made) for name, shown in SHOWN.items()})
+    recording.check_sizes({name: shown(made) for name, shown in SHOWN.items()})
     return made
 
 

@@ -2,7 +2,6 @@
 of square and other images.
 """
 
-from tessellar.interop.options import check_sizes
 from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Outputs, Recording
 from tessellar.parity.registration import replays
@@ -25,7 +24,7 @@ def recorded_tokenizer(recording: Recording, image_size: tuple[int, int]) -> Uni
         "ch_mult": [level.res[0].conv1.out_channels // channels for level in made.encoder.levels],  # type: ignore[union-attr, index]
         "attn_blocks": len(made.encoder.attention.blocks),
     }
-    check_sizes(options, "the config's ddconfig", found)
+    recording.check_sizes(found, "ddconfig")
     return made
 
 

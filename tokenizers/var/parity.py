@@ -2,7 +2,6 @@
 
 import torch
 
-from tessellar.checkpoints.weights import part_of
 from tessellar.interop.options import require
 from tessellar.parity.forms import as_map, as_vectors
 from tessellar.parity.recording import Outputs, Recording
@@ -23,7 +22,7 @@ def recorded_vqvae(recording: Recording) -> VARVQVAE:
     require(config.get("encoder_decoder_override", {}), "the config's vae", attention)
     settings = recording.case_settings.get("vq_train", {})
     return vqvae_from_official(
-        part_of(recording.weights["model"], "vae."),
+        recording.state("vae."),
         tuple(config["v_patch_nums"]),
         phi_ratio=config.get("quant_resi", 0.5),
         commitment_weight=config.get("beta", settings.get("beta", 0.25)),
