@@ -204,7 +204,9 @@ class ImageGenerator(nn.Module):
         mode = self.generator.training
         self.generator.eval()
         try:
-            with prepared(self.generator):
+            # Packed weights are none that a compiler can read.
+            layout = "plain" if sampling.algorithm.compile else "auto"
+            with prepared(self.generator, layout=layout):
                 return sampling.tokens(self.generator, condition, seeds, recorder)
         finally:
             self.generator.train(mode)

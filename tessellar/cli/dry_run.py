@@ -350,7 +350,7 @@ def checked(recipe: dict[str, Any]) -> Namespace:
 
 def config_of(configs: Sequence[Any] | None) -> Path | None:
     """The file of a run's last config."""
-    return config_file(str(configs[-1])) if configs else None
+    return config_file(str(list(configs)[-1])) if configs else None
 
 
 def free_memory() -> int:

@@ -52,6 +52,8 @@ class KVCache:
         self.block = torch.zeros(rows, capacity, dtype=torch.int64)
         self._reserved = 0
         self.is_fixed = False  # lengths and blocks lie with the data, and shapes depend on neither
+        self.attended: int | None = None  # where fixed: slots that a pass attends to; None: all
+        self._rows_alike = True  # every pass so far was the same for all rows
 
     @property
     def capacity(self) -> int:
@@ -67,15 +69,17 @@ class KVCache:
         if self.is_fixed:
             self.block.scatter_(1, index, block.expand(len(index), n))
             self._reserved = n
-            mask = self._visible(block, index, self.capacity)
-            return Slots(index, None, self.capacity, mask, False)
+            stop = self.capacity if self.attended is None else self.attended
+            return Slots(index, None, stop, self._visible(block, index, stop), False)
         stop = int(self.lengths.max()) + n
         if stop > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions; {stop} are needed")
         self.block.scatter_(1, index, block.expand(len(index), n))
         self._reserved = n
         start = int(self.lengths[0]) if bool((self.lengths == self.lengths[0]).all()) else None
-        mask = self._visible(block, index, stop)
+        self._rows_alike &= start is not None and len(block) == 1
+        # One row of mask where all rows are alike.
+        mask = self._visible(block, index[:1] if self._rows_alike else index, stop)
         is_causal = (
             start == 0
             and n == stop
@@ -92,9 +96,10 @@ class KVCache:
         )
 
     def _visible(self, block: Tensor, index: Tensor, stop: int) -> Tensor:
+        rows = len(index)
         slots = torch.arange(stop, device=index.device)
-        filled = slots < self.lengths[:, None] + index.shape[1]
-        seen = (self.block[:, None, :stop] <= block[..., None]) & filled[:, None]
+        filled = slots < self.lengths[:rows, None] + index.shape[1]
+        seen = (self.block[:rows, None, :stop] <= block[..., None]) & filled[:, None]
         return (seen | (slots == index[..., None]))[:, None]
 
     def write(self, layer: int, slots: Slots, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +133,13 @@ class KVCache:
         made.is_fixed = True
         return made
 
+    def _as(self, other: "KVCache") -> "KVCache":
+        """This cache with the switches of another one."""
+        self.is_fixed = other.is_fixed
+        self.attended = other.attended
+        self._rows_alike = other._rows_alike
+        return self
+
     def truncate(self, lengths: Tensor) -> None:
         """Roll each row back to `lengths` [R]; raises ValueError where a row would grow."""
         if self.is_fixed:
@@ -143,9 +155,7 @@ class KVCache:
         """A cache of copies of `rows` [r]: fork, reorder, drop."""
         rows = rows.to(self.data.device)
         there = rows.to(self.lengths.device)
-        chosen = self._of(self.data[:, :, rows], self.lengths[there], self.block[there])
-        chosen.is_fixed = self.is_fixed
-        return chosen
+        return self._of(self.data[:, :, rows], self.lengths[there], self.block[there])._as(self)
 
     @classmethod
     def _of(cls, data: Tensor, lengths: Tensor, block: Tensor) -> "KVCache":
@@ -155,6 +165,8 @@ class KVCache:
         made.block = block
         made._reserved = 0
         made.is_fixed = False
+        made.attended = None
+        made._rows_alike = False
         return made
 
 

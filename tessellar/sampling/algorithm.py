@@ -26,6 +26,7 @@ class Algorithm(ABC):
     """
 
     exact: ClassVar[bool] = True
+    compile: bool = False  # whether the generator runs inside a compiled function
 
     @abstractmethod
     def __call__(

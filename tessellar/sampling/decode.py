@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tessellar.errors import UserError
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Draws, Implicit, Logits
 from tessellar.protocol.entities import Entities
@@ -21,6 +22,7 @@ from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.captured import decode_captured
 from tessellar.sampling.report import Recorder, forward, running
 
 
@@ -96,19 +98,39 @@ class EntityByEntity(Algorithm):
         with running(recorder, condition.batch, generator.layout.length, noise.device):
             state = generator.start(condition, guidance, self.plan(generator, noise))
             tokens = generator.layout.blank(condition.batch).to(noise.device)
+            if self.compile:
+                with forward(recorder, tokens.device):
+                    tokens = decode_captured(generator, state, settings, noise, tokens)
+                count_plain(recorder, state)
+                return tokens
             for step in self.steps_of(generator, state, settings, noise, tokens, recorder):
                 tokens = step.tokens
         return tokens
+
+
+def count_plain(recorder: Recorder | None, state: State) -> None:
+    """Tell a recorder of one evaluation an entity; raises UserError where it asks for entropies,
+    which a captured step does not give.
+    """
+    if recorder is None:
+        return
+    if recorder.entropy:
+        raise UserError("a compiled step gives no entropies: leave algorithm.compile out")
+    for entity in range(state.entities.count):
+        recorder.plain(torch.full((state.batch,), entity))
 
 
 @dataclass(frozen=True)
 class Ancestral(EntityByEntity):
     """Entity by entity, one evaluation each; every generator and every head. Exact.
 
-    `steps`: number of entities, for generators of random order.
+    `steps`: number of entities, for generators of random order. `compile`: the whole step as one
+    compiled function, replayed as a CUDA graph on a GPU; for generators whose entities all have as
+    many tokens. Compiling takes up to minutes, once a process and batch size.
     """
 
     steps: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is not None:

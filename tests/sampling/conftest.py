@@ -25,8 +25,12 @@ class SharedNoise(Noise):
     def __len__(self) -> int:
         return self.batch
 
-    def _draw(self, function, *shape: int) -> Tensor:
-        return function(self.batch, *shape, generator=self.stream)
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(self.batch, *shape, generator=self.stream)
+
+    def exponential(self, *shape: int) -> Tensor:
+        drawn = -torch.log1p(-self.uniform(*shape))
+        return drawn.clamp(min=torch.finfo(torch.float32).tiny)
 
     def select(self, index: Tensor) -> "SharedNoise":
         """The stream goes on for fewer images."""

@@ -189,10 +189,10 @@ def test_an_image_depends_on_its_own_tokens_and_seed(images: Tensor) -> None:
     assert torch.equal(together, tokenizer.decode(tokens))
     for image in range(3):
         alone = tokenizer.decode(tokens[image : image + 1])
-        torch.testing.assert_close(together[image : image + 1], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[image : image + 1], alone, atol=5e-5, rtol=5e-5)
     seeded = tokenizer.decode(tokens, noise=Noise([5, 6, 7]))
     alone = tokenizer.decode(tokens[1:2], noise=Noise([6]))
-    torch.testing.assert_close(seeded[1:2], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seeded[1:2], alone, atol=5e-5, rtol=5e-5)
 
 
 def test_lengths_of_nested_dropout() -> None:
