@@ -306,8 +306,8 @@ def recipe_of(path: str, config: Path | None) -> dict[str, Any]:
 
     Raises UserError for a name that is neither.
     """
-    parts = Path(path).parts
-    name = parts[-2] if parts[-1] == "export" and len(parts) > 1 else parts[-1]
+    given = Path(path)
+    name = given.parent.name if given.name == "export" else given.name
     beside = None if config is None else config_beside(config, name)
     if beside is not None:
         recipe = yaml.safe_load(beside.read_text())["model"]["init_args"]["tokenizer"]
