@@ -93,11 +93,11 @@ class Images:
         return Images(
             self.image[index],
             self.state.select(index),
-            self.noise.select(index),
-            self.known[index],
-            self.tokens[there],
-            self.law[there],
-            self.borrowed[index],
+            noise=self.noise.select(index),
+            known=self.known[index],
+            tokens=self.tokens[there],
+            law=self.law[there],
+            borrowed=self.borrowed[index],
         )
 
 
@@ -264,7 +264,16 @@ class _Decoder:
         images.borrowed = images.borrowed & ~repaid
         images.borrowed[image[begins_for_good], row[image, front][begins_for_good]] = True
         if self.recorder is not None:
-            self._record(self.recorder, counts, is_new, accepted, size, is_top, committed, p)
+            self._record(
+                self.recorder,
+                counts,
+                is_new=is_new,
+                accepted=accepted,
+                size=size,
+                is_top=is_top,
+                committed=committed,
+                p=p,
+            )
 
     def judge(
         self, images: Images, p: Tensor, image: Tensor, front: Tensor, place: Tensor
