@@ -41,6 +41,10 @@ class PrefixTransformer(Generator):
     activation_checkpointing: bool = False
     #: Training only: what teacher forcing reads in the place of tokens [B, N, ...]; what is predicted stays as it is.
     reader: Callable[[Tensor, Entities], Tensor] | None = None
+    #: Training only: what becomes of the inputs [R, n, D] of tokens, at their indices [R or 1, n].
+    veil: Callable[[Tensor, Tensor], Tensor] | None = None
+    #: Training only: every position sees all others, whatever its block.
+    sees_all: bool = False
     #: Training only: the share of samples that are read in a uniform order of their own; None: the generator has one.
     random_order: float | None = None
     #: Whether a window may be any set of places: one token an entity, and a head that asks `ranks` alone.
@@ -321,11 +325,12 @@ class PrefixTransformer(Generator):
         if entities.order.ndim == 2:
             images = torch.arange(state.batch, device=entities.order.device)
             entities = entities.select(images.repeat(state.guidance.branches))
-        return self.embed(state.rows(tokens), index, entities)
+        inputs = self.embed(state.rows(tokens), index, entities)
+        return inputs if self.veil is None else self.veil(inputs, index)
 
     def visibility(self, state: State, place: Tensor) -> Tensor:
         """Visibility numbers [R or 1, n] of places of a sequence, NEVER at the padding of a prefix."""
-        block = self.block(place)
+        block = torch.zeros_like(place) if self.sees_all else self.block(place)
         valid = state.prefix.valid  # type: ignore[union-attr]
         if valid is None or (state.input_size is None and bool(valid.all())):
             return block

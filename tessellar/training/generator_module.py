@@ -15,6 +15,7 @@ from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
+from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.arguments import in_ranges
@@ -28,6 +29,7 @@ from tessellar.text.conditioners import TextConditioner
 from tessellar.training.base import Player, trainable
 from tessellar.training.image_generator_module import ImageGeneratorModule
 from tessellar.training.methods.context_noise import ContextNoise, reading, require_teacher_forcing
+from tessellar.training.methods.mixture import Mixture, MixtureObjective
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.optim import OptimizerSettings
@@ -55,7 +57,8 @@ class GeneratorModule(ImageGeneratorModule):
     `init_from` starts from the generator and the conditioner of an export or checkpoint, whose
     classes are found by their names; `init_fresh` names tensors or modules that stay as they were
     made. A generator trained by teacher forcing may read a noisy context (`context_noise`) and also learn
-    code vectors (`recovery`), in training alone; together: reAR.
+    code vectors (`recovery`), in training alone; together: reAR. `mixture` trains it on random-token
+    and next-all-token prediction too (TokenUnify).
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class GeneratorModule(ImageGeneratorModule):
         init_fresh: Sequence[str] = (),
         context_noise: ContextNoise | None = None,
         recovery: Recovery | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -84,6 +88,11 @@ class GeneratorModule(ImageGeneratorModule):
         self.schedule = schedule
         self.context_noise = context_noise
         self.recovery = None if recovery is None else EmbeddingRecovery(recovery, made, loaded)
+        if mixture is not None and (context_noise or recovery):
+            raise UserError(
+                "mixture reads tokens in its own way: leave context_noise and recovery out"
+            )
+        self.mixture = None if mixture is None else MixtureObjective(mixture, made)
         if context_noise is not None:
             require_teacher_forcing(made, "context_noise")
         self.init_from = init_from
@@ -157,7 +166,7 @@ class GeneratorModule(ImageGeneratorModule):
         return f": set --model.generator.num_classes {count}"
 
     def make_players(self) -> list[Player]:
-        parts = (self.model.generator, self.model.conditioner, self.recovery)
+        parts = (self.model.generator, self.model.conditioner, self.recovery, self.mixture)
         modules: list[nn.Module] = [part for part in parts if part is not None]
         optimizers = self.optimizer_settings.make(*modules)
         return [Player("generator", modules, trainable(*modules), optimizers, self.schedule)]
@@ -191,7 +200,12 @@ class GeneratorModule(ImageGeneratorModule):
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         tokens = self.tokens_of(batch)
         condition = self.model.conditioner(batch)
-        if self.context_noise is None and self.recovery is None:
+        if self.mixture is not None:
+            generator = self.model.generator
+            assert isinstance(generator, PrefixTransformer)
+            progress = self.updates / self.total_updates
+            terms = self.mixture(generator, tokens, condition, self.epoch, progress)
+        elif self.context_noise is None and self.recovery is None:
             terms = self.model.generator.loss(tokens, condition)
         else:
             terms = self.regularised_losses(tokens, condition)
