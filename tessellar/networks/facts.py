@@ -168,6 +168,9 @@ PUBLISHED = {
 
 """Published networks whose files do not say all of this, by the SHA-256 of the file."""
 
+INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""torch-fidelity's file of FID's network, by its SHA-256."""
+
 
 @dataclass(frozen=True)
 class UsedNetwork:
@@ -215,9 +218,10 @@ def refuse_evaluator(path: str | Path) -> None:
     for its own exam.
     """
     path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file():
         return
-    if read_metadata(path).get("purpose") == PURPOSE or sha256_of(path) in PUBLISHED:
+    says_so = path.suffix == ".safetensors" and read_metadata(path).get("purpose") == PURPOSE
+    if says_so or sha256_of(path) in (*PUBLISHED, INCEPTION):
         raise UserError(
             f"{path} is a network for evaluation; a loss, a teacher or a filter of samples may not use it"
         )

@@ -121,8 +121,9 @@ class AlignmentModule(ImageGeneratorModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        names = self.class_names if self.reads_labels else ()
         for reward in self.method.rewards:
-            reward.prepare(Material(self.real_images, self.own_images))
+            reward.prepare(Material(names, self.real_images, self.own_images))
 
     def training_samples(self, count: int) -> Iterator[DataBatch]:
         """Batches of at most `count` training samples, not augmented, that lie evenly in the set."""

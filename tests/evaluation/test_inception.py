@@ -120,7 +120,7 @@ def test_spatial_distance_is_named_after_the_network(both: Both) -> None:
 
 def test_only_published_weights_are_called_fid(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     assert both.extractor.distance == f"FD(inception-{both.extractor.sha256[:8]})"
-    monkeypatch.setattr(module, "PUBLISHED_SHA256", both.extractor.sha256)
+    monkeypatch.setattr(module, "INCEPTION", both.extractor.sha256)
     assert distance_name(both.extractor, 50_000) == "FID" and named("IS", both.extractor) == "IS"
     assert (
         distance_name(both.extractor, 10_000) == "FID-10k"

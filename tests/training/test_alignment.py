@@ -16,6 +16,7 @@ from tessellar.callbacks.ema import EMA
 from tessellar.checkpoints.export import export_generator
 from tessellar.data.sets.shapes import ShapesData
 from tessellar.errors import UserError
+from tessellar.networks import facts as networks
 from tessellar.networks.facts import NetworkFacts
 from tessellar.networks.vision import VisionModel
 from tessellar.pipeline import ImageGenerator
@@ -25,12 +26,14 @@ from tessellar.protocol.distribution import Logits
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.guidance import Guidance, Linear
 from tessellar.protocol.layout import Categorical, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
 from tessellar.tensor_files import write_safetensors
 from tessellar.training.alignment import (
     CCA,
     GRPO,
     ClassifierReward,
+    CLIPScore,
     DecoderTuning,
     LeaveOneOutFrechet,
     ReconstructionReward,
@@ -38,13 +41,15 @@ from tessellar.training.alignment import (
     VAPi,
 )
 from tessellar.training.alignment.cca import contrastive_loss, equal_rows
+from tessellar.training.alignment.drawing import new_seeds
 from tessellar.training.alignment.method import AlignmentMethod, Batch, ungenerated
 from tessellar.training.alignment.policy import clipped_surrogate, group_advantages, k3
-from tessellar.training.alignment.rewards import Drawn, Reward, repeated
+from tessellar.training.alignment.rewards import Drawn, Material, Reward, repeated
 from tessellar.training.alignment.va_pi import mean_of_kept
 from tessellar.training.alignment_module import AlignmentModule
 from tessellar.training.methods.context_noise import ContextNoise
 from tessellar.training.optim import OptimizerSettings
+from tests.sampling.search.test_network_verifiers import clip  # noqa: F401
 from tests.training.conftest import make_generator_module
 from tests.training.test_resume import Drawing, SaveAll, differences, everything
 
@@ -147,8 +152,8 @@ def test_in_eval_mode_the_first_update_is_reinforce(source: str) -> None:
     torch.manual_seed(3)
     model.generator.eval()
     logits = model.generator.score(batch.tokens, batch.condition).logits
-    uniform = [torch.rand(logits.shape) for _ in range(4)]
-    waits = [-torch.log1p(-u).clamp(max=-1e-38) for u in uniform]
+    noise = Noise(new_seeds(len(logits)))
+    waits = [noise.exponential(*logits.shape[1:]) for _ in range(4)]
     samples = torch.stack([(logits.softmax(-1) / wait).argmax(-1) for wait in waits], 1)
     images = model.decode(samples.flatten(0, 1))
     advantages = group_advantages(images.flatten(1).mean(1), 4)
@@ -419,9 +424,9 @@ def test_two_processes_leave_out_as_one(monkeypatch) -> None:
         frechet("loo_batch").of_features(FEATURES[:1])
 
 
-def teacher_file(path: Path, classes: int = 10) -> str:
+def teacher_file(path: Path, classes: int = 10, names: tuple[str, ...] = ()) -> str:
     facts = NetworkFacts(
-        "tiny", "test_resnet", classes, (16, 16), purpose="teacher", class_names=()
+        "tiny", "test_resnet", classes, (16, 16), purpose="teacher", class_names=names
     )
     import timm
 
@@ -481,7 +486,42 @@ def test_va_pi_resumes_exactly_and_raises_its_reward(fit, source: str, tmp_path:
     assert rest == losses[14:] and differences(whole, resumed) == []
 
 
-def test_a_network_that_measures_the_run_gives_no_reward(fit, source: str, tmp_path: Path) -> None:
+def test_the_classifier_finds_classes_by_their_names(tmp_path: Path) -> None:
+    weights = teacher_file(tmp_path / "teacher.safetensors", 3, ("ring", "star", "cross"))
+    reward = ClassifierReward(weights)
+    drawn = Drawn(torch.rand(3, 3, 20, 20) * 2 - 1, None, {"label": torch.tensor([0, 1, 2])})
+    logits = reward.network(drawn.images).log_softmax(-1)
+    torch.testing.assert_close(reward(drawn), logits.diagonal())
+
+    def known(*names: str) -> Material:
+        return Material(names, lambda _: iter(()), lambda _: iter(()))
+
+    reward.prepare(known("star", "cross", "ring"))
+    rows = torch.arange(3)
+    torch.testing.assert_close(reward(drawn), logits[rows, [1, 2, 0]])
+    with pytest.raises(UserError, match="'moon' is no class of .*teacher"):
+        reward.prepare(known("star", "moon", "ring"))
+    match = ClassifierReward(weights, match=True)
+    assert torch.equal(match(drawn), (logits.argmax(-1) == rows).float())
+    with pytest.raises(UserError, match="this data has none"):
+        match(drawn._replace(batch={}))
+
+
+def test_captions_are_scored_by_clip(clip: str) -> None:  # noqa: F811
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    reward = CLIPScore(clip)
+    found = reward(Drawn(images, None, {"caption": ["red cat", "a photo of red"]}))
+    alone = reward(Drawn(images[1:], None, {"caption": ["a photo of red"]}))
+    assert found.shape == (2,) and float(found.min()) >= 0
+    assert float(found.max()) <= 2.5
+    assert alone.shape == (1,) and not list(reward.state_dict())
+    with pytest.raises(UserError, match="this data has none"):
+        reward(Drawn(images, None, {}))
+
+
+def test_a_network_that_measures_the_run_gives_no_reward(
+    fit, source: str, tmp_path: Path, monkeypatch
+) -> None:
     weights = teacher_file(tmp_path / "teacher.safetensors")
 
     class Judge(L.Callback):
@@ -499,6 +539,10 @@ def test_a_network_that_measures_the_run_gives_no_reward(fit, source: str, tmp_p
     write_safetensors(state, tmp_path / "judge.safetensors", facts.to_metadata())
     with pytest.raises(UserError, match="is a network for evaluation"):
         ClassifierReward(str(tmp_path / "judge.safetensors"))
+    torch.save(state, tmp_path / "inception.pth")
+    monkeypatch.setattr(networks, "INCEPTION", networks.sha256_of(tmp_path / "inception.pth"))
+    with pytest.raises(UserError, match="inception.pth is a network for evaluation"):
+        VisionModel("test_resnet", str(tmp_path / "inception.pth"))
 
 
 def test_what_cannot_be_aligned_says_so(fit, source: str, tmp_path: Path) -> None:

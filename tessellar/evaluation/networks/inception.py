@@ -23,10 +23,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from tessellar.errors import UserError
 from tessellar.evaluation.networks.extractors import Extractor, Features
 from tessellar.evaluation.networks.resize import RESIZERS
-from tessellar.networks.facts import sha256_of
+from tessellar.networks.facts import INCEPTION, sha256_of
 from tessellar.tensor_files import read_state
 
-PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE = (299, 299)
 SPATIAL_BLOCK = "Mixed_6d"
 SPATIAL_CHANNELS = 7  # TensorFlow's mixed_6; its first branch is mixed_6/conv
@@ -63,7 +62,7 @@ class Inception(Extractor):
 
     @property
     def is_published(self) -> bool:
-        return self.sha256 == PUBLISHED_SHA256
+        return self.sha256 == INCEPTION
 
     @property
     def distance(self) -> str:
@@ -94,7 +93,7 @@ class Inception(Extractor):
                 f"{URL_INCEPTION_V3.rsplit('/', 1)[1]} (from {URL_INCEPTION_V3}), or another network: "
                 "--extractor NET.safetensors, which `evaluate.py extractor` trains"
             ) from error
-        return cls(state, PUBLISHED_SHA256, resize)
+        return cls(state, INCEPTION, resize)
 
     def extract(self, images: Tensor) -> Features:
         x = (RESIZERS[self.resize](images, SIZE) - 128) / 128

@@ -2,8 +2,6 @@
 arXiv 2512.19680).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,28 +12,12 @@ from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
 
 
-class RunNoise(Noise):
-    """Draws of B rows from the global random numbers, which a checkpoint holds: made where they are
-    used, and as many as there are vocabulary entries, they need no stream an image.
-    """
-
-    def __init__(self, batch: int, device: torch.device | str) -> None:
-        super().__init__([], device)
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return self.batch
-
-    def _draw(self, function: Callable[..., Tensor], *shape: int) -> Tensor:
-        return function(self.batch, *shape, device=self.device)
-
-
 @torch.no_grad()
 def drawn_groups(scores: Distribution, choice: Choice, group: int, like: Tensor) -> Tensor:
     """`group` independent draws [B, G, N, ...] of every token; `like` [B, N, ...] is of the same
     images.
     """
-    noise = RunNoise(len(like), like.device)
+    noise = Noise(new_seeds(len(like)), like.device)
     settings = Sampling(choice=choice)
     return torch.stack([scores.sample(settings, noise) for _ in range(group)], dim=1)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tessellar.errors import UserError
@@ -41,10 +42,11 @@ def repeated(batch: Mapping[str, Any], group: int) -> dict[str, Any]:
 
 
 class Material(NamedTuple):
-    """Where a reward that compares distributions finds some before a run: batches of about so many
-    real training images, and of the generator's own.
+    """What a reward may look at before a run: batches of about so many real training images, and of
+    the generator's own; names of the classes, empty where they are not known.
     """
 
+    class_names: tuple[str, ...]
     real: Callable[[int], Iterator[Tensor]]
     own: Callable[[int], Iterator[Tensor]]
 
@@ -122,15 +124,24 @@ class ClassifierReward(Reward):
         super().__init__(weight)
         self.network = Unsaved(Classifier(weights))
         self.match = match
+        self.places: list[int] = []  # the network's number of each class, where names are known
 
     @property
     def files(self) -> list[Path]:
         return [self.network.module.file]
 
+    def prepare(self, material: Material) -> None:
+        """Find the network's classes by the names of the data's."""
+        classifier = self.network.module
+        names = material.class_names
+        self.places = [classifier.class_of(label, name) for label, name in enumerate(names)]
+
     def forward(self, drawn: Drawn) -> Tensor:
         if "label" not in drawn.batch:
             raise UserError("ClassifierReward needs the classes of the images; this data has none")
         labels = drawn.batch["label"]
+        if self.places:
+            labels = torch.tensor(self.places, device=labels.device)[labels]
         logits = self.network(drawn.images)
         if self.match:
             return (logits.argmax(-1) == labels).float()
@@ -151,4 +162,4 @@ class CLIPScore(Reward):
     def forward(self, drawn: Drawn) -> Tensor:
         if "caption" not in drawn.batch:
             raise UserError("CLIPScore needs captions; this data has none")
-        return 2.5 * self.clip(drawn.images, drawn.batch["caption"]).clamp(min=0)
+        return self.clip(drawn.images, drawn.batch["caption"])
