@@ -110,9 +110,10 @@ def _said(*words: str) -> str:
 def _optimizer(facts: dict[str, Any]) -> str:
     if not facts:
         return "-"
+    betas = facts.get("betas")  # a spec may not say them
     return _said(
         f"{facts['name']} {_number(facts['lr'])}",
-        f"betas {facts['betas'][0]}, {facts['betas'][1]}",
+        f"betas {betas[0]}, {betas[1]}" if betas else "",
         f"decay {_number(facts['weight_decay'])}",
     )
 

@@ -47,10 +47,21 @@ class PositionQueries(PrefixTransformer):
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         """Tokens of the context, or queries (indices from QUERY on), each at its place."""
-        spot = spots_of(index, entities.order).to(tokens.device)
+        rank, is_query = self.ranks_at(index)
+        spot = spots_of(rank, entities.order).to(tokens.device)
         ids = tokens.gather(1, spot.expand(len(tokens), -1))
-        is_query = (index >= QUERY).to(tokens.device)[..., None]
-        return self.placed(torch.where(is_query, self.query, self.token_embedding(ids)), spot)
+        asks = is_query.to(tokens.device)[..., None]
+        return self.placed(torch.where(asks, self.asking(spot), self.token_embedding(ids)), spot)
+
+    def ranks_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of indices [R or 1, n] behind the prefix: whose token or query is read there, by
+        generation rank, and whether it is the query.
+        """
+        return index % QUERY, index >= QUERY
+
+    def asking(self, spot: Tensor) -> Tensor:
+        """Embeddings of the queries of places [R or 1, n], as `placed` takes them."""
+        return self.query
 
     def input_ends(self, prefix_length: int, entities: Entities) -> Tensor:
         """The input of an entity is the tokens of the one before; of the first, the last position
@@ -156,6 +167,15 @@ def spots_of(index: Tensor, order: Tensor) -> Tensor:
     rows = max(len(order), len(index))
     rank = (index % QUERY).clamp(max=order.shape[-1] - 1)
     return order.expand(rows, -1).gather(1, rank.expand(rows, -1))
+
+
+def first_of_entity(rank: Tensor, entities: Entities) -> Tensor:
+    """Generation rank of the first token of the entity that the token of each rank is in; grows past
+    the end, never clamped.
+    """
+    entity = entity_of_rank(rank, entities)
+    past = (entity - entities.count).clamp(min=0) * entities.sizes[-1]
+    return entities.ends[entity.clamp(max=entities.count)] + past
 
 
 def entity_of_rank(rank: Tensor, entities: Entities) -> Tensor:

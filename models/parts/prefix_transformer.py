@@ -49,6 +49,8 @@ class PrefixTransformer(Generator):
     random_order: float | None = None
     #: Whether a window may be any set of places: one token an entity, and a head that asks `ranks` alone.
     predicts_places: ClassVar[bool] = False
+    #: Keys and values that the cache holds beside those of `layers`.
+    further_caches: ClassVar[int] = 0
 
     @abstractmethod
     def shared(self, place: Tensor, state: State, slots: Slots) -> Any:
@@ -140,7 +142,7 @@ class PrefixTransformer(Generator):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         heads = getattr(self, "num_kv_heads", self.num_heads)
         return KVCache(
-            len(self.layers),
+            len(self.layers) + self.further_caches,
             rows,
             heads=heads,
             capacity=capacity,
@@ -287,9 +289,11 @@ class PrefixTransformer(Generator):
         state.cache.commit()
         return x
 
-    def through_layers(self, x: Tensor, shared: Any) -> Tensor:
-        """Hidden states [R, n, D] of inputs x, which all blocks read with what they share."""
-        for number, layer in enumerate(self.layers):
+    def through_layers(self, x: Tensor, shared: Any, layers: nn.ModuleList | None = None) -> Tensor:
+        """Hidden states [R, n, D] of inputs x, which all blocks (of `layers`, if others than the
+        generator's) read with what they share.
+        """
+        for number, layer in enumerate(self.layers if layers is None else layers):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, number, shared, use_reentrant=False)
             else:

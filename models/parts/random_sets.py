@@ -2,6 +2,8 @@
 set at a time (MAR, arXiv 2406.11838).
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from math import ceil, cos, exp, floor, pi
 
 import torch
@@ -49,6 +51,21 @@ def draw_share(least: float) -> float:
             kept = least <= share <= 1
         if kept:
             return share
+
+
+def growing_sizes(known: Sequence[int], length: int) -> tuple[int, ...]:
+    """Sizes of as many sets as there are numbers: `known[s]` of `length` tokens are wanted behind
+    set s; every set has a token at least, and the last one takes the rest.
+
+    Raises UserError for more sets than tokens, or none.
+    """
+    steps = len(known)
+    if not 1 <= steps <= length:
+        raise UserError(f"{length} tokens cannot be generated in {steps} steps: give 1 to {length}")
+    ends = [0]
+    for step, wanted in enumerate(known[:-1]):
+        ends.append(min(max(wanted, ends[-1] + 1), length - (steps - 1 - step)))
+    return tuple(after - before for before, after in pairwise([*ends, length]))
 
 
 class RandomSets(MaskedGenerator):

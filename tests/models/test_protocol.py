@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.arpg import ARPG
 from tessellar.models.bar import BAR, MaskedBits
 from tessellar.models.bitdance import BitDance
 from tessellar.models.flextok import FlexAR
@@ -25,6 +26,7 @@ from tessellar.models.maskgit import MaskGIT
 from tessellar.models.mingtok import MingTokAR
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
+from tessellar.models.randar import RandAR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.semanticist import SemanticistAR
@@ -182,8 +184,25 @@ def token_shuffle(layout: Layout) -> TokenShuffle:
     return TokenShuffle(layout, 32, 2, 4, 2, num_classes=CLASSES, ffn_multiple_of=8)
 
 
+def in_sets(generator: Generator) -> Generator:
+    """The same generator over sets of a random order."""
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(5))
+    generator.entities = Entities(order, (1, 2, 5, 4, 4))
+    return generator
+
+
+def arpg() -> ARPG:
+    return ARPG(GRID, 32, 4, 4, CLASSES, 6, dropout=0.0, ffn_multiple_of=8)
+
+
+def randar() -> RandAR:
+    return RandAR(GRID, 32, 2, 4, CLASSES, 6, dropout=0.0, ffn_multiple_of=8)
+
+
 GENERATORS: dict[str, Callable[[], Generator]] = {
     "alitok": lambda: AliTokAR(HITA, 32, 2, 4, CLASSES, dropout=0.0, ffn_multiple_of=8),
+    "arpg": arpg,
+    "arpg-sets": lambda: in_sets(arpg()),
     "bitdance": lambda: bitdance(1),
     "bitdance-patches": lambda: bitdance(2),
     "llamagen": lambda: LlamaGen(GRID, 32, 2, 4, CLASSES, ffn_multiple_of=8, dropout=0.0),
@@ -222,6 +241,8 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "next-subsample": lambda: next_entity(GRID, "subsample:2"),
     "next-level": lambda: next_entity(LINE, "level:1,1,2,4"),
     "next-random": lambda: next_entity(GRID, "random:0"),
+    "randar": randar,
+    "randar-sets": lambda: in_sets(randar()),
     "rar": lambda: RAR(GRID, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "rar-1d": lambda: RAR(LINE, 32, 2, 4, 64, CLASSES, dropout=0.0),
     "var": var,

@@ -203,7 +203,8 @@ def test_the_other_head_is_modulated_by_the_condition_and_reads_nothing_beside()
     silu = torch.nn.functional.silu
     condition = silu(head.time(t) + head.condition(z))
     h = head.input(x)
-    for block in head.blocks:
+    blocks: Any = head.blocks
+    for block in blocks:
         shift, scale, gate = block.modulation.linear(condition).chunk(3, -1)
         inner = block.norm(h) * (1 + scale) + shift
         h = h + gate * block.fc2(silu(block.fc1(inner)))

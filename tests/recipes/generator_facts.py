@@ -8,6 +8,7 @@ from torch import nn
 
 from tessellar.cli.recipes import Facts, Recipe
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.arpg import ARPG
 from tessellar.models.bar import BAR
 from tessellar.models.bitdance import BitDance
 from tessellar.models.har import HAR
@@ -18,6 +19,7 @@ from tessellar.models.mar import MAR
 from tessellar.models.maskgit import MaskGIT
 from tessellar.models.mingtok import MingTokAR
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
+from tessellar.models.randar import RandAR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.semanticist import SemanticistAR
@@ -73,6 +75,7 @@ def llama_facts(generator: Any) -> Facts:
 @_facts.register(AliTokAR)
 @_facts.register(LlamaGen)
 @_facts.register(HAR)
+@_facts.register(RandAR)
 @_facts.register(ReToKGPT)
 def _(generator: Any) -> Facts:
     return llama_facts(generator)
@@ -94,6 +97,13 @@ def _(generator: OpenMAGVIT2AR) -> Facts:
     if {layer.dropout.p for layer in inner} != {facts["dropout.residual"]}:
         facts["dropout.residual"] = "another one inside of tokens"
     return facts
+
+
+@_facts.register
+def _(generator: ARPG) -> Facts:
+    blocks: Any = [*generator.layers, *generator.cross_layers]
+    inner = the_one(blocks, lambda block: block.dropout.p)
+    return {"dropout.residual": inner, "dropout.feed_forward": inner, **PLAIN}
 
 
 @_facts.register

@@ -64,10 +64,12 @@ def values(recipe: dict[str, Any]) -> Facts:
 
 def test_the_systems_are_those_without_a_recording() -> None:
     assert SYSTEMS == [
+        "arpg",
         "bar",
         "flextok_ar",
         "mingtok",
         "next_entity",
+        "randar",
         "rectok",
         "semanticist",
         "token_shuffle",

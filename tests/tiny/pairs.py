@@ -15,6 +15,7 @@ import torch
 
 from tessellar.errors import UserError
 from tessellar.models.alitok import AliTokAR
+from tessellar.models.arpg import ARPG
 from tessellar.models.bar import BAR
 from tessellar.models.bitdance import BitDance
 from tessellar.models.flextok import FlexAR
@@ -28,6 +29,7 @@ from tessellar.models.maskgit import MaskGIT
 from tessellar.models.mingtok import MingTokAR
 from tessellar.models.next_entity import NextEntity
 from tessellar.models.open_magvit2 import OpenMAGVIT2AR
+from tessellar.models.randar import RandAR
 from tessellar.models.rar import RAR
 from tessellar.models.retok import ReToKGPT
 from tessellar.models.semanticist import SemanticistAR
@@ -184,6 +186,8 @@ GENERATORS: dict[str, Callable[[Layout], Generator]] = {
     "Next entity, level": lambda layout: NextEntity(
         layout, "level", 16, 1, 2, CLASSES, ffn_multiple_of=8
     ),
+    "RandAR": lambda layout: RandAR(layout, 16, 1, 2, CLASSES, 4, ffn_multiple_of=8),
+    "ARPG": lambda layout: ARPG(layout, 16, 2, 2, CLASSES, 4, ffn_multiple_of=8),
     "LPD": lambda layout: LPD(layout, 16, 1, 2, CLASSES, 4),
     "VAR": lambda layout: VAR(layout, 16, 1, 2, CLASSES, 4),
     "TokenFlow's AR": lambda layout: TokenFlowAR(

@@ -33,6 +33,8 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
 SIZED = ("runs/mingtok/export",)  # whose features a generator reads, of a width of its own
 PARAMETERS = {
+    "t2i/token_shuffle_512": 2_709_390_336,
+    "t2i/token_shuffle_1024": 2_789_634_816,
     "t2i/token_shuffle_2048": 2_789_634_816,
     "t2i/tokenflow_7b": 7_027_204_096,
     "imagenet256/mingtok_512": 697_719_584 + 32 + 1_049_600 + 25_344,  # with what only training has
@@ -78,6 +80,8 @@ PARAMETERS = {
     "imagenet256/titok_bl128_vae_c16": 389_581_940,
     "imagenet256/alitok_stage1": 390_623_032,
     "imagenet256/alitok_stage2": 389_899_308,
+    "imagenet256/arpg_l": 319_844_352,
+    "imagenet256/randar_l": 342_912_000,
     "imagenet256/lpd_l": 337_157_120,
     "imagenet256/lpd_xl": 751_947_520,
     "imagenet256/lpd_xxl": 1_412_184_576,
