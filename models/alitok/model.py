@@ -77,6 +77,9 @@ class AliTokAR(LlamaGenerator):
         self.init_weights(zero_init_residual)
         tag(self.embedding.weight, "no_decay")
 
+    def code_embeddings(self) -> Tensor:
+        return self.embedding.weight[: self.vocab]
+
     def prefix(self, condition: Condition) -> Prefix:
         assert condition.ids is not None
         return Prefix(self.embedding(condition.ids + self.vocab + 1)[:, None])

@@ -98,6 +98,9 @@ class RAR(PrefixTransformer):
         assert condition.ids is not None
         return self.embedding(condition.ids + self.vocab + 1)[:, None]
 
+    def code_embeddings(self) -> Tensor:
+        return self.embedding.weight[: self.vocab]
+
     def prefix(self, condition: Condition) -> Prefix:
         label = self.class_embedding(condition)
         return Prefix(

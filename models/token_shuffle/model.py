@@ -275,6 +275,10 @@ class TokenShuffle(LlamaGenerator):
             fused = torch.where(end, self.token_embedding.weight[self.conditioning.eoi], fused)
         return fused
 
+    def code_embeddings(self) -> Tensor:
+        """Without the rows of text, where that is joint."""
+        return self.token_embedding.weight[self.offset :]
+
     def positions(self, place: Tensor, state: State) -> Positions:
         if self.rotary == "grid":
             return super().positions(place, state)
@@ -362,7 +366,7 @@ class TokenShuffle(LlamaGenerator):
 
 # Published variant; heads, FFN and text vocabulary are the only near combination with 2.7 billion
 # parameters [ours].
-def token_shuffle_2b7(layout: Layout, window: int = 2) -> TokenShuffle:
+def token_shuffle_2b7(layout: Layout, window: int = 2, mlp_blocks: int = 2) -> TokenShuffle:
     """2,789,634,816 parameters on 16,384 codes, windows of 2; reads and writes Llama 3's 128,256
     text ids.
     """
@@ -372,6 +376,7 @@ def token_shuffle_2b7(layout: Layout, window: int = 2) -> TokenShuffle:
         20,
         24,
         window,
+        mlp_blocks,
         text_vocab=128_256,
         caption_length=512,
         tied=True,
@@ -379,6 +384,11 @@ def token_shuffle_2b7(layout: Layout, window: int = 2) -> TokenShuffle:
         rope_base=500_000.0,
         bos=128_000,
     )
+
+
+def token_shuffle_2b7_first(layout: Layout) -> TokenShuffle:
+    """2,709,390,336 parameters: the paper's first stage, one code a position and no shuffle."""
+    return token_shuffle_2b7(layout, window=1, mlp_blocks=0)
 
 
 # LlamaGen's sizes with a class prefix.   parameters on 16,384 codes, windows of 2, 1,000 classes

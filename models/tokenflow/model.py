@@ -125,6 +125,11 @@ class TokenFlowAR(ScaleReader, LlamaGenerator):
         self.set_rotations(angles.cos(), angles.sin())
         self.init_weights()
 
+    def code_embeddings(self) -> Tensor | None:
+        """Without the rows of text, where that is joint."""
+        rows = super().code_embeddings()
+        return None if rows is None else rows[self.offset :]
+
     def init_weights(self, zero_init_residual: bool = False) -> None:
         """As every Llama generator; places N(0, 0.02)."""
         super().init_weights(zero_init_residual)

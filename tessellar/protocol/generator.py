@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache
@@ -325,6 +325,20 @@ class Generator(Configured, ExactTables, ABC):
         """Told once whose tokens these are; for generators that read more of the tokenizer than its
         layout (VAR).
         """
+
+    def learn_from(self, target: "Generator") -> None:
+        """Told once, before training, of a frozen generator that it learns from (FLASH's drafter).
+
+        Raises UserError, naming the generator, for all others.
+        """
+        raise UserError(f"{type(self).__name__} learns from tokens alone: leave target out")
+
+    def code_embeddings(self) -> Tensor | None:
+        """Embeddings [V, D] of the codes of a categorical layout, which say what codes are alike (GSD);
+        None where a code has none of its own.
+        """
+        table = getattr(self, "token_embedding", None)
+        return table.weight if isinstance(table, nn.Embedding) else None
 
     def starting_from(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights of another instance as training goes on from them (`init_from`): as they are.

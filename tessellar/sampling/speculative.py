@@ -489,19 +489,19 @@ class GroupedJacobi(SpeculativeJacobi):
 
     def acceptance(self, generator: Generator) -> GroupedRatio:
         """The acceptance rule with the generator's embeddings; raises UserError where it has none."""
-        return self.of_table(getattr(generator, "token_embedding", None), generator)
+        return self.of_table(generator.code_embeddings(), generator)
 
-    def of_table(self, embedding: object, generator: Generator) -> GroupedRatio:
+    def of_table(self, embeddings: Tensor | None, generator: Generator) -> GroupedRatio:
         """The rule over the codes of one table of embeddings."""
         threshold = self.d_threshold
         table = None
         if self.d_quantile is not None or threshold is not None:
-            if not isinstance(embedding, nn.Embedding):
+            if embeddings is None:
                 name = type(generator).__name__
                 raise UserError(
                     f"GSD's distance filter needs one embedding a code, {name} has none; set d_threshold null"
                 )
-            table = embedding.weight.detach().float()
+            table = embeddings.detach().float()
             threshold = (
                 threshold if self.d_quantile is None else distance_quantile(table, self.d_quantile)
             )
@@ -514,8 +514,9 @@ class GroupedJacobi(SpeculativeJacobi):
         count = len(sub_tokens(generator.layout))
         if not count:
             return Rules(self.window, self.init, self.acceptance(generator), coupling)
-        tables = getattr(generator, "embeddings", None)
-        if not isinstance(tables, nn.ModuleList):
-            tables = [None] * count
+        embeddings = getattr(generator, "embeddings", None)
+        tables: list[Tensor | None] = [None] * count
+        if isinstance(embeddings, nn.ModuleList):
+            tables = [table.weight for table in embeddings]  # type: ignore[misc]
         each = tuple(self.of_table(table, generator) for table in tables)
         return Rules(self.window, self.init, coupling=coupling, sub_tokens=each)

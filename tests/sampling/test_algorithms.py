@@ -9,7 +9,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 from tessellar.errors import UserError
+from tessellar.models.arpg import ARPG
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.rar import RAR
+from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.parity.table_generator import TableGenerator
 from tessellar.processes.apg import APG
 from tessellar.processes.diffusion import AncestralDiffusion
@@ -155,6 +158,7 @@ def test_exactness_is_declared() -> None:
         "Ancestral",
         "SpeculativeJacobi",
         "DraftModel",
+        "FlashDrafts",
     ]
 
 
@@ -168,3 +172,18 @@ def test_grouped_decoding_takes_the_embeddings_of_the_generator() -> None:
     assert GroupedJacobi(d_threshold=0.7).acceptance(generator).d_threshold == 0.7
     with pytest.raises(UserError, match="has none; set d_threshold null"):
         GroupedJacobi().acceptance(TABLE)
+
+
+@pytest.mark.parametrize("name", ["text", "rar", "arpg"])
+def test_grouped_decoding_takes_the_rows_of_codes_out_of_a_table_of_more(name: str) -> None:
+    """Text ids come before the codes, a mask and classes behind them."""
+    grid = grid_layout(2, 2, Categorical(40))
+    if name == "text":
+        text = TokenShuffle(grid, 32, 1, 4, 1, 0, text_vocab=300, ffn_multiple_of=8)
+        rows = text.token_embedding.weight[302:]
+        found = GroupedJacobi().acceptance(text).table
+    else:
+        made = RAR(grid, 32, 1, 4, 64, 5) if name == "rar" else ARPG(grid, 32, 2, 4, 5, 2)
+        rows = made.embedding.weight[:40]
+        found = GroupedJacobi().acceptance(made).table
+    assert found is not None and found.shape == (40, 32) and torch.equal(found, rows)
