@@ -22,6 +22,7 @@ from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.confidence import MaskGIT
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.draft_model import DraftModel
+from tessellar.sampling.flash import FlashDrafts
 from tessellar.sampling.parallel_jacobi import ParallelJacobi
 from tessellar.sampling.redrawn import Redrawn
 from tessellar.sampling.report import Recorder
@@ -34,6 +35,7 @@ ALGORITHMS = (
     ReusingJacobi,
     GroupedJacobi,
     DraftModel,
+    FlashDrafts,
     ZipAR,
     ParallelJacobi,
     MaskGIT,

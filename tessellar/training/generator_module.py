@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.data_facts import other_class
 from tessellar.checkpoints.fitting import place_classes
-from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer
+from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer, read_source
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.data.dataset import IndexedDataset
@@ -58,7 +58,8 @@ class GeneratorModule(ImageGeneratorModule):
     classes are found by their names; `init_fresh` names tensors or modules that stay as they were
     made. A generator trained by teacher forcing may read a noisy context (`context_noise`) and also learn
     code vectors (`recovery`), in training alone; together: reAR. `mixture` trains it on random-token
-    and next-all-token prediction too (TokenUnify).
+    and next-all-token prediction too (TokenUnify). A drafter learns from the generator at `target`, an
+    export or checkpoint that stays as it is.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class GeneratorModule(ImageGeneratorModule):
         context_noise: ContextNoise | None = None,
         recovery: Recovery | None = None,
         mixture: Mixture | None = None,
+        target: str | None = None,
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
@@ -86,6 +88,7 @@ class GeneratorModule(ImageGeneratorModule):
         loaded.looks_at_range = False
         self.optimizer_settings = optimizer
         self.schedule = schedule
+        self.target = target
         self.context_noise = context_noise
         self.recovery = None if recovery is None else EmbeddingRecovery(recovery, made, loaded)
         if mixture is not None and (context_noise or recovery):
@@ -109,6 +112,8 @@ class GeneratorModule(ImageGeneratorModule):
     def setup(self, stage: str) -> None:
         """A conditioner that learns from captions reads those of the training set, unless it came with `init_from`; a
         checkpoint's replaces it later."""
+        if self.target is not None:
+            self.model.generator.learn_from(self._frozen(self.target))
         conditioner = self.model.conditioner
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(data, ImageDataModule):
@@ -120,6 +125,15 @@ class GeneratorModule(ImageGeneratorModule):
         if isinstance(conditioner, ClassConditioner) and self.start is not None:
             self._place_classes(self.start, tuple(data.class_names))
             self.start = None
+
+    def _frozen(self, path: str) -> Generator:
+        """The generator at `path`, which nothing trains."""
+        source = read_source(path)
+        if source.kind != "generator":
+            raise UserError(f"target {path} is a tokenizer; it must be a generator")
+        generator: Generator = source.build("generator")
+        generator.bind(self.model.tokenizer)
+        return generator.eval().requires_grad_(False)
 
     def _place_classes(self, start: Start, now: tuple[str, ...]) -> None:
         """Give classes that the source knows by name their rows, and say which are new."""
