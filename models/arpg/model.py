@@ -50,12 +50,13 @@ def arpg_sizes(length: int, steps: int, curve: Curve = "arccos") -> tuple[int, .
     """Tokens of each step: behind step s of S, N r are left, r = arccos((s + 1) / S) / (pi / 2), or
     cos(pi / 2 (s + 1) / S).
     """
-    known = []
-    for step in range(steps):
+
+    def known(step: int) -> int:
         done = (step + 1) / steps
         left = acos(done) / (pi / 2) if curve == "arccos" else cos(pi / 2 * done)
-        known.append(length - int(length * left))
-    return growing_sizes(known, length)
+        return length - int(length * left)
+
+    return growing_sizes(steps, length, known)
 
 
 class CrossPass(NamedTuple):

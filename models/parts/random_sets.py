@@ -2,7 +2,7 @@
 set at a time (MAR, arXiv 2406.11838).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from math import ceil, cos, exp, floor, pi
 
@@ -53,18 +53,17 @@ def draw_share(least: float) -> float:
             return share
 
 
-def growing_sizes(known: Sequence[int], length: int) -> tuple[int, ...]:
-    """Sizes of as many sets as there are numbers: `known[s]` of `length` tokens are wanted behind
-    set s; every set has a token at least, and the last one takes the rest.
+def growing_sizes(steps: int, length: int, known: Callable[[int], int]) -> tuple[int, ...]:
+    """Sizes of `steps` sets of `length` tokens: `known(s)` are wanted behind set s; every set has a
+    token at least, and the last one takes the rest.
 
     Raises UserError for more sets than tokens, or none.
     """
-    steps = len(known)
     if not 1 <= steps <= length:
         raise UserError(f"{length} tokens cannot be generated in {steps} steps: give 1 to {length}")
     ends = [0]
-    for step, wanted in enumerate(known[:-1]):
-        ends.append(min(max(wanted, ends[-1] + 1), length - (steps - 1 - step)))
+    for step in range(steps - 1):
+        ends.append(min(max(known(step), ends[-1] + 1), length - (steps - 1 - step)))
     return tuple(after - before for before, after in pairwise([*ends, length]))
 
 

@@ -47,10 +47,11 @@ from tessellar.protocol.work import Work, causal_attention_macs, linear_macs
 
 def randar_sizes(length: int, steps: int) -> tuple[int, ...]:
     """Tokens of each step: behind step s there are (1 - cos(pi / 2 (s + 1) / S)) N + 1 of N."""
-    known = []
-    for step in range(steps):
-        known.append(floor((1 - cos(pi / 2 * (step + 1) / steps)) * length + 1))
-    return growing_sizes(known, length)
+
+    def known(step: int) -> int:
+        return floor((1 - cos(pi / 2 * (step + 1) / steps)) * length + 1)
+
+    return growing_sizes(steps, length, known)
 
 
 class RandAR(PositionQueries, LlamaGenerator):

@@ -27,7 +27,8 @@ def _words(text: str) -> frozenset[str]:
 SIZES = _words(
     """
     accumulate always batch_size bits blocks caption_dim channels classes columns decoder_multipliers depth
-    dim epoch_length every every_n_epochs every_n_updates group group_bits groups head_groups heads hidden holistic
+    dim drafts epoch_length every every_n_epochs every_n_updates group group_bits groups head_groups heads
+    hidden holistic
     init_step keep kernel length levels longest max_skipped multiple multipliers
     num_samples ffn_multiple_of milestones patch phis pool repeats restart_every rows_at_once
     samples semantic_layer sets shortest sides size slots

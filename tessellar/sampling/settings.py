@@ -26,12 +26,18 @@ from tessellar.sampling.flash import FlashDrafts
 from tessellar.sampling.parallel_jacobi import ParallelJacobi
 from tessellar.sampling.redrawn import Redrawn
 from tessellar.sampling.report import Recorder
-from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
+from tessellar.sampling.speculative import (
+    GroupedJacobi,
+    ReusingJacobi,
+    SiblingJacobi,
+    SpeculativeJacobi,
+)
 from tessellar.sampling.zipar import ZipAR
 
 ALGORITHMS = (
     Ancestral,
     SpeculativeJacobi,
+    SiblingJacobi,
     ReusingJacobi,
     GroupedJacobi,
     DraftModel,

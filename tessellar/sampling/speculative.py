@@ -41,6 +41,7 @@ from tessellar.sampling.chains import Drafts, verify_chain
 from tessellar.sampling.couplings import COUPLINGS, Coupling, Reuse, Verdict, fresh, gumbel, verify
 from tessellar.sampling.drafts import SCHEMES, Neighbourhood, fill, look_up, sources
 from tessellar.sampling.report import Recorder, forward, running
+from tessellar.sampling.siblings import further_drafts, judge_siblings
 
 Init = Literal["random", "uniform", "repeat-left", "repeat-up", "argmax-left", "sample-left"]
 CouplingName = Literal["none", "maximal", "gumbel"]
@@ -60,6 +61,7 @@ class Rules:
     acceptance: Acceptance = plain_ratio
     coupling: Coupling = fresh
     sub_tokens: tuple[Acceptance, ...] = ()
+    siblings: int = 1  # drafts of the first place of a window
 
     def acceptances(self, count: int) -> tuple[Acceptance, ...]:
         """The test of each of `count` sub-tokens: `sub_tokens`, or the same for all."""
@@ -136,6 +138,10 @@ def speculative_jacobi(
                 f"speculative decoding of sub-tokens needs one token an entity; {type(generator).__name__} has "
                 f"{sorted(set(state.entities.sizes))}"
             )
+        if rules.siblings > 1 and (vocabs or set(state.entities.sizes) != {1}):
+            raise UserError(
+                f"siblings of drafts need tokens of one id, one by one; {type(generator).__name__} has others"
+            )
         decoder = _Decoder(
             generator, choice, rules, Neighbourhood.of(generator.layout), vocabs, recorder
         )
@@ -194,14 +200,19 @@ class _Decoder:
             put_in = self.values(batch.window.draft[:, :drafts])
             tokens = state.entities.put(tokens, first, drafts, put_in)
         state.rollback(first)
-        with forward(self.recorder, tokens.device):
-            distribution = self.generator.predict(state, tokens, count=width)
-        if self.vocabs:
-            verdict = self.judge_chain(batch, distribution)
-            p = verdict.law
+        if self.rules.siblings > 1:
+            batch, p, judged = self.among_siblings(batch, tokens, width)
+            state = batch.state
+            verdict = self.judge(batch, judged)
         else:
-            p = probabilities(distribution, self.choice, state)
-            verdict = self.judge(batch, p)
+            with forward(self.recorder, tokens.device):
+                distribution = self.generator.predict(state, tokens, count=width)
+            if self.vocabs:
+                verdict = self.judge_chain(batch, distribution)
+                p = verdict.law
+            else:
+                p = probabilities(distribution, self.choice, state)
+                verdict = self.judge(batch, p)
         accepted = verdict.accepted.cpu()
         committed = torch.minimum((accepted + 1).clamp(max=width), remaining)
         if self.recorder is not None:
@@ -209,6 +220,51 @@ class _Decoder:
         tokens = state.entities.put(tokens, first, width, self.values(verdict.tokens))
         batch = replace(batch, tokens=tokens, done=first + committed)
         return replace(batch, window=self.shift(batch, verdict, committed))
+
+    def among_siblings(
+        self, batch: Batch, tokens: Tensor, width: int
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """The window evaluated behind each sibling of its first draft, and the batch as the one that
+        stays leaves it; its laws [B, W, 1, V], and those to judge it by: the first place is decided.
+        """
+        count = self.rules.siblings
+        window = batch.window
+        noise = batch.noise
+        first_law = window.law[:, 0, 0]
+        codes = first_law.shape[-1]
+        drafts, there = further_drafts(
+            first_law, window.draft[:, 0, 0], count, noise.exponential(codes)
+        )
+        count = drafts.shape[1]
+        images = torch.arange(len(drafts)).repeat_interleave(count)
+        forks = batch.state.select(images)
+        ahead = forks.entities.put(
+            tokens[images.to(tokens.device)], forks.fed, 1, drafts.flatten()[:, None]
+        )
+        with forward(self.recorder, tokens.device):
+            distribution = self.generator.predict(forks, ahead, count=width)
+        every = rearrange(
+            probabilities(distribution, self.choice, forks), "(b k) w s v -> b k w s v", k=count
+        )
+        chosen = judge_siblings(
+            every[:, 0, 0, 0],
+            first_law,
+            drafts=drafts,
+            there=there,
+            uniform=noise.uniform(count),
+            exponential=noise.exponential(codes),
+        )
+        rows = torch.arange(len(drafts), device=drafts.device)
+        p = every[rows, chosen.branch]
+        certain = torch.zeros_like(first_law).scatter_(-1, chosen.token[:, None], 1.0)
+        judged = p.clone()
+        judged[:, 0, 0] = certain
+        law = window.law.clone()
+        law[:, 0, 0] = certain * chosen.accepted[:, None]
+        draft = window.draft.clone()
+        draft[:, 0, 0] = chosen.token
+        state = forks.select((rows * count + chosen.branch).cpu())
+        return replace(batch, state=state, window=Window(draft, law, window.tied)), p, judged
 
     def values(self, slots: Tensor) -> Tensor:
         """Tokens [B, W, s] as the buffer takes them."""
@@ -440,6 +496,26 @@ class SpeculativeJacobi(Windows):
 
     def rules(self, generator: Generator) -> Rules:
         return Rules(self.window, self.init, coupling=COUPLINGS[self.coupling])
+
+
+@dataclass(frozen=True)
+class SiblingJacobi(SpeculativeJacobi):
+    """SJD with `siblings` drafts of the first place of a window (SJD-PAC, arXiv 2603.18599), each
+    evaluated with the window behind it: as many times the work of an evaluation. Exact.
+
+    `init` must give a law (`uniform`, `sample-left`): what is certain has no siblings.
+    """
+
+    init: Init = "uniform"
+    coupling: CouplingName = "maximal"
+    siblings: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("siblings", self.siblings, 1, 16)
+
+    def rules(self, generator: Generator) -> Rules:
+        return replace(super().rules(generator), siblings=self.siblings)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,12 @@ from tessellar.sampling.draft_model import DraftModel
 from tessellar.sampling.redrawn import Redrawn
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import ALGORITHMS, GREEDY, Sampling
-from tessellar.sampling.speculative import GroupedJacobi, ReusingJacobi, SpeculativeJacobi
+from tessellar.sampling.speculative import (
+    GroupedJacobi,
+    ReusingJacobi,
+    SiblingJacobi,
+    SpeculativeJacobi,
+)
 from tessellar.tokenizers.flextok import FlowDecoding
 
 TABLE = TableGenerator(sequence_layout(6, Categorical(3)))
@@ -118,6 +123,7 @@ NAN, INF = float("nan"), float("inf")
             lambda: SpeculativeJacobi(coupling="strong"),
             "coupling is 'strong'; it must be one of none, maximal",
         ),  # type: ignore
+        (lambda: SiblingJacobi(siblings=0), r"siblings is 0; it must be an integer in \[1, 16\]"),
         (lambda: ReusingJacobi(threshold=-1.0), "at least 0"),
         (lambda: ReusingJacobi(threshold=NAN), "threshold is nan; it must be a finite number"),
         (lambda: GroupedJacobi(group_size=0), "group_size is 0"),
@@ -157,6 +163,7 @@ def test_exactness_is_declared() -> None:
     assert [algorithm.__name__ for algorithm in ALGORITHMS if algorithm.exact] == [
         "Ancestral",
         "SpeculativeJacobi",
+        "SiblingJacobi",
         "DraftModel",
         "FlashDrafts",
     ]

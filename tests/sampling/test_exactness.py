@@ -117,6 +117,12 @@ def test_segments_and_an_order_that_is_not_the_rasters(init: str, exact) -> None
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
+def test_siblings(coupling: str, exact) -> None:
+    rules = Rules(4, "uniform", coupling=COUPLINGS[coupling], siblings=3)
+    assert exact(jacobi(rules), TableGenerator(LAYOUT), (0, 1, 2), *PROCESSING[0], seed=7)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
 def test_entities_of_several_tokens(coupling: str, exact) -> None:
     generator = TableGenerator(sequence_layout(6, Categorical(2)), entity_size=2)
     assert exact(jacobi(Rules(3, coupling=COUPLINGS[coupling])), generator, seed=3)
