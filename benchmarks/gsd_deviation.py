@@ -81,7 +81,7 @@ def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000
     counts = torch.zeros(len(law), dtype=torch.int64)
     condition = Condition(ids=torch.zeros(batch, dtype=torch.int64))
     for number in range(rounds):
-        noise = SharedNoise(number, batch)
+        noise = Noise(range(number * batch, (number + 1) * batch))
         if rule is None:
             tokens = Ancestral()(generator, condition, Sampling(), noise)
         else:
@@ -89,22 +89,6 @@ def whole_images(rule: Acceptance | None, rounds: int = 10, batch: int = 100_000
             tokens = speculative_jacobi(generator, condition, Choice(), noise, NO_GUIDANCE, rules)
         counts += torch.bincount((tokens * weights).sum(1), minlength=len(law))
     return float((counts / counts.sum() - law).abs().sum() / 2)
-
-
-class SharedNoise(Noise):
-    """One stream for the whole batch."""
-
-    def __init__(self, seed: int, batch: int, stream: torch.Generator | None = None) -> None:
-        super().__init__([])
-        self.stream, self.batch = stream or torch.Generator().manual_seed(seed), batch
-
-    def _draw(self, function, *shape: int) -> Tensor:
-        return function(self.batch, *shape, generator=self.stream)
-
-    def select(self, index: Tensor) -> "SharedNoise":
-        return SharedNoise(0, len(index), self.stream)
-
-    part = select
 
 
 def main() -> None:

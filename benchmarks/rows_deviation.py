@@ -12,7 +12,6 @@ import argparse
 
 import torch
 from gray_model import load_gray
-from gsd_deviation import SharedNoise
 from torch import Tensor
 
 from tessellar.parity.table_generator import TableGenerator
@@ -23,6 +22,7 @@ from tessellar.protocol.distribution import Distribution
 from tessellar.protocol.generator import Generator, State
 from tessellar.protocol.guidance import Constant
 from tessellar.protocol.layout import Categorical, grid_layout
+from tessellar.protocol.noise import Noise
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
 from tessellar.sampling.parallel_jacobi import ParallelJacobi
@@ -54,7 +54,8 @@ def whole_images(algorithm: Algorithm, rounds: int = 10, batch: int = 100_000) -
     counts = torch.zeros(len(law), dtype=torch.int64)
     condition = Condition(ids=torch.zeros(batch, dtype=torch.int64))
     for number in range(rounds):
-        tokens = algorithm(generator, condition, Sampling(), SharedNoise(number, batch))
+        noise = Noise(range(number * batch, (number + 1) * batch))
+        tokens = algorithm(generator, condition, Sampling(), noise)
         counts += torch.bincount((tokens * weights).sum(1), minlength=len(law))
     return float((counts / counts.sum() - law).abs().sum() / 2)
 
