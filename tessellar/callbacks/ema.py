@@ -6,7 +6,7 @@ with the warm-up min(decay, (1 + t) / (10 + t)) of the TensorFlow implementation
 some papers do), swaps it in for validation, test and prediction, and saves it under its own key.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,24 +22,34 @@ class EMA(L.Callback):
     """Average after every update. Weights that are not finite are never averaged in.
 
     Without `warmup` the decay is the same from the first update on: a run that is short against 1 /
-    (1 - decay) updates then keeps much of its first weights.
+    (1 - decay) updates then keeps much of its first weights. Averages with the decays `also` are
+    kept beside it, for `evaluate.py sweep RUN.ckpt --ema`; nothing else reads them.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"EMA decay is {decay}; it must be in [0, 1)")
+    def __init__(
+        self, decay: float = 0.9999, warmup: bool = True, also: Sequence[float] = ()
+    ) -> None:
+        for one in (decay, *also):
+            if not 0 <= one < 1:
+                raise ValueError(f"EMA decay is {one}; it must be in [0, 1)")
+        if len({decay, *also}) < 1 + len(also):
+            raise ValueError(f"EMA decays {[decay, *also]} name one twice")
         self.decay = decay
         self.warmup = warmup
+        self.further: dict[float, dict[str, Tensor]] = {one: {} for one in also}
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
         self._seen = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.average:
+        for averages in (self.average, *self.further.values()):
+            if averages:
+                continue
+            # An average that joins a run later starts from the weights of then.
             for name, tensor in tensors_of(pl_module).items():
                 average = tensor.float() if tensor.is_floating_point() else tensor
-                self.average[name] = average.clone()
+                averages[name] = average.clone()
         self._place(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,39 +58,53 @@ class EMA(L.Callback):
 
     def _place(self, pl_module: L.LightningModule) -> None:
         """Averages where the weights are, and sharded as they are."""
-        saved = with_current_names(pl_module.ema_target, self.average)  # type: ignore[arg-type]
-        self.average = {}
+        self.average = self._placed(pl_module, self.average)
+        for decay, averages in self.further.items():
+            self.further[decay] = self._placed(pl_module, averages)
+
+    def _placed(
+        self, pl_module: L.LightningModule, averages: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        saved = with_current_names(pl_module.ema_target, averages)  # type: ignore[arg-type]
+        placed = {}
         for name, tensor in tensors_of(pl_module).items():
             average = saved[name].float() if tensor.is_floating_point() else saved[name]
-            self.average[name] = like(average, tensor)
+            placed[name] = like(average, tensor)
+        return placed
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if pl_module.updates == self._seen:
             return
         self._seen = pl_module.updates
+        tensors = tensors_of(pl_module)
+        if not all_finite([tensor for tensor in tensors.values() if tensor.is_floating_point()]):
+            return
+        self.updates += 1
+        self._update(self.decay, self.average, tensors)
+        for decay, average in self.further.items():
+            self._update(decay, average, tensors)
+
+    def _update(self, decay: float, kept: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+        """Bring new weights into one average."""
         new: list[Tensor] = []
         averages: list[Tensor] = []
         counters: list[tuple[Tensor, Tensor]] = []  # whole numbers are copied, not averaged
-        for name, tensor in tensors_of(pl_module).items():
+        for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 new.append(tensor)
-                averages.append(self.average[name])
+                averages.append(kept[name])
             else:
-                counters.append((self.average[name], tensor))
-        if not all_finite(new):
-            return
-        self.updates += 1
+                counters.append((kept[name], tensor))
         # average += (1 - decay) (weights - average)
-        decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         for ours, theirs in zip(by_kind(averages), by_kind(new), strict=True):
             if ours:
                 theirs = [tensor.float() for tensor in theirs]
                 torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        for kept, counter in counters:
-            kept.copy_(counter)
+        for ours, counter in counters:
+            ours.copy_(counter)
 
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
@@ -123,15 +147,23 @@ class EMA(L.Callback):
         self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {
             "decay": self.decay,
             "updates": self.updates,
             "average": {n: whole(t) for n, t in self.average.items()},
         }
+        if self.further:
+            state["further"] = {}
+            for decay, averages in self.further.items():
+                state["further"][repr(decay)] = {n: whole(t) for n, t in averages.items()}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
         self.average = state_dict["average"]
+        for decay, averages in state_dict.get("further", {}).items():
+            if float(decay) in self.further:
+                self.further[float(decay)] = averages
 
 
 def tensors_of(pl_module: L.LightningModule) -> dict[str, Tensor]:

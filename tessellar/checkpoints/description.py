@@ -98,12 +98,17 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
 
 
 def checkpoint_tensors(
-    content: dict[str, Any], description: dict[str, Any], raw: bool, where: str
+    content: dict[str, Any],
+    description: dict[str, Any],
+    raw: bool,
+    where: str,
+    ema: float | None = None,
 ) -> tuple[dict[str, Tensor], str]:
     """Tensors of a Lightning checkpoint under their part's prefix, and which weights they are:
     `ema` or `raw`.
 
-    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for.
+    Averaged weights replace the raw ones where the checkpoint has any, unless `raw` is asked for;
+    `ema` is the decay of those wanted, where a run keeps several.
     What belongs to no part (losses, metrics) is left out.
     """
     state = content.get("state_dict")
@@ -111,6 +116,8 @@ def checkpoint_tensors(
     if not isinstance(state, dict):
         raise UserError(f"{where} holds no weights: training did not write it, or it is damaged")
     averages = {} if raw else averages_in(content)
+    if ema is not None:
+        averages = averages_of(content, ema, where)
     if not isinstance(averages, dict):
         raise UserError(f"{where}: its averages are a {type(averages).__name__}, not weights")
     if not all(isinstance(name, str) for name in (*state, *averages)):
@@ -125,6 +132,31 @@ def checkpoint_tensors(
             for name, tensor in part_of(merged, prefix).items():
                 tensors[f"{part}.{name}"] = tensor
     return tensors, "ema" if averages else "raw"
+
+
+def averages_of(content: dict[str, Any], ema: float, where: str) -> Any:
+    """Averages of the decay `ema`; raises UserError, listing those that are kept, for another."""
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    for state in states:
+        if not isinstance(state, dict) or "average" not in state:
+            continue
+        further = state.get("further", {})
+        kept = {state.get("decay"): state["average"]}
+        if isinstance(further, dict):
+            kept |= {_number(decay): averages for decay, averages in further.items()}
+        if ema in kept:
+            return kept[ema]
+        there = ", ".join(str(decay) for decay in kept)
+        raise UserError(f"{where} keeps no averages of decay {ema:g}; it has {there}")
+    raise UserError(f"{where} keeps no averaged weights")
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def left_out_of(content: dict[str, Any], description: dict[str, Any]) -> tuple[str, ...]:

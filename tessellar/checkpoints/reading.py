@@ -353,8 +353,10 @@ def _tell_left(source: Source, taken: list[str]) -> None:
         log.info("%s: %s taken, not its %s", source.where, " and ".join(taken), ", ".join(left))
 
 
-def read_source(path: str | Path, *, raw: bool = False) -> Source:
-    """What is at `path`, read but not built."""
+def read_source(path: str | Path, *, raw: bool = False, ema: float | None = None) -> Source:
+    """What is at `path`, read but not built; of a training checkpoint that keeps averages of several
+    decays, those of `ema`.
+    """
     local = in_runs(path)
     if not local.exists():
         if not is_hub_id(str(path)):
@@ -365,10 +367,14 @@ def read_source(path: str | Path, *, raw: bool = False) -> Source:
     elif local.suffix == ".safetensors":
         source = read_single_file(local)
     elif local.suffix == ".ckpt":
-        return read_checkpoint(local, raw)
+        return read_checkpoint(local, raw, ema)
     else:
         raise UserError(
             f"{path} is none of: export folder, .safetensors, .ckpt. An official file is read by `convert.py import`"
+        )
+    if ema is not None:
+        raise UserError(
+            f"{path} holds one set of weights; averages of several decays are in the run's checkpoint (.ckpt)"
         )
     if raw and source.weights == "ema":
         raise UserError(
@@ -404,7 +410,7 @@ def _source(path: Path, description: dict[str, Any], tensors: dict[str, Tensor])
     return Source(str(path), description, tensors, record_from(description.get("record")).weights)
 
 
-def read_checkpoint(path: Path, raw: bool) -> Source:
+def read_checkpoint(path: Path, raw: bool, ema: float | None = None) -> Source:
     require_file(path)
     content = read_pickle(path)
     if not isinstance(content, dict) or HEADER_KEY not in content:
@@ -412,7 +418,7 @@ def read_checkpoint(path: Path, raw: bool) -> Source:
             f"{path} is not a checkpoint of this project's training: it does not describe its model"
         )
     description = _description(content[HEADER_KEY], path)
-    tensors, weights = checkpoint_tensors(content, description, raw, str(path))
+    tensors, weights = checkpoint_tensors(content, description, raw, str(path), ema=ema)
     steps = content.get("global_step")
     record = (
         {"weights": weights, "steps": steps} if isinstance(steps, int) else {"weights": weights}

@@ -23,6 +23,7 @@ from tessellar.cli.evaluation_run import (
 from tessellar.cli.evaluation_tools import compare, extractor, neighbours, stats
 from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.older_sampling import refuse_older
+from tessellar.cli.sweep import sweep, with_axes
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
@@ -257,11 +258,15 @@ COMMANDS = {
     "extractor": extractor,
     "neighbours": neighbours,
     "compare": compare,
+    "sweep": sweep,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Entry of `evaluate.py` and `tessellar evaluate`."""
     with distributed.session():
-        refuse_older(sys.argv[1:] if argv is None else argv)
-        return run_functions(COMMANDS, argv, "evaluate")
+        words = list(sys.argv[1:] if argv is None else argv)
+        refuse_older(words)
+        if words[:1] == ["sweep"]:
+            words = with_axes(words)
+        return run_functions(COMMANDS, words, "evaluate")

@@ -146,7 +146,7 @@ def shell_habits(function: Function, argv: Sequence[str]) -> list[str]:
             values = [] if value is None else [value]
             if value is None:
                 missing = len(_required_names(function)) - len(positionals)
-                values = _take_list(words, missing, hints)
+                values = take_list(words, missing, hints)
             lists.setdefault(name, []).extend(_split(values))
         else:
             takes_next = (
@@ -168,7 +168,7 @@ def _required_names(function: Function) -> list[str]:
     return [name for name, each in parameters.items() if each.default is each.empty]
 
 
-def _take_list(words: list[str], missing: int, hints: Mapping[str, Any]) -> list[str]:
+def take_list(words: list[str], missing: int, hints: Mapping[str, Any]) -> list[str]:
     """The words of a list, taken off `words`: up to the next option; where `missing` positional
     words are still to come, the last ones that are paths are left for them.
     """
@@ -244,6 +244,8 @@ def _split(words: Sequence[str]) -> list[str]:
 
 
 def _is_list(hint: Any) -> bool:
+    if get_origin(hint) is dict:
+        return False
     return get_origin(hint) is list or any(get_origin(h) is list for h in get_args(hint))
 
 

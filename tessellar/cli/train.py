@@ -113,6 +113,12 @@ class TrainCLI(LightningCLI):
             "--ema", type=float | None, default=None, help="decay of averaged weights; null is none"
         )
         parser.add_argument(
+            "--ema_also",
+            type=list[float],
+            default=[],
+            help="further decays to keep averages of, which evaluate.py sweep RUN.ckpt --ema compares",
+        )
+        parser.add_argument(
             "--wandb",
             type=str | None,
             default=None,
@@ -218,7 +224,7 @@ class TrainCLI(LightningCLI):
             ),
         ]
         if config.ema is not None:
-            callbacks.insert(0, EMA(config.ema))
+            callbacks.insert(0, EMA(config.ema, also=config.ema_also))
         return super().instantiate_trainer(
             **kwargs,
             **(

@@ -89,3 +89,21 @@ def test_state_continues() -> None:
 def test_impossible_decay() -> None:
     with pytest.raises(ValueError, match="1.0"):
         EMA(1.0)
+
+
+def test_further_decays_are_kept_beside_it_and_saved() -> None:
+    alone, pl_module = started(0.9)
+    several = EMA(0.5, also=[0.9])
+    several.on_fit_start(None, pl_module)  # type: ignore[arg-type]
+    for step in range(1, 30):
+        update(alone, pl_module, float(step))
+        several.on_train_batch_end(None, pl_module)  # type: ignore[arg-type]
+    assert torch.equal(several.further[0.9]["weight"], alone.average["weight"])
+    assert not torch.equal(several.average["weight"], alone.average["weight"])
+    again = EMA(0.5, also=[0.9, 0.99])
+    again.load_state_dict(several.state_dict())
+    again.on_fit_start(None, pl_module)  # type: ignore[arg-type]
+    assert torch.equal(again.further[0.9]["weight"], alone.average["weight"])
+    assert torch.equal(again.further[0.99]["weight"], pl_module.ema_target.weight)
+    with pytest.raises(ValueError, match="name one twice"):
+        EMA(0.9, also=[0.9])

@@ -20,6 +20,7 @@ JARGON = ("subcommand", "Namespace", "instantiate", "NestedArg", "jsonargparse",
 PAGES = [
     *((command, ["--help"]) for command in SCRIPTS),
     *(("evaluate", [name, "-h"]) for name in ("samples", "model", "stats", "extractor", "neighbours", "compare")),
+    ("evaluate", ["sweep", "--help"]),
     *(("convert", [name, "--help"]) for name in ("import", "verify", "export", "info", "cache", "scale", "record")),
 ]  # fmt: skip
 
