@@ -84,16 +84,14 @@ def evaluate(
     """
     started = time.perf_counter()
     metrics = tuple(protocol.metrics if metrics is None else metrics)
-    extractors = [one.extractor for one in yardsticks]
-    for extractor in extractors:
-        refuse_selector(source, extractor)
-    protocol.check_networks([extractor.name for extractor in extractors])
-    chosen = applicable(metrics, extractors)
+    for one in yardsticks:
+        refuse_selector(source, one.extractor)
+    chosen = check_metrics_of(yardsticks, metrics, source, protocol)
     validation = validation_distances(yardsticks, protocol) if "fdr" in metrics else None
     warnings: list[str] = []
     matches = []
     for one, own in zip(yardsticks, chosen, strict=True):
-        warnings += check_one(source, one, protocol, own)
+        warnings += check_one(source, one, protocol)
         match = match_classes(source, one.extractor) if "accuracy" in own else ClassMatch()
         warnings += match.warnings
         matches.append(match)
@@ -134,6 +132,23 @@ def evaluate(
     return record
 
 
+def check_metrics_of(
+    yardsticks: Sequence[Yardstick],
+    metrics: Sequence[Metric],
+    source: ImageSource,
+    protocol: Protocol = PROTOCOLS["free"],
+) -> list[tuple[Metric, ...]]:
+    """Which metrics each network measures; raises UserError, before any image is made, where they
+    are not the protocol's networks, or a metric lacks what it needs.
+    """
+    extractors = [one.extractor for one in yardsticks]
+    protocol.check_networks([extractor.name for extractor in extractors])
+    chosen = applicable(metrics, extractors)
+    for one, own in zip(yardsticks, chosen, strict=True):
+        check_metrics(own, one.extractor, one.reference, source.has_originals)
+    return chosen
+
+
 def validation_distances(
     yardsticks: Sequence[Yardstick], protocol: Protocol
 ) -> dict[str, float] | None:
@@ -155,11 +170,9 @@ def validation_distances(
     return found
 
 
-def check_one(
-    source: ImageSource, one: Yardstick, protocol: Protocol, metrics: Sequence[Metric]
-) -> list[str]:
+def check_one(source: ImageSource, one: Yardstick, protocol: Protocol) -> list[str]:
     """Warnings about what files do not tell; raises UserError where the protocol is not kept with
-    this network, or a metric lacks what it needs.
+    this network, or the reference is of another.
     """
     unsure = protocol.check(
         source.count,
@@ -171,7 +184,6 @@ def check_one(
     )
     if one.reference is not None:
         one.reference.check(one.extractor)
-    check_metrics(metrics, one.extractor, one.reference, source.has_originals)
     return unsure
 
 

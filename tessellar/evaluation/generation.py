@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tessellar.checkpoints.weights import fingerprint
-from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.dataset import IndexedDataset, digest
 from tessellar.distributed import own_share
 from tessellar.errors import UserError
 from tessellar.evaluation.sources import ImageBatch, ImageSource, counts_of
@@ -46,7 +46,7 @@ class GeneratedImages(ImageSource):
         count: int,
         sampling: Sampling,
         seed: int = 0,
-        data: ImageDataset | None = None,
+        data: IndexedDataset | None = None,
         precision: str = "float32",
         facts: dict[str, Any] | None = None,
         class_names: Sequence[str] = (),

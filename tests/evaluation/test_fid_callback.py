@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessellar.callbacks.ema import EMA
 from tessellar.callbacks.fid import FID
 from tessellar.callbacks.pictures import Pictures
+from tessellar.data import CachedTokensData
 from tessellar.data.sets.shapes import ShapesData
+from tessellar.data.token_cache.writing import encode_dataset
 from tessellar.errors import UserError
+from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.timm_network import network_of
+from tessellar.evaluation.references import references_from, save_statistics
+from tessellar.evaluation.sources import DatasetImages
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.condition import ClassConditioner, Condition
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
@@ -70,7 +78,9 @@ class Painter(L.LightningModule):
 DATA = {"size": 32, "length": 40, "val_length": 20, "batch_size": 10}
 
 
-def fit(module: Painter, tmp_path: Path, callbacks: list[L.Callback], epochs: int = 2) -> L.Trainer:
+def fit(
+    module: Painter, tmp_path: Path, callbacks: list[L.Callback], epochs: int = 2, data: Any = None
+) -> L.Trainer:
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -84,7 +94,7 @@ def fit(module: Painter, tmp_path: Path, callbacks: list[L.Callback], epochs: in
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )
     L.seed_everything(0, verbose=False)
-    trainer.fit(module, ShapesData(**DATA))
+    trainer.fit(module, data or ShapesData(**DATA))
     return trainer
 
 
@@ -176,6 +186,128 @@ def test_what_is_missing_is_said_before_training(settings: dict[str, Any], tmp_p
         assert module.updates == 0
     with pytest.raises(ValueError, match="either every_n_epochs or every_n_updates"):
         FID(every_n_updates=3)
+
+
+class Counting(Brush):
+    """Counts the images that it paints; a guidance scale of 1 makes them paler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.painted: list[tuple[float, int]] = []
+
+    def sample_tokens(
+        self, condition: Condition, sampling: Any, seeds: Any, recorder: Any = None
+    ) -> Tensor:
+        scale = sampling.guidance.scale
+        self.painted += [(scale, seed) for seed in seeds]
+        return scale * super().sample_tokens(condition, sampling, seeds)
+
+
+@pytest.fixture
+def second_file(tmp_path: Path, tiny: Any) -> str:
+    facts = replace(tiny.facts, name="second", num_classes=0)
+    torch.manual_seed(5)
+    state = network_of(facts).state_dict()
+    path = tmp_path / "second.safetensors"
+    save_file(state, path, metadata=facts.to_metadata())
+    return str(path)
+
+
+def test_networks_guidance_weights_and_seeds_in_one_measurement(
+    settings: dict[str, Any], second_file: str, tmp_path: Path
+) -> None:
+    settings["extractor"] = [settings["extractor"], second_file]
+    fid = FID(**settings, guidance=[1.0, 2.0], weights="both", sets=2)
+    module = Painter(Counting())
+    trainer = fit(module, tmp_path, [fid, EMA(0.5)], epochs=1)
+    painted = module.model.painted
+    expected = [(scale, seed) for scale in (1, 2) for seed in range(40)]
+    assert painted == expected * 2  # two networks, once; averaged weights, raw ones
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for network in ("tiny", "second"):
+        for label in ("guidance 1", "guidance 2", "guidance 1 raw", "guidance 2 raw"):
+            assert values[f"val/FD({network}) {label}"] > 0
+            assert values[f"val/FD({network}) {label} noise"] > 0
+    averaged = [values[f"val/FD(tiny) guidance {scale}"] for scale in (1, 2)]
+    assert values["val/distance"] == pytest.approx(min(averaged))
+    names = {path.name for path in (tmp_path / "evaluations").iterdir()}
+    assert len(names) == 8 and "00000004-guidance-2-raw-seed20.json" in names
+    one = json.loads((tmp_path / "evaluations" / "00000004-guidance-1.json").read_text())
+    two = json.loads((tmp_path / "evaluations" / "00000004-guidance-1-seed20.json").read_text())
+    mean = (one["metrics"]["FD(tiny)"] + two["metrics"]["FD(tiny)"]) / 2
+    assert values["val/FD(tiny) guidance 1"] == pytest.approx(mean)
+
+
+def test_a_resumed_run_takes_what_was_measured(settings: dict[str, Any], tmp_path: Path) -> None:
+    first, again, other = (Painter(Counting()) for _ in range(3))
+    trainers = []
+    for module in (first, again):
+        trainers.append(fit(module, tmp_path, [FID(**settings)]))
+    assert len(first.model.painted) == 40 and again.model.painted == []
+    found = [float(trainer.callback_metrics["val/distance"]) for trainer in trainers]
+    assert found[0] == found[1]
+    with torch.no_grad():
+        other.model.generator.weight += 0.05  # other weights at the same updates
+    fit(other, tmp_path, [FID(**settings)])
+    assert len(other.model.painted) == 40
+
+
+def test_measuring_keeps_to_its_share_of_the_run(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fid = FID(**settings, share=0.001, free_seconds=0.0)
+    with caplog.at_level("INFO", logger="tessellar.callbacks.fid"):
+        fit(Painter(Brush()), tmp_path, [fid], epochs=4)
+    assert len(records(tmp_path)) == 1
+    own = [record for record in caplog.records if record.name == "tessellar.callbacks.fid"]
+    said = [record.getMessage() for record in own]
+    assert "is left out: all of them took" in said[0]
+    assert "% of the run's time (at most 0.1 %); 3 were left out" in said[-1]
+    again = FID(**settings, share=0.001, free_seconds=0.0)
+    again.load_state_dict(fid.state_dict())
+    fit(Painter(Brush()), tmp_path / "again", [again], epochs=1)
+    assert not (tmp_path / "again" / "evaluations").exists()
+
+
+def test_a_run_ends_where_the_distance_gets_no_better(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    class Idle(Painter):
+        def training_step(self, batch: Any, _: int) -> None:
+            self.optimizers().step()  # type: ignore[union-attr, call-arg]
+            self.updates += 1
+
+    module = Idle(Brush())
+    fid = FID(**settings, patience=2)
+    fit(module, tmp_path, [fid], epochs=6)
+    assert module.updates == 3 * 4  # the first one, and two that were no better
+    assert fid.state_dict()["without_better"] == 2
+
+
+def test_a_run_on_cached_tokens_needs_no_images(settings: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = ViTVQ(VectorQuantizer(16, 4), 32, 8, 16, 1, 1, 2).eval()
+    data = ShapesData(**DATA)
+    for part, dataset in (("train", data.train_dataset()), ("val", data.val_dataset())):
+        encode_dataset(tokenizer, dataset, tmp_path / "tokens" / part, name="shapes")
+    kept = references_from(DatasetImages(data.val_dataset(), "shapes"), [tiny_of(settings)])
+    save_statistics(kept[0], tmp_path / "ref.npz")
+    cached = CachedTokensData(str(tmp_path / "tokens"), batch_size=10)
+    fid = FID(**settings, reference=str(tmp_path / "ref.npz"))
+    fit(Painter(Brush()), tmp_path, [fid], epochs=1, data=cached)
+    (record,) = records(tmp_path)
+    assert record["metrics"]["FD(tiny)"] > 0 and record["samples"]["labels"] == "balanced"
+    with pytest.raises(UserError, match="name the images too"):
+        fit(Painter(Brush()), tmp_path, [FID(**settings)], epochs=1, data=cached)
+
+
+def tiny_of(settings: dict[str, Any]) -> Any:
+    return load_extractor(settings["extractor"])
+
+
+def test_guidance_is_of_generators(settings: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = ViTVQ(VectorQuantizer(16, 4), 32, 4, 16, 1, 1, 2)
+    with pytest.raises(UserError, match="guidance is of generators"):
+        fit(Painter(tokenizer=tokenizer), tmp_path, [FID(**settings, guidance=[2.0])])
 
 
 def test_pictures_at_the_end(tmp_path: Path) -> None:
