@@ -214,10 +214,13 @@ class FID(L.Callback):
         records: dict[Setting, Record] = {}
         for kind in self._kinds(trainer):
             with self._with_weights(trainer, pl_module, kind):
+                # Before parameters are gathered: a sharded module's state scatters them again.
                 weights = digest_of(_tensors(pl_module))
-                for setting in self._settings(kind):
-                    source = self._source(trainer, pl_module, setting)
-                    records[setting] = self._record(trainer, pl_module, setting, source, weights)
+                with gathered(pl_module):
+                    for setting in self._settings(kind):
+                        source = self._source(trainer, pl_module, setting)
+                        record = self._record(trainer, pl_module, setting, source, weights)
+                        records[setting] = record
         self._measured = pl_module.updates
         self._last = time.perf_counter() - started
         self._spent += self._last
@@ -232,10 +235,9 @@ class FID(L.Callback):
 
     @contextmanager
     def _with_weights(self, trainer: L.Trainer, pl_module: Any, kind: Weights) -> Iterator[None]:
-        """All parameters in place, the averaged ones where `kind` says so."""
+        """The averaged weights where `kind` says so."""
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-        averaged = ema.swapped(pl_module) if ema and kind == "ema" else nullcontext()
-        with averaged, gathered(pl_module):
+        with ema.swapped(pl_module) if ema and kind == "ema" else nullcontext():
             yield
 
     def _settings(self, kind: Weights) -> list[Setting]:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from tessellar import distributed
-from tessellar.evaluation.engine import evaluate_samples
-from tessellar.evaluation.networks.loading import load_extractor
-from tessellar.evaluation.references import reference_from
+from tessellar.evaluation import engine
+from tessellar.evaluation.engine import Yardstick
+from tessellar.evaluation.networks.loading import load_extractors
+from tessellar.evaluation.references import references_from
 from tessellar.evaluation.sources import ArrayImages
 
-METRICS = ("fd", "is", "kid", "pr", "accuracy")
+METRICS = ("fd", "is", "kid", "pr", "accuracy", "mind", "cmmd", "dc", "fdinf")
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -39,13 +40,13 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 def evaluate(folder: Path, cache: str) -> dict:
     """The record of FOLDER/samples.npz against FOLDER/reference.npz."""
-    extractor = load_extractor(folder / "tiny.safetensors")
-    reference = reference_from(
-        ArrayImages(folder / "reference.npz"), extractor, folder / cache, batch_size=16
-    )
-    return evaluate_samples(
-        ArrayImages(folder / "samples.npz"), extractor, reference, metrics=METRICS, batch_size=16
-    )
+    extractors = load_extractors([folder / "tiny.safetensors", folder / "headless.safetensors"])
+    images = ArrayImages(folder / "reference.npz")
+    references = references_from(images, extractors, folder / cache, batch_size=16)
+    pairs = zip(extractors, references, strict=True)
+    yardsticks = [Yardstick(*pair) for pair in pairs]
+    samples = ArrayImages(folder / "samples.npz")
+    return engine.evaluate(samples, yardsticks, metrics=METRICS, batch_size=16)
 
 
 if __name__ == "__main__":

@@ -218,11 +218,10 @@ def test_networks_guidance_weights_and_seeds_in_one_measurement(
 ) -> None:
     settings["extractor"] = [settings["extractor"], second_file]
     fid = FID(**settings, guidance=[1.0, 2.0], weights="both", sets=2)
-    module = Painter(Counting())
-    trainer = fit(module, tmp_path, [fid, EMA(0.5)], epochs=1)
-    painted = module.model.painted
+    model = Counting()
+    trainer = fit(Painter(model), tmp_path, [fid, EMA(0.5)], epochs=1)
     expected = [(scale, seed) for scale in (1, 2) for seed in range(40)]
-    assert painted == expected * 2  # two networks, once; averaged weights, raw ones
+    assert model.painted == expected * 2  # two networks, once; averaged weights, raw ones
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for network in ("tiny", "second"):
         for label in ("guidance 1", "guidance 2", "guidance 1 raw", "guidance 2 raw"):
@@ -239,17 +238,18 @@ def test_networks_guidance_weights_and_seeds_in_one_measurement(
 
 
 def test_a_resumed_run_takes_what_was_measured(settings: dict[str, Any], tmp_path: Path) -> None:
-    first, again, other = (Painter(Counting()) for _ in range(3))
+    first = Counting()
+    again = Counting()
+    other = Counting()
     trainers = []
-    for module in (first, again):
-        trainers.append(fit(module, tmp_path, [FID(**settings)]))
-    assert len(first.model.painted) == 40 and again.model.painted == []
+    for model in (first, again):
+        trainers.append(fit(Painter(model), tmp_path, [FID(**settings)]))
+    assert len(first.painted) == 40 and again.painted == []
     found = [float(trainer.callback_metrics["val/distance"]) for trainer in trainers]
     assert found[0] == found[1]
-    with torch.no_grad():
-        other.model.generator.weight += 0.05  # other weights at the same updates
-    fit(other, tmp_path, [FID(**settings)])
-    assert len(other.model.painted) == 40
+    nn.init.constant_(other.generator.weight, 0.05)  # other weights at the same updates
+    fit(Painter(other), tmp_path, [FID(**settings)])
+    assert len(other.painted) == 40
 
 
 def test_measuring_keeps_to_its_share_of_the_run(

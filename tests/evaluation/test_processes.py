@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from tessellar.evaluation.networks.timm_network import network_of
+from tessellar.networks.facts import NetworkFacts
 
 SCRIPT = Path(__file__).with_name("one_rank.py")
 SAMPLES, REFERENCE = 77, 121  # odd, and no multiples of the batch size
@@ -26,6 +30,9 @@ def folder(
 ) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     shutil.copy(tiny_file, folder / "tiny.safetensors")
+    facts = NetworkFacts("headless", "test_resnet", 0, (32, 32))
+    state = network_of(facts).state_dict()
+    save_file(state, folder / "headless.safetensors", metadata=facts.to_metadata())
     write_npz(random_images(SAMPLES, seed=1), folder / "samples.npz", torch.arange(SAMPLES) % 4)
     write_npz(random_images(REFERENCE, seed=2, smooth=10), folder / "reference.npz")
     return folder
@@ -57,7 +64,7 @@ def test_two_processes_give_the_record_of_one(two: list[dict], folder: Path) -> 
 
 
 def test_only_one_process_writes_the_cache(two: list[dict], folder: Path) -> None:
-    assert len(list((folder / "cache-2").iterdir())) == 1
+    assert len(list((folder / "cache-2").iterdir())) == 2
 
 
 def test_collective_operations(two: list[dict]) -> None:
