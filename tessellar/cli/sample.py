@@ -4,14 +4,17 @@ they were made.
 
 import json
 import logging
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tessellar import distributed
 from tessellar.checkpoints.reading import Source, read_source
@@ -33,10 +36,12 @@ from tessellar.protocol.packages import trust
 from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
-from tessellar.sampling.output import SampleFolder
+from tessellar.sampling.kept import KeptSet, own_part, shard_of
+from tessellar.sampling.output import SampleFolder, file_name
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.run import (
     MAX_IMAGES,
+    Batches,
     Drawing,
     balanced_labels,
     check_seed,
@@ -73,6 +78,8 @@ def sample(
     npz: bool = False,
     grid: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    shard: str = "",
     search: Search | None = None,
     image: str | None = None,
 ) -> None:
@@ -101,6 +108,8 @@ def sample(
         npz: write samples.npz, which ADM's evaluator reads
         grid: write grid.png, a row a class
         overwrite: replace an older set of samples
+        resume: keep what is made beside --out, so that the same command goes on after an interruption
+        shard: make only the part 1/4, 2/4, ... of the set; the folder appears when all parts are made
         search: keep the best of several candidates an image, such as BestOfN or Beam; --search.help lists them
         image: picture that a search compares with (Reconstruction)
     """
@@ -130,27 +139,53 @@ def sample(
         making.keep_journal(Path(f"{out}.search"), asked_for)
     elif image is not None:
         raise UserError("--image is for a --search that compares with it; name one")
+    part = shard_of(shard)
+    keeps = resume or bool(shard)
+    if keeps and not png:
+        raise UserError("--resume and --shard keep the images as PNG: leave --no-png out")
+    if keeps and search is not None:
+        raise UserError("--search goes on by its own journal: leave --resume and --shard out")
     if distributed.rank() == 0:
         kinds = ("class", "classes") if texts is None else ("prompt", "prompts")
         asked = f"{len(labels):,} images of {count_of(len(named), *kinds)}"
         log.info("%s by %s; writes %s", asked, model, out)
+    titles = generator.class_names if texts is None else texts
+    # What the images depend on.
+    plan = {
+        "fingerprint": fingerprint(generator),
+        "sampling": sampling.describe(),
+        "count": len(labels),
+        **_what(named, texts, generator.class_names),
+        "seed": seed,
+        "precision": precision,
+    }
+    start = time.perf_counter()
+    wanted = None if texts is None else [texts[label] for label in labels]
+    kept: KeptSet | None = None
+    if keeps:
+        place = Path(os.path.abspath(out))
+        unfinished = place.with_name(f".{place.name}.unfinished")
+        kept = KeptSet(unfinished, plan, lambda i: file_name(i, labels[i], titles))
+        share = kept.missing(own_part(len(labels), part))
+        _draw(making.batches(generator, labels, share, wanted), len(share), kept.write)
+        if not _all_made(kept, len(labels)):
+            return
     with _stage(Path(out), overwrite) as stage:
-        start = time.perf_counter()
-        titles = generator.class_names if texts is None else texts
         size = generator.tokenizer.image_size
         folder = SampleFolder(stage, labels, size, png=png, npz=npz, grid=grid, titles=titles)
-        _draw(generator, labels, texts=texts, making=making, folder=folder)
+        share = distributed.own_share(len(labels))
+        if kept is None:
+            _draw(making.batches(generator, labels, share, wanted), len(share), folder.write)
+        else:
+            for index in share:
+                folder.write([index], kept.read(index)[None])
+        folder.finish()
         seconds = time.perf_counter() - start
         record = {
             "model": model,
             "weights": source.weights,
-            "fingerprint": fingerprint(generator),
-            "sampling": sampling.describe(),
-            "count": len(labels),
-            **_what(named, texts, generator.class_names),
+            **plan,
             "seeds": f"image i has seed {seed} + i",
-            "seed": seed,
-            "precision": precision,
             "device": str(next(generator.parameters()).device),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
@@ -163,6 +198,8 @@ def sample(
             (stage / RECORD).write_text(text, encoding="utf-8")
     if distributed.rank() == 0:
         making.finish()
+        if kept is not None:
+            shutil.rmtree(kept.folder, ignore_errors=True)
         print(
             f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s): {out}"
         )
@@ -228,22 +265,22 @@ def _stage(target: Path, overwrite: bool) -> Iterator[Path]:
         distributed.barrier()
 
 
-def _draw(
-    model: ImageGenerator,
-    labels: Sequence[int],
-    texts: Sequence[str] | None,
-    making: Drawing | Searching,
-    folder: SampleFolder,
-) -> None:
-    """Make this process's share and write it, and say how far it is."""
-    share = distributed.own_share(len(labels))
-    prompts = None if texts is None else [texts[label] for label in labels]
-    batches = making.batches(model, labels, share, prompts)
-    with Progress("sampling", len(share), "images", quiet=distributed.rank() > 0) as bar:
+def _draw(batches: Batches, count: int, write: Callable[[Sequence[int], Tensor], None]) -> None:
+    """Write the `count` images of this process as they are made, and say how far it is."""
+    with Progress("sampling", count, "images", quiet=distributed.rank() > 0) as bar:
         for indices, images in batches:
-            folder.write(indices, images)
+            write(indices, images)
             bar.update(len(indices))
-    folder.finish()
+
+
+def _all_made(kept: KeptSet, count: int) -> bool:
+    """Whether a set is complete, by all processes and machines together; says it where it is not."""
+    distributed.barrier()
+    kept.look()
+    missing = len(kept.missing(range(count)))
+    if missing and distributed.rank() == 0:
+        print(f"{count - missing} of {count} images are in {kept.folder}")
+    return not missing
 
 
 def main(argv: Sequence[str] | None = None) -> None:

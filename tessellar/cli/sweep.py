@@ -66,6 +66,7 @@ def sweep(
     flow: Flow = EulerMaruyama(),  # noqa: B008
     diffusion: DiffusionSampler = AncestralDiffusion(),  # noqa: B008
     axes: dict[str, list[Any]] = {},  # noqa: B006
+    labels: Literal["balanced", "random"] = "balanced",
     seed: int = 0,
     precision: Literal["float32", "bf16"] = "float32",
     raw: bool = False,
@@ -90,7 +91,7 @@ def sweep(
         metrics: what each point is measured by (default: fd, and is where a network has classes)
         count: samples at each point, always of the seeds --seed + 0 ... --count - 1
         final_count: samples at the chosen point, of the seeds behind those (default: the protocol's, or --count)
-        protocol: of the last measurement: adm-50k, torch-fidelity, clean-fid, fdr6, fmnist-10k or free
+        protocol: of the last measurement: adm-50k, torch-fidelity, clean-fid, llamagen, fdr6, fmnist-10k or free
         choose: the metric to choose by (default: the first distance)
         guidance: classifier-free guidance, a schedule over the entities (Constant); its fields may have several values
         choice: how a token is drawn from its probabilities; its fields may have several values
@@ -98,6 +99,7 @@ def sweep(
         flow: how tokens of a flow-matching generator are drawn
         diffusion: how tokens of a generator with a diffusion head are drawn
         axes: the same as several values behind an option: '{"guidance.scale": [1, 1.5]}'; ema: decays kept in a .ckpt
+        labels: classes of the samples: equally often (balanced), or drawn uniformly (random, LlamaGen's)
         seed: sample i is drawn with seed + i
         precision: arithmetic of the generator
         raw: weights of the last step instead of the averaged ones
@@ -142,6 +144,7 @@ def sweep(
             "images": images,
             "seed": first,
             "precision": precision,
+            "labels": labels,
             "networks": [one.extractor.describe() for one in yardsticks],
             "references": compared,
             "metrics": measured,
@@ -159,6 +162,7 @@ def sweep(
                 precision=precision,
                 facts=facts,
                 class_names=names,
+                random_classes=labels == "random",
             )
             return evaluate(
                 source, yardsticks, protocol=how, metrics=measured, batch_size=batch_size

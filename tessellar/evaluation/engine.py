@@ -86,12 +86,14 @@ def evaluate(
     metrics = tuple(protocol.metrics if metrics is None else metrics)
     for one in yardsticks:
         refuse_selector(source, one.extractor)
-    chosen = check_metrics_of(yardsticks, metrics, source, protocol)
-    validation = validation_distances(yardsticks, protocol) if "fdr" in metrics else None
+    protocol.check_networks([one.extractor.name for one in yardsticks])
     warnings: list[str] = []
+    for one in yardsticks:
+        warnings += check_one(source, one, protocol)
+    chosen = check_metrics_of(yardsticks, metrics, source)
+    validation = validation_distances(yardsticks, protocol) if "fdr" in metrics else None
     matches = []
     for one, own in zip(yardsticks, chosen, strict=True):
-        warnings += check_one(source, one, protocol)
         match = match_classes(source, one.extractor) if "accuracy" in own else ClassMatch()
         warnings += match.warnings
         matches.append(match)
@@ -133,17 +135,12 @@ def evaluate(
 
 
 def check_metrics_of(
-    yardsticks: Sequence[Yardstick],
-    metrics: Sequence[Metric],
-    source: ImageSource,
-    protocol: Protocol = PROTOCOLS["free"],
+    yardsticks: Sequence[Yardstick], metrics: Sequence[Metric], source: ImageSource
 ) -> list[tuple[Metric, ...]]:
-    """Which metrics each network measures; raises UserError, before any image is made, where they
-    are not the protocol's networks, or a metric lacks what it needs.
+    """Which metrics each network measures; raises UserError, before any image is made, where a metric
+    lacks what it needs.
     """
-    extractors = [one.extractor for one in yardsticks]
-    protocol.check_networks([extractor.name for extractor in extractors])
-    chosen = applicable(metrics, extractors)
+    chosen = applicable(metrics, [one.extractor for one in yardsticks])
     for one, own in zip(yardsticks, chosen, strict=True):
         check_metrics(own, one.extractor, one.reference, source.has_originals)
     return chosen

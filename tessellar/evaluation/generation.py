@@ -6,6 +6,7 @@ and 8 processes give the same set. Nothing is written to disk and no float image
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor
 
 from tessellar.checkpoints.weights import fingerprint
 from tessellar.data.dataset import IndexedDataset, digest
-from tessellar.distributed import own_share
+from tessellar.distributed import barrier, own_share, rank
 from tessellar.errors import UserError
 from tessellar.evaluation.sources import ImageBatch, ImageSource, counts_of
 from tessellar.images import from_uint8, to_uint8
 from tessellar.pipeline import ImageGenerator
+from tessellar.progress import Progress
 from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.ranges import check_whole
 from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.sampling.kept import KeptSet, own_part
 from tessellar.sampling.run import (
     MAX_IMAGES,
     Drawing,
@@ -28,6 +31,7 @@ from tessellar.sampling.run import (
     balanced_labels,
     check_seed,
     proportional_labels,
+    random_labels,
 )
 from tessellar.sampling.settings import Sampling
 
@@ -36,8 +40,9 @@ class GeneratedImages(ImageSource):
     """`count` samples; without classes, sample i follows the caption of item i of `data` (again
     from 0 at its end).
 
-    `class_names` are those of the model's classes (default: as the model names them). With
-    `class_counts` classes come in those proportions, else equally often.
+    `class_names` are those of the model's classes (default: as the model names them). Classes come
+    equally often, or in the proportions of `class_counts`, or with `random_classes` as they are
+    drawn.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class GeneratedImages(ImageSource):
         facts: dict[str, Any] | None = None,
         class_names: Sequence[str] = (),
         class_counts: Sequence[int] = (),
+        random_classes: bool = False,
     ) -> None:
         check_whole("count", count, least=1, most=MAX_IMAGES)
         check_seed(seed, count)
@@ -71,6 +77,9 @@ class GeneratedImages(ImageSource):
         self.label_plan = "data"
         if classes is not None and class_counts:
             self.labels = torch.tensor(proportional_labels(count, class_counts))
+        elif classes is not None and random_classes:
+            self.labels = torch.tensor(random_labels(count, classes, seed))
+            self.label_plan = "random"
         elif classes is not None:
             self.labels = torch.tensor(balanced_labels(count, classes))
             self.label_plan = "balanced"
@@ -87,22 +96,25 @@ class GeneratedImages(ImageSource):
             )
 
     def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        yield from self.of(own_share(self.count), batch_size)
+
+    def of(self, share: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+        """The images of these places."""
         if self.labels is None:
-            yield from self._captioned(batch_size)
+            yield from self._captioned(share, batch_size)
             return
         drawing = Drawing(self.sampling, self.seed, batch_size, self.precision)
-        share = own_share(self.count)
         for places, images in drawing.of_classes(self.model, self.labels.tolist(), share):
             index = torch.tensor(places)
             yield ImageBatch(images, index, self.labels[index])
 
-    def _captioned(self, batch_size: int) -> Iterator[ImageBatch]:
+    def _captioned(self, share: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
         """Conditions are made batch by batch: the features of 30,000 captions would not fit into
         memory.
         """
         assert self.data is not None
         device = next(self.model.parameters()).device.type
-        for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
+        for index in torch.tensor(share, dtype=torch.int64).split(batch_size):
             batch: Any = self.data.batch((index % len(self.data)).tolist())
             seeds = (self.seed + index).tolist()
             with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -123,6 +135,47 @@ class GeneratedImages(ImageSource):
         return {**super().describe(), **made, **self.facts}
 
 
+class KeptImages(ImageSource):
+    """Generated images that stay in a folder: an interrupted evaluation makes only those that are
+    missing, and shards of a set may be made by several machines.
+    """
+
+    def __init__(self, generated: GeneratedImages, folder: Path) -> None:
+        self.generated = generated
+        self.name = generated.name
+        self.count = generated.count
+        self.label_plan = generated.label_plan
+        self.class_names = generated.class_names
+        self.class_counts = generated.class_counts
+        plan = {"weights": fingerprint(generated.model), **generated.describe()}
+        self.kept = KeptSet(folder, plan, lambda index: f"{index:08d}.png")
+
+    def make(self, batch_size: int, shard: tuple[int, int] = (0, 1)) -> int:
+        """Make what is missing of a shard; returns how many images of the set are missing then."""
+        todo = self.kept.missing(own_part(self.count, shard))
+        quiet = rank() > 0
+        with Progress("sampling", len(todo), "images", quiet=quiet) as bar:
+            for batch in self.generated.of(todo, batch_size):
+                self.kept.write(batch.index.tolist(), batch.images)
+                bar.update(len(batch.images))
+        barrier()
+        self.kept.look()
+        return len(self.kept.missing(range(self.count)))
+
+    def batches(self, batch_size: int) -> Iterator[ImageBatch]:
+        self.make(batch_size)
+        for index in torch.tensor(own_share(self.count), dtype=torch.int64).split(batch_size):
+            images = torch.stack([self.kept.read(place) for place in index.tolist()])
+            labels = self.generated.labels
+            yield ImageBatch(images, index, None if labels is None else labels[index])
+
+    def fingerprint(self) -> str:
+        return self.generated.fingerprint()
+
+    def describe(self) -> dict[str, Any]:
+        return self.generated.describe()
+
+
 class Reconstructions(ImageSource):
     """Images of another source through a tokenizer, each beside its original."""
 
@@ -133,6 +186,7 @@ class Reconstructions(ImageSource):
     ) -> None:
         self.tokenizer = tokenizer
         self.originals = originals
+        self.crop = originals.crop
         self.facts = facts or {}
         self.count = originals.count
         self.split = originals.split

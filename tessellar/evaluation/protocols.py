@@ -4,6 +4,7 @@
 | name           | samples | labels       | network, resize          | reference    | Inception Score |
 |----------------|---------|--------------|--------------------------|--------------|-----------------|
 | adm-50k        | 50,000  | 50 a class   | Inception, tf1-bilinear  | train (ADM)  | blocks of 5,000 |
+| llamagen       | 50,000  | drawn        | Inception, tf1-bilinear  | train (ADM)  | blocks of 5,000 |
 | torch-fidelity | 50,000  | 50 a class   | Inception, tf1-bilinear  | train        | 10, shuffled    |
 | clean-fid      | 50,000  | 50 a class   | Inception, clean-bicubic | train        | 10, shuffled    |
 | rfid-val       | 50,000  | as the data  | Inception, tf1-bilinear  | val          | 10, shuffled    |
@@ -40,7 +41,7 @@ Metric = Literal[
 ]
 HELD_OUT = "held-out"
 """The split of validation images that are a share of the training set."""
-LabelPlan = Literal["balanced", "data", "any"]
+LabelPlan = Literal["balanced", "random", "data", "any"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,12 @@ PROTOCOLS = {
     p.name: p
     for p in (
         _generation("adm-50k", is_splits="blocks-of-5000", metrics=("fd", "sfd", "is", "pr")),
+        _generation(
+            "llamagen",
+            labels="random",
+            is_splits="blocks-of-5000",
+            metrics=("fd", "sfd", "is", "pr"),
+        ),
         _generation("torch-fidelity"),
         _generation("clean-fid", resize="clean-bicubic", metrics=("fd", "kid")),
         _generation("rfid-val", labels="data", reference="val", metrics=("fd", "paired")),

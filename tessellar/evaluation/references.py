@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from tessellar.protocol.ranges import check_whole
 KEPT_FEATURES = 10_000
 """Images of a reference whose features are kept for KID, precision and recall; the ADM reference batch has as many."""
 VERSION = 2  # of cached files
+SPLITS_OF_NAMES = {"adm-imagenet256": "train", "adm-imagenet512": "train"}
+"""What a file of ADM's suite (VIRTUAL_imagenet256_labeled.npz) does not tell, by the name it is given."""
 NAMES = {
     "mu": ("mu", "ref_mu", "mean"),
     "sigma": ("sigma", "ref_sigma", "cov"),
@@ -60,6 +62,7 @@ class Reference:
     warnings: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
+    crop: str = ""
 
     def check(self, extractor: Extractor) -> None:
         """Raise UserError where the statistics were computed with another network or resize."""
@@ -77,12 +80,13 @@ class Reference:
 
     def describe(self) -> dict[str, Any]:
         """Plain data for records."""
-        return {
+        facts = {
             "name": self.name,
             "hash": self.hash,
             "images": self.moments.count,
             "split": self.split,
         }
+        return {**facts, "crop": self.crop} if self.crop else facts
 
 
 def reference_from(
@@ -144,6 +148,7 @@ def reference_of(collected: Collected, source: ImageSource, extractor: Extractor
         warnings=source.warnings,
         class_names=source.class_names,
         class_counts=source.class_counts,
+        crop=source.crop,
     )
 
 
@@ -182,8 +187,59 @@ def load_references(
     """As `load_reference`, for several networks: one path of images for all of them, or for each a
     file of its statistics, in any order where the files say whose they are.
 
-    Raises UserError where a network has no statistics.
+    A path may have a name before it and a hash behind it, `NAME=FILE@HASH`: records carry the name,
+    and another hash is refused. Raises UserError where a network has no statistics.
     """
+    named = [NamedPath.of(str(path)) for path in paths]
+    if len(named) > 1 and all(holds_statistics(one.path) for one in named):
+        order = in_order_of(extractors, [one.path for one in named])
+        named.sort(key=lambda one: order.index(one.path))
+    files = [one.path for one in named]
+    references = _load_references(files, extractors, cache_dir, batch_size, size=size)
+    if len(named) == 1:
+        named = named * len(references)
+    return [one.named(reference) for one, reference in zip(named, references, strict=True)]
+
+
+class NamedPath(NamedTuple):
+    """What `NAME=FILE@HASH` says; the name and the hash may be empty."""
+
+    path: Path
+    name: str = ""
+    hash: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> "NamedPath":
+        if Path(text).exists():
+            return cls(Path(text))
+        name = ""
+        if "=" in text:
+            name, _, text = text.partition("=")
+        wanted = ""
+        if "@" in text and not Path(text).exists():
+            text, _, wanted = text.rpartition("@")
+        return cls(Path(text), name, wanted)
+
+    def named(self, reference: Reference) -> Reference:
+        """The reference under this name; raises UserError where its hash is another."""
+        if not reference.hash.startswith(self.hash):
+            raise UserError(
+                f"the reference {self.path} has the hash {reference.hash}, not {self.hash}: it holds other images or "
+                "statistics"
+            )
+        if not self.name:
+            return reference
+        split = reference.split or SPLITS_OF_NAMES.get(self.name)
+        return replace(reference, name=self.name, split=split)
+
+
+def _load_references(
+    paths: Sequence[Path],
+    extractors: Sequence[Extractor],
+    cache_dir: str | Path | None,
+    batch_size: int,
+    size: int | None,
+) -> list[Reference]:
     if len(paths) == 1 and not holds_statistics(paths[0]):
         path = Path(paths[0])
         images = open_images(path, as_samples=False, size=size if path.is_dir() else None)
@@ -199,8 +255,7 @@ def load_references(
             f"--reference names {len(paths)} files of statistics for {len(extractors)} networks ({networks}): one for "
             "each is needed, or the images themselves (a folder, an npz, train or val)"
         )
-    ordered = in_order_of(extractors, paths)
-    pairs = zip(ordered, extractors, strict=True)
+    pairs = zip(paths, extractors, strict=True)
     return [_read_statistics(path, net, cache_dir, batch_size) for path, net in pairs]
 
 
@@ -242,6 +297,8 @@ def save_statistics(reference: Reference, path: str | Path) -> None:
     kept = ("name", "hash", "split", "extractor", "warnings", "class_names", "class_counts")
     meta = {key: getattr(reference, key) for key in kept}
     meta["count"] = reference.moments.count
+    if reference.crop:
+        meta["crop"] = reference.crop
     arrays = {
         "mu": reference.moments.mean,
         "sigma": reference.moments.cov,
@@ -289,6 +346,7 @@ def load_statistics(path: str | Path) -> Reference:
         warnings=meta.warnings,
         class_names=meta.class_names,
         class_counts=meta.class_counts,
+        crop=meta.crop,
     )
 
 
@@ -304,6 +362,7 @@ class _Meta:
     warnings: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
+    crop: str = ""
 
 
 def _meta(arrays: dict[str, np.ndarray], path: Path) -> _Meta:
@@ -319,7 +378,7 @@ def _meta(arrays: dict[str, np.ndarray], path: Path) -> _Meta:
     if not isinstance(said, dict):
         raise UserError(f"{where} is a {type(said).__name__}, not a mapping")
     said = {"name": path.stem, **said}
-    for key in ("name", "hash", "split"):
+    for key in ("name", "hash", "split", "crop"):
         if not isinstance(said.get(key), str) and said.get(key) is not None:
             raise UserError(f"{where}: {key} is {said[key]!r:.80}; it must be a text")
     if said.get("count") is not None:
@@ -344,6 +403,7 @@ def _meta(arrays: dict[str, np.ndarray], path: Path) -> _Meta:
         warnings=tuple(said.get("warnings", [])),
         class_names=tuple(said.get("class_names", [])),
         class_counts=tuple(counts),
+        crop=said.get("crop") or "",
     )
 
 

@@ -8,13 +8,14 @@ ranks every image comes exactly once. Its fingerprint is quick to compute and se
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,6 +23,7 @@ from tessellar import npz
 from tessellar.data.batch import collate
 from tessellar.data.crops import center_crop
 from tessellar.data.dataset import ImageDataset, digest
+from tessellar.data.framing import Framing
 from tessellar.data.image_file import read_image
 from tessellar.data.sets.image_folder import list_folder
 from tessellar.data.workers import ignore_interruptions
@@ -61,8 +63,8 @@ class ImageBatch(NamedTuple):
 
 
 class ImageSource(ABC):
-    """`name` and `split` are for records, `label_plan` says how labels were chosen, `warnings` what
-    to be wary of.
+    """`name` and `split` are for records, `label_plan` says how labels were chosen, `crop` how whole
+    pictures became these images (empty: not known), `warnings` what to be wary of.
 
     `class_names[label]` is the name of a label's class; empty where labels are bare numbers.
     `class_counts[label]` is the number of its images; empty where labels are not known.
@@ -72,6 +74,7 @@ class ImageSource(ABC):
     count: int
     split: str | None = None
     label_plan: str = "unknown"
+    crop: str = ""
     has_originals: bool = False
     warnings: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -92,7 +95,8 @@ class ImageSource(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Plain data for records: where the images come from and how they were made."""
-        return {"name": self.name, "images": self.count, "labels": self.label_plan}
+        facts = {"name": self.name, "images": self.count, "labels": self.label_plan}
+        return {**facts, "crop": self.crop} if self.crop else facts
 
 
 def counts_of(labels: Tensor | None) -> tuple[int, ...]:
@@ -108,6 +112,13 @@ def label_plan_of(labels: Tensor | None) -> str:
         return "unknown"
     counts = labels.unique(return_counts=True)[1]
     return "balanced" if int(counts.max() - counts.min()) <= 1 else "uneven"
+
+
+def crop_name(crop: str, size: int) -> str:
+    """How pictures were cropped, in words for records."""
+    if crop == "none":
+        return f"none, they have {size} pixels"
+    return f"ADM's centre crop to {size} (halved with a box filter, then bicubic)"
 
 
 class DatasetImages(ImageSource):
@@ -133,6 +144,9 @@ class DatasetImages(ImageSource):
         self.name = name if split is None else f"{name} {split}"
         self.split = split
         self.class_names = tuple(dataset.class_names)
+        framing = getattr(dataset, "framing", None)
+        if isinstance(framing, Framing):
+            self.crop = crop_name(framing.crop, framing.size)
         self.class_counts = counts_of(dataset.labels[subset(len(dataset), self.count)])
 
     def captions(self) -> list[str]:
@@ -182,6 +196,7 @@ class FolderImages(ImageSource):
             raise UserError(f"--size {size} must be at least 1")
         self.root = Path(root)
         self.size = size
+        self.crop = "" if size is None else crop_name("adm", size)
         self.name = self.root.resolve().name
         self.made = made_by(self.root)
         listed = sampled_files(self.root) if self.made else listed_files(self.root)
@@ -189,12 +204,14 @@ class FolderImages(ImageSource):
         self.count = len(self.files)
         self.label_plan = label_plan_of(self.labels)
         self.class_counts = counts_of(self.labels)
-        lossy = [file for file in self.files if Path(file).suffix.lower() in LOSSY]
+        lossy = [file for file in self.files if is_lossy(self.root / file)]
         if lossy and as_samples:
             raise UserError(
                 f"{self.root / lossy[0]} is compressed with loss, which a distance measures too: save samples as PNG, "
                 "or as uint8 in an npz"
             )
+        if as_samples and size is None:
+            check_sizes(self.root, self.files)
         self.warnings = older_spelling(self.root)
         if lossy:
             self.warnings = (
@@ -235,6 +252,49 @@ class FolderImages(ImageSource):
     def _crop(self) -> dict[str, int]:
         """The size that images are cropped to, where they are."""
         return {} if self.size is None else {"size": self.size}
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether a file is compressed with loss, by its name; of WebP, which may be either, by its
+    content.
+    """
+    suffix = path.suffix.lower()
+    return suffix in LOSSY and not (suffix == ".webp" and is_lossless_webp(path))
+
+
+def is_lossless_webp(path: Path) -> bool:
+    """Whether the pixels of a WebP file are in a VP8L chunk: RIFF, size, WEBP, then chunks of name,
+    size and content, padded to an even number of bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+            while head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+                chunk = file.read(8)
+                if len(chunk) < 8 or chunk[:4] in (b"VP8L", b"VP8 ", b"ANMF"):
+                    return chunk[:4] == b"VP8L"
+                size = int.from_bytes(chunk[4:], "little")
+                file.seek(size + size % 2, os.SEEK_CUR)
+    except OSError:
+        pass  # reading it says what is wrong
+    return False
+
+
+def check_sizes(root: Path, files: Sequence[str]) -> None:
+    """Raise UserError, before anything is measured, where images differ in size."""
+    first: tuple[str, tuple[int, int]] | None = None
+    for name in files:
+        try:
+            with Image.open(root / name) as picture:
+                size = picture.size
+        except Exception:  # reading it says what is wrong
+            continue
+        first = first or (name, size)
+        if size != first[1]:
+            sizes = f"{first[0]} is {first[1][0]}x{first[1][1]}, {name} is {size[0]}x{size[1]}"
+            raise UserError(
+                f"images in {root} differ in size ({sizes}); crop those of both sides to one: --size N"
+            )
 
 
 def made_by(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tessellar.errors import UserError
 from tessellar.images import to_uint8
 from tessellar.protocol.condition import Condition, Conditioner
 from tessellar.protocol.ranges import check_whole
+from tessellar.randomness import derive, uniforms
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
@@ -25,6 +26,7 @@ from tessellar.text.conditioners import TextConditioner
 PRECISIONS = ("float32", "bf16")
 MAX_IMAGES = 10_000_000
 Batches = Iterator[tuple[list[int], Tensor]]
+LABELS = 0x1A  # sets the drawing of labels apart from other uses of a seed
 SEEDS = 1 << 63  # above it no generator of random numbers takes them
 
 
@@ -79,6 +81,16 @@ def proportional_labels(count: int, counts: Sequence[int]) -> list[int]:
         owed[label] -= 1
         labels.append(label)
     return labels
+
+
+def random_labels(count: int, classes: int, seed: int) -> list[int]:
+    """`count` labels drawn uniformly, as LlamaGen's evaluation does; label i depends on `seed` and i
+    alone.
+    """
+    if classes < 1:
+        raise UserError("no classes to sample from")
+    draws = uniforms(derive(seed, LABELS), range(count), 1)[:, 0]
+    return (draws * classes).astype(np.int64).tolist()
 
 
 @dataclass(frozen=True)

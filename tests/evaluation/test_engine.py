@@ -195,6 +195,25 @@ def test_jpeg_samples_are_refused_and_a_jpeg_reference_warned_of(
     assert any("3 images of the reference" in w and "JPEG" in w for w in record["warnings"])
 
 
+def test_lossless_webp_of_others_is_measured_and_sizes_are_checked_first(
+    random_images: Images, tmp_path: Path
+) -> None:
+    pictures = random_images(3).permute(0, 2, 3, 1).numpy()
+    for kind, lossless in (("kept", True), ("lossy", False)):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(pictures):
+            Image.fromarray(image).save(tmp_path / kind / f"{i}.webp", lossless=lossless)
+    source = open_images(tmp_path / "kept")
+    seen = torch.cat([batch.images for batch in source.batches(2)])
+    assert torch.equal(seen, random_images(3)) and not source.warnings
+    with pytest.raises(UserError, match="0.webp is compressed with loss"):
+        open_images(tmp_path / "lossy")
+    Image.new("RGB", (40, 32)).save(tmp_path / "kept" / "9.png")
+    with pytest.raises(UserError, match="0.webp is 32x32, 9.png is 40x32.*--size N"):
+        open_images(tmp_path / "kept")
+    assert open_images(tmp_path / "kept", size=32).count == 4
+
+
 def test_labels_of_folders_arrays_and_sample_py(
     random_images: Images, write_npz: Write, tmp_path: Path
 ) -> None:

@@ -248,6 +248,7 @@ def test_pixels_need_no_network(
         ),
         (["samples", "SAMPLES", "--protocol", "adm-50k"], "needs samples: 50000; given is 30"),
         (["samples", "SAMPLES", "--metrics", "fid"], "fid"),
+        (["samples", "SAMPLES", "--count", "50"], "holds 30 images, not the 50 of --count"),
         (["model", "MODELS/export"], "say how many samples: --count N"),
         (["stats", "train", *SHAPES], "say where to write: --out"),
         (["samplse", "x"], "did you mean 'samples'"),

@@ -12,6 +12,7 @@ from tessellar.errors import UserError
 from tessellar.evaluation.engine import evaluate_samples
 from tessellar.evaluation.generation import GeneratedImages, Reconstructions
 from tessellar.evaluation.networks.extractors import Extractor
+from tessellar.evaluation.protocols import protocol
 from tessellar.evaluation.references import reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageBatch
 from tessellar.images import to_uint8
@@ -67,6 +68,24 @@ def test_sample_i_has_class_i_mod_c_and_seed_plus_i() -> None:
     ]
     assert source.label_plan == "balanced" and source.describe()["seed"] == 40
     assert source.describe()["sampling"] == Sampling().describe()
+
+
+def test_labels_may_be_drawn_uniformly() -> None:
+    """Label i depends on the seed and i alone, so a longer set begins with a shorter one."""
+    model = Paint(ClassConditioner(5))
+    whole = GeneratedImages(model, 4000, Sampling(), seed=3, random_classes=True)
+    part = GeneratedImages(model, 50, Sampling(), seed=3, random_classes=True)
+    other = GeneratedImages(model, 50, Sampling(), seed=4, random_classes=True)
+    assert whole.labels is not None and part.labels is not None and other.labels is not None
+    assert whole.labels[:50].tolist() == part.labels.tolist() != other.labels.tolist()
+    counts = whole.labels.bincount(minlength=5)
+    assert counts.min() > 700 and counts.max() < 900 and len(set(counts.tolist())) > 1
+    assert whole.label_plan == "random" == whole.describe()["labels"]
+    drawn = painted(list(part.batches(9)))
+    assert [row[1] for row in drawn] == part.labels.tolist()
+    protocol("llamagen").check(50_000, "random", "inception", "tf1-bilinear", "train")
+    with pytest.raises(UserError, match="adm-50k needs labels: balanced; given is random"):
+        protocol("adm-50k").check(50_000, "random", "inception", "tf1-bilinear", "train")
 
 
 def test_text_conditions_follow_the_captions_of_the_data() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tessellar.data import ImageFolderData
 from tessellar.errors import UserError
 from tessellar.evaluation import references
 from tessellar.evaluation.engine import evaluate_samples
@@ -19,7 +20,7 @@ from tessellar.evaluation.references import (
     reference_from,
     save_statistics,
 )
-from tessellar.evaluation.sources import ArrayImages, FolderImages
+from tessellar.evaluation.sources import ArrayImages, DatasetImages, FolderImages
 
 Images = Callable[..., Tensor]
 Write = Callable[..., Path]
@@ -146,3 +147,28 @@ def test_a_failed_write_leaves_no_file(tiny: Extractor, npz: Path, tmp_path: Pat
     ):
         save_statistics(reference, tmp_path / "cache" / "ref.npz")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_reference_has_a_name_and_a_hash(tiny: Extractor, npz: Path, tmp_path: Path) -> None:
+    plain = load_reference(npz, tiny)
+    named = load_reference(f"mine={npz}@{plain.hash[:6]}", tiny)
+    assert (named.name, named.hash, named.split) == ("mine", plain.hash, None)
+    assert load_reference(f"adm-imagenet256={npz}", tiny).split == "train"
+    for text in (f"{npz}@0123", f"mine={npz}@0123"):
+        with pytest.raises(UserError, match=f"has the hash {plain.hash}, not 0123"):
+            load_reference(text, tiny)
+
+
+def test_records_say_how_pictures_were_cropped(
+    tiny: Extractor, random_images: Images, write_pngs: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = write_pngs(random_images(12, size=50), tmp_path / "pictures")
+    images = FolderImages(folder, size=32)
+    crop = "ADM's centre crop to 32 (halved with a box filter, then bicubic)"
+    reference = reference_from(images, tiny, tmp_path / "cache")
+    again = reference_from(images, tiny, tmp_path / "cache")
+    assert images.describe()["crop"] == reference.describe()["crop"] == again.crop == crop
+    data = ImageFolderData(str(folder), size=32, val_share=0.5).train_dataset(augment=False)
+    assert DatasetImages(data, "pictures", "train").describe()["crop"] == crop
+    uncropped = FolderImages(write_pngs(random_images(3), tmp_path / "small"))
+    assert "crop" not in uncropped.describe()
