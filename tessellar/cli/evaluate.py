@@ -7,6 +7,7 @@ of --data.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from tessellar import distributed
@@ -28,7 +29,7 @@ from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
 from tessellar.evaluation.class_match import match_classes
-from tessellar.evaluation.generation import GeneratedImages, Reconstructions
+from tessellar.evaluation.generation import GeneratedImages, KeptImages, Reconstructions
 from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.protocols import Metric
 from tessellar.evaluation.sources import ImageSource, open_images
@@ -42,6 +43,7 @@ from tessellar.protocol.packages import trust
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.kept import shard_of
 from tessellar.sampling.run import check_seed
 from tessellar.sampling.settings import Sampling
 
@@ -56,6 +58,7 @@ def samples(
     validation: list[str] | None = None,
     protocol: str = "free",
     metrics: list[Metric] | None = None,
+    count: int | None = None,
     out: str = "",
     batch_size: int = 64,
     device: str = "auto",
@@ -72,8 +75,9 @@ def samples(
             (fdr6: the six of FDr^6; NAME or NAME=FILE: a network of the field, such as dinov2)
         network: what the .safetensors holds, where it does not say so itself
         validation: folder or npz of validation images, or val of --data: the ratio fdr divides by their distance
-        protocol: adm-50k, torch-fidelity, clean-fid, fdr6, rfid-val, fmnist-10k or free
+        protocol: adm-50k, torch-fidelity, clean-fid, llamagen, fdr6, rfid-val, fmnist-10k or free
         metrics: of fd fdinf fdr sfd is kid mind cmmd pr dc accuracy (default: the protocol's)
+        count: how many images there should be; another number is refused
         out: JSON record to write (default: a new file below outputs/evaluations)
         batch_size: images at once; it does not change the numbers
         device: auto, cpu, cuda, ...
@@ -81,6 +85,8 @@ def samples(
     """
     check_out(out)
     source = open_images(samples, size=size)
+    if count is not None and source.count != count:
+        raise UserError(f"{samples} holds {source.count} images, not the {count} of --count")
     measurement = Measurement(
         protocols.protocol(protocol), extractor or [], network, device, cache, batch_size
     )
@@ -100,7 +106,7 @@ def model(
     protocol: str = "free",
     metrics: list[Metric] | None = None,
     count: int | None = None,
-    labels: Literal["balanced", "data"] = "balanced",
+    labels: Literal["balanced", "random", "data"] = "balanced",
     guidance: GuidanceSchedule = Constant(),  # noqa: B008
     choice: Choice = Choice(),  # noqa: B008
     algorithm: Algorithm = Ancestral(),  # noqa: B008
@@ -111,6 +117,8 @@ def model(
     raw: bool = False,
     package: str = "",
     lpips_weights: str | None = None,
+    keep: str = "",
+    shard: str = "",
     out: str = "",
     batch_size: int = 64,
     device: str = "auto",
@@ -122,16 +130,14 @@ def model(
     Args:
         model: export folder, .safetensors, .ckpt or hub id
         data: data set, as in a training YAML (default: that of the run)
-        reference: train or val of --data, or a path (default: train for samples, val for reconstructions)
-        extractor: inception (downloaded), its weights file, a timm network's .safetensors, or none (for paired, lpips);
-            or several, for one pass (fdr6: the six of FDr^6; NAME or NAME=FILE: a network of the field, such as dinov2)
+        reference: train or val of --data, or a path (default: train, val of reconstructions)
+        extractor: networks for one pass: inception, files, NAME[=FILE] as dinov2, fdr6, none
         network: what the .safetensors holds, where it does not say so itself
-        validation: folder or npz of validation images, or val of --data: the ratio fdr divides by their distance
-        protocol: adm-50k, torch-fidelity, clean-fid, fdr6, rfid-val, fmnist-10k or free
-        metrics: of fd fdinf fdr sfd is kid mind cmmd pr dc accuracy paired lpips (default: the protocol's; paired is
-            PSNR and SSIM, dc density and coverage)
-        count: number of samples, or of validation images to reconstruct (default: the protocol's, or all)
-        labels: classes of the samples: equally often (balanced), or as often as in the training set of --data (data)
+        validation: val of --data, or a path: what the ratio fdr divides by
+        protocol: adm-50k, torch-fidelity, clean-fid, llamagen, fdr6, rfid-val, fmnist-10k, free
+        metrics: of fd fdinf fdr sfd is kid mind cmmd pr dc accuracy paired lpips
+        count: samples, or validation images to reconstruct (default: the protocol's, or all)
+        labels: classes equally often (balanced), drawn (random), or as the data has them (data)
         guidance: classifier-free guidance, a schedule over the entities (Constant); scale 1 is none
         choice: how a token is drawn from its probabilities
         algorithm: decoding algorithm, such as SpeculativeJacobi; --algorithm.help lists them with their options
@@ -142,6 +148,8 @@ def model(
         raw: weights of the last step instead of the averaged ones
         package: packages of others whose classes may be built, separated by commas
         lpips_weights: torchvision's VGG-16 weights (default: downloaded)
+        keep: folder in which samples stay, so that an interrupted evaluation goes on
+        shard: make only the part 1/4, 2/4, ... of the samples, into --keep
         out: JSON record to write (default: a new file below outputs/evaluations)
         batch_size: images at once
         device: auto, cpu, cuda, ...
@@ -151,6 +159,9 @@ def model(
     check_out(out)
     check_count("--count", count)
     check_seed(seed, count or 1)
+    part = shard_of(shard)
+    if shard and not keep:
+        raise UserError("--shard makes a part of the samples: say where they gather, --keep FOLDER")
     measurement = Measurement(
         protocols.protocol(protocol), extractor or [], network, device, cache, batch_size
     )
@@ -161,6 +172,8 @@ def model(
     facts = {"model": model, "weights": made.weights, "fingerprint": fingerprint(loaded)}
     count = count or measurement.protocol.samples
     if isinstance(loaded, Tokenizer):
+        if keep:
+            raise UserError("--keep is of samples; reconstructions are made again")
         source: ImageSource = Reconstructions(loaded, split_of("val", data, count), facts)
         measures: list[Metric] = ["fd", "paired"] if measurement.sees else ["paired"]
         if reference:
@@ -182,7 +195,12 @@ def model(
             facts=facts,
             plan=labels,
         )
-        source = generated
+        source = KeptImages(generated, Path(keep)) if keep else generated
+        if shard and isinstance(source, KeptImages):
+            missing = source.make(batch_size, part)
+            if distributed.rank() == 0:
+                print(f"{source.count - missing} of {source.count} samples are in {keep}")
+            return
         against = measurement.references(reference or ["train"], data)
         if protocol == "free" and not metrics:
             metrics = _free_metrics(generated, measurement.extractors)
@@ -214,6 +232,7 @@ def _generated(
         facts=facts,
         class_names=names,
         class_counts=_counts(model, data) if plan == "data" else (),
+        random_classes=plan == "random",
     )
 
 
@@ -252,13 +271,15 @@ def _knows(extractor: Extractor, source: GeneratedImages) -> bool:
 COMMANDS = {
     "samples": samples,
     "model": model,
+    "stats": stats,
     "tokens": Elsewhere("tessellar.cli.evaluation_tokens", "tokens"),
     "probe": Elsewhere("tessellar.cli.evaluation_tokens", "probe"),
-    "stats": stats,
     "extractor": extractor,
     "neighbours": neighbours,
     "compare": compare,
     "sweep": sweep,
+    "t2i": Elsewhere("tessellar.cli.text_to_image", "t2i"),
+    "clipscore": Elsewhere("tessellar.cli.text_to_image", "clipscore"),
 }
 
 
