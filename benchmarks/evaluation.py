@@ -1,15 +1,19 @@
 """Our evaluation against torch-fidelity's code and scipy's matrix square root, as ratios of times (above 1: ours wins).
 
     python benchmarks/evaluation.py [--images 48] [--features 4096] [--rounds 3] [--weights FILE] [--json FILE]
+    python benchmarks/evaluation.py --command 2000 --several 500
 
 InceptionV3 with random weights unless a file is given. Network, statistics, distance at D = 2048, and the way from
 pixels to FID; rounds are interleaved and the fastest counts, in CPU seconds if torch runs one thread (a busy machine
-then changes little), else in seconds. Numbers belong to the machine that made them.
+then changes little), else in seconds. `--command N`: the whole command on two folders of N pictures, against
+torch-fidelity's. `--several N`: `evaluate.py model` with six small networks in one pass, against six runs, and the
+same on a folder. Numbers belong to the machine that made them.
 """
 
 import argparse
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,16 +24,29 @@ from unittest import mock
 import numpy as np
 import scipy.linalg
 import torch
+import torch_fidelity
+from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from tessellar.checkpoints.export import export_generator
+from tessellar.cli import evaluate
 from tessellar.evaluation.collect import Needs, collect
 from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.networks.loading import load_extractor
+from tessellar.evaluation.networks.timm_network import network_of
+from tessellar.evaluation.record import read_record
 from tessellar.evaluation.sources import ImageBatch
 from tessellar.measures.frechet import frechet_distance
 from tessellar.measures.statistics import FeatureStatistics, Moments
+from tessellar.models.llamagen import LlamaGen
+from tessellar.networks.facts import NetworkFacts
+from tessellar.pipeline import ImageGenerator
+from tessellar.protocol.condition import ClassConditioner
+from tessellar.sampling.output import save_png
+from tessellar.tokenizers.quantizers.vq import VectorQuantizer
+from tessellar.tokenizers.vit_vq import ViTVQ
 
 DIM, BATCH = 2048, 16
 CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -174,6 +191,96 @@ def feature_rows(count: int, rounds: int) -> list[Row]:
     return [*rows, known]
 
 
+def write_pictures(count: int, folder: Path, seed: int, size: int = 64) -> Path:
+    """PNG files of blurry noise."""
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        noise = torch.rand(1, 3, 8, 8, generator=draw)
+        picture = torch.nn.functional.interpolate(noise, (size, size), mode="bilinear")[0]
+        save_png((255 * picture).to(torch.uint8), folder / f"{i:06d}.png")
+    return folder
+
+
+def command_row(count: int, weights: Path, folder: Path) -> Row:
+    """FID and IS of two folders: `evaluate.py samples` against torch-fidelity, decoding included."""
+    samples = write_pictures(count, folder / "samples", seed=1)
+    reference = write_pictures(count, folder / "reference", seed=2)
+    out = folder / "record.json"
+
+    def ours() -> float:
+        words = [
+            "samples",
+            str(samples),
+            "--reference",
+            str(reference),
+            "--cache",
+            str(folder / "c"),
+        ]
+        words += ["--extractor", str(weights), "--metrics", "fd", "is", "--out", str(out)]
+        evaluate.main([*words, "--device", "cpu"])
+        shutil.rmtree(folder / "c")
+        return next(iter(read_record(out)["metrics"].values()))
+
+    def theirs() -> float:
+        values = torch_fidelity.calculate_metrics(
+            input1=str(samples),
+            input2=str(reference),
+            fid=True,
+            isc=True,
+            cuda=False,
+            cache=False,
+            verbose=False,
+            batch_size=64,
+            feature_extractor_weights_path=str(weights),
+        )
+        return float(values["frechet_inception_distance"])
+
+    return race(f"the command, 2 x {count} pictures", ours, theirs, 1, "torch-fidelity")
+
+
+def several_rows(count: int, folder: Path) -> list[Row]:
+    """Six small networks in one pass against six runs: of a generator, and of a folder."""
+    networks = []
+    for number in range(6):
+        torch.manual_seed(number)
+        facts = NetworkFacts(f"net{number}", "test_resnet", 0, (32, 32), resize="torch-bicubic")
+        path = folder / f"net{number}.safetensors"
+        save_file(network_of(facts).state_dict(), path, metadata=facts.to_metadata())
+        networks.append(str(path))
+    torch.manual_seed(0)
+    tokenizer = ViTVQ(VectorQuantizer(256, 8), 32, 4, 64, 2, 2, 4)
+    generator = LlamaGen(tokenizer.layout, 256, 6, 8, num_classes=10)
+    export = folder / "export"
+    export_generator(ImageGenerator(tokenizer, generator, ClassConditioner(10)), export)
+    reference = write_pictures(500, folder / "train", seed=3, size=32)
+    pictures = write_pictures(count, folder / "made", seed=4, size=32)
+    shared = ["--reference", str(reference), "--device", "cpu", "--cache", str(folder / "kept")]
+
+    def run(words: list[str], names: list[str]) -> dict[str, float]:
+        out = folder / "several.json"
+        evaluate.main(
+            [*words, *shared, "--extractor", *names, "--metrics", "fd", "--out", str(out)]
+        )
+        return read_record(out)["metrics"]
+
+    rows = []
+    for what, words in (
+        (f"six networks, {count} samples", ["model", str(export), "--count", str(count)]),
+        (f"six networks, {count} pictures", ["samples", str(pictures)]),
+    ):
+        run(words, networks)  # references are in the cache then, as for later runs
+
+        def together(words: list[str] = words) -> float:
+            return sum(run(words, networks).values())
+
+        def apart(words: list[str] = words) -> float:
+            return sum(value for name in networks for value in run(words, [name]).values())
+
+        rows.append(race(what, together, apart, 1, "six runs"))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,6 +288,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--command", type=int, default=0)
+    parser.add_argument("--several", type=int, default=0)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -193,8 +302,14 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         weights = arguments.weights or random_weights(Path(folder) / "inception.pth")
-        rows = network_rows(images.to(torch.uint8), weights, arguments.rounds)
-    rows += feature_rows(arguments.features, arguments.rounds)
+        rows = []
+        if arguments.command:
+            rows.append(command_row(arguments.command, weights, Path(folder)))
+        if arguments.several:
+            rows += several_rows(arguments.several, Path(folder))
+        if not rows:
+            rows = network_rows(images.to(torch.uint8), weights, arguments.rounds)
+            rows += feature_rows(arguments.features, arguments.rounds)
     state = 8 * (DIM * DIM + DIM)
     print(
         f"state: {state / 2**20:.1f} MiB at any number of images; torch-fidelity keeps {4 * DIM} bytes an image"
