@@ -87,11 +87,13 @@ def write_network(folder: Path) -> None:
 
 
 class Measure(FID):
-    """Measures before the first update, where the weights of all runs are equal to the bit."""
+    """Measures after the first update, where the weights of all runs are equal up to rounding."""
 
     distances: dict[str, float]
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if module.batches != 1:
+            return
         self.measure(trainer, module)
         found = trainer.callback_metrics.items()
         self.distances = {name: float(value) for name, value in found if "FD(" in name}

@@ -84,7 +84,7 @@ def test_two_processes_measure_the_distance_of_one(folder: Path, strategy: str) 
     two = result(folder, f"generator-{strategy}-2")["distances"]
     one = result(folder, "generator-one-1")["distances"]
     assert set(one) == {"val/FD(tiny)", "val/FD(tiny) raw"} and one["val/FD(tiny)"] > 0
-    assert two == pytest.approx(one, rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "strategy"), RUNS)
