@@ -147,7 +147,7 @@ class KeptImages(ImageSource):
         self.label_plan = generated.label_plan
         self.class_names = generated.class_names
         self.class_counts = generated.class_counts
-        plan = {"weights": fingerprint(generated.model), **generated.describe()}
+        plan = {**generated.describe(), "tensors": fingerprint(generated.model)}
         self.kept = KeptSet(folder, plan, lambda index: f"{index:08d}.png")
 
     def make(self, batch_size: int, shard: tuple[int, int] = (0, 1)) -> int:
