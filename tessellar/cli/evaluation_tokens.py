@@ -30,7 +30,6 @@ from tessellar.evaluation.metrics import distance_name
 from tessellar.evaluation.probing import (
     PROBES,
     Features,
-    NamedView,
     Probe,
     ProbeProtocol,
     accuracies,
@@ -50,7 +49,7 @@ from tessellar.evaluation.token_metrics import (
     swap_distances,
     unchanged,
 )
-from tessellar.evaluation.token_views import view
+from tessellar.evaluation.token_views import Asked, asked, view
 from tessellar.measures.codes import code_use
 from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator, assemble
@@ -179,7 +178,8 @@ def probe(
     Args:
         model: export folder, .safetensors, .ckpt or hub id of a tokenizer, or of a generator that holds one
         data: data set with classes or captions, as in a training YAML (default: that of the run)
-        features: of latents tokens codes pixels, or names of the tokenizer's modules (default: latents tokens)
+        features: of latents tokens codes pixels, or names of the tokenizer's modules; NAME[:8] is the first 8 positions
+            (default: latents tokens)
         probes: of linear softmax attentive knn purity retrieval (default: linear, knn and purity with classes, and
             retrieval with captions)
         protocol: how features are pooled, how probes are fitted, seeds
@@ -209,20 +209,27 @@ def probe(
     tokenizer = loaded.tokenizer.to(pick_device(device)).eval()
     check_size(tokenizer, data)
     names = list(dict.fromkeys(features or ["latents", "tokens"]))
-    views = [NamedView(name, view(tokenizer, name)) for name in names]
-    if "purity" in chosen and not tokenizer.layout.is_continuous:
-        views.append(NamedView(CODES_OF_IMAGES, tokenizer.encode))
-    log.info("probes %s of %s; writes %s", ", ".join(names), model, out or "a record")
+    wanted = [asked(name) for name in names]
+    looks = {one.base: view(tokenizer, one.base) for one in wanted}
     where = next(tokenizer.parameters()).device
-    known = features_of(train, views, where, batch_size)
-    asked = features_of(test, views, where, batch_size)
+    for one in wanted:
+        # What a feature lacks is told before the work, by one blank image.
+        with torch.no_grad():
+            blank = looks[one.base](torch.zeros(1, 3, *tokenizer.image_size, device=where))
+        one.cut(blank)
+    if "purity" in chosen and not tokenizer.layout.is_continuous:
+        looks[CODES_OF_IMAGES] = tokenizer.encode
+    log.info("probes %s of %s; writes %s", ", ".join(names), model, out or "a record")
+    known = features_of(train, looks, where, batch_size)
+    held_out = features_of(test, looks, where, batch_size)
     metrics: dict[str, float] = {}
     for probe_name in chosen:
         if probe_name == "purity":
-            metrics |= purity_metrics(tokenizer, asked, protocol)
+            metrics |= purity_metrics(tokenizer, held_out, protocol)
             continue
-        for name in names:
-            metrics |= probe_metrics(probe_name, name, known, asked, (train, test), protocol)
+        for one in wanted:
+            sides = (part_of(known, one), part_of(held_out, one))
+            metrics |= probe_metrics(probe_name, one.name, sides, (train, test), protocol)
     comparable = {
         "probes": PROBE_VERSION,
         "train": train.fingerprint(),
@@ -289,14 +296,14 @@ def default_probes(images: DatasetImages) -> list[Probe]:
 
 
 def purity_metrics(
-    tokenizer: Tokenizer, asked: dict[str, Features], protocol: ProbeProtocol
+    tokenizer: Tokenizer, held_out: dict[str, Features], protocol: ProbeProtocol
 ) -> dict[str, float]:
     """Purity and information of the codes of the validation images; UserError where there are
     none.
     """
     if tokenizer.layout.is_continuous:
         raise UserError("continuous tokens have no codes whose purity could be measured")
-    features = asked[CODES_OF_IMAGES]
+    features = held_out[CODES_OF_IMAGES]
     if features.labels is None:
         raise UserError("purity needs classes, and the data set given has none")
     found = purities(features.vectors, features.labels, tokenizer.layout, protocol.seed)
@@ -312,21 +319,27 @@ def purity_metrics(
     }
 
 
+def part_of(features: dict[str, Features], wanted: Asked) -> Features:
+    """The positions that a name asks for."""
+    whole = features[wanted.base]
+    return whole._replace(vectors=wanted.cut(whole.vectors))
+
+
 def probe_metrics(
     chosen: Probe,
     name: str,
-    known: dict[str, Features],
-    asked: dict[str, Features],
+    sides: tuple[Features, Features],
     sources: tuple[DatasetImages, DatasetImages],
     protocol: ProbeProtocol,
 ) -> dict[str, float]:
-    """Numbers of one probe of the feature `name`."""
+    """Numbers of one probe of a feature; `sides` and `sources` are of training, then validation."""
+    known, held_out = sides
     if chosen == "retrieval":
         captions = [images.captions() for images in sources]
         found = retrieval(
-            known[name].pooled(protocol.pooling),
+            known.pooled(protocol.pooling),
             captions[0],
-            test=asked[name].pooled(protocol.pooling),
+            test=held_out.pooled(protocol.pooling),
             test_captions=captions[1],
             penalties=protocol.penalties,
         )
@@ -335,7 +348,7 @@ def probe_metrics(
             metrics[f"texts at {depth}({name})"] = found.texts[place]
             metrics[f"images at {depth}({name})"] = found.images[place]
         return metrics
-    scores = accuracies(chosen, known[name], asked[name], protocol)
+    scores = accuracies(chosen, known, held_out, protocol)
     metrics = {f"{chosen}({name})": mean(scores)}
     if len(scores) > 1:
         metrics[f"{chosen}({name}) std"] = pstdev(scores)

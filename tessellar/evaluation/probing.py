@@ -6,7 +6,7 @@ tokenizer, whose weights do not move.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal, NamedTuple
@@ -90,24 +90,17 @@ class Features(NamedTuple):
         return self.vectors.mean(1)
 
 
-class NamedView(NamedTuple):
-    """A view and what records call it."""
-
-    name: str
-    look: View
-
-
 @torch.no_grad()
 def features_of(
-    source: ImageSource, views: Sequence[NamedView], device: torch.device, batch_size: int
+    source: ImageSource, looks: Mapping[str, View], device: torch.device, batch_size: int
 ) -> dict[str, Features]:
     """Features of every image of `source` by the name of their view, in the order of the set."""
-    vectors: dict[str, list[Tensor]] = {name: [] for name, _ in views}
+    vectors: dict[str, list[Tensor]] = {name: [] for name in looks}
     labels = []
     with Progress("features", source.count, "images", quiet=False) as bar:
         for batch in source.batches(batch_size):
             images = from_uint8(batch.images).to(device)
-            for name, look in views:
+            for name, look in looks.items():
                 vectors[name].append(look(images).cpu())
             if batch.labels is not None:
                 labels.append(batch.labels)

@@ -7,11 +7,14 @@
 - `pixels`: the image itself, to compare with;
 - anything else: the output of the tokenizer's module of that name, such as `encoder.norm_out`, in
   its last call while the image is encoded.
+
+`NAME[:n]` is the first n positions of any of them but `codes` and `pixels`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -29,6 +32,32 @@ MOST_CODES = 1 << 16  # of all codebooks together, whose frequencies are a vecto
 
 View = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] to vectors [B, N, C]."""
+
+
+class Asked(NamedTuple):
+    """The feature `base`, of its first `length` positions (None: all)."""
+
+    name: str
+    base: str
+    length: int | None
+
+    def cut(self, vectors: Tensor) -> Tensor:
+        """The first positions of vectors [B, N, C]; raises UserError where there are fewer."""
+        if self.length is not None and self.length > vectors.shape[1]:
+            raise UserError(f"{self.name}: {self.base} has {vectors.shape[1]} positions")
+        return vectors[:, : self.length]
+
+
+def asked(name: str) -> Asked:
+    """What a name asks for: `tokens[:8]` are the first 8 positions of `tokens`."""
+    found = re.fullmatch(r"(.+)\[:(\d+)\]", name)
+    if found is None:
+        return Asked(name, name, None)
+    base = found[1]
+    length = int(found[2])
+    if length < 1 or base in ("codes", "pixels"):
+        raise UserError(f"{name}: a part is at least 1 of the positions, which {base} may not have")
+    return Asked(name, base, length)
 
 
 class _Seen(Exception):
