@@ -101,7 +101,7 @@ def row_of(training: Training, arguments: argparse.Namespace) -> dict[str, Any]:
         *("--batch_size", "250", "--cache", str(arguments.runs / ".cache")),
     )
     lengths = [point["tokens"] for point in of_tokens["tokens"].get("prefixes", [])]
-    parts = [f"tokens[:{length}]" for length in lengths]
+    parts = [f"tokens:{length}" for length in lengths]
     probes = ["linear", "attentive"]
     if "usage by position" in of_tokens["tokens"]:
         probes.append("purity")
@@ -148,7 +148,7 @@ def curve(row: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
     points = row["tokens"].get("prefixes", [])
     lengths = [point["tokens"] for point in points]
     if name == "linear":
-        return lengths, [row["probes"][f"linear(tokens[:{length}])"] for length in lengths]
+        return lengths, [row["probes"][f"linear(tokens:{length})"] for length in lengths]
     return lengths, [point[name] for point in points]
 
 

@@ -8,7 +8,7 @@
 - anything else: the output of the tokenizer's module of that name, such as `encoder.norm_out`, in
   its last call while the image is encoded.
 
-`NAME[:n]` is the first n positions of any of them but `codes` and `pixels`.
+`NAME:n` is the first n positions of any of them but `codes` and `pixels`.
 """
 
 import re
@@ -49,8 +49,8 @@ class Asked(NamedTuple):
 
 
 def asked(name: str) -> Asked:
-    """What a name asks for: `tokens[:8]` are the first 8 positions of `tokens`."""
-    found = re.fullmatch(r"(.+)\[:(\d+)\]", name)
+    """What a name asks for: `tokens:8` are the first 8 positions of `tokens`."""
+    found = re.fullmatch(r"(.+):(\d+)", name)
     if found is None:
         return Asked(name, name, None)
     base = found[1]

@@ -18,7 +18,7 @@ ROW = {
     "training": {"updates": 3000, "samples_seen": 96_000, "cpu_seconds": 1234.5},
     "metrics": {"rFD(a)": 1.5, "rFD(b)": 2.5, "PSNR": 24.0, "SSIM": 0.9, "usage": 0.98},
     "tokens": {"layout": "2 tokens", "prefixes": [{"tokens": 1, "PSNR": 20.0}]},
-    "probes": {"linear(tokens)": 0.8, "linear(tokens[:1])": 0.5},
+    "probes": {"linear(tokens)": 0.8, "linear(tokens:1)": 0.5},
 }
 
 

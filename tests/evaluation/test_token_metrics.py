@@ -150,12 +150,12 @@ def test_probes_of_named_features_and_of_codes(exported: str, net: list[str]) ->
 
 
 def test_what_a_data_set_has_decides_the_probes(exported: str, net: list[str]) -> None:
-    found = record("probe", exported, *SHAPES, "--features", "tokens", "tokens[:3]", "tokens[:8]")
+    found = record("probe", exported, *SHAPES, "--features", "tokens", "tokens:3", "tokens:8")
     metrics = found["metrics"]
     assert {"linear(tokens)", "knn(tokens)", "purity", "information by position"} <= set(metrics)
-    assert metrics["knn(tokens[:8])"] == metrics["knn(tokens)"] != metrics["knn(tokens[:3])"]
-    with pytest.raises(UserError, match=r"tokens\[:9\]: tokens has 8 positions"):
-        main(["probe", exported, *SHAPES, "--features", "tokens[:9]", "--train_count", "20"])
+    assert metrics["knn(tokens:8)"] == metrics["knn(tokens)"] != metrics["knn(tokens:3)"]
+    with pytest.raises(UserError, match="tokens:9: tokens has 8 positions"):
+        main(["probe", exported, *SHAPES, "--features", "tokens:9", "--train_count", "20"])
     with pytest.raises(UserError, match=r"are \(24, 24\), the tokenizer reads \(32, 32\)"):
         main(["probe", exported, *SHAPES, "--data.size", "24"])
     with pytest.raises(UserError, match="protocol.neighbours"):
