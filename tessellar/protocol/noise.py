@@ -60,10 +60,10 @@ class Noise:
     def _bits(self, *shape: int) -> Tensor:
         """64 random bits each, int64 [B, *shape]; the next draw has others."""
         if not prod(shape):  # no number is drawn: nothing to count
-            return torch.zeros(len(self), *shape, dtype=torch.int64, device=self.device)
+            return torch.zeros(len(self.keys), *shape, dtype=torch.int64, device=self.device)
         of_draw = _mix(self.keys + STEP * self._next())[:, None]
         place = torch.arange(1, prod(shape) + 1, device=self.device)
-        return _mix(of_draw + STEP * place).view(len(self), *shape)
+        return _mix(of_draw + STEP * place).view(len(self.keys), *shape)
 
     def _next(self) -> Tensor:
         """The number [B] of this draw, from 1."""

@@ -48,8 +48,8 @@ class StreamNoise(Noise):
         self.rows = rows
         return self
 
-    def _draw(self, function: Callable[..., Tensor], *shape: int) -> Tensor:
-        return function(self.rows, *shape, generator=self.streams[0]).to(self.device)
+    def _bits(self, *shape: int) -> Tensor:
+        return super()._bits(self.rows, *shape)[0]
 
 
 @dataclass(frozen=True)
