@@ -33,7 +33,7 @@ from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.training.base import TrainingModule
 from tessellar.training.facts import BYTES, STATES
 from tessellar.training.flops import CountFlops, countable, peak_of
-from tessellar.training.image_generator_module import ImageGeneratorModule
+from tessellar.training.generator_module import ImageGeneratorModule
 
 log = logging.getLogger(__name__)
 UPDATES = 2

@@ -26,7 +26,7 @@ from tessellar.training.alignment.drawing import new_seeds
 from tessellar.training.alignment.method import AlignmentMethod, Batch
 from tessellar.training.alignment.rewards import Material
 from tessellar.training.base import Player, trainable
-from tessellar.training.image_generator_module import ImageGeneratorModule
+from tessellar.training.generator_module import ImageGeneratorModule
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.speed import checkpoint_activations, compile_each_block
 

@@ -8,6 +8,7 @@ from tessellar.errors import UserError
 from tessellar.parity.table_generator import TableGenerator
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.layout import Categorical, sequence_layout
+from tests.models.test_protocol import labels, make
 
 
 class Counts:
@@ -39,9 +40,9 @@ def test_a_part_is_rolled_back_and_forked_with_the_state() -> None:
 
 
 def test_a_window_of_places_is_refused_by_name() -> None:
-    generator = TableGenerator(sequence_layout(3, Categorical(2)))
-    state = generator.start(Condition(ids=torch.tensor([0])))
-    with pytest.raises(UserError, match="TableGenerator predicts runs of entities"):
+    generator = make("var")
+    state = generator.start(labels(1))
+    with pytest.raises(UserError, match="VAR predicts runs of entities"):
         generator.predict_places(
             state, torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 2]])
         )

@@ -220,5 +220,5 @@ def test_sizes() -> None:
         VAT(GaussianSpace(VectorQuantizer(30, 4)), 16, 4)
     with pytest.raises(ValueError, match="GaussianBottleneck does not quantize vectors to ids"):
         GaussianSpace(GaussianBottleneck(4))
-    with pytest.raises(UserError, match="built for latents of 7 channels, the tokenizer has 4"):
+    with pytest.raises(UserError, match="built for inputs of 7 channels, the tokenizer has 4"):
         VAR(model().layout, 32, 1, 4, 5, latent_dim=7).bind(model())

@@ -163,7 +163,7 @@ OFFICIAL = (
         build=_build,
     ),
     TokenizerImporter(
-        what="the MingTok tokenizer of Ming-UniVision",
+        what="a MingTok tokenizer inside of Ming-UniVision",
         marks=("vision.low_level_encoder.out_proj.weight", "vision.sem_to_pix.weight"),
         entries=FLAT,
         keys=KEYS,
