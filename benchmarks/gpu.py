@@ -171,7 +171,7 @@ def llama(name: str, size: Size) -> tuple[Any, Any, Any]:
     from tessellar.protocol.condition import Condition
     from tessellar.protocol.layout import Categorical, grid_layout
 
-    layout = grid_layout(*size.of((16, 16), (4, 4)), Categorical(size.of(16_384, 64)))
+    layout = grid_layout(size.of(16, 4), size.of(16, 4), Categorical(size.of(16_384, 64)))
     if size.tiny:
         model = llamagen.LlamaGen(layout, 32, 2, 4, num_classes=10)
     else:
@@ -225,7 +225,7 @@ def xar_b(size: Size) -> tuple[Any, Any]:
     from tessellar.models import xar
     from tessellar.protocol.layout import Continuous, grid_layout
 
-    layout = grid_layout(*size.of((16, 16), (4, 4)), Continuous(16))
+    layout = grid_layout(size.of(16, 4), size.of(16, 4), Continuous(16))
     toy = size.tiny
     model = xar.XAR(layout, "cell:2x2", 32, 2, 4, num_classes=10) if toy else xar.xar_b(layout)
     return model, torch.randn(size.of(32, 2), layout.length, 16)
@@ -255,7 +255,7 @@ def token_shuffle_b(size: Size) -> tuple[Any, Any]:
     from tessellar.models import token_shuffle
     from tessellar.protocol.layout import Categorical, grid_layout
 
-    layout = grid_layout(*size.of((32, 32), (4, 4)), Categorical(size.of(16_384, 64)))
+    layout = grid_layout(size.of(32, 4), size.of(32, 4), Categorical(size.of(16_384, 64)))
     if size.tiny:
         model = token_shuffle.TokenShuffle(layout, 32, 2, 4, 2, num_classes=10)
     else:
@@ -446,6 +446,7 @@ def agrees(size: Size) -> dict[str, Any]:
     from tessellar.models.llamagen import LlamaGen
     from tessellar.protocol.choice import Choice
     from tessellar.protocol.condition import Condition
+    from tessellar.protocol.distribution import Logits
     from tessellar.protocol.guidance import Constant
     from tessellar.protocol.layout import Categorical, grid_layout
     from tessellar.protocol.noise import Noise
@@ -468,7 +469,9 @@ def agrees(size: Size) -> dict[str, Any]:
         model = model.to(where)
         quantizer = quantizer.to(where)
         with torch.no_grad():
-            logits = model.score(tokens.to(where), labels.to(where)).logits
+            scores = model.score(tokens.to(where), labels.to(where))
+            assert isinstance(scores, Logits)
+            logits = scores.logits
             loss = model.loss(tokens.to(where), labels.to(where))["cross_entropy"]
             codes = quantizer.encode(vectors.to(where))
             drawn = greedy.tokens(model, labels, [0, 1, 2, 3])

@@ -76,7 +76,7 @@ def test_an_export_gives_what_it_gave(folder: Path) -> None:
 def check_tokenizer(model: Tokenizer, expected: dict[str, Tensor]) -> None:
     tokens = model.encode(expected["images"])
     close(tokens, expected["tokens"])
-    with patch("tessellar.tokenizers.flextok.tokenizer.Noise", FormerNoise):  # its decoder draws
+    with patch("tessellar.tokenizers.parts.latent_maps.Noise", FormerNoise):  # its decoder draws
         decoded = model.decode(expected["tokens"])
     close(decoded, expected["decoded"])
 
