@@ -76,7 +76,7 @@ def test_forward_is_decode_of_encode(images: Tensor, kind: str) -> None:
     tokens, output = tokenizer.encode(images), tokenizer(images)
     assert tokenizer.layout == sequence_layout(N, Categorical(24))
     assert torch.equal(tokens, output.tokens) and tokens.shape == (3, N)
-    torch.testing.assert_close(tokenizer.decode(tokens), output.reconstruction, atol=2e-5, rtol=0)
+    torch.testing.assert_close(tokenizer.decode(tokens), output.reconstruction, atol=2e-5, rtol=1e-5)
     vectors = [tokenizer.quantizer.decode(t) for t in (tokens, (tokens + 1) % 24)]
     said = [tokenizer.decoder(v).cells.detach() for v in vectors]
     assert float((said[0] - said[1]).abs().max()) > 1e-3
@@ -89,7 +89,7 @@ def test_continuous_tokens(images: Tensor) -> None:
     mean = tokenizer.latents(images)[..., :5]
     torch.testing.assert_close(tokens, 2 * mean)
     torch.testing.assert_close(
-        tokenizer.decode(tokens), tokenizer(images).reconstruction, atol=2e-5, rtol=0
+        tokenizer.decode(tokens), tokenizer(images).reconstruction, atol=2e-5, rtol=1e-5
     )
     drawn = [tokenizer.draw(images, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2], atol=1e-3)
@@ -291,7 +291,7 @@ def test_vqgan_is_a_tokenizer(images: Tensor) -> None:
     vqgan = small_vqgan()
     tokens, output = vqgan.encode(images), vqgan(images)
     assert torch.equal(tokens, output.tokens) and vqgan.layout.grid == (4, 4)
-    torch.testing.assert_close(vqgan.decode(tokens), output.reconstruction, atol=2e-5, rtol=0)
+    torch.testing.assert_close(vqgan.decode(tokens), output.reconstruction, atol=2e-5, rtol=1e-5)
     (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in vqgan.parameters())
 
