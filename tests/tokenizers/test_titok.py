@@ -142,7 +142,7 @@ def test_first_stage_draws_the_likeliest_codes_and_starts_with_the_vqgan(images:
         tokenizer.scores(tokenizer.quantizer.decode(tokenizer.encode(images))).argmax(-1).flatten(1)
     )
     torch.testing.assert_close(
-        tokenizer(images).reconstruction, vqgan.decode(likeliest), atol=1e-5, rtol=0
+        tokenizer(images).reconstruction, vqgan.decode(likeliest), atol=1e-5, rtol=1e-5
     )
 
 
@@ -212,7 +212,7 @@ def test_the_stages_share_their_weights_and_exports_have_no_target(
     back = tessellar.load(export_tokenizer(first, tmp_path / "first"))
     assert isinstance(back, TiTok) and back.target is None and back.stage == "proxy"
     torch.testing.assert_close(
-        back.decode(back.encode(images)), first(images).reconstruction, atol=2e-5, rtol=0
+        back.decode(back.encode(images)), first(images).reconstruction, atol=2e-5, rtol=1e-5
     )
     assert two_stage("decoder").load_state_dict(first.state_dict())
 
