@@ -289,7 +289,7 @@ def test_a_damaged_block_of_an_unfinished_cache_is_one_line(tmp_path: Path) -> N
     content = bytearray(blocks.path(0).read_bytes())
     content[60:80] = b"\xff" * 20  # the packed bytes themselves
     blocks.path(0).write_bytes(content)
-    refused(lambda: blocks.read(0), "block_000000.npz is truncated .*: remove it and")
+    refused(lambda: blocks.read(0), "block_000000.npz is damaged .*: remove it and")
 
 
 def saved(form: str, **options: object) -> bytearray:

@@ -76,7 +76,9 @@ def test_forward_is_decode_of_encode(images: Tensor, kind: str) -> None:
     tokens, output = tokenizer.encode(images), tokenizer(images)
     assert tokenizer.layout == sequence_layout(N, Categorical(24))
     assert torch.equal(tokens, output.tokens) and tokens.shape == (3, N)
-    torch.testing.assert_close(tokenizer.decode(tokens), output.reconstruction, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        tokenizer.decode(tokens), output.reconstruction, atol=2e-5, rtol=1e-5
+    )
     vectors = [tokenizer.quantizer.decode(t) for t in (tokens, (tokens + 1) % 24)]
     said = [tokenizer.decoder(v).cells.detach() for v in vectors]
     assert float((said[0] - said[1]).abs().max()) > 1e-3

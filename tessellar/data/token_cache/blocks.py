@@ -94,7 +94,10 @@ class Blocks:
                 corrupt=int(content["corrupt"]),
             )
         except (UserError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{error}: remove it and give the command again") from error
+            reason = str(error).removeprefix(f"{path} ")
+            raise UserError(
+                f"{path} is damaged ({reason}): remove it and give the command again"
+            ) from error
 
     def clear(self) -> None:
         """Remove what a finished cache does not need."""
