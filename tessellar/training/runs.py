@@ -110,8 +110,15 @@ class Run:
                 f"use another --name, with --model.init_from {found} where its weights shall be taken along"
             )
         taken = found is not None or (self.folder.exists() and not self.folder.is_dir())
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            taken |= re.fullmatch(OF_A_BEGINNING, path.name) is None
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if re.fullmatch(OF_A_BEGINNING, path.name):
+                continue
+            taken = True
+            if resume == "auto":
+                raise UserError(
+                    f"--resume auto: {self.folder} has no {LAST} to continue from, but {path.name}; "
+                    "use another --name"
+                )
         if taken:
             raise UserError(
                 f"{self.folder} exists; choose another --name, or continue that run with --resume auto"

@@ -201,6 +201,8 @@ def test_auto_without_a_checkpoint_refuses_where_there_are_results(tmp_path: Pat
     (tmp_path / "b" / "thesis.tex").write_text("")
     with pytest.raises(Exception, match="exists; choose another --name"):
         Run("b", tmp_path)
+    with pytest.raises(Exception, match="has no last.ckpt to continue from, but thesis.tex; use"):
+        Run("b", tmp_path, resume="auto")
 
 
 def test_a_run_that_came_to_nothing_is_started_again(call, config) -> None:
