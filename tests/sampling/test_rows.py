@@ -67,13 +67,16 @@ def test_a_window_of_the_width_is_plain_decoding(name: str) -> None:
     columns = generator.layout.grid[1]  # type: ignore[index]
     for choice in (COLD, Choice(0)) if name == "table" else (COLD,):
         plain = drawn(Ancestral(), generator, choice)
-        for window in (columns, columns + 3):
+        for window in (columns, columns + 3) if name == "table" else (columns,):
             assert torch.equal(drawn(ZipAR(window), generator, choice), plain)
-    assert not torch.equal(drawn(ZipAR(1), generator, COLD), drawn(Ancestral(), generator, COLD))
+        if name == "table" and choice is COLD:
+            assert not torch.equal(drawn(ZipAR(1), generator, choice), plain)
 
 
-@pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("init", ["random", "uniform"])
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [("llamagen", "random"), ("rar", "uniform"), ("table", "random"), ("table", "uniform")],
+)
 def test_coverage_of_a_whole_row_is_speculative_jacobi_decoding(name: str, init: str) -> None:
     generator = MADE[name]()
     for window in (1, 4, 9) if name == "table" else (9,):
@@ -172,11 +175,12 @@ def test_rows_at_once_need_fewer_evaluations_and_an_image_does_not_depend_on_its
     name: str, coverage: float
 ) -> None:
     generator = MADE[name]()
-    for algorithm in (
+    tried = (
         ParallelJacobi(5, coverage),
         ParallelJacobi(3, coverage, "uniform"),
         ZipAR(2),
-    ):
+    )
+    for algorithm in tried if name == "table" else tried[:1]:
         together = drawn(algorithm, generator)
         generator.layout.check(together)
         sampling = Sampling(GUIDED, COLD, algorithm)
