@@ -30,6 +30,7 @@ class ViTBlock(nn.Module):
         gelu: str = "tanh",
         causal: bool = False,
         exact_attention: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -40,8 +41,8 @@ class ViTBlock(nn.Module):
         self.causal = causal
         self.exact_attention = exact_attention
         hidden = int(mlp_ratio * width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.mlp_norm = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.fc1 = nn.Linear(width, hidden)

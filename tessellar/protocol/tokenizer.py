@@ -103,6 +103,12 @@ class Tokenizer(Configured, ExactTables, ABC):
     def forward(self, images: Tensor) -> TokenizerOutput:
         """The training pass; its reconstruction equals `decode(encode(images))` in eval mode."""
 
+    def of_batch(self, batch: Mapping[str, Any]) -> TokenizerOutput:
+        """The training pass of a batch of data; a tokenizer that learns from more than images (from
+        captions) overrides it.
+        """
+        return self(batch["image"])
+
     @property
     @abstractmethod
     def last_layer(self) -> Tensor:

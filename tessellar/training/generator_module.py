@@ -14,7 +14,6 @@ from tessellar.checkpoints.fitting import place_classes
 from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer, read_source
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.data.dataset import IndexedDataset
 from tessellar.errors import UserError
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
@@ -35,15 +34,9 @@ from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Tra
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.sharding import shard
 from tessellar.training.speed import checkpoint_activations, compile_each_block
+from tessellar.training.training_captions import training_captions
 
 log = logging.getLogger(__name__)
-MOST_CAPTIONS = 20_000
-
-
-def training_captions(dataset: IndexedDataset) -> list[str]:
-    """Captions of a set, of at most MOST_CAPTIONS samples that lie evenly in it."""
-    step = -(-len(dataset) // MOST_CAPTIONS)
-    return dataset.captions(range(0, len(dataset), step))
 
 
 class ImageGeneratorModule(TrainingModule):

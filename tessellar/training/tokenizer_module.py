@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.reading import init_tokenizer
+from tessellar.data.datamodule import ImageDataModule
 from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.schedules import Schedule
@@ -17,6 +18,7 @@ from tessellar.training.base import Player, TrainingModule, trainable
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.sharding import shard
 from tessellar.training.speed import compile_each_block
+from tessellar.training.training_captions import training_captions
 
 
 @in_ranges
@@ -97,6 +99,13 @@ class TokenizerModule(TrainingModule):
             )
         return players
 
+    def setup(self, stage: str) -> None:
+        """A tokenizer that learns from captions is told how to get those of the training set."""
+        data = getattr(self.trainer, "datamodule", None)
+        prepare = getattr(self.tokenizer, "prepare_captions", None)
+        if stage == "fit" and prepare is not None and isinstance(data, ImageDataModule):
+            prepare(lambda: training_captions(data.text_datasets()[0]))
+
     def shard_over(self, mesh: DeviceMesh) -> None:
         """The quantizer stays whole, since it writes its codes itself; so does the discriminator,
         which is small.
@@ -105,7 +114,7 @@ class TokenizerModule(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         images = batch["image"]
-        output = self.tokenizer(images)
+        output = self.tokenizer.of_batch(batch)
         if self.discriminator_first:
             self._discriminate(images, output.reconstruction)
         terms = self.loss.generator_loss(images, output, self.updates, self.tokenizer.last_layer)

@@ -71,6 +71,7 @@ def test_the_systems_are_those_without_a_recording() -> None:
         "next_entity",
         "randar",
         "rectok",
+        "seed",
         "semanticist",
         "token_shuffle",
         "tokenflow",

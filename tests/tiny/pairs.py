@@ -63,6 +63,8 @@ from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.rectok import ChannelBottleneck, RecTok
 from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.scale_pyramid import ScalePyramid
+from tessellar.tokenizers.seed import SEED, EvaVision, PixelDetokenizer
+from tessellar.tokenizers.seed.tokenizer import BertSize
 from tessellar.tokenizers.semanticist import Semanticist, SlotDecoding
 from tessellar.tokenizers.titok import TiTok, ViTSize
 from tessellar.tokenizers.tokenbridge import PostQuantized
@@ -125,6 +127,13 @@ def _semanticist() -> Semanticist:
     return Semanticist(16, 4, 8, 4, None, 4, TINY, TINY, decoding=SlotDecoding(2))
 
 
+def _seed() -> SEED:
+    vision = EvaVision(16, 8, width=16, depth=1, num_heads=2, hidden=16)
+    size = BertSize(16, 1, 2, 16)
+    decoder = PixelDetokenizer(8, 16, 8, 16, 1, 2)
+    return SEED(vision, 16, 8, 16, 4, size, 1, 2, 8, detokenizer=decoder)
+
+
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "LlamaGen VQ": lambda: LlamaGenVQ(_vq(), 16, 32, (1, 1, 1), 1, 32),
     "ViT-VQ": lambda: ViTVQ(_vq(), 16, 4, 16, 1, 1, 2),
@@ -148,6 +157,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "TokenFlow": _tokenflow,
     "RecTok": lambda: RecTok(ChannelBottleneck(4), 16, 4, TINY, TINY, TINY, 8),
     "MingTok": lambda: MingTok(LatentNorm(4), 16, 4, TINY, TINY, TINY),
+    "SEED": _seed,
     "KL VAE": _kl,
     "TiTok KL": lambda: TiTok(GaussianBottleneck(4), 16, 4, 8, TINY, TINY),
     "Semanticist": _semanticist,

@@ -51,6 +51,9 @@ from tessellar.tokenizers.restok import ResTok
 from tessellar.tokenizers.restok import official as restok
 from tessellar.tokenizers.retok import QFormerSize, ReToK
 from tessellar.tokenizers.retok import official as retok
+from tessellar.tokenizers.seed import SEED, EvaVision, PixelDetokenizer
+from tessellar.tokenizers.seed import official as seed
+from tessellar.tokenizers.seed.tokenizer import BertSize
 from tessellar.tokenizers.semanticist import Semanticist, SlotDecoding
 from tessellar.tokenizers.semanticist import official as semanticist
 from tessellar.tokenizers.titok import TiTok, ViTSize
@@ -356,6 +359,22 @@ def mingtok_of_three_sizes() -> Pair:
     return made, mingtok.from_official(mingtok.to_official(made), 36, (-0.4, 2.5), (6, 2))
 
 
+def seed_tokenizer(reverse: bool) -> Pair:
+    """Other widths, depths and heads; both get one detokenizer, which no official file holds."""
+    vision = EvaVision(24, 8, width=30, depth=3, num_heads=5, hidden=44)
+    size = BertSize(48, 3, 6, 52)
+    sizes: dict[str, Any] = {"num_tokens": 7, "vocab_size": 19, "code_dim": 6, "decoder_depth": 1}
+    made = SEED(
+        vision, 24, qformer_size=size, decoder_heads=3, embedding_dim=9, reverse=reverse, **sizes
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    again = seed.from_official(seed.to_official(made.eval()), (5, 6), 3)
+    made.detokenizer = again.detokenizer = shaken(PixelDetokenizer(9, 24, 8, 16, 1, 2))
+    return made, again
+
+
 def rectok_of_two_depths() -> Pair:
     """Normed queries and keys, and statistics that no official file holds."""
     sizes: dict[str, Any] = {"encoder_size": ENCODER, "decoder_size": ViTSize(32, 1, 2)}
@@ -433,6 +452,8 @@ CASES: dict[str, Callable[[], Pair]] = {
     "hita": hita_tokenizer,
     "restok": restok_tokenizer,
     "retok": retok_tokenizer,
+    "seed": lambda: seed_tokenizer(reverse=False),
+    "seed, a reverse Q-Former": lambda: seed_tokenizer(reverse=True),
     "semanticist": semanticist_tokenizer,
     "tokenbridge": tokenbridge_of_few_levels,
     "flextok": flextok_tokenizer,

@@ -2,10 +2,13 @@
 their mean, by their standard deviation, two numbers for all channels.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from tessellar.layers.precision import at_least_float32
+from tessellar.protocol.arguments import POSITIVE
 from tessellar.protocol.layout import Continuous
 from tessellar.protocol.ranges import check_number
 from tessellar.protocol.tokenizer import Quantizer, QuantizerOutput
@@ -18,6 +21,8 @@ class LatentNorm(Quantizer):
     Both are measured while training and stored with the weights; `mean` and `deviation` fix them.
     Raises UserError where one is given without the other, or is no number.
     """
+
+    ranges: ClassVar = {"deviation": POSITIVE}
 
     def __init__(self, dim: int, mean: float | None = None, deviation: float | None = None) -> None:
         super().__init__()
