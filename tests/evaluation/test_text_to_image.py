@@ -186,6 +186,8 @@ def test_clipscore_of_a_set_and_its_prompts(
     for name, value in expected.items():
         assert record["metrics"][f"{name} (tiny-clip)"] == pytest.approx(value, abs=1e-6)
     assert "CLIPScore x100 (tiny-clip)" in printed
+    main(["clipscore", "set", "--clip", clip, "--prefix", "a photo depicts ", "--out", "b.json"])
+    assert json.loads(Path("b.json").read_text())["metrics"] != record["metrics"]
     with pytest.raises(UserError, match="CLIP model nowhere cannot be loaded"):
         main(["clipscore", "set", "--clip", "nowhere"])
     Path("bare").mkdir()
