@@ -95,6 +95,7 @@ FEW_SHAPES = ["--data.length", "64", "--data.val_length", "16"]
 FEW_OF = {
     "extractor": ["--recipe.epochs", "1", "--architecture.arch", "test_resnet"],
     "model": ["--count", "12", "--precision", "float32"],
+    "sweep": ["--count", "12"],
     "tokens": ["--count", "12"],
     "probe": ["--count", "12", "--train_count", "24"],
     "stats": ["--count", "12"],
