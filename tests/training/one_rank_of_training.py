@@ -15,12 +15,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import save_file
 
 from tessellar import distributed
 from tessellar.callbacks.ema import EMA
+from tessellar.callbacks.fid import FID
 from tessellar.callbacks.grids import Grids
 from tessellar.cli import sample
+from tessellar.evaluation.networks.timm_network import network_of
 from tessellar.models.llamagen import LlamaGen
+from tessellar.networks.facts import NetworkFacts
 from tessellar.sampling.settings import Sampling
 from tessellar.tokenizers.losses.adversarial import AdaptiveWeight
 from tessellar.tokenizers.losses.discriminator import PatchGAN
@@ -74,6 +78,32 @@ def generator() -> TrainingModule:
 KINDS = {"tokenizer": tokenizer, "generator": generator}
 
 
+def write_network(folder: Path) -> None:
+    """A feature network with random weights."""
+    torch.manual_seed(1)
+    facts = NetworkFacts("tiny", "test_resnet", 4, (32, 32), resize="torch-bicubic")
+    state = network_of(facts).state_dict()
+    save_file(state, folder / "tiny.safetensors", metadata=facts.to_metadata())
+
+
+class Measure(FID):
+    """Measures after the first update, where the weights of all runs are equal up to rounding."""
+
+    distances: dict[str, float]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if module.batches != 1:
+            return
+        self.measure(trainer, module)
+        found = trainer.callback_metrics.items()
+        self.distances = {name: float(value) for name, value in found if "FD(" in name}
+
+
+def measured(name: str) -> bool:
+    """Whether a metric is of `Measure`, which resumed runs are without."""
+    return name.startswith(("val/FD", "val/distance", "val/evaluation"))
+
+
 class Watch(L.Callback):
     """Losses of the global batch, samples seen by each process, and a checkpoint after batch `save_at`."""
 
@@ -102,14 +132,25 @@ def train(
         "fsdp": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
     }
     module, ema, watch = KINDS[kind](), EMA(0.9), Watch(save_at, folder / f"{name}.ckpt")
+    measure = Measure(
+        str(folder / "tiny.safetensors"),
+        num_samples=7,
+        every_n_epochs=None,
+        every_n_updates=1000,
+        batch_size=3,
+        cache=str(folder / f"cache-{world}-{name}"),
+        weights="both",
+    )
+    own = [measure] if kind == "generator" and not resume else []
+    root = folder / f"{name}-{world}"
     trainer = L.Trainer(
         max_steps=4,
         accelerator="cpu",
         devices=world,
         strategy=strategies.get(strategy, lambda: strategy)(),
         logger=False,
-        callbacks=[ema, watch, Grids(SimpleNamespace(folder=folder), Sampling(), columns=1)],  # type: ignore[arg-type]
-        default_root_dir=folder,
+        callbacks=[ema, watch, Grids(SimpleNamespace(folder=folder), Sampling(), columns=1), *own],  # type: ignore[arg-type]
+        default_root_dir=root,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -126,8 +167,10 @@ def train(
         "seen": distributed.all_gather(watch.seen),
         "weights": {n: whole(t).clone() for n, t in module.state_dict().items()},
         "ema": {n: whole(t).clone() for n, t in ema.average.items()},
-        "metrics": {n: float(v) for n, v in trainer.callback_metrics.items()},
+        "metrics": {n: float(v) for n, v in trainer.callback_metrics.items() if not measured(n)},
     }
+    if own:
+        result["distances"] = measure.distances
     if distributed.rank() == 0:
         torch.save(result, folder / f"{name}-{world}.pt")
     return result

@@ -24,6 +24,7 @@ def one() -> dict[str, Any]:
 def folder(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process, then those of two."""
     folder = tmp_path_factory.mktemp("training")
+    one["write_network"](folder)
     for kind in ("tokenizer", "generator"):
         one["train"](kind, "auto", folder, f"{kind}-one", save_at=one["SAVE_AT"])
         one["train"](kind, "auto", folder, f"{kind}-whole")
@@ -76,6 +77,14 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert_equal(two, one)
     first, second = two["seen"]
     assert not set(first) & set(second) and sorted(first + second) == sorted(one["seen"][0])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_measure_the_distance_of_one(folder: Path, strategy: str) -> None:
+    two = result(folder, f"generator-{strategy}-2")["distances"]
+    one = result(folder, "generator-one-1")["distances"]
+    assert set(one) == {"val/FD(tiny)", "val/FD(tiny) raw"} and one["val/FD(tiny)"] > 0
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "strategy"), RUNS)
