@@ -79,6 +79,8 @@ def pages() -> list[Page]:
         Page("cost", "docs/cost.md"),
         Page("decoding", "docs/decoding.md", (demo,)),
         Page("alignment", "docs/alignment.md", (fashion_files,), data),
+        Page("search", "docs/search.md", (demo,)),
+        Page("editing", "docs/editing.md", (demo,)),
         Page("generators", "docs/generators.md", (fashion_files, kl_f4), data),
         Page("tokenizers", "docs/tokenizers.md", (fashion_files,), data),
         Page("small", "docs/small_recipes.md", (fashion_files,), data),

@@ -231,6 +231,9 @@ class BAR(PrefixTransformer):
         order = entities.order.view(-1, entities.length)[:, :: self.tokens_each]
         return self._cell.to(order.device)[order]
 
+    def free_order(self) -> Entities:
+        return self.entities
+
     def _state(self, condition: Condition, guidance: Guidance, entities: Entities) -> State:
         """Every position of the prefix also says where the first token goes."""
         state = super()._state(condition, guidance, entities)

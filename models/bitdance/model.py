@@ -256,6 +256,10 @@ class BitDance(LlamaGenerator):
     ) -> State:
         state = super().start(condition, guidance, entities, window)
         if not self.share_first and guidance.schedule is not None:
+            if guidance.blend is not None:
+                raise UserError(
+                    "BitDance draws its first patch of unguided rows by itself: classes cannot be blended"
+                )
             first = guidance.schedule(torch.zeros(1, 1, dtype=torch.int64), state.entities)
             state.part = NullFirst() if bool((first == 1).all()) else None
         return state

@@ -164,6 +164,9 @@ class LPD(PositionQueries):
         ]
         return Entities(torch.tensor(orders, device="cpu"), sizes)
 
+    def free_order(self) -> Entities:
+        return self.by_token
+
     def training_order(self, batch: int) -> Entities:
         """Uniform orders of the samples, in one of the trained numbers of steps: the same on all
         processes.

@@ -210,6 +210,9 @@ class MaskGIT(MaskedGenerator):
             tag(self.backbone.position.weight, "no_decay")
             tag(self.backbone.token_type.weight, "no_decay")
 
+    def free_order(self) -> Entities:
+        return token_order(self.layout)
+
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
         """A random order of its own for each image, in sets of about one size (default: one token
         each).

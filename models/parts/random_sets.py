@@ -92,6 +92,9 @@ class RandomSets(MaskedGenerator):
         places = self.cells.order.view(self.length, -1)[order].flatten(-2)
         return Entities(places, tuple(size * self.patch**2 for size in sizes))
 
+    def free_order(self) -> Entities:
+        return self.cells
+
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
         """An order of its own for each image."""
         return self.sets(noise.uniform(self.length).argsort(-1).cpu(), steps or self.steps)

@@ -108,6 +108,9 @@ class RandAR(PositionQueries, LlamaGenerator):
         sizes = randar_sizes(self.layout.length, self.steps if steps is None else steps)
         return Entities(noise.uniform(self.layout.length).argsort(-1).cpu(), sizes)
 
+    def free_order(self) -> Entities:
+        return self.by_token
+
     def training_order(self, batch: int) -> Entities:
         order = torch.rand(batch, self.layout.length, device="cpu").argsort(1)
         return Entities(order, self.by_token.sizes)

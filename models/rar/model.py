@@ -108,6 +108,9 @@ class RAR(PrefixTransformer):
             + self.position[:, :PREFIX]
         )
 
+    def free_order(self) -> Entities:
+        return token_order(self.layout)
+
     def _state(self, condition: Condition, guidance: Guidance, entities: Entities) -> State:
         """The class position also says where the first token goes."""
         state = super()._state(condition, guidance, entities)

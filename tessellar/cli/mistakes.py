@@ -22,6 +22,7 @@ from tessellar.processes.flow import Flow
 from tessellar.protocol.guidance import GuidanceSchedule
 from tessellar.protocol.nearest import nearest
 from tessellar.sampling.algorithm import Algorithm
+from tessellar.sampling.editing.edits import Edit
 from tessellar.sampling.search.searching import Search
 from tessellar.sampling.search.verifiers import Verifier
 
@@ -41,6 +42,7 @@ CHOICES: dict[str, type] = {
     "flow": Flow,
     "diffusion": DiffusionSampler,
     "search": Search,
+    "edit": Edit,
     "verifier": Verifier,
 }
 

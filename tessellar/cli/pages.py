@@ -33,6 +33,8 @@ EXAMPLES = {
         "runs/demo-generator/export --classes circle,3 --per-class 8 --guidance.scale 2",
         "runs/t2i/export --prompts prompts.txt --out outputs/prompts",
         "runs/demo-generator/export --algorithm SpeculativeJacobi --algorithm.window 16",
+        "runs/demo-generator/export --search Beam --search.width 4",
+        "runs/demo-generator/export --image X.png --mask M.png --classes star",
     ),
     "evaluate": (
         "model runs/demo-generator/export --extractor NET.safetensors --count 1000",

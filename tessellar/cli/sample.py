@@ -23,7 +23,7 @@ from tessellar.checkpoints.weights import fingerprint
 from tessellar.cli.functions import run_functions
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.data.captions import decode_text
-from tessellar.data.pixels import read_pixels
+from tessellar.data.pixels import read_mask, read_pixels
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble, pick_device
 from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
@@ -36,6 +36,8 @@ from tessellar.protocol.packages import trust
 from tessellar.protocol.ranges import check_whole
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.editing.edits import Edit, Inpaint
+from tessellar.sampling.editing.run import Editing
 from tessellar.sampling.kept import KeptSet, own_part, shard_of
 from tessellar.sampling.output import SampleFolder, file_name
 from tessellar.sampling.report import Recorder
@@ -82,6 +84,9 @@ def sample(
     shard: str = "",
     search: Search | None = None,
     image: str | None = None,
+    mask: str | None = None,
+    edit: Edit | None = None,
+    other: str | None = None,
 ) -> None:
     """Make images of classes, or of prompts: image i has class classes[i % len(classes)] and its
     own seed, seed + i.
@@ -111,14 +116,18 @@ def sample(
         resume: keep what is made beside --out, so that the same command goes on after an interruption
         shard: make only the part 1/4, 2/4, ... of the set; the folder appears when all parts are made
         search: keep the best of several candidates an image, such as BestOfN or Beam; --search.help lists them
-        image: picture that a search compares with (Reconstruction)
+        image: picture to edit, or that a search compares with (Reconstruction)
+        mask: picture of the size of --image, light where that is drawn anew
+        edit: how the image is edited, such as Inpaint (default with a mask) or Continue; --edit.help lists them
+        other: second picture of an edit (Swap)
     """
     trust(package)
     check_target(Path(out), RECORD, overwrite)
     source, generator = _load(model, raw, device)
     texts = None if prompts is None else read_prompts(prompts, generator)
     named = parse_classes(classes, generator) if texts is None else list(range(len(texts)))
-    default = DEFAULT_COUNT if texts is None else len(texts)
+    edits = edit is not None or mask is not None
+    default = DEFAULT_COUNT if texts is None and not edits else len(named)
     if count is not None and per_class is not None:
         raise UserError("give either --count or --per-class, not both")
     if per_class is not None:
@@ -131,20 +140,29 @@ def sample(
     check_whole("batch size", batch_size, least=1, most=MAX_IMAGES)
     sampling = Sampling(guidance, choice, algorithm, flow, diffusion)
     recorder = Recorder()
-    making: Drawing | Searching = Drawing(sampling, seed, batch_size, precision, recorder)
-    if search is not None:
+    making: Drawing | Searching | Editing = Drawing(sampling, seed, batch_size, precision, recorder)
+    if edits:
+        if search is not None:
+            raise UserError("give either --search or an edit, not both")
+        making = Editing(edit or Inpaint(), sampling, seed, batch_size, precision, recorder)
+        read_material(making, image, mask, other, generator.image_size)
+    elif search is not None:
         reference = None if image is None else read_pixels(image, generator.image_size)
         making = Searching(search, sampling, seed, reference, precision, recorder)
         asked_for = {"model": fingerprint(generator), "labels": labels, "texts": texts}
         making.keep_journal(Path(f"{out}.search"), asked_for)
     elif image is not None:
-        raise UserError("--image is for a --search that compares with it; name one")
+        raise UserError(
+            "--image alone says not what to do: give a --mask, an --edit, or a --search that compares with it"
+        )
     part = shard_of(shard)
     keeps = resume or bool(shard)
     if keeps and not png:
         raise UserError("--resume and --shard keep the images as PNG: leave --no-png out")
-    if keeps and search is not None:
-        raise UserError("--search goes on by its own journal: leave --resume and --shard out")
+    if keeps and (search is not None or edits):
+        raise UserError(
+            "--resume and --shard are for plain samples: a --search goes on by its own journal, an edit is made anew"
+        )
     if distributed.rank() == 0:
         kinds = ("class", "classes") if texts is None else ("prompt", "prompts")
         asked = f"{len(labels):,} images of {count_of(len(named), *kinds)}"
@@ -214,6 +232,25 @@ def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
     generator = assemble(source)
     assert isinstance(generator, ImageGenerator)
     return source, generator.to(pick_device(device))
+
+
+def read_material(
+    editing: Editing,
+    image: str | None,
+    mask: str | None,
+    other: str | None,
+    size: tuple[int, int],
+) -> None:
+    """The pictures of an edit; raises UserError for what it needs and is not there, or cannot be read."""
+    if image is None:
+        if mask is not None or other is not None or editing.edit.needs_picture:
+            raise UserError(f"{type(editing.edit).__name__} needs a picture: --image FILE")
+        return
+    editing.picture = read_pixels(image, size)
+    if mask is not None:
+        editing.mask = read_mask(mask, image, size)
+    if other is not None:
+        editing.other = read_pixels(other, size)
 
 
 def parse_classes(text: str, model: ImageGenerator) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache, NoCache, PlacedCache
 from tessellar.layers.precision import ExactTables
-from tessellar.protocol.condition import Condition, Conditioner, Conditioning, cat
+from tessellar.protocol.condition import Condition, Conditioner, Conditioning
 from tessellar.protocol.configured import Configured
 from tessellar.protocol.distribution import Distribution
 from tessellar.protocol.entities import Entities
@@ -87,7 +87,7 @@ class State:
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, ...] of images to [R, ...] of rows; batch-independent data [1, ...] stays as it is."""
-        if len(x) != self.batch or self.guidance.schedule is None:
+        if len(x) != self.batch or self.guidance.branches == 1:
             return x
         return torch.cat([x] * self.guidance.branches)
 
@@ -95,8 +95,6 @@ class State:
         """Guidance: predictions [R, T, ...] of entities [B, T], or of their sub-tokens `factor`, to
         [B, T, ...].
         """
-        if self.guidance.schedule is None:
-            return x
         return self.guidance.merge(x, entity, self.entities, factor)
 
     def _input_end(self, entity: Tensor) -> Tensor:
@@ -321,6 +319,15 @@ class Generator(Configured, ExactTables, ABC):
             raise UserError(f"{type(self).__name__} has an order of its own: leave steps out")
         return self.entities
 
+    def free_order(self) -> Entities | None:
+        """The units that `start` takes in any order, first those that are given; None where the order
+        is fixed.
+
+        A generator that is trained on orders of all kinds has a law for each: that of the rest given any
+        units.
+        """
+        return None
+
     def bind(self, tokenizer: Tokenizer) -> None:
         """Told once whose tokens these are; for generators that read more of the tokenizer than its
         layout (VAR).
@@ -362,10 +369,8 @@ class Generator(Configured, ExactTables, ABC):
         return self.conditioning.drop(condition) if self.training else condition
 
     def stack_branches(self, condition: Condition, guidance: Guidance) -> Condition:
-        """Rows of all guidance branches: the condition, then its null."""
-        if guidance.schedule is None:
-            return condition
-        return cat([condition, self.null(condition)])
+        """Rows of all guidance branches: the condition, what is blended with it, its null."""
+        return guidance.conditions(condition, self.null)
 
 
 def require_categorical(layout: Layout, generator: str) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tessellar.protocol.condition import Condition, cat
 from tessellar.protocol.entities import Entities
 from tessellar.protocol.ranges import check_list, check_number, check_whole
 
@@ -35,15 +36,38 @@ LARGEST = 1e6  # beyond it, weighted logits and velocities leave the range of fl
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A second condition of the same images [B], whose prediction has this share of the conditional one.
+
+    Of logits that is the geometric mean of both laws: p(x | a)^(1 - share) p(x | b)^share, normalised.
+    """
+
+    other: Condition
+    share: float
+
+
+@dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance; without a schedule there are no null rows at all."""
+    """Classifier-free guidance; without a schedule there are no null rows, without a blend no second
+    conditional ones.
+    """
 
     schedule: Schedule | None = None
+    blend: Blend | None = None
 
     @property
     def branches(self) -> int:
-        """Rows an image: 1, or 2 with a conditional and a null row."""
-        return 1 if self.schedule is None else 2
+        """Rows an image: a conditional one, one of the blend, a null row."""
+        return 1 + (self.blend is not None) + (self.schedule is not None)
+
+    def conditions(self, condition: Condition, null: Callable[[Condition], Condition]) -> Condition:
+        """R rows of all branches; `null` makes the unconditional counterpart of rows."""
+        rows = [condition]
+        if self.blend is not None:
+            rows.append(self.blend.other)
+        if self.schedule is not None:
+            rows.append(null(condition))
+        return condition if len(rows) == 1 else cat(rows)
 
     def merge(self, x: Tensor, entity: Tensor, entities: Entities, factor: int = 0) -> Tensor:
         """Predictions [R, T, ...] of all branches (conditional rows first) to guided ones [B, T,
@@ -52,9 +76,15 @@ class Guidance:
         `entity` [B, T] are the entity numbers, `factor` the sub-token that is predicted. Exactly
         the conditional prediction where the scale is 1.
         """
-        if self.schedule is None:
+        if self.branches == 1:
             return x
-        conditional, null = x.chunk(2)
+        parts = x.chunk(self.branches)
+        conditional = parts[0]
+        if self.blend is not None:
+            conditional = (1 - self.blend.share) * conditional + self.blend.share * parts[1]
+        if self.schedule is None:
+            return conditional
+        null = parts[-1]
         schedule = self.schedule
         if isinstance(schedule, PerSubToken):
             schedule = schedule.of_factor(factor)

@@ -43,18 +43,27 @@ def decode_from(
     first: int = 0,
     last: int | None = None,
     recorder: Recorder | None = None,
+    kept: Tensor | None = None,
+    skip: bool = True,
 ) -> Iterator[Step]:
     """Decode entities `first` .. `last` (exclusive; default: all). Tokens before `first` are taken
     as given.
 
     In-painting and prompts are that: a filled buffer and a `first`; the given entities are fed in
-    one evaluation.
+    one evaluation. Tokens at places that are `kept` [N] stay as they are in the buffer wherever they
+    stand; with `skip` no step is made for entities that are kept as a whole.
     """
     for n in range(first, state.entities.count if last is None else last):
+        entity = torch.full((state.batch,), n)
+        free: Tensor | None = None
+        if kept is not None:
+            free = ~kept.to(state.entities.order.device)[state.entities.indices(entity, 1)]
+            if skip and not bool(free.any()):
+                continue
         with forward(recorder, tokens.device):
             distribution = generator.predict(state, tokens, count=n + 1 - int(state.fed[0]), want=1)
         if recorder is not None:
-            recorder.plain(torch.full((state.batch,), n))
+            recorder.plain(entity)
             if recorder.entropy and isinstance(distribution, Logits):
                 p = settings.choice.probs(distribution.logits)
                 committed = torch.ones(p.shape[:-1], dtype=torch.bool, device=p.device)
@@ -62,7 +71,7 @@ def decode_from(
             if isinstance(distribution, Implicit):
                 distribution = replace(distribution, model=recorder.solved(distribution.model))
         drawn = distribution.sample(settings, noise)
-        tokens = state.entities.put(tokens, torch.full((state.batch,), n), 1, drawn)
+        tokens = state.entities.put(tokens, entity, 1, drawn, keep=free)
         yield Step(n, distribution, tokens)
 
 

@@ -124,7 +124,7 @@ def test_what_was_interrupted_goes_on(
     [
         ("--search Beem", "Beam"),
         ("--search Beam --search.width 0", "width of Beam is 0"),
-        ("--search Beam --algorithm SpeculativeJacobi", "SpeculativeJacobi is for BestOfN"),
+        ("--search Beam --algorithm SpeculativeJacobi", "is for BestOfN"),
         ("--search Beam --search.verifier Reconstruction", "--image FILE"),
         ("--search BestOfN --search.verifier Classifier", "needs a file"),
         (

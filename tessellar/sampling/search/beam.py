@@ -76,10 +76,10 @@ class Beam(Search):
 
     def check(self, generator: Generator, sampling: Sampling) -> None:
         super().check(generator, sampling)
-        if not isinstance(sampling.algorithm, Ancestral):
+        if not isinstance(sampling.algorithm, Ancestral) or sampling.algorithm.compile:
             name = type(sampling.algorithm).__name__
             raise UserError(
-                f"{type(self).__name__} grows sequences entity by entity; {name} is for BestOfN"
+                f"{type(self).__name__} grows sequences entity by entity; {name} (and a compiled step) is for BestOfN"
             )
         if self.shared >= generator.entities.count:
             raise UserError(

@@ -19,7 +19,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.noise import Noise
 from tessellar.protocol.ranges import check_whole
 from tessellar.randomness import derive
-from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.decode import EntityByEntity
 from tessellar.sampling.search.priors import Pool
 from tessellar.sampling.search.searching import (
     Choices,
@@ -134,9 +134,12 @@ def likelihood_of(
 ) -> Tensor | None:
     """Log-probabilities [n] of whole sequences that an exact algorithm drew with these seeds."""
     # The order is drawn first, so the same seeds give the order that the sequences were drawn in.
-    steps = getattr(task.sampling.algorithm, "steps", None)
-    ordered = isinstance(task.sampling.algorithm, Ancestral)
-    entities = task.generator.plan(Noise(seeds, task.device), steps if ordered else None)
+    algorithm = task.sampling.algorithm
+    noise = Noise(seeds, task.device)
+    if isinstance(algorithm, EntityByEntity):
+        entities = algorithm.plan(task.generator, noise)
+    else:
+        entities = task.generator.plan(noise)
     state = task.generator.start(condition, task.sampling.guidance.guidance(), entities)
     scored = task.generator.predict(state, tokens, count=entities.count)
     values = take(tokens, entities.order.expand(len(tokens), -1))

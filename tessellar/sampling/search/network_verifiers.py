@@ -7,47 +7,24 @@ the samples names the others, so that `evaluate.py` does not judge samples by wh
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from tessellar.checkpoints.building import build_filled
 from tessellar.errors import UserError
-from tessellar.networks.facts import (
-    NetworkFacts,
-    UsedNetwork,
-    marks_of,
-    refuse_evaluator,
-    sha256_of,
-)
+from tessellar.networks.clip import Clip as ClipNetwork
+from tessellar.networks.facts import UsedNetwork, marks_of, refuse_evaluator, sha256_of
 from tessellar.sampling.search.verifiers import Candidates, Subject, Verifier
-from tessellar.tensor_files import read_safetensors, require_file
-from tessellar.text.bpe import require
-from tessellar.text.encoders import published_vocabulary
 
 if TYPE_CHECKING:
+    from tessellar.networks.classifier import Classifier as ClassifierNetwork
     from tessellar.networks.vision import VisionModel
 
 # timm is imported where a network is made: plain sampling does not wait for it.
 
-# Of images in [0, 1], as CLIP was trained (arXiv 2103.00020, official code).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SCALE = 2.5  # CLIPScore's w (arXiv 2104.08718)
-
-
-def normalised(
-    images: Tensor, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Tensor:
-    """Images in about [-1, 1] as a network of a size reads them: clamped, resized, standardised."""
-    unit = (images.float().clamp(-1, 1) + 1) / 2
-    if unit.shape[-2:] != size:
-        unit = F.interpolate(unit, size, mode="bicubic", antialias=True)
-    shift = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(3, 1, 1)
-    return (unit - shift) / scale
 
 
 @dataclass(frozen=True)
@@ -60,22 +37,15 @@ class Clip(Verifier):
     template: str = "a photo of a {}"
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        library = require("transformers")
-        folder = Path(self.source).expanduser()
-        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+    def _network(self) -> ClipNetwork:
+        for file in self._files:
             refuse_evaluator(file)
-        try:
-            config = library.AutoConfig.from_pretrained(self.source, trust_remote_code=False)
-            if config.model_type != "clip":
-                raise UserError(f"{self.source} is a {config.model_type}, not a CLIP model")
-            model = library.CLIPModel.from_pretrained(self.source, use_safetensors=True)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0][:160]
-            raise UserError(f"the CLIP model {self.source} cannot be loaded ({first})") from error
-        return published_vocabulary(self.source), model.float().eval().requires_grad_(False)
+        return ClipNetwork(self.source)
+
+    @property
+    def _files(self) -> list[Path]:
+        """Weights in a local folder."""
+        return sorted(Path(self.source).expanduser().glob("*.safetensors"))
 
     def text(self, subject: Subject) -> str:
         """What images are compared with."""
@@ -88,30 +58,20 @@ class Clip(Verifier):
             )
         if not subject.prompt and "{}" not in self.template:
             raise UserError(f"the template {self.template!r} of Clip has no {{}} for the class")
+        self._network.eval()
 
     @torch.no_grad()
     def measure(self, candidates: Candidates) -> Tensor:
-        assert candidates.images is not None
-        vocabulary, model = self._loaded
-        model = model.to(candidates.images.device)
-        limit = model.config.text_config.max_position_embeddings
-        read = vocabulary(
-            [self.text(candidates.subject)], truncation=True, max_length=limit, return_tensors="pt"
-        ).to(candidates.images.device)
-        side = model.config.vision_config.image_size
-        pixels = normalised(candidates.images, (side, side), CLIP_MEAN, CLIP_STD)
-        found = model(
-            input_ids=read["input_ids"],
-            attention_mask=read["attention_mask"],
-            pixel_values=pixels,
-        )
-        likeness = F.cosine_similarity(found.image_embeds, found.text_embeds)
+        images = candidates.images
+        assert images is not None
+        texts = [self.text(candidates.subject)] * len(images)
+        likeness = self._network.to(images.device)(images, texts)
         return (CLIP_SCALE * likeness.clamp(min=0))[:, None].cpu()
 
     def networks(self) -> tuple[UsedNetwork, ...]:
-        files = sorted(Path(self.source).expanduser().glob("*.safetensors"))
-        digest = sha256_of(files[0]) if len(files) == 1 else ""
-        return (UsedNetwork(self.source, digest, marks_of(self._loaded[1].vision_model)),)
+        digest = sha256_of(self._files[0]) if len(self._files) == 1 else ""
+        marks = marks_of(self._network.model.vision_model)
+        return (UsedNetwork(self.source, digest, marks),)
 
 
 @dataclass(frozen=True)
@@ -125,29 +85,16 @@ class Classifier(Verifier):
     weights: str = ""
 
     @cached_property
-    def _loaded(self) -> tuple[NetworkFacts, nn.Module]:
+    def _network(self) -> "ClassifierNetwork":
+        from tessellar.networks.classifier import Classifier as ClassifierNetwork
+
         if not self.weights:
             raise UserError("the Classifier verifier needs a file: --search.verifier.weights FILE")
-        path = Path(self.weights).expanduser()
-        require_file(path)
-        refuse_evaluator(path)
-        state, metadata = read_safetensors(path)
-        facts = NetworkFacts.from_metadata(metadata, path)
-        if not facts.num_classes:
-            raise UserError(f"{path} holds a network without classes")
-
-        from tessellar.networks.timm_networks import create_network
-
-        def make() -> nn.Module:
-            with torch.random.fork_rng(devices=[]):  # a search draws the same without it
-                return create_network(facts.arch, facts.options, num_classes=facts.num_classes)
-
-        network = build_filled(make, state, str(path), str(path))
-        return facts, network.eval().requires_grad_(False)
+        return ClassifierNetwork(self.weights)
 
     def target(self, subject: Subject) -> int:
         """The network's class of a subject; raises UserError where there is none."""
-        facts, _ = self._loaded
+        facts = self._network.facts
         if subject.label is None:
             raise UserError("the Classifier verifier scores classes; this generator reads prompts")
         if subject.name in facts.class_names:
@@ -156,9 +103,7 @@ class Classifier(Verifier):
             known = ", ".join(facts.class_names[:10])
             raise UserError(f"{subject.name!r} is no class of {self.weights}, which knows {known}")
         if subject.label >= facts.num_classes:
-            raise UserError(
-                f"{self.weights} has {facts.num_classes} classes, none of number {subject.label}"
-            )
+            raise UserError(f"{self.weights} has {facts.num_classes} classes, no {subject.label}")
         return subject.label
 
     def check(self, subject: Subject) -> None:
@@ -166,17 +111,15 @@ class Classifier(Verifier):
 
     @torch.no_grad()
     def measure(self, candidates: Candidates) -> Tensor:
-        assert candidates.images is not None
-        facts, network = self._loaded
-        height, width = facts.image_size
-        images = normalised(candidates.images, (height, width), facts.mean, facts.std)
-        logits = network.to(images.device)(images)
+        images = candidates.images
+        assert images is not None
+        logits = self._network.to(images.device)(images)
         return logits.log_softmax(-1)[:, self.target(candidates.subject), None].cpu()
 
     def networks(self) -> tuple[UsedNetwork, ...]:
-        facts, network = self._loaded
-        digest = sha256_of(Path(self.weights).expanduser())
-        return (UsedNetwork(facts.name, digest, marks_of(network)),)
+        network = self._network
+        marks = marks_of(network.network)
+        return (UsedNetwork(network.facts.name, sha256_of(network.file), marks),)
 
 
 @dataclass(frozen=True)
@@ -189,7 +132,7 @@ class Reconstruction(Verifier):
     name: str | None = None
 
     @cached_property
-    def _loaded(self) -> "VisionModel":
+    def _network(self) -> "VisionModel":
         from tessellar.networks.vision import VisionModel
 
         return VisionModel(self.name, weights=self.weights)
@@ -198,7 +141,7 @@ class Reconstruction(Verifier):
         if subject.reference is None:
             raise UserError("the Reconstruction verifier needs a reference image: --image FILE")
         if self.weights:
-            self._loaded.check_filled()
+            self._network.check_filled()
 
     @torch.no_grad()
     def measure(self, candidates: Candidates) -> Tensor:
@@ -209,14 +152,14 @@ class Reconstruction(Verifier):
         reference = reference.to(images.device)[None]
         if not self.weights:
             return -(images - reference).square().flatten(1).mean(1, keepdim=True).cpu()
-        model = self._loaded.to(images.device)
+        model = self._network.to(images.device)
         likeness = F.cosine_similarity(model.pooled(images), model.pooled(reference))
         return likeness[:, None].cpu()
 
     def networks(self) -> tuple[UsedNetwork, ...]:
         if not self.weights:
             return ()
-        model = self._loaded
+        model = self._network
         path = Path(self.weights).expanduser()
         digest = sha256_of(path) if path.is_file() else ""
         return (UsedNetwork(model.label, digest, marks_of(model.network)),)

@@ -40,9 +40,6 @@ class StreamNoise(Noise):
         super().__init__([seed], device)
         self.rows = 1
 
-    def __len__(self) -> int:
-        return self.rows
-
     def of(self, rows: int) -> "StreamNoise":
         """The same stream, from now on for `rows` sequences."""
         self.rows = rows
@@ -129,7 +126,8 @@ class Prior(ABC):
 
 @dataclass
 class GeneratorPrior(Prior):
-    """A generator under a condition of one row; `noise` is the prompt's stream.
+    """A generator under a condition of one row; `noise` is the prompt's stream, `steps` the number of entities of
+    a generator of random order.
 
     Raises UserError for the likeliest candidates of a generator without logits.
     """
@@ -140,10 +138,11 @@ class GeneratorPrior(Prior):
     noise: StreamNoise
     guidance: Guidance = NO_GUIDANCE
     recorder: Recorder | None = None
+    steps: int | None = None
     rounding: Callable[[], AbstractContextManager] = nullcontext
 
     def __post_init__(self) -> None:
-        self.entities = self.generator.plan(self.noise.of(1))
+        self.entities = self.generator.plan(self.noise.of(1), self.steps)
 
     @torch.no_grad()
     def begin(self, given: Tensor | None = None, known: int = 0) -> Pool:

@@ -110,6 +110,7 @@ class Task:
             noise=self.noise(),
             guidance=guidance,
             recorder=self.recorder,
+            steps=getattr(self.sampling.algorithm, "steps", None),
             rounding=self.rounding,
         )
 

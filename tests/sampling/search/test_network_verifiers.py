@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tessellar.errors import UserError
+from tessellar.networks.clip import MEAN, STD
 from tessellar.networks.facts import marks_of
 from tessellar.networks.timm_networks import create_network
-from tessellar.sampling.search.network_verifiers import CLIP_MEAN, CLIP_STD, Clip
+from tessellar.sampling.search.network_verifiers import Clip
 from tessellar.sampling.search.verifiers import Candidates, Subject
 
 
@@ -48,7 +49,7 @@ def test_the_score_is_the_clip_score(clip: str) -> None:
     found = verifier.measure(Candidates(images, Subject(0, "cat")))[:, 0]
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     ids = torch.tensor([[2, 3, 4, 2, 5]])  # a photo of a cat
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         out = model(input_ids=ids, pixel_values=((images + 1) / 2 - mean) / std)
     cosine = (out.image_embeds * out.text_embeds).sum(-1)
