@@ -22,7 +22,6 @@ from tessellar.networks.facts import sha256_of
 from tessellar.pipeline import load_generator
 from tessellar.protocol.arguments import in_ranges
 from tessellar.schedules import Schedule
-from tessellar.training.alignment.drawing import new_seeds
 from tessellar.training.alignment.method import AlignmentMethod, Batch
 from tessellar.training.alignment.rewards import Material
 from tessellar.training.base import Player, trainable
@@ -144,10 +143,14 @@ class AlignmentModule(ImageGeneratorModule):
             yield batch["image"].to(self.device)
 
     def own_images(self, count: int) -> Iterator[Tensor]:
-        """At most `count` images of the generator, under conditions of the training set."""
+        """At most `count` images of the generator, under conditions of the training set; the same on
+        every process.
+        """
+        drawn = 0
         for batch in self.training_samples(count):
             condition = self.model.conditioner(dict(batch)).to(self.device)
-            seeds = new_seeds(condition.batch)
+            seeds = range(drawn, drawn + condition.batch)
+            drawn += condition.batch
             tokens = self.model.sample_tokens(condition, self.method.sampling, seeds)
             yield self.model.decode(tokens)
 

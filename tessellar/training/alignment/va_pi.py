@@ -70,8 +70,9 @@ class VAPi(AlignmentMethod):
     the released script: a pass of each sample with dropout and dropped labels, whose ratios differ
     from 1 at once. `twice`: the policy's as in `eval`, the cross-entropy from a second pass with
     dropout. `token_dropout` is the share of tokens that the policy's loss leaves out, `kl` weighs
-    the distance to the generator as it began, `advantage_clip` bounds advantages. Raises UserError
-    for a group of one or a greedy choice.
+    the distance to the generator as it began, `advantage_clip` bounds advantages. `choice` is how
+    tokens are drawn; log-probabilities have its temperature, not its filters. Raises UserError for a
+    group of one or a greedy choice.
     """
 
     ranges: ClassVar = {
