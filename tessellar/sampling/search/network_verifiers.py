@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # timm is imported where a network is made: plain sampling does not wait for it.
 
-CLIP_SCALE = 2.5  # CLIPScore's w (arXiv 2104.08718)
-
 
 @dataclass(frozen=True)
 class Clip(Verifier):
@@ -64,9 +62,8 @@ class Clip(Verifier):
     def measure(self, candidates: Candidates) -> Tensor:
         images = candidates.images
         assert images is not None
-        texts = [self.text(candidates.subject)] * len(images)
-        likeness = self._network.to(images.device)(images, texts)
-        return (CLIP_SCALE * likeness.clamp(min=0))[:, None].cpu()
+        network = self._network.to(images.device)
+        return network(images, [self.text(candidates.subject)])[:, None].cpu()
 
     def networks(self) -> tuple[UsedNetwork, ...]:
         digest = sha256_of(self._files[0]) if len(self._files) == 1 else ""
