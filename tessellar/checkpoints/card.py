@@ -56,7 +56,10 @@ def _git(folder: Path, *arguments: str) -> str:
     """What git prints; empty where it fails or is not there."""
     try:
         result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tessellar.errors import UserError, in_one_line
+from tessellar.errors import UserError, in_one_line, writing
 
 TRACEBACK = "traceback.txt"
 
@@ -89,9 +89,11 @@ def _kept(error: Exception) -> str:
             folder = place()
             if folder is not None:
                 folder.mkdir(exist_ok=True)
-                (folder / name).write_text(content, errors="backslashreplace")
+                with writing(folder / name, unfinished=folder / f".{name}.part"):
+                    (folder / f".{name}.part").write_text(content, errors="backslashreplace")
+                    (folder / f".{name}.part").replace(folder / name)
                 return f"traceback: {folder / name}"
-        except OSError:
+        except (OSError, UserError):
             continue
     return "the traceback could not be written anywhere"
 

@@ -225,17 +225,17 @@ class Run:
 
         Damaged checkpoints are renamed, so that none takes the place of a whole one.
         """
-        self.begun = True
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.continues:
+            for path in self.folder.glob("config*.yaml"):
+                path.unlink()  # of a start that came to nothing
+        number = keep_config(self.folder, config, facts["command"])
+        self.begun = True  # and not before: on a full disk nothing has changed
         for path in self._damaged:
             path.replace(path.with_suffix(".damaged"))
         self.unmark()
         if self._wandb_id is not None:
             self._write_text(WANDB_ID, self._wandb_id)
-        if not self.continues:
-            for path in self.folder.glob("config*.yaml"):
-                path.unlink()  # of a start that came to nothing
-        number = keep_config(self.folder, config, facts["command"])
         since = None if self.checkpoint is None else str(self.checkpoint)
         part = {
             "config": CONFIG,
@@ -258,6 +258,8 @@ class Run:
         if not self.begun:
             return
         ended = {"status": status, "ended": now()}
+        if not self.parts:  # it failed while it began
+            return
         self.parts[-1] |= ended
         self.record |= {**(facts or {}), **ended}
         self.write("run.json", self.record)

@@ -6,13 +6,14 @@ one; a read-only one by a mount, else by permissions.
 
 import ctypes
 import errno
+import io
 import json
 import os
 import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,18 @@ def test_a_run_on_a_small_disk_is_one_line_and_can_go_on(
     errors = [line for line in said.splitlines() if tells_of_end(line)]
     assert code == 2 and len(errors) == 1, said
     assert "runs/x/" in errors[0] and "could not be written" in errors[0]
+
+
+def test_a_run_that_cannot_write_its_config_leaves_no_folder(
+    folder: Path, config: dict[str, Any]
+) -> None:
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    said = io.StringIO()
+    with full_disk(), redirect_stderr(said):
+        code = run(lambda: train.main(["--config", "run.yaml", "--name", "x"]))
+    line = "error: runs/x/config.yaml could not be written: File too large"
+    assert (code, said.getvalue().splitlines()[-1]) == (2, line)
+    assert not Path("runs").exists()
 
 
 def test_the_last_row_of_metrics_stays_whole_on_a_full_disk(tmp_path: Path) -> None:
