@@ -54,6 +54,12 @@ def test_weights_of_another_system_are_refused_in_one_line(system: str, tokenize
         assert len(message.splitlines()) == 1 or file.parent.name in own, file
 
 
+def test_a_file_without_the_marks_is_refused_by_them(tokenizer: Path) -> None:
+    """Before any tensor is looked at: what refuses it later says less."""
+    message = refusal("rar", GOLDEN / "llamagen" / "weights_c2i.safetensors", tokenizer, 2)
+    assert "holds nothing of rar: not the weights of" in message
+
+
 @pytest.mark.parametrize("key", ["embeddings.weight", "pos_embed", "blocks.0.mlp.fc1.weight"])
 @pytest.mark.parametrize("change", [torch.flatten, torch.sum, lambda t: t[None]])
 def test_tensors_of_another_rank_are_refused_in_one_line(
