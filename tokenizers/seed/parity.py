@@ -2,6 +2,8 @@
 the variant with a reverse Q-Former, texts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,8 +45,9 @@ def recorded_tokenizer(recording: Recording, reverse: bool = False) -> SEED:
         state = {name: t for name, t in state.items() if not name.startswith("image_down.")}
     heads = (config["vit_heads"], config["qformer_heads"])
     made = from_official(state, heads, config["decoder_heads"])
-    vision = made.vision
-    block = made.qformer.blocks[0]
+    vision: Any = made.vision
+    block: Any = made.qformer.blocks[0]
+    head: Any = made.embedding_head
     width = made.queries.shape[-1]
     found = {
         "image_size": made.image_size[0],
@@ -58,7 +61,7 @@ def recorded_tokenizer(recording: Recording, reverse: bool = False) -> SEED:
         "codebook_size": len(made.quantizer.codebook.weight),
         "codebook_dim": made.quantizer.dim,
         "decoder_depth": len(made.meaning.blocks),
-        "image_features_dim": made.embedding_head.out.out_features,
+        "image_features_dim": head.out.out_features,
     }
     check_sizes(config, "the config", found)
     hidden = int(vision.dim * config["vit_mlp_ratio"])
