@@ -33,8 +33,10 @@ def source(runs: Path) -> Training:
 def trainings(runs: Path, seed: int) -> dict[str, Training]:
     """Every method from the generator's export, and the control, of one seed."""
     export = str(source(runs).folder(runs) / "export")
-    common = ("--seed_everything", str(seed), "--trainer.max_steps", str(UPDATES), *RATE)
+    seeded = ("--seed_everything", str(seed), "--trainer.max_steps", str(UPDATES))
+    common = (*seeded, *RATE)
     aligned = ("--model.init_args.source", export, *common)
+    contrasted = ("--model.init_args.source", export, *seeded)  # at its config's rate
     control = (
         *("--model.init_args.tokenizer", str(TOKENIZER.folder(runs) / "export")),
         *("--model.init_args.init_from", export),
@@ -46,7 +48,7 @@ def trainings(runs: Path, seed: int) -> dict[str, Training]:
         "cross-entropy alone": ("control", f"{folder}/generator.yaml", control),
         "VA-pi": ("va_pi", f"{folder}/va_pi.yaml", aligned),
         "STE": ("straight_through", f"{folder}/straight_through.yaml", aligned),
-        "CCA": ("cca", f"{folder}/cca.yaml", aligned),
+        "CCA": ("cca", f"{folder}/cca.yaml", contrasted),
     }
     made = {}
     for title, (name, config, options) in chosen.items():
