@@ -44,6 +44,7 @@ LEFT_OUT = {
     r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
     r"convert\.py import ": "published weights: tests/interop",
+    r"benchmarks/gpu\.sh": "needs a GPU; tests/test_gpu_script.py runs it at toy sizes",
     r"-m benchmarks\.studies\.": "hours; their results are committed",
     r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }

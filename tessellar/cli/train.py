@@ -181,6 +181,7 @@ class TrainCLI(LightningCLI):
             put_runs_into(config.runs_root)
         self.run_folder = Run(name, runs_root(), resume=config.resume)
         self.log_file = RunLog(self.run_folder.folder)
+        check_devices(config.trainer)
         _leave_emulated_bfloat16(config.trainer)
         self.asked = self.parser.dump(self.config, skip_unset=False)
         stand_in(config.model.init_args, config_of(config.config))
@@ -528,11 +529,28 @@ def run_facts(cli: TrainCLI) -> dict[str, Any]:
     return {**cli.run_folder.facts(cli.trainer), "data": cli.datamodule.facts().as_dict()}
 
 
+def on_processor(trainer: Any) -> bool:
+    """Whether a run's trainer options take the processor, not a GPU."""
+    graphics = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not graphics)
+
+
+def check_devices(trainer: Any) -> None:
+    """Raise UserError for more processes on the processor than a slip of the hand can mean: Lightning
+    starts any number.
+    """
+    devices = str(trainer.devices)
+    cores = os.cpu_count() or 1
+    if devices.isdecimal() and int(devices) > max(8, 2 * cores) and on_processor(trainer):
+        raise UserError(
+            f"trainer.devices is {devices}: that many processes would share {cores} processor cores; give at most "
+            f"{max(8, 2 * cores)}, or --trainer.accelerator gpu"
+        )
+
+
 def _leave_emulated_bfloat16(trainer: Any) -> None:
     """Set float32 where a run on the processor asks for bfloat16 that this one only emulates."""
-    graphics = torch.cuda.is_available() or torch.backends.mps.is_available()
-    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not graphics)
-    if on_cpu and trainer.precision == "bf16-mixed" and not computes_bfloat16():
+    if on_processor(trainer) and trainer.precision == "bf16-mixed" and not computes_bfloat16():
         log.warning(
             "this processor has no bfloat16 arithmetic and emulates it very slowly: "
             "trainer.precision is 32-true instead of bf16-mixed"

@@ -251,6 +251,7 @@ TRAIN: dict[str, str] = {
     f"{RUN} --model.init_args.init_from {{tiny}}/list.ckpt": "list.ckpt is not a checkpoint",
     f"{RUN} --model.init_args.init_from {{tiny}}/code.ckpt": "holds code",
     f"{RUN} --trainer.max_steps -5": "max_steps",
+    f"{RUN} --trainer.devices 77": "trainer.devices is 77: that many processes",
     f"{RUN} --trainer.devices -1": "devices|accelerator",
     f"{RUN} --trainer.devices 0": "devices|accelerator",
     f"{RUN} --trainer.precision 8": "precision",
