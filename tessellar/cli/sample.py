@@ -98,12 +98,12 @@ def sample(
         prompts: text file with a prompt a line, for generators that read text, instead of classes
         count: number of images (default 100, or one a prompt)
         per_class: number of images of each class or prompt, instead of count
-        guidance: classifier-free guidance, a schedule over the entities (Constant); scale 1 is none
+        guidance: classifier-free guidance over the entities; scale 1 is none
         choice: how a token is drawn from its probabilities
-        algorithm: decoding algorithm, such as SpeculativeJacobi; --algorithm.help lists them with their options
-        flow: how tokens of a flow-matching generator are drawn: a solver and its steps
+        algorithm: decoding algorithm, such as SpeculativeJacobi; --algorithm.help lists them
+        flow: solver of a flow-matching generator and its steps
         diffusion: how tokens of a generator with a diffusion head are drawn
-        seed: seed of the first image; two runs of N images have no seed in common where theirs lie N apart
+        seed: seed of the first image; sets of N images differ where seeds lie N apart
         batch_size: images at once; tokens do not depend on it, pixels by one level at most
         precision: arithmetic of the generator
         device: auto, cpu, cuda, cuda:1, ...
@@ -113,12 +113,12 @@ def sample(
         npz: write samples.npz, which ADM's evaluator reads
         grid: write grid.png, a row a class
         overwrite: replace an older set of samples
-        resume: keep what is made beside --out, so that the same command goes on after an interruption
-        shard: make only the part 1/4, 2/4, ... of the set; the folder appears when all parts are made
-        search: keep the best of several candidates an image, such as BestOfN or Beam; --search.help lists them
+        resume: keep unfinished work beside --out, so that the same command goes on
+        shard: make part 1/4, 2/4, ... of the set; the folder appears with the last part
+        search: keep the best of several candidates, such as Beam; --search.help lists them
         image: picture to edit, or that a search compares with (Reconstruction)
         mask: picture of the size of --image, light where that is drawn anew
-        edit: how the image is edited, such as Inpaint (default with a mask) or Continue; --edit.help lists them
+        edit: how to edit, such as Inpaint or Continue; --edit.help lists them
         other: second picture of an edit (Swap)
     """
     trust(package)

@@ -44,9 +44,9 @@ def attention(
         assert not dropout and not is_causal, "FlexAttention has no dropout; its mask says all"
         return flex_kernel(q.device.type)(q, k, v, block_mask=mask, scale=scale)
     if implementation == "auto":
-        # What makes the explicit form faster is its backward pass.
-        short = q.device.type == "cpu" and k.shape[-2] <= EXPLICIT_UP_TO
-        implementation = "explicit" if short and torch.is_grad_enabled() else "sdpa"
+        implementation = (
+            "explicit" if q.device.type == "cpu" and k.shape[-2] <= EXPLICIT_UP_TO else "sdpa"
+        )
     if implementation == "sdpa":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=dropout

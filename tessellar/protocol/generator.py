@@ -87,7 +87,8 @@ class State:
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, ...] of images to [R, ...] of rows; batch-independent data [1, ...] stays as it is."""
-        if len(x) != self.batch or self.guidance.branches == 1:
+        plain = self.guidance is NO_GUIDANCE
+        if plain or len(x) != self.batch or self.guidance.branches == 1:
             return x
         return torch.cat([x] * self.guidance.branches)
 
@@ -95,6 +96,8 @@ class State:
         """Guidance: predictions [R, T, ...] of entities [B, T], or of their sub-tokens `factor`, to
         [B, T, ...].
         """
+        if self.guidance is NO_GUIDANCE:
+            return x
         return self.guidance.merge(x, entity, self.entities, factor)
 
     def _input_end(self, entity: Tensor) -> Tensor:
@@ -370,6 +373,8 @@ class Generator(Configured, ExactTables, ABC):
 
     def stack_branches(self, condition: Condition, guidance: Guidance) -> Condition:
         """Rows of all guidance branches: the condition, what is blended with it, its null."""
+        if guidance is NO_GUIDANCE:
+            return condition
         return guidance.conditions(condition, self.null)
 
 

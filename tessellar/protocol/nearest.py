@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(wrong: str, names: Iterable[str], listed: int = 10) -> str:
+def nearest(wrong: str, names: Iterable[str], listed: int = 12) -> str:
     """`; did you mean 'x'?` where a name resembles `wrong`, else the names if there are at most
     `listed`, else "".
     """

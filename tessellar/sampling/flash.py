@@ -8,7 +8,7 @@ one pass of the drafter replaces. Every image commits its own number of tokens.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 from tessellar.checkpoints.reading import read_source
 from tessellar.errors import UserError
+from tessellar.layers.kv_cache import KVCache
 from tessellar.protocol.choice import Choice, race
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Draws
 from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
+from tessellar.protocol.layout import Layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.acceptance import plain_ratio
 from tessellar.sampling.algorithm import Algorithm, check_in_order
@@ -28,14 +30,26 @@ from tessellar.sampling.couplings import fresh, verify
 from tessellar.sampling.report import Recorder, forward, running
 from tessellar.sampling.speculative import probabilities, require_windows
 
-if TYPE_CHECKING:  # settings are read where no model is needed
-    from tessellar.models.flash import FlashDrafter
+
+class Drafter(Protocol):
+    """A model that drafts from hidden states: `FlashDrafter`, or one of others."""
+
+    layout: Layout
+    drafts: int
+
+    def new_cache(self, batch: int, window: int) -> KVCache: ...
+
+    def draft(
+        self, cache: KVCache, tokens: Tensor, hidden: Tensor, order: Tensor, kept: Tensor
+    ) -> Tensor:
+        """Logits [B, K, V] of the tokens behind the first `kept` [B] of a window."""
+        ...
 
 
 @torch.no_grad()
 def flash_drafts(
     target: Generator,
-    drafter: "FlashDrafter",
+    drafter: Drafter,
     condition: Condition,
     choice: Choice,
     noise: Noise,
@@ -136,13 +150,11 @@ class FlashDrafts(Algorithm):
 
 
 @lru_cache(maxsize=2)
-def load_drafter(path: str) -> "FlashDrafter":
-    from tessellar.models.flash import FlashDrafter
-
+def load_drafter(path: str) -> Drafter:
     source = read_source(path)
     found = source.build("generator") if source.kind == "generator" else None
-    if not isinstance(found, FlashDrafter):
+    if found is None or not hasattr(found, "draft"):
         raise UserError(
             f"{path} is no drafter; FlashDrafts takes the export of a FlashDrafter (configs/fashion_mnist/flash.yaml)"
         )
-    return found.eval()
+    return found.eval()  # type: ignore[return-value]

@@ -124,7 +124,7 @@ def test_a_pattern_chooses(capsys) -> None:
         (("list", "--all"), "there is no option '--all'"),
         (("show",), "say what to show"),
         (("show", "titok_b46"), "there is nothing called 'titok_b46'; did you mean 'titok_b64'?"),
-        (("evaluate",), "say which command: samples, model, tokens"),
+        (("evaluate",), "say which command: samples, model, stats"),
         (("evaluate", "modle"), "'modle' is not a command; there are .*did you mean 'model'?"),
         (("convert",), "say which command: import, verify"),
         (("train",), "give a config: .* --config demo/tokenizer"),

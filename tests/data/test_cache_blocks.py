@@ -101,9 +101,7 @@ def test_a_damaged_block_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "cache", Means(budget=8))
     (tmp_path / ".cache.unfinished" / "block_000001.npz").write_bytes(b"PK damaged")
-    with pytest.raises(
-        UserError, match="block_000001.npz is not an npz file .* give the command again"
-    ):
+    with pytest.raises(UserError, match="block_000001.npz is damaged"):
         write(tmp_path / "cache", Means())
 
 

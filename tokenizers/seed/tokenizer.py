@@ -246,7 +246,11 @@ class SEED(QuantizedTokenizer):
     def memory(self, seen: Tensor) -> Tensor:
         """What queries read, [B, S, M], of the vision model's tokens; always normed in float32."""
         with torch.autocast(seen.device.type, enabled=False):
-            return self.vision_norm(at_least_float32(seen))
+            x = at_least_float32(seen)
+            norm = self.vision_norm
+            return F.layer_norm(
+                x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps
+            )
 
     def states(self, images: Tensor) -> Tensor:
         """Causal states [B, n, D] of images."""
@@ -265,7 +269,8 @@ class SEED(QuantizedTokenizer):
 
     def embedding(self, vectors: Tensor) -> Tensor:
         """Embedding [B, E] of code vectors [B, n, C]: what a detokenizer draws from."""
-        return self.embedding_head(self.meaning(self.from_code(vectors)))
+        weight = cast(nn.Linear, self.from_code[0]).weight
+        return self.embedding_head(self.meaning(self.from_code(vectors.to(weight.dtype))))
 
     def render(self, vectors: Tensor) -> Tensor:
         if self.detokenizer is None:
