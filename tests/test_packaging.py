@@ -53,6 +53,7 @@ def test_the_links_are_relative_and_their_targets_are_namespace_packages(name: s
     assert not (ROOT / name / "__init__.py").exists()
 
 
+@pytest.mark.long
 def test_entry_points_start_beside_transformers_and_hugging_faces_tokenizers():
     code = """
 import runpy, sys

@@ -167,6 +167,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.long  # transformers takes long to import
 def test_clipscore_of_a_set_and_its_prompts(
     clip: str, model: str, lines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

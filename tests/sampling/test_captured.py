@@ -22,7 +22,6 @@ DRAWN = Sampling(guidance=Linear(3.0), choice=Choice(temperature=0.9, top_k=7, t
 def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and run as a graph; machines that run tests need no C++ compiler."""
     monkeypatch.setattr(captured, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
 
 
 def tokens_of(name: str, sampling: Sampling, compile: bool, recorder: Recorder | None = None):
@@ -34,19 +33,22 @@ def tokens_of(name: str, sampling: Sampling, compile: bool, recorder: Recorder |
     return chosen.tokens(make(name), labels(2), [5, 6], recorder)
 
 
-QUICK = ("rar",)  # llamagen is in the test below
+QUICK = ("rar",)
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FIXED]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_tokens_are_those_of_the_plain_loop(name: str) -> None:
+    torch._dynamo.reset()
     sampling = GREEDY if name in FIXED[::2] else DRAWN
     expected = tokens_of(name, sampling, compile=False)
     assert torch.equal(tokens_of(name, sampling, compile=True), expected)
 
 
+@pytest.mark.long
 def test_a_step_attends_to_what_is_there_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several graphs one after the other, each for the steps that fit into it."""
+    torch._dynamo.reset()
     generator = make("llamagen")
     count = generator.entities.count
     monkeypatch.setattr(captured, "SHORTEST", -(-count // 2))

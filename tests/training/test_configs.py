@@ -9,6 +9,7 @@ import yaml
 
 from tessellar.checkpoints.export import export_generator
 from tessellar.cli.train import parse
+from tests.recipes.frame import ENTRIES
 from tests.training.conftest import make_generator_module
 from tests.training.test_alignment import teacher_file
 
@@ -174,7 +175,15 @@ def _on_a_small_generator(config: dict, folder: Path) -> str:
     return str(copy)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+# Those that tests/recipes builds and reads number by number are left to `make check` here.
+BUILT = []
+for config in CONFIGS:
+    named = f"{config.parent.name}/{config.stem}"
+    marks = [pytest.mark.long] if config.stem in ENTRIES or named in ENTRIES else []
+    BUILT.append(pytest.param(config, marks=marks, id=named))
+
+
+@pytest.mark.parametrize("path", BUILT)
 def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = f"{path.parent.name}/{path.stem}"

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+# Runs of two processes are made once: one worker of pytest takes all tests of them.
+pytestmark = pytest.mark.xdist_group("two processes of training")
 SCRIPT = Path(__file__).with_name("one_rank_of_training.py")
 RUNS = [(kind, strategy) for kind in ("tokenizer", "generator") for strategy in ("ddp", "fsdp")]
 
