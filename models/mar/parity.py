@@ -54,7 +54,7 @@ def recorded_generator(recording: Recording) -> MAR:
     return generator
 
 
-def training_options(config: Mapping[str, Any]) -> dict[str, float]:
+def training_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """What official options say of training, MAR's and TokenBridge's."""
     return {
         "condition_dropout": config.get("label_drop_prob", 0.1),

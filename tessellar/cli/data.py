@@ -102,7 +102,7 @@ def _crops(target: Path, size: int, crop_train: bool, extractor: str, device: st
             # the statistics' network is heavy: it is imported where it is asked for
             from tessellar.cli.evaluation_tools import stats
 
-            stats(str(folder), size=size, extractor=extractor, out=str(reference), device=device)
+            stats(str(folder), size=size, extractor=[extractor], out=str(reference), device=device)
 
 
 COMMANDS = {"imagenet": imagenet}

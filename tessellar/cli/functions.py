@@ -209,7 +209,7 @@ def _asked_listing(function: Function, argv: Sequence[str]) -> str | None:
         if word != f"--{name}.help" or not after.startswith("--"):
             continue
         for kind in (hints.get(name), *get_args(hints.get(name))):
-            if inspect.isabstract(kind):
+            if isinstance(kind, type) and inspect.isabstract(kind):
                 return "\n".join(_listed(name, cls) for cls in concrete(kind))
         for kind in (hints.get(name), *get_args(hints.get(name))):
             if isinstance(kind, type) and is_dataclass(kind):

@@ -37,6 +37,8 @@ class Drafter(Protocol):
     layout: Layout
     drafts: int
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Drafter": ...
+
     def new_cache(self, batch: int, window: int) -> KVCache: ...
 
     def draft(
