@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 # What `make check` runs beside the long tests: scripts that install the lowest versions, and that run the docs' commands.
 SCRIPTS := $(wildcard tools/lowest_versions.* tools/docs_commands.*)

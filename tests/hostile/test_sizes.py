@@ -84,7 +84,7 @@ def attack(name: str, place: Place, value: Any) -> None:
 NAMES = [*TOKENIZERS, *GENERATORS]
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_no_number_of_a_config_takes_time_or_memory(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(NAMES))

@@ -93,6 +93,7 @@ def test_papers_share_a_tokenizer_by_name_and_a_folder_may_serve_another_paper()
     assert "har" not in found and "quantizers" not in found
 
 
+@pytest.mark.long
 def test_importing_loads_neither_lightning_nor_data_sets() -> None:
     """`convert.py import` is used on machines that never train."""
     heavy = ("lightning", "webdataset", "datasets", "tessellar.data", "tessellar.training")

@@ -234,7 +234,13 @@ def chosen(tensors: list[Tensor], what: str, width: int) -> Tensor:
     return torch.cat([tensor.flatten().float() for tensor in tensors])
 
 
-@pytest.mark.parametrize(("system", "part", "variant"), RUNS)
+LARGE = ("generator_d36_s", "generator_d30", "ibq_xxl")
+STARTED = [
+    pytest.param(*run, marks=pytest.mark.long if set(LARGE) & set(run) else ()) for run in RUNS
+]
+
+
+@pytest.mark.parametrize(("system", "part", "variant"), STARTED)
 def test_initial_weights_are_the_official_ones(system: str, part: str, variant: str) -> None:
     recorded = read_recorded(GOLDEN, system)["parts"][part]["init"]
     recorded = recorded[variant] if variant else recorded

@@ -1,8 +1,10 @@
 """Two processes train as one does: DDP and FSDP2, both modules, with everything that looks at a batch; and go on from
 each other's checkpoints."""
 
+import fcntl
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-# Runs of two processes are made once: one worker of pytest takes all tests of them.
-pytestmark = pytest.mark.xdist_group("two processes of training")
 SCRIPT = Path(__file__).with_name("one_rank_of_training.py")
 RUNS = [(kind, strategy) for kind in ("tokenizer", "generator") for strategy in ("ddp", "fsdp")]
 
@@ -24,8 +24,22 @@ def one() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process, then those of two."""
-    folder = tmp_path_factory.mktemp("training")
+    """Runs of one process, then those of two; made once, whichever of pytest's workers is first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "training"
+    with (root / "training.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make_runs(one, folder)
+            (folder / "made").touch()
+    return folder
+
+
+def make_runs(one: dict[str, Any], folder: Path) -> None:
     one["write_network"](folder)
     for kind in ("tokenizer", "generator"):
         one["train"](kind, "auto", folder, f"{kind}-one", save_at=one["SAVE_AT"])
@@ -55,7 +69,6 @@ def folder(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert codes == [0, 0], "".join(
         (folder / f"rank{rank}.txt").read_text()[-3000:] for rank in (0, 1)
     )
-    return folder
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
