@@ -35,6 +35,11 @@ from tessellar.protocol.generator import Evaluation, Generator, State, require_c
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
 from tessellar.protocol.layout import Layout
 
+ALONE = (
+    "FLASH's drafter generates nothing by itself: sample the generator that it was trained with, by "
+    "--algorithm FlashDrafts --algorithm.model PATH"
+)
+
 
 class FlashDrafter(Generator):
     """Drafts for a generator of `layout` that goes token by token, with `width` channels and
@@ -249,12 +254,9 @@ class FlashDrafter(Generator):
         entities: Entities | None = None,
         window: int = 1,
     ) -> State:
-        raise UserError(
-            "FLASH's drafter generates nothing by itself: sample the generator that it was trained with, by "
-            "--algorithm FlashDrafts --algorithm.model PATH"
-        )
+        raise UserError(ALONE)
 
     def predict(
         self, state: State, tokens: Tensor, count: int = 1, want: int | None = None
     ) -> Distribution:
-        raise NotImplementedError("a drafter has no state")
+        raise UserError(ALONE)

@@ -193,7 +193,7 @@ class PrefixTransformer(Generator):
 
     def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Distribution:
         """Distribution of the tokens of generation `rank` [B, T], of their normed hidden states [R,
-        T, D].
+        T, D]; every class with `predicts_places` has it.
         """
         raise NotImplementedError(type(self).__name__)
 
