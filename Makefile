@@ -5,7 +5,7 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check soak lint format demo clean
+.PHONY: help venv test check soak lint format docs demo clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,13 @@ lint: $(STAMP)  ## ruff, pyright and the order of imports
 format: $(STAMP)  ## rewrite files as `make lint` wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: .venv/.docs  ## build the site into outputs/site; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+.venv/.docs: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@touch $@
 
 demo: $(STAMP)  ## train, sample and measure a small model on coloured shapes
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash demo/run.sh

@@ -41,6 +41,7 @@ EXPORT = "runs/pictures-generator/export"
 #: Commands that are not run here, and why.
 LEFT_OUT = {
     r"^(python3 -m venv|pip|make|uv)\b": "installs, or runs this",
+    r"^(bash tools/docker\.sh|docker)\b": "needs Docker's daemon: .github/workflows",
     r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
     r"convert\.py import ": "published weights: tests/interop",
@@ -71,6 +72,7 @@ def pages() -> list[Page]:
     own = (("num_classes 3", f"num_classes {len(CLASSES)}"),)
     return [
         Page("readme", "README.md", (fashion_files,), data),
+        Page("install", "docs/install.md"),
         Page("own", "docs/your_own_images.md", (), own),
         Page("training", "docs/training.md"),
         Page("library", "docs/library.md", (shapes,)),
