@@ -116,6 +116,20 @@ class Tokenizer(Configured, ExactTables, ABC):
         2012.09841).
         """
 
+    def bottlenecks(self) -> "list[Quantizer]":
+        """The quantizers, or Gaussian bottlenecks, whose vectors the decoder reads; none where
+        latents pass through no module of their own. Those of a tokenizer within this one are its.
+        """
+        found: list[Quantizer] = []
+        left: list[nn.Module] = list(self.children())
+        while left:
+            module = left.pop(0)
+            if isinstance(module, Quantizer):
+                found.append(module)
+            elif not isinstance(module, Tokenizer):
+                left += module.children()
+        return found
+
     def starting_from(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights of another instance as training goes on from them (`init_from`): as they are.
 
@@ -189,6 +203,15 @@ class Quantizer(Configured, nn.Module, ABC):
         `encode`.
         """
         return self.encode(z)
+
+    #: Whether tokens are ids of one codebook, whose codes can be told near from far.
+    has_neighbours: bool = False
+
+    def neighbours(self, z: Tensor, count: int) -> Tensor:
+        """The `count` tokens [..., count], nearest first, of the codes nearest to z [..., C]; all where
+        there are fewer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no codebook")
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:

@@ -59,3 +59,8 @@ def restore_own(states: Sequence[State]) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def new_seeds(count: int) -> list[int]:
+    """Seeds of so many images, from the global random numbers."""
+    return torch.randint(2**62, (count,)).tolist()

@@ -5,16 +5,20 @@ tokenizer.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.reading import init_tokenizer
 from tessellar.data.datamodule import ImageDataModule
+from tessellar.errors import UserError
 from tessellar.protocol.arguments import in_ranges
-from tessellar.protocol.tokenizer import Tokenizer
+from tessellar.protocol.tokenizer import Tokenizer, TokenizerOutput
 from tessellar.schedules import Schedule
 from tessellar.tokenizers.losses.tokenizer_loss import TokenizerLoss
 from tessellar.training.base import Player, TrainingModule, trainable
+from tessellar.training.methods.generated_tokens import Drawer, RollOut, decoder_parameters
+from tessellar.training.methods.latent_corruption import Disturbance, LatentCorruption
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.sharding import shard
 from tessellar.training.speed import compile_each_block
@@ -31,6 +35,12 @@ class TokenizerModule(TrainingModule):
     discriminator a fresh one is used. `init_fresh` names tensors or modules of the tokenizer that
     stay as they were made. `discriminator_first`: the discriminator is updated before the tokenizer,
     as IBQ's.
+
+    For the sake of a generator: `corruptions` disturb latents on their way to the decoder, in
+    training alone (l-DeTok, RobustTok). `decoder_only` trains what images depend on when tokens are
+    decoded; encoder and codes stay, their losses are left out. `generated_by` is a generator (an
+    export, a checkpoint or a hub id) whose tokens, drawn by `roll_out`, the decoder alone learns to
+    show as the images of the data; the run starts from its tokenizer.
     """
 
     best_by = ("val/psnr", "max")
@@ -51,6 +61,10 @@ class TokenizerModule(TrainingModule):
         init_from: str | None = None,
         init_fresh: Sequence[str] = (),
         discriminator_first: bool = False,
+        corruptions: Sequence[LatentCorruption] = (),
+        decoder_only: bool = False,
+        generated_by: str | None = None,
+        roll_out: RollOut = RollOut(),  # noqa: B008
     ) -> None:
         super().__init__(clip, accumulate, max_skipped)
         self.tokenizer = tokenizer
@@ -63,6 +77,25 @@ class TokenizerModule(TrainingModule):
         self.discriminator_first = discriminator_first
         if init_from is not None:
             init_tokenizer(init_from, tokenizer, loss.discriminator, fresh=init_fresh)
+        self.decoder_only = decoder_only or generated_by is not None
+        self.generated_by = generated_by
+        self.roll_out = roll_out
+        self.drawer: Drawer | None = None
+        self.disturbance = Disturbance(corruptions, tokenizer) if corruptions else None
+        if self.decoder_only:
+            if init_from is None:
+                raise UserError(
+                    "a decoder is trained alone on the tokens of a trained encoder: say which, by init_from"
+                )
+            if corruptions:
+                raise UserError(
+                    "corruptions teach encoder and decoder together: leave them out where the decoder "
+                    "alone is trained"
+                )
+            decoder = decoder_parameters(tokenizer)
+            tokenizer.requires_grad_(False)
+            for parameter in decoder:
+                parameter.requires_grad_(True)
         if compile_blocks:
             compile_each_block(tokenizer)
 
@@ -100,7 +133,11 @@ class TokenizerModule(TrainingModule):
         return players
 
     def setup(self, stage: str) -> None:
-        """A tokenizer that learns from captions is told how to get those of the training set."""
+        """A tokenizer that learns from captions is told how to get those of the training set; the
+        generator whose tokens are shown is loaded.
+        """
+        if stage == "fit" and self.generated_by is not None:
+            self.drawer = Drawer(self.generated_by, self.roll_out, self.tokenizer)
         data = getattr(self.trainer, "datamodule", None)
         prepare = getattr(self.tokenizer, "prepare_captions", None)
         if stage == "fit" and prepare is not None and isinstance(data, ImageDataModule):
@@ -114,7 +151,7 @@ class TokenizerModule(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         images = batch["image"]
-        output = self.tokenizer.of_batch(batch)
+        output = self.reconstructed(batch)
         if self.discriminator_first:
             self._discriminate(images, output.reconstruction)
         terms = self.loss.generator_loss(images, output, self.updates, self.tokenizer.last_layer)
@@ -124,6 +161,21 @@ class TokenizerModule(TrainingModule):
             self._discriminate(images, output.reconstruction)
         self.finish_batch(len(images))
         return {"loss": terms.total.detach(), "tokens": output.tokens}
+
+    def reconstructed(self, batch: dict[str, Any]) -> TokenizerOutput:
+        """The training pass of a batch; where the decoder alone is trained, what it makes of tokens."""
+        if not self.decoder_only:
+            if self.disturbance is not None:
+                self.disturbance.progress = self.updates / self.total_updates
+            return self.tokenizer.of_batch(batch)
+        was_training = self.tokenizer.training
+        self.tokenizer.eval()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens = self.tokenizer.encode(batch["image"].float())
+        self.tokenizer.train(was_training)
+        if self.drawer is not None:
+            tokens = self.drawer.tokens(tokens, batch)
+        return TokenizerOutput(self.tokenizer.decode(tokens), tokens, {})
 
     def _discriminate(self, images: Tensor, reconstruction: Tensor) -> None:
         """The discriminator's update, once it has begun."""

@@ -41,7 +41,6 @@ from tessellar.training.alignment import (
     VAPi,
 )
 from tessellar.training.alignment.cca import contrastive_loss, equal_rows
-from tessellar.training.alignment.drawing import new_seeds
 from tessellar.training.alignment.method import AlignmentMethod, Batch, ungenerated
 from tessellar.training.alignment.policy import clipped_surrogate, group_advantages, k3
 from tessellar.training.alignment.rewards import Drawn, Material, Reward, repeated
@@ -49,6 +48,7 @@ from tessellar.training.alignment.va_pi import mean_of_kept
 from tessellar.training.alignment_module import AlignmentModule
 from tessellar.training.methods.context_noise import ContextNoise
 from tessellar.training.optim import OptimizerSettings
+from tessellar.training.random_state import new_seeds
 from tests.sampling.search.test_network_verifiers import clip  # noqa: F401
 from tests.training.conftest import make_generator_module
 from tests.training.test_resume import Drawing, SaveAll, differences, everything

@@ -26,6 +26,8 @@ class FSQ(Quantizer):
     Raises ValueError for fewer than 2 levels, and for `clamp` without `symmetric`.
     """
 
+    has_neighbours = True
+
     def __init__(
         self, levels: tuple[int, ...], symmetric: bool = False, clamp: bool = False
     ) -> None:
@@ -82,6 +84,18 @@ class FSQ(Quantizer):
     def encode(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
             return self.ids(self.quantize(z))
+
+    @torch.no_grad()
+    def neighbours(self, z: Tensor, count: int) -> Tensor:
+        """As Quantizer says, by the distance on the grid in [-1, 1] from z before rounding."""
+        with torch.autocast(z.device.type, enabled=False):
+            bounded = self.bound(z)
+            levels, _ = self._per_channel(z)
+            placed = 2 / (levels - 1) * bounded - 1 if self.symmetric else bounded / (levels // 2)
+            codes = self.decode(torch.arange(prod(self.levels), device=z.device))
+            distances = torch.cdist(placed.flatten(0, -2), codes.to(placed.dtype))
+        near = distances.topk(min(count, len(codes)), largest=False).indices
+        return near.unflatten(0, z.shape[:-1])
 
     def decode(self, tokens: Tensor) -> Tensor:
         levels, basis = self._per_channel(tokens)

@@ -139,6 +139,10 @@ class GaussianSpace(Quantizer):
         self.inner = inner
         self.kind = inner.kind
         self.dim = inner.dim
+        self.has_neighbours = inner.has_neighbours
+
+    def neighbours(self, z: Tensor, count: int) -> Tensor:
+        return self.inner.neighbours(self.bottleneck.posterior(z).mean, count)
 
     @property
     def in_dim(self) -> int:

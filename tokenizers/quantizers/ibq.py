@@ -41,6 +41,8 @@ class IBQ(Quantizer):
     compared with the codes at a time (None: all). Raises ValueError for sizes below 1.
     """
 
+    has_neighbours = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -75,6 +77,12 @@ class IBQ(Quantizer):
     def encode(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
             return self.logits(z).argmax(-1)
+
+    @torch.no_grad()
+    def neighbours(self, z: Tensor, count: int) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.logits(z)
+        return logits.topk(min(count, logits.shape[-1])).indices
 
     def decode(self, tokens: Tensor) -> Tensor:
         return at_least_float32(self.codebook(tokens))

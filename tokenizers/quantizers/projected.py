@@ -17,6 +17,10 @@ class Projected(Quantizer):
         self.project_out = nn.Linear(quantizer.dim, dim)
         self.kind = quantizer.kind
         self.dim = dim
+        self.has_neighbours = quantizer.has_neighbours
+
+    def neighbours(self, z: Tensor, count: int) -> Tensor:
+        return self.quantizer.neighbours(self.project_in(z), count)
 
     def encode(self, z: Tensor) -> Tensor:
         return self.quantizer.encode(self.project_in(z))

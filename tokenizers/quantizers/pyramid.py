@@ -34,6 +34,7 @@ class PyramidQuantizer(Quantizer):
     a scale add.
     """
 
+    has_neighbours = False  # a token is of a rest, not of the latent
     sides: tuple[int, ...]
 
     def set_sides(self, sides: Sequence[int]) -> None:

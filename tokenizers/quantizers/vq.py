@@ -34,6 +34,8 @@ class VectorQuantizer(Quantizer):
     and for an end of restarts without restarts.
     """
 
+    has_neighbours = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -104,6 +106,12 @@ class VectorQuantizer(Quantizer):
     def encode(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
             return self.distances(self._normalize(z)).argmin(-1)
+
+    @torch.no_grad()
+    def neighbours(self, z: Tensor, count: int) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            distances = self.distances(self._normalize(z))
+        return distances.topk(min(count, distances.shape[-1]), largest=False).indices
 
     def decode(self, tokens: Tensor) -> Tensor:
         return self._normalize(self.codebook(tokens))

@@ -21,7 +21,7 @@ from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
 from tessellar.networks.vision import Teacher
 from tessellar.protocol.layout import grid_layout
-from tessellar.protocol.tokenizer import GridTokenizer, TokenizerOutput
+from tessellar.protocol.tokenizer import GridTokenizer, Quantizer, TokenizerOutput
 from tessellar.tokenizers.losses.alignment import cosine_distance, regrid
 from tessellar.tokenizers.parts.hidden_patches import draw_places, spread
 from tessellar.tokenizers.quantizers.gaussian import Posterior
@@ -149,6 +149,10 @@ class RecTok(GridTokenizer):
         self.training = mode
         self.decoder.train(mode)
         return self
+
+    def bottlenecks(self) -> list[Quantizer]:
+        """None: its latents are disturbed by its own `gamma` and `masked`."""
+        return []
 
     @property
     def last_layer(self) -> Tensor:

@@ -10,6 +10,7 @@ from tessellar.protocol.choice import Choice
 from tessellar.protocol.distribution import Distribution
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
+from tessellar.training.random_state import new_seeds
 
 
 @torch.no_grad()
@@ -20,11 +21,6 @@ def drawn_groups(scores: Distribution, choice: Choice, group: int, like: Tensor)
     noise = Noise(new_seeds(len(like)), like.device)
     settings = Sampling(choice=choice)
     return torch.stack([scores.sample(settings, noise) for _ in range(group)], dim=1)
-
-
-def new_seeds(count: int) -> list[int]:
-    """Seeds of so many images, from the global random numbers."""
-    return torch.randint(2**62, (count,)).tolist()
 
 
 def require_group(size: int) -> None:

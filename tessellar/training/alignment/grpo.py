@@ -20,7 +20,7 @@ from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
 from tessellar.protocol.generator import Generator
 from tessellar.sampling.settings import Sampling
-from tessellar.training.alignment.drawing import new_seeds, require_group, require_warm
+from tessellar.training.alignment.drawing import require_group, require_warm
 from tessellar.training.alignment.method import (
     AlignmentMethod,
     Batch,
@@ -37,6 +37,7 @@ from tessellar.training.alignment.policy import (
     policy_facts,
 )
 from tessellar.training.alignment.rewards import Drawn, Reward, repeated
+from tessellar.training.random_state import new_seeds
 
 
 @in_ranges

@@ -23,7 +23,7 @@ from tessellar.protocol.arguments import AMOUNTS, SHARES, SIZES, in_ranges
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution, Logits
-from tessellar.protocol.tokenizer import QuantizedTokenizer, Quantizer, Tokenizer
+from tessellar.protocol.tokenizer import QuantizedTokenizer, Tokenizer
 from tessellar.training.alignment.drawing import drawn_groups, require_group, require_warm
 from tessellar.training.alignment.method import (
     AlignmentMethod,
@@ -45,6 +45,7 @@ from tessellar.training.alignment.policy import (
 )
 from tessellar.training.alignment.rewards import Drawn, ReconstructionReward, Reward, repeated
 from tessellar.training.methods.context_noise import ContextNoise
+from tessellar.training.methods.generated_tokens import RollOut, decoder_parameters
 
 Mode = Literal["eval", "train", "twice"]
 
@@ -286,10 +287,12 @@ def code_vectors(tokenizer: Tokenizer) -> Tensor:
 
 @in_ranges
 class DecoderTuning(AlignmentMethod):
-    """The other way round: the generator stays, the tokenizer's decoder learns to show its draws
-    (under teacher forcing) as the images that they were drawn for. Encoder and codes stay too.
+    """The other way round: the generator stays, the tokenizer's decoder learns to show its draws as
+    the images that they were drawn for. Encoder and codes stay too.
 
-    Raises UserError for a tokenizer whose `decode` no gradient passes.
+    Draws are under teacher forcing by `choice`, or with `roll_out` whole sequences that keep a share
+    of the true tokens (RobusTok, arXiv 2509.12474). Raises UserError for a tokenizer whose `decode`
+    no gradient passes.
     """
 
     trained = "tokenizer"
@@ -298,10 +301,12 @@ class DecoderTuning(AlignmentMethod):
         self,
         reward: ReconstructionReward | None = None,
         choice: Choice = Choice(),  # noqa: B008
+        roll_out: RollOut | None = None,
     ) -> None:
         super().__init__()
         self.reward = reward or ReconstructionReward()
         self.choice = choice
+        self.roll_out = roll_out
 
     @property
     def rewards(self) -> Sequence[Reward]:
@@ -310,39 +315,18 @@ class DecoderTuning(AlignmentMethod):
     def parameters_of(self, model: ImageGenerator) -> list[nn.Parameter]:
         return decoder_parameters(model.tokenizer)
 
-    def terms(self, model: ImageGenerator, batch: Batch) -> Terms:
+    def drawn(self, model: ImageGenerator, batch: Batch) -> Tensor:
+        """Tokens [B, N, ...] that the generator draws for the images of a batch."""
+        if self.roll_out is not None:
+            return self.roll_out.tokens(model, batch.tokens, batch.condition)
         with torch.no_grad(), in_mode(model.generator, False):
             scores = score(model.generator, batch.tokens, batch.condition)
         samples = drawn_groups(scores, self.choice, 1, like=batch.tokens)
-        tokens = ungenerated(samples[:, 0], model.generator.entities)
+        return ungenerated(samples[:, 0], model.generator.entities)
+
+    def terms(self, model: ImageGenerator, batch: Batch) -> Terms:
+        tokens = self.drawn(model, batch)
         images = decoded(model, tokens, len(tokens))
         with torch.autocast(images.device.type, enabled=False):
             reward = self.reward(Drawn(images, batch.images, batch.data)).mean()
         return Terms({"distance": -reward}, {"reward": reward})
-
-
-def decoder_parameters(tokenizer: Tokenizer) -> list[nn.Parameter]:
-    """What images depend on when tokens are decoded, but for quantizers; raises UserError where
-    that is nothing.
-    """
-    frozen: set[int] = set()
-    for part in tokenizer.modules():
-        if isinstance(part, Quantizer):
-            frozen |= {id(parameter) for parameter in part.parameters()}
-    candidates = [p for p in tokenizer.parameters() if id(p) not in frozen]
-    for parameter in candidates:
-        parameter.requires_grad_(True)
-    device = candidates[0].device if candidates else torch.device("cpu")
-    with torch.enable_grad():
-        images = tokenizer.decode(tokenizer.layout.blank(1).to(device))
-    found: list[nn.Parameter] = []
-    if images.requires_grad:
-        gradients = torch.autograd.grad(images.sum(), candidates, allow_unused=True)
-        for parameter, gradient in zip(candidates, gradients, strict=True):
-            if gradient is not None:
-                found.append(parameter)
-    if not found:
-        raise UserError(
-            f"no gradient passes {type(tokenizer).__name__}.decode: its decoder cannot be tuned this way"
-        )
-    return found
