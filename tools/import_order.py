@@ -39,6 +39,7 @@ ORDER = (
     ("training", "evaluation"),
     ("callbacks",),
     ("parity",),
+    ("serving",),
     ("cli",),
 )
 # The files of the first level stand beside each other: they are the ground, and may use `errors`.

@@ -1,8 +1,9 @@
-"""`tessellar train|sample|evaluate|convert|report|data|list|show ...`, and the entry of the four scripts at the
+"""`tessellar train|sample|evaluate|convert|... ...`, and the entry of the four scripts at the
 checkout's root.
 
-A command's module is imported only when it is called, so that help and mistakes are answered at
-once.
+A command is a line in COMMANDS and a module `tessellar.cli.<command>` with its `main(argv)`; its
+help is read from the function of its name there (`pages.py`). The module is imported only when the
+command is called, so that help and mistakes are answered at once.
 """
 
 import importlib
@@ -29,6 +30,7 @@ SCRIPTS = {
 COMMANDS = {
     **SCRIPTS,
     "report": "one HTML page of a run, or of several side by side",
+    "serve": "serve images over HTTP, as OpenAI's images endpoint does",
     "data": "prepare a data set that was downloaded: ImageNet",
     "list": "name all tokenizers, generators, data, configs or algorithms",
     "show": "say what one of them is, or a run",

@@ -8,7 +8,7 @@ of processes. Two runs of N images share no stream where their seeds lie at leas
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -173,14 +173,46 @@ class Drawing:
             chosen = list(indices[start : start + self.batch_size])
             condition = condition_of(chosen)
             seeds = [self.seed + i for i in chosen]
-            # For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do.
-            rounding: AbstractContextManager = nullcontext()
-            if self.precision == "bf16":
-                device = next(model.parameters()).device.type
-                rounding = torch.autocast(device, torch.bfloat16)
-            with rounding:
-                tokens = model.sample_tokens(condition, self.sampling, seeds, self.recorder)
-            yield chosen, as_uint8(model.decode(tokens))
+            drawn = draw(
+                model,
+                condition,
+                self.sampling,
+                seeds,
+                precision=self.precision,
+                recorder=self.recorder,
+            )
+            yield chosen, drawn.images
+
+
+class Drawn(NamedTuple):
+    """One batch: tokens [B, N, ...] on the model's device, uint8 images [B, 3, H, W] on the CPU."""
+
+    tokens: Tensor
+    images: Tensor
+
+
+@torch.no_grad()
+def draw(
+    model: ImageModel,
+    condition: Condition,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    *,
+    precision: str = "float32",
+    recorder: Recorder | None = None,
+) -> Drawn:
+    """One batch: the image of row b of `condition` by `seeds[b]`.
+
+    Raises UserError for settings that the generator does not take, and images that are none.
+    """
+    # For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do.
+    rounding: AbstractContextManager = nullcontext()
+    if precision == "bf16":
+        device = next(model.parameters()).device.type
+        rounding = torch.autocast(device, torch.bfloat16)
+    with rounding:
+        tokens = model.sample_tokens(condition, sampling, seeds, recorder)
+    return Drawn(tokens, as_uint8(model.decode(tokens)))
 
 
 def as_uint8(images: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from tessellar.checkpoints.export import export_generator
 from tessellar.cli import sample
@@ -23,27 +22,16 @@ from tessellar.evaluation.text_to_image import (
     clip_summary,
     seeds_of,
 )
-from tessellar.models.token_shuffle import TokenShuffle
 from tessellar.pipeline import ImageGenerator
 from tessellar.text.bpe import require
-from tessellar.text.conditioners import CaptionConditioner
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.vit_vq import ViTVQ
-
-TEXTS = ["a red circle", "a blue square", "two stars"]
+from tests.tiny.image_generators import TEXTS, of_captions
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    tokenizer = ViTVQ(VectorQuantizer(16, 4), 8, 2, 16, 1, 1, 2)
-    generator = TokenShuffle(tokenizer.layout, 16, 1, 2, 2, text_vocab=300, caption_length=16)
-    for parameter in generator.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    conditioner = CaptionConditioner(300, 16)
-    conditioner.prepare(lambda: TEXTS * 3)
-    whole = ImageGenerator(tokenizer, generator, conditioner).eval()
-    return str(export_generator(whole, tmp_path_factory.mktemp("models") / "text"))
+    return str(export_generator(of_captions(), tmp_path_factory.mktemp("models") / "text"))
 
 
 @pytest.fixture
