@@ -10,7 +10,8 @@
     tokens = tokenizer.encode(images)  # PIL images, uint8, or floats [B, 3, H, W] in [-1, 1]
     again = tokenizer.decode(tokens)  # floats [B, 3, H, W], about [-1, 1]
 
-Models are exports of `tessellar train`, checkpoints, or hub ids. `tessellar.load` takes both kinds;
+Models are exports of `tessellar train`, checkpoints, hub ids, or published checkpoints by name
+(`llamagen/c2i-b-256`; `tessellar list weights`). `tessellar.load` takes both kinds;
 `generator.class_names` lists what can be asked for. Mistakes raise `tessellar.errors.UserError`, a
 ValueError that says in one line what would be right.
 
@@ -46,13 +47,19 @@ def load(
     trust: "Sequence[str]" = (),
 ) -> "Tokenizer | ImageGenerator":
     """A tokenizer or an image generator from an export's folder, its safetensors file, a `.ckpt`,
-    or a hub id `owner/name[@revision]`.
+    a hub id `owner/name[@revision]`, or a published checkpoint by its name (`tessellar list weights`).
 
     On `device`, in `dtype` (default: as stored), in eval mode. Checkpoints give their averaged (EMA)
     weights unless `raw`. Only classes of this package are built, and of the packages that `trust`
     names, whose code runs. Raises `tessellar.errors.UserError`, a ValueError, where nothing that
     fits can be loaded.
     """
+    from tessellar.checkpoints.zoo import is_published
+
+    if is_published(path):
+        from tessellar.cli.importing import load_published
+
+        return load_published(str(path), device=device, dtype=dtype)
     from tessellar.pipeline import load as load_model
 
     return load_model(path, device=device, dtype=dtype, raw=raw, trust=trust)
@@ -67,6 +74,12 @@ def load_generator(
     trust: "Sequence[str]" = (),
 ) -> "ImageGenerator":
     """As `load`, but only an image generator will do."""
+    from tessellar.checkpoints.zoo import is_published
+
+    if is_published(path):
+        from tessellar.cli.importing import load_published_generator
+
+        return load_published_generator(str(path), device=device, dtype=dtype)
     from tessellar.pipeline import load_generator as load_model
 
     return load_model(path, device=device, dtype=dtype, raw=raw, trust=trust)
@@ -85,6 +98,14 @@ def load_tokenizer(
 
     `image_size` (height, width) makes a convolutional one take images of that size, rectangles too.
     """
+    from tessellar.checkpoints.zoo import is_published
+
+    if is_published(path):
+        from tessellar.cli.importing import load_published_tokenizer
+
+        return load_published_tokenizer(
+            str(path), device=device, dtype=dtype, image_size=image_size
+        )
     from tessellar.pipeline import load_tokenizer as load_model
 
     return load_model(path, device=device, dtype=dtype, raw=raw, trust=trust, image_size=image_size)

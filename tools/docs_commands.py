@@ -91,6 +91,7 @@ def pages() -> list[Page]:
         Page("small", "docs/small_recipes.md", (fashion_files,), data),
         Page("text", "docs/text_to_image.md", (clip_art_files,), clips),
         Page("imagenet", "docs/recipes/imagenet256.md"),
+        Page("zoo", "docs/zoo.md"),
     ]
 
 

@@ -1,8 +1,9 @@
-"""Exports on the Hugging Face hub: only the three files of an export are ever fetched, so no pickle
-can come along.
+"""The Hugging Face hub: exports, of which only their three files are ever fetched, so that no pickle can
+come along; and single official files that a user names, for the importers.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from tessellar.checkpoints.export import CARD, CONFIG, WEIGHTS
@@ -10,6 +11,9 @@ from tessellar.errors import UserError
 from tessellar.places import DEFAULT
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+HUB_FILE = re.compile(
+    r"hub:(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?/(?P<file>[^/\\].*)"
+)
 FILE_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin", ".yaml")
 
 
@@ -38,8 +42,46 @@ def fetch(hub_id: str) -> Path:
             match["repo"], revision=match["revision"], allow_patterns=[CONFIG, WEIGHTS, CARD]
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"{hub_id} is no local path, and the hub did not give it either ({reason})"
+            f"{hub_id} is no local path, and the hub did not give it either ({_reason(error)})"
         ) from error
     return Path(folder)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository on the hub, `hub:OWNER/REPO[@REVISION]/FILE`."""
+
+    repository: str
+    file: str
+    revision: str | None = None
+
+    @classmethod
+    def read(cls, text: str) -> "HubFile":
+        """Of its text; raises UserError for one of another form."""
+        match = HUB_FILE.fullmatch(text)
+        if match is None or ".." in match["file"].split("/"):
+            raise UserError(f"{text!r} is no file of the hub: hub:OWNER/REPO[@REVISION]/FILE")
+        return cls(match["repo"], match["file"], match["revision"])
+
+
+def fetch_file(file: HubFile) -> Path:
+    """Where a file of the hub lies in its library's cache, downloaded or from before.
+
+    Raises UserError where it cannot be had; offline the cache alone is looked into.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        path = huggingface_hub.hf_hub_download(file.repository, file.file, revision=file.revision)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file.file} of {file.repository}, which is not in the hub's cache and which the hub did not give "
+            f"({_reason(error)})"
+        ) from error
+    return Path(path)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

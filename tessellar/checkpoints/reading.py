@@ -32,6 +32,7 @@ from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.checkpoints.fitting import ClassTable, Fitted, Sizes, load_fitting
 from tessellar.checkpoints.hub import fetch, is_hub_id
 from tessellar.checkpoints.weights import load_strict, part_of, with_current_names
+from tessellar.checkpoints.zoo import is_published, published
 from tessellar.errors import UserError
 from tessellar.places import in_runs
 from tessellar.plain_data import parse_json, read_yaml
@@ -359,6 +360,10 @@ def read_source(path: str | Path, *, raw: bool = False, ema: float | None = None
     """
     local = in_runs(path)
     if not local.exists():
+        if is_published(path):
+            raise UserError(
+                f"{path} is a published checkpoint: make an export of it first, `{published(str(path)).importing()}`"
+            )
         if not is_hub_id(str(path)):
             raise UserError(f"{path} does not exist")
         local = fetch(str(path))

@@ -13,12 +13,14 @@ from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
+from tessellar.checkpoints.zoo import FILE as ZOO_FILE
+from tessellar.checkpoints.zoo import zoo
 from tessellar.errors import UserError
 from tessellar.protocol.nearest import nearest
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
-KINDS = ("tokenizers", "generators", "data", "configs", "algorithms")
+KINDS = ("tokenizers", "generators", "data", "configs", "algorithms", "weights")
 FOLDERS = {"tokenizers": "tokenizers", "generators": "models"}
 FILES = {"tokenizers": "tokenizer.py", "generators": "model.py"}
 NO_MODELS = ("official.py", "parity.py")  # files of a system that make none
@@ -42,7 +44,7 @@ class Entry:
             self.kind in FOLDERS
         ):  # read when they are asked for: it takes the sources of all systems
             return tuple(models_of(self.file.parent, parsed(self.file)))
-        return () if self.kind == "configs" else (self.name,)
+        return () if self.kind in ("configs", "weights") else (self.name,)
 
     @property
     def papers(self) -> tuple[str, ...]:
@@ -67,6 +69,8 @@ def entries(kind: str, packages: str = "") -> list[Entry]:
         return configs()
     if kind == "algorithms":
         return algorithms()
+    if kind == "weights":
+        return weights()
     raise UserError(f"there is no list of {kind!r}{nearest(kind, KINDS)}")
 
 
@@ -234,6 +238,15 @@ def configs() -> list[Entry]:
     for root in roots:
         for file in sorted(root.rglob("*.yaml")):
             found.append(Entry(config_name(file, root), header_line(file), file, "configs"))
+    return found
+
+
+def weights() -> list[Entry]:
+    """Published checkpoints that `tessellar.load` and `convert.py import` know by name."""
+    found = []
+    for name, checkpoint in zoo().items():
+        what = f"{checkpoint.what} (arXiv {checkpoint.arxiv})"
+        found.append(Entry(name, what, ZOO_FILE, "weights"))
     return found
 
 

@@ -13,13 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from tessellar.checkpoints.card import Record
+from tessellar.checkpoints.card import Record, command_line
 from tessellar.checkpoints.export import WEIGHTS, export_generator, export_tokenizer
 from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.staging import check_target
 from tessellar.checkpoints.weights import fingerprint
+from tessellar.checkpoints.zoo import UNKNOWN, Published, is_published, published
 from tessellar.cli.functions import Elsewhere, run_functions
-from tessellar.cli.importing import IMAGENET_CLASSES, imagenet_names, import_model
+from tessellar.cli.importing import import_model, import_published, name_classes
 from tessellar.cli.spelling import spelled
 from tessellar.errors import UserError, in_one_line
 from tessellar.interop.importer import ImportOptions
@@ -49,7 +50,7 @@ def import_official(
 
     Args:
         system: whose checkpoint it is: llamagen, or any other name that the message about a wrong one lists
-        file: official file, a torch pickle or safetensors
+        file: official file, a torch pickle or safetensors; hub:OWNER/REPO/FILE; or a published name, such as c2i-b-256
         out: folder of the export
         tokenizer: for a generator, its tokenizer: an export or the official file
         image_size: side of the images (default 256, or what the tokenizer's export says)
@@ -63,14 +64,31 @@ def import_official(
     """
     trust(package)
     _check_out(out, overwrite)
-    record = Record(
-        title=Path(file).stem, weights="official", source=Path(file).name, license=license
-    )
+    name = f"{system}/{file}"
+    if is_published(name) and not Path(file).exists():  # a file here goes before
+        if (tokenizer, key, image_size, num_heads, decoder_heads, variant) != (None,) * 6:
+            raise UserError(f"{name} is published: its settings are known, give --out alone")
+        _export(import_published(name), out, record_of(published(name), license), overwrite)
+        return
+    source = file if file.startswith("hub:") else Path(file).name
+    record = Record(title=Path(file).stem, weights="official", source=source, license=license)
     options = ImportOptions(image_size, num_heads, variant, decoder_heads=decoder_heads)
     model = import_model(system, file, tokenizer, key, options)
-    if isinstance(model, ImageGenerator) and model.num_classes == IMAGENET_CLASSES:
-        model.class_names = imagenet_names()  # what all published generators of so many are of
+    if isinstance(model, ImageGenerator):
+        name_classes(model)
     _export(model, out, record, overwrite)
+
+
+def record_of(checkpoint: Published, license: str = "") -> Record:
+    """What the card of a published checkpoint says of it."""
+    known = checkpoint.license if checkpoint.license != UNKNOWN else ""
+    return Record(
+        title=f"{checkpoint.what} ({checkpoint.name})",
+        weights="official",
+        source=checkpoint.source,
+        license=license or known,
+        command=command_line(),
+    )
 
 
 def export(

@@ -1,18 +1,25 @@
 """How an official file becomes one of our models: its paper's importers are found by their folders."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from tessellar.checkpoints.mirror import file_of, local_file
 from tessellar.checkpoints.reading import load_tokenizer
 from tessellar.checkpoints.weights import load_strict
+from tessellar.checkpoints.zoo import ITSELF, Published, published
 from tessellar.errors import UserError
 from tessellar.interop.files import is_official_file, read_content, unwrap
 from tessellar.interop.importer import GeneratorImporter, ImportOptions, TokenizerImporter
-from tessellar.pipeline import ImageGenerator
+from tessellar.pipeline import ImageGenerator, pick_device
 from tessellar.protocol.configured import build
 from tessellar.protocol.packages import rooms
 from tessellar.protocol.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 IMAGENET_CLASSES = 1000
 
@@ -75,14 +82,15 @@ def papers() -> dict[str, Paper]:
 def import_model(
     name: str,
     file: str,
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
     key: str | None = None,
     options: ImportOptions | None = None,
 ) -> Tokenizer | ImageGenerator:
     """The tokenizer, or the generator with its tokenizer, of an official file of a paper.
 
-    Raises UserError where the paper is unknown, the file does not fit, or a generator is given
-    without its tokenizer.
+    `file` and `tokenizer` are paths, or files of the hub (`hub:OWNER/REPO/FILE`). Raises UserError where
+    the paper is unknown, the file does not fit or cannot be had, or a generator is given without its
+    tokenizer.
     """
     known = papers()
     if name not in known:
@@ -90,6 +98,9 @@ def import_model(
             f"there is no importer for {name!r}; there are {', '.join(known)}; others' packages are named by --package"
         )
     paper = known[name]
+    file = local_file(file)
+    if isinstance(tokenizer, str):
+        tokenizer = local_file(tokenizer)
     content = read_content(file)
     importer = paper.of_file(content, file, key)
     state = importer.read(content, file, key)
@@ -106,6 +117,93 @@ def import_model(
         raise UserError(
             f"the tensors of {file} have other shapes than those of a {name} checkpoint ({reason})"
         ) from error
+
+
+def import_published(name: str) -> Tokenizer | ImageGenerator:
+    """The model of a published checkpoint by its name in the zoo, a generator with its tokenizer and,
+    of ImageNet's classes, their names.
+
+    Raises UserError where there is none of that name, or a file of it cannot be had.
+    """
+    checkpoint = published(name)
+    file = file_of(checkpoint)
+    tokenizer = _published_tokenizer(checkpoint, str(file))
+    options = ImportOptions(**checkpoint.options)
+    model = import_model(checkpoint.system, str(file), tokenizer, options=options)
+    check_size(model, checkpoint)
+    if isinstance(model, ImageGenerator):
+        name_classes(model)
+    return model
+
+
+def load_published(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Tokenizer | ImageGenerator:
+    """`import_published` on a device, in a precision."""
+    return import_published(name).to(device=pick_device(device), dtype=dtype)
+
+
+def load_published_generator(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> ImageGenerator:
+    """As `load_published`, but only a generator will do; told before a file is read."""
+    if published(name).kind != "generator":
+        raise UserError(f"{name} is a tokenizer; a generator is needed here")
+    model = load_published(name, device=device, dtype=dtype)
+    assert isinstance(model, ImageGenerator), name
+    return model
+
+
+def load_published_tokenizer(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Tokenizer:
+    """As `load_published`, but only a tokenizer will do; of a convolutional one for images of
+    `image_size` (height, width).
+    """
+    if published(name).kind != "tokenizer":
+        raise UserError(f"{name} is a generator; a tokenizer is needed here")
+    model = load_published(name, device=device, dtype=dtype)
+    assert isinstance(model, Tokenizer), name
+    if image_size is not None:
+        like = next(model.parameters())
+        model = resized(model, list(image_size)).to(device=like.device, dtype=like.dtype)
+    return model
+
+
+def _published_tokenizer(checkpoint: Published, file: str) -> str | Tokenizer | None:
+    """What a published generator reads: its own file, or another of the zoo at its image size."""
+    if checkpoint.kind == "tokenizer":
+        return None
+    if checkpoint.tokenizer == ITSELF:
+        return file
+    own = published(checkpoint.tokenizer)
+    options = ImportOptions(**{**own.options, **checkpoint.options})
+    made = import_model(own.system, str(file_of(own)), options=options)
+    assert isinstance(made, Tokenizer), own.name
+    return made
+
+
+def check_size(model: Tokenizer | ImageGenerator, checkpoint: Published) -> None:
+    """One line where a file holds another number of parameters than its entry states."""
+    part = model.generator if isinstance(model, ImageGenerator) else model
+    count = sum(parameter.numel() for parameter in part.parameters())
+    if checkpoint.parameters not in (None, count):
+        log.warning(
+            "%s has %s parameters, as published it has %s",
+            checkpoint.name,
+            f"{count:,}",
+            f"{checkpoint.parameters:,}",
+        )
+
+
+def name_classes(model: ImageGenerator) -> None:
+    """ImageNet's names for a published generator of as many classes: all such are of it."""
+    if model.num_classes == IMAGENET_CLASSES:
+        model.class_names = imagenet_names()
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -130,7 +228,7 @@ def _generator(
     paper: Paper,
     importer: GeneratorImporter,
     state: Mapping[str, Any],
-    tokenizer: str | None,
+    tokenizer: str | Tokenizer | None,
     options: ImportOptions,
 ) -> ImageGenerator:
     if tokenizer is None:
@@ -138,7 +236,10 @@ def _generator(
         raise UserError(
             f"{file} is a generator: give its tokenizer (an export or the official file) as --tokenizer"
         )
-    own = _tokenizer(paper, tokenizer, options)
+    own = tokenizer
+    if isinstance(tokenizer, str):
+        own = _tokenizer(paper, tokenizer, options)
+    assert isinstance(own, Tokenizer)
     generator = importer.build(state, own.layout, options)
     return ImageGenerator(own, generator, generator.make_conditioner())
 
@@ -161,8 +262,10 @@ def _tokenizer(paper: Paper, path: str, options: ImportOptions) -> Tokenizer:
     return resized(tokenizer, size)
 
 
-def resized(tokenizer: Tokenizer, image_size: int) -> Tokenizer:
-    """The same weights for images of another size, for tokenizers that are convolutional."""
+def resized(tokenizer: Tokenizer, image_size: int | list[int]) -> Tokenizer:
+    """The same weights for images of another size (a side, or height and width), for tokenizers that are
+    convolutional.
+    """
     config = tokenizer.config
     if "image_size" not in config["init_args"]:
         raise UserError(f"{type(tokenizer).__name__} has no image_size to change")

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from tessellar.checkpoints.zoo import UNKNOWN, Published, published
 from tessellar.cli.catalogue import (
     FOLDERS,
     KINDS,
@@ -111,6 +112,8 @@ def description_of(name: str, packages: str) -> list[str]:
                 return _systems(name, packages)
             if kind == "configs" and name in (entry.name, str(entry.file)):
                 return _config(entry.file)
+            if kind == "weights" and name == entry.name:
+                return _published(published(name))
             if name in entry.offers:
                 return _class(entry, name, kind)
     if path.is_file() or path.suffix == ".yaml":
@@ -146,6 +149,27 @@ def _config(file: Path) -> list[str]:
     ours = file.resolve().is_relative_to((PACKAGE / "configs").resolve())
     name = config_name(file.resolve(), (PACKAGE / "configs").resolve()) if ours else str(file)
     return [*header_of(file), "", f"{spelled('train')} --config {name}"]
+
+
+def _published(checkpoint: Published) -> list[str]:
+    """A published checkpoint: its file, licence, size, our config, the paper's number and how to get it."""
+    count = checkpoint.parameters
+    told = {
+        "what": f"{checkpoint.what} (arXiv {checkpoint.arxiv})",
+        "repository": checkpoint.repository,
+        "file": checkpoint.file,
+        "size": checkpoint.size,
+        "license": f"{checkpoint.license} (weights), {checkpoint.code_license} (official code)",
+        "model": checkpoint.model,
+        "parameters": UNKNOWN if count is None else f"{count:,}",
+        "tokenizer": checkpoint.tokenizer,
+        "config": checkpoint.config,
+        "published": ", ".join(f"{name} {value:g}" for name, value in checkpoint.published.items()),
+        "note": checkpoint.note,
+        "import": checkpoint.importing(),
+        "measure": checkpoint.evaluation() or "the paper's protocol is not known here",
+    }
+    return [f"{name:<12}{value}" for name, value in told.items() if value]
 
 
 def _systems(name: str, packages: str) -> list[str]:
