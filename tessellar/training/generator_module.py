@@ -105,10 +105,8 @@ class ImageGeneratorModule(TrainingModule):
         """
         with torch.autocast(self.device.type, enabled=False):
             if "tokens" in batch:
-                tokens: Tensor = batch["tokens"]
-                # Vectors of a cache may be another tokenizer's, which this one quantises.
-                is_vectors = tokens.is_floating_point()
-                return self.model.tokenizer.from_source(tokens) if is_vectors else tokens
+                # A cache holds the tokens of `source`, which this tokenizer quantises or regroups.
+                return self.model.tokenizer.from_source(batch["tokens"])
             encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
             return encode(batch["image"].float())
 

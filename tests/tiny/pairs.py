@@ -53,6 +53,7 @@ from tessellar.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from tessellar.tokenizers.mingtok import MingTok
 from tessellar.tokenizers.one_d_piece import OneDPiece, TailDrop
 from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
+from tessellar.tokenizers.parts.regrouped_bits import RegroupedBits
 from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck, GaussianSpace
@@ -90,6 +91,10 @@ def _vq(vocab: int = 16) -> VectorQuantizer:
 
 def _bits() -> LFQ:
     return LFQ(6, 3, form="bits")
+
+
+def _bar_fsq() -> BARFSQ:
+    return BARFSQ(BinaryFSQ(16), 16, 4, 16, 1, 2, 2.0, 16, 1, 2)
 
 
 def _bitdance(layout: Layout, patch: int) -> BitDance:
@@ -143,7 +148,9 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "Open-MAGVIT2": lambda: OpenMAGVIT2(LFQ(5, split=(2, 3)), 16, 32, (1, 1, 1), 1),
     "BitDance's autoencoder": lambda: BinaryAutoencoder(_bits(), 16, 32, (1, 1, 1), 1),
     "UniWeTok": lambda: UniWeTok(_bits(), 16, 32, (1, 1, 1), 1, 1, 2),
-    "BAR-FSQ": lambda: BARFSQ(BinaryFSQ(16), 16, 4, 16, 1, 2, 2.0, 16, 1, 2),
+    "BAR-FSQ": _bar_fsq,
+    "BAR-FSQ's bits as one id": lambda: RegroupedBits(_bar_fsq()),
+    "BAR-FSQ's bits as sub-tokens": lambda: RegroupedBits(_bar_fsq(), split=(4, 6, 6)),
     "TiTok": lambda: TiTok(_vq(), 16, 4, 8, TINY, TINY),
     "AliTok": lambda: AliTok(_vq(), 16, 4, TINY, TINY),
     "One-D-Piece": lambda: OneDPiece(_vq(), 16, 4, 8, TINY, TINY, drop=TailDrop()),
