@@ -2,6 +2,7 @@
 record.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,17 @@ TAGS = {
     "text generator": ("text-to-image", ("image-generation", "autoregressive")),
 }
 
+
+# Identifiers that the Hugging Face hub takes in front matter; another license is `other` with its name.
+LICENSES = frozenset(
+    "apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc mpl-2.0 unlicense wtfpl zlib afl-3.0 "
+    "artistic-2.0 epl-2.0 eupl-1.1 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 agpl-3.0 osl-3.0 cc cc0-1.0 cc-by-2.0 "
+    "cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 openrail openrail++ "
+    "creativeml-openrail-m bigscience-openrail-m bigcode-openrail-m bigscience-bloom-rail-1.0 apple-ascl apple-amlr "
+    "llama2 llama3 gemma odc-by odbl pddl c-uda cdla-permissive-2.0 cdla-sharing-1.0 ms-pl unknown other".split()
+)
+DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 MAX_METRIC = 1e300  # so that neither infinity nor an integer too large for a float passes
 
@@ -118,15 +130,18 @@ def card(
     record: Record,
     facts: Mapping[str, str],
     class_names: Sequence[str] = (),
+    citations: str = "",
+    sections: Sequence[str] = (),
 ) -> str:
     """Text of README.md. `kind` is a key of TAGS, `facts` are lines about the parts,
-    `class_names[k]` is the name of class k.
+    `class_names[k]` is the name of class k, `citations` are in BibTeX; `sections` of Markdown stand
+    behind how the model is used.
     """
     pipeline, tags = TAGS[kind]
     front = {"library_name": "tessellar", "pipeline_tag": pipeline, "tags": ["tessellar", *tags]}
     if record.license:
-        front["license"] = record.license
-    if record.data:
+        front |= front_license(record.license)
+    if DATASET_ID.fullmatch(record.data):
         front["datasets"] = [record.data]
     if record.metrics:
         front["metrics"] = list(record.metrics)
@@ -135,17 +150,27 @@ def card(
         if key not in ("title", "metrics"):
             rows[key] = str(value)
     metrics = {name: f"{value:g}" for name, value in record.metrics.items()}
-    sections = [
+    parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {record.title or name}\n",
         f"{usage(kind, name, class_names)}\n",
-        _table("part", facts),
-        _table("record", rows),
-        _table("metric", metrics),
+        *sections,
+        table("part", facts),
+        table("record", rows),
+        table("metric", metrics),
         _classes(class_names),
         "" if record.license else "The record of this model states no license.\n",
+        f"## Citation\n\n```bibtex\n{citations}\n```\n" if citations else "",
     ]
-    return "\n".join(filter(None, sections))
+    return "\n".join(filter(None, parts))
+
+
+def front_license(license: str) -> dict[str, str]:
+    """A license as hubs want it in front matter: one of their identifiers, or `other` with its name."""
+    known = license.lower()
+    if known in LICENSES:
+        return {"license": known}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", known).strip("-")}
 
 
 def usage(kind: str, name: str, class_names: Sequence[str]) -> str:
@@ -159,10 +184,11 @@ def _classes(names: Sequence[str]) -> str:
     rows = {str(label): in_one_line(name) for label, name in enumerate(names[:MOST_CLASSES])}
     more = len(names) - len(rows)
     rest = f"\n{more} more are in `config.yaml`.\n" if more > 0 else ""
-    return _table("class", rows) + rest
+    return table("class", rows) + rest
 
 
-def _table(title: str, rows: Mapping[str, str]) -> str:
+def table(title: str, rows: Mapping[str, str]) -> str:
+    """Two columns of Markdown, headed by `title`; empty without rows."""
     lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
     return "\n".join([f"| {title} | |", "|---|---|", *lines, ""]) if rows else ""
 

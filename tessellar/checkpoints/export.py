@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from tessellar.checkpoints.card import Record, card
+from tessellar.checkpoints.citations import bibtex, papers_of
 from tessellar.checkpoints.description import CLASS_NAMES, HEADER_KEY, describe_model
 from tessellar.checkpoints.staging import staged_folder
 from tessellar.protocol.condition import ClassConditioner, Conditioner
@@ -119,7 +120,14 @@ def _export(
             yaml.safe_dump(description, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
         (stage / CARD).write_text(
-            card(kind, folder.name, record, _facts(modules), description.get(CLASS_NAMES, ())),
+            card(
+                kind,
+                folder.name,
+                record,
+                facts=facts_of(modules),
+                class_names=description.get(CLASS_NAMES, ()),
+                citations=bibtex(papers_of(description)),
+            ),
             encoding="utf-8",
         )
         write_safetensors(tensors, stage / WEIGHTS, {HEADER_KEY: json.dumps(description)})
@@ -142,7 +150,8 @@ def flatten(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return tensors
 
 
-def _facts(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def facts_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Lines about the parts of a model, for its card."""
     facts = {}
     for part, module in modules.items():
         count = sum(p.numel() for p in module.parameters())

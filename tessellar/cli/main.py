@@ -31,8 +31,9 @@ COMMANDS = {
     **SCRIPTS,
     "report": "one HTML page of a run, or of several side by side",
     "serve": "serve images over HTTP, as OpenAI's images endpoint does",
+    "push": "upload an export to the Hugging Face hub, with a card; shows it first",
     "data": "prepare a data set that was downloaded: ImageNet",
-    "list": "name all tokenizers, generators, data, configs or algorithms",
+    "list": "name all tokenizers, generators, data, configs, algorithms or weights",
     "show": "say what one of them is, or a run",
 }
 

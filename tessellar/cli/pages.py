@@ -53,6 +53,10 @@ EXAMPLES = {
         "runs/demo-generator/export --guidance.scale 2",
         "runs/demo-generator/export --port 9000 --batch-size 64 --wait 0.02",
     ),
+    "push": (
+        "runs/demo-generator/export OWNER/NAME --license cc-by-4.0",
+        "runs/demo-generator/export OWNER/NAME --license cc-by-4.0 --yes",
+    ),
     "report": (
         "runs/demo-generator",
         "runs/small runs/large --out outputs/small-and-large.html",
