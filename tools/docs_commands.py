@@ -83,6 +83,7 @@ def pages() -> list[Page]:
         Page("cost", "docs/cost.md"),
         Page("decoding", "docs/decoding.md", (demo,)),
         Page("alignment", "docs/alignment.md", (fashion_files,), data),
+        Page("joint", "docs/joint.md", (fashion_files,), data),
         Page("search", "docs/search.md", (demo,)),
         Page("editing", "docs/editing.md", (demo,)),
         Page("serving", "docs/serving.md"),

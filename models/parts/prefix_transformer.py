@@ -274,6 +274,14 @@ class PrefixTransformer(Generator):
         ranks = torch.arange(entities.length - 1)
         return ranks - len(ranks), ranks
 
+    def token_table(self) -> Tensor:
+        """The vectors [V, D] that ids are read as; raises UserError where they are not one table."""
+        table = getattr(self, "token_embedding", None)
+        vocab = self.layout.vocab().unique().tolist() if self.layout.is_categorical else []
+        if not isinstance(table, nn.Embedding) or vocab != [table.num_embeddings]:
+            raise UserError(f"{type(self).__name__} has no single table of its tokens' vectors")
+        return table.weight
+
     def _run(
         self, state: State, place: Tensor, tokens: Tensor | None, slots: Slots | None = None
     ) -> Tensor:

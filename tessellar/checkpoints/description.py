@@ -35,6 +35,7 @@ PREFIXES = {
         "conditioner": "model.conditioner.",
     },
 }
+WHOLE = "model"  # averages may be of the whole model of a generator, tokenizer included
 REQUIRED = {"tokenizer": ("tokenizer",), "generator": ("tokenizer", "generator", "conditioner")}
 
 
@@ -89,12 +90,17 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     if missing:
         raise UserError(f"{where} describes a {config['kind']} without its {', '.join(missing)}")
     averaged = str(config.get(AVERAGED, config["kind"]))
-    if averaged not in PREFIXES[config["kind"]]:
+    if averaged not in _averageable(config["kind"]):
         raise UserError(f"{where}: averages of {averaged!r:.40}, which is no part of the model")
     names = config.get(CLASS_NAMES, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: {CLASS_NAMES} must be a list of texts")
     return {name: renewed(value) if name in PARTS else value for name, value in config.items()}
+
+
+def _averageable(kind: str) -> dict[str, str]:
+    """Prefixes of what averages may be kept of."""
+    return PREFIXES[kind] | ({WHOLE: "model."} if kind == "generator" else {})
 
 
 def checkpoint_tensors(
@@ -123,7 +129,7 @@ def checkpoint_tensors(
     if not all(isinstance(name, str) for name in (*state, *averages)):
         raise UserError(f"{where}: names of its weights are no texts")
     merged = dict(state)
-    averaged = PREFIXES[kind][description.get(AVERAGED, kind)]
+    averaged = _averageable(kind)[description.get(AVERAGED, kind)]
     for name, tensor in averages.items():
         merged[averaged + name] = tensor
     tensors = {}

@@ -207,11 +207,20 @@ class Quantizer(Configured, nn.Module, ABC):
     #: Whether tokens are ids of one codebook, whose codes can be told near from far.
     has_neighbours: bool = False
 
+    def logits(self, z: Tensor) -> Tensor:
+        """How near z [..., C] is to every code, [..., V]: the token of z is the arg max. Only where
+        `has_neighbours`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no codebook")
+
+    @torch.no_grad()
     def neighbours(self, z: Tensor, count: int) -> Tensor:
         """The `count` tokens [..., count], nearest first, of the codes nearest to z [..., C]; all where
         there are fewer.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no codebook")
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.logits(z)
+        return logits.topk(min(count, logits.shape[-1])).indices
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:

@@ -215,13 +215,21 @@ class TrainingModule(L.LightningModule, ABC):
         return (self.batches + 1) % self.accumulate == 0
 
     def backward_and_step(self, player: Player, loss: Tensor) -> None:
-        """Add the gradient of `loss`; on the last batch of an update clip and step.
+        """Add the gradient of `loss`; on the last batch of an update clip and step."""
+        self.add_gradient(loss)
+        self.step(player)
+
+    def add_gradient(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, of one batch.
 
         A loss that is not finite makes the whole gradient NaN, so that every process skips the same
         update.
         """
         weight = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self.manual_backward(loss * weight / self.accumulate)
+
+    def step(self, player: Player) -> None:
+        """On the last batch of an update: clip the gradients of a player and step."""
         if self.is_sharded:
             average_gradients([p for p in player.parameters if not isinstance(p, DTensor)])
         if not self.at_boundary:

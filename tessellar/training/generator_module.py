@@ -82,6 +82,14 @@ class ImageGeneratorModule(TrainingModule):
             entities=generator.entities.count, positions=work.positions, flops=work.training_flops
         )
 
+    def learn_conditions(self, data: ImageDataModule) -> None:
+        """Captions for a conditioner that learns from them, names of classes for one that reads those."""
+        conditioner = self.model.conditioner
+        if isinstance(conditioner, TextConditioner):
+            conditioner.prepare(lambda: training_captions(data.text_datasets()[0]))
+        if isinstance(conditioner, ClassConditioner):
+            self.model.class_names = tuple(data.class_names)
+
     def hint_of_classes(self, count: int) -> str:
         """What to set where the data has `count` classes and the generator another number."""
         return ""
@@ -188,15 +196,11 @@ class GeneratorModule(ImageGeneratorModule):
         checkpoint's replaces it later."""
         if self.target is not None:
             self.model.generator.learn_from(self._frozen(self.target))
-        conditioner = self.model.conditioner
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(data, ImageDataModule):
             return
-        if isinstance(conditioner, TextConditioner):
-            conditioner.prepare(lambda: training_captions(data.text_datasets()[0]))
-        if isinstance(conditioner, ClassConditioner):
-            self.model.class_names = tuple(data.class_names)
-        if isinstance(conditioner, ClassConditioner) and self.start is not None:
+        self.learn_conditions(data)
+        if self.reads_labels and self.start is not None:
             self._place_classes(self.start, tuple(data.class_names))
             self.start = None
 

@@ -122,13 +122,13 @@ class TokenizerModule(TrainingModule):
             )
         ]
         if self.discriminator is not None:
-            optimizers = self.discriminator_settings.make(self.discriminator)
-            modules = [part for part in (self.discriminator, self.loss.lecam) if part is not None]
-            own = self.discriminator_schedule
-            start = 0 if own is None else self.loss.adversarial_start
-            schedule = own or self.schedule
             players.append(
-                Player("discriminator", modules, trainable(*modules), optimizers, schedule, start)
+                discriminator_player(
+                    self.loss,
+                    self.discriminator_settings,
+                    shared=self.schedule,
+                    own=self.discriminator_schedule,
+                )
             )
         return players
 
@@ -189,7 +189,27 @@ class TokenizerModule(TrainingModule):
         images = batch["image"]
         tokens = self.tokenizer.encode(images)
         reconstruction = self.tokenizer.decode(tokens)
-        error = (reconstruction.float().clamp(-1, 1) - images) / 2
-        psnr = -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10().mean()
-        self.log_terms("val", {"psnr": psnr, "l1": 2 * error.abs().mean()}, len(images))
+        distance = (reconstruction.float().clamp(-1, 1) - images).abs().mean()
+        named = {"psnr": psnr(reconstruction, images), "l1": distance}
+        self.log_terms("val", named, len(images))
         return {"tokens": tokens, "reconstruction": reconstruction}
+
+
+def psnr(drawn: Tensor, images: Tensor) -> Tensor:
+    """Mean PSNR in dB of drawn images [B, 3, H, W], clamped to [-1, 1]."""
+    error = (drawn.float().clamp(-1, 1) - images) / 2
+    return -10 * error.square().flatten(1).mean(1).clamp(min=1e-10).log10().mean()
+
+
+def discriminator_player(
+    loss: TokenizerLoss, settings: OptimizerSettings, shared: Schedule, own: Schedule | None
+) -> Player:
+    """The discriminator of `loss`: by its `own` schedule from the loss's start on, else by the
+    `shared` one on the run's clock.
+    """
+    assert loss.discriminator is not None
+    modules = [part for part in (loss.discriminator, loss.lecam) if part is not None]
+    optimizers = settings.make(loss.discriminator)
+    start = 0 if own is None else loss.adversarial_start
+    parameters = trainable(*modules)
+    return Player("discriminator", modules, parameters, optimizers, own or shared, start)

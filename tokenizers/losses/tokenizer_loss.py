@@ -141,9 +141,9 @@ class TokenizerLoss(nn.Module):
     ) -> LossTerms:
         """Loss of the tokenizer at update `step`."""
         with self._precision(images):
-            nll, terms = self._likeness(images, output.reconstruction)
+            nll, terms = self.likeness(images, output.reconstruction)
             if output.shorter is not None:
-                likeness, others = self._likeness(images, output.shorter)
+                likeness, others = self.likeness(images, output.shorter)
                 nll = nll + likeness
                 terms |= {f"shorter_{name}": value for name, value in others.items()}
             total = nll
@@ -171,8 +171,8 @@ class TokenizerLoss(nn.Module):
             scale = self.adaptive(nll, adversarial, last_layer, values=fake[0].numel())
         return {"adversarial": adversarial, "adaptive_weight": scale}
 
-    def _likeness(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of pixel and perceptual losses, and the terms."""
+    def likeness(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of pixel and perceptual losses of images [B, 3, H, W], and the terms."""
         if not reconstruction.numel():
             self.require_no_image_loss()
             return images.new_zeros(()), {}

@@ -85,17 +85,14 @@ class FSQ(Quantizer):
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
             return self.ids(self.quantize(z))
 
-    @torch.no_grad()
-    def neighbours(self, z: Tensor, count: int) -> Tensor:
-        """As Quantizer says, by the distance on the grid in [-1, 1] from z before rounding."""
-        with torch.autocast(z.device.type, enabled=False):
-            bounded = self.bound(z)
-            levels, _ = self._per_channel(z)
-            placed = 2 / (levels - 1) * bounded - 1 if self.symmetric else bounded / (levels // 2)
-            codes = self.decode(torch.arange(prod(self.levels), device=z.device))
-            distances = torch.cdist(placed.flatten(0, -2), codes.to(placed.dtype))
-        near = distances.topk(min(count, len(codes)), largest=False).indices
-        return near.unflatten(0, z.shape[:-1])
+    def logits(self, z: Tensor) -> Tensor:
+        """Minus the squared distances [..., V], in units of the levels, of z before rounding."""
+        bounded = self.bound(z)
+        levels, basis = self._per_channel(z)
+        digits = torch.arange(prod(self.levels), device=z.device)[:, None] // basis % levels
+        codes = (digits if self.symmetric else digits - levels // 2).to(bounded.dtype)
+        square = bounded.square().sum(-1, keepdim=True) + codes.square().sum(-1)
+        return 2 * bounded @ codes.T - square
 
     def decode(self, tokens: Tensor) -> Tensor:
         levels, basis = self._per_channel(tokens)

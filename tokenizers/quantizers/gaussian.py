@@ -141,8 +141,8 @@ class GaussianSpace(Quantizer):
         self.dim = inner.dim
         self.has_neighbours = inner.has_neighbours
 
-    def neighbours(self, z: Tensor, count: int) -> Tensor:
-        return self.inner.neighbours(self.bottleneck.posterior(z).mean, count)
+    def logits(self, z: Tensor) -> Tensor:
+        return self.inner.logits(self.bottleneck.posterior(z).mean)
 
     @property
     def in_dim(self) -> int:

@@ -78,12 +78,6 @@ class IBQ(Quantizer):
         with torch.autocast(z.device.type, enabled=False):
             return self.logits(z).argmax(-1)
 
-    @torch.no_grad()
-    def neighbours(self, z: Tensor, count: int) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            logits = self.logits(z)
-        return logits.topk(min(count, logits.shape[-1])).indices
-
     def decode(self, tokens: Tensor) -> Tensor:
         return at_least_float32(self.codebook(tokens))
 

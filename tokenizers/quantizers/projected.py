@@ -19,8 +19,8 @@ class Projected(Quantizer):
         self.dim = dim
         self.has_neighbours = quantizer.has_neighbours
 
-    def neighbours(self, z: Tensor, count: int) -> Tensor:
-        return self.quantizer.neighbours(self.project_in(z), count)
+    def logits(self, z: Tensor) -> Tensor:
+        return self.quantizer.logits(self.project_in(z))
 
     def encode(self, z: Tensor) -> Tensor:
         return self.quantizer.encode(self.project_in(z))

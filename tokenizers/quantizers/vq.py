@@ -107,11 +107,9 @@ class VectorQuantizer(Quantizer):
         with torch.autocast(z.device.type, enabled=False), torch.no_grad():
             return self.distances(self._normalize(z)).argmin(-1)
 
-    @torch.no_grad()
-    def neighbours(self, z: Tensor, count: int) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            distances = self.distances(self._normalize(z))
-        return distances.topk(min(count, distances.shape[-1]), largest=False).indices
+    def logits(self, z: Tensor) -> Tensor:
+        """Minus the squared distances [..., V]."""
+        return -self.distances(self._normalize(z))
 
     def decode(self, tokens: Tensor) -> Tensor:
         return self._normalize(self.codebook(tokens))
