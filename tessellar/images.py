@@ -25,7 +25,11 @@ Pictures = Tensor | np.ndarray | Image.Image | Sequence[Image.Image]
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images [..., H, W] in [-1, 1] (values outside are clamped) to uint8 of the same shape."""
+    """Images [..., H, W] in [-1, 1] (values outside are clamped) to uint8 of the same shape; uint8
+    stays as it is.
+    """
+    if images.dtype == torch.uint8:
+        return images
     # 128 = 127.5 + 0.5: the cast truncates, so a half is added to round.
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
@@ -37,8 +41,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images [B, 3, H, W], floats in [-1, 1] or uint8, as PIL images."""
-    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
-    rows = rearrange(pixels.cpu(), "b c h w -> b h w c").contiguous().numpy()
+    rows = rearrange(to_uint8(images).cpu(), "b c h w -> b h w c").contiguous().numpy()
     return [Image.fromarray(row) for row in rows]
 
 

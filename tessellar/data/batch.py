@@ -1,14 +1,20 @@
-"""What a data set gives: one sample, and a batch of samples, as typed dictionaries."""
+"""What a data set gives: one sample, and a batch of samples, as typed dictionaries.
 
-from typing import NotRequired, TypedDict
+Loaders of image files hand over uint8, a quarter of the bytes of floats between processes and to
+the device; `normalised` makes the images of a batch what models take.
+"""
+
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from tessellar.images import from_uint8
+
 
 class Sample(TypedDict):
-    """One image: `image` float32 [3, H, W] in [-1, 1], its `index` in the set, and what the set
-    knows about it.
+    """One image: `image` float32 [3, H, W] in [-1, 1] (or uint8, from a stream), its `index` in the
+    set, and what the set knows about it.
     """
 
     image: Tensor
@@ -18,8 +24,8 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """B samples: `image` float32 [B, 3, H, W], `index` int64 [B], `label` int64 [B], `caption` B
-    strings.
+    """B samples: `image` float32 [B, 3, H, W] in [-1, 1] (uint8 as loaders hand them over), `index`
+    int64 [B], `label` int64 [B], `caption` B strings.
 
     Where the samples are the views of one image, `texts` are all its captions.
     """
@@ -40,6 +46,16 @@ class TokenBatch(TypedDict):
     index: Tensor
     label: NotRequired[Tensor]
     caption: NotRequired[list[str]]
+
+
+def normalised(batch: Any) -> Any:
+    """A batch whose images are float32 in [-1, 1], on whatever device they lie; a batch without
+    uint8 images is returned as it is.
+    """
+    image = batch.get("image") if isinstance(batch, dict) else None
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        return batch
+    return {**batch, "image": from_uint8(image)}
 
 
 def collate(samples: "Batch | TokenBatch | list[Sample]") -> Batch | TokenBatch:

@@ -9,13 +9,15 @@ rest of a run does not depend on its loaders.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from tessellar.checkpoints.data_facts import DataFacts
-from tessellar.data.batch import collate
+from tessellar.data.batch import collate, normalised
 from tessellar.data.classes import shown
 from tessellar.data.crops import Resize
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
@@ -183,6 +185,11 @@ class ImageDataModule(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_dataset(), train=False)
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Images as floats, made where they are needed, in the precision that the run's inputs have."""
+        batch = normalised(batch)
+        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
+
     def teardown(self, stage: str) -> None:
         """Say how many corrupt images were skipped, and name the first ones."""
         for dataset in self._loaded:
@@ -200,9 +207,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self._loaded.clear()
 
     def _loader(self, dataset: IndexedDataset, train: bool) -> DataLoader:
-        rank, world_size = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
+        rank, world_size = self._share()
         if train and len(dataset) < self.batch_size * world_size:
             raise UserError(
                 f"{self.name} has {len(dataset)} training images, too few for a batch of {self.batch_size} on each of "
@@ -220,13 +225,25 @@ class ImageDataModule(LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            persistent_workers=train and self.num_workers > 0,
+            persistent_workers=self.num_workers > 0,
             collate_fn=collate,
             drop_last=train,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
             worker_init_fn=ignore_interruptions,
         )
+
+    def _share(self) -> tuple[int, int]:
+        """Rank and number of the processes that read different samples: under tensor parallelism
+        several read the same.
+        """
+        if not self.trainer:
+            return 0, 1
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            share = strategy.distributed_sampler_kwargs
+            return share["rank"], share["num_replicas"]
+        return self.trainer.global_rank, self.trainer.world_size
 
     def _place(self, total: int) -> tuple[int, int]:
         """Epoch and samples consumed in it, as our training modules count them.

@@ -9,6 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 from math import ceil
 from typing import Any, Generic, TypeVar
 
@@ -107,6 +108,12 @@ def digest(**facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _digest_of(name: str) -> str:
+    """`digest(file=name)`, a third of its time: a data set has a million of them."""
+    text = f'{{"file": {encode_basestring_ascii(name)}}}'
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def hold_out(
     names: Sequence[str], share: float, labels: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
@@ -124,7 +131,7 @@ def hold_out(
             "--trainer.limit_val_batches 0 where nothing shall be validated"
         )
     ranked: dict[int, list[int]] = {}
-    for place in sorted(range(len(names)), key=lambda place: digest(file=names[place])):
+    for place in sorted(range(len(names)), key=[_digest_of(name) for name in names].__getitem__):
         ranked.setdefault(0 if labels is None else int(labels[place]), []).append(place)
     wanted = min(ceil(share * len(names)), max(len(names) - len(ranked), 1))
     counts = _shares({label: len(places) for label, places in ranked.items()}, share, wanted)

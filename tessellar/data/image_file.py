@@ -60,7 +60,9 @@ def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
             with Image.open(source, formats=formats) as image:
                 check_shape(image)
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image), image, name)
+                # In place: a copy of an upright image, as most are, costs as much as its crop.
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image, name)
     except UnidentifiedImageError as error:
         raise UnreadableImage(
             f"cannot read the image {name}: not an image, or of a format that is not read "
@@ -81,17 +83,17 @@ def check_shape(image: Image.Image) -> None:
         )
 
 
-def to_rgb(upright: Image.Image, file: Image.Image, name: str) -> Image.Image:
-    """`upright` is what `file` shows, without what the file says of its values."""
-    if upright.mode == "F":
-        return _from_levels(unit_levels(upright), file)
-    if upright.mode.startswith("I"):
-        return _from_levels(levels_of_16_bits(upright, file, name), file)
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, upright).convert("RGB")
-    return upright.convert("RGB")
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An upright image in RGB; the very same where it is that already."""
+    if image.mode == "F":
+        return _from_levels(unit_levels(image), image)
+    if image.mode.startswith("I"):
+        return _from_levels(levels_of_16_bits(image, name), image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def unit_levels(image: Image.Image) -> np.ndarray:
@@ -107,10 +109,10 @@ def unit_levels(image: Image.Image) -> np.ndarray:
     return levels
 
 
-def levels_of_16_bits(image: Image.Image, file: Image.Image, name: str) -> np.ndarray:
+def levels_of_16_bits(image: Image.Image, name: str) -> np.ndarray:
     """Grey levels in [0, 1]; Pillow's own conversion would clip at 255 instead of scaling."""
     # Some versions give 16-bit PNG this mode.
-    if image.mode == "I" and file.format != "PNG":
+    if image.mode == "I" and getattr(image, "format", None) != "PNG":
         raise ValueError("its values are 32-bit or signed integers, whose range is not told")
     levels = np.asarray(image).astype(np.float64)
     if levels.max() <= TWELVE_BITS:

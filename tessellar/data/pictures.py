@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from tessellar.data.batch import Batch
+from tessellar.data.batch import Batch, normalised
 from tessellar.data.captions import class_text, draw_captions, pick, tell_missing
 from tessellar.data.damage import Damage
 from tessellar.data.dataset import ImageDataset
@@ -27,10 +27,10 @@ from tessellar.randomness import derive, uniforms
 MAX_CORRUPT = 0.01
 
 
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size as float32 [B, 3, H, W] in [-1, 1]."""
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as uint8 [B, 3, H, W]."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return from_uint8(rearrange(pixels, "b h w c -> b c h w")).contiguous()
+    return rearrange(pixels, "b h w c -> b c h w").contiguous()
 
 
 class PictureDataset(ImageDataset):
@@ -114,12 +114,12 @@ class PictureDataset(ImageDataset):
     def view(self, index: int, k: int) -> Tensor:
         """View `k` in [0, num_views) of one image, float32 [3, size, size]; without randomness."""
         source, image = self.damage.read(index, self.open)
-        return to_tensor([self.framing.view(image, k, self.where(source))])[0]
+        return from_uint8(to_pixels([self.framing.view(image, k, self.where(source))])[0])
 
     def views(self, index: int) -> Batch:
         source, image = self.damage.read(index, self.open)
         shown = [self.framing.view(image, k, self.where(source)) for k in range(self.num_views)]
-        batch = self._batch([index] * len(shown), [source] * len(shown), shown)
+        batch = normalised(self._pixels([index] * len(shown), [source] * len(shown), shown))
         if self.has_captions:
             texts = self.texts(source)
             batch["caption"] = [pick(texts, 0.0)] * len(shown)
@@ -127,6 +127,12 @@ class PictureDataset(ImageDataset):
         return batch
 
     def batch(self, indices: Sequence[int]) -> Batch:
+        return normalised(self.__getitems__(indices))
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """As `batch`, with images uint8 [B, 3, H, W]: what a loader's worker hands over, a quarter
+        of the bytes.
+        """
         draws = uniforms(derive(self.seed, self.epoch), indices, DRAWS).tolist()
         sources = []
         shown = []
@@ -134,16 +140,16 @@ class PictureDataset(ImageDataset):
             source, image = self.damage.read(int(index), self.open)
             sources.append(source)
             shown.append(self.framing.draw(image, row, self.where(source), self.epoch))
-        return self._batch(indices, sources, shown)
+        return self._pixels(indices, sources, shown)
 
-    def _batch(
+    def _pixels(
         self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]
     ) -> Batch:
         """`sources` are the images really shown: others than `indices` where corrupt ones were
         skipped.
         """
         batch: Batch = {
-            "image": to_tensor(shown),
+            "image": to_pixels(shown),
             "label": self.labels[list(sources)],
             "index": torch.as_tensor(indices),
         }

@@ -388,7 +388,7 @@ def listed_files(root: Path) -> ListedFiles:
     listing = list_folder(root)
     if len(listing.class_names) == 1:
         return ListedFiles(list(listing.files), None, ())
-    return ListedFiles(list(listing.files), torch.tensor(listing.labels), listing.class_names)
+    return ListedFiles(list(listing.files), listing.labels, listing.class_names)
 
 
 class ArrayImages(ImageSource):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.reading import init_tokenizer
+from tessellar.data.batch import normalised
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.protocol.arguments import in_ranges
@@ -150,6 +151,7 @@ class TokenizerModule(TrainingModule):
         shard(self.tokenizer, mesh, whole=getattr(self.tokenizer, "quantizer", None))
 
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
+        batch = normalised(batch)  # of a loader without its data module
         images = batch["image"]
         output = self.reconstructed(batch)
         if self.discriminator_first:
@@ -186,7 +188,7 @@ class TokenizerModule(TrainingModule):
         self.log_terms("train", against.terms, len(images))
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
-        images = batch["image"]
+        images = normalised(batch)["image"]
         tokens = self.tokenizer.encode(images)
         reconstruction = self.tokenizer.decode(tokens)
         distance = (reconstruction.float().clamp(-1, 1) - images).abs().mean()

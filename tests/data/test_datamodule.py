@@ -13,8 +13,10 @@ from PIL import Image
 
 import tessellar.data
 from tessellar.data import FashionMNISTData, ImageDataModule, ImageFolderData, ShapesData, collate
+from tessellar.data.batch import normalised
 from tessellar.data.framing import Framing
 from tessellar.errors import UserError
+from tessellar.images import from_uint8, to_uint8
 
 
 class Recorder(LightningModule):
@@ -72,14 +74,26 @@ def test_all_sets_offer_the_same_facts(data: ImageDataModule, request: pytest.Fi
     assert torch.equal(data.test_dataset()[1]["image"], data.val_dataset()[1]["image"])
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         batch = next(iter(loader))
-        assert (
-            batch["image"].shape[1:] == (3, *data.image_size)
-            and batch["image"].dtype == torch.float32
-        )
+        # Files are handed over as bytes; the module's hook makes floats of them on the device.
+        of_files = isinstance(data, ImageFolderData)
+        assert batch["image"].dtype == (torch.uint8 if of_files else torch.float32)
+        batch = data.on_after_batch_transfer(batch, 0)
+        assert batch["image"].shape[1:] == (3, *data.image_size)
+        assert batch["image"].dtype == torch.float32 and batch["image"].abs().max() <= 1
         assert batch["label"].dtype == batch["index"].dtype == torch.int64
         assert all(isinstance(caption, str) for caption in batch["caption"]) and len(
             batch["caption"]
         ) == len(batch["image"])
+
+
+def test_a_tokenizer_is_trained_from_bytes_as_from_floats(image_root: Path):
+    """Whether its images come through the data module's hook or from a bare loader."""
+    data = ImageFolderData(str(image_root), size=16, batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    found = data.on_after_batch_transfer(batch, 0)["image"]
+    assert torch.equal(to_uint8(found), batch["image"])
+    assert torch.equal(found, from_uint8(batch["image"])) and found is not batch["image"]
+    assert data.on_after_batch_transfer({"tokens": found}, 0)["tokens"] is found
 
 
 def test_training_drops_the_last_partial_batch_and_validation_keeps_it(data: ImageDataModule):
@@ -91,7 +105,8 @@ def test_training_drops_the_last_partial_batch_and_validation_keeps_it(data: Ima
 
 def test_a_batch_is_what_collating_its_samples_gives(data: ImageDataModule):
     dataset = data.train_dataset()
-    one, other = dataset.__getitems__([5, 0, 3]), collate([dataset[5], dataset[0], dataset[3]])
+    one = normalised(dataset.__getitems__([5, 0, 3]))
+    other = collate([dataset[5], dataset[0], dataset[3]])
     assert set(one) == set(other) and one["caption"] == other["caption"]
     assert all(torch.equal(one[key], other[key]) for key in ("image", "label", "index"))
 

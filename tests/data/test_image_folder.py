@@ -144,7 +144,7 @@ def test_wrong_arguments_are_refused(image_root: Path):
 def test_a_held_out_share_is_disjoint_complete_and_stable(image_root: Path):
     listing = list_folder(image_root)
     train, val = split_listing(listing, 0.25)
-    assert len(val.files) == 3 and sorted(train.files + val.files) == sorted(listing.files)
+    assert len(val.files) == 3 and sorted([*train.files, *val.files]) == sorted(listing.files)
     assert train.class_names == val.class_names == listing.class_names
     for part in (train, val):
         for file, label in zip(part.files, part.labels, strict=True):

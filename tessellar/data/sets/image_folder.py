@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tessellar.data.classes import order_classes
 from tessellar.data.crops import Resize
@@ -27,23 +28,23 @@ from tessellar.data.files import (
 )
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.image_file import EXTENSIONS, read_image
+from tessellar.data.names import Names
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.errors import UserError
 from tessellar.protocol.arguments import in_ranges
 
 
 class Listing(NamedTuple):
-    """The images of a folder: paths relative to it, in a fixed order, with their labels."""
+    """The images of a folder: paths relative to it, in a fixed order, with their labels int64 [N]."""
 
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
+    files: Names
+    labels: Tensor
     class_names: tuple[str, ...]
 
     def take(self, rows: Sequence[int]) -> "Listing":
         """The listing of some of its rows."""
-        files = [self.files[row] for row in rows]
-        labels = [self.labels[row] for row in rows]
-        return Listing(tuple(files), tuple(labels), self.class_names)
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        return Listing(self.files.take(chosen.numpy()), self.labels[chosen], self.class_names)
 
 
 def list_folder(root: str | Path) -> Listing:
@@ -64,22 +65,24 @@ def list_folder(root: str | Path) -> Listing:
         )
     if flat:
         _tell(root, beside)
-        return Listing(tuple(flat), (0,) * len(flat), (root.resolve().name,))
+        labels = torch.zeros(len(flat), dtype=torch.int64)
+        return Listing(Names(flat), labels, (root.resolve().name,))
     if not classes:
         _refuse_empty(root)
     every = beside
     images: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
+    counts: list[int] = []
+    for name in classes:
         files = files_below(root / name)
         found = list(filter(is_image, files))
         if not found:
             _refuse_empty(root / name)
         every += [f"{name}/{file}" for file in files]
         images += [f"{name}/{file}" for file in found]
-        labels += [label] * len(found)
+        counts.append(len(found))
     _tell(root, every)
-    return Listing(tuple(images), tuple(labels), classes)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    return Listing(Names(images), labels, classes)
 
 
 def _tell(root: Path, files: Sequence[str]) -> None:
@@ -96,7 +99,7 @@ def _refuse_empty(folder: Path) -> NoReturn:
 
 def split_listing(listing: Listing, val_share: float) -> tuple[Listing, Listing]:
     """Training and validation part, the latter the share `val_share` of each class (see `hold_out`)."""
-    train, val = hold_out(listing.files, val_share, listing.labels)
+    train, val = hold_out(list(listing.files), val_share, listing.labels.tolist())
     return listing.take(train), listing.take(val)
 
 
@@ -128,9 +131,7 @@ class ImageFolder(PictureDataset):
         listing = list_folder(root) if listing is None else listing
         self.root = Path(root)
         self.files = listing.files
-        super().__init__(
-            torch.tensor(listing.labels), listing.class_names, framing, seed, max_corrupt
-        )
+        super().__init__(listing.labels, listing.class_names, framing, seed, max_corrupt)
 
     def where(self, index: int) -> str:
         return str(self.root / self.files[index])
@@ -139,7 +140,8 @@ class ImageFolder(PictureDataset):
         return read_image(self.root / self.files[index])
 
     def fingerprint(self) -> str:
-        files = [(file, _size(os.path.join(self.root, file))) for file in self.files]
+        root = f"{self.root}{os.sep}"
+        files = [(file, _size(root + file)) for file in self.files]
         labels = self.labels.tolist()
         size = self.framing.size
         views = self.framing.describe()

@@ -28,7 +28,7 @@ from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.framing import DRAWS, Framing
 from tessellar.data.image_file import UnreadableImage
-from tessellar.data.pictures import MAX_CORRUPT, to_tensor
+from tessellar.data.pictures import MAX_CORRUPT, to_pixels
 from tessellar.data.tars.headers import LARGEST_MEMBER, Header, RefusedHeader
 from tessellar.data.tars.index import Keys
 from tessellar.data.tars.members import (
@@ -269,7 +269,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         texts = own or class_text(self.class_names, label)
         shown = self.framing.draw(decoded[image_field], draws[:DRAWS], name, self.epoch)
         return {
-            "image": to_tensor([shown])[0],
+            "image": to_pixels([shown])[0],
             "index": index,
             "label": label,
             "caption": pick(texts, draws[DRAWS]),

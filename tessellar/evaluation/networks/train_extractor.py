@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from tessellar.data.batch import normalised
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation.networks.timm_network import TimmNetwork, network_of
@@ -154,7 +155,8 @@ def _batches(data: ImageDataModule, recipe: Recipe) -> Iterator[tuple[Tensor, Te
     for epoch in range(recipe.epochs):
         loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
         for batch in loader:
-            yield augment(batch["image"], recipe.flip, recipe.crop, draw), batch["label"]
+            images = normalised(batch)["image"]
+            yield augment(images, recipe.flip, recipe.crop, draw), batch["label"]
 
 
 def augment(images: Tensor, flip: bool, crop: int, draw: torch.Generator) -> Tensor:
