@@ -37,6 +37,7 @@ class LlamaGen(LlamaGenerator):
 
     output: nn.Linear
     predicts_places = True
+    chunked_loss = False
 
     def __init__(
         self,

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tessellar.errors import UserError
-from tessellar.layers.kv_cache import Slots
+from tessellar.layers.kv_cache import NoCache, Slots
 from tessellar.layers.llama import AttentionKind, LlamaBlock, Pass, Positions, swiglu_hidden
 from tessellar.layers.precision import at_least_float32
 from tessellar.models.parts.joint_text import JointText
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import ClassConditioning, Condition, Conditioner, Conditioning
-from tessellar.protocol.distribution import Logits
+from tessellar.protocol.distribution import Logits, ProjectedLogits
 from tessellar.protocol.generator import Prefix, State
 from tessellar.text.conditioners import FeatureConditioner
+
+MANY_CODES = 32_768  # from here on a loss may be computed in parts
 
 
 class Size(TypedDict):
@@ -98,10 +100,8 @@ class LlamaGenerator(PrefixTransformer):
 
     #: What the layers are; a subclass may modulate them.
     block_class: ClassVar[type[LlamaBlock]] = LlamaBlock
-
     conditioning: ClassPrefix | CaptionPrefix | JointText | ClassConditioning
     output: nn.Linear | None
-    block_class: ClassVar[type[LlamaBlock]] = LlamaBlock
     rope_cos: Tensor
     rope_sin: Tensor
 
@@ -189,7 +189,14 @@ class LlamaGenerator(PrefixTransformer):
         place = place.clamp(max=len(self.rope_cos) - 1).to(self.rope_cos.device)
         return Positions(self.rope_cos[place], self.rope_sin[place])
 
-    def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
+    def head(
+        self, state: State, hidden: Tensor, first: Tensor, want: int
+    ) -> Logits | ProjectedLogits:
+        # Below that number of codes the parts cost more time than their memory is worth.
+        if self.chunked_loss and self.training and isinstance(state.cache, NoCache):
+            assert self.output is not None
+            if self.output.out_features >= MANY_CODES:
+                return ProjectedLogits(hidden, self.output.weight)
         return self.head_at(state, hidden, state.entities.steps(first, want))
 
     def head_at(self, state: State, hidden: Tensor, rank: Tensor) -> Logits:

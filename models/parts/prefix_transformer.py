@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, PlacedCache, Slots
 from tessellar.protocol.condition import Condition
-from tessellar.protocol.distribution import Distribution, Logits
+from tessellar.protocol.distribution import Distribution, Logits, ProjectedLogits
 from tessellar.protocol.entities import Entities, take
 from tessellar.protocol.generator import Evaluation, Generator, Prefix, State
 from tessellar.protocol.guidance import NO_GUIDANCE, Guidance
@@ -39,6 +39,8 @@ class PrefixTransformer(Generator):
     num_heads: int
     head_dim: int
     activation_checkpointing: bool = False
+    #: Whether a training loss of many codes is computed in parts; None: the head cannot do so.
+    chunked_loss: bool | None = None
     #: Training only: what teacher forcing reads in the place of tokens [B, N, ...]; what is predicted stays as it is.
     reader: Callable[[Tensor, Entities], Tensor] | None = None
     #: Training only: what becomes of the inputs [R, n, D] of tokens, at their indices [R or 1, n].
@@ -237,7 +239,7 @@ class PrefixTransformer(Generator):
         """Named losses of teacher-forced scores; `targets` [B, N, ...] are the tokens in generation
         order.
         """
-        assert isinstance(scores, Logits)
+        assert isinstance(scores, Logits | ProjectedLogits)
         return {"cross_entropy": scores.cross_entropy(targets, weight)}
 
     def nats(self, tokens: Tensor, condition: Condition) -> Tensor | None:

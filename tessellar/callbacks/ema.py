@@ -78,15 +78,21 @@ class EMA(L.Callback):
             return
         self._seen = pl_module.updates
         tensors = tensors_of(pl_module)
-        if not all_finite([tensor for tensor in tensors.values() if tensor.is_floating_point()]):
+        floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        is_finite = all_finite(floats)
+        if is_finite.device.type == "cpu" and not is_finite:
             return
         self.updates += 1
-        self._update(self.decay, self.average, tensors)
+        self._update(self.decay, self.average, tensors, is_finite)
         for decay, average in self.further.items():
-            self._update(decay, average, tensors)
+            self._update(decay, average, tensors, is_finite)
 
-    def _update(self, decay: float, kept: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-        """Bring new weights into one average."""
+    def _update(
+        self, decay: float, kept: dict[str, Tensor], tensors: dict[str, Tensor], is_finite: Tensor
+    ) -> None:
+        """Bring new weights into one average, where the device finds them finite: the host does not
+        wait for it to say so.
+        """
         new: list[Tensor] = []
         averages: list[Tensor] = []
         counters: list[tuple[Tensor, Tensor]] = []  # whole numbers are copied, not averaged
@@ -100,9 +106,11 @@ class EMA(L.Callback):
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         for ours, theirs in zip(by_kind(averages), by_kind(new), strict=True):
-            if ours:
-                theirs = [tensor.float() for tensor in theirs]
-                torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            theirs = [tensor.float() for tensor in theirs]
+            if is_finite.device.type != "cpu":
+                pairs = zip(ours, theirs, strict=True)
+                theirs = [torch.where(is_finite, new, average) for average, new in pairs]
+            torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for ours, counter in counters:
             ours.copy_(counter)
 
@@ -150,12 +158,12 @@ class EMA(L.Callback):
         state: dict[str, Any] = {
             "decay": self.decay,
             "updates": self.updates,
-            "average": {n: whole(t) for n, t in self.average.items()},
+            "average": dict(self.average),
         }
         if self.further:
             state["further"] = {}
             for decay, averages in self.further.items():
-                state["further"][repr(decay)] = {n: whole(t) for n, t in averages.items()}
+                state["further"][repr(decay)] = dict(averages)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,12 +180,10 @@ def tensors_of(pl_module: L.LightningModule) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether all are finite; the same on all processes of a sharded run."""
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all are finite, a bool on their device; the same on all processes of a sharded run."""
+    norms = []
     for kind in by_kind(tensors):
-        if kind:
-            # One norm of all norms is NaN or infinite where any value is.
-            norm = whole(torch.stack(torch._foreach_norm(kind)).norm())  # pyright: ignore[reportPrivateImportUsage]
-            if not bool(torch.isfinite(norm)):
-                return False
-    return True
+        # One norm of all norms is NaN or infinite where any value is.
+        norms.append(whole(torch.stack(torch._foreach_norm(kind)).norm()))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.isfinite(torch.stack(norms).norm())

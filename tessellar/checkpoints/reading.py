@@ -30,7 +30,9 @@ from tessellar.checkpoints.description import (
 from tessellar.checkpoints.differences import differences
 from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.checkpoints.fitting import ClassTable, Fitted, Sizes, load_fitting
+from tessellar.checkpoints.frozen import put_back
 from tessellar.checkpoints.hub import fetch, is_hub_id
+from tessellar.checkpoints.kinds import is_sharded
 from tessellar.checkpoints.weights import load_strict, part_of, with_current_names
 from tessellar.checkpoints.zoo import is_published, published
 from tessellar.errors import UserError
@@ -367,6 +369,8 @@ def read_source(path: str | Path, *, raw: bool = False, ema: float | None = None
         if not is_hub_id(str(path)):
             raise UserError(f"{path} does not exist")
         local = fetch(str(path))
+    if is_sharded(local):
+        return read_checkpoint(local, raw, ema)
     if local.is_dir():
         source = read_export(local)
     elif local.suffix == ".safetensors":
@@ -416,13 +420,21 @@ def _source(path: Path, description: dict[str, Any], tensors: dict[str, Tensor])
 
 
 def read_checkpoint(path: Path, raw: bool, ema: float | None = None) -> Source:
-    require_file(path)
-    content = read_pickle(path)
+    if path.is_dir():
+        # Its libraries take half a second to import.
+        from tessellar.checkpoints.sharded import read_sharded
+
+        content: Any = read_sharded(path)
+    else:
+        require_file(path)
+        content = read_pickle(path)
     if not isinstance(content, dict) or HEADER_KEY not in content:
         raise UserError(
             f"{path} is not a checkpoint of this project's training: it does not describe its model"
         )
     description = _description(content[HEADER_KEY], path)
+    if isinstance(content.get("state_dict"), dict):
+        put_back(content, path, path.parent)
     tensors, weights = checkpoint_tensors(content, description, raw, str(path), ema=ema)
     steps = content.get("global_step")
     record = (

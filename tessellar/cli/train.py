@@ -40,6 +40,7 @@ from tessellar.checkpoints.card import Record, command_line, commit
 from tessellar.checkpoints.description import PARTS
 from tessellar.checkpoints.export import export_parts
 from tessellar.checkpoints.hub import is_hub_id
+from tessellar.checkpoints.kinds import look_into
 from tessellar.checkpoints.reading import read_source
 from tessellar.cli.catalogue import class_path, config_file, entries
 from tessellar.cli.dry_run import DEVICE, config_of, dry_run, stand_in
@@ -143,6 +144,12 @@ class TrainCLI(LightningCLI):
             help="updates between checkpoints that stay, for curves over training",
         )
         parser.add_argument(
+            "--checkpoint",
+            type=Literal["whole", "sharded", "asynchronous"],
+            default="whole",
+            help="one file; or a folder to which all processes write, also while training goes on",
+        )
+        parser.add_argument(
             "--export",
             type=Literal["last", "best"],
             default="last",
@@ -222,6 +229,7 @@ class TrainCLI(LightningCLI):
                 config.best_metric or best_metric,
                 config.best_mode if config.best_metric else best_mode,
                 config.keep_every,
+                config.checkpoint,
             ),
         ]
         if config.ema is not None:
@@ -631,7 +639,7 @@ def _exported(cli: TrainCLI) -> tuple[str, int]:
     """Which checkpoint the export is of, and its number of updates."""
     best = cli.run_folder.folder / CHECKPOINTS / BEST
     if cli.config_init.export == "best" and best.exists():  # type: ignore[union-attr]
-        content = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+        content = look_into(best)
         return BEST, int(content["global_step"])
     if cli.config_init.export == "best":  # type: ignore[union-attr]
         log.warning("there is no %s, since no validation measured it: the last is exported", BEST)

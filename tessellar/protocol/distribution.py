@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tessellar.layers.linear_cross_entropy import linear_cross_entropy
+from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.noise import Noise
 
@@ -164,14 +166,45 @@ class Logits(Distribution):
         """Mean cross-entropy in nats a token of `tokens` [B, T]; `weight` [B] weighs (or drops)
         whole samples.
         """
-        loss = F.cross_entropy(self.logits.flatten(0, 1), tokens.flatten(), reduction="none").view(
-            tokens.shape
-        )
-        if weight is None:
-            return loss.mean()
-        return (loss * weight[:, None]).sum() / (weight.sum() * tokens.shape[1]).clamp(
-            min=torch.finfo(loss.dtype).eps
-        )
+        loss = F.cross_entropy(self.logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        return _mean_loss(loss.view(tokens.shape), weight)
+
+
+def _mean_loss(loss: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of losses [B, T] of tokens; `weight` [B] weighs whole samples."""
+    if weight is None:
+        return loss.mean()
+    eps = torch.finfo(loss.dtype).eps
+    return (loss * weight[:, None]).sum() / (weight.sum() * loss.shape[1]).clamp(min=eps)
+
+
+@dataclass(frozen=True)
+class ProjectedLogits(Distribution):
+    """Categorical logits `states weight^T` [B, T, V] of `states` [B, T, D] and `weight` [V, D], that
+    are never held at once for a loss: what training with many codes takes.
+    """
+
+    states: Tensor
+    weight: Tensor
+    hidden: Tensor | None = None
+
+    def together(self) -> Logits:
+        """The same with its table of logits."""
+        return Logits(at_least_float32(F.linear(self.states, self.weight)), self.hidden)
+
+    def sample(self, settings: Draws, noise: Noise) -> Tensor:
+        return self.together().sample(settings, noise)
+
+    def probs(self) -> Tensor:
+        return self.together().probs()
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        states = self.states.flatten(0, 1)
+        return -linear_cross_entropy(states, self.weight, tokens.flatten()).view(tokens.shape)
+
+    def cross_entropy(self, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+        """As `Logits.cross_entropy`."""
+        return _mean_loss(-self.log_prob(tokens), weight)
 
 
 class Chained(Distribution):

@@ -14,7 +14,7 @@ span, n positions.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ class State:
     input_ends: Tensor | None = None  # [count + 1] cache length after the inputs of n entities
     part: TokenizerPart | None = None  # of a tokenizer that is asked in the loop
     input_size: int | None = None  # positions of each entity's input; set where the state is fixed
+    ahead: Any = None  # what a generator has computed for steps to come (`steps_ahead`)
 
     # `fed`, `input_ends`, the entities and the prefix's padding lie on the CPU, where the host
     # reads them, or all on one device (`fixed`).
@@ -224,6 +225,8 @@ class Generator(Configured, ExactTables, ABC):
     layout: Layout
     entities: Entities
     conditioning: Conditioning
+    #: In sampling: for how many steps at once a generator may compute what it knows of them beforehand.
+    steps_ahead: int = 1
 
     @property
     def condition_dropout(self) -> float:

@@ -32,6 +32,7 @@ from tessellar.checkpoints.card import Record
 from tessellar.checkpoints.data_facts import DATA_KEY, DataFacts
 from tessellar.checkpoints.description import HEADER_KEY, checkpoint_header
 from tessellar.checkpoints.export import export_parts
+from tessellar.checkpoints.frozen import put_back
 from tessellar.checkpoints.weights import current_names, with_current_names
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
@@ -46,11 +47,13 @@ from tessellar.training.optimizer_names import arrange, former_names, names_by_p
 from tessellar.training.sharding import (
     average_gradients,
     clip_gradients,
+    data_share,
     gather,
     like,
     mesh_of,
     scatter,
     settle,
+    tensor_mesh_of,
     whole,
 )
 
@@ -61,6 +64,28 @@ COUNTERS = ("batches", "updates", "skipped", "epoch", "epoch_samples")
 
 class NonFiniteGradients(RuntimeError):
     """Too many updates in a row had no finite gradient."""
+
+
+class Verdict:
+    """Whether an update was made, decided on a device, and read without waiting for what that device
+    was given since.
+    """
+
+    def __init__(self, is_finite: Tensor, update: int) -> None:
+        self.update = update
+        self._event: torch.cuda.Event | None = None
+        self._value = is_finite
+        if is_finite.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(is_finite, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> bool:
+        """Wait for the device to come to this update."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
 
 
 class Player(NamedTuple):
@@ -120,6 +145,7 @@ class TrainingModule(L.LightningModule, ABC):
         self.epoch = 0
         self.epoch_samples = 0
         self._skipped_in_a_row: dict[str, int] = {}
+        self._verdicts: dict[str, Verdict] = {}
         # Of each player, at the start of the update under way.
         self._written_before: dict[str, list[Tensor]] = {}
         self._to_restore: dict[str, Any] = {}
@@ -140,6 +166,12 @@ class TrainingModule(L.LightningModule, ABC):
         """What an export and the header of a checkpoint hold, by the names of
         `checkpoints/description.py`.
         """
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """What no update changes, by its prefix in the state dict: a run's checkpoints share one
+        copy of it.
+        """
+        return {}
 
     def export(self, folder: str | Path, record: Record) -> Path:
         """Write the export of the model as it is now, in the place of an older one."""
@@ -176,12 +208,21 @@ class TrainingModule(L.LightningModule, ABC):
             f"{type(self).__name__} cannot be sharded; train it with --trainer.strategy ddp"
         )
 
+    def split_over(self, mesh: DeviceMesh) -> None:
+        """Split the matrices of what is trained over the processes of `mesh` (tensor parallelism)."""
+        raise UserError(
+            f"{type(self).__name__} has no plan of tensor parallelism; leave tensor_parallel_size at 1"
+        )
+
     def configure_model(self) -> None:
         mesh = mesh_of(self.trainer.strategy)
         if mesh is not None and not self.is_sharded:
             for tensor in self.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
             self._tags = {name: tags(parameter) for name, parameter in self.named_parameters()}
+            across = tensor_mesh_of(self.trainer.strategy)
+            if across is not None:
+                self.split_over(across)
             self.shard_over(mesh)
             self.is_sharded = True
 
@@ -194,8 +235,10 @@ class TrainingModule(L.LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         if self.global_rank == 0 and isinstance(data, ImageDataModule):
             self.data_facts = data.facts()
-        if self.global_rank > 0:
-            torch.manual_seed(derive(torch.initial_seed(), self.global_rank))
+        share = data_share(self.trainer.strategy)
+        rank = self.global_rank if share is None else share[0]
+        if rank > 0:
+            torch.manual_seed(derive(torch.initial_seed(), rank))
         self._arrange_optimizer_states()
 
     @property
@@ -241,24 +284,63 @@ class TrainingModule(L.LightningModule, ABC):
         self.log_train(
             {f"train/grad_norm_{player.name}": norm, f"train/lr_factor_{player.name}": factor}
         )
-        if bool(torch.isfinite(norm)):
+        is_finite = torch.isfinite(norm)
+        if self.decides_on_device(player, norm.device):
+            self._step_where(player, factor, is_finite)
+        elif bool(is_finite):
             self._skipped_in_a_row[player.name] = 0
-            set_factor(player.optimizers, factor)
-            if player.schedule.final_weight_decay is not None:
-                step = self.updates - player.start
-                total = self.total_updates - player.start
-                decay = partial(player.schedule.weight_decay, step=step, total=total)
-                set_weight_decay(player.optimizers, decay)
-            for number, optimizer in enumerate(player.optimizers):
-                # Lightning counts one update a batch: the first optimizer of the first player.
-                if player is self.players[0] and number == 0:
-                    self._lightning_optimizer().step()
-                else:
-                    optimizer.step()
+            self._step(player, factor)
         else:
             self.skip_update(player)
         for optimizer in player.optimizers:
             optimizer.zero_grad()
+
+    def decides_on_device(self, player: Player, device: torch.device) -> bool:
+        """Whether an update is left out by the optimizers' own kernels, so that the host need not
+        wait for the gradient; it then hears of it one update later.
+        """
+        if device.type == "cpu":
+            return False
+        return all(optimizer.defaults.get("fused") for optimizer in player.optimizers)
+
+    def _step(self, player: Player, factor: float) -> None:
+        """One step of a player's optimizers, with the learning rate and weight decay of now."""
+        set_factor(player.optimizers, factor)
+        if player.schedule.final_weight_decay is not None:
+            step = self.updates - player.start
+            total = self.total_updates - player.start
+            decay = partial(player.schedule.weight_decay, step=step, total=total)
+            set_weight_decay(player.optimizers, decay)
+        for number, optimizer in enumerate(player.optimizers):
+            # Lightning counts one update a batch: the first optimizer of the first player.
+            if player is self.players[0] and number == 0:
+                self._lightning_optimizer().step()
+            else:
+                optimizer.step()
+
+    def _step_where(self, player: Player, factor: float, is_finite: Tensor) -> None:
+        """As `_step` where the device finds `is_finite` true, and as `skip_update` elsewhere."""
+        self._hear(player.name)
+        for optimizer in player.optimizers:
+            # Of torch's loss scaling: fused kernels change nothing where it is 1.
+            optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        self._step(player, factor)
+        with torch.no_grad():
+            kept = self._written_before.get(player.name, [])
+            for tensor, before in zip(written(player), kept, strict=False):
+                tensor.copy_(torch.where(is_finite, tensor, before))
+        self._verdicts[player.name] = Verdict(is_finite, self.updates)
+
+    def _hear(self, *names: str) -> None:
+        """Count what the device has decided of the last updates of players."""
+        for name in names:
+            verdict = self._verdicts.pop(name, None)
+            if verdict is None:
+                continue
+            if verdict.read():
+                self._skipped_in_a_row[name] = 0
+            else:
+                self._count_skipped(name, verdict.update)
 
     def _lightning_optimizer(self) -> LightningOptimizer:
         first = self.optimizers()
@@ -268,20 +350,23 @@ class TrainingModule(L.LightningModule, ABC):
         """Leave the update out: codes and statistics are put back; Lightning counts it all the
         same.
         """
-        name = player.name
-        self.skipped += 1
         with torch.no_grad():
-            kept = self._written_before.get(name, [])
+            kept = self._written_before.get(player.name, [])
             for tensor, before in zip(written(player), kept, strict=False):
                 tensor.copy_(before)
         if player is self.players[0]:
             counting = self._lightning_optimizer()
             counting._on_before_step()
             counting._on_after_step()
+        self._count_skipped(player.name, self.updates)
+
+    def _count_skipped(self, name: str, update: int) -> None:
+        """Say that an update was left out; raises NonFiniteGradients after too many in a row."""
+        self.skipped += 1
         in_a_row = self._skipped_in_a_row[name] = self._skipped_in_a_row.get(name, 0) + 1
         log.warning(
             "update %d: gradient of the %s is not finite, skipped (%d so far)",
-            self.updates,
+            update,
             name,
             self.skipped,
         )
@@ -289,7 +374,7 @@ class TrainingModule(L.LightningModule, ABC):
             whole = str(self.trainer.precision) == "32-true"
             hint = "" if whole else " or use precision 32-true"
             raise NonFiniteGradients(
-                f"{in_a_row} updates in a row of the {name} had no finite gradient, the last is update {self.updates}; "
+                f"{in_a_row} updates in a row of the {name} had no finite gradient, the last is update {update}; "
                 f"lower the learning rate{hint}"
             )
 
@@ -300,7 +385,8 @@ class TrainingModule(L.LightningModule, ABC):
         if self.at_boundary:
             self.updates += 1
         self.batches += 1
-        self.epoch_samples += samples * distributed.world_size()
+        share = data_share(self.trainer.strategy)
+        self.epoch_samples += samples * (distributed.world_size() if share is None else share[1])
         if self.trainer.is_last_batch:
             self.epoch = self.epoch + 1
             self.epoch_samples = 0
@@ -369,7 +455,11 @@ class TrainingModule(L.LightningModule, ABC):
                 before = [tensor.detach().clone() for tensor in written(player)]
                 self._written_before[player.name] = before
 
+    def on_train_end(self) -> None:
+        self._hear(*list(self._verdicts))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._hear(*list(self._verdicts))
         gradients = {}
         written_before = {}
         if self.batches % self.accumulate:  # an update is under way
@@ -390,6 +480,9 @@ class TrainingModule(L.LightningModule, ABC):
         checkpoint[HEADER_KEY] = checkpoint_header(self.parts(), self.averaged)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        came_from = None if self._trainer is None else self.trainer.ckpt_path
+        folder = None if came_from is None else Path(came_from).parent
+        put_back(checkpoint, came_from or "this checkpoint", folder, self.frozen_parts())
         checkpoint["state_dict"] = with_current_names(self, checkpoint["state_dict"])
         state = dict(checkpoint.get(STATE_KEY, {}))
         if STATE_KEY in checkpoint and "optimizer_states" in checkpoint:

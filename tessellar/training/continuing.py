@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from tessellar.checkpoints.kinds import look_into
 from tessellar.errors import UserError, writing
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ SHOWN = 8
 def say_where(checkpoint: Path, max_steps: int) -> None:
     """One line: after which update of which file the run goes on."""
     # Reads no tensor.
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    content = look_into(checkpoint)
     update = int(content.get("global_step", 0))
     if 0 <= max_steps <= update:
         log.info(

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tessellar.checkpoints.data_facts import other_class
+from tessellar.checkpoints.description import PREFIXES
 from tessellar.checkpoints.fitting import place_classes
 from tessellar.checkpoints.reading import Start, init_generator, load_tokenizer, read_source
+from tessellar.data.batch import normalised
 from tessellar.data.classes import shown
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
+from tessellar.models.parts.llama import LlamaGenerator
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.arguments import in_ranges
@@ -32,8 +35,8 @@ from tessellar.training.methods.mixture import Mixture, MixtureObjective
 from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.optim import OptimizerSettings
-from tessellar.training.sharding import shard
-from tessellar.training.speed import checkpoint_activations, compile_each_block
+from tessellar.training.sharding import shard, split_matrices
+from tessellar.training.speed import checkpoint_activations, chunk_the_loss, compile_each_block
 from tessellar.training.training_captions import training_captions
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,10 @@ class ImageGeneratorModule(TrainingModule):
             "generator": model.generator,
             "conditioner": model.conditioner,
         }
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        tokenizer = self.model.tokenizer
+        return {} if trainable(tokenizer) else {PREFIXES["generator"]["tokenizer"]: tokenizer}
 
     def facts(self) -> Facts:
         """With the work of the generator."""
@@ -116,7 +123,7 @@ class ImageGeneratorModule(TrainingModule):
                 # A cache holds the tokens of `source`, which this tokenizer quantises or regroups.
                 return self.model.tokenizer.from_source(batch["tokens"])
             encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
-            return encode(batch["image"].float())
+            return encode(normalised(batch)["image"].float())
 
     def validation_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         tokens = self.tokens_of(batch)
@@ -135,7 +142,8 @@ class GeneratorModule(ImageGeneratorModule):
     Its conditioner is the generator's own choice unless one is given.
 
     A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32.
-    `checkpointing` trades compute for memory, `compile_blocks` compiles each block on its own.
+    `checkpointing` trades compute for memory, `compile_blocks` compiles each block on its own,
+    `chunked_loss` holds no table of logits where there are 32,768 codes or more.
     `init_from` starts from the generator and the conditioner of an export or checkpoint, whose
     classes are found by their names; `init_fresh` names tensors or modules that stay as they were
     made. A generator trained by teacher forcing may read a noisy context (`context_noise`) and also learn
@@ -156,6 +164,7 @@ class GeneratorModule(ImageGeneratorModule):
         max_skipped: int = 10,
         checkpointing: bool = False,
         compile_blocks: bool = False,
+        chunked_loss: bool = False,
         init_from: str | None = None,
         init_fresh: Sequence[str] = (),
         context_noise: ContextNoise | None = None,
@@ -190,6 +199,8 @@ class GeneratorModule(ImageGeneratorModule):
             checkpoint_activations(made)
         if compile_blocks:
             compile_each_block(made)
+        if chunked_loss:
+            chunk_the_loss(made)
 
     def setup(self, stage: str) -> None:
         """A conditioner that learns from captions reads those of the training set, unless it came with `init_from`; a
@@ -267,6 +278,12 @@ class GeneratorModule(ImageGeneratorModule):
         shard(self.model.generator, mesh, methods=("loss",))
         if any(True for _ in self.model.conditioner.parameters()):
             shard(self.model.conditioner, mesh)
+
+    def split_over(self, mesh: DeviceMesh) -> None:
+        generator = self.model.generator
+        if not isinstance(generator, LlamaGenerator):
+            super().split_over(mesh)
+        split_matrices(generator, mesh)  # type: ignore[arg-type]
 
     def regularised_losses(self, tokens: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Losses under a noisy context, and that of the recovery of code vectors."""

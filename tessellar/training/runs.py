@@ -33,10 +33,12 @@ from torch import Tensor
 
 from tessellar.checkpoints.card import command_line, commit
 from tessellar.checkpoints.data_facts import facts_in, other_class, other_content
+from tessellar.checkpoints.frozen import FILE
+from tessellar.checkpoints.kinds import is_sharded, look_into
+from tessellar.checkpoints.sharded import is_intact
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError, writing
 from tessellar.places import in_runs
-from tessellar.tensor_files import intact
 from tessellar.training.continuing import CONFIG, keep_config
 from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.wandb_page import WandbOptions, WandbPage
@@ -103,7 +105,13 @@ class Run:
         results is free.
         """
         results = [self.folder / EXPORT, *sorted((self.folder / CHECKPOINTS).glob("*"))]
-        found = next((path for path in results if path.exists() and path.suffix != ".part"), None)
+        found = None
+        for path in results:
+            beside = path.suffix == ".part" or FILE.fullmatch(
+                path.name
+            )  # of a first one that failed
+            if found is None and path.exists() and not beside:
+                found = path
         if resume == "auto" and found is not None:
             raise UserError(
                 f"--resume auto: {self.folder} has no {LAST} to continue from, but {found.relative_to(self.folder)}; "
@@ -135,16 +143,16 @@ class Run:
             return None
         if resume != "auto":
             chosen = in_runs(resume)
-            if not chosen.is_file():
+            if not (chosen.is_file() or is_sharded(chosen)):
                 raise UserError(f"--resume {resume}: there is no such checkpoint")
-            if not intact(chosen):
+            if not is_intact(chosen):
                 raise UserError(f"--resume {resume}: this checkpoint is damaged, or it is none")
             return chosen
         for name in (LAST, PREVIOUS):
             path = self.folder / CHECKPOINTS / name
-            if path.is_file() and intact(path):
+            if path.exists() and is_intact(path):
                 return path
-            if path.is_file():
+            if path.exists():
                 log.warning("%s is damaged and is left aside", path)
                 self._damaged.append(path)
         if self._damaged:
@@ -453,7 +461,7 @@ def check_data(checkpoint: Path, data: ImageDataModule, names_matter: bool = Tru
     try:
         with restoring(checkpoint):
             # Mapped, so that no tensor is read.
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            content = look_into(checkpoint)
     except UserError:
         raise
     except Exception as error:  # of an archive that is no torch file

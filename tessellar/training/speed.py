@@ -1,5 +1,5 @@
-"""Speed and memory switches of a run: compiled blocks, recomputed activations. Both leave results
-as they are.
+"""Speed and memory switches of a run: compiled blocks, recomputed activations, a loss in parts. All
+leave results as they are, up to rounding.
 """
 
 from collections.abc import Iterator
@@ -44,3 +44,14 @@ def checkpoint_activations(module: nn.Module) -> None:
             f"{type(module).__name__} cannot recompute activations; leave checkpointing off"
         )
     module.activation_checkpointing = True  # type: ignore[assignment]
+
+
+def chunk_the_loss(module: nn.Module) -> None:
+    """Have a generator compute the training loss of 32,768 codes or more in parts, without a table
+    of all logits; raises UserError where it cannot.
+    """
+    if getattr(module, "chunked_loss", None) is None:
+        raise UserError(
+            f"{type(module).__name__} has no loss that can be computed in parts; leave chunked_loss off"
+        )
+    module.chunked_loss = True  # type: ignore[assignment]

@@ -3,9 +3,16 @@
 import pytest
 from torch import nn
 
+import tessellar.models.parts.llama as llama
 import tessellar.models.parts.prefix_transformer as transformer
+import tessellar.protocol.distribution as distribution
 from tessellar.errors import UserError
-from tessellar.training.speed import blocks, checkpoint_activations, compile_each_block
+from tessellar.training.speed import (
+    blocks,
+    checkpoint_activations,
+    chunk_the_loss,
+    compile_each_block,
+)
 
 
 def test_recomputed_activations_give_the_same_losses(
@@ -19,6 +26,25 @@ def test_recomputed_activations_give_the_same_losses(
     assert not calls
     _, recomputed = fit(make.generator_module(checkpointing=True), 3)
     assert recomputed == plain and len(calls) == 3  # one block, three batches
+
+
+@pytest.mark.parametrize("codes", [1, 17])
+def test_a_loss_in_parts_is_the_loss_where_there_are_that_many_codes(
+    fit, make, monkeypatch: pytest.MonkeyPatch, codes: int
+) -> None:
+    calls = []
+    original = distribution.linear_cross_entropy
+    monkeypatch.setattr(llama, "MANY_CODES", codes)
+    monkeypatch.setattr(
+        distribution, "linear_cross_entropy", lambda *a: calls.append(1) or original(*a)
+    )
+    _, plain = fit(make.generator_module(), 3)
+    assert not calls
+    _, parts = fit(make.generator_module(chunked_loss=True), 3)
+    assert len(calls) == (3 if codes == 1 else 0)  # the tokenizer has 16 codes
+    assert parts == pytest.approx(plain, rel=1e-6)
+    with pytest.raises(UserError, match="Linear has no loss"):
+        chunk_the_loss(nn.Linear(2, 2))
 
 
 def test_recomputing_is_refused_where_it_cannot_be_done() -> None:
