@@ -6,6 +6,7 @@ hub id.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -159,9 +160,11 @@ class ImageGenerator(nn.Module):
         if isinstance(numbers, int) or len(numbers) != condition.batch:
             raise UserError(f"{condition.batch} images need as many seeds, not {numbers!r}")
         parts = []
-        for rows in torch.arange(condition.batch).split(batch_size):
-            chosen = [numbers[row] for row in rows.tolist()]
-            parts.append(self.decode(self.sample_tokens(condition.select(rows), settings, chosen)))
+        with self.prepared_for(settings):
+            for rows in torch.arange(condition.batch).split(batch_size):
+                chosen = [numbers[row] for row in rows.tolist()]
+                tokens = self.sample_tokens(condition.select(rows), settings, chosen)
+                parts.append(self.decode(tokens))
         images = torch.cat(parts)
         if output == "tensor":
             return images
@@ -190,6 +193,11 @@ class ImageGenerator(nn.Module):
         """Tokens of images, as the tokenizer encodes them."""
         return self.tokenizer.encode(images)
 
+    def prepared_for(self, sampling: Sampling) -> AbstractContextManager[None]:
+        """Within it the generator is prepared once for all batches that are drawn."""
+        # Packed weights are none that a compiler can read.
+        return prepared(self.generator, layout="plain" if sampling.algorithm.compile else "auto")
+
     @torch.no_grad()
     def sample_tokens(
         self,
@@ -204,9 +212,7 @@ class ImageGenerator(nn.Module):
         mode = self.generator.training
         self.generator.eval()
         try:
-            # Packed weights are none that a compiler can read.
-            layout = "plain" if sampling.algorithm.compile else "auto"
-            with prepared(self.generator, layout=layout):
+            with self.prepared_for(sampling):
                 return sampling.tokens(self.generator, condition, seeds, recorder)
         finally:
             self.generator.train(mode)

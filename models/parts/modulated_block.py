@@ -16,11 +16,15 @@ from tessellar.models.parts.cached_attention import CachedAttention
 
 
 class ModulatedPass(NamedTuple):
-    """What all blocks of one pass share: the condition [R, n, D] of each position, and the cache."""
+    """What all blocks of one pass share: the condition [R, n, D] of each position, and the cache.
+
+    `modulations` are those of each block [R, n, 6 D] where they were computed before.
+    """
 
     condition: Tensor
     cache: KVCache | NoCache | PlacedCache
     slots: Slots
+    modulations: list[Tensor] | None = None
 
 
 class ModulatedBlock(nn.Module):
@@ -50,7 +54,11 @@ class ModulatedBlock(nn.Module):
             tag(linear.weight, "hidden")
 
     def forward(self, x: Tensor, layer: int, shared: ModulatedPass) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared.condition)
+        if shared.modulations is None:
+            parts = self.modulation(shared.condition)
+        else:
+            parts = shared.modulations[layer].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
         x = x + gate1 * self.attention(modulate(self.norm1(x), scale1, shift1), layer, shared)
         hidden = self.dropout(F.gelu(self.fc1(modulate(self.norm2(x), scale2, shift2))))
         return x + gate2 * self.dropout(self.fc2(hidden))

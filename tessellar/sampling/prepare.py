@@ -26,28 +26,38 @@ PACKED_FOR_ROWS = (
 )
 
 
+STEPS_AHEAD = 16  # of which what is known beforehand is computed in one product
+
 WeightLayout = Literal["auto", "plain", "transposed", "packed"]
 
 
 class Product:
-    """x @ weight.T on a copy of `weight` [out, in] in `dtype`, laid out for few rows.
+    """x @ weight.T + bias on copies of `weight` [out, in] and `bias` in `dtype`, laid out for few
+    rows.
 
     `packed` is oneDNN's order: in bfloat16 the plain product rearranges the weight at every call,
-    which takes half of its time at two rows. `auto` packs bfloat16 weights on CPUs and leaves
-    others as they are: float32 products of few rows run at the speed of memory already. Which is
+    which takes half of its time at two rows; in float32 it reads the weight at 6 GB/s where the
+    packed one reads 10 (2 to 16 rows, one thread). `auto` packs where the processor can. Which is
     fastest depends on the processor (benchmarks/decoding.py).
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, layout: WeightLayout = "auto") -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        layout: WeightLayout = "auto",
+        bias: Tensor | None = None,
+    ) -> None:
         packable = weight.device.type == "cpu" and can_pack(dtype)
         if layout == "auto":
-            layout = "packed" if packable and dtype == torch.bfloat16 else "plain"
+            layout = "packed" if packable else "plain"
         if layout == "packed" and not packable:
             raise ValueError(
                 f"{dtype} weights on this {weight.device} cannot be packed; "
                 "layout 'plain' or 'transposed' works anywhere"
             )
         self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
         self.is_packed = layout == "packed"
         if layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
@@ -56,8 +66,8 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.is_packed:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 @cache
@@ -126,14 +136,12 @@ class FusedBlock:
 
 
 class FusedLinear:
-    """A linear layer without bias on a copy of its weight in `dtype`; the output has the precision
-    of the input.
-    """
+    """A linear layer on a copy of its weight in `dtype`; the output has the precision of the input."""
 
     def __init__(
         self, linear: nn.Linear, dtype: torch.dtype, layout: WeightLayout = "auto"
     ) -> None:
-        self.product = Product(linear.weight, dtype, layout)
+        self.product = Product(linear.weight, dtype, layout, bias=linear.bias)
         self.dtype = dtype
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -147,7 +155,8 @@ def prepared(
     compile: bool = False,
     layout: WeightLayout = "auto",
 ) -> Iterator[None]:
-    """Within it, the generator's Llama blocks and other linear layers run fused, in `dtype`.
+    """Within it, the generator's Llama blocks and other linear layers run fused, in `dtype`; inside
+    of another one it does nothing.
 
     The default is autocast's precision where that is on, else the weights'.
 
@@ -155,6 +164,9 @@ def prepared(
     sampling only: weights are copied when it is entered, and dropout and gradients are gone until
     it is left. `layout` is that of the weights (`Product`).
     """
+    if any("forward" in module.__dict__ for module in generator.modules()):
+        yield
+        return
     replaced: list[nn.Module] = []
     kind = next(generator.parameters()).device.type
     if dtype is None and torch.is_autocast_enabled(kind):
@@ -175,8 +187,10 @@ def prepared(
                     module, "forward", torch.compile(fused, dynamic=True) if compile else fused
                 )
                 replaced.append(module)
+        generator.steps_ahead = STEPS_AHEAD
         yield
     finally:
+        generator.steps_ahead = 1
         for module in replaced:
             object.__delattr__(module, "forward")
 
@@ -188,6 +202,6 @@ def fused_form(
         return None  # sharded over processes: gathered by the module's own forward
     if type(module) is LlamaBlock and module.attention.group == 1:
         return FusedBlock(module, dtype or module.attention.wo.weight.dtype, layout)
-    if type(module) is nn.Linear and module.bias is None:
+    if type(module) is nn.Linear:
         return FusedLinear(module, dtype or module.weight.dtype, layout)
     return None

@@ -6,7 +6,7 @@ of processes. Two runs of N images share no stream where their seeds lie at leas
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -169,19 +169,31 @@ class Drawing:
         condition_of: Callable[[list[int]], Condition],
         indices: Sequence[int],
     ) -> Batches:
-        for start in range(0, len(indices), self.batch_size):
-            chosen = list(indices[start : start + self.batch_size])
-            condition = condition_of(chosen)
-            seeds = [self.seed + i for i in chosen]
-            drawn = draw(
-                model,
-                condition,
-                self.sampling,
-                seeds,
-                precision=self.precision,
-                recorder=self.recorder,
-            )
-            yield chosen, drawn.images
+        with ExitStack() as for_all:
+            if hasattr(model, "generator"):
+                # Weights are packed once, in the precision of all batches.
+                with rounding(model, self.precision):
+                    for_all.enter_context(model.prepared_for(self.sampling))  # type: ignore[attr-defined]
+            for start in range(0, len(indices), self.batch_size):
+                chosen = list(indices[start : start + self.batch_size])
+                condition = condition_of(chosen)
+                seeds = [self.seed + i for i in chosen]
+                drawn = draw(
+                    model,
+                    condition,
+                    self.sampling,
+                    seeds,
+                    precision=self.precision,
+                    recorder=self.recorder,
+                )
+                yield chosen, drawn.images
+
+
+def rounding(model: ImageModel, precision: str) -> AbstractContextManager:
+    """For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
 
 
 class Drawn(NamedTuple):
@@ -205,12 +217,7 @@ def draw(
 
     Raises UserError for settings that the generator does not take, and images that are none.
     """
-    # For the generator alone: the tokenizer decodes in float32, as LlamaGen's scripts do.
-    rounding: AbstractContextManager = nullcontext()
-    if precision == "bf16":
-        device = next(model.parameters()).device.type
-        rounding = torch.autocast(device, torch.bfloat16)
-    with rounding:
+    with rounding(model, precision):
         tokens = model.sample_tokens(condition, sampling, seeds, recorder)
     return Drawn(tokens, as_uint8(model.decode(tokens)))
 

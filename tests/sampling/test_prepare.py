@@ -7,14 +7,16 @@ from torch import Tensor
 from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import LlamaBlock, Pass, Positions
 from tessellar.models.llamagen import LlamaGen
+from tessellar.models.rar import RAR
 from tessellar.protocol.choice import Choice
 from tessellar.protocol.condition import Condition
+from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import Constant, Guidance
 from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.couplings import maximal
 from tessellar.sampling.decode import Ancestral
-from tessellar.sampling.prepare import FusedBlock, WeightLayout, prepared
+from tessellar.sampling.prepare import FusedBlock, FusedLinear, Product, WeightLayout, prepared
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
@@ -53,6 +55,75 @@ def test_float32_values_agree(layout: WeightLayout) -> None:
     plain = logits(generator)
     with prepared(generator, layout=layout):
         torch.testing.assert_close(logits(generator), plain, atol=1e-5, rtol=1e-5)
+
+
+def rar() -> RAR:
+    torch.manual_seed(0)
+    generator = RAR(grid_layout(5, 8, Categorical(23)), 32, 2, 4, 48, 10)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return generator.eval()
+
+
+@torch.no_grad()
+def steps(generator: Generator, keep: Tensor | None = None) -> Tensor:
+    """Guided logits of 40 steps of one token; half-way on, of the images `keep` alone."""
+    count = generator.layout.length
+    tokens = torch.randint(0, 23, (3, count), generator=torch.Generator().manual_seed(2))
+    state = generator.start(Condition(ids=torch.tensor([1, 5, 9])), GUIDED)
+    found = []
+    for step in range(count):
+        if keep is not None and step == count // 2:
+            state = state.select(keep)
+            tokens = tokens[keep]
+        found.append(generator.predict(state, tokens).logits)  # type: ignore[attr-defined]
+    return torch.cat([one.flatten(0, 1) for one in found])
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([2, 0])])
+def test_modulations_of_sixteen_steps_at_once_are_those_of_each(
+    monkeypatch: pytest.MonkeyPatch, keep: Tensor | None
+) -> None:
+    generator = rar()
+    plain = steps(generator, keep)
+    products: list[int] = []
+    original = FusedLinear.__call__
+
+    def counted(self, x: Tensor) -> Tensor:
+        products.append(x.shape[1])
+        return original(self, x)
+
+    monkeypatch.setattr(FusedLinear, "__call__", counted)
+    with prepared(generator):
+        torch.testing.assert_close(steps(generator, keep), plain, atol=1e-4, rtol=1e-4)
+    # 40 steps after a prefill: places 1 to 41, in chunks of 16, of two blocks.
+    assert products.count(16) == 2 * (3 if keep is None else 4)
+    assert generator.steps_ahead == 1
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "packed"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_with_and_without_a_bias(layout: WeightLayout, bias: bool) -> None:
+    linear = torch.nn.Linear(24, 40, bias=bias)
+    x = torch.randn(3, 5, 24)
+    with torch.no_grad():
+        found = FusedLinear(linear, torch.float32, layout)(x)
+        torch.testing.assert_close(found, linear(x), atol=1e-5, rtol=1e-5)
+
+
+def test_prepared_twice_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed once for all batches inside an outer one."""
+    made: list[int] = []
+    original = Product.__init__
+    monkeypatch.setattr(Product, "__init__", lambda *a, **k: made.append(1) or original(*a, **k))
+    generator = captioned()
+    with prepared(generator):
+        first = len(made)
+        with prepared(generator):
+            logits(generator)
+        assert len(made) == first > 0
+        assert any("forward" in module.__dict__ for module in generator.modules())
+    assert not any("forward" in module.__dict__ for module in generator.modules())
 
 
 def test_bfloat16_is_as_close_as_autocast() -> None:
