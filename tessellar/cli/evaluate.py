@@ -118,7 +118,7 @@ def model(
     package: str = "",
     lpips_weights: str | None = None,
     keep: str = "",
-    shard: str = "",
+    shard: str | None = None,
     out: str = "",
     batch_size: int = 64,
     device: str = "auto",
@@ -160,7 +160,7 @@ def model(
     check_count("--count", count)
     check_seed(seed, count or 1)
     part = shard_of(shard)
-    if shard and not keep:
+    if shard is not None and not keep:
         raise UserError("--shard makes a part of the samples: say where they gather, --keep FOLDER")
     measurement = Measurement(
         protocols.protocol(protocol), extractor or [], network, device, cache, batch_size
@@ -196,7 +196,7 @@ def model(
             plan=labels,
         )
         source = KeptImages(generated, Path(keep)) if keep else generated
-        if shard and isinstance(source, KeptImages):
+        if shard is not None and isinstance(source, KeptImages):
             missing = source.make(batch_size, part)
             if distributed.rank() == 0:
                 print(f"{source.count - missing} of {source.count} samples are in {keep}")

@@ -25,6 +25,8 @@ from tessellar.protocol.packages import trusting
 
 Function = Callable[..., Any]
 
+NEGATIVE = re.compile(r"-[.\d]")  # the begin of a value of a list, not of an option
+
 
 @dataclass(frozen=True)
 class Elsewhere:
@@ -107,7 +109,7 @@ class FunctionParser(ArgumentParser):
         except UserError:
             raise
         except (ValueError, TypeError) as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise cause_of(error) or UserError(_plain(str(error), ())) from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The parser of a class inside the command's: the outer one says where.
@@ -173,7 +175,7 @@ def take_list(words: list[str], missing: int, hints: Mapping[str, Any]) -> list[
     words are still to come, the last ones that are paths are left for them.
     """
     taken: list[str] = []
-    while words and not words[0].startswith("-"):
+    while words and (not words[0].startswith("-") or NEGATIVE.match(words[0])):
         taken.append(words.pop(0))
     for _ in range(missing - _positionals_of(words, hints)):
         if len(taken) > 1 and Path(taken[-1]).exists():
@@ -255,7 +257,7 @@ def _plain(message: str, names: Sequence[str]) -> str:
         text = explain(message, names, (), ())
         key = message.split('"')[1]
         return f"--{text}" if text.startswith(key) else text
-    if message.startswith("unrecognized arguments: --"):
+    if message.startswith(("unrecognized arguments: --", "Does not validate against")):
         return explain(message, names, (), ())
     text = " ".join(message.split())
     if found := re.match(r"the following arguments are required: (.*)", text):

@@ -49,6 +49,8 @@ def record(
         raise UserError("say where to write: --out FOLDER")
     check_whole("--count", count, least=1, most=10_000)
     check_seed(seed)
+    if system and not system.isidentifier():
+        raise UserError(f"--system is {system!r}; a system has the name of a package, such as var")
     check_target(Path(out), META, overwrite)
     torch.manual_seed(seed)
     made = _made(module, raw)

@@ -81,7 +81,7 @@ def sample(
     grid: bool = True,
     overwrite: bool = False,
     resume: bool = False,
-    shard: str = "",
+    shard: str | None = None,
     search: Search | None = None,
     image: str | None = None,
     mask: str | None = None,
@@ -156,7 +156,7 @@ def sample(
             "--image alone says not what to do: give a --mask, an --edit, or a --search that compares with it"
         )
     part = shard_of(shard)
-    keeps = resume or bool(shard)
+    keeps = resume or shard is not None
     if keeps and not png:
         raise UserError("--resume and --shard keep the images as PNG: leave --no-png out")
     if keeps and (search is not None or edits):

@@ -59,7 +59,7 @@ def t2i(
     precision: Literal["float32", "bf16"] = "float32",
     raw: bool = False,
     package: str = "",
-    shard: str = "",
+    shard: str | None = None,
     device: str = "auto",
 ) -> None:
     """Write samples of a text-to-image benchmark in the folders that its official scorer reads.

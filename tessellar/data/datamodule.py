@@ -24,7 +24,7 @@ from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.sampler import ResumableSampler
-from tessellar.data.workers import ignore_interruptions, sensible_workers
+from tessellar.data.workers import attended, sensible_workers
 from tessellar.errors import UserError
 from tessellar.progress import count_of
 from tessellar.protocol.arguments import in_ranges
@@ -230,7 +230,7 @@ class ImageDataModule(LightningDataModule, ABC):
             drop_last=train,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
-            worker_init_fn=ignore_interruptions,
+            worker_init_fn=attended(),
         )
 
     def _share(self) -> tuple[int, int]:

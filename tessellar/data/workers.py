@@ -1,10 +1,13 @@
 """How many processes load data, what each does at its start, and the signals that end a run in order."""
 
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from types import TracebackType
 
 import torch
@@ -15,6 +18,11 @@ INTERRUPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 MOST = 8
 """More processes than these rarely feed one GPU faster."""
+
+GRACE = 0.5
+"""Seconds that a process which ends gives its workers to end by themselves."""
+
+_ends_workers_of: int | None = None  # the process whose end is already looked after
 
 
 def sensible_workers() -> int:
@@ -31,9 +39,37 @@ def sensible_workers() -> int:
     return min(MOST, max(1, (cores or 1) // max(here, 1)))
 
 
+def attended() -> Callable[[int], None]:
+    """`worker_init_fn` of every loader: `ignore_interruptions`, and no worker outlives the process
+    that asks for it.
+    """
+    global _ends_workers_of
+    if _ends_workers_of != os.getpid():
+        Finalize(None, end_workers, exitpriority=0)
+        _ends_workers_of = os.getpid()
+    return ignore_interruptions
+
+
+def end_workers() -> None:
+    """End what is left of this process's daemons before `multiprocessing` does: it sends SIGTERM,
+    which our workers ignore, and would wait for them without end.
+
+    They are left where an error or a caller still holds a loader's iterator.
+    """
+    left = [child for child in multiprocessing.active_children() if child.daemon]
+    if not left:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
+    for child in left:
+        child.terminate()
+    until = time.monotonic() + GRACE
+    for child in left:
+        child.join(max(0.0, until - time.monotonic()))
+        child.kill()
+
+
 def ignore_interruptions(_: int) -> None:
-    """`worker_init_fn` of every loader: the signals that the main process answers are not a
-    worker's.
+    """The signals that the main process answers are not a worker's.
 
     Terminals, `timeout` and schedulers signal the whole process group. A worker that died of it
     would take along the main process, which still needs the batch under way before it saves.

@@ -26,7 +26,7 @@ from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.framing import Framing
 from tessellar.data.image_file import read_image
 from tessellar.data.sets.image_folder import list_folder
-from tessellar.data.workers import ignore_interruptions
+from tessellar.data.workers import attended
 from tessellar.distributed import own_share, rank, world_size
 from tessellar.errors import UserError
 from tessellar.evaluation.subset import subset
@@ -173,7 +173,7 @@ class DatasetImages(ImageSource):
             num_workers=self.num_workers,
             collate_fn=collate,
             generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
-            worker_init_fn=ignore_interruptions,
+            worker_init_fn=attended(),
         )
         for batch, first in zip(loader, range(0, len(places), batch_size), strict=True):
             index = torch.tensor(places[first : first + batch_size])

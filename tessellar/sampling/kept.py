@@ -100,9 +100,11 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
         staged.replace(path)
 
 
-def shard_of(text: str) -> tuple[int, int]:
-    """(0, 4) of "1/4"; (0, 1), which is all, of an empty text. Raises UserError for anything else."""
-    if not text:
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(0, 4) of "1/4"; (0, 1), which is all, of None. Raises UserError for anything else: an empty
+    text is a job script's variable that is not set.
+    """
+    if text is None:
         return 0, 1
     number, slash, count = text.partition("/")
     plain = number.isdecimal() and count.isdecimal()

@@ -1,5 +1,6 @@
 """How many processes load data where nobody said it."""
 
+import multiprocessing
 import os
 import sys
 
@@ -44,3 +45,22 @@ def test_a_worker_whose_main_process_is_gone_leaves_without_a_traceback(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert capfd.readouterr().err.splitlines() == ["KeyError: 'y'"]
+
+
+def leave_with_a_loader_held() -> None:
+    data = ShapesData(16, length=16, val_length=8, batch_size=8, num_workers=1)
+    data.setup("fit")
+    batches = iter(data.val_dataloader())
+    next(batches)
+    sys.last_value = batches  # type: ignore[assignment]
+
+
+def test_a_process_that_still_holds_a_loader_ends(capfd: pytest.CaptureFixture) -> None:
+    """`multiprocessing` would wait for the worker, which ignores the SIGTERM that it is sent."""
+    process = multiprocessing.get_context("fork").Process(target=leave_with_a_loader_held)
+    process.start()
+    process.join(60)
+    ended = not process.is_alive()
+    process.kill()
+    assert ended and process.exitcode == 0
+    assert capfd.readouterr().err == ""

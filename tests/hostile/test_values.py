@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -49,6 +50,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "set.npz", pixels)
     np.savez(folder / "ref.npz", mu=np.zeros(96), sigma=np.eye(96))
+    Image.fromarray(pixels[0, :8, :8]).save(folder / "img.png")
     (folder / "prompts.txt").write_text("a circle\n")
     torch.save([1], folder / "list.ckpt")
     torch.save({"state_dict": {}}, folder / "bare.ckpt")
@@ -117,6 +119,15 @@ SAMPLE: dict[str, str] = {
     "--flow.steps 1000000000000": "steps",
     "--diffusion.steps 0": "steps",
     "--diffusion.steps 1001": "steps",
+    "--search Beam --search.width 0": "error: width of Beam is 0; it must be an integer in .*]$",
+    "--search Beam --search.candidates 1000000000000": "error: candidates of Beam is 1000000000000",
+    "--search BestOfN --search.count 1000000000000": "error: count of BestOfN is 1000000000000",
+    "--search Beam --search.schedule.base .nan": "error: base of the schedule is nan",
+    "--image {tiny}/img.png --edit Outpaint --edit.left .nan": "error: left of Outpaint is nan",
+    "--image {tiny}/img.png --edit Interpolate": "error: Interpolate needs a second class",
+    "--image {tiny}/img.png --edit Swap --other {tiny}/img.png --edit.keep 9": "keep is 9; a picture",
+    "--count 2 --shard=": "--shard '': shards are 1/4",
+    "--count 2 --shard 3/2": "--shard '3/2': shards are 1/4",
     "--prompts {tiny}/prompts.txt": "needs a generator that is conditioned on text",
     "--package os.path.join": "package",
     "--package ../x": "is not the name of a package",
@@ -187,6 +198,8 @@ EVALUATE: dict[str, str] = {
     ),
     "extractor --data tessellar.data.ShapesData --out x.safetensors "
     '--architecture.options {{"checkpoint_path":"x"}}': "may not hold checkpoint_path",
+    "sweep {tiny}/gen --reference {tiny}/ref.npz --extractor {tiny}/net.safetensors "
+    "--count 4 --choice.top_k 1 -1": "top_k is -1",
     "compare {tiny}/prompts.txt {tiny}/prompts.txt": "prompts.txt is not JSON",
     "compare {tiny} {tiny}": "cannot be read",
     "compare": "arguments are required|a",
@@ -226,6 +239,9 @@ CONVERT: dict[str, str] = {
     "record {tiny}/tok --out x --seed -1": "seed is -1",
     "record {tiny}/tok --out x --seed 1180591620717411303424": "seed is 1180591620717411303424",
     "record os.system --out x": "is of the package 'os'",
+    "record {tiny}/tok --out x --system ../x": "--system is '../x'",
+    "scale {tiny}/tok --out x --data tessellar.data.ImageFolderData --data.root {tiny} "
+    "--data.size 8 --data.val_share .nan": "error: val_share of ImageFolderData is nan",
     "verify {tiny}": "is not a folder of recorded outputs",
     "verify {tiny}/nowhere": "is not a folder of recorded outputs",
 }

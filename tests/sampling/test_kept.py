@@ -123,8 +123,8 @@ def test_an_evaluation_goes_on_and_is_shared(
 def test_shards_are_parts(tmp_path: Path) -> None:
     parts = [own_part(11, shard_of(f"{number}/4")) for number in (1, 2, 3, 4)]
     assert sorted(index for part in parts for index in part) == list(range(11))
-    assert shard_of("") == (0, 1)
-    for text in ("0/4", "5/4", "1", "a/b", "1/0", "-1/2"):
+    assert shard_of(None) == (0, 1)
+    for text in ("", "0/4", "5/4", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(UserError, match="shards are 1/4, 2/4"):
             shard_of(text)
 

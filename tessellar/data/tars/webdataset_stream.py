@@ -42,7 +42,7 @@ from tessellar.data.tars.members import (
 )
 from tessellar.data.tars.shards import expand_braces
 from tessellar.data.tars.unpacking import Unpacked
-from tessellar.data.workers import ignore_interruptions, starting_readers
+from tessellar.data.workers import attended, starting_readers
 from tessellar.errors import UserError
 from tessellar.protocol.arguments import in_ranges
 from tessellar.randomness import derive
@@ -438,5 +438,5 @@ class WebDatasetStreamData(PictureDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             drop_last=length is not None,
-            worker_init_fn=ignore_interruptions,
+            worker_init_fn=attended(),
         )

@@ -41,7 +41,7 @@ from tessellar.data.token_cache.files import (
     crc_of_rows,
 )
 from tessellar.data.token_cache.storage import Storage, pack, storage_of
-from tessellar.data.workers import ignore_interruptions
+from tessellar.data.workers import attended
 from tessellar.errors import UserError
 from tessellar.progress import Progress
 from tessellar.protocol.configured import describe
@@ -155,7 +155,7 @@ def _encode_blocks(
         num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),  # else a loader draws its base seed from the global random numbers
-        worker_init_fn=ignore_interruptions,
+        worker_init_fn=attended(),
     )
     if done and distributed.rank() == 0:
         log.info("goes on after %d of %d blocks", len(done), blocks.number)

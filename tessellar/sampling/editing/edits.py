@@ -251,6 +251,8 @@ class Swap(Edit):
             )
         if self.keep is None:
             kept = material.kept_by_mask()
+        elif self.keep > len(mine):
+            raise UserError(f"keep is {self.keep}; a picture has {len(mine)} tokens")
         else:
             kept = torch.arange(len(mine)) < self.keep
         tokens = torch.where(kept.view(-1, *(1,) * (mine.ndim - 1)), mine, theirs)

@@ -27,6 +27,7 @@ from tessellar.sampling.search.priors import (
 )
 from tessellar.sampling.search.schedules import Even, Geometric, SearchSchedule
 from tessellar.sampling.search.searching import (
+    MOST_CANDIDATES,
     Choices,
     Found,
     Judge,
@@ -69,10 +70,10 @@ class Beam(Search):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_whole(f"width of {name}", self.width, least=1)
-        check_whole(f"candidates of {name}", self.candidates, least=1)
+        check_whole(f"width of {name}", self.width, least=1, most=MOST_CANDIDATES)
+        check_whole(f"candidates of {name}", self.candidates, least=1, most=MOST_CANDIDATES)
         check_whole(f"shared of {name}", self.shared, least=0)
-        check_whole("batch_size of the search", self.batch_size, least=1)
+        check_whole("batch_size of the search", self.batch_size, least=1, most=MOST_CANDIDATES)
 
     def check(self, generator: Generator, sampling: Sampling) -> None:
         super().check(generator, sampling)

@@ -22,6 +22,7 @@ from tessellar.randomness import derive
 from tessellar.sampling.decode import EntityByEntity
 from tessellar.sampling.search.priors import Pool
 from tessellar.sampling.search.searching import (
+    MOST_CANDIDATES,
     Choices,
     Found,
     Judge,
@@ -55,8 +56,8 @@ class BestOfN(Search):
     uses_algorithm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_whole("count of BestOfN", self.count, least=1)
-        check_whole("batch_size of the search", self.batch_size, least=1)
+        check_whole("count of BestOfN", self.count, least=1, most=MOST_CANDIDATES)
+        check_whole("batch_size of the search", self.batch_size, least=1, most=MOST_CANDIDATES)
 
     def check(self, generator: Generator, sampling: Sampling) -> None:
         super().check(generator, sampling)

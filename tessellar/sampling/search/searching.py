@@ -23,6 +23,8 @@ from tessellar.sampling.search.priors import GeneratorPrior, Pool, Prior, Stream
 from tessellar.sampling.search.verifiers import Candidates, Subject, Verifier
 from tessellar.sampling.settings import Sampling
 
+MOST_CANDIDATES = 100_000  # of an image: their tokens and scores are held at once
+
 Decoder = Callable[[Tensor, int], Tensor]
 """(token buffers [n, N, ...], how many entities stand) to images [n, 3, H, W]."""
 
