@@ -5,7 +5,7 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check soak lint format docs demo clean
+.PHONY: help venv test check soak speedrun lint format docs demo clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -14,7 +14,7 @@ venv: $(STAMP)  ## install the package and its developer tools into .venv
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,notebooks]' -c constraints.txt
 	@touch $@
 
 test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
@@ -32,6 +32,9 @@ check: $(STAMP)  ## what `make test` leaves out: launchers, kills at every step,
 soak: $(STAMP)  ## attack runs of every kind 20 times each, compare their ends with uninterrupted runs' bit for bit
 	rm -rf outputs/soak
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 20 --folder outputs/soak
+
+speedrun: $(STAMP)  ## train to a stated distance in the fewest CPU-seconds: DATA=folder NET=network [ENTRY=baseline]
+	OMP_NUM_THREADS=1 $(PY) benchmarks/speedrun.py --data $(DATA) --network $(NET) --entry $(or $(ENTRY),baseline) --folder outputs/speedrun-$(or $(ENTRY),baseline)
 
 lint: $(STAMP)  ## ruff, pyright and the order of imports
 	$(PY) -m ruff check .

@@ -47,6 +47,7 @@ LEFT_OUT = {
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
     r"convert\.py import ": "published weights: tests/interop",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/test_gpu_script.py runs it at toy sizes",
+    r"benchmarks/speedrun\.py": "a quarter of an hour to hours; tests/test_speedrun.py tries it",
     r"-m benchmarks\.studies\.": "hours; their results are committed",
     r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }
@@ -93,6 +94,7 @@ def pages() -> list[Page]:
         Page("text", "docs/text_to_image.md", (clip_art_files,), clips),
         Page("imagenet", "docs/recipes/imagenet256.md"),
         Page("zoo", "docs/zoo.md"),
+        Page("speedrun", "docs/speedrun.md"),
     ]
 
 
