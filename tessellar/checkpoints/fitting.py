@@ -8,7 +8,7 @@ grid. Any other difference is refused, unless the tensor is named as `fresh`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isqrt, prod
+from math import gcd, prod
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,9 @@ class ClassTable:
 
 @dataclass
 class Fitted:
-    """What was not simply copied: `resampled` and `fresh` tensors by name, and tables of classes."""
+    """What was not simply copied: `resampled` tensors by name, with their shapes before and after,
+    `fresh` ones by name, and tables of classes.
+    """
 
     resampled: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -101,7 +103,8 @@ def load_fitting(
             taken[name] = rows.to(here.dtype)
         elif new is not None:
             taken[name] = new
-            fitted.resampled.append(name)
+            shapes = f"{_spelled(there.shape)} to {_spelled(here.shape)}"
+            fitted.resampled.append(f"{name} ({shapes})")
         else:
             misshapen[name] = f"{name} {tuple(there.shape)} for {tuple(here.shape)}"
     missing = own.keys() - state.keys() - left
@@ -219,22 +222,28 @@ def _pieces(
         if len(old) == len(new):
             candidates.append((old, new))
             candidates += [([a], [b]) for a, b in zip(old, new, strict=True)]
+    of_layouts = list(candidates)
     if theirs.image_size is not None and ours.image_size is not None:
-        # Square grids of patches with sides in the ratio of the images', with a class token or none.
-        height, width = theirs.image_size
-        new_height, new_width = ours.image_size
-        for before in (0, 1) if height == width and new_height == new_width else ():
-            a = isqrt(max(then - before, 0))
-            b = isqrt(max(now - before, 0))
-            square = a * a == then - before and b * b == now - before
-            if square and a * new_height == b * height:
-                candidates.append(([(a, a)], [(b, b)]))
+        # Grids of square patches of one size in both images, with a class token or none.
+        common = gcd(*theirs.image_size, *ours.image_size)
+        for patch in range(1, common + 1):
+            if common % patch == 0:
+                old_grid = _grid_of(theirs.image_size, patch)
+                new_grid = _grid_of(ours.image_size, patch)
+                candidates.append(([old_grid], [new_grid]))
     for old, new in candidates:
         before = then - sum(map(prod, old))
         same = before == now - sum(map(prod, new))
-        if same and 0 <= before <= MOST_BEFORE and old != new:
+        most = MOST_BEFORE if (old, new) in of_layouts else 1
+        if same and 0 <= before <= most and old != new:
             return before, list(zip(old, new, strict=True))
     return None
+
+
+def _grid_of(image_size: tuple[int, int], patch: int) -> Grid:
+    """Rows and columns of an image's patches."""
+    height, width = image_size
+    return height // patch, width // patch
 
 
 def _grids(layout: Layout) -> list[Grid]:
@@ -252,6 +261,10 @@ def _over_grid(table: Tensor, size: Grid) -> Tensor:
         return table
     mode = "bicubic" if min(*table.shape[2:], *size) > 1 else "bilinear"
     return F.interpolate(table.float(), size=size, mode=mode).to(table.dtype)
+
+
+def _spelled(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _is_among(name: str, fresh: Sequence[str]) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tessellar.checkpoints.data_facts import DataFacts
 from tessellar.data.batch import collate, normalised
 from tessellar.data.classes import shown
-from tessellar.data.crops import Resize
+from tessellar.data.crops import Resize, sides
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
@@ -266,8 +266,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
 @in_ranges
 class PictureDataModule(ImageDataModule):
-    """Pictures of any size in files or tars, framed as squares of `size` pixels: what all sets of
-    one's own pictures take.
+    """Pictures of any size in files or tars, framed as squares of `size` pixels, or as rectangles
+    [height, width]: what all sets of one's own pictures take.
 
     `crop`, `flip`, `ten_ratios`, `resize` and `centring` apply to training (see Framing). Corrupt
     images are skipped up to the share `max_corrupt`. Where no `name` is given, a set names itself.
@@ -275,7 +275,7 @@ class PictureDataModule(ImageDataModule):
 
     def __init__(
         self,
-        size: int,
+        size: int | tuple[int, int],
         crop: Crop = "adm",
         flip: bool = True,
         ten_ratios: Sequence[float] = (1.1,),
@@ -289,7 +289,7 @@ class PictureDataModule(ImageDataModule):
         centring: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, balance)
-        self.image_size = (size, size)
+        self.image_size = sides(size)
         self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize, centring)
         self.name = name or ""
         self.max_corrupt = max_corrupt

@@ -1,4 +1,4 @@
-"""Framing: how a whole image becomes a square one in training: crop, mirror image, and the views of
+"""Framing: how a whole image becomes one of a run's size in training: crop, mirror image, and the views of
 it that exist.
 """
 
@@ -11,10 +11,12 @@ from PIL import Image, ImageOps
 from tessellar.data.crops import (
     CROPS_PER_RATIO,
     Resize,
+    Size,
     center_crop,
     center_square,
     random_crop,
     random_square,
+    sides,
     ten_crop,
 )
 from tessellar.errors import UserError
@@ -29,7 +31,7 @@ DRAWS = 4  # random numbers a visit
 @in_ranges
 @dataclass(frozen=True)
 class Framing:
-    """To `size` x `size` pixels.
+    """To `size` x `size` pixels, or to (height, width); a fixed `resize` is of squares.
 
     `crop` is "adm" (centre), "random", "ten" (one of ten crops for each of `ten_ratios`, drawn at
     each visit, mirror images included), "center" or "none" (images have the right size). `flip`
@@ -42,7 +44,7 @@ class Framing:
     often (BitDance).
     """
 
-    size: int
+    size: Size
     crop: Crop = "adm"
     flip: bool = False
     ten_ratios: tuple[float, ...] = (1.1,)
@@ -57,7 +59,9 @@ class Framing:
                     f"centring is {[first, last]}: two epochs, one before the other, of crop 'random' "
                     "without a resize"
                 )
-        if self.crop not in CROPS or self.size < 1:
+        if not isinstance(self.size, int):
+            object.__setattr__(self, "size", square_as_one(self.size))
+        if self.crop not in CROPS or min(sides(self.size)) < 1:
             raise ValueError(
                 f"crop is {self.crop!r} and size {self.size}; crop must be one of {CROPS}, size positive"
             )
@@ -68,6 +72,10 @@ class Framing:
         if self.resize is not None and self.crop not in RESIZED_CROPS:
             raise UserError(
                 f"resize goes with crop 'random' or 'center'; crop {self.crop!r} resizes by its own rule"
+            )
+        if self.resize is not None and not isinstance(self.size, int):
+            raise UserError(
+                f"resize is to a square; images of {self.size} take crop 'adm' or 'random'"
             )
         if self.resize is None and self.crop == "center":
             raise UserError(
@@ -100,10 +108,12 @@ class Framing:
         if self.crop == "adm":
             image = center_crop(image, self.size)
         elif self.resize is not None:
-            image = center_square(self.resize(image, self.size), self.size)
-        elif image.size != (self.size, self.size):
+            side = sides(self.size)[0]
+            image = center_square(self.resize(image, side), side)
+        elif image.size != sides(self.size)[::-1]:
+            height, width = sides(self.size)
             raise UserError(
-                f"{where} is {image.width}x{image.height}; crop 'none' needs {self.size}x{self.size}"
+                f"{where} is {image.width}x{image.height}; crop 'none' needs {width}x{height}"
             )
         return ImageOps.mirror(image) if k else image
 
@@ -126,7 +136,8 @@ class Framing:
         elif self.resize is None:
             image = random_crop(image, self.size, (draws[1], draws[2], draws[3]))
         else:
-            image = random_square(self.resize(image, self.size), self.size, draws[2], draws[3])
+            side = sides(self.size)[0]
+            image = random_square(self.resize(image, side), side, draws[2], draws[3])
         return ImageOps.mirror(image) if self.flip and draws[0] >= 0.5 else image
 
     def describe(self) -> list[object]:
@@ -141,3 +152,9 @@ class Framing:
         if self.centring is not None:
             facts.append(list(self.centring))
         return facts
+
+
+def square_as_one(size: tuple[int, int]) -> Size:
+    """(height, width), but a square's side, so that both ways to write a square are the same."""
+    height, width = size
+    return height if height == width else (height, width)

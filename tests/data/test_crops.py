@@ -48,6 +48,30 @@ def test_the_random_crop_has_its_size(
     assert random_crop(Image.new("RGB", (width, height)), size, (a, b, c)).size == (size, size)
 
 
+@given(sides, sides, sizes, sizes, draws, draws, draws)
+def test_crops_of_rectangles_have_their_size(
+    width: int, height: int, rows: int, columns: int, a: float, b: float, c: float
+):
+    image = Image.new("RGB", (width, height))
+    wanted = (columns, rows)
+    assert center_crop(image, (rows, columns)).size == wanted
+    assert random_crop(image, (rows, columns), (a, b, c)).size == wanted
+    assert ten_crop(image, (rows, columns), 7).size == wanted
+
+
+def test_a_rectangle_shows_as_much_as_fits_undistorted():
+    """Of a gradient 100 x 40 a crop 40 x 60 takes the central 60 columns as they are."""
+    image = gradient(100, 40)
+    crop = np.asarray(center_crop(image, (40, 60)))
+    assert np.array_equal(crop, np.asarray(image)[:, 20:80])
+    square = Framing((16, 16), "random")
+    assert square == Framing(16, "random") and square.describe() == Framing(16, "random").describe()
+    with pytest.raises(UserError, match="square"):
+        Framing((16, 24), "random", resize=Resize())
+    with pytest.raises(UserError, match="needs 24x16"):
+        Framing((16, 24), "none").view(Image.new("RGB", (16, 24)), 0, "it")
+
+
 @given(sides, sides, sizes, st.integers(0, 9), st.floats(1, 2))
 def test_ten_crops_have_their_size(width: int, height: int, size: int, view: int, ratio: float):
     assert ten_crop(Image.new("RGB", (width, height)), size, view, ratio).size == (size, size)

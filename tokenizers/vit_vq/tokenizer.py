@@ -38,7 +38,7 @@ class PatchTransformer(nn.Module):
 
 
 class ViTVQ(GridTokenizer):
-    """Square images of `image_size` as a grid of image_size / patch_size codes a side.
+    """Images of `image_size` (a side, or height and width) as a grid of a code each patch.
 
     Raises ValueError where the patch does not divide the image.
     """
@@ -46,7 +46,7 @@ class ViTVQ(GridTokenizer):
     def __init__(
         self,
         quantizer: Quantizer,
-        image_size: int = 32,
+        image_size: int | tuple[int, int] = 32,
         patch_size: int = 4,
         width: int = 128,
         encoder_depth: int = 3,
@@ -55,13 +55,16 @@ class ViTVQ(GridTokenizer):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
+        height, width_of_image = (
+            (image_size, image_size) if isinstance(image_size, int) else image_size
+        )
+        if height % patch_size or width_of_image % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
-        self.image_size = (image_size, image_size)
+        self.image_size = (height, width_of_image)
         self.patch_size = patch_size
-        self.side = image_size // patch_size
-        self.layout = grid_layout(self.side, self.side, quantizer.kind)
-        length = self.side**2
+        self.rows = height // patch_size
+        self.layout = grid_layout(self.rows, width_of_image // patch_size, quantizer.kind)
+        length = self.layout.length
         pixels = 3 * patch_size**2
         self.patch_in = nn.Linear(pixels, width)
         self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention)
@@ -90,7 +93,7 @@ class ViTVQ(GridTokenizer):
         vectors = vectors.to(self.from_code.weight.dtype)
         pixels = self.patch_out(self.decoder(self.from_code(vectors)))
         p = self.patch_size
-        images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
+        images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.rows, p=p, q=p)
         return at_least_float32(self.smooth(images))
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -202,7 +202,7 @@ class HFData(PictureDataModule):
     def __init__(
         self,
         path: str,
-        size: int,
+        size: int | tuple[int, int],
         config: str | None = None,
         split: str = "train",
         val_split: str | None = None,

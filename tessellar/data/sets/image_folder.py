@@ -117,7 +117,7 @@ class ImageFolder(PictureDataset):
     def __init__(
         self,
         root: str | Path,
-        size: int,
+        size: int | tuple[int, int],
         crop: Crop = "adm",
         flip: bool = False,
         ten_ratios: Sequence[float] = (1.1,),
@@ -160,7 +160,7 @@ class ImageFolderData(PictureDataModule):
     def __init__(
         self,
         root: str,
-        size: int,
+        size: int | tuple[int, int],
         val_root: str | None = None,
         val_share: float = 0.05,
         **options: Any,

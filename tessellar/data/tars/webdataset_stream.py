@@ -329,7 +329,7 @@ class WebDatasetStreamData(PictureDataModule):
         self,
         shards: str | list[str],
         val_shards: str | list[str],
-        size: int,
+        size: int | tuple[int, int],
         epoch_length: int,
         num_classes: int = 1,
         buffer: int = 1000,

@@ -258,7 +258,7 @@ class WebDatasetData(PictureDataModule):
     def __init__(
         self,
         shards: str | list[str],
-        size: int,
+        size: int | tuple[int, int],
         val_shards: str | list[str] | None = None,
         val_share: float = 0.05,
         num_classes: int | None = None,
