@@ -120,11 +120,23 @@ class Diffusion:
         )
 
     def reverse(
-        self, x: Tensor, t: int, eps: Tensor, v: Tensor, noise: Tensor | None, temperature: float
+        self,
+        x: Tensor,
+        t: int,
+        eps: Tensor,
+        v: Tensor,
+        noise: Tensor | None,
+        temperature: float,
+        clip: float | None = None,
     ) -> Tensor:
-        """x_{t-1} from x_t; `temperature` scales the standard deviation, no noise means the mean."""
+        """x_{t-1} from x_t; `temperature` scales the standard deviation, no noise means the mean; the
+        predicted data is kept within +-`clip`.
+        """
         index = torch.tensor(t, device=x.device)
-        mean = self.posterior_mean(self.clean_of(x, index, eps), x, index)
+        clean = self.clean_of(x, index, eps)
+        if clip is not None:
+            clean = clean.clamp(-clip, clip)
+        mean = self.posterior_mean(clean, x, index)
         if noise is None:
             return mean
         return mean + temperature * (0.5 * self.log_variance(v, index)).exp() * noise
@@ -232,20 +244,27 @@ class DiffusionSampler(ABC):
 class AncestralDiffusion(DiffusionSampler):
     """Reverse steps of a respaced process (MAR, arXiv 2406.11838).
 
-    `temperature` scales the noise of each step, not the start.
+    `temperature` scales the noise of each step, not the start. `clip` bounds the data that a step
+    predicts (DDPM's clip_denoised; MAR has none): at the first step an error of the predicted noise
+    grows some 20,000 times, which a head that is trained for long never makes.
     """
 
     temperature: float = 1.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("diffusion temperature", self.temperature, least=0)
+        if self.clip is not None:
+            check_number("diffusion clip", self.clip, above=0)
 
     def integrate(
         self, model: Model, shape: tuple[int, int], noise: Noise, entity: int = 0, count: int = 1
     ) -> Tensor:
         process = process_of(self.steps_of(entity, count))
-        return ancestral_diffusion(model, process, shape, noise, temperature=self.temperature)
+        return ancestral_diffusion(
+            model, process, shape, noise, temperature=self.temperature, clip=self.clip
+        )
 
 
 @lru_cache
@@ -254,11 +273,17 @@ def process_of(steps: int) -> Diffusion:
 
 
 def ancestral_diffusion(
-    model: Model, process: Diffusion, shape: tuple[int, int], noise: Noise, temperature: float
+    model: Model,
+    process: Diffusion,
+    shape: tuple[int, int],
+    noise: Noise,
+    temperature: float,
+    clip: float | None = None,
 ) -> Tensor:
     """Reverse steps of a process; the last one adds no noise."""
     x = noise.normal(*shape)
     for t in reversed(range(len(process.steps))):
         eps, v = model(x, x.new_tensor(process.steps[t])).chunk(2, -1)
-        x = process.reverse(x, t, eps, v, noise.normal(*shape) if t else None, temperature)
+        drawn = noise.normal(*shape) if t else None
+        x = process.reverse(x, t, eps, v, drawn, temperature=temperature, clip=clip)
     return x

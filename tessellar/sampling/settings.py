@@ -111,7 +111,10 @@ class Sampling:
         for of_some_tokens in ("further_temperatures", "bit_steps"):
             if not choice[of_some_tokens]:
                 del choice[of_some_tokens]
-        return {**described, "choice": choice}
+        diffusion = describe(self.diffusion)
+        if diffusion["init_args"].get("clip", 0.0) is None:
+            del diffusion["init_args"]["clip"]
+        return {**described, "choice": choice, "diffusion": diffusion}
 
 
 GREEDY = Sampling(choice=Choice(temperature=0))

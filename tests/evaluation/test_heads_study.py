@@ -24,7 +24,7 @@ def row(name: str, distance: float, nats: float | None = None) -> dict[str, Any]
         "guidance": 1.5,
         "metrics": {"FD(a)": distance, "FD(b)": 9.0, "accuracy": 0.81},
         "nats": nats,
-        "cost": {"backbone": 64.0, "head": 256.0, "images_per_second": 30.04},
+        "cost": {"backbone": 64.0, "head": 256.0, "images_per_cpu_second": 30.04},
         "memory": {str(bits): {"parameters": bits, "bytes": 10**bits} for bits in (12, 18, 32)},
     }
 

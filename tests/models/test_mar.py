@@ -185,6 +185,27 @@ def test_without_temperature_the_start_decides() -> None:
     assert torch.equal(one, other)
 
 
+def test_a_head_that_has_learnt_little_needs_its_data_clipped() -> None:
+    def slightly_wrong(x: Tensor, t: Tensor) -> Tensor:
+        # The noise but for 3 % of it, as a head predicts it at the first step; and no head predicts
+        # more noise than it has ever seen.
+        return torch.cat([0.97 * x.clamp(-3, 3), torch.zeros_like(x)], -1)
+
+    bare = AncestralDiffusion(25).integrate(slightly_wrong, (64, 4), Noise([0]))
+    kept = AncestralDiffusion(25, clip=2.0).integrate(slightly_wrong, (64, 4), Noise([0]))
+    assert float(bare.abs().max()) > 10 > 2.0 >= float(kept.abs().max())
+    loose = AncestralDiffusion(25, clip=1e9).integrate(slightly_wrong, (64, 4), Noise([0]))
+    assert torch.equal(bare, loose)
+    with pytest.raises(UserError, match="diffusion clip is 0"):
+        AncestralDiffusion(clip=0)
+
+
+def test_settings_without_a_clip_are_described_as_they_were() -> None:
+    assert "clip" not in Sampling().describe()["diffusion"]["init_args"]
+    sampling = Sampling(diffusion=AncestralDiffusion(clip=4.0))
+    assert sampling.describe()["diffusion"]["init_args"]["clip"] == 4.0
+
+
 @pytest.mark.parametrize(
     ("preset", "count"), [(mar_b, 207_924_768), (mar_l, 478_326_304), (mar_h, 942_403_104)]
 )
