@@ -334,7 +334,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells += [f"{accuracy:.2f}", "-" if row["nats"] is None else f"{row['nats']:.1f}"]
         cells += [f"{row['cost']['backbone']:.0f}", f"{row['cost']['head']:.0f}"]
         cells += [
-            f"{row['cost']['images_per_second']:.1f}",
+            f"{row['cost']['images_per_cpu_second']:.1f}",
             f"{row['training']['cpu_seconds']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
