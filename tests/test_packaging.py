@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,62 @@ print(ours.__file__, config_file("demo/tokenizer"), config_file("configs/demo/to
     assert printed[1:3] == [str(site / "configs" / "demo" / "tokenizer.yaml")] * 2
 
 
+FEW = (
+    "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.accelerator cpu "
+    "--trainer.precision 32-true --data.length 32 --data.val_length 16 --data.batch_size 8"
+).split()
+
+
+@pytest.mark.long
+def test_a_wheel_in_an_empty_environment_trains_and_samples_far_from_the_checkout(
+    built: Path, tmp_path: Path
+):
+    """Installs all dependencies from the index (gigabytes); `built` is a wheel that is no link to here."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python, tessellar = (tmp_path / "venv" / "bin" / name for name in ("python", "tessellar"))
+    wheel = next(built.glob("*.whl"))
+
+    def do(*words: str | Path) -> str:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        kept |= {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=tmp_path,
+            env=kept | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    do(python, "-m", "pip", "install", "--quiet", wheel, "-c", ROOT / "constraints.txt")
+    do(python, "-m", "pip", "check")
+    where = do(python, "-c", "import tessellar.models.xar as x; print(x.__file__)").strip()
+    assert Path(where).is_relative_to(tmp_path / "venv")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] in do(tessellar, "--version")
+    assert "imagenet256/xar_b" in do(tessellar, "list", "configs")
+    do(tessellar, "train", "--config", "demo/tokenizer", "--name", "t", *FEW)
+    tokens = ["--model.tokenizer", "runs/t/export"]
+    do(tessellar, "train", "--config", "demo/generator", "--name", "g", *tokens, *FEW)
+    do(tessellar, "sample", "runs/g/export", "--out", "pictures", "--count", "2")
+    assert (tmp_path / "pictures" / "grid.png").is_file()
+    code = "import tessellar; print(len(tessellar.load_generator('runs/g/export').sample(count=1)))"
+    assert do(python, "-c", code) == "1\n"
+
+
+def test_the_wheel_says_what_an_index_shows(built: Path):
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata["Version"] == project["version"] and metadata["License-Expression"]
+    assert metadata["Author"] == project["authors"][0]["name"]
+    assert set(metadata.get_all("Provides-Extra")) == set(project["optional-dependencies"])
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# tessellar")
+
+
 def test_every_dependency_has_a_tested_version_and_pins_are_plain():
     pins = [
         line
@@ -138,6 +196,7 @@ def test_every_dependency_has_a_tested_version_and_pins_are_plain():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
     pinned = {re.sub("[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["docs"]
     names = {re.sub("[-_.]+", "-", re.split(r"[\[><=!;]", line)[0]).lower() for line in wanted}
     assert names - pinned == set()

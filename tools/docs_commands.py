@@ -19,12 +19,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["COLUMNS"] = "100"
@@ -61,10 +61,25 @@ class Page:
     file: str
     before: tuple[Callable[[], list[Step]], ...] = ()
     placeholders: tuple[tuple[str, str], ...] = ()
+    made: Callable[[], str] | None = (
+        None  # text of pages that lie nowhere, but are made for the site
+    )
 
     @property
     def path(self) -> Path:
         return ROOT / self.file
+
+    @property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8") if self.made is None else self.made()
+
+
+def papers_pages() -> str:
+    """The pages of all papers."""
+    from docs_site.pages import page_of
+    from docs_site.papers import papers
+
+    return "\n".join(page_of(paper, drawn=False) for paper in papers())
 
 
 def pages() -> list[Page]:
@@ -95,6 +110,7 @@ def pages() -> list[Page]:
         Page("imagenet", "docs/recipes/imagenet256.md"),
         Page("zoo", "docs/zoo.md"),
         Page("speedrun", "docs/speedrun.md"),
+        Page("papers", "papers/*.md", made=papers_pages),
     ]
 
 
@@ -140,10 +156,38 @@ def smaller(words: list[str]) -> list[str]:
 
 
 def commands_of(page: Page) -> list[str]:
-    """The commands in the `bash` blocks of a page, a line each."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.path.read_text(), flags=re.S)
-    text = re.sub(r"\\\n\s*", "", "\n".join(blocks))
+    """The commands in the `bash` blocks of a page, each once."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.text, flags=re.S)
+    return list(dict.fromkeys(lines_of("\n".join(blocks))))
+
+
+def lines_of(block: str) -> list[str]:
+    """The commands of a block, a line each."""
+    text = re.sub(r"\\\n\s*", "", block)
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def with_reasons(lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Commands, each with why it is not run here; "" where it is run."""
+    reasons = dict(LEFT_OUT)
+    found = []
+    for line in lines:
+        reason = next((why for left, why in reasons.items() if re.search(left, line)), "")
+        found.append((line, reason))
+        if reason:  # what it would have made is not there for later ones
+            for made in re.findall(r"--out ((?:exports|runs)/\S+)", line):
+                reasons[re.escape(made)] = reason
+    return found
+
+
+def counted() -> str:
+    """How many commands stand on the pages, and how many of them are run."""
+    found = [item for page in pages() for item in with_reasons(commands_of(page))]
+    left = sum(bool(reason) for _, reason in found)
+    return (
+        f"{len(found)} commands on the pages: {len(found) - left} run at tiny size, "
+        f"{left} marked as not run here"
+    )
 
 
 def python_of(file: Path) -> list[str]:
@@ -154,10 +198,8 @@ def python_of(file: Path) -> list[str]:
 def steps_of(page: Page, whole: bool) -> list[Step]:
     """What a page says, as steps."""
     found = []
-    missing: list[str] = []  # what commands that are left out would have made
-    for line in commands_of(page):
-        if any(re.search(pattern, line) for pattern in [*LEFT_OUT, *missing]):
-            missing += [re.escape(made) for made in re.findall(r"--out (exports/\S+)", line)]
+    for line, reason in with_reasons(commands_of(page)):
+        if reason:
             continue
         for placeholder, here in page.placeholders:
             line = re.sub(rf"(?<![A-Z_]){placeholder}(?![A-Z_\d])", here, line)
@@ -590,7 +632,11 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="go on in the folder as it was left")
     parser.add_argument("--whole", action="store_true", help="the pages' own numbers of updates")
     parser.add_argument("--write", action="store_true", help="put screens into the pages")
+    parser.add_argument("--count", action="store_true", help="count the commands, run none")
     options = parser.parse_args()
+    if options.count:
+        print(counted())
+        return 0
     enter(Path(options.folder).resolve(), options.keep)
     if options.page != ["types"]:
         for command in IMPORTED:
@@ -612,6 +658,7 @@ def main() -> int:
         print("written:", *(path.name for path in write_screens(outcomes)))
     spent = sum(outcome.cpu_seconds for outcome in outcomes)
     print(f"{len(outcomes)} steps, {spent:.0f} CPU-seconds; screens: {Path.cwd() / 'screens.txt'}")
+    print(counted())
     for name, count in failed.items():
         print(f"{name}: {count} not as expected")
     return 1 if failed else 0

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from markdown import Markdown
+from markdown.blockprocessors import ListIndentProcessor, OListProcessor, UListProcessor
 from markdown.extensions import Extension
 from markdown.preprocessors import Preprocessor
 
@@ -39,6 +40,10 @@ def _in_list(lines: list[str], number: int) -> bool:
 class ForgeLists(Extension):
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 (the library's name)
         md.tab_length = 2
+        # These read the length when they are made, so they are made again; blocks of code keep theirs.
+        md.parser.blockprocessors.register(ListIndentProcessor(md.parser), "indent", 90)
+        md.parser.blockprocessors.register(OListProcessor(md.parser), "olist", 40)
+        md.parser.blockprocessors.register(UListProcessor(md.parser), "ulist", 30)
         # After blocks of code were put aside, so that none of their lines is taken for a list.
         md.preprocessors.register(BeforeLists(md), "before_lists", 22)
 
