@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-# What `make check` runs beside the long tests: scripts that install the lowest versions, and that run the docs' commands.
-SCRIPTS := $(wildcard tools/lowest_versions.* tools/docs_commands.*)
+# What `make check` runs beside the long tests: the lowest versions, the commands of the docs, the page in a browser.
+SCRIPTS := $(wildcard tools/lowest_versions.* tools/docs_commands.* tools/browser.*)
 
 check: $(STAMP)  ## what `make test` leaves out: launchers, kills at every step, a short soak, lowest versions
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long $(ARGS)

@@ -41,9 +41,10 @@ EXPORT = "runs/pictures-generator/export"
 #: Commands that are not run here, and why.
 LEFT_OUT = {
     r"^(python3 -m venv|pip|make|uv)\b": "installs, or runs this",
+    r"^bash tools/browser\.sh": "installs, then runs tests/page/test_browser.py",
     r"^(bash tools/docker\.sh|docker)\b": "needs Docker's daemon: .github/workflows",
     r"^(torchrun|srun|if|export)\b|--trainer\.devices 2": "processes and clusters: tests/training",
-    r"^tessellar serve \w+/": "does not end: tests/serving starts it",
+    r"^tessellar (serve|demo) \w+/": "does not end: tests/serving, tests/page",
     r"VIRTUAL_imagenet256|dinov2_vits14\.safetensors": "published files",
     r"convert\.py import ": "published weights: tests/interop",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/test_gpu_script.py runs it at toy sizes",
@@ -102,6 +103,7 @@ def pages() -> list[Page]:
         Page("joint", "docs/joint.md", (fashion_files,), data),
         Page("search", "docs/search.md", (demo,)),
         Page("editing", "docs/editing.md", (demo,)),
+        Page("page", "docs/page.md"),
         Page("serving", "docs/serving.md"),
         Page("generators", "docs/generators.md", (fashion_files, kl_f4), data),
         Page("tokenizers", "docs/tokenizers.md", (fashion_files,), data),

@@ -39,7 +39,7 @@ ORDER = (
     ("training", "evaluation"),
     ("callbacks",),
     ("parity",),
-    ("serving",),
+    ("serving", "page"),
     ("cli",),
 )
 # The files of the first level stand beside each other: they are the ground, and may use `errors`.

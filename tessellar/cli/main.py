@@ -30,6 +30,7 @@ SCRIPTS = {
 COMMANDS = {
     **SCRIPTS,
     "report": "one HTML page of a run, or of several side by side",
+    "demo": "a page in the browser: draw, watch, in-paint, reconstruct, compare",
     "serve": "serve images over HTTP, as OpenAI's images endpoint does",
     "push": "upload an export to the Hugging Face hub, with a card; shows it first",
     "data": "prepare a data set that was downloaded: ImageNet",

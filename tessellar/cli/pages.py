@@ -49,6 +49,10 @@ EXAMPLES = {
     "data": (
         "imagenet ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar --labels DEVKIT.tar.gz --out imagenet",
     ),
+    "demo": (
+        "runs/demo-generator/export --guidance.scale 2",
+        "runs/demo-generator/export --other runs/t2/export",
+    ),
     "serve": (
         "runs/demo-generator/export --guidance.scale 2",
         "runs/demo-generator/export --port 9000 --batch-size 64 --wait 0.02",

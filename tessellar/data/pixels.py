@@ -18,7 +18,12 @@ def read_pixels(path: str | Path, size: tuple[int, int]) -> Tensor:
 
     Raises UserError for a file that is no picture.
     """
-    return from_uint8(_array(_fitted(read_image(path), size)))
+    return fitted_pixels(read_image(path), size)
+
+
+def fitted_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The centre of an RGB image as floats [3, H, W] in [-1, 1]; `size` is (height, width)."""
+    return from_uint8(_array(_fitted(image, size)))
 
 
 def read_mask(path: str | Path, picture: str | Path, size: tuple[int, int]) -> Tensor:
