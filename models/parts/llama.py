@@ -124,6 +124,9 @@ class LlamaGenerator(PrefixTransformer):
             raise UserError(
                 f"width {width}, {num_heads} heads and {num_kv_heads} key heads must divide one another"
             )
+        if attention == "flex" and attention_kind.dropout:
+            raise UserError("FlexAttention has no dropout of attention weights: leave it at 0")
+        self.attention = attention
         self.output = None
         self.width = width
         self.num_heads = num_heads

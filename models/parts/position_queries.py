@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tessellar.layers.kv_cache import KVCache, NoCache, Slots
+from tessellar.layers.kv_cache import KVCache, NoCache, Slots, flex_mask
 from tessellar.models.parts.prefix_transformer import PrefixTransformer
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.distribution import Distribution
@@ -108,6 +108,10 @@ class PositionQueries(PrefixTransformer):
         asked = torch.where(
             index >= QUERY, entity_of_rank(index.clamp(min=0) % QUERY, state.entities), -1
         )
+        if slots.mask is not None and not isinstance(slots.mask, Tensor):
+            numbers = tuple(self.visibility(state, place)[0].tolist())
+            groups = tuple(asked[0].tolist())
+            return slots._replace(mask=flex_mask(numbers, state.prefix.embeddings.device, groups))
         asked = asked.to(slots.index.device).expand(max(len(asked), len(slots.index)), -1)
         keys = asked.new_full((len(asked), slots.stop), -1).scatter_(
             1, slots.index.expand(len(asked), -1), asked
@@ -147,7 +151,7 @@ class PositionQueries(PrefixTransformer):
         entities].
         """
         state = self._state(condition, NO_GUIDANCE, entities or self.entities)
-        state.cache = NoCache(tokens.device)
+        state.cache = NoCache(tokens.device, self.attention == "flex")
         assert state.input_ends is not None and state.prefix is not None
         count = state.entities.count
         length = state.entities.length

@@ -10,11 +10,15 @@ token generator takes exactly one position.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from tessellar.errors import UserError
 from tessellar.layers.kv_cache import NEVER, KVCache, NoCache, PlacedCache, Slots
@@ -38,7 +42,11 @@ class PrefixTransformer(Generator):
     embedding_dropout: nn.Module
     num_heads: int
     head_dim: int
-    activation_checkpointing: bool = False
+    #: Training only: what a block computed is computed again in the backward pass; with `selective` all but products of
+    #: matrices and attention, which cost most of the time.
+    activation_checkpointing: bool | Literal["selective"] = False
+    #: Which attention the layers take; with `flex` a pass over all tokens has FlexAttention's masks.
+    attention: str = "auto"
     #: Whether a training loss of many codes is computed in parts; None: the head cannot do so.
     chunked_loss: bool | None = None
     #: Training only: what teacher forcing reads in the place of tokens [B, N, ...]; what is predicted stays as it is.
@@ -207,7 +215,7 @@ class PrefixTransformer(Generator):
         """
         state = self._state(condition, NO_GUIDANCE, entities or self.entities)
         assert state.input_ends is not None
-        state.cache = NoCache(tokens.device)
+        state.cache = NoCache(tokens.device, self.attention == "flex")
         hidden = self._run(
             state, torch.arange(int(state.input_ends[-1]))[None], self.read(tokens, state.entities)
         )
@@ -304,7 +312,11 @@ class PrefixTransformer(Generator):
         generator's) read with what they share.
         """
         for number, layer in enumerate(self.layers if layers is None else layers):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing == "selective" and self.training:
+                x = checkpoint(
+                    layer, x, number, shared, use_reentrant=False, context_fn=products_kept
+                )
+            elif self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, number, shared, use_reentrant=False)
             else:
                 x = layer(x, number, shared)
@@ -352,6 +364,26 @@ class PrefixTransformer(Generator):
         inside = place.clamp(max=valid.shape[1] - 1)
         padded = (place < valid.shape[1]) & ~valid.gather(1, inside)
         return torch.where(padded, NEVER, block)
+
+
+KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
+def products_kept() -> Any:
+    """Contexts of `checkpoint` that keep the results of KEPT and compute all else again."""
+
+    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        is_kept = operation in KEPT
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def generated(tokens: Tensor, entities: Entities) -> Tensor:

@@ -176,6 +176,7 @@ class VAR(ScaleReader):
         super().__init__()
         self.layout = layout
         self.entities = scales(layout)
+        self.attention = attention
         self.num_classes = num_classes
         self.latent_dim = latent_dim
         self.conditioning = ClassConditioning(num_classes, dropout=condition_dropout)

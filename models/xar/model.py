@@ -9,8 +9,7 @@ single entity is fully guided; clean context is trained with two streams.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -252,14 +251,9 @@ class XAR(Generator):
             else self.entities.order
         )
         sizes = self.entities.sizes
-        cache = NoCache(noisy.device)
+        cache = NoCache(noisy.device, self.flex)
         if clean is None:
-            if self.flex:
-                mask: Any = flex_mask(self.entities, noisy.device)
-                n = self.entities.length
-                slots = Slots(torch.arange(n)[None], 0, n, mask, False)
-            else:
-                slots = cache.reserve(self.entities.numbers[None])
+            slots = cache.reserve(self.entities.numbers[None])
             return self._run(
                 noisy,
                 order,
@@ -452,12 +446,6 @@ def coordinates(layout: Layout) -> tuple[Tensor, Tensor]:
         rows.append(((torch.arange(h) + 0.5) * fine_h / h - 0.5).repeat_interleave(w))
         columns.append(((torch.arange(w) + 0.5) * fine_w / w - 0.5).repeat(h))
     return torch.cat(rows), torch.cat(columns)
-
-
-@lru_cache(maxsize=4)
-def flex_mask(entities: Entities, device: torch.device) -> object:
-    """FlexAttention's mask of training: the same at every step, so it is kept."""
-    return entities.block_mask(device)
 
 
 def _shared(index: Tensor, state: State) -> Tensor:

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
 from tessellar.checkpoints.kinds import METADATA, REST, is_sharded
@@ -64,9 +65,9 @@ def write_sharded(
         torch.save(rest, folder / REST)
     writer = FileSystemWriter(folder, sync_files=True)
     if asynchronous:
-        return dcp.async_save(tensors, storage_writer=writer, no_dist=not together)  # type: ignore[return-value]
+        return async_save(tensors, storage_writer=writer, no_dist=not together)  # type: ignore[return-value]
     try:
-        dcp.save(tensors, storage_writer=writer, no_dist=not together)
+        save(tensors, storage_writer=writer, no_dist=not together)
     except CheckpointException as error:  # of all processes, and no Exception
         raise OSError(str(next(iter(error.failures.values()))[0])) from error
     return None
@@ -93,7 +94,7 @@ def read_sharded(folder: Path, like: Iterable[Tensor] = ()) -> dict[str, Any]:
         else:
             tensors[key] = torch.empty_like(model, dtype=dtype, requires_grad=False)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=not models)
+        load(tensors, storage_reader=reader, no_dist=not models)
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise UserError(f"{folder} cannot be read ({reason})") from error

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLEMENTATIONS = ("auto", "explicit", "sdpa", "float64")
+IMPLEMENTATIONS = ("auto", "explicit", "sdpa", "flex", "float64")
 # Keys, so that VAR's 130 are in; in bfloat16 SDPA with a mask wins from about 200 on.
 EXPLICIT_UP_TO = 160
 
@@ -37,13 +37,14 @@ def attention(
 
     `is_causal` hides keys after the query of the same index and needs n = S. `scale` defaults to
     D^-0.5. `dropout` is the share of attention weights that are dropped: 0 outside training. A
-    FlexAttention block mask takes that kernel, which is compiled on a GPU and drops nothing.
+    FlexAttention block mask takes that kernel, which is compiled on a GPU and drops nothing; "flex"
+    is "auto" where a generator gives no such mask (it decodes, or is causal).
     "float64" rounds once, at the end: for replays of what grows a rounding to something visible.
     """
     if mask is not None and not isinstance(mask, Tensor):
         assert not dropout and not is_causal, "FlexAttention has no dropout; its mask says all"
         return flex_kernel(q.device.type)(q, k, v, block_mask=mask, scale=scale)
-    if implementation == "auto":
+    if implementation in ("auto", "flex"):
         implementation = (
             "explicit" if q.device.type == "cpu" and k.shape[-2] <= EXPLICIT_UP_TO else "sdpa"
         )

@@ -8,11 +8,15 @@ here waits for an accelerator; or they lie on the accelerator and nothing is rea
 (`KVCache.fixed`). `PlacedCache` holds inputs of any places, for windows that are no run of them.
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 NEVER = 2**40  # block of padding: no real query reaches it
 
@@ -23,9 +27,8 @@ class Slots(NamedTuple):
     index: Tensor  # [R, n] slots
     start: int | None  # first slot where it is the same for all rows
     stop: int  # slots from here on are not attended to
-    mask: (
-        Tensor | None
-    )  # [R or 1, 1, n, stop], True = visible; None: everything visible, or `is_causal`
+    # [R or 1, 1, n, stop], True = visible, or FlexAttention's; None: all visible, or `is_causal`
+    mask: "Tensor | BlockMask | None"
     is_causal: bool
 
 
@@ -251,15 +254,39 @@ def _put(buffer: Tensor, index: Tensor, new: Tensor) -> None:
     buffer.transpose(1, 2)[rows, index] = new.transpose(1, 2).to(buffer.dtype)
 
 
+@lru_cache(maxsize=8)
+def flex_mask(
+    numbers: tuple[int, ...], device: torch.device, groups: tuple[int, ...] | None = None
+) -> "BlockMask":
+    """FlexAttention's mask of visibility numbers: of a generator the same at every step, so it is
+    kept. What has a group, at least 0, is seen from within it alone.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    block = torch.tensor(numbers, device=device)
+
+    group = torch.tensor(groups or [-1] * len(numbers), device=device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        open_to_it = (group[key] < 0) | (group[key] == group[query])
+        return ((block[key] <= block[query]) & open_to_it) | (query == key)
+
+    return create_block_mask(visible, None, None, len(block), len(block), device=str(device))
+
+
 class NoCache:
     """The same interface over the keys of one pass only: training and scoring run the decoding
     code.
+
+    With `flex` the mask of rows that are alike is FlexAttention's, which skips the blocks that are
+    hidden and stores no table; the dense one is its reference.
     """
 
     lengths = torch.zeros(1, dtype=torch.int64)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, flex: bool = False) -> None:
         self.device = device
+        self.flex = flex
 
     def reserve(self, block: Tensor) -> Slots:
         n = block.shape[-1]
@@ -270,6 +297,9 @@ class NoCache:
             and int(block[0, -1]) < NEVER
         ):
             return Slots(index, 0, n, None, n > 1)
+        if self.flex and len(block) == 1:
+            numbers = tuple(block[0].tolist())
+            return Slots(index, 0, n, flex_mask(numbers, self.device), False)
         mask = (block[:, None, :] <= block[..., None]) | torch.eye(n, dtype=torch.bool)
         return Slots(
             index, 0, n, None if bool(mask.all()) else mask[:, None].to(self.device), False

@@ -8,7 +8,6 @@ it and know nothing of what X is.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -22,9 +21,6 @@ from tessellar.protocol.local_order import (
     local_sizes,
     seeded_chances,
 )
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,19 +163,6 @@ class Entities:
         entity(i).
         """
         return self._entity[None, :] <= self._entity[:, None]
-
-    def block_mask(self, device: torch.device | str = "cpu") -> "BlockMask":
-        """`mask` for FlexAttention, which skips the blocks that are hidden and stores no N x N
-        table.
-        """
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        entity = self._entity.to(device)
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return entity[key] <= entity[query]
-
-        return create_block_mask(visible, None, None, self.length, self.length, device=str(device))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,12 @@ from tessellar.training.methods.order_annealing import OrderAnnealing
 from tessellar.training.methods.recovery import EmbeddingRecovery, Recovery, Trace
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.sharding import shard, split_matrices
-from tessellar.training.speed import checkpoint_activations, chunk_the_loss, compile_each_block
+from tessellar.training.speed import (
+    checkpoint_activations,
+    chunk_the_loss,
+    compile_each_block,
+    compile_layers_together,
+)
 from tessellar.training.training_captions import training_captions
 
 log = logging.getLogger(__name__)
@@ -142,7 +147,8 @@ class GeneratorModule(ImageGeneratorModule):
     Its conditioner is the generator's own choice unless one is given.
 
     A batch brings `tokens` (from a cache) or `image`, which the tokenizer encodes in float32.
-    `checkpointing` trades compute for memory, `compile_blocks` compiles each block on its own,
+    `checkpointing` trades compute for memory (`selective`: what costs little is computed again),
+    `compile_blocks` compiles each block on its own, `compile_model` all layers as one graph,
     `chunked_loss` holds no table of logits where there are 32,768 codes or more.
     `init_from` starts from the generator and the conditioner of an export or checkpoint, whose
     classes are found by their names; `init_fresh` names tensors or modules that stay as they were
@@ -162,8 +168,9 @@ class GeneratorModule(ImageGeneratorModule):
         clip: float | None = 1.0,
         accumulate: int = 1,
         max_skipped: int = 10,
-        checkpointing: bool = False,
+        checkpointing: bool | Literal["selective"] = False,
         compile_blocks: bool = False,
+        compile_model: bool = False,
         chunked_loss: bool = False,
         init_from: str | None = None,
         init_fresh: Sequence[str] = (),
@@ -196,7 +203,13 @@ class GeneratorModule(ImageGeneratorModule):
                 init_from, made, self.model.conditioner, loaded, fresh=init_fresh
             )
         if checkpointing:
-            checkpoint_activations(made)
+            checkpoint_activations(made, selective=checkpointing == "selective")
+        if compile_blocks and compile_model:
+            raise UserError(
+                "compile_blocks compiles layer by layer, compile_model all of them: choose one"
+            )
+        if compile_model:
+            compile_layers_together(made)
         if compile_blocks:
             compile_each_block(made)
         if chunked_loss:

@@ -4,6 +4,7 @@ leave results as they are, up to rounding.
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from tessellar.errors import UserError
@@ -35,15 +36,31 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def checkpoint_activations(module: nn.Module) -> None:
-    """Have a generator recompute its blocks' activations in the backward pass; raises UserError
-    where it cannot.
+def compile_layers_together(module: nn.Module) -> None:
+    """`torch.compile` the pass through all layers of a generator as one graph without a break;
+    raises UserError where it has no such pass.
     """
+    through = getattr(module, "through_layers", None)
+    if through is None:
+        raise UserError(
+            f"{type(module).__name__} has no pass through all layers to compile; leave compile_model off"
+        )
+    module.through_layers = torch.compile(through, fullgraph=True)  # type: ignore[assignment]
+
+
+def checkpoint_activations(module: nn.Module, selective: bool = False) -> None:
+    """Have a generator recompute its blocks' activations in the backward pass, with `selective` all
+    but products of matrices and attention; raises UserError where it cannot.
+    """
+    if selective and not hasattr(module, "through_layers"):
+        raise UserError(
+            f"{type(module).__name__} recomputes all or nothing: checkpointing true or false"
+        )
     if not hasattr(module, "activation_checkpointing"):
         raise UserError(
             f"{type(module).__name__} cannot recompute activations; leave checkpointing off"
         )
-    module.activation_checkpointing = True  # type: ignore[assignment]
+    module.activation_checkpointing = "selective" if selective else True  # type: ignore[assignment]
 
 
 def chunk_the_loss(module: nn.Module) -> None:

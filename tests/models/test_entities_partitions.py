@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessellar.errors import UserError
+from tessellar.layers.kv_cache import flex_mask
 from tessellar.protocol.entities import (
     Entities,
     cells,
@@ -112,7 +113,8 @@ def test_segments_are_levels_and_what_grows_is_scales() -> None:
 def test_block_mask_is_the_dense_mask(sizes: tuple[int, ...]) -> None:
     """A block of 128 x 128 is stored where any of its pairs is visible, as full where all are."""
     entities = levels(sequence_layout(sum(sizes), Categorical(2)), sizes)
-    made, n = entities.block_mask(), entities.length
+    n = entities.length
+    made = flex_mask(tuple(entities.numbers.tolist()), torch.device("cpu"))
     blocks = -(-n // 128)
     dense = torch.zeros(blocks * 128, blocks * 128, dtype=torch.bool)
     dense[:n, :n] = entities.mask()

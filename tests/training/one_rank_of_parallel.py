@@ -34,7 +34,7 @@ def module() -> GeneratorModule:
     torch.manual_seed(0)
     sizes = {"width": 64, "depth": 2, "num_heads": 4, "ffn_multiple_of": 16}
     generator = partial(LlamaGen, num_classes=10, dropout=0.0, condition_dropout=0.0, **sizes)
-    optimizer = OptimizerSettings("adamw", lr=1e-2, weight_decay=0.1)
+    optimizer = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.1)
     return GeneratorModule(TINY.make_tokenizer(), generator, optimizer=optimizer, clip=0.5)
 
 

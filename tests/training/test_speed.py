@@ -1,17 +1,22 @@
 """Switches that trade memory or compile time for speed leave results and names as they are."""
 
 import pytest
+import torch
+import torch._dynamo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tessellar.models.parts.llama as llama
 import tessellar.models.parts.prefix_transformer as transformer
 import tessellar.protocol.distribution as distribution
 from tessellar.errors import UserError
+from tessellar.protocol.condition import Condition
 from tessellar.training.speed import (
     blocks,
     checkpoint_activations,
     chunk_the_loss,
     compile_each_block,
+    compile_layers_together,
 )
 
 
@@ -26,6 +31,57 @@ def test_recomputed_activations_give_the_same_losses(
     assert not calls
     _, recomputed = fit(make.generator_module(checkpointing=True), 3)
     assert recomputed == plain and len(calls) == 3  # one block, three batches
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices and roots of norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"mm": 0, "silu": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.counts:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(make, checkpointing) -> tuple[float, dict[str, int]]:
+    generator = make.generator_module(checkpointing=checkpointing).model.generator.train()
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    torch.manual_seed(0)
+    with Products() as products:
+        loss = generator.loss(tokens, Condition(ids=torch.tensor([1, 2])))["cross_entropy"]
+        loss.backward()
+    return float(loss.detach()), products.counts
+
+
+def test_selective_recomputing_repeats_no_product_of_matrices(make) -> None:
+    plain, without = counted(make, False)
+    all_again, everything = counted(make, True)
+    selective, some = counted(make, "selective")
+    assert plain == all_again == selective
+    assert everything["mm"] > without["mm"] == some["mm"]
+    assert some["silu"] == everything["silu"] == without["silu"] + 1
+
+
+@pytest.mark.long
+def test_all_layers_are_one_graph(fit, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really traced, without a break, forward and backward; the same losses."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: original(f, backend="aot_eager", **o))
+    _, plain = fit(make.generator_module(), 3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = make.generator_module(compile_model=True)
+    _, compiled = fit(module, 3)
+    assert compiled == pytest.approx(plain, rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with pytest.raises(UserError, match="Linear has no pass through"):
+        compile_layers_together(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="choose one"):
+        make.generator_module(compile_model=True, compile_blocks=True)
 
 
 @pytest.mark.parametrize("codes", [1, 17])
