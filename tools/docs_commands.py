@@ -49,6 +49,7 @@ LEFT_OUT = {
     r"convert\.py import ": "published weights: tests/interop",
     r"benchmarks/gpu\.sh": "needs a GPU; tests/test_gpu_script.py runs it at toy sizes",
     r"benchmarks/speedrun\.py": "a quarter of an hour to hours; tests/test_speedrun.py tries it",
+    r"benchmarks/all_costs\.sh": "ten minutes of an idle machine; tests/test_cost_benchmarks.py",
     r"-m benchmarks\.studies\.": "hours; their results are committed",
     r"mypackage|mypaper": "a package of others: tests/interop/test_strangers_paper.py",
 }
