@@ -74,7 +74,7 @@ def test_a_dry_run_shows_and_uploads_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(pushing, "send", lambda *_: pytest.fail("uploaded"))
-    words = ["me/small", "--data_license", "none needed", "--records", f"[{measured}]"]
+    words = ["me/small", "--data_license", "none needed", "--records", str(measured)]
     dispatch("push", [str(export), *words, "--columns", "2"])
     told = capsys.readouterr().out
     size = (export / "model.safetensors").stat().st_size
