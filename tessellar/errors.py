@@ -25,6 +25,16 @@ class UserError(ValueError):
     """
 
 
+def check_is_file(path: str | Path) -> None:
+    """Raise UserError where `path` is a pipe, a socket or a device: reading one may never end.
+
+    What does not exist is left to whoever opens it.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, not a file")
+
+
 @contextmanager
 def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[None]:
     """Raise UserError, in one line that names `path`, where what is done inside cannot be written.

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, check_is_file
 
 MAX_BYTES = 32 << 20
 MAX_DEPTH = 64
@@ -97,6 +97,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> bytes:
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)

@@ -26,7 +26,9 @@ from tessellar.errors import UserError, in_one_line
 from tessellar.interop.importer import ImportOptions
 from tessellar.parity.verify import Report, UnknownSystem, verify
 from tessellar.pipeline import ImageGenerator, assemble
+from tessellar.plain_data import read_json
 from tessellar.protocol.packages import trust, trusted
+from tessellar.protocol.ranges import check_number
 from tessellar.protocol.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -272,13 +274,16 @@ def metrics_of_record(path: str | None) -> dict[str, float]:
     if path is None:
         return {}
     try:
-        metrics = json_module.loads(Path(path).read_text(encoding="utf-8"))["metrics"]
+        metrics = read_json(Path(path))["metrics"]
         numbers = {}
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
+                check_number(f"{name} of {path}", value)
                 numbers[name] = float(value)
         return numbers
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError as error:
+        raise UserError(f"{path} is not an evaluation record with metrics: {error}") from error
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not an evaluation record with metrics ({error!r})") from error
 
 

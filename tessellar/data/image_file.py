@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, check_is_file
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ def read_image(path: str | Path) -> Image.Image:
     """The image in mode RGB, upright; raises UnreadableImage naming the file if it cannot be
     decoded completely.
     """
+    try:
+        check_is_file(path)
+    except UserError as error:
+        raise UnreadableImage(f"cannot read the image {error}") from error
     return _decode(path, str(path))
 
 

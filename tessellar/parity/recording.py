@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tessellar.checkpoints.weights import part_of
-from tessellar.errors import UserError
+from tessellar.errors import UserError, check_is_file
 from tessellar.interop.options import check_options, check_sizes
 from tessellar.plain_data import parse_json
 from tessellar.protocol.condition import Condition
@@ -226,6 +226,7 @@ def read_recording(folder: str | Path) -> Recording:
 
 def read_meta(path: Path) -> dict[str, Any]:
     try:
+        check_is_file(path)
         meta = parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "ref.npz", mu=np.zeros(96), sigma=np.eye(96))
     Image.fromarray(pixels[0, :8, :8]).save(folder / "img.png")
     (folder / "prompts.txt").write_text("a circle\n")
+    (folder / "nan.json").write_text('{"metrics": {"FID": NaN}}')
+    (folder / "recording").mkdir()
+    for pipe in ("pipe", "pipe.tar", "recording/meta.json"):
+        os.mkfifo(folder / pipe)
     torch.save([1], folder / "list.ckpt")
     torch.save({"state_dict": {}}, folder / "bare.ckpt")
     torch.save({"state_dict": {}, "global_step": "x"}, folder / "text.ckpt")
@@ -124,6 +129,8 @@ SAMPLE: dict[str, str] = {
     "--search BestOfN --search.count 1000000000000": "error: count of BestOfN is 1000000000000",
     "--search Beam --search.schedule.base .nan": "error: base of the schedule is nan",
     "--image {tiny}/img.png --edit Outpaint --edit.left .nan": "error: left of Outpaint is nan",
+    "--image {tiny}/pipe --edit Continue": "pipe is a pipe or a device, not a file",
+    "--image {tiny}/img.png --mask {tiny}/pipe": "pipe is a pipe or a device, not a file",
     "--image {tiny}/img.png --edit Interpolate": "error: Interpolate needs a second class",
     "--image {tiny}/img.png --edit Swap --other {tiny}/img.png --edit.keep 9": "keep is 9; a picture",
     "--count 2 --shard=": "--shard '': shards are 1/4",
@@ -200,6 +207,7 @@ EVALUATE: dict[str, str] = {
     '--architecture.options {{"checkpoint_path":"x"}}': "may not hold checkpoint_path",
     "sweep {tiny}/gen --reference {tiny}/ref.npz --extractor {tiny}/net.safetensors "
     "--count 4 --choice.top_k 1 -1": "top_k is -1",
+    "compare {tiny}/pipe {tiny}/pipe": "pipe is a pipe or a device, not a file",
     "compare {tiny}/prompts.txt {tiny}/prompts.txt": "prompts.txt is not JSON",
     "compare {tiny} {tiny}": "cannot be read",
     "compare": "arguments are required|a",
@@ -242,6 +250,11 @@ CONVERT: dict[str, str] = {
     "record {tiny}/tok --out x --system ../x": "--system is '../x'",
     "scale {tiny}/tok --out x --data tessellar.data.ImageFolderData --data.root {tiny} "
     "--data.size 8 --data.val_share .nan": "error: val_share of ImageFolderData is nan",
+    "export {tiny}/gen --out x --metrics {tiny}/pipe": "pipe is a pipe or a device, not a file",
+    "export {tiny}/gen --out x --metrics {tiny}/nan.json": "FID of .*nan.json is nan",
+    "verify {tiny}/recording": "meta.json is a pipe or a device, not a file",
+    "cache {tiny}/tok --out x --data tessellar.data.WebDatasetData --data.size 8 "
+    "--data.shards {tiny}/pipe.tar": "pipe.tar is a pipe or a device, not a file",
     "verify {tiny}": "is not a folder of recorded outputs",
     "verify {tiny}/nowhere": "is not a folder of recorded outputs",
 }

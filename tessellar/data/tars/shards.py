@@ -6,7 +6,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, check_is_file
 
 
 def expand_braces(spec: str | Sequence[str]) -> list[str]:
@@ -34,6 +34,8 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
         )
         matches = matches or ([path] if path.is_file() else [])
+        for match in matches:
+            check_is_file(match)
         if not matches:
             raise UserError(f"{name}: there is no such tar, and no folder that holds tars")
         found += matches
