@@ -46,9 +46,10 @@ def plain_files(folder: str | Path) -> list[str]:
     with os.scandir(folder) as entries:
         names = []
         for entry in entries:
+            if is_junk(entry.name):
+                continue
             # A link that leads nowhere counts: it is for the reader to name it as unreadable.
-            nowhere = entry.is_symlink() and not os.path.exists(entry.path)
-            if not is_junk(entry.name) and (entry.is_file() or nowhere):
+            if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                 names.append(entry.name)
         return sorted(names)
 

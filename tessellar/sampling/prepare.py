@@ -26,6 +26,7 @@ PACKED_FOR_ROWS = (
 )
 
 
+MANY_ROWS = 256  # above, float32 products are faster as they are: by 7 % at 512 rows, 13 % at 2,048
 STEPS_AHEAD = 16  # of which what is known beforehand is computed in one product
 
 WeightLayout = Literal["auto", "plain", "transposed", "packed"]
@@ -57,6 +58,9 @@ class Product:
                 "layout 'plain' or 'transposed' works anywhere"
             )
         self.weight = weight.detach().to(dtype)
+        # The module's own weight, not a copy, for passes that are bound by arithmetic.
+        own = isinstance(weight, nn.Parameter) and weight.dtype == dtype == torch.float32
+        self.for_many_rows = self.weight if layout == "packed" and own else None
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.is_packed = layout == "packed"
         if layout == "packed":
@@ -65,6 +69,8 @@ class Product:
             self.weight = self.weight.t().contiguous().t()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.for_many_rows is not None and x.shape[:-1].numel() > MANY_ROWS:
+            return F.linear(x, self.for_many_rows, self.bias)
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import LlamaBlock, Pass, Positions
@@ -16,7 +17,14 @@ from tessellar.protocol.layout import Categorical, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.couplings import maximal
 from tessellar.sampling.decode import Ancestral
-from tessellar.sampling.prepare import FusedBlock, FusedLinear, Product, WeightLayout, prepared
+from tessellar.sampling.prepare import (
+    MANY_ROWS,
+    FusedBlock,
+    FusedLinear,
+    Product,
+    WeightLayout,
+    prepared,
+)
 from tessellar.sampling.settings import Sampling
 from tessellar.sampling.speculative import Rules, speculative_jacobi
 
@@ -109,6 +117,22 @@ def test_a_linear_layer_with_and_without_a_bias(layout: WeightLayout, bias: bool
     with torch.no_grad():
         found = FusedLinear(linear, torch.float32, layout)(x)
         torch.testing.assert_close(found, linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [MANY_ROWS, MANY_ROWS + 1])
+def test_many_rows_take_the_weight_as_it_is(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    linear = torch.nn.Linear(24, 40)
+    packed = FusedLinear(linear, torch.float32, "packed")
+    x = torch.randn(rows, 1, 24)
+    calls: list[int] = []
+    original = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: calls.append(1) or original(*a))
+    with torch.no_grad():
+        found = packed(x)
+        assert len(calls) == (rows > MANY_ROWS)
+        torch.testing.assert_close(found, linear(x), atol=1e-5, rtol=1e-5)
+    assert packed.product.for_many_rows is not None
+    assert packed.product.for_many_rows.data_ptr() == linear.weight.data_ptr()  # no second copy
 
 
 def test_prepared_twice_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,12 +64,13 @@ def list_folder(root: str | Path) -> Listing:
             f"{root} holds images ({flat[0]}) and folders ({classes[0]}): move the images into class folders"
         )
     if flat:
-        _tell(root, beside)
+        tell_left_out(str(root), len(beside), no_images(beside))
         labels = torch.zeros(len(flat), dtype=torch.int64)
         return Listing(Names(flat), labels, (root.resolve().name,))
     if not classes:
         _refuse_empty(root)
-    every = beside
+    total = len(beside)
+    left_out = no_images(beside)
     images: list[str] = []
     counts: list[int] = []
     for name in classes:
@@ -77,17 +78,19 @@ def list_folder(root: str | Path) -> Listing:
         found = list(filter(is_image, files))
         if not found:
             _refuse_empty(root / name)
-        every += [f"{name}/{file}" for file in files]
+        total += len(files)
+        if len(found) < len(files):
+            left_out += tuple(f"{name}/{file}" for file in no_images(files))
         images += [f"{name}/{file}" for file in found]
         counts.append(len(found))
-    _tell(root, every)
+    tell_left_out(str(root), total, left_out)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
     return Listing(Names(images), labels, classes)
 
 
-def _tell(root: Path, files: Sequence[str]) -> None:
-    left_out = tuple(file for file in files if not is_image(file))
-    tell_left_out(str(root), len(files), left_out)
+def no_images(files: Sequence[str]) -> tuple[str, ...]:
+    """Those of some files that are not read."""
+    return tuple(file for file in files if not is_image(file))
 
 
 def _refuse_empty(folder: Path) -> NoReturn:
