@@ -45,7 +45,7 @@ def page(title: str, names: Sequence[str]) -> str:
     lines = [f"# {title}", ""]
     for name in names:
         for module in modules_in(name):
-            lines += [f"## `{module}`", "", f"::: {module}", ""]
+            lines += [f"::: {module}", ""]
     return "\n".join(lines)
 
 
