@@ -192,10 +192,12 @@ def test_an_image_is_drawn_token_by_token(visitor: Visitor, model: ImageGenerato
     shown = charts.shown(expected)
     assert shown is not None and far_apart(visitor.image("draw-image"), shown) <= 1
     sources = visitor.page.evaluate("window.seen")
-    assert len(sources) > length // 3  # the browser may leave frames out
-    first = visitor.page.request.get(sources[0])
-    pixels = np.asarray(Image.open(io.BytesIO(first.body())).convert("RGB"))
-    assert (pixels == UNKNOWN).all(-1).mean() > 0.3
+    assert len(sources) > 3  # a busy browser leaves most frames out
+    unfinished = []
+    for source in sources[:-1]:
+        frame = Image.open(io.BytesIO(visitor.page.request.get(source).body())).convert("RGB")
+        unfinished.append(float((np.asarray(frame) == UNKNOWN).all(-1).mean()))
+    assert max(unfinished) > 0.2 and unfinished == sorted(unfinished, reverse=True)
     assert colours(visitor.image("draw-tokens")) > 20
     assert colours(visitor.screenshot("draw")) > 200
 
