@@ -13,7 +13,7 @@ wherever it was interrupted.
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -152,6 +152,8 @@ class TrainingModule(L.LightningModule, ABC):
         self._loaded_optimizers: dict[str, Any] | None = None
         self._random_before_validation: list[random_state.State] | None = None
         self.players: list[Player] = []
+        # Called with a player whose gradient holds one batch more, before it is clipped.
+        self.gradient_watchers: list[Callable[[TrainingModule, Player], None]] = []
         self.is_sharded = False
         self.data_facts: DataFacts | None = None
         self._tags: dict[str, set[str]] = {}
@@ -273,6 +275,8 @@ class TrainingModule(L.LightningModule, ABC):
 
     def step(self, player: Player) -> None:
         """On the last batch of an update: clip the gradients of a player and step."""
+        for watcher in self.gradient_watchers:
+            watcher(self, player)
         if self.is_sharded:
             average_gradients([p for p in player.parameters if not isinstance(p, DTensor)])
         if not self.at_boundary:
