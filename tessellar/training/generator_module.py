@@ -196,6 +196,8 @@ class GeneratorModule(ImageGeneratorModule):
         self.mixture = None if mixture is None else MixtureObjective(mixture, made)
         if context_noise is not None:
             require_teacher_forcing(made, "context_noise")
+        if optimizer.transfer is not None:
+            optimizer.transfer.start(made)
         self.init_from = init_from
         self.start: Start | None = None
         if init_from is not None:

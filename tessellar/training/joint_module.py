@@ -117,6 +117,9 @@ class JointModule(ImageGeneratorModule):
             raise UserError(
                 f"nested_dropout decodes prefixes, which {type(tokenizer).__name__} cannot: take One-D-Piece"
             )
+        for settings, part in ((optimizer, tokenizer), (generator_optimizer or optimizer, made)):
+            if settings.transfer is not None:
+                settings.transfer.start(part)
         if init_from is not None:
             init_tokenizer(init_from, tokenizer, loss.discriminator)
         self.model = TrainedTogether(tokenizer, made, conditioner or made.make_conditioner())

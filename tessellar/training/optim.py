@@ -7,7 +7,7 @@ published recipe in this project uses Muon; short runs on a CPU gain from it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from tessellar.layers.precision import computes_bfloat16
 from tessellar.layers.tags import tags
 from tessellar.protocol.arguments import in_ranges
 from tessellar.training.muon import Muon
+from tessellar.training.transfer import Transfer
 
 FUSED = ("cpu", "cuda")  # devices for which torch has fused Adam and AdamW
 
@@ -29,7 +30,8 @@ class OptimizerSettings:
     """Peak learning rates and what else an optimizer needs.
 
     `decayed`: weight decay acts on what the model's tags say (`tagged`), or on `all` parameters, as
-    an official optimizer of a single group does.
+    an official optimizer of a single group does. `transfer`: rates and decays are those of a smaller
+    model, carried to this one by its width and depth.
     """
 
     name: Literal["adamw", "adam", "muon"] = "adamw"
@@ -40,6 +42,7 @@ class OptimizerSettings:
     decayed: Literal["tagged", "all"] = "tagged"
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
+    transfer: Transfer | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
@@ -70,7 +73,8 @@ class OptimizerSettings:
             # Muon orthogonalises matrices between hidden layers; embeddings and heads stay Adam's.
             by_muon = self.name == "muon" and parameter.ndim == 2 and "hidden" in tags(parameter)
             (hidden if by_muon else rest).append(parameter)
-        made: list[Optimizer] = [self.adam(rest)] if rest else []
+        rates = {} if self.transfer is None else self.transfer.rates(*modules)
+        made: list[Optimizer] = [self.adam(rest, rates)] if rest else []
         if hidden:
             slow = hidden[0].device.type == "cpu" and not computes_bfloat16()
             muon = Muon if slow else torch.optim.Muon
@@ -87,18 +91,25 @@ class OptimizerSettings:
             group["peak_lr"] = group["lr"]
         return made
 
-    def adam(self, parameters: list[nn.Parameter]) -> Optimizer:
-        """Adam or AdamW in at most two groups: what decays, then what does not."""
-        decayed: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+    def adam(
+        self, parameters: list[nn.Parameter], rates: Mapping[int, float] | None = None
+    ) -> Optimizer:
+        """Adam or AdamW in groups, two where all have one rate: what decays, then what does not.
+
+        `rates` are factors of the rate by the identity of parameters; rate times decay stays.
+        """
+        rates = rates or {}
+        alike: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for parameter in parameters:
             decay = self.decayed == "all" or decays(parameter)
-            (decayed if decay else others).append(parameter)
+            alike.setdefault((decay, rates.get(id(parameter), 1.0)), []).append(parameter)
         groups: list[dict[str, Any]] = []
-        if decayed:
-            groups.append({"params": decayed, "weight_decay": self.weight_decay})
-        if others:
-            groups.append({"params": others, "weight_decay": 0.0})
+        for decay, rate in sorted(alike, reverse=True):
+            group: dict[str, Any] = {"params": alike[decay, rate]}
+            group["weight_decay"] = self.weight_decay / rate if decay else 0.0
+            if rate != 1.0:
+                group["lr"] = self.lr * rate
+            groups.append(group)
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         # One pass over the memory; on CPUs torch's default is a loop over parameters, six times as slow.
         fused = parameters[0].device.type in FUSED or None

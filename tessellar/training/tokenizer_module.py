@@ -76,6 +76,8 @@ class TokenizerModule(TrainingModule):
         self.discriminator_settings = discriminator_optimizer or optimizer
         self.discriminator_schedule = discriminator_schedule
         self.discriminator_first = discriminator_first
+        if optimizer.transfer is not None:
+            optimizer.transfer.start(tokenizer)
         if init_from is not None:
             init_tokenizer(init_from, tokenizer, loss.discriminator, fresh=init_fresh)
         self.decoder_only = decoder_only or generated_by is not None
