@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tessellar.layers.precision import computes_bfloat16
+
 
 class Least(NamedTuple):
     """Of all rounds of one way: the least seconds of the clock, and of the processor."""
@@ -49,7 +51,8 @@ def machine(size: int = 1024) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    for name in ("float32", "bfloat16"):
+    emulated = device == "cpu" and not computes_bfloat16()
+    for name in ("float32",) if emulated else ("float32", "bfloat16"):
         matrix = torch.ones(size, size, dtype=getattr(torch, name), device=device)
         seconds = interleaved({"product": lambda m=matrix: m @ m}, 5)["product"].cpu
         limits[f"{name}_flops"] = 2 * size**3 / max(seconds, 1e-9)

@@ -273,8 +273,8 @@ def main() -> None:
         ):
             results["levers"].append({"precision": name, **lever})
             print(text_of(results["levers"][-1]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if arguments.json:  # after each precision: what is done stays
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
