@@ -150,6 +150,8 @@ class Speedrun:
                 str(updates),
                 "--trainer.limit_val_batches",
                 "1",
+                "--trainer.check_val_every_n_epoch",  # epochs of a few images are shorter
+                "null",
             ]
         if stage == self.entry.stages[-1] and updates >= CURVE_POINTS:
             words += ["--keep_every", str(updates // CURVE_POINTS)]
