@@ -258,13 +258,14 @@ def nats_of(model: ImageGenerator, data: Path) -> float | None:
 
 
 def tokenizer_row(training: Training, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The floor of its generators: reconstructions of the test images."""
+    """The floor of its generators: reconstructions of as many test images."""
     folder = training.folder(arguments.runs)
     record = measured(
         folder / "reconstruction.json",
         "evaluate.py",
-        *("model", str(folder / "export"), *FASHION, str(arguments.data), "--batch_size", "250"),
+        *("model", str(folder / "export"), *FASHION, str(arguments.data), "--batch_size", "200"),
         *("--extractor", str(arguments.extractor), str(SECOND), "--metrics", "[fd,paired]"),
+        *("--count", str(REPORTED)),
         *("--cache", str(arguments.runs / ".cache")),
     )
     return {
@@ -412,13 +413,15 @@ def train(heads: Sequence[Head], arguments: argparse.Namespace) -> None:
 def measure(heads: Sequence[Head], arguments: argparse.Namespace) -> None:
     """Rows of the heads; those of others stay as they were written."""
     make_network(arguments.data)
-    known = read_results(NAME)
-    rows = {row["name"]: row for row in known["rows"]}
-    tokenizers = {row["name"]: row for row in known.get("tokenizers", [])}
     for head in heads:
-        if head.of.name not in tokenizers:
-            tokenizers[head.of.name] = tokenizer_row(head.of, arguments)
-        rows[head.name] = row_of(head, arguments)
+        of_tokens = tokenizer_row(head.of, arguments)
+        row = row_of(head, arguments)
+        # Read now: another process may have measured other heads meanwhile.
+        known = read_results(NAME)
+        tokenizers = {one["name"]: one for one in known.get("tokenizers", [])}
+        tokenizers[of_tokens["name"]] = of_tokens
+        rows = {one["name"]: one for one in known["rows"]}
+        rows[head.name] = row
         ordered = [rows[one.name] for one in HEADS if one.name in rows]
         facts = {"updates": UPDATES, "batch": BATCH, "tuning": TUNING, "reported": REPORTED}
         write_results(NAME, ordered, tokenizers=list(tokenizers.values()), **facts)
