@@ -94,6 +94,7 @@ class Given:
         """Of the last pass, [n, S]."""
         slots = self.slots[-1]
         if slots.mask is not None:
+            assert isinstance(slots.mask, Tensor)
             return slots.mask[0, 0]
         everything = torch.ones(slots.index.shape[1], slots.stop, dtype=torch.bool)
         return everything.tril() if slots.is_causal else everything
@@ -169,7 +170,7 @@ def mask_of_decoding(recording: Recording) -> Outputs:
     state = generator.start(recording.classes("labels"), entities=entities)
     places = torch.arange(entities.length + 1)[None]
     slots = NoCache(torch.device("cpu")).reserve(generator.visibility(state, places))
-    assert slots.mask is not None
+    assert isinstance(slots.mask, Tensor)
     return {name: slots.mask[0, 0]}
 
 

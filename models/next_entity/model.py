@@ -109,7 +109,7 @@ class NextEntity(PositionQueries, LlamaGenerator):
         )
 
     def head(self, state: State, hidden: Tensor, first: Tensor, want: int) -> Logits:
-        logits = super().head(state, hidden, first, want).logits
+        logits = self.head_at(state, hidden, state.entities.steps(first, want)).logits
         if bool((self.vocab == self.vocab[0]).all()):
             return Logits(logits)
         sizes = self.vocab[state.entities.indices(first, want)].to(logits.device)

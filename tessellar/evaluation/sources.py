@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from tessellar import npz
 from tessellar.data.batch import collate
-from tessellar.data.crops import center_crop
+from tessellar.data.crops import Size, center_crop
 from tessellar.data.dataset import ImageDataset, digest
 from tessellar.data.framing import Framing
 from tessellar.data.image_file import read_image
@@ -114,11 +114,12 @@ def label_plan_of(labels: Tensor | None) -> str:
     return "balanced" if int(counts.max() - counts.min()) <= 1 else "uneven"
 
 
-def crop_name(crop: str, size: int) -> str:
+def crop_name(crop: str, size: Size) -> str:
     """How pictures were cropped, in words for records."""
+    shape = size if isinstance(size, int) else " x ".join(map(str, size))
     if crop == "none":
-        return f"none, they have {size} pixels"
-    return f"ADM's centre crop to {size} (halved with a box filter, then bicubic)"
+        return f"none, they have {shape} pixels"
+    return f"ADM's centre crop to {shape} (halved with a box filter, then bicubic)"
 
 
 class DatasetImages(ImageSource):

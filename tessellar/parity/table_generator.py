@@ -141,7 +141,7 @@ class TableGenerator(Generator):
         digits = torch.where(before < 0, 0, generated.gather(1, before.clamp(min=0)) * weight)
         read = digits[:, None, :, None].float()
         _, shares = state.cache.write(0, slots, read, read)
-        assert slots.mask is not None
+        assert isinstance(slots.mask, Tensor)
         prefix = (shares[:, :, None, :, 0] * slots.mask).sum(-1)[:, 0].long()
         row = self.starts[before + 1] + prefix
         logits = self.table[state.condition.ids[:, None], row]
