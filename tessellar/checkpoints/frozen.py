@@ -47,6 +47,7 @@ class FrozenParts:
             path = self.folder / file_of(prefix.rstrip(".").rpartition(".")[2], fingerprint)
             if not path.exists():
                 alone = {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write_safetensors(alone, path, {FINGERPRINT: fingerprint})
 
     def leave_out(self, checkpoint: dict[str, Any], parts: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ losses; and what every quantizer in one is: vectors to tokens and back.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +71,9 @@ class Tokenizer(Configured, ExactTables, ABC):
         else `encode`.
         """
         return self.encode(images)
+
+    #: Whether tokens are made of those of another tokenizer, `source`, which a cache holds.
+    is_derived: ClassVar[bool] = False
 
     @property
     def source(self) -> "Tokenizer":

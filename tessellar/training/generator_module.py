@@ -125,8 +125,10 @@ class ImageGeneratorModule(TrainingModule):
         """
         with torch.autocast(self.device.type, enabled=False):
             if "tokens" in batch:
-                # A cache holds the tokens of `source`, which this tokenizer quantises or regroups.
-                return self.model.tokenizer.from_source(batch["tokens"])
+                tokens: Tensor = batch["tokens"]
+                # A cache holds those of `source`, which this tokenizer quantises or regroups.
+                tokenizer = self.model.tokenizer
+                return tokenizer.from_source(tokens) if tokenizer.is_derived else tokens
             encode = self.model.tokenizer.draw if self.training else self.model.tokenizer.encode
             return encode(normalised(batch)["image"].float())
 

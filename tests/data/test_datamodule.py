@@ -197,9 +197,8 @@ def test_ranks_see_different_images():
 
         @property
         def trainer(self):
-            return type(
-                "Trainer", (), {"global_rank": self.rank, "world_size": 2, "current_epoch": 1}
-            )
+            facts = {"global_rank": self.rank, "world_size": 2, "current_epoch": 1}
+            return type("Trainer", (), {**facts, "strategy": None})
 
         @trainer.setter
         def trainer(self, value) -> None: ...

@@ -7,6 +7,7 @@ tokenizer's tokens, so one cache serves every form.
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class RegroupedBits(Tokenizer):
     @property
     def last_layer(self) -> Tensor:
         return self.tokenizer.last_layer
+
+    is_derived: ClassVar[bool] = True
 
     @property
     def source(self) -> Tokenizer:

@@ -7,6 +7,7 @@ official code: the quantisation belongs to the tokenizer, not to the generator.
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class PostQuantized(Tokenizer):
     @property
     def last_layer(self) -> Tensor:
         return self.tokenizer.last_layer
+
+    is_derived: ClassVar[bool] = True
 
     @property
     def source(self) -> Tokenizer:
