@@ -314,7 +314,8 @@ def test_a_flexible_tokenizer_has_a_slider(browser: Any, tmp_path: Path) -> None
             visitor.fill("reconstruct-kept", str(kept))
             visitor.page.click("#reconstruct-go")
             made = reconstructed(tokenizer, picture, kept)
-            assert visitor.said("reconstruct-said", rf"\b{kept} of").strip() == made.said
+            said = visitor.said("reconstruct-said", rf"\b{kept} of").strip()
+            assert said.endswith(made.said)  # Gradio's seconds may stand before it
             time.sleep(1)
             shown = charts.shown(made.image)
             assert shown is not None and far_apart(visitor.image("reconstruct-image"), shown) <= 1

@@ -60,7 +60,7 @@ class SlotDecoding:
 
     def __post_init__(self) -> None:
         check_whole("steps of the diffusion decoder", self.steps, 2, TRAINING_STEPS)
-        check_number("guidance of the diffusion decoder", self.guidance)
+        check_number("guidance of the diffusion decoder", self.guidance, least=0)
         check_number("temperature of the diffusion decoder", self.temperature, least=0)
 
 
