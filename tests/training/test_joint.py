@@ -29,6 +29,7 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.joint_module import JointModule
 from tessellar.training.methods.joint import Ramp, assignment, expected_vectors, soft_inputs
 from tessellar.training.optim import OptimizerSettings
+from tessellar.training.transfer import Transfer
 from tests.tiny.pairs import TOKENIZERS
 from tests.training.test_resume import Drawing, SaveAll, differences, everything
 
@@ -218,3 +219,32 @@ def test_parts_that_no_gradient_joins_are_refused() -> None:
         make(generator=partial(RAR, width=16, depth=1, num_heads=2, hidden=24, num_classes=10))
     with pytest.raises(UserError, match="reads images"):
         make().images_of({"tokens": torch.zeros(1)})
+
+
+def test_starts_are_carried_over_in_both_parts_and_before_a_source_is_read(tmp_path: Path) -> None:
+    """Hidden matrices start at m^-1/2 of their size, each part by its own settings; weights that are
+    taken along stay as they are.
+    """
+
+    def deviations(module: JointModule) -> tuple[float, float]:
+        mixing = module.tokenizer.encoder.blocks[0].fc1.weight
+        feeding = module.model.generator.layers[0].feed_forward.w1.weight
+        return float(mixing.detach().std()), float(feeding.detach().std())
+
+    def started(mine: OptimizerSettings, generators: OptimizerSettings | None = None, **options):
+        torch.manual_seed(0)
+        loss = TokenizerLoss(Reconstruction(l1=1.0))
+        tokenizer = ViTVQ(IBQ(16, 4), 16, 4, 16, 1, 1, 2)
+        settings = {"optimizer": mine, "generator_optimizer": generators, **options}
+        return JointModule(tokenizer, LLAMA, loss, **settings)
+
+    plain = OptimizerSettings()
+    carried = OptimizerSettings(transfer=Transfer(4))  # the width is 16: half the start
+    tokenizer, generator = deviations(started(plain))
+    assert deviations(started(carried)) == pytest.approx((tokenizer / 2, generator / 2))
+    assert deviations(started(carried, plain)) == pytest.approx((tokenizer / 2, generator))
+    assert deviations(started(plain, carried)) == pytest.approx((tokenizer, generator / 2))
+    source = started(plain)
+    source.export(tmp_path / "export", Record(title="joint", data="noise"))
+    taken = started(carried, init_from=str(tmp_path / "export"))
+    assert deviations(taken) == pytest.approx((tokenizer, generator / 2))
