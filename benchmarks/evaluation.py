@@ -1,19 +1,19 @@
 """Our evaluation against torch-fidelity's code and scipy's matrix square root, as ratios of times (above 1: ours wins).
 
-    python benchmarks/evaluation.py [--images 48] [--features 4096] [--rounds 3] [--weights FILE] [--json FILE]
-    python benchmarks/evaluation.py --command 2000 --several 500
+    python -m benchmarks.evaluation [--images 48] [--features 4096] [--rounds 3] [--weights FILE] [--json FILE]
+    python -m benchmarks.evaluation --command 2000 --several 500
 
 InceptionV3 with random weights unless a file is given. Network, statistics, distance at D = 2048, and the way from
 pixels to FID; rounds are interleaved and the fastest counts, in CPU seconds if torch runs one thread (a busy machine
-then changes little), else in seconds. `--command N`: the whole command on two folders of N pictures, against
-torch-fidelity's. `--several N`: `evaluate.py model` with six small networks in one pass, against six runs, and the
-same on a folder. Numbers belong to the machine that made them.
+then changes little), else in seconds. `--command N`: the whole command on a folder of N pictures and one of N / 10,
+against torch-fidelity's; both run in turns of two seconds, in CPU seconds. `--several N`: `evaluate.py model` with six
+small networks in one pass, against six runs, and the same on a folder. Numbers belong to the machine that made them.
 """
 
 import argparse
 import json
 import platform
-import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from unittest import mock
 import numpy as np
 import scipy.linalg
 import torch
-import torch_fidelity
 from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from benchmarks.alternation import alternate
 from tessellar.checkpoints.export import export_generator
 from tessellar.cli import evaluate
 from tessellar.evaluation.collect import Needs, collect
@@ -86,16 +86,22 @@ def race(
             values[who] = run()
             times[who].append(CLOCK() - start)
     fastest = {who: min(seconds) for who, seconds in times.items()}
+    return row_of(name, other, fastest, values)
+
+
+def row_of(name: str, other: str, times: dict[str, float], values: dict[str, float]) -> Row:
+    """A row of times and values of "ours" and "theirs", printed."""
     difference = abs(values["ours"] - values["theirs"]) / max(abs(values["theirs"]), 1e-12)
     row = {
         "what": name,
         "against": other,
-        **fastest,
-        "ratio": fastest["theirs"] / fastest["ours"],
+        **times,
+        "ratio": times["theirs"] / times["ours"],
         "difference": difference,
     }
     print(
-        f"{name:<34} {other:<15} {fastest['ours']:8.3f} {fastest['theirs']:9.3f} {row['ratio']:7.2f}  {difference:.1e}"
+        f"{name:<34} {other:<15} {times['ours']:8.3f} {times['theirs']:9.3f} {row['ratio']:7.2f}  {difference:.1e}",
+        flush=True,
     )
     return row
 
@@ -203,44 +209,32 @@ def write_pictures(count: int, folder: Path, seed: int, size: int = 64) -> Path:
 
 
 def command_row(count: int, weights: Path, folder: Path) -> Row:
-    """FID and IS of two folders: `evaluate.py samples` against torch-fidelity, decoding included."""
+    """FID and IS of a folder of `count` pictures against one of a tenth: `evaluate.py samples` and
+    torch-fidelity's command, side by side, start and decoding included.
+    """
     samples = write_pictures(count, folder / "samples", seed=1)
-    reference = write_pictures(count, folder / "reference", seed=2)
+    reference = write_pictures(count // 10, folder / "reference", seed=2)
     out = folder / "record.json"
-
-    def ours() -> float:
-        words = [
-            "samples",
-            str(samples),
-            "--reference",
-            str(reference),
-            "--cache",
-            str(folder / "c"),
-        ]
-        words += ["--extractor", str(weights), "--metrics", "fd", "is", "--out", str(out)]
-        evaluate.main([*words, "--device", "cpu"])
-        shutil.rmtree(folder / "c")
-        return next(iter(read_record(out)["metrics"].values()))
-
-    def theirs() -> float:
-        values = torch_fidelity.calculate_metrics(
-            input1=str(samples),
-            input2=str(reference),
-            fid=True,
-            isc=True,
-            cuda=False,
-            cache=False,
-            verbose=False,
-            batch_size=64,
-            feature_extractor_weights_path=str(weights),
-        )
-        return float(values["frechet_inception_distance"])
-
-    return race(f"the command, 2 x {count} pictures", ours, theirs, 1, "torch-fidelity")
+    ours = [sys.executable, "evaluate.py", "samples", str(samples), "--reference", str(reference)]
+    ours += ["--cache", str(folder / "c"), "--extractor", str(weights), "--metrics", "fd", "is"]
+    ours += ["--out", str(out), "--device", "cpu"]
+    theirs = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(samples)]
+    theirs += ["--input2", str(reference), "--fid", "--isc", "--cpu", "--no-cache", "--json"]
+    theirs += ["--silent", "--batch-size", "64", "--feature-extractor-weights-path", str(weights)]
+    ended = alternate({"ours": ours, "theirs": theirs})
+    printed = ended["theirs"].output
+    values = {
+        "ours": next(iter(read_record(out)["metrics"].values())),
+        "theirs": json.loads(printed[printed.index("{") :])["frechet_inception_distance"],
+    }
+    times = {who: one.cpu_seconds for who, one in ended.items()}
+    return row_of(f"the command, {count} pictures", "torch-fidelity", times, values)
 
 
-def several_rows(count: int, folder: Path) -> list[Row]:
-    """Six small networks in one pass against six runs: of a generator, and of a folder."""
+def several_rows(count: int, folder: Path, rounds: int) -> list[Row]:
+    """Six small networks in one pass against six runs: of a generator, and of a folder. Runs are
+    calls of one process: what starting six processes costs is not counted.
+    """
     networks = []
     for number in range(6):
         torch.manual_seed(number)
@@ -277,7 +271,7 @@ def several_rows(count: int, folder: Path) -> list[Row]:
         def apart(words: list[str] = words) -> float:
             return sum(value for name in networks for value in run(words, [name]).values())
 
-        rows.append(race(what, together, apart, 1, "six runs"))
+        rows.append(race(what, together, apart, rounds, "six runs"))
     return rows
 
 
@@ -306,7 +300,7 @@ def main() -> None:
         if arguments.command:
             rows.append(command_row(arguments.command, weights, Path(folder)))
         if arguments.several:
-            rows += several_rows(arguments.several, Path(folder))
+            rows += several_rows(arguments.several, Path(folder), arguments.rounds)
         if not rows:
             rows = network_rows(images.to(torch.uint8), weights, arguments.rounds)
             rows += feature_rows(arguments.features, arguments.rounds)
