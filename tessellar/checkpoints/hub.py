@@ -5,10 +5,13 @@ come along; and single official files that a user names, for the importers.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from tessellar.checkpoints.export import CARD, CONFIG, WEIGHTS
+from tessellar.checkpoints.zoo import zoo
 from tessellar.errors import UserError
 from tessellar.places import DEFAULT
+from tessellar.protocol.nearest import nearest
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 HUB_FILE = re.compile(
@@ -42,8 +45,9 @@ def fetch(hub_id: str) -> Path:
             match["repo"], revision=match["revision"], allow_patterns=[CONFIG, WEIGHTS, CARD]
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        hint = nearest(hub_id, zoo(), listed=0)  # a published name, mistyped
         raise UserError(
-            f"{hub_id} is no local path, and the hub did not give it either ({_reason(error)})"
+            f"{hub_id} is no local path, and the hub did not give it either ({_reason(error)}){hint}"
         ) from error
     return Path(folder)
 
@@ -71,11 +75,19 @@ def fetch_file(file: HubFile) -> Path:
     Raises UserError where it cannot be had; offline the cache alone is looked into.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
+    )
 
+    where = (file.repository, file.file)
     try:
-        path = huggingface_hub.hf_hub_download(file.repository, file.file, revision=file.revision)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        if huggingface_hub.try_to_load_from_cache(*where, revision=file.revision) is None:
+            # Asked once: without a network the download would ask six times, for half a minute.
+            address = huggingface_hub.hf_hub_url(*where, revision=file.revision)
+            huggingface_hub.get_hf_file_metadata(address)
+        path = huggingface_hub.hf_hub_download(*where, revision=file.revision)
+    except (HTTPError, HFValidationError, OSError, ValueError) as error:
         raise UserError(
             f"{file.file} of {file.repository}, which is not in the hub's cache and which the hub did not give "
             f"({_reason(error)})"
@@ -84,4 +96,5 @@ def fetch_file(file: HubFile) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shorten(line, width=160, placeholder=" ...")

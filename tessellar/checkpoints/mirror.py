@@ -54,7 +54,8 @@ def fetch_mirrored(file: HubFile, wanted_by: str = "") -> Path:
     try:
         return fetch_file(file)
     except UserError as error:
-        _cannot(f"{wanted_by} needs {error}" if wanted_by else str(error), place)
+        reason = f"{wanted_by} needs {error}" if wanted_by else str(error)
+    _cannot(reason, place)  # outside, so that a traceback in Python holds this one error
 
 
 def local_file(text: str) -> str:

@@ -130,6 +130,13 @@ def is_published(name: object) -> bool:
     return bool(NAME.fullmatch(text)) and not Path(text).exists() and text in zoo()
 
 
+def looks_published(name: str) -> bool:
+    """Whether this reads as a name of the zoo, of a system that has some."""
+    return bool(NAME.fullmatch(name)) and name.partition("/")[0] in {
+        checkpoint.system for checkpoint in zoo().values()
+    }
+
+
 def published(name: str) -> Published:
     """The checkpoint of that name; raises UserError with the nearest one where there is none."""
     if name not in zoo():

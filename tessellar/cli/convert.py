@@ -18,7 +18,13 @@ from tessellar.checkpoints.export import WEIGHTS, export_generator, export_token
 from tessellar.checkpoints.reading import read_source
 from tessellar.checkpoints.staging import check_target
 from tessellar.checkpoints.weights import fingerprint
-from tessellar.checkpoints.zoo import UNKNOWN, Published, is_published, published
+from tessellar.checkpoints.zoo import (
+    UNKNOWN,
+    Published,
+    is_published,
+    looks_published,
+    published,
+)
 from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.importing import import_model, import_published, name_classes
 from tessellar.cli.spelling import spelled
@@ -72,6 +78,8 @@ def import_official(
             raise UserError(f"{name} is published: its settings are known, give --out alone")
         _export(import_published(name), out, record_of(published(name), license), overwrite)
         return
+    if looks_published(name) and not Path(file).exists():
+        published(name)  # which there is not: names the nearest one
     source = file if file.startswith("hub:") else Path(file).name
     record = Record(title=Path(file).stem, weights="official", source=source, license=license)
     options = ImportOptions(image_size, num_heads, variant, decoder_heads=decoder_heads)

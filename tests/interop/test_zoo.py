@@ -243,6 +243,46 @@ def test_offline_says_what_to_download_to_where(
         tessellar.load("restok/l-128")
 
 
+def test_without_a_network_the_hub_is_asked_once_and_one_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's download would ask six times, and its client's errors are no OSErrors."""
+    asked = []
+
+    def unreachable(address: str) -> None:
+        asked.append(address)
+        raise huggingface_hub.errors.HTTPError("no address for that name")  # type: ignore[attr-defined]
+
+    def downloads(*_: object, **__: object) -> str:
+        raise AssertionError("the download was tried")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", downloads)
+    monkeypatch.delenv("TESSELLAR_MIRROR", raising=False)
+    with pytest.raises(UserError, match=r"\(no address for that name\): download it to") as told:
+        tessellar.load("llamagen/c2i-b-256")
+    assert len(asked) == 1 and asked[0].endswith("c2i_B_256.pt")
+    assert told.value.__cause__ is None and told.value.__context__ is None
+
+
+def test_a_mistyped_name_is_told_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot(*_: object, **__: object) -> str:
+        raise OSError("no such repository")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(
+        UserError, match=r"\(no such repository\); did you mean 'llamagen/c2i-b-256'"
+    ):
+        tessellar.load("llamagen/c2i-b-25")
+    with pytest.raises(UserError, match="did you mean 'llamagen/c2i-b-256'"):
+        convert.main(["import", "llamagen", "c2i-b-25", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="absent.pt does not exist"):
+        convert.main(["import", "llamagen", "absent.pt", "--out", str(tmp_path / "out")])
+
+
 def test_a_file_of_the_mirror_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pickle that holds a function is refused, as everywhere."""
     file = tmp_path / "FoundationVision" / "LlamaGen" / "vq_ds16_c2i.pt"

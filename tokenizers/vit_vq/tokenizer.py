@@ -6,6 +6,8 @@ a linear map to pixels and a 3x3 convolution that starts as the identity and men
 With a Gaussian bottleneck in place of the vector quantizer it is a KL autoencoder.
 """
 
+from typing import Literal
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,11 +23,19 @@ from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 class PatchTransformer(nn.Module):
     """Learned positions, then blocks, then a norm: [B, N, D] to [B, N, D]."""
 
-    def __init__(self, length: int, width: int, depth: int, num_heads: int, attention: str) -> None:
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        attention: str,
+        gelu: str = "tanh",
+    ) -> None:
         super().__init__()
         self.positions = tag(nn.Parameter(torch.empty(1, length, width)), "no_decay")
         self.blocks = nn.ModuleList(
-            ViTBlock(width, num_heads, attention=attention) for _ in range(depth)
+            ViTBlock(width, num_heads, attention=attention, gelu=gelu) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.positions, std=0.02)
@@ -40,7 +50,8 @@ class PatchTransformer(nn.Module):
 class ViTVQ(GridTokenizer):
     """Images of `image_size` (a side, or height and width) as a grid of a code each patch.
 
-    Raises ValueError where the patch does not divide the image.
+    `gelu` is the blocks' approximation of GELU: `none` is exact, and on CPUs in bfloat16 takes a
+    third of the time of `tanh`. Raises ValueError where the patch does not divide the image.
     """
 
     def __init__(
@@ -53,6 +64,7 @@ class ViTVQ(GridTokenizer):
         decoder_depth: int = 3,
         num_heads: int = 4,
         attention: str = "auto",
+        gelu: Literal["tanh", "none"] = "tanh",
     ) -> None:
         super().__init__()
         height, width_of_image = (
@@ -67,11 +79,11 @@ class ViTVQ(GridTokenizer):
         length = self.layout.length
         pixels = 3 * patch_size**2
         self.patch_in = nn.Linear(pixels, width)
-        self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention)
+        self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention, gelu)
         self.to_code = nn.Linear(width, quantizer.in_dim)
         self.quantizer = quantizer
         self.from_code = nn.Linear(quantizer.dim, width)
-        self.decoder = PatchTransformer(length, width, decoder_depth, num_heads, attention)
+        self.decoder = PatchTransformer(length, width, decoder_depth, num_heads, attention, gelu)
         self.patch_out = nn.Linear(width, pixels)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
         nn.init.dirac_(self.smooth.weight)
