@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from operator import ne
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -229,9 +229,15 @@ def _identity(path: Path) -> tuple[int, int, int]:
 @lru_cache(maxsize=64)  # a resume asks twice: when the run starts, and when the strategy loads
 def _damage(path: Path, *identity: int) -> str:
     """What is wrong with a zip archive, read once from beginning to end; empty for nothing."""
+    with path.open("rb") as file:
+        return archive_damage(file, path.stat().st_size)
+
+
+def archive_damage(file: IO[bytes], size: int) -> str:
+    """What is wrong with a zip archive of `size` bytes, all of which are read; empty for nothing."""
     try:
-        with open_archive(path) as archive:
-            if unfolded := _unfolded(archive, path):
+        with open_archive(file) as archive:
+            if unfolded := _unfolded(archive, size):
                 return f"would take {unfolded} bytes of memory, {UNFOLDED} times its size: torch packs nothing"
             part = archive.testzip()
     except (zipfile.BadZipFile, EOFError) as error:
@@ -241,7 +247,7 @@ def _damage(path: Path, *identity: int) -> str:
     return f"is damaged: its part {part} does not have its checksum" if part else ""
 
 
-def open_archive(path: Path) -> zipfile.ZipFile:
+def open_archive(path: Path | IO[bytes]) -> zipfile.ZipFile:
     """A zip archive of torch or numpy; raises BadZipFile for one that neither of them packs so.
 
     Of bzip2 and LZMA, Python's reader unpacks whole blocks at once: kilobytes may be gigabytes.
@@ -257,13 +263,13 @@ def open_archive(path: Path) -> zipfile.ZipFile:
     return archive
 
 
-def _unfolded(archive: zipfile.ZipFile, path: Path) -> int:
-    """Bytes that the parts of an archive claim, where these are far more than it has; else 0.
+def _unfolded(archive: zipfile.ZipFile, size: int) -> int:
+    """Bytes that the parts of an archive claim, where these are far more than its `size`; else 0.
 
     torch stores tensors as they are. Packed zeros would be unpacked as wholes, a thousand to one.
     """
     claimed = sum(part.file_size for part in archive.infolist())
-    return claimed if claimed > UNFOLDED * path.stat().st_size else 0
+    return claimed if claimed > UNFOLDED * size else 0
 
 
 def require_file(path: Path) -> None:

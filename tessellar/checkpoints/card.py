@@ -189,12 +189,11 @@ def _classes(names: Sequence[str]) -> str:
 
 def table(title: str, rows: Mapping[str, str]) -> str:
     """Two columns of Markdown, headed by `title`; empty without rows."""
-    lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
+    lines = []
+    for key, value in rows.items():
+        cell = value.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {key} | {cell} |")
     return "\n".join([f"| {title} | |", "|---|---|", *lines, ""]) if rows else ""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 USAGE = {

@@ -7,7 +7,6 @@ docstring, name its papers by their arXiv ids. Nothing is imported for it.
 import ast
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +59,11 @@ def _docstrings(class_path: str) -> Iterator[str]:
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     if not file.is_file():
         return
-    tree = _parsed(file)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     yield ast.get_docstring(tree) or ""
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == words[-1]:
             yield ast.get_docstring(node) or ""
-
-
-@cache
-def _parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
-@cache
-def _titles() -> dict[str, str]:
-    file = Path(__file__).with_name("titles.yaml")
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def bibtex(papers: dict[str, str]) -> str:
@@ -83,11 +71,12 @@ def bibtex(papers: dict[str, str]) -> str:
 
     A paper whose title is not known has our header's words as a note.
     """
-    return "\n\n".join(_entry(paper, said) for paper, said in papers.items())
+    file = Path(__file__).with_name("titles.yaml")
+    titles = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return "\n\n".join(_entry(paper, titles.get(paper), said) for paper, said in papers.items())
 
 
-def _entry(paper: str, said: str) -> str:
-    title = _titles().get(paper)
+def _entry(paper: str, title: str | None, said: str) -> str:
     fields = {
         "title": f"{{{_escaped(title or f'arXiv {paper}')}}}",
         "eprint": paper,

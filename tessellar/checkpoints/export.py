@@ -153,17 +153,13 @@ def flatten(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def facts_of(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Lines about the parts of a model, for its card."""
     facts = {}
+    dtypes = set()
     for part, module in modules.items():
         count = sum(p.numel() for p in module.parameters())
+        dtypes |= {str(p.dtype).removeprefix(f"{torch.__name__}.") for p in module.parameters()}
         facts[part] = f"`{type(module).__name__}`, {count:,} parameters"
         if isinstance(module, Tokenizer):
             facts["layout"] = str(module.layout)
             facts["image size"] = " x ".join(map(str, module.image_size))
-    facts["dtype"] = ", ".join(
-        sorted({str(p.dtype).removeprefix(f"{torch.__name__}.") for p in _parameters(modules)})
-    )
+    facts["dtype"] = ", ".join(sorted(dtypes))
     return facts
-
-
-def _parameters(modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    return [p for module in modules.values() for p in module.parameters()]

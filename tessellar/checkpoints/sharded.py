@@ -2,16 +2,21 @@
 torch.distributed.checkpoint, in place of one file that the first process has to gather.
 
     last.ckpt/.metadata          which part of which tensor lies where
-    last.ckpt/__<rank>_0.distcp  tensors
+    last.ckpt/metadata.sha256    its checksum
+    last.ckpt/__<rank>_0.distcp  tensors, each a torch file, which has checksums of its own
     last.ckpt/rest.pt            all that is not a large tensor, with marks where those belong
 
 It loads in any number of processes, and wherever a checkpoint of one file does. Like that it opens
 without running code: its metadata are a pickle, of which only torch's own descriptions are read.
 """
 
+import hashlib
+import os
 import pickle
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +28,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from tessellar.checkpoints.kinds import METADATA, REST, is_sharded
 from tessellar.errors import UserError
-from tessellar.tensor_files import intact, read_pickle
+from tessellar.tensor_files import archive_damage, intact, read_pickle
 
+DIGEST = "metadata.sha256"
 MARK = "tessellar.tensor"  # {MARK: key} stands for a tensor
 LEAST = 1024  # values of a tensor that is written apart
 ALLOWED = {
@@ -63,7 +70,7 @@ def write_sharded(
     folder.mkdir(parents=True, exist_ok=True)
     if not together or dist.get_rank() == 0:
         torch.save(rest, folder / REST)
-    writer = FileSystemWriter(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True)
     if asynchronous:
         return async_save(tensors, storage_writer=writer, no_dist=not together)  # type: ignore[return-value]
     try:
@@ -111,14 +118,41 @@ def is_intact(path: Path) -> bool:
     if not is_sharded(path) or not intact(path / REST):
         return False
     try:
-        found = _Reader(path).read_metadata().storage_data
-        for place in found.values():
+        if _digest(path) != (path / DIGEST).read_text(encoding="ascii"):
+            return False
+        for place in _Reader(path).read_metadata().storage_data.values():
             part = path / place.relative_path
             if part.parent != path or part.stat().st_size < place.offset + place.length:
                 return False
-    except (OSError, UserError, AttributeError):
+            if not _is_sound(part, place.offset, place.length, part.stat().st_mtime_ns):
+                return False
+    except (OSError, UserError, AttributeError, ValueError):
         return False
     return True
+
+
+@lru_cache(maxsize=4096)  # a resume asks twice: when the run starts, and when the strategy loads
+def _is_sound(part: Path, offset: int, length: int, changed: int) -> bool:
+    """Whether a tensor of a file that was `changed` then has its checksums."""
+    with part.open("rb") as file:
+        file.seek(offset)
+        return not archive_damage(BytesIO(file.read(length)), length)
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()
+
+
+class _Writer(FileSystemWriter):
+    """Keeps a checksum of the metadata too, which are written when everything else is."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        with (folder / DIGEST).open("w", encoding="ascii") as file:
+            file.write(_digest(folder))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _Names(pickle.Unpickler):

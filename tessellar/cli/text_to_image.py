@@ -4,7 +4,6 @@ pictures fit their prompts by CLIP.
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,7 +195,8 @@ def clipscore(
     places = [_prompt_of(file, len(texts), samples) for file in source.files]
     named = [prefix + texts[place] for place in places]
     network = ClipModel(clip, pick_device(device))
-    cosines = clip_scores(_images(source), named, network, batch_size)
+    images = (batch.images[0] for batch in source.batches(1))
+    cosines = clip_scores(images, named, network, batch_size)
     values = {f"{name} ({network.name})": value for name, value in clip_summary(cosines).items()}
     if distributed.rank() == 0:
         for name, value in values.items():
@@ -220,8 +220,3 @@ def _prompt_of(file: str, count: int, where: str) -> int:
     if place >= count:
         raise UserError(f"{where}/{file}: its prompt is not in samples.json")
     return place
-
-
-def _images(source: FolderImages) -> Iterator[Tensor]:
-    for batch in source.batches(1):
-        yield batch.images[0]

@@ -125,21 +125,21 @@ class Collector:
         if statistics.count != self.total:
             raise UserError(f"{self.total} images were announced, {statistics.count} came")
         right, labelled = all_reduce_sum(self.hits).tolist()
+        features = None
+        if self.needs.keep:
+            kept, index = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+            features = gather_rows(kept)[gather_rows(index).argsort()]
         return Collected(
             count=self.total,
             moments=statistics.moments(),
             spatial=self.spatial.reduce().moments() if self.spatial is not None else None,
-            features=self._features() if self.needs.keep else None,
+            features=features,
             score=self.score.compute() if self.score is not None else None,
             accuracy=right / labelled if labelled else None,
             paired=paired,
             image_hash=set_hash(hashes),
             duplicates=len(hashes) - len(hashes.unique()),
         )
-
-    def _features(self) -> Tensor:
-        features, index = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
-        return gather_rows(features)[gather_rows(index).argsort()]
 
 
 def collect(

@@ -1,5 +1,6 @@
 """Checkpoints of several files: everything that one file does, in one process."""
 
+import hashlib
 import pickle
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,32 @@ def test_metadata_that_hold_code_are_refused(tmp_path: Path, capsys) -> None:
     assert not is_intact(tmp_path)
     with pytest.raises(UserError, match="is damaged"):
         read_sharded(tmp_path)
+    (tmp_path / "metadata.sha256").write_text(hashlib.sha256(pickle.dumps(Code())).hexdigest())
+    with pytest.raises(UserError, match="is damaged"):
+        read_sharded(tmp_path)
     assert "this was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "rest.pt", "metadata.sha256"])
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path, file: str) -> None:
+    """Bytes between the parts of a torch file belong to none of them; all others have a checksum."""
+    torch.manual_seed(0)
+    content = {"a": torch.randn(64, 32), "b": [torch.randn(2000), 3], "c": torch.arange(5)}
+    write_sharded(content, tmp_path, together=False)
+    whole = (tmp_path / file).read_bytes()
+    found = 0
+    for place in range(0, len(whole), max(1, len(whole) // 40)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        (tmp_path / file).write_bytes(damaged)
+        try:
+            read = read_sharded(tmp_path)
+        except UserError:
+            found += 1
+            continue
+        assert torch.equal(read["a"], content["a"]) and torch.equal(read["c"], content["c"])
+        assert torch.equal(read["b"][0], content["b"][0]) and read["b"][1] == 3
+    assert found > (20 if file != "rest.pt" else 5)
 
 
 def test_numbers_lists_and_small_tensors_come_back_as_they_were(tmp_path: Path) -> None:

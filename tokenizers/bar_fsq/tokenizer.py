@@ -181,7 +181,9 @@ class BARFSQ(GridTokenizer):
         )
         hidden = self.encoder_norm(self.encoder(self.patch_in(patches) + self.positions))
         with torch.autocast(images.device.type, enabled=False):
-            return F.linear(at_least_float32(hidden), *_float32(self.to_code))
+            weight = at_least_float32(self.to_code.weight)
+            bias = at_least_float32(self.to_code.bias)
+            return F.linear(at_least_float32(hidden), weight, bias)
 
     def render(self, vectors: Tensor) -> Tensor:
         return self._render(vectors)[0]
@@ -214,10 +216,6 @@ class BARFSQ(GridTokenizer):
             found = at_least_float32(self.align(states))
             losses["alignment"] = self.alignment_weight * F.mse_loss(found, target)
         return TokenizerOutput(drawn, quantized.tokens, losses)
-
-
-def _float32(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    return at_least_float32(layer.weight), at_least_float32(layer.bias)
 
 
 def bar_fsq_256(

@@ -88,7 +88,9 @@ class IBQ(Quantizer):
     def forward(self, z: Tensor) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_float32(z)
-            compared = [self._compare(rows) for rows in self._parts(z)]
+            rows = z.flatten(0, -2)
+            parts = rows.split(self.rows_at_once or max(1, len(rows)))
+            compared = [self._compare(part) for part in parts]
             tokens = torch.cat([part.tokens for part in compared]).view(z.shape[:-1])
             quantized = torch.cat([part.quantized for part in compared]).view(z.shape)
             hard = self.decode(tokens)
@@ -106,11 +108,6 @@ class IBQ(Quantizer):
                 batch = entropy(distributed.mean_over_ranks(shares), "magvit")
                 losses["entropy"] = self.entropy_weight * (sample - batch)
             return QuantizerOutput(quantized, tokens, losses)
-
-    def _parts(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Vectors [n, C], so many at a time."""
-        rows = z.flatten(0, -2)
-        return rows.split(self.rows_at_once or max(1, len(rows)))
 
     def _compare(self, rows: Tensor) -> "Compared":
         """Rows [n, C] against all codes; computed again in the backward pass where they are parts."""

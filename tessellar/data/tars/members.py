@@ -87,7 +87,7 @@ def label_of(fields: dict[str, Any], key: str, name: str) -> int | None:
         return None
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < MAX_CLASSES:
         raise UnreadableMember(
-            f"{name}: the class is {_short(label)}; it must be a whole number, 0 or more"
+            f"{name}: the class is {repr(label)[:40]}; it must be a whole number, 0 or more"
         )
     return label
 
@@ -107,7 +107,3 @@ def captions_of(fields: dict[str, Any], key: str, name: str) -> tuple[str, ...]:
 def _entry(fields: dict[str, Any], key: str) -> Any:
     entries = fields.get("json")
     return entries.get(key) if isinstance(entries, dict) else None
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40]

@@ -136,7 +136,8 @@ class Beam(Search):
         top = pool.select(best[:results])
         if top.known < count and self.complete:
             return self._completed(prior, judge, beams, top, results, steps)
-        shown = self._last_shown(prior, top, len(lengths))
+        complete = self.shown(prior, top, len(lengths))
+        shown = top if complete is None else complete(torch.arange(len(top)))
         images = decoder(shown.tokens, shown.known)
         return Found(
             tokens=beams.tokens,
@@ -153,10 +154,6 @@ class Beam(Search):
         if self.scale_first_step and beams < self.width:
             return self.candidates * (self.width // beams)
         return self.candidates
-
-    def _last_shown(self, prior: Prior, top: Pool, steps: int) -> Pool:
-        shown = self.shown(prior, top, steps)
-        return top if shown is None else shown(torch.arange(len(top)))
 
     def _completed(
         self,

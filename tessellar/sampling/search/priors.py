@@ -151,7 +151,8 @@ class GeneratorPrior(Prior):
         rows = len(given)
         one = torch.zeros(rows, dtype=torch.int64)
         entities = self.entities.select(one)
-        condition = self.condition.select(one.to(self._ids_device))
+        device = next(ids.device for ids in self.condition if ids is not None)
+        condition = self.condition.select(one.to(device))
         with self.rounding():
             state = self.generator.start(condition, self.guidance, entities)
         nothing = torch.zeros(rows, dtype=torch.float64)
@@ -163,10 +164,6 @@ class GeneratorPrior(Prior):
             last=nothing,
             state=state,
         )
-
-    @property
-    def _ids_device(self) -> torch.device:
-        return next(t.device for t in self.condition if t is not None)
 
     @torch.no_grad()
     def extend(self, beams: Pool, known: int, candidates: int, how: Branching) -> Pool:
