@@ -77,7 +77,8 @@ class RunFiles:
     def commands(self) -> list[str]:
         """The command of each part of the run."""
         found = []
-        for part in self.facts.get("parts") or [self.facts]:
+        parts = self.facts.get("parts")
+        for part in parts if isinstance(parts, list) and parts else [self.facts]:
             if isinstance(part, dict) and "command" in part:
                 found.append(str(part["command"]))
         return found
@@ -87,7 +88,8 @@ class RunFiles:
         column = {"data": ""}
         data = self.facts.get("data")
         if isinstance(data, dict):
-            names = data.get("class_names") or []
+            names = data.get("class_names")
+            names = names if isinstance(names, list) else []
             few = ", ".join(in_one_line(str(name)) for name in names[:10])
             more = f", and {len(names) - 10} more" if len(names) > 10 else ""
             column["data"] = f"{data.get('name')}: {len(names)} classes ({few}{more})"
@@ -247,6 +249,8 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tessellar.distributed import all_gather, own_share, rank
-from tessellar.errors import UserError, writing
+from tessellar.errors import UserError, check_is_file, writing
 from tessellar.evaluation.sources import ImageSource
 from tessellar.evaluation.subset import subset
 from tessellar.images import from_uint8
@@ -123,12 +123,13 @@ def metric_curves(metrics_csv: str | Path, out: str | Path, prefix: str = "") ->
 def columns_of(path: Path, prefix: str) -> dict[str, list[tuple[int, float]]]:
     """(step, value) by column, without empty cells and bookkeeping columns."""
     curves: dict[str, list[tuple[int, float]]] = {}
+    check_is_file(path)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if value and name.startswith(prefix) and name not in ("step", "epoch"):
                         curves.setdefault(name, []).append((int(row["step"]), float(value)))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
         raise UserError(f"{path} is not a metrics.csv of a run ({error})") from error
     return curves

@@ -5,18 +5,31 @@ Every metric is on the disk as soon as it is logged: the last row is written ane
 begins. So a checkpoint never knows of more than the file does. A resumed run cuts the file to the
 checkpoint's update and fills the row of that update further, as the uninterrupted run does (batches
 that are accumulated share it). Lightning's CSV logger deletes the file when a run is resumed.
+
+A file that somebody changed since, so that rows of it cannot be read, is kept beside the new one.
 """
 
 import csv
 import io
+import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from tessellar.errors import writing
+
+log = logging.getLogger(__name__)
+DIGITS = 18  # of the number of an update
+
+
+class Rows(NamedTuple):
+    """Rows of a file in its order, and how many of its lines are no rows of a run."""
+
+    rows: list[dict[str, str]]
+    unread: int
 
 
 class MetricsFile(Logger):
@@ -47,9 +60,16 @@ class MetricsFile(Logger):
     def begin(self, step: int) -> None:
         """Keep the rows of an earlier part of this run up to `step`, where it goes on; none of a
         run that starts.
+
+        A file with lines that cannot be read is kept under another name, which one line says.
         """
         self._started = True
-        rows = [row for row in self._read() if int(row["step"]) <= step] if step > 0 else []
+        rows: list[dict[str, str]] = []
+        if step > 0:
+            found = self._read()
+            rows = [row for row in found.rows if int(row["step"]) <= step]
+            if found.unread:
+                self._set_aside(found.unread)
         self._columns = list(rows[0]) if rows else ["step"]
         self._row = rows.pop() if rows else {}
         if self.path.exists() or rows:
@@ -69,7 +89,7 @@ class MetricsFile(Logger):
         self._row |= values
         self._columns += new
         if new or self._place == 0:
-            self._rewrite(self._read(self._place))
+            self._rewrite(self._read(self._place).rows)
             return
         # By one write: a kill leaves the older row or the newer one, a full disk the older one.
         with writing(self.path), self.path.open("r+b", buffering=0) as file:
@@ -81,15 +101,41 @@ class MetricsFile(Logger):
                 _put(file, self._place, before)
                 raise
 
-    def _read(self, end: int | None = None) -> list[dict[str, str]]:
-        """The whole rows of the file, of its first `end` bytes; a kill may have left a part of one."""
+    def _read(self, end: int | None = None) -> Rows:
+        """The whole rows of the file, of its first `end` bytes; a kill may have left a part of one
+        at its end, which counts neither way.
+        """
         if not self.path.exists():
-            return []
-        text = self.path.read_bytes()[:end].decode(errors="replace")
+            return Rows([], 0)
+        # A mark at the beginning, as spreadsheets write one, is no part of the first name.
+        text = self.path.read_bytes()[:end].decode("utf-8-sig", errors="replace")
         lines = text.rpartition("\n")[0].splitlines()
-        table = list(csv.reader(lines))
-        columns = table[0] if table else []
-        return [dict(zip(columns, row, strict=True)) for row in table[1:] if is_whole(row, columns)]
+        if not lines:
+            return Rows([], 0)
+        try:
+            table = list(csv.reader(lines))
+        except csv.Error:  # a field without end
+            return Rows([], len(lines))
+        columns = table[0]
+        if columns.count("step") != 1 or len(set(columns)) < len(columns):
+            return Rows([], len(lines))
+        whole = [row for row in table[1:] if is_whole(row, columns)]
+        rows = [dict(zip(columns, row, strict=True)) for row in whole]
+        return Rows(rows, len(table) - 1 - len(whole))
+
+    def _set_aside(self, unread: int) -> None:
+        """Keep a copy of a file with lines that are no rows, and say so."""
+        number = 0
+        while (kept := self.path.with_name(f"{self.path.stem}.{number}.csv")).exists():
+            number += 1
+        with writing(kept, unfinished=kept):
+            kept.write_bytes(self.path.read_bytes())
+        log.warning(
+            "%s has %d lines that are no rows of a run; as it was it is kept as %s",
+            self.path,
+            unread,
+            kept.name,
+        )
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Put the header, `rows` and the last row in place of the file."""
@@ -121,4 +167,7 @@ def _lines(columns: list[str], rows: list[dict[str, str]]) -> bytes:
 
 
 def is_whole(row: list[str], columns: list[str]) -> bool:
-    return len(row) == len(columns) and row[columns.index("step")].isdecimal()
+    if len(row) != len(columns):
+        return False
+    step = row[columns.index("step")]
+    return step.isdecimal() and len(step) <= DIGITS

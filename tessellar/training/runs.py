@@ -37,7 +37,7 @@ from tessellar.checkpoints.frozen import FILE
 from tessellar.checkpoints.kinds import is_sharded, look_into
 from tessellar.checkpoints.sharded import is_intact
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.errors import UserError, writing
+from tessellar.errors import UserError, check_is_file, writing
 from tessellar.places import in_runs
 from tessellar.training.continuing import CONFIG, keep_config
 from tessellar.training.metrics_file import MetricsFile
@@ -60,7 +60,7 @@ EXPORT = "export"
 
 #: What a run's folder may hold without a checkpoint or an export: such a run may be started again.
 OF_A_BEGINNING = (
-    r"checkpoints|config(\.\d+)?\.yaml|run\.json|metrics\.csv|pictures|tensorboard|wandb|wandb_id|lock|interrupted|log\.txt"
+    r"checkpoints|config(\.\d+)?\.yaml|run\.json|metrics(\.\d+)?\.csv|pictures|tensorboard|wandb|wandb_id|lock|interrupted|log\.txt"
     r"|traceback.*\.txt|.*\.(tmp|part)"
 )
 LIBRARIES = ("torch", "lightning", "tessellar", "timm", "torchmetrics")
@@ -88,6 +88,7 @@ class Run:
         self._lock: IO[str] | None = None
         self.parts: list[dict[str, Any]] = []
         self.record: dict[str, Any] = {}  # what run.json says
+        self.require_files()
         self.checkpoint = self.find_checkpoint(resume)
         self.begun = False
         # Folders that are taken away again where the run does not begin.
@@ -285,6 +286,14 @@ class Run:
             return {}
         return said if isinstance(said, dict) else {}
 
+    def require_files(self) -> None:
+        """Raise UserError for a pipe or a device among what a run reads and writes: opening one may
+        never end.
+        """
+        for folder in (self.folder, self.folder / CHECKPOINTS):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                check_is_file(path)
+
     def earlier_parts(self) -> list[dict[str, Any]]:
         """The parts that run.json lists; of an older one that lists none, what it says of the run."""
         if not self.continues:
@@ -292,8 +301,13 @@ class Run:
         said = self.said()
         if not said:
             return []
+        parts = said.get("parts")
+        if isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts):
+            return parts
+        if parts:
+            log.warning("%s: its parts cannot be read and are left out", self.folder / "run.json")
         facts = ("config", "command", "commit", "from")
-        return said.get("parts") or [{name: said.get(name) for name in facts}]
+        return [{name: said.get(name) for name in facts}]
 
     def interrupted(self, line: str) -> None:
         """Leave a mark that the run was ended by a signal and wants to be continued; it goes when

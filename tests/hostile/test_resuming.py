@@ -14,7 +14,10 @@ import yaml
 
 from benchmarks.attacked import differing_rows, rows
 from tessellar.callbacks.checkpoints import Checkpoints
+from tessellar.cli.report import write_report
+from tessellar.errors import UserError
 from tessellar.schedules import Schedule
+from tessellar.training.metrics_file import MetricsFile
 from tessellar.training.runs import Run
 from tessellar.training.tokenizer_module import TokenizerModule
 
@@ -269,3 +272,86 @@ def test_bfloat16_that_the_processor_only_emulates_is_left_and_said(
     assert (
         yaml.safe_load(Path("runs/x/config.yaml").read_text())["trainer"]["precision"] == precision
     )
+
+
+RUN_JSON = (
+    '{"parts": 5}',
+    '{"parts": ["a"]}',
+    '{"parts": [null]}',
+    '{"parts": {"a": 1}}',
+    '{"data": 3}',
+    "[1]",
+    "\0",
+)
+
+
+@pytest.mark.parametrize("text", RUN_JSON)
+def test_a_run_json_that_was_changed_stops_no_resume(ended: Path, text: str) -> None:
+    """What it said of the parts before is lost, and said to be; their configs are still there."""
+    (ended / "run.json").write_text(text)
+    run = Run("x", resume="auto")
+    run.begin("now: 1\n", {"command": "again", "commit": "", "name": "x"})
+    run.end("finished")
+    parts = json.loads((ended / "run.json").read_text())["parts"]
+    assert parts[-1]["command"] == "again" and parts[-1]["status"] == "finished"
+    assert (ended / "config.0.yaml").exists()
+    assert write_report([ended], Path("report.html")).exists()
+
+
+@pytest.mark.parametrize(
+    "name", ("metrics.csv", "run.json", "config.yaml", "log.txt", "lock", "checkpoints/best.ckpt")
+)
+def test_a_pipe_in_the_folder_of_a_run_is_not_waited_for(ended: Path, name: str) -> None:
+    (ended / name).unlink()
+    os.mkfifo(ended / name)
+    with pytest.raises(UserError, match=f"runs/x/{name} is a pipe or a device, not a file"):
+        Run("x", resume="auto")
+
+
+def metrics(content: bytes) -> tuple[MetricsFile, str]:
+    """A run's metrics that held `content` when it went on after update 2; and what is there then."""
+    path = Path("metrics.csv")
+    path.write_bytes(content)
+    file = MetricsFile(path)
+    file.begin(2)
+    file.log_metrics({"a": 1.0}, 3)
+    return file, path.read_text()
+
+
+def test_metrics_that_a_spreadsheet_wrote_are_read(folder: Path) -> None:
+    """A byte order mark, line ends of two characters, quotes."""
+    written = b'\xef\xbb\xbf"step","a"\r\n"1","0.5"\r\n"2","0.25"\r\n"3","7"\r\n'
+    assert metrics(written)[1] == "step,a\n1,0.5\n2,0.25\n3,1\n"
+    assert list(folder.glob("metrics.*.csv")) == []
+
+
+@pytest.mark.parametrize(
+    "content, unread",
+    [
+        (b"step;a\n1;0,5\n2;0,25\n", 3),
+        (b"a,b\n1,2\n", 2),
+        (b"step,step\n1,1\n", 2),
+        (b"step,a,a\n1,1,2\n", 2),
+        (b"step,a\nx,1\n2,1\n", 1),
+        (b"step,a\n" + b"9" * 5000 + b",1\n2,1\n", 1),
+        (b"step,a\n1\n2,1\n", 1),
+        (b'step,a\n1,"' + b"1" * 200_000 + b"\n", 2),
+        ("step,a\n1,1\n".encode("utf-16"), 2),
+    ],
+)
+def test_metrics_that_were_changed_are_kept_as_they_were(
+    folder: Path, caplog: pytest.LogCaptureFixture, content: bytes, unread: int
+) -> None:
+    """Each time again, under another name; what can be read of them goes on."""
+    for number in range(2):
+        text = metrics(content)[1]
+        assert text.startswith("step,a\n") and text.endswith("3,1\n")
+        assert ("2,1\n" in text) == (unread == 1)
+        assert (folder / f"metrics.{number}.csv").read_bytes() == content
+    line = f"metrics.csv has {unread} lines that are no rows of a run; as it was it is kept as"
+    assert caplog.text.count(line) == 2
+
+
+def test_a_row_that_a_kill_cut_is_no_change(folder: Path) -> None:
+    assert metrics(b"step,a\n1,0.5\n2,0.25\n3,0.1")[1] == "step,a\n1,0.5\n2,0.25\n3,1\n"
+    assert list(folder.glob("metrics.*.csv")) == []
