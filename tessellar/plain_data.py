@@ -22,6 +22,12 @@ class Unbounded(UserError):
     """Data beyond the limits."""
 
 
+class Repeated(UserError):
+    """A key that is given twice: of the two a parser takes the last, and drops the other without a
+    word.
+    """
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
     """The data of a JSON text; raises UserError, in one line that begins with `where`, for anything
     else.
@@ -44,6 +50,8 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except RecursionError as error:
         raise Unbounded(_nested(where)) from error
+    except Repeated as error:
+        raise Repeated(f"{where} {error}") from error
     # a date that is none is a ValueError, text of another encoding too
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{where} is not YAML ({_short(error)})") from error
@@ -86,8 +94,21 @@ def check_plain(data: Any, where: str) -> None:
 
 class _Loader(yaml.SafeLoader):
     """Without merge keys (`<<`): nothing that we write has them, and nested they grow without end
-    while they are read.
+    while they are read. Without keys that are given twice.
     """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        marks: dict[tuple[str, str], yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            first = marks.setdefault((key.tag, key.value), key.start_mark)
+            if first is not key.start_mark:
+                raise Repeated(
+                    f"gives {key.value[:60]!r} in line {first.line + 1} and again in line "
+                    f"{key.start_mark.line + 1}; make one of the two"
+                )
+        return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):

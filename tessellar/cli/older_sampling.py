@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tessellar.errors import UserError
-from tessellar.plain_data import Unbounded, read_yaml
+from tessellar.plain_data import Repeated, Unbounded, read_yaml
 from tessellar.sampling.older import in_one_line, refuse_config, refuse_words, respell
 
 
@@ -16,7 +16,7 @@ def refuse_older(argv: Sequence[str]) -> None:
     for path in configs_of(argv):
         try:
             config = read_yaml(Path(path))
-        except Unbounded:
+        except (Unbounded, Repeated):
             raise
         except (UserError, ValueError):
             continue  # the parser says it better

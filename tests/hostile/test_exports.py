@@ -260,6 +260,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "an unknown alias": ("a: *nowhere", "is not YAML"),
     "a zero byte": ("a: \0", "is not YAML"),
     "two documents": ("a: 1\n---\nb: 2", "is not YAML"),
+    "a key twice": ("a: 1\nb:\n  c: 1\na: 2", "yaml gives 'a' in line 1 and again in line 4"),
+    "a key twice in a line": ("b: {c: 1, c: 2}", "yaml gives 'c' in line 1 and again in line 1"),
 }
 
 

@@ -319,6 +319,7 @@ TRAIN: dict[str, str] = {
     "--config zero.yaml --name x": "default_root_dir is .*which holds a zero byte",
     "--config list.yaml --name x": "a config is a mapping",
     "--config bytes.yaml --name x": "bytes.yaml",
+    "--config twice.yaml --name x": "twice.yaml gives 'max_steps' in line 2 and again in line 3",
     f"{RUN} --data.class_path tessellar.data.ImageFolderData --data.init_args.root "
     "{tiny}/nowhere --data.init_args.size 16": "nowhere is not a folder",
     f"{RUN} --data.class_path tessellar.data.WebDatasetData --data.init_args.shards "
@@ -364,6 +365,7 @@ def test_a_value_that_cannot_be_is_one_line(
         (folder / "brackets.yaml").write_text("[" * 5000)
         (folder / "zero.yaml").write_text('trainer: {default_root_dir: "a\\0b"}')
         (folder / "list.yaml").write_text("[1]")
+        (folder / "twice.yaml").write_text("trainer:\n  max_steps: 1\n  max_steps: 2\n")
         (folder / "bytes.yaml").write_bytes(b"\xff\xfe\0x")
     before, theirs = files(folder), files(tiny)
     code, lines = said(command, [word.format(tiny=tiny) for word in words.split(" ") if word])
