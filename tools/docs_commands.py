@@ -151,6 +151,8 @@ def smaller(words: list[str]) -> list[str]:
         return [*words, *few, *SMALL, *few_shapes, *quick]
     if script == "sample.py":
         return [*words, "--per-class", "2"] if "--per-class" in words else [*words, "--count", "4"]
+    if words[2:3] == ["sweep"]:  # `tessellar sweep`
+        return [*words, "--updates", "4", "--trainer.limit_val_batches", "1", *few_shapes]
     chosen = words[1] if script == "evaluate.py" else script
     few = FEW_OF.get(chosen, [])
     if chosen == "stats" and "train" not in words:

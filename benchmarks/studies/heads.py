@@ -34,7 +34,7 @@ from benchmarks.studies.steps import (
     read_results,
     write_results,
 )
-from tessellar.cli.sweep import varied
+from tessellar.cli.evaluation_sweep import varied
 from tessellar.data.sets.fashion_mnist import FashionMNISTData
 from tessellar.images import to_uint8
 from tessellar.models.bar import BAR

@@ -29,6 +29,7 @@ SCRIPTS = {
 }
 COMMANDS = {
     **SCRIPTS,
+    "sweep": "try learning rates and batch sizes by short runs of training",
     "report": "one HTML page of a run, or of several side by side",
     "demo": "a page in the browser: draw, watch, in-paint, reconstruct, compare",
     "serve": "serve images over HTTP, as OpenAI's images endpoint does",

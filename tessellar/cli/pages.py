@@ -21,7 +21,19 @@ from tessellar.cli.spelling import spelled
 
 WIDTH = 100
 COLUMN = 18
-PLAIN = ("str", "int", "float", "bool", "list", "Literal", "Metric", "Purpose", "ImageDataModule")
+PLAIN = (
+    "str",
+    "int",
+    "float",
+    "bool",
+    "list",
+    "dict",
+    "tuple",
+    "Literal",
+    "Metric",
+    "Purpose",
+    "ImageDataModule",
+)
 EXAMPLES = {
     "train": (
         "--config demo/tokenizer",
@@ -60,6 +72,10 @@ EXAMPLES = {
     "push": (
         "runs/demo-generator/export OWNER/NAME --license cc-by-4.0",
         "runs/demo-generator/export OWNER/NAME --license cc-by-4.0 --yes",
+    ),
+    "sweep": (
+        "--config demo/generator --optimizer.lr 3e-4 1e-3 3e-3 --data.batch_size 16 32",
+        "--config demo/tokenizer --optimizer.lr 1e-3 4e-3 --metric val/psnr --mode max",
     ),
     "report": (
         "runs/demo-generator",

@@ -9,4 +9,5 @@ from pathlib import Path
 def spelled(command: str) -> str:
     """`python train.py` in a checkout, `tessellar train` where the installed command was called."""
     called = Path(sys.argv[0]).name
-    return f"python {command}.py" if called.endswith(".py") else f"tessellar {command}"
+    script = called.endswith(".py") and called != "__main__.py"
+    return f"python {command}.py" if script else f"tessellar {command}"

@@ -325,8 +325,11 @@ def fit(cli: TrainCLI) -> None:
         run.end("interrupted")
         raise
     except BaseException as error:
+        facts: dict[str, Any] = {"error": " ".join(str(error).split())[:500]}
+        if isinstance(error.__cause__, NonFiniteGradients):
+            facts["diverged"] = True
         with suppress(UserError):  # the disk is full: the first error is the one to tell
-            run.end("failed", {"error": " ".join(str(error).split())[:500]})
+            run.end("failed", facts)
         raise
 
 

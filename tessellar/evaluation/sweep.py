@@ -76,6 +76,11 @@ def table(points: Sequence[Point], chosen: Point, metrics: Sequence[str]) -> str
         mark = "*" if point is chosen else ""
         cells = [str(value) for value in point.values.values()]
         rows.append([mark, *cells, *[f"{point.metric(name):.5g}" for name in metrics]])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, columns to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

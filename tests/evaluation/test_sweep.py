@@ -11,7 +11,7 @@ from torch import nn
 from tessellar.checkpoints.description import averages_of
 from tessellar.checkpoints.export import export_generator
 from tessellar.cli.evaluate import main
-from tessellar.cli.sweep import varied, with_axes
+from tessellar.cli.evaluation_sweep import varied, with_axes
 from tessellar.errors import UserError
 from tessellar.evaluation.generation import GeneratedImages
 from tessellar.evaluation.sweep import higher_is_better
@@ -94,7 +94,7 @@ def test_an_interrupted_sweep_goes_on(
     words = ["sweep", "--guidance.scale", "1", "2", "3", export, *SHAPES, "--count", "8"]
     words += ["--extractor", str(tiny_file), "--metrics", "fd", "--out", "s"]
     with monkeypatch.context() as patch:
-        patch.setattr("tessellar.cli.sweep.report", lambda *_, **__: 1 / 0)
+        patch.setattr("tessellar.cli.evaluation_sweep.report", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(words)
     assert len(made) == 4
