@@ -72,6 +72,18 @@ class ImageGenerator(nn.Module):
         """(height, width) of the images."""
         return self.tokenizer.image_size
 
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        """Make images of another size (height, width) from now on, with the same weights; for models
+        that were trained on several sizes. Raises UserError where tokenizer or generator cannot.
+        """
+        before = self.tokenizer.image_size
+        self.tokenizer.take_size(image_size)
+        try:
+            self.generator.take_layout(self.tokenizer.layout)
+        except UserError:
+            self.tokenizer.take_size(before)
+            raise
+
     @property
     def num_classes(self) -> int | None:
         """How many classes there are; None for a generator that reads text."""

@@ -81,8 +81,25 @@ class LlamaGen(LlamaGenerator):
                 caption_dim, caption_length, width=width, dropout=condition_dropout
             )
         self.output = nn.Linear(width, vocab, bias=False)
-        self.set_rotations(*rope_table(layout, self.conditioning.length, self.head_dim, rope_base))
+        self.rope_base = rope_base
+        self.set_rotations(*self.rotations(layout))
         self.init_weights(zero_init_residual)
+        self._layouts: dict[Layout, tuple[Entities, Tensor, Tensor]] = {}
+
+    def rotations(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """cos, sin [P + N, head_dim / 2] of the prefix and of a layout's places."""
+        return rope_table(layout, self.conditioning.length, self.head_dim, self.rope_base)
+
+    def take_layout(self, layout: Layout) -> None:
+        """Rotations follow rows and columns, so other grids need no other weights."""
+        if not layout.differs_in_shapes(self.layout):
+            super().take_layout(layout)
+        if layout not in self._layouts:
+            self._layouts[layout] = (token_order(layout), *self.rotations(layout))
+        self.layout = layout
+        self.entities, cos, sin = self._layouts[layout]
+        device = self.rope_cos.device
+        self.set_rotations(cos.to(device), sin.to(device))
 
     def embed(self, tokens: Tensor, index: Tensor, entities: Entities) -> Tensor:
         """Input i is the i-th token generated (its successor is predicted there)."""

@@ -60,6 +60,8 @@ def cache(
         raise UserError(
             "say what to encode, for example --data tessellar.data.ImageFolderData --data.root DIR"
         )
+    if data.buckets:
+        raise UserError("a cache holds tokens of one layout: leave data.buckets out")
     if not out:
         raise UserError("say where to write: --out FOLDER")
     check_whole("--batch-size", batch_size, least=1, most=MAX_IMAGES)

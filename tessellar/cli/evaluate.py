@@ -21,10 +21,11 @@ from tessellar.cli.evaluation_run import (
     data_of_run,
     split_of,
 )
+from tessellar.cli.evaluation_sweep import sweep, with_axes
 from tessellar.cli.evaluation_tools import compare, extractor, neighbours, stats
 from tessellar.cli.functions import Elsewhere, run_functions
 from tessellar.cli.older_sampling import refuse_older
-from tessellar.cli.sweep import sweep, with_axes
+from tessellar.cli.sample import size_of
 from tessellar.data.datamodule import ImageDataModule
 from tessellar.errors import UserError
 from tessellar.evaluation import protocols
@@ -119,6 +120,7 @@ def model(
     lpips_weights: str | None = None,
     keep: str = "",
     shard: str | None = None,
+    size: list[int] | None = None,
     out: str = "",
     batch_size: int = 64,
     device: str = "auto",
@@ -150,6 +152,7 @@ def model(
         lpips_weights: torchvision's VGG-16 weights (default: downloaded)
         keep: folder in which samples stay, so that an interrupted evaluation goes on
         shard: make only the part 1/4, 2/4, ... of the samples, into --keep
+        size: height and width, of a model that was trained on several, and of the data (default: its own)
         out: JSON record to write (default: a new file below outputs/evaluations)
         batch_size: images at once
         device: auto, cpu, cuda, ...
@@ -170,6 +173,12 @@ def model(
     made = read_source(model, raw=raw)
     loaded = assemble(made).to(measurement.on)
     facts = {"model": model, "weights": made.weights, "fingerprint": fingerprint(loaded)}
+    shown = size_of(size)
+    if shown is not None:
+        loaded.take_size(shown)
+        facts["size"] = f"{shown[0]} x {shown[1]}"
+        if data is not None:
+            data.take_size(shown)
     count = count or measurement.protocol.samples
     if isinstance(loaded, Tokenizer):
         if keep:

@@ -87,6 +87,7 @@ def sample(
     mask: str | None = None,
     edit: Edit | None = None,
     other: str | None = None,
+    size: list[int] | None = None,
 ) -> None:
     """Make images of classes, or of prompts: image i has class classes[i % len(classes)] and its
     own seed, seed + i.
@@ -120,10 +121,14 @@ def sample(
         mask: picture of the size of --image, light where that is drawn anew
         edit: how to edit, such as Inpaint or Continue; --edit.help lists them
         other: second picture of an edit (Swap)
+        size: height and width, of a model that was trained on several (default: its own)
     """
     trust(package)
     check_target(Path(out), RECORD, overwrite)
     source, generator = _load(model, raw, device)
+    shown = size_of(size)
+    if shown is not None:
+        generator.take_size(shown)
     texts = None if prompts is None else read_prompts(prompts, generator)
     named = parse_classes(classes, generator) if texts is None else list(range(len(texts)))
     edits = edit is not None or mask is not None
@@ -176,6 +181,7 @@ def sample(
         **_what(named, texts, generator.class_names),
         "seed": seed,
         "precision": precision,
+        **({} if shown is None else {"size": list(shown)}),
     }
     start = time.perf_counter()
     wanted = None if texts is None else [texts[label] for label in labels]
@@ -232,6 +238,15 @@ def _load(path: str, raw: bool, device: str) -> tuple[Source, ImageGenerator]:
     generator = assemble(source)
     assert isinstance(generator, ImageGenerator)
     return source, generator.to(pick_device(device))
+
+
+def size_of(numbers: list[int] | None) -> tuple[int, int] | None:
+    """(height, width) of `--size 24 16`, or of one side; raises UserError for other numbers."""
+    if numbers is None:
+        return None
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise UserError(f"--size is {numbers}; it is a side, or height and width, in pixels")
+    return numbers[0], numbers[-1]
 
 
 def read_material(

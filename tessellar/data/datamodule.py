@@ -9,7 +9,8 @@ rest of a run does not depend on its loaders.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -18,12 +19,13 @@ from torch.utils.data import DataLoader
 
 from tessellar.checkpoints.data_facts import DataFacts
 from tessellar.data.batch import collate, normalised
+from tessellar.data.buckets import Bucketing, InBuckets, bucketing_of
 from tessellar.data.classes import shown
 from tessellar.data.crops import Resize, sides
 from tessellar.data.dataset import ImageDataset, IndexedDataset, digest
 from tessellar.data.framing import Crop, Framing
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
-from tessellar.data.sampler import ResumableSampler
+from tessellar.data.sampler import BucketSampler, ByBatches, ResumableSampler
 from tessellar.data.workers import attended, sensible_workers
 from tessellar.errors import UserError
 from tessellar.progress import count_of
@@ -31,6 +33,7 @@ from tessellar.protocol.arguments import in_ranges
 
 log = logging.getLogger(__name__)
 SHOWN = 5  # corrupt images that are named, of all that are counted
+Split = Literal["train", "val", "test"]
 UNEVEN = 10  # times as many images of one class as of another
 
 
@@ -46,6 +49,8 @@ class ImageDataModule(LightningDataModule, ABC):
     name: str
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
+    #: Sizes (height, width) of the batches, the first one that of `image_size`; none: all have that size.
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __init__(
         self,
@@ -87,6 +92,16 @@ class ImageDataModule(LightningDataModule, ABC):
         """Take a run's seed for the order, crops and flips, unless this data has a seed of its own."""
         if self._follows:
             self.seed = seed
+
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        """Give images of one size (height, width) from now on, and no buckets.
+
+        A set that frames pictures overrides it. Raises UserError, naming the set, for all others.
+        """
+        if tuple(image_size) != tuple(self.image_size):
+            raise UserError(
+                f"{self.name} has images of {self.image_size}, not of {tuple(image_size)}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -177,13 +192,13 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._facts
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset(), train=True)
+        return self._loader(self.train_dataset(), "train")
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val_dataset(), train=False)
+        return self._loader(self.val_dataset(), "val")
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_dataset(), train=False)
+        return self._loader(self.test_dataset(), "test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Images as floats, made where they are needed, in the precision that the run's inputs have."""
@@ -206,31 +221,40 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         self._loaded.clear()
 
-    def _loader(self, dataset: IndexedDataset, train: bool) -> DataLoader:
+    def _loader(self, dataset: IndexedDataset, split: Split) -> DataLoader:
         rank, world_size = self._share()
+        train = split == "train"
         if train and len(dataset) < self.batch_size * world_size:
             raise UserError(
                 f"{self.name} has {len(dataset)} training images, too few for a batch of {self.batch_size} on each of "
                 f"{world_size} processes: lower data.batch_size"
             )
-        labels = dataset.labels.numpy() if train and self.balance else None
-        sampler = ResumableSampler(
-            dataset, self.seed, train, rank, world_size, drop_last=train, balance=labels
-        )
+        sampler = self._sampler(dataset, split, rank, world_size)
         if train:
             sampler.seek(*self._place(sampler.total))
         self._loaded.append(dataset)
+        makes_batches = isinstance(sampler, BucketSampler)
         return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
+            ByBatches(dataset) if makes_batches else dataset,
+            batch_size=None if makes_batches else self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate,
-            drop_last=train,
+            drop_last=train and not makes_batches,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
             worker_init_fn=attended(),
+        )
+
+    def _sampler(
+        self, dataset: IndexedDataset, split: Split, rank: int, world_size: int
+    ) -> ResumableSampler:
+        """The order of a split's samples, or batches."""
+        train = split == "train"
+        labels = dataset.labels.numpy() if train and self.balance else None
+        return ResumableSampler(
+            dataset, self.seed, train, rank, world_size, drop_last=train, balance=labels
         )
 
     def _share(self) -> tuple[int, int]:
@@ -271,6 +295,10 @@ class PictureDataModule(ImageDataModule):
 
     `crop`, `flip`, `ten_ratios`, `resize` and `centring` apply to training (see Framing). Corrupt
     images are skipped up to the share `max_corrupt`. Where no `name` is given, a set names itself.
+
+    With `buckets`, further sizes [height, width], each picture is framed to the one of `size` and
+    these that its proportions are nearest to, and a batch has pictures of one of them. References
+    and caches, which have one size, are of `size`.
     """
 
     def __init__(
@@ -287,9 +315,72 @@ class PictureDataModule(ImageDataModule):
         resize: Resize | None = None,
         balance: bool = False,
         centring: tuple[int, int] | None = None,
+        buckets: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__(batch_size, num_workers, seed, balance)
         self.image_size = sides(size)
         self.framing = Framing(size, crop, flip, tuple(ten_ratios), resize, centring)
         self.name = name or ""
         self.max_corrupt = max_corrupt
+        if buckets and balance:
+            raise UserError("balance draws single samples, buckets whole batches: choose one")
+        if buckets:
+            self.buckets = tuple(dict.fromkeys([self.image_size, *map(sides, buckets)]))
+        self._framings(self.framing)  # raises for a size that cannot be framed to
+        self._bucketings: dict[Split, Bucketing] = {}
+
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        self.framing = replace(self.framing, size=image_size)
+        self.image_size = sides(image_size)
+        self.buckets = ()
+
+    def found(self) -> str:
+        """With the number of training images in each bucket."""
+        if not self.buckets:
+            return super().found()
+        bucketing = self._bucketing(self.train_dataset(), "train")
+        return f"{super().found()}; in buckets {bucketing.spelled()}"
+
+    def contents(self) -> tuple[str, str]:
+        if not self.buckets:
+            return super().contents()
+        train, val = super().contents()
+        return digest(parts=[train, self.buckets]), digest(parts=[val, self.buckets])
+
+    def _framings(self, framing: Framing) -> tuple[Framing, ...]:
+        return tuple(replace(framing, size=size) for size in self.buckets)
+
+    def _bucketing(self, dataset: PictureDataset, split: Split) -> Bucketing:
+        """The buckets of a split's pictures, looked at once and said."""
+        if split not in self._bucketings:
+            self._bucketings[split] = bucketing_of(dataset, self.buckets)
+            if split == "train":
+                batch = self.batch_size * self._share()[1]
+                self._bucketings[split].tell(self.name, batch)
+        return self._bucketings[split]
+
+    def _sampler(
+        self, dataset: IndexedDataset, split: Split, rank: int, world_size: int
+    ) -> ResumableSampler:
+        if not self.buckets:
+            return super()._sampler(dataset, split, rank, world_size)
+        assert isinstance(dataset, PictureDataset)
+        train = split == "train"
+        bucketing = self._bucketing(dataset, split)
+        dataset.in_buckets = InBuckets(bucketing.of, self._framings(dataset.framing))
+        sampler = BucketSampler(
+            dataset,
+            bucketing.of,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=train,
+            rank=rank,
+            world_size=world_size,
+            drop_last=train,
+        )
+        if not sampler.total:
+            raise UserError(
+                f"{self.name}: no bucket ({bucketing.spelled()}) has the {sampler.step} images of a step: "
+                "lower data.batch_size or give fewer buckets"
+            )
+        return sampler

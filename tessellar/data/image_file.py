@@ -29,6 +29,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # Pillow's name
 # Of the sides: a crop resizes the shorter one, and the longer one with it.
 MAX_RATIO = 64
 TWELVE_BITS = 4095
+# EXIF's tag, and its values for images that lie on a side.
+ORIENTATION = 274
+QUARTER_TURNS = (5, 6, 7, 8)
 # TIFF's tag PhotometricInterpretation, and its value for inverted grey.
 WHITE_IS_ZERO = (262, 0)
 
@@ -73,6 +76,27 @@ def _decode(source: str | Path | io.BytesIO, name: str) -> Image.Image:
             f"({', '.join(FORMATS)} are)"
         ) from error
     except Exception as error:  # Pillow's decoders raise every kind on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"cannot read the image {name}: {reason}") from error
+
+
+def read_shape(source: str | Path | bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the upright image in a file, or its bytes, by its header; raises
+    UnreadableImage. A PNG's orientation counts where it stands before the pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.init()
+            formats = [name for name in FORMATS if name in Image.OPEN]
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=formats) as image:
+                check_shape(image)
+                width, height = image.size
+                reads_all = image.format == "PNG" and "exif" not in image.info
+                turned = not reads_all and image.getexif().get(ORIENTATION, 1) in QUARTER_TURNS
+                return (width, height) if turned else (height, width)
+    except Exception as error:  # as in _decode
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"cannot read the image {name}: {reason}") from error
 

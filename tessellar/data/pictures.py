@@ -7,7 +7,7 @@ corrupt images are treated as `damage.py` says.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ class PictureDataset(ImageDataset):
         self.seed = seed
         self.damage = Damage(len(labels), max_corrupt, self.where)
         self.vary_captions = vary_captions
+        # Set by a loader of batches of several sizes.
+        self.in_buckets: Callable[[int], Framing] | None = None
         self.own_captions = captioned is not None and bool(captioned.any())
         named = [class_text(class_names, label) for label in labels.unique().tolist()]
         self.has_captions = self.own_captions or any(named)
@@ -71,6 +73,11 @@ class PictureDataset(ImageDataset):
     @abstractmethod
     def open(self, index: int) -> Image.Image:
         """The whole image in mode RGB; raises UnreadableImage."""
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """(height, width) of the whole image; a reader that finds it without decoding says so."""
+        image = self.open(index)
+        return image.height, image.width
 
     @abstractmethod
     def where(self, index: int) -> str:
@@ -139,8 +146,13 @@ class PictureDataset(ImageDataset):
         for index, row in zip(indices, draws, strict=True):
             source, image = self.damage.read(int(index), self.open)
             sources.append(source)
-            shown.append(self.framing.draw(image, row, self.where(source), self.epoch))
+            framing = self.framing_of(int(index))
+            shown.append(framing.draw(image, row, self.where(source), self.epoch))
         return self._pixels(indices, sources, shown)
+
+    def framing_of(self, index: int) -> Framing:
+        """How a sample is framed in training: to the size of its bucket, where there are some."""
+        return self.framing if self.in_buckets is None else self.in_buckets(index)
 
     def _pixels(
         self, indices: Sequence[int], sources: Sequence[int], shown: Sequence[Image.Image]

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
+from tessellar.errors import UserError
 from tessellar.randomness import derive
 
 
@@ -122,3 +123,101 @@ def balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.nda
         drawn += [generator.permutation(of_class) for _ in range(rounds)]
         drawn[-1] = drawn[-1][: len(of_class) - (rounds * len(of_class) - count)]
     return generator.permutation(np.concatenate(drawn))
+
+
+class BucketSampler(ResumableSampler):
+    """Batches instead of samples: lists of indices of one rank, all of one bucket.
+
+    Sample i is of bucket `buckets[i]`. Step k of R ranks takes `batch_size` R samples of one bucket, so
+    it is the step of one process with a batch of that size. In training (`drop_last`) every batch is
+    whole: what is left of a bucket is left out, other samples in each epoch. Positions count samples, as
+    those of the base do, and stand at the ends of batches alone: a run goes on with the same number of
+    samples a step.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        buckets: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(dataset, seed, shuffle, rank, world_size, drop_last)
+        self.buckets = buckets
+        self.step = batch_size * world_size
+        counts = np.bincount(buckets)
+        self.total = int((counts - counts % self.step).sum() if drop_last else len(buckets))
+
+    def groups(self) -> list[np.ndarray]:
+        """The samples of each step of this epoch, over all ranks."""
+        count = len(self.buckets)
+        generator = np.random.default_rng(derive(self.seed, self.epoch))
+        order = generator.permutation(count) if self.shuffle else np.arange(count)
+        groups = []
+        for bucket in np.unique(self.buckets):
+            members = order[self.buckets[order] == bucket]
+            for first in range(0, len(members), self.step):
+                group = members[first : first + self.step]
+                if len(group) == self.step or not self.drop_last:
+                    groups.append(group)
+        if self.shuffle:
+            groups = [groups[place] for place in generator.permutation(len(groups))]
+        return groups
+
+    def order(self) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.groups()])
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        start = self.start
+        self.start = 0
+        self.position = 0
+        for group in self.groups():
+            self.position += len(group)
+            mine = group[self.rank :: self.num_replicas].tolist()
+            if self.position > start and mine:
+                yield mine
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch."""
+        counts = np.bincount(self.buckets)
+        whole, left = np.divmod(counts, self.step)
+        return int(whole.sum() if self.drop_last else (whole + (left > self.rank)).sum())
+
+    def seek(self, epoch: int, start: int) -> None:
+        """As the base's; raises UserError for a place within a batch."""
+        super().seek(epoch, start)
+        if start % self.step and start != self.total:
+            raise UserError(
+                f"the run was at sample {start} of an epoch, within a batch of {self.step} over all processes: "
+                "continue it with the number of images a step that it had"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the base's; raises ValueError for another number of samples a step too."""
+        if state.get("step") != self.step:
+            raise ValueError(
+                f"the saved order has {state.get('step')} samples a step; this one has {self.step}"
+            )
+        super().load_state_dict(state)
+
+
+class ByBatches(Dataset):
+    """A data set whose index is the list of indices of a batch, for loaders whose sampler makes the
+    batches.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        return self.dataset.__getitems__(indices)

@@ -67,6 +67,15 @@ class ViTBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate=self.gelu))
 
 
+def positions_on(table: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """A table of positions [1, h w, D] of one grid on another, bicubically; gradients pass."""
+    if other == grid:
+        return table
+    maps = rearrange(table, "1 (h w) d -> 1 d h w", h=grid[0])
+    resized = F.interpolate(maps.float(), size=other, mode="bicubic").to(table.dtype)
+    return rearrange(resized, "1 d h w -> 1 (h w) d")
+
+
 def resized_positions(table: Tensor, prefix: int, side: int) -> Tensor:
     """A table of positions [1, prefix + h w, D] of a square grid on one of `side` x `side`,
     bicubically; the `prefix` stays.

@@ -334,6 +334,15 @@ class Generator(Configured, ExactTables, ABC):
         """
         return None
 
+    def take_layout(self, layout: Layout) -> None:
+        """Predict tokens of another layout from now on, one that differs only in the shapes of its
+        segments; weights stay. The other half of `Tokenizer.take_size`.
+
+        A generator that can overrides it. Raises UserError, naming the generator, for all others.
+        """
+        if layout != self.layout:
+            raise UserError(f"{type(self).__name__} predicts tokens of one layout, {self.layout}")
+
     def bind(self, tokenizer: Tokenizer) -> None:
         """Told once whose tokens these are; for generators that read more of the tokenizer than its
         layout (VAR).

@@ -139,6 +139,14 @@ class Layout:
         shape = self.segments[0].shape
         return (shape[0], shape[1]) if len(self.segments) == 1 and len(shape) == 2 else None
 
+    def differs_in_shapes(self, other: "Layout") -> bool:
+        """Whether both have the same kinds of tokens in the same segments, of whatever shapes: what one
+        set of weights can be for.
+        """
+        return [(s.kind, s.name, len(s.shape)) for s in self.segments] == [
+            (s.kind, s.name, len(s.shape)) for s in other.segments
+        ]
+
     def first(self, count: int) -> "Layout":
         """The layout of the first `count` positions; raises ValueError where they are no prefix
         that can be decoded.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tessellar.errors import UserError
 from tessellar.images import Pictures, from_pictures
 from tessellar.layers.precision import ExactTables
 from tessellar.protocol.configured import Configured
@@ -162,6 +163,17 @@ class Tokenizer(Configured, ExactTables, ABC):
     def _as_weights(self, values: Tensor) -> Tensor:
         weight = next(self.parameters(), values)
         return values.to(weight.device, weight.dtype)
+
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        """Take and draw images of another size (height, width) from now on; `layout` follows, weights
+        stay. For data in buckets of several sizes, and for models that were trained on it.
+
+        A tokenizer that can overrides it. Raises UserError, naming the tokenizer, for all others.
+        """
+        if tuple(image_size) != tuple(self.image_size):
+            raise UserError(
+                f"{type(self).__name__} takes images of one size, {self.image_size}, not of {tuple(image_size)}"
+            )
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless images are [B, 3, H, W] of this tokenizer's size."""

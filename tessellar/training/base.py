@@ -155,6 +155,7 @@ class TrainingModule(L.LightningModule, ABC):
         # Called with a player whose gradient holds one batch more, before it is clipped.
         self.gradient_watchers: list[Callable[[TrainingModule, Player], None]] = []
         self.is_sharded = False
+        self._size_between: tuple[int, int] | None = None
         self.data_facts: DataFacts | None = None
         self._tags: dict[str, set[str]] = {}
 
@@ -192,6 +193,25 @@ class TrainingModule(L.LightningModule, ABC):
             raise UserError(
                 f"the tokenizer takes images of {size}; the data set {data.name} gives {data.image_size}"
             )
+        for bucket in data.buckets:  # raises where one cannot be taken
+            self.take_size(bucket)
+        self.take_size(size)
+
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        """Let what is trained take images of another size: batches of data in buckets have several."""
+        self.tokenizer.take_size(image_size)
+
+    def _take_size_of(self, batch: Any) -> None:
+        """Follow the images of a batch, until `_take_back`: outside of steps the size is the run's."""
+        images = batch.get("image") if isinstance(batch, Mapping) else None
+        if isinstance(images, Tensor) and images.shape[-2:] != self.tokenizer.image_size:
+            self._size_between = self.tokenizer.image_size
+            self.take_size((images.shape[-2], images.shape[-1]))
+
+    def _take_back(self) -> None:
+        if self._size_between is not None:
+            self.take_size(self._size_between)
+            self._size_between = None
 
     @abstractmethod
     def make_players(self) -> list[Player]:
@@ -447,6 +467,7 @@ class TrainingModule(L.LightningModule, ABC):
         """Put back what has to be in place when the first batch after a resume begins, and not
         earlier.
         """
+        self._take_size_of(batch)
         gradients = self._to_restore.pop("gradients", {})
         for name, parameter in self.named_parameters() if gradients else ():
             if name in gradients:
@@ -458,6 +479,19 @@ class TrainingModule(L.LightningModule, ABC):
             for player in self.players:
                 before = [tensor.detach().clone() for tensor in written(player)]
                 self._written_before[player.name] = before
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._take_back()
+
+    def on_validation_batch_start(
+        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._take_size_of(batch)
+
+    def on_validation_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._take_back()
 
     def on_train_end(self) -> None:
         self._hear(*list(self._verdicts))

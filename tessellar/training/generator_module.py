@@ -73,6 +73,9 @@ class ImageGeneratorModule(TrainingModule):
     def reads_labels(self) -> bool:  # type: ignore[override]
         return isinstance(self.model.conditioner, ClassConditioner)
 
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        self.model.take_size(image_size)
+
     def parts(self) -> dict[str, nn.Module | None]:
         model = self.model
         return {

@@ -7,6 +7,7 @@ Shapes: images [B, 3, H, W], maps [B, C, h, w] at the stride of the encoder, vec
 from einops import rearrange
 from torch import Tensor, nn
 
+from tessellar.errors import UserError
 from tessellar.layers.cnn import Decoder, Encoder, Sizes
 from tessellar.layers.precision import at_least_float32
 from tessellar.protocol.layout import grid_layout
@@ -38,6 +39,18 @@ class VQGAN(GridTokenizer):
     @property
     def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight  # type: ignore[union-attr, return-value]
+
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        """Convolutions go over images of any multiple of the stride."""
+        height, width = image_size
+        if height % self.stride or width % self.stride:
+            raise UserError(
+                f"the stride {self.stride} does not divide images of {height} x {width}"
+            )
+        (segment,) = self.layout.segments
+        self.image_size = (height, width)
+        self.grid = (height // self.stride, width // self.stride)
+        self.layout = grid_layout(*self.grid, segment.kind, segment.name)
 
     def maps(self, images: Tensor) -> Tensor:
         """Maps before quantization, of images of any multiple of the stride."""

@@ -12,20 +12,23 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from tessellar.errors import UserError
 from tessellar.layers.precision import at_least_float32
 from tessellar.layers.tags import tag
-from tessellar.layers.vit import ViTBlock
+from tessellar.layers.vit import ViTBlock, positions_on
 from tessellar.protocol.layout import grid_layout
 from tessellar.protocol.tokenizer import GridTokenizer, Quantizer
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
 
 
 class PatchTransformer(nn.Module):
-    """Learned positions, then blocks, then a norm: [B, N, D] to [B, N, D]."""
+    """Learned positions of a grid, then blocks, then a norm: [B, N, D] to [B, N, D]; rows of another
+    grid, which `forward` is told, have the positions resampled.
+    """
 
     def __init__(
         self,
-        length: int,
+        grid: tuple[int, int],
         width: int,
         depth: int,
         num_heads: int,
@@ -33,15 +36,16 @@ class PatchTransformer(nn.Module):
         gelu: str = "tanh",
     ) -> None:
         super().__init__()
-        self.positions = tag(nn.Parameter(torch.empty(1, length, width)), "no_decay")
+        self.grid = grid
+        self.positions = tag(nn.Parameter(torch.empty(1, grid[0] * grid[1], width)), "no_decay")
         self.blocks = nn.ModuleList(
             ViTBlock(width, num_heads, attention=attention, gelu=gelu) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.positions, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.positions
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = x + positions_on(self.positions, self.grid, grid)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -74,16 +78,15 @@ class ViTVQ(GridTokenizer):
             raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
         self.image_size = (height, width_of_image)
         self.patch_size = patch_size
-        self.rows = height // patch_size
-        self.layout = grid_layout(self.rows, width_of_image // patch_size, quantizer.kind)
-        length = self.layout.length
+        self.grid = (height // patch_size, width_of_image // patch_size)
+        self.layout = grid_layout(*self.grid, quantizer.kind)
         pixels = 3 * patch_size**2
         self.patch_in = nn.Linear(pixels, width)
-        self.encoder = PatchTransformer(length, width, encoder_depth, num_heads, attention, gelu)
+        self.encoder = PatchTransformer(self.grid, width, encoder_depth, num_heads, attention, gelu)
         self.to_code = nn.Linear(width, quantizer.in_dim)
         self.quantizer = quantizer
         self.from_code = nn.Linear(quantizer.dim, width)
-        self.decoder = PatchTransformer(length, width, decoder_depth, num_heads, attention, gelu)
+        self.decoder = PatchTransformer(self.grid, width, decoder_depth, num_heads, attention, gelu)
         self.patch_out = nn.Linear(width, pixels)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
         nn.init.dirac_(self.smooth.weight)
@@ -93,19 +96,29 @@ class ViTVQ(GridTokenizer):
     def last_layer(self) -> Tensor:
         return self.patch_out.weight
 
+    def take_size(self, image_size: tuple[int, int]) -> None:
+        """Positions are resampled at each pass, so that one table learns from all sizes."""
+        height, width = image_size
+        p = self.patch_size
+        if height % p or width % p:
+            raise UserError(f"patch_size {p} does not divide images of {height} x {width}")
+        self.image_size = (height, width)
+        self.grid = (height // p, width // p)
+        self.layout = grid_layout(*self.grid, self.quantizer.kind)
+
     def latents(self, images: Tensor) -> Tensor:
         """Vectors before quantization [B, N, C]."""
         self.check_images(images)
         p = self.patch_size
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        return self.to_code(self.encoder(self.patch_in(patches)))
+        return self.to_code(self.encoder(self.patch_in(patches), self.grid))
 
     def render(self, vectors: Tensor) -> Tensor:
         """Images of code vectors [B, N, C]."""
         vectors = vectors.to(self.from_code.weight.dtype)
-        pixels = self.patch_out(self.decoder(self.from_code(vectors)))
+        pixels = self.patch_out(self.decoder(self.from_code(vectors), self.grid))
         p = self.patch_size
-        images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.rows, p=p, q=p)
+        images = rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", h=self.grid[0], p=p, q=p)
         return at_least_float32(self.smooth(images))
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:

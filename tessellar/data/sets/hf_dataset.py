@@ -19,7 +19,7 @@ from tessellar.data.classes import order_classes
 from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Framing
-from tessellar.data.image_file import UnreadableImage, decode_image, read_image
+from tessellar.data.image_file import UnreadableImage, decode_image, read_image, read_shape
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.tars.members import MAX_CLASSES
 from tessellar.errors import UserError
@@ -174,6 +174,12 @@ class HFImages(PictureDataset):
         if isinstance(content, dict) and content.get("path"):
             return read_image(content["path"])
         raise UnreadableImage(f"{self.where(index)} holds no image")
+
+    def shape(self, index: int) -> tuple[int, int]:
+        content = self.table[index][self.image_column]
+        if isinstance(content, dict) and content.get("bytes") is not None:
+            return read_shape(content["bytes"], self.where(index))
+        return super().shape(index)
 
     def own_texts(self, index: int) -> tuple[str, ...]:
         if self._text_table is None:

@@ -27,7 +27,7 @@ from tessellar.data.files import (
     tell_left_out,
 )
 from tessellar.data.framing import Crop, Framing
-from tessellar.data.image_file import EXTENSIONS, read_image
+from tessellar.data.image_file import EXTENSIONS, read_image, read_shape
 from tessellar.data.names import Names
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.errors import UserError
@@ -141,6 +141,9 @@ class ImageFolder(PictureDataset):
 
     def open(self, index: int) -> Image.Image:
         return read_image(self.root / self.files[index])
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return read_shape(self.root / self.files[index], self.where(index))
 
     def fingerprint(self) -> str:
         root = f"{self.root}{os.sep}"

@@ -339,6 +339,11 @@ class WebDatasetStreamData(PictureDataModule):
         **options: Any,
     ) -> None:
         super().__init__(size, name=name, balance=False, **options)
+        if self.buckets:
+            raise UserError(
+                f"{name} is a stream, whose pictures cannot be sorted into buckets beforehand: "
+                "WebDatasetData reads local tars"
+            )
         if num_classes < 1 or epoch_length < 1 or buffer < 0:
             raise ValueError(
                 f"num_classes {num_classes} and epoch_length {epoch_length} must be positive, buffer >= 0"

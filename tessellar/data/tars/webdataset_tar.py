@@ -22,7 +22,7 @@ from tessellar.data.damage import too_many
 from tessellar.data.datamodule import PictureDataModule
 from tessellar.data.dataset import digest, hold_out
 from tessellar.data.framing import Framing
-from tessellar.data.image_file import UnreadableImage, decode_image
+from tessellar.data.image_file import UnreadableImage, decode_image, read_shape
 from tessellar.data.pictures import MAX_CORRUPT, PictureDataset
 from tessellar.data.tars.index import Keys, TarIndex, load_index
 from tessellar.data.tars.members import FIELDS, captions_of, decode
@@ -195,6 +195,11 @@ class WebDatasetTars(PictureDataset):
             return decode_image(shard.read(sample, field), name)
         except OSError as error:
             raise UnreadableImage(f"cannot read the image {name}: {error}") from error
+
+    def shape(self, index: int) -> tuple[int, int]:
+        shard, sample = self.samples.find(index)
+        field = shard.image_field(sample)
+        return read_shape(shard.read(sample, field), f"{shard.where(sample)}.{field}")
 
     def members(self, index: int) -> dict[str, Any]:
         """All that is known of a sample, decoded: `json`, `txt`, `cls`, `npy`, and its image under

@@ -282,10 +282,10 @@ class CachedTokensData(ImageDataModule):
         return self._train.content(), self._val.content()
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self._checked(self._train), train=True)
+        return self._loader(self._checked(self._train), "train")
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self._checked(self._val), train=False)
+        return self._loader(self._checked(self._val), "val")
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
