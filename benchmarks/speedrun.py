@@ -6,7 +6,7 @@
 Rules and records: docs/speedrun.md. An entry is a YAML in benchmarks/speedruns. Its stages run one after another for
 each seed, in processes of their own, whose user and system seconds with those of their children are the time. Then
 10,000 samples are measured under the protocol fmnist-10k, and the checkpoints on the way with fewer, outside of the
-time.
+time. What is finished stays in the folder: the same command goes on after the last finished stage.
 """
 
 import argparse
@@ -40,6 +40,7 @@ SAMPLES = 10_000
 CURVE_POINTS = 4  # checkpoints of the last stage that are measured too
 CURVE_SAMPLES = 1_000
 FEW_SAMPLES = 20  # of a trial with --updates
+SEEDS = (0, 1, 2)  # of a record
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,9 @@ class Speedrun:
         self.runs = self.folder / "runs"
 
     def attempt(self, seed: int) -> Attempt:
-        """Run all stages with one seed, then measure."""
+        """Run all stages with one seed, then measure; what an earlier command finished is taken."""
         run = f"{self.entry.name}-{seed}"
-        if any(self.runs.glob(f"{run}-*")):
-            raise UserError(f"{self.runs} holds runs of {run} already: give another --folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        seconds = {}
-        for stage in self.entry.stages:
-            log = self.folder / f"{run}-{stage.name}.log"
-            seconds[stage.name] = timed(self.words(stage, run, seed), log)
+        seconds = self.stages(run, seed)
         model = self.runs / self.entry.model.format(run=run)
         metrics = self.measured(model / "export", seed, self.count(SAMPLES))
         curve = self.curve(model, seed, seconds)
@@ -137,6 +132,36 @@ class Speedrun:
             accuracy=metrics.get("accuracy"),
             curve=curve,
         )
+
+    def stages(self, run: str, seed: int) -> dict[str, float]:
+        """CPU-seconds of every stage by its name.
+
+        Raises UserError where a stage was begun at another commit, with other settings, or was
+        stopped within.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = self.folder / f"{run}.json"
+        settings = {"commit": commit(), "entry": asdict(self.entry), "updates": self.updates}
+        settings = json.loads(json.dumps(settings))
+        found: dict[str, Any] = {"settings": settings, "cpu_seconds": {}}
+        if kept.is_file():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise UserError(
+                f"{kept} is of another commit or of other settings: give another --folder"
+            )
+        seconds = found["cpu_seconds"]
+        for stage in self.entry.stages:
+            if stage.name in seconds:
+                continue
+            log = self.folder / f"{run}-{stage.name}.log"
+            if log.exists():
+                raise UserError(
+                    f"{log} is of a stage that did not end: give another --folder, or remove it and its run"
+                )
+            seconds[stage.name] = timed(self.words(stage, run, seed), log)
+            kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return seconds
 
     def words(self, stage: Stage, run: str, seed: int) -> list[str]:
         """The command of a stage with its updates and milestones."""
@@ -166,7 +191,9 @@ class Speedrun:
 
     def measured(self, model: Path, seed: int, count: int) -> dict[str, float]:
         """Metrics of `count` samples whose seeds begin at 10,000 x seed, against the training images."""
-        out = self.folder / f"measured-{model.parent.name}-{model.stem}-{count}.json"
+        out = self.folder / f"measured-{self.name_of(model)}-{count}.json"
+        if out.is_file():
+            return json.loads(out.read_text(encoding="utf-8"))["metrics"]
         words = [
             sys.executable,
             "evaluate.py",
@@ -189,6 +216,10 @@ class Speedrun:
         timed(words, out.with_suffix(".log"))
         return json.loads(out.read_text(encoding="utf-8"))["metrics"]
 
+    def name_of(self, model: Path) -> str:
+        """The run and its export or checkpoint, as a file's name."""
+        return "-".join(model.relative_to(self.runs).with_suffix("").parts)
+
     def curve(self, model: Path, seed: int, seconds: dict[str, float]) -> list[tuple[float, float]]:
         """(CPU-seconds, distance) of the last stage's milestones, those at its end left out.
 
@@ -208,6 +239,20 @@ class Speedrun:
         return points
 
 
+def why_not(attempts: Sequence[Attempt], trial: bool) -> str:
+    """What an entry's attempts lack to be a record; "" where they are one."""
+    seeds = sorted(attempt.seed for attempt in attempts)
+    if trial:
+        return "a trial of a few updates"
+    if seeds != list(SEEDS):
+        return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} alone"
+    if any(attempt.distance > TARGET for attempt in attempts):
+        return "the target was missed"
+    if commit().endswith("-dirty"):
+        return "the sources were changed after their commit"
+    return ""
+
+
 def record_of(entry: Entry, attempts: Sequence[Attempt], trial: bool) -> dict[str, Any]:
     """What is kept of an entry's attempts."""
     return {
@@ -218,7 +263,8 @@ def record_of(entry: Entry, attempts: Sequence[Attempt], trial: bool) -> dict[st
         "trial": trial,
         "target": TARGET,
         "metric": METRIC,
-        "reached": not trial and all(attempt.distance <= TARGET for attempt in attempts),
+        "reached": not why_not(attempts, trial),
+        "why_not": why_not(attempts, trial),
         "cpu_seconds": round(mean(attempt.total for attempt in attempts), 1),
         "seeds": [asdict(attempt) for attempt in attempts],
         "machine": machine(),
@@ -245,21 +291,30 @@ def machine() -> dict[str, Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Records that reached the target, the fastest first."""
-    held = sorted((r for r in records if r["reached"]), key=lambda r: r["cpu_seconds"])
-    if not held:
-        return "No record has been set yet."
+    """Records, the fastest first; below them attempts that are none, with the reason."""
+    ordered = sorted(records, key=lambda record: record["cpu_seconds"])
+    held = [record for record in ordered if record["reached"]]
+    others = [record for record in ordered if not record["reached"]]
+    text = rows(held) if held else "No record has been set yet."
+    if others:
+        text += f"\n\nTried, and no record:\n\n{rows(others)}"
+    return text
+
+
+def rows(records: Sequence[dict[str, Any]]) -> str:
+    """A table with a row a record, which says what it lacks."""
     lines = [
         "| CPU-seconds | entry | FD by seed | date | commit | machine |",
         "|---|---|---|---|---|---|",
     ]
-    for record in held:
+    for record in records:
         distances = ", ".join(f"{seed['distance']:.2f}" for seed in record["seeds"])
         facts = record["machine"]
+        lacks = record["why_not"]
         told = f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}"
         cells = [
             f"{record['cpu_seconds']:.0f}",
-            f"`{record['entry']}`: {record['what']}",
+            f"`{record['entry']}`: {record['what']}" + (f" ({lacks})" if lacks else ""),
             distances,
         ]
         cells += [record["date"], record["commit"], told]
@@ -303,7 +358,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         attempt = speedrun.attempt(seed)
         attempts.append(attempt)
-        print(f"seed {seed}: {attempt.total:.0f} CPU-seconds, distance {attempt.distance:.3f}")
+        print(
+            f"seed {seed}: {attempt.total:.0f} CPU-seconds, distance {attempt.distance:.3f}",
+            flush=True,
+        )
     record = record_of(entry, attempts, trial=options.updates is not None)
     target = options.folder / "record.json"
     target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -49,6 +49,16 @@ def test_links_of_a_forge_become_those_of_the_site(tmp_path: Path) -> None:
     assert for_site(fenced, "README.md", tmp_path) == fenced
 
 
+def test_a_link_named_by_its_file_has_the_title_of_the_page(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "cost.md").write_text("# What a config costs\n")
+    text = "[docs/cost.md](docs/cost.md#x) and [cost](docs/cost.md)"
+    made = "[What a config costs](cost.md#x) and [cost](cost.md)"
+    assert for_site(text, "README.md", tmp_path) == made
+    text = "[cost.md](../cost.md)"
+    assert for_site(text, "docs/recipes/all.md", tmp_path) == "[What a config costs](../cost.md)"
+
+
 def test_anchors_are_those_of_a_forge() -> None:
     assert slug_of("xAR: which X, which context") == "xar-which-x-which-context"
     assert slug_of("`make soak`'s [runs](a.md) & more") == "make-soaks-runs--more"

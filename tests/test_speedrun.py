@@ -44,15 +44,50 @@ def test_commands_of_an_entry(tmp_path: Path) -> None:
         read_entry("fast")
 
 
-def test_a_record_needs_every_seed() -> None:
+def test_a_record_needs_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = read_entry("baseline")
+    monkeypatch.setattr(speedrun, "commit", lambda: "abc")
+    three = [replace(ATTEMPT, seed=seed) for seed in (0, 1, 2)]
+    assert record_of(entry, three, trial=False)["reached"]
+    assert record_of(entry, [ATTEMPT], trial=False)["why_not"] == "seed 0 alone"
     slower = replace(ATTEMPT, seed=1, distance=2.01)
-    assert record_of(entry, [ATTEMPT], trial=False)["reached"]
-    assert not record_of(entry, [ATTEMPT, slower], trial=False)["reached"]
-    assert not record_of(entry, [ATTEMPT], trial=True)["reached"]
+    missed = record_of(entry, [three[0], slower, three[2]], trial=False)
+    assert missed["why_not"] == "the target was missed" and not missed["reached"]
+    assert not record_of(entry, three, trial=True)["reached"]
+    monkeypatch.setattr(speedrun, "commit", lambda: "abc-dirty")
+    assert not record_of(entry, three, trial=False)["reached"]
 
 
-def test_records_and_their_page(tmp_path: Path) -> None:
+def test_a_finished_stage_is_taken_and_a_half_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def stage(words: list[str], log: Path) -> float:
+        log.write_text("")
+        ran.append(log.stem)
+        if len(ran) == 2:
+            raise UserError("killed")
+        return 10.0 * len(ran)
+
+    monkeypatch.setattr(speedrun, "timed", stage)
+    monkeypatch.setattr(speedrun, "commit", lambda: "abc")
+    run = Speedrun(read_entry("baseline"), tmp_path, tmp_path / "net", tmp_path / "out")
+    with pytest.raises(UserError, match="killed"):
+        run.stages("x-0", 0)
+    half = tmp_path / "out" / "x-0-generator.log"
+    with pytest.raises(UserError, match=f"{half} is of a stage that did not end"):
+        run.stages("x-0", 0)
+    half.unlink()
+    assert run.stages("x-0", 0) == {"tokenizer": 10.0, "generator": 30.0}
+    assert run.stages("x-0", 0) == {"tokenizer": 10.0, "generator": 30.0} and len(ran) == 3
+    monkeypatch.setattr(speedrun, "commit", lambda: "def")
+    with pytest.raises(UserError, match="another commit or of other settings"):
+        run.stages("x-0", 0)
+
+
+def test_records_and_their_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speedrun, "commit", lambda: "abc")
     page = tmp_path / "page.md"
     start, end = speedrun.MARKS
     page.write_text(f"above\n\n{start}\nold\n{end}\n\nbelow\n")
@@ -61,12 +96,16 @@ def test_records_and_their_page(tmp_path: Path) -> None:
     slow = replace(ATTEMPT, cpu_seconds={"tokenizer": 900.0})
     missed = replace(ATTEMPT, distance=5.0, cpu_seconds={"tokenizer": 1.0})
     for attempt in (slow, ATTEMPT, missed):
-        speedrun.append(record_of(entry, [attempt], trial=False), records, page)
+        three = [replace(attempt, seed=seed) for seed in (0, 1, 2)]
+        speedrun.append(record_of(entry, three, trial=False), records, page)
     assert len(json.loads(records.read_text())) == 3
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
-    assert rows == ["| CPU-seconds", "| 500", "| 900"]  # fastest first, without what missed
+    # Fastest first; what missed stands below.
+    assert rows == ["| CPU-seconds", "| 500", "| 900", "| CPU-seconds", "| 1"]
+    assert text.index("| 900") < text.index("Tried, and no record:") < text.index("| 1 |")
+    assert "(the target was missed)" in text
     with pytest.raises(UserError, match="no record"):
         speedrun.append(record_of(entry, [ATTEMPT], trial=True), records, page)
 
@@ -99,5 +138,5 @@ def test_a_trial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(seed["cpu_seconds"]) == {"tokenizer", "generator"}
     assert [spent for spent, _ in seed["curve"]] == sorted(spent for spent, _ in seed["curve"])
     assert len(seed["curve"]) == 4  # three milestones and the end
-    with pytest.raises(UserError, match="another --folder"):
-        speedrun.main([*given, "--folder", "out"])
+    speedrun.main([*given, "--folder", "out"])  # all is finished: nothing runs again
+    assert json.loads(Path("out/record.json").read_text())["seeds"] == [seed]

@@ -52,26 +52,27 @@ def row(entry: Published) -> str:
     cells = [
         f"`{entry.name}`",
         entry.what + (f"; {entry.note}" if entry.note else ""),
-        f"{where}: {entry.file}{size}",
-        f"{entry.license}{code}",
+        numbers,
         count,
         config,
-        numbers,
+        f"{where}: {entry.file}{size}",
+        f"{entry.license}{code}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def page() -> str:
-    """The whole page: a table a paper, then the commands that measure, then what is not read."""
+    """The whole page: a table a system, then the commands that measure, then what is not read."""
     lines = [INTRODUCTION]
-    system = ""
+    systems: dict[str, list[Published]] = {}
     for entry in zoo().values():
-        if entry.system != system:
-            system = entry.system
-            lines += ["", f"## {system} (arXiv {entry.arxiv})", ""]
-            lines += ["| name | what | file | licence | parameters | config | published |"]
-            lines += ["|---|---|---|---|---|---|---|"]
-        lines.append(row(entry))
+        systems.setdefault(entry.system, []).append(entry)
+    for system, entries in systems.items():
+        papers = dict.fromkeys(entry.arxiv for entry in entries)
+        lines += ["", f"## {system} (arXiv {', '.join(papers)})", ""]
+        lines += ["| name | what | published | parameters | config | file | licence |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [row(entry) for entry in entries]
     lines += ["", "## Measuring the published numbers", "", "| name | measure |", "|---|---|"]
     for entry in zoo().values():
         if entry.evaluation():

@@ -2,7 +2,8 @@
 
 A page of docs/ links to other pages, to pictures, and to files of the checkout. Of the latter some are pages of the
 site (README, CONTRIBUTING, CHANGELOG); the others keep their text and lose their link, as no address of the sources is
-known. A link to a file that is not there stays as it is, and the strict build names it.
+known. A link whose text is the name of a page's file has the page's title for it. A link to a file that is not there
+stays as it is, and the strict build names it.
 """
 
 import posixpath
@@ -45,11 +46,20 @@ def for_site(text: str, source: str, root: Path = ROOT) -> str:
         place = _place(aim)
         if place is None:
             return link["text"]
+        text = link["text"]
+        if text in (target, posixpath.basename(target)) and target.endswith(".md"):
+            text = title(root / aim)
         there = posixpath.relpath(place, posixpath.dirname(page or "") or ".")
-        return f"{link['mark']}[{link['text']}]({there}{anchor})"
+        return f"{link['mark']}[{text}]({there}{anchor})"
 
     pieces = [LINK.sub(changed, piece) if plain else piece for piece, plain in prose(text)]
     return "".join(pieces)
+
+
+def title(file: Path) -> str:
+    """The first heading of a page, or the name of its file where it has none."""
+    heading = HEADING.search(file.read_text(encoding="utf-8"))
+    return file.name if heading is None else heading[2]
 
 
 def _parts(target: str) -> tuple[str, str]:
