@@ -71,7 +71,7 @@ class Variant:
     """
 
     name: str
-    patch: int = 4
+    patch: int = 8
     codes: int = 512
     updates: int = UPDATES
     swapped: float = 0.0
@@ -114,13 +114,13 @@ class Variant:
 
 VARIANTS = (
     Variant("base"),
-    Variant("patch 8", patch=8),
+    Variant("patch 4", patch=4),
     Variant("64 codes", codes=64),
     Variant("swapped 0.1", swapped=0.1),
     Variant("4096 codes", codes=4096),
     Variant("100 updates", updates=100),
     Variant("swapped 0.5", swapped=0.5),
-    Variant("patch 8, 4096 codes", patch=8, codes=4096),
+    Variant("1000 updates", updates=1000),
 )
 
 
@@ -142,7 +142,7 @@ def steps_of(updates: int) -> tuple[str, ...]:
 
 def folder_name(name: str) -> str:
     """A variant's name as that of a run."""
-    return name.replace(",", "").replace(" ", "-")
+    return name.replace(" ", "-")
 
 
 def correlation(values: Sequence[float], distances: Sequence[float]) -> Correlation:
