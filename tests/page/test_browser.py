@@ -83,7 +83,7 @@ def started(*words: str) -> Iterator[str]:
         yield process.stdout.readline().split()[4]
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        process.wait(120)
 
 
 class Visitor:
