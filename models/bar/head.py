@@ -1,10 +1,9 @@
 """BAR's masked-bit head (arXiv 2602.09024): an MLP that, given a position's vector and some of its
 bits, predicts the others; a token is drawn in a few steps of unmasking.
 
-Its size grows with the number k of bits (2 x k outputs), never with the 2^k codes. Inferred, for the
-paper does not say it: what the layers start with (the official starts but for the modulations are
-unknown). Ours beyond the paper: `full_share`, for at 16 bits the training schedule draws the state in
-which every token begins, all bits masked, nine times in a million.
+Its size grows with the number k of bits (2 x k outputs), never with the 2^k codes. Ours beyond the
+paper: `full_share`, for at 16 bits the training schedule draws the state in which every token begins,
+all bits masked, nine times in a million.
 
 Shapes: B images, R rows, T positions, k bits of a position, D width of the transformer.
 """

@@ -6,10 +6,8 @@ input, blocks modulated by class and index) gives a vector for each token; `head
 bits. The prefix is a learned token and 32 copies of the class. Rotations (two axes, own place at
 keys and half of the query heads, the next one's place at the other half) leave the prefix as it is.
 With `patch` p a position is p x p tokens side by side. Guidance acts on the logits of bits inside of
-the head's steps. Inferred: which axis turns first (rows), that the order of a modulation's vectors is
-RAR's (shift, scale, gate), how weights start (RAR's truncated normal), and B's dropout (0.1, as RAR).
-Different from the official code: any grid or sequence of bits, and the cache is an argument. Not
-there: an importer, for the names in the published files are not known.
+the head's steps. Different from the official code: any grid or sequence of bits, and the cache is an
+argument. No outputs are recorded: names, orders and starts are those that its code spells.
 
 Shapes: B images, R rows, N tokens, s = p x p tokens a position, L = N / s positions, k bits a token.
 """
@@ -112,7 +110,9 @@ class BARBlock(nn.Module):
     def forward(self, x: Tensor, layer: int, shared: BARPass) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared.condition)
         x = x + gate1 * self.attention(modulate(self.norm1(x), scale1, shift1), layer, shared)
-        return x + gate2 * self.dropout(self.mlp(modulate(self.norm2(x), scale2, shift2)))
+        mixed = modulate(self.norm2(x), scale2, shift2)
+        hidden = F.silu(self.mlp.w1(mixed)) * self.mlp.w3(mixed)
+        return x + gate2 * self.mlp.w2(self.dropout(hidden))
 
 
 class BAR(PrefixTransformer):
@@ -200,16 +200,23 @@ class BAR(PrefixTransformer):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.trunc_normal_(parameter, std=0.02)
+        # Officially by names: all with "embed" or "ln" in them, so the head's output ("output_embed"),
+        # its layers of the ratio ("t_embedder") and all modulations ("adaLN") too; the start token decays.
         for parameter in (
             self.position,
             self.target_position,
             self.step_embedding,
-            self.start_token,
             self.labels.weight,
             self.embedding.table.weight,
             self.bit_head.embedding.table.weight,
+            self.bit_head.ratio_in.weight,
+            self.bit_head.ratio_out.weight,
+            self.bit_head.output.weight,
         ):
             tag(parameter, "no_decay")
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                tag(module.linear.weight, "no_decay")
 
     def class_embedding(self, condition: Condition) -> Tensor:
         """[R, 1, D]; it is both the prefix and the condition of every block."""
@@ -286,7 +293,8 @@ class BAR(PrefixTransformer):
         table = F.pad(order, (1, 1), value=entities.count).expand(rows, -1)
         index = behind.expand(rows, -1).clamp(min=-1, max=entities.count - 1)
         own = table.gather(1, index + 1)
-        target = torch.where(index < 0, entities.count, table.gather(1, (index + 2)))
+        # Every position of the prefix predicts the first token's place; behind the last is nothing.
+        target = table.gather(1, index + 2)
         target = torch.where(target == entities.count, own, target)
         step = place.clamp(max=self.step_embedding.shape[1] - 1).to(self.step_embedding.device)
         condition = self.class_embedding(state.condition) + self.step_embedding[0, step]
@@ -345,17 +353,17 @@ class BAR(PrefixTransformer):
 # Counts are of parameters and of the head's 256 fixed frequencies.
 def bar_b(layout: Layout, num_classes: int = 1000) -> BAR:
     """415,322,158 at 16 x 16 tokens of 16 bits."""
-    return BAR(layout, 768, depth=24, num_heads=12, num_classes=num_classes)
+    return BAR(layout, 768, depth=24, num_heads=12, num_classes=num_classes, dropout=0.0)
 
 
 def bar_b_2(layout: Layout, num_classes: int = 1000) -> BAR:
     """415,076,098 at 16 x 16 tokens of 16 bits, 2 x 2 of them a position."""
-    return BAR(layout, 768, depth=24, num_heads=12, patch=2, num_classes=num_classes)
+    return BAR(layout, 768, depth=24, num_heads=12, patch=2, num_classes=num_classes, dropout=0.0)
 
 
 def bar_b_4(layout: Layout, num_classes: int = 1000) -> BAR:
     """415,752,223 at 16 x 16 tokens of 16 bits, 4 x 4 of them a position."""
-    return BAR(layout, 768, depth=24, num_heads=12, patch=4, num_classes=num_classes)
+    return BAR(layout, 768, depth=24, num_heads=12, patch=4, num_classes=num_classes, dropout=0.0)
 
 
 def bar_l(layout: Layout, num_classes: int = 1000) -> BAR:

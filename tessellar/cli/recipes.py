@@ -318,6 +318,7 @@ def optimizer_facts(settings: OptimizerSettings, batch: int) -> Facts:
         "optimizer.betas": list(settings.betas),
         "optimizer.eps": settings.eps,
         "optimizer.weight_decay": settings.weight_decay,
+        "optimizer.encoder_rate": settings.encoder_rate,
     }
 
 

@@ -2,8 +2,9 @@
 never match names.
 
 Known tags: `hidden` (matrix inside a block, what Muon updates), `no_decay` (never weight-decayed
-although a matrix), `decay` (weight-decayed although a vector or scalar), `written` (forward passes
-of training write into it).
+although a matrix), `decay` (weight-decayed although a vector or scalar), `encoder` (of a pretrained
+encoder that is trained on, at a rate of its own), `written` (forward passes of training write into
+it).
 """
 
 from typing import TypeVar

@@ -31,7 +31,8 @@ class OptimizerSettings:
 
     `decayed`: weight decay acts on what the model's tags say (`tagged`), or on `all` parameters, as
     an official optimizer of a single group does. `transfer`: rates and decays are those of a smaller
-    model, carried to this one by its width and depth.
+    model, carried to this one by its width and depth. `encoder_rate`: the rate of parameters tagged
+    `encoder`, as a share of all others'; their decay stays.
     """
 
     name: Literal["adamw", "adam", "muon"] = "adamw"
@@ -43,6 +44,7 @@ class OptimizerSettings:
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
     transfer: Transfer | None = None
+    encoder_rate: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers outside of their range; a comparison is false for NaN."""
@@ -51,6 +53,10 @@ class OptimizerSettings:
                 raise ValueError(
                     f"optimizer.{name} is {getattr(self, name)}; it must be finite, at least 0"
                 )
+        if not 0 < self.encoder_rate < math.inf:
+            raise ValueError(
+                f"optimizer.encoder_rate is {self.encoder_rate}; it must be above 0 and finite"
+            )
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(
                 f"optimizer.weight_decay is {self.weight_decay}; it must be at least 0 and finite"
@@ -99,16 +105,17 @@ class OptimizerSettings:
         `rates` are factors of the rate by the identity of parameters; rate times decay stays.
         """
         rates = rates or {}
-        alike: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        alike: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
         for parameter in parameters:
             decay = self.decayed == "all" or decays(parameter)
-            alike.setdefault((decay, rates.get(id(parameter), 1.0)), []).append(parameter)
+            own = self.encoder_rate if "encoder" in tags(parameter) else 1.0
+            alike.setdefault((decay, rates.get(id(parameter), 1.0), own), []).append(parameter)
         groups: list[dict[str, Any]] = []
-        for decay, rate in sorted(alike, reverse=True):
-            group: dict[str, Any] = {"params": alike[decay, rate]}
+        for decay, rate, own in sorted(alike, reverse=True):
+            group: dict[str, Any] = {"params": alike[decay, rate, own]}
             group["weight_decay"] = self.weight_decay / rate if decay else 0.0
-            if rate != 1.0:
-                group["lr"] = self.lr * rate
+            if rate * own != 1.0:
+                group["lr"] = self.lr * rate * own
             groups.append(group)
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         # One pass over the memory; on CPUs torch's default is a loop over parameters, six times as slow.

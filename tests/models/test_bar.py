@@ -22,6 +22,7 @@ from tessellar.models.bar import (
     bar_b_4,
     bar_l,
     bar_l_512,
+    official,
 )
 from tessellar.models.bar.head import draw_masks, even_steps, masked_bit_loss
 from tessellar.protocol.choice import Choice
@@ -31,6 +32,7 @@ from tessellar.protocol.guidance import Guidance, Linear
 from tessellar.protocol.layout import Bits, Categorical, Layout, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import GREEDY, Sampling
+from tessellar.training.optim import decays
 
 LABELS = Condition(ids=torch.tensor([0, 3]))
 FALSE_ALARM = 1e-6
@@ -314,3 +316,63 @@ def test_guidance_acts_on_the_logits_of_bits() -> None:
         assert isinstance(distribution, MaskedBits)
         found.append(distribution.model(bits, masked, torch.ones(2, 1)))
     torch.testing.assert_close(found[0], found[2] + 2.0 * (found[1] - found[2]))
+
+
+@torch.no_grad()
+def test_every_position_of_the_prefix_stands_half_at_the_first_tokens_place() -> None:
+    """The second half of the query heads; the first half, and the keys, of the prefix are not turned."""
+    generator = small(random_order=1.0)
+    order = Entities(torch.tensor([[2, 0, 1, 3], [3, 1, 0, 2]]), (1,) * 4)
+    state = generator.start(LABELS, entities=order)
+    assert state.prefix is not None
+    place = torch.arange(state.prefix.length + 4)[None]
+    slots: Any = None
+    told = generator.shared(place, state, slots)
+    prefix = state.prefix.length
+    assert bool((told.own.cos[:, :prefix] == 1).all()) and not told.own.sin[:, :prefix].any()
+    for image, first in enumerate((2, 3)):
+        wanted = generator.rope_sin[first].expand(prefix, -1)
+        assert torch.equal(told.target.sin[image, :prefix], wanted) and wanted.any()
+    # Behind the last token is no place: its own.
+    assert torch.equal(told.target.cos[:, -1], told.own.cos[:, -1])
+
+
+@pytest.mark.parametrize(("patch", "bits"), [(1, 4), (2, 3)])
+def test_a_published_file_gives_the_generator_back(patch: int, bits: int) -> None:
+    generator = small(bits=bits, patch=patch)
+    state = official.to_official(generator)
+    assert state["blocks.0.mlp.w12.weight"].shape == (2 * 85, 32)
+    half = generator.layers[0].mlp.w1.weight  # type: ignore[union-attr]
+    assert torch.equal(state["blocks.0.mlp.w12.weight"][:85], half)
+    own = generator.layers[1].mlp.w2.bias  # type: ignore[union-attr]
+    assert torch.equal(state["blocks.1.mlp.w3.bias"], own)
+    assert torch.equal(state["lm_head.t_embedder.W"], generator.bit_head.frequencies)
+    for layer in range(2):  # tables that ours computes
+        state[f"blocks.{layer}.attn.rope.freqs_cos"] = torch.ones(37, 8)
+    again = official.from_official(state, generator.layout)
+    tokens = bits_of(generator)
+    with torch.no_grad():
+        wanted = generator.score(tokens, LABELS).hidden
+        found = again.score(tokens, LABELS).hidden
+    assert wanted is not None and found is not None and torch.equal(found, wanted)
+    drawn = [Sampling(2.0).tokens(one, LABELS, [0, 1]) for one in (generator, again)]
+    assert torch.equal(*drawn)
+    with pytest.raises(UserError, match="predicts .* bits a position, but the tokenizer gives"):
+        official.from_official(state, grid_layout(2, 2, Bits(7)))
+
+
+def test_what_decays_is_told_by_the_official_names() -> None:
+    """All with "embed", "ln" or "norm" in them and all vectors do not; the start token does."""
+    for name, parameter in small().named_parameters():
+        (theirs,) = official.KEYS.to_official({name: parameter})
+        spared = any(word in theirs.lower() for word in ("norm", "ln", "bias", "embed"))
+        assert decays(parameter) == (not spared and parameter.ndim > 1), theirs
+
+
+def test_dropout_is_of_the_large_variants_alone() -> None:
+    with torch.device("meta"):
+        rates = {}
+        for name, preset in (("b", bar_b), ("l", bar_l)):
+            made = preset(grid_layout(16, 16, Bits(16)))
+            rates[name] = {layer.dropout.p for layer in made.layers}  # type: ignore[union-attr]
+    assert rates == {"b": {0.0}, "l": {0.2}}

@@ -76,6 +76,8 @@ def tokenizer_facts(recipe: Recipe, tokenizer: Any, system: str) -> Facts:
         "losses.l2.weight": pixels["l2"],
         "losses.perceptual.weight": distances.get("LogitDistance", distances.get("LPIPS")),
         "losses.lpips.weight": distances.get("LPIPS"),
+        "losses.gram.weight": distances.get("GramDistance"),
+        "losses.alignment.weight": getattr(tokenizer, "alignment_weight", None),
         **_adversarial(loss, recipe),
         **_own(tokenizer),
         **_training(tokenizer),

@@ -11,6 +11,8 @@ from torch import nn
 
 from tessellar.models.alitok import AliTokAR
 from tessellar.models.alitok import official as alitok
+from tessellar.models.bar import BAR
+from tessellar.models.bar import official as bar
 from tessellar.models.bitdance import BitDance
 from tessellar.models.bitdance import official as bitdance
 from tessellar.models.flextok import FlexAR
@@ -195,6 +197,19 @@ def _bitdance(layout: Layout, patch: int, **sizes: int) -> Pair:
     return made, again
 
 
+def _bar(layout: Layout, patch: int, **sizes: int) -> Pair:
+    made = BAR(layout, 40, 3, 5, patch, num_classes=CLASSES, dropout=0.0, **sizes)  # type: ignore[arg-type]
+    return made, bar.from_official(bar.to_official(shaken(made)), layout)
+
+
+def bar_of_many_bits() -> Pair:
+    return _bar(grid_layout(3, 3, Bits(70)), 1, head_width=24, head_depth=2)
+
+
+def bar_of_patches_on_a_wide_grid() -> Pair:
+    return _bar(grid_layout(2, 4, Bits(3)), 2, head_width=36, head_depth=1)
+
+
 def bitdance_of_three_modulations() -> Pair:
     sizes = {"head_width": 24, "head_depth": 3, "head_groups": 3, "class_tokens": 1}
     return _bitdance(grid_layout(2, 5, Bits(7)), 1, **sizes)
@@ -358,6 +373,8 @@ def text() -> Condition:
 
 OF_CLASSES: list[Callable[[], Pair]] = [
     alitok_of_other_segments,
+    bar_of_many_bits,
+    bar_of_patches_on_a_wide_grid,
     bitdance_of_three_modulations,
     bitdance_of_patches_on_a_wide_grid,
     lpd_of_other_heads,

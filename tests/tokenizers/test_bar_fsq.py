@@ -12,7 +12,9 @@ from tessellar.networks.vision import Teacher, VisionModel
 from tessellar.protocol.configured import build
 from tessellar.protocol.layout import Bits, grid_layout
 from tessellar.tokenizers.bar_fsq import BARFSQ, bar_fsq_256, bar_fsq_512
+from tessellar.tokenizers.bar_fsq.official import from_official, to_official
 from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
+from tessellar.training.optim import OptimizerSettings
 
 TOWER = {
     "patch_size": 4,
@@ -129,3 +131,98 @@ def test_published_layouts() -> None:
         assert bar_fsq_256().layout == grid_layout(16, 16, Bits(16))
         assert bar_fsq_512().layout == grid_layout(32, 32, Bits(10))
         assert sum(p.numel() for p in bar_fsq_256().encoder_norm.parameters()) == 2304
+
+
+def published() -> BARFSQ:
+    """The presets' kind, small: the published quantizer, a norm in front of the decoder."""
+    torch.manual_seed(0)
+    made = BARFSQ(
+        BinaryFSQ(5, centred=False), 16, 4, 24, 2, 3, 2.0, 32, 3, 2, norm_in=True, decoder_eps=1e-5
+    )
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+def official_file(made: BARFSQ) -> dict[str, Tensor]:
+    """What lies in a published file: also the untouched tower, twice, and the layers of the alignment."""
+    state = to_official(made)
+    tower = {n.split("layers.")[1]: t for n, t in state.items() if "trainable_encoder" in n}
+    for name, tensor in tower.items():
+        for place in ("siglip.encoder", "frozen_encoder"):
+            state[f"encoder.{place}.layers.{name}"] = tensor * 2
+    for place in ("siglip.post_layernorm", "frozen_post_layernorm"):
+        state[f"encoder.{place}.weight"] = torch.ones(24)
+    state["encoder.siglip.head.probe"] = torch.ones(1, 1, 24)
+    state["decoder.clip_projector.0.weight"] = torch.ones(8, 32)
+    return state
+
+
+def test_a_published_file_gives_the_tokenizer_back() -> None:
+    made = published()
+    state = official_file(made)
+    again = from_official(state, heads=(3, 2))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(again.encode(images), made.encode(images))
+    tokens = torch.randint(2, (2, 16, 5))
+    assert torch.equal(again.decode(tokens), made.decode(tokens))
+    assert again.config["init_args"]["decoder_eps"] == 1e-5
+    assert state["decoder.class_embedding"].shape == (1, 32)
+    assert state["decoder.ffn.0.weight"].shape == (48, 32, 1, 1)
+    layer = "encoder.trainable_encoder.layers.1.self_attn"
+    q, k, v = made.encoder[1].qkv.weight.chunk(3)  # type: ignore[union-attr, operator]
+    for name, part in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+        assert torch.equal(state[f"{layer}.{name}.weight"], part)
+    del state[f"{layer}.k_proj.bias"]
+    with pytest.raises(UserError, match="not the other two"):
+        from_official(state, heads=(3, 2))
+    with pytest.raises(UserError, match="no published BAR-FSQ has width 24: give --num-heads"):
+        from_official(official_file(made))
+
+
+def test_positions_of_the_tower_are_resized_to_the_decoders_grid() -> None:
+    """The 512-pixel tokenizer: a table of 16 x 16 in the file, 32 x 32 patches; here 2 x 2 and 4 x 4."""
+    state = official_file(published())
+    small_table = torch.arange(4.0)[:, None].expand(4, 24).clone()
+    state["encoder.siglip.embeddings.position_embedding.weight"] = small_table
+    found = from_official(state, heads=(3, 2)).positions.detach()[0, :, 0].view(4, 4)
+    assert float(found[0, 0]) == 0.0 and float(found[3, 3]) == 3.0
+    assert bool((found.diff(dim=0) >= 0).all()) and bool((found.diff(dim=1) >= 0).all())
+
+
+def test_the_presets_are_as_published_and_have_their_sizes() -> None:
+    with torch.device("meta"):
+        made = bar_fsq_256()
+        assert isinstance(made.norm_in, nn.LayerNorm) and made.norm_in.eps == 1e-5
+        assert made.decoder[0].mlp_norm.eps == 1e-5 and made.encoder[0].mlp_norm.eps == 1e-6  # type: ignore[union-attr, operator]
+        assert made.encoder[0].fc1.out_features == 4304  # type: ignore[union-attr, operator]
+        layer = 4 * 1152**2 + 2 * 1152 * 4304 + 9 * 1152 + 4304  # matrices; biases and norms
+        tower = 768 * 1152 + 1152 + 256 * 1152 + 27 * layer + 2 * 1152
+        block = 12 * 1024**2 + 13 * 1024
+        decoder = 257 * 1024 + 1024 + 24 * block + 4 * 1024 + 1024 * 768 + 768 + 84
+        codes = 1152 * 16 + 16 + 16 * 1024 + 1024
+        assert sum(p.numel() for p in made.parameters()) == tower + decoder + codes == 716_050_516
+
+
+def test_the_published_decoder_starts_as_officially() -> None:
+    torch.manual_seed(0)
+    made = BARFSQ(BinaryFSQ(5), 16, 4, 24, 1, 2, 2.0, 64, 1, 2, norm_in=True)
+    assert float(made.decoder_positions.detach().std()) == pytest.approx(64**-0.5, rel=0.1)
+    assert float(made.smooth.weight.detach().abs().max()) <= 2.0 and not made.smooth.bias.any()  # type: ignore[union-attr]
+    assert float(made.smooth.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+    plain = BARFSQ(BinaryFSQ(5), 16, 4, 24, 1, 2, 2.0, 64, 1, 2)
+    assert float(plain.decoder_positions.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_encoder_has_a_rate_of_its_own() -> None:
+    made = small()
+    slow = OptimizerSettings(lr=1.0, weight_decay=0.5, encoder_rate=0.1).make(made)[0]
+    of_rate = {0.1: set(), 1.0: set()}
+    for group in slow.param_groups:
+        of_rate[round(group["lr"], 6)] |= {id(parameter) for parameter in group["params"]}
+        assert group["weight_decay"] in (0.0, 0.5)
+    encoder = {id(p) for part in (made.encoder, made.encoder_norm) for p in part.parameters()}
+    assert of_rate[0.1] == encoder
+    assert of_rate[1.0] == {id(p) for p in made.parameters()} - encoder
+    with pytest.raises(ValueError, match="encoder_rate is 0"):
+        OptimizerSettings(encoder_rate=0.0)

@@ -18,6 +18,7 @@ from tessellar.tokenizers.losses.adversarial import (
 )
 from tessellar.tokenizers.losses.diff_augment import DiffAugment
 from tessellar.tokenizers.losses.discriminator import PatchGAN
+from tessellar.tokenizers.losses.gram import GramDistance
 from tessellar.tokenizers.losses.jittered import Jittered
 from tessellar.tokenizers.losses.perceptual import LPIPS, VGGFeatures
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
@@ -318,3 +319,58 @@ def test_jittered_distances_move_both_pictures_alike() -> None:
     torch.testing.assert_close(Jittered(Pair(), 0)(images, moved), Pair()(images, moved))
     with pytest.raises(UserError, match="pad is -1"):
         Jittered(Pair(), -1)
+
+
+def gram_by_hand(backbone: VGGFeatures, images: torch.Tensor) -> list[torch.Tensor]:
+    """Of a list of layers that is torchvision's, whose activations overwrite what they read."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = ((images + 1) / 2 - mean) / std
+    kept = []
+    for layer in [*backbone.features, nn.MaxPool2d(2)]:
+        x = torch.relu_(x) if isinstance(layer, nn.ReLU) else layer(x)
+        kept.append(x)
+    found = []
+    for features in kept:
+        flat = features.flatten(2)
+        found.append(torch.einsum("bcn,bdn->bcd", flat, flat) / flat[0].numel())
+    return found
+
+
+@torch.no_grad()
+def test_the_gram_loss_is_the_official_sum_over_31_layers(vgg: Path) -> None:
+    loss = GramDistance(str(vgg), size=32)
+    a, b = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
+    pairs = list(zip(gram_by_hand(loss.backbone, a), gram_by_hand(loss.backbone, b), strict=True))
+    assert len(pairs) == 31
+    wanted = sum((x - y).square().mean((1, 2)) for x, y in pairs)
+    torch.testing.assert_close(loss(a, b), wanted, rtol=1e-4, atol=0)
+    assert not loss(a, a).any() and bool((loss(a, b) > 0).all())
+
+
+def test_the_gram_loss_resizes_is_frozen_and_passes_gradients(vgg: Path, tmp_path: Path) -> None:
+    loss = GramDistance(str(vgg), size=48).train()
+    assert not loss.training and not any(p.requires_grad for p in loss.parameters())
+    image = torch.rand(1, 3, 24, 24, requires_grad=True)
+    loss(torch.rand(1, 3, 24, 24), image).sum().backward()
+    assert image.grad is not None and image.grad.any()
+    with pytest.raises(UserError, match="the Gram loss needs torchvision's VGG-16 weights"):
+        GramDistance(str(tmp_path / "absent.pth"))
+
+
+def test_reconstructions_are_shown_as_pictures_of_8_bits_where_that_is_asked() -> None:
+    seen = []
+
+    class Network(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return images.mean((1, 2, 3))
+
+    images = torch.rand(1, 3, 4, 4) * 2 - 1
+    fakes = torch.full((1, 3, 4, 4), 1.5)
+    fakes[..., 0] = 0.1
+    loss = TokenizerLoss(Reconstruction(), discriminator=Network(), round_fakes=True)
+    loss.discriminator_loss(images, fakes, 0)
+    assert torch.equal(seen[0], images)  # images stay as they are
+    assert float(seen[1][..., 1:].min()) == 1.0  # clamped
+    assert float(seen[1][0, 0, 0, 0]) == pytest.approx(round(0.1 * 127.5 + 127.5) / 127.5 - 1)

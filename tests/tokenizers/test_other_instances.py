@@ -17,6 +17,8 @@ from tessellar.interop.importer import ImportOptions
 from tessellar.protocol.tokenizer import Tokenizer
 from tessellar.tokenizers.alitok import AliTok
 from tessellar.tokenizers.alitok import official as alitok
+from tessellar.tokenizers.bar_fsq import BARFSQ
+from tessellar.tokenizers.bar_fsq import official as bar_fsq
 from tessellar.tokenizers.bitdance import BinaryAutoencoder
 from tessellar.tokenizers.bitdance import official as bitdance
 from tessellar.tokenizers.flextok import FlexTok, TransformerSize, official_vae
@@ -38,6 +40,7 @@ from tessellar.tokenizers.mingtok import official as mingtok
 from tessellar.tokenizers.one_d_piece import OneDPiece
 from tessellar.tokenizers.open_magvit2 import OpenMAGVIT2
 from tessellar.tokenizers.open_magvit2 import official as open_magvit2
+from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
 from tessellar.tokenizers.quantizers.clustering import ClusteringVQ
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
@@ -264,6 +267,17 @@ def alitok_bidirectional() -> Pair:
     return made, alitok.from_official(alitok.to_official(made), (2, 6))
 
 
+def bar_fsq_of_other_patches() -> Pair:
+    """Codes of 70 bits, heads of other widths on both sides."""
+    quantizer = BinaryFSQ(70, centred=False)
+    sizes: dict[str, Any] = {"width": 36, "depth": 3, "num_heads": 6, "mlp_ratio": 2.5}
+    decoder: dict[str, Any] = {"decoder_width": 24, "decoder_depth": 2, "decoder_heads": 4}
+    made = BARFSQ(quantizer, 24, 8, **sizes, **decoder, norm_in=True, decoder_eps=1e-5)
+    # Away from the threshold, which lies far from the middle.
+    made.to_code.bias.data.fill_(-3.8)
+    return made, bar_fsq.from_official(bar_fsq.to_official(shaken(made)), (6, 4))
+
+
 def ibq_of_three_levels() -> Pair:
     """Attention at two levels."""
     sizes: dict[str, Any] = {"num_res_blocks": 2, "z_channels": 24, "attention": (0, 2)}
@@ -425,6 +439,7 @@ def tokenbridge_of_few_levels() -> Pair:
 
 # By the folder of the tokenizer; behind a comma what is other about it.
 CASES: dict[str, Callable[[], Pair]] = {
+    "bar_fsq": bar_fsq_of_other_patches,
     "bitdance, fed with noise": bitdance_with_noise,
     "bitdance, of one level": bitdance_of_one_level,
     "uniwetok, of other heads": uniwetok_of_other_heads,

@@ -2,15 +2,15 @@
 
 The encoder is a copy of the tower that is trained on, behind frozen patch embeddings; the decoder a
 ViT-L from scratch, whose third block is drawn to the features of the untouched tower (`teacher`).
-Inferred, for the sources do not say it: a norm before the decoder's output, exact GELU in the
-decoder. Different from the official code: the binary quantizer is centred unless it is told
-otherwise (quantizers/binary_fsq.py), and any sizes are taken. Not there: an importer, for the names
-in the published files are not known; the encoder's rate of a tenth of the others'; the Gram loss.
+The loss's other parts are in tokenizers/losses: pixels, LPIPS, ConvNeXt's logits, Gram matrices, a
+discriminator. Different from the official code: the binary quantizer is centred, and the decoder has
+no norm in front of its blocks, unless the published presets ask for both; any sizes are taken.
 
 Shapes: images [B, 3, H, W], N patches, D width of the encoder, E of the decoder, k bits.
 """
 
 from collections.abc import Mapping
+from math import isqrt
 
 import torch
 from einops import rearrange
@@ -34,14 +34,11 @@ ALIGNED_LAYER = 3  # blocks of the decoder before its state is compared
 HIDDEN_SIGLIP = 4304 / 1152
 
 
-def _blocks(width: int, depth: int, num_heads: int, ratio: float, gelu: str) -> nn.Sequential:
-    blocks = nn.Sequential(
-        *(ViTBlock(width, num_heads, mlp_ratio=ratio, gelu=gelu) for _ in range(depth))
-    )
-    for block in blocks:
-        block.attention_norm.eps = 1e-6  # type: ignore[union-attr, assignment]
-        block.mlp_norm.eps = 1e-6  # type: ignore[union-attr, assignment]
-    return blocks
+def _blocks(
+    width: int, depth: int, num_heads: int, ratio: float, gelu: str, eps: float
+) -> nn.Sequential:
+    blocks = [ViTBlock(width, num_heads, mlp_ratio=ratio, gelu=gelu, eps=eps) for _ in range(depth)]
+    return nn.Sequential(*blocks)
 
 
 # Of SigLIP2's tower, by timm's names.
@@ -71,8 +68,9 @@ class BARFSQ(GridTokenizer):
     """Images of `image_size` as a grid of tokens of bits, one a patch.
 
     `tower`: a file of SigLIP2's vision tower (timm's names) from which the encoder starts; its patch
-    embeddings then stay as they are. `teacher` is the untouched tower, for training alone. Raises
-    UserError where sizes do not fit.
+    embeddings then stay as they are. `teacher` is the untouched tower, for training alone. `norm_in`
+    puts a norm in front of the decoder's blocks, whose norms have `decoder_eps`. Raises UserError
+    where sizes do not fit.
     """
 
     def __init__(
@@ -90,6 +88,8 @@ class BARFSQ(GridTokenizer):
         tower: str | None = None,
         teacher: Teacher | None = None,
         alignment_weight: float = 0.7,
+        norm_in: bool = False,
+        decoder_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -108,15 +108,18 @@ class BARFSQ(GridTokenizer):
         self.teacher = teacher
         self.patch_in = nn.Linear(3 * patch_size**2, width)
         self.positions = nn.Parameter(torch.empty(1, side**2, width))
-        self.encoder = _blocks(width, depth, num_heads, mlp_ratio, "tanh")
+        self.encoder = _blocks(width, depth, num_heads, mlp_ratio, "tanh", eps=1e-6)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.to_code = nn.Linear(width, quantizer.dim)
         self.quantizer = quantizer
         self.from_code = nn.Linear(quantizer.dim, decoder_width)
         self.class_token = nn.Parameter(torch.empty(1, 1, decoder_width))
         self.decoder_positions = nn.Parameter(torch.empty(1, 1 + side**2, decoder_width))
-        self.decoder = _blocks(decoder_width, decoder_depth, decoder_heads, 4.0, "none")
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.norm_in = nn.LayerNorm(decoder_width, eps=decoder_eps) if norm_in else nn.Identity()
+        self.decoder = _blocks(
+            decoder_width, decoder_depth, decoder_heads, 4.0, "none", eps=decoder_eps
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=decoder_eps)
         self.to_pixels = nn.Linear(decoder_width, 3 * patch_size**2)
         self.smooth = nn.Conv2d(3, 3, 3, padding=1)
         self.align: nn.Sequential | None = None
@@ -139,15 +142,26 @@ class BARFSQ(GridTokenizer):
 
     def init_weights(self) -> None:
         """Tables and the class token N(0, 0.02); linear layers truncated N(0, 0.02), outputs of
-        branches too, biases 0.
+        branches too, biases 0. With `norm_in`, as published: the decoder's tables N(0, 1 / width), the
+        last convolution as linear layers.
+
+        The encoder's rate is its own (`encoder_rate` of the optimizer).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        published = isinstance(self.norm_in, nn.LayerNorm)
+        layers: list[nn.Linear | nn.Conv2d] = [self.smooth] if published else []
+        layers += [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for layer in layers:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.positions, std=0.02)
+        for table_ in (self.class_token, self.decoder_positions):
+            nn.init.normal_(table_, std=table_.shape[-1] ** -0.5 if published else 0.02)
         for table_ in (self.positions, self.class_token, self.decoder_positions):
-            nn.init.normal_(table_, std=0.02)
             tag(table_, "no_decay")
+        for part in (self.encoder, self.encoder_norm):
+            for parameter in part.parameters():
+                tag(parameter, "encoder")
 
     def start_from(self, state: Mapping[str, Tensor], where: str = "the tower") -> None:
         """The encoder as SigLIP2's tower; positions of another grid are resized.
@@ -157,10 +171,7 @@ class BARFSQ(GridTokenizer):
         ours = TOWER.from_official(state, where)
         positions = ours.get("positions")
         if positions is not None and positions.ndim == 3:
-            old = int(positions.shape[1] ** 0.5)
-            maps = rearrange(positions, "b (h w) d -> b d h w", h=old)
-            resized = F.interpolate(maps, (self.side, self.side), mode="bilinear", antialias=True)
-            ours["positions"] = rearrange(resized, "b d h w -> b (h w) d")
+            ours["positions"] = resized_table(positions, self.side)
         own = self.state_dict()
         kept = {
             name: tensor
@@ -192,6 +203,7 @@ class BARFSQ(GridTokenizer):
         """Images, and the patches' states [B, N, E] behind the third block."""
         x = self.from_code(vectors.to(self.from_code.weight.dtype))
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.decoder_positions
+        x = self.norm_in(x)
         states = x
         for number, block in enumerate(self.decoder, start=1):
             x = block(x)
@@ -218,15 +230,33 @@ class BARFSQ(GridTokenizer):
         return TokenizerOutput(drawn, quantized.tokens, losses)
 
 
+def resized_table(positions: Tensor, side: int) -> Tensor:
+    """Positions [1, h h, D] of SigLIP2's tower on a grid of `side` x `side`, bilinearly."""
+    maps = rearrange(positions, "b (h w) d -> b d h w", h=isqrt(positions.shape[1]))
+    resized = F.interpolate(maps, (side, side), mode="bilinear", antialias=True)
+    return rearrange(resized, "b d h w -> b (h w) d")
+
+
 def bar_fsq_256(
     bits: int = 16, tower: str | None = None, teacher: Teacher | None = None, centred: bool = False
 ) -> BARFSQ:
-    """16 x 16 tokens of 16 bits at 256 pixels; the published quantizer unless `centred`."""
-    return BARFSQ(BinaryFSQ(bits, centred), 256, tower=tower, teacher=teacher)
+    """16 x 16 tokens of 16 bits at 256 pixels; the published quantizer unless `centred`.
+
+    716,050,516 parameters.
+    """
+    return _published(BinaryFSQ(bits, centred), 256, tower=tower, teacher=teacher)
 
 
 def bar_fsq_512(
     bits: int = 10, tower: str | None = None, teacher: Teacher | None = None, centred: bool = False
 ) -> BARFSQ:
     """32 x 32 tokens of 10 bits at 512 pixels; the published quantizer unless `centred`."""
-    return BARFSQ(BinaryFSQ(bits, centred), 512, tower=tower, teacher=teacher)
+    return _published(BinaryFSQ(bits, centred), 512, tower=tower, teacher=teacher)
+
+
+def _published(
+    quantizer: BinaryFSQ, image_size: int, tower: str | None, teacher: Teacher | None
+) -> BARFSQ:
+    return BARFSQ(
+        quantizer, image_size, tower=tower, teacher=teacher, norm_in=True, decoder_eps=1e-5
+    )

@@ -6,7 +6,7 @@ in eval mode.
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tessellar.checkpoints.weights import load_strict
 from tessellar.errors import UserError
 from tessellar.layers.precision import ExactTables, at_least_float32
 from tessellar.protocol.arguments import in_ranges
+from tessellar.protocol.ranges import check_name
 from tessellar.tensor_files import read_state
 
 SIZE = 224
@@ -37,12 +38,17 @@ def existing(weights: str) -> Path:
 class LogitDistance(ExactTables):
     """Mean squared difference of logits, [B], of images [B, 3, H, W] in [-1, 1].
 
-    `weights` is a path to torchvision's ConvNeXt-S (.pth or .safetensors). Raises UserError where
-    it is missing.
+    `weights` is a path to torchvision's ConvNeXt-S (.pth or .safetensors). Images are resized to 224
+    pixels by antialiased `interpolation` (BAR's is bicubic). Raises UserError where the file is
+    missing.
     """
 
-    def __init__(self, weights: str) -> None:
+    def __init__(
+        self, weights: str, interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    ) -> None:
         super().__init__()
+        check_name("interpolation", interpolation, ("bilinear", "bicubic"))
+        self.interpolation = interpolation
         self.network = classifier()
         if not stays_random(weights):
             load_strict(self.network, read_state(existing(weights)), weights)
@@ -59,7 +65,7 @@ class LogitDistance(ExactTables):
     def logits(self, images: Tensor) -> Tensor:
         """Scores of the classes, [B, 1000]."""
         images = F.interpolate(
-            at_least_float32(images), (SIZE, SIZE), mode="bilinear", antialias=True
+            at_least_float32(images), (SIZE, SIZE), mode=self.interpolation, antialias=True
         )
         normalised = ((images + 1) / 2 - self.mean) / self.std
         return at_least_float32(self.network(normalised.to(images.dtype)))

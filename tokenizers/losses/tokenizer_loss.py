@@ -73,8 +73,9 @@ class TokenizerLoss(nn.Module):
     (True: with VQGAN's bounds). `consistency` weighs the mean squared difference of the logits of
     two augmentations of the same images (bCR, arXiv 2002.04724), beside the discriminator's own
     loss. With `autocast` the networks of the loss run in the run's precision, as in LlamaGen's
-    training; without, in float32, as in TiTok's and ResTok's. A second, shorter reconstruction adds
-    its own pixel and perceptual losses. Raises UserError for a negative start step and for a
+    training; without, in float32, as in TiTok's and ResTok's. With `round_fakes` the discriminator's
+    own loss sees reconstructions as 8-bit pictures (BAR's, RAE's). A second, shorter reconstruction
+    adds its own pixel and perceptual losses. Raises UserError for a negative start step and for a
     consistency of a discriminator that augments nothing.
     """
 
@@ -94,6 +95,7 @@ class TokenizerLoss(nn.Module):
         onset: Onset = Onset(),  # noqa: B008
         consistency: float = 0.0,
         autocast: bool = False,
+        round_fakes: bool = False,
     ) -> None:
         super().__init__()
         if adversarial_start < 0:
@@ -116,6 +118,7 @@ class TokenizerLoss(nn.Module):
         )
         self.consistency = consistency
         self.autocast = autocast
+        self.round_fakes = round_fakes
         self.adversarial_kind: Kind = adversarial_kind
         self.discriminator_kind: DiscriminatorKind = discriminator_kind
 
@@ -200,6 +203,8 @@ class TokenizerLoss(nn.Module):
         """Loss of the discriminator; 0 before the start step."""
         assert self.discriminator is not None
         fakes = reconstruction.detach()
+        if self.round_fakes:
+            fakes = (at_least_float32(fakes).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
         with self._precision(images):
             real = self.discriminator(self._shown(images, step))
             fake = self.discriminator(self._shown(fakes, step))
