@@ -88,7 +88,7 @@ class LlamaGen(LlamaGenerator):
 
     def rotations(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """cos, sin [P + N, head_dim / 2] of the prefix and of a layout's places."""
-        return rope_table(layout, self.conditioning.length, self.head_dim, self.rope_base)
+        return rope_table(layout, self.prefix_length, self.head_dim, self.rope_base)
 
     def take_layout(self, layout: Layout) -> None:
         """Rotations follow rows and columns, so other grids need no other weights."""

@@ -230,6 +230,7 @@ def init_generator(
         ours=Sizes(generator.layout, num_classes=here),
         fresh=fresh,
     )
+    _tell_layout(source, generator.layout, fitted)
     _tell_fitted(source, fitted)
     _tell_settings(source, "generator", generator.config, besides=("layout", "num_classes"))
     taken = ["generator"]
@@ -258,6 +259,20 @@ def _layout(source: Source) -> Layout | None:
     if not isinstance(described, dict):
         return None
     return build(described, Layout, f"{source.where}: the layout")
+
+
+def _tell_layout(source: Source, layout: Layout, fitted: Fitted) -> None:
+    """One line where a generator goes on with segments of other shapes: rotations and other tables
+    that are no weights follow by themselves.
+    """
+    theirs = _layout(source)
+    if theirs is None or theirs == layout or not theirs.differs_in_shapes(layout):
+        return
+    shapes = []
+    for one in (theirs, layout):
+        shapes.append(" + ".join(" x ".join(map(str, s.shape)) for s in one.segments))
+    told = "" if fitted.resampled else "; no weight depends on it"
+    log.info("%s: tokens %s to %s%s", source.where, *shapes, told)
 
 
 def _tell_fitted(source: Source, fitted: Fitted) -> None:

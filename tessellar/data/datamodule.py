@@ -338,7 +338,9 @@ class PictureDataModule(ImageDataModule):
         """With the number of training images in each bucket."""
         if not self.buckets:
             return super().found()
-        bucketing = self._bucketing(self.train_dataset(), "train")
+        dataset = self.train_dataset()
+        assert isinstance(dataset, PictureDataset)
+        bucketing = self._bucketing(dataset, "train")
         return f"{super().found()}; in buckets {bucketing.spelled()}"
 
     def contents(self) -> tuple[str, str]:

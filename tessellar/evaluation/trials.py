@@ -169,7 +169,7 @@ def draw_trials(trials: Sequence[Trial], chosen: Trial, metric: str, out: Path) 
         reached = [trial for trial in line if trial.value is not None]
         reached.sort(key=lambda trial: positions[trial.values[axis]])
         xs = [positions[trial.values[axis]] for trial in reached]
-        ys = [trial.value for trial in reached]
+        ys = [trial.value or 0.0 for trial in reached]
         left.plot(xs, ys, marker=".", color=hue, label=label or None)
         failed = [positions[trial.values[axis]] for trial in line if trial.value is None]
         if failed:
@@ -180,7 +180,7 @@ def draw_trials(trials: Sequence[Trial], chosen: Trial, metric: str, out: Path) 
                 right.plot(*zip(*trial.curve, strict=True), style, color=hue, alpha=0.7)
     left.plot(
         positions[chosen.values[axis]],
-        chosen.value,
+        chosen.value or 0.0,
         marker="o",
         markersize=12,
         fillstyle="none",

@@ -79,6 +79,7 @@ def test_a_batch_has_one_size_and_all_of_a_bucket_come(folder: Path) -> None:
     assert len(set(seen)) == len(seen) == 12 + 12 + 6  # 13 wide ones and strips, 7 tall ones
     again = [batch["index"].tolist() for batch in data(folder).train_dataloader()]
     assert sum(again, []) == seen
+    assert isinstance(loader.sampler, BucketSampler)
     loader.sampler.set_epoch(1)
     assert [batch["index"].tolist() for batch in loader] != again
     # Validation: every picture once, whatever is left of a bucket in a smaller batch.

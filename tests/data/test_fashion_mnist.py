@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from tessellar.data.sets.fashion_mnist import FashionMNIST
+from tessellar.data.sets.fashion_mnist import FashionMNIST, FashionMNISTData
 from tessellar.data.sets.idx import find_idx, read_idx
 from tessellar.errors import UserError
 from tessellar.images import to_uint8
@@ -23,6 +24,16 @@ def test_images_are_padded_with_black_and_have_three_equal_channels(idx_root: Pa
     assert (batch["image"][..., frame] == -1).all()
     assert batch["label"].tolist() == [3, 4] and batch["index"].tolist() == [3, 14]
     assert batch["caption"] == ["a photo of a dress", "a photo of a coat"]
+
+
+def test_another_size_shows_the_same_images(idx_root: Path) -> None:
+    data = FashionMNISTData(str(idx_root), size=64)
+    images = data.val_dataset().batch([2, 5])["image"]
+    assert data.image_size == (64, 64) and images.shape == (2, 3, 64, 64)
+    plain = FashionMNISTData(str(idx_root)).val_dataset()
+    assert plain.fingerprint() != data.val_dataset().fingerprint()
+    smaller = F.avg_pool2d(images, 2)  # pairs of pixels lie about the one that they come from
+    assert float((smaller - plain.batch([2, 5])["image"]).abs().mean()) < 0.2
 
 
 def test_splits_are_read_from_gzipped_and_plain_files(idx_root: Path):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-import tessellar
 from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.checkpoints.card import Record
@@ -21,7 +21,9 @@ from tessellar.data.sets.image_folder import ImageFolderData
 from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
 from tessellar.models.mar import MAR
+from tessellar.pipeline import load_generator
 from tessellar.protocol.condition import Condition
+from tessellar.protocol.distribution import Logits
 from tessellar.protocol.layout import Categorical, Continuous, grid_layout
 from tessellar.tokenizers.llamagen import LlamaGenVQ
 from tessellar.tokenizers.losses.reconstruction import Reconstruction
@@ -123,6 +125,7 @@ def exports(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_one_table_of_positions_learns_from_every_size(pictures: Path) -> None:
     tokenizer = tokenizer_module().tokenizer
+    assert isinstance(tokenizer, ViTVQ)
     for size in SIZES:
         tokenizer.take_size(size)
         tokenizer.zero_grad()
@@ -131,14 +134,22 @@ def test_one_table_of_positions_learns_from_every_size(pictures: Path) -> None:
         assert output.reconstruction.shape == images.shape
         assert output.tokens.shape == (2, tokenizer.layout.length)
         output.reconstruction.square().mean().backward()
-        assert bool(tokenizer.decoder.positions.grad.abs().sum(-1).all())
+        gradient = tokenizer.decoder.positions.grad
+        assert gradient is not None and bool(gradient.abs().sum(-1).all())
         torch.testing.assert_close(
             tokenizer.eval().decode(tokenizer.encode(images)), output.reconstruction
         )
 
 
+def logits(generator: LlamaGen, tokens: Tensor) -> Tensor:
+    """Teacher-forced scores of one image of class 0."""
+    scores = generator.score(tokens, Condition(ids=torch.tensor([0])))
+    assert isinstance(scores, Logits)
+    return scores.logits
+
+
 def test_samples_of_each_size_follow_its_rows_and_columns(exports: tuple[Path, Path]) -> None:
-    model = tessellar.load(exports[1])
+    model = load_generator(exports[1])
     plain = model.sample([0, 1], output="uint8")
     for size in SIZES:
         model.take_size(size)
@@ -152,8 +163,9 @@ def test_samples_of_each_size_follow_its_rows_and_columns(exports: tuple[Path, P
     for size in SIZES[1:]:
         model.take_size(size)
         generator = model.generator.eval()
+        assert isinstance(generator, LlamaGen)
         torch.nn.init.normal_(generator.output.weight, generator=torch.Generator().manual_seed(0))
-        scores.append(generator.score(tokens, Condition(ids=torch.tensor([0]))).logits)
+        scores.append(logits(generator, tokens))
     assert scores[0].shape == scores[1].shape and not torch.allclose(*scores)
 
 
@@ -166,9 +178,7 @@ def test_a_generator_of_a_size_is_one_that_was_made_for_it() -> None:
     second.load_state_dict(first.state_dict())
     first.take_layout(layouts[1])
     tokens = torch.arange(24)[None] % 16
-    condition = Condition(ids=torch.tensor([1]))
-    ours = first.score(tokens, condition).logits
-    assert torch.equal(ours, second.score(tokens, condition).logits)
+    assert torch.equal(logits(first, tokens), logits(second, tokens))
     with pytest.raises(UserError, match="LlamaGen predicts tokens of one layout"):
         first.take_layout(grid_layout(4, 6, Categorical(17)))
 

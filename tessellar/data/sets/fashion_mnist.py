@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn import functional as F
 
 from tessellar.data.batch import Batch
 from tessellar.data.datamodule import ImageDataModule
@@ -54,6 +55,7 @@ SIDE = 28
 
 
 PADDING = 2
+PADDED = SIDE + 2 * PADDING
 
 
 def photo_of(name: str) -> str:
@@ -63,7 +65,7 @@ def photo_of(name: str) -> str:
 
 class FashionMNIST(ImageDataset):
     """One split from the folder `root`, which holds the IDX files (plain or .gz); raises UserError
-    if they do not.
+    if they do not. Of another `size` than 32 images are resampled, bilinearly: nothing new is in them.
     """
 
     class_names = CLASS_NAMES
@@ -74,6 +76,7 @@ class FashionMNIST(ImageDataset):
         split: Literal["train", "test"] = "train",
         flip: bool = False,
         seed: int = 0,
+        size: int = PADDED,
     ) -> None:
         images_file = find_idx(Path(root), f"{PREFIX[split]}-images-idx3-ubyte")
         labels_file = find_idx(Path(root), f"{PREFIX[split]}-labels-idx1-ubyte")
@@ -89,6 +92,7 @@ class FashionMNIST(ImageDataset):
             )
         self.flip = flip
         self.seed = seed
+        self.size = size
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self._pixels = torch.from_numpy(
             np.pad(pixels, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
@@ -110,8 +114,11 @@ class FashionMNIST(ImageDataset):
         pixels = self._pixels[index]
         pixels = torch.where(rearrange(flipped, "b -> b 1 1"), pixels.flip(-1), pixels)
         labels = self.labels[index]
+        images = repeat(from_uint8(pixels), "b h w -> b c h w", c=3).contiguous()
+        if self.size != PADDED:
+            images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True)
         return {
-            "image": repeat(from_uint8(pixels), "b h w -> b c h w", c=3).contiguous(),
+            "image": images,
             "label": labels,
             "caption": [photo_of(CLASS_NAMES[label]) for label in labels.tolist()],
             "index": index,
@@ -119,18 +126,18 @@ class FashionMNIST(ImageDataset):
 
     def fingerprint(self) -> str:
         content = hashlib.sha256(self._pixels.numpy().tobytes() + self.labels.numpy().tobytes())
-        return digest(set="fashion-mnist", content=content.hexdigest(), flip=self.flip)
+        facts = {"set": "fashion-mnist", "content": content.hexdigest(), "flip": self.flip}
+        return digest(**facts if self.size == PADDED else {**facts, "size": self.size})
 
 
 @in_ranges
 class FashionMNISTData(ImageDataModule):
-    """Fashion-MNIST, 32 x 32; `root` holds its four IDX files. The test images are also the
-    validation images.
+    """Fashion-MNIST, 32 x 32, or resampled to `size`; `root` holds its four IDX files. The test images
+    are also the validation images.
     """
 
     name = "fashion-mnist"
     class_names = CLASS_NAMES
-    image_size = (32, 32)
 
     def __init__(
         self,
@@ -139,22 +146,24 @@ class FashionMNISTData(ImageDataModule):
         num_workers: int = 0,
         flip: bool = False,
         seed: int | None = None,
+        size: int = PADDED,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        self.image_size = (size, size)
         self.root = root
         self.flip = flip
 
     @cached_property
     def _plain(self) -> FashionMNIST:
-        return FashionMNIST(self.root, "train")
+        return FashionMNIST(self.root, "train", size=self.image_size[0])
 
     @cached_property
     def _flipped(self) -> FashionMNIST:
-        return FashionMNIST(self.root, "train", flip=True, seed=self.seed)
+        return FashionMNIST(self.root, "train", flip=True, seed=self.seed, size=self.image_size[0])
 
     @cached_property
     def _test(self) -> FashionMNIST:
-        return FashionMNIST(self.root, "test")
+        return FashionMNIST(self.root, "test", size=self.image_size[0])
 
     def train_dataset(self, augment: bool = True) -> FashionMNIST:
         return self._flipped if augment and self.flip else self._plain
