@@ -28,10 +28,14 @@ class UserError(ValueError):
 def check_is_file(path: str | Path) -> None:
     """Raise UserError where `path` is a pipe, a socket or a device: reading one may never end.
 
-    What does not exist is left to whoever opens it.
+    What does not exist, or cannot be looked at, is left to whoever opens it.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    try:
+        is_other = path.exists() and not path.is_file() and not path.is_dir()
+    except OSError:
+        return
+    if is_other:
         raise UserError(f"{path} is a pipe or a device, not a file")
 
 
@@ -41,8 +45,9 @@ def writing(path: str | Path, unfinished: str | Path | None = None) -> Iterator[
 
     A full or read-only disk is a user's matter, and the errors of a failing write name no file.
     `unfinished`, the file or folder that is written beside `path`, is removed whatever ends the
-    write.
+    write. A pipe or a device is refused: what is moved into its place would be the end of it.
     """
+    check_is_file(path)
     try:
         yield
     except BaseException as error:

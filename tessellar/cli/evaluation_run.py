@@ -14,7 +14,7 @@ from tessellar import distributed
 from tessellar.checkpoints.export import CONFIG, WEIGHTS
 from tessellar.cli.sample import pick_device
 from tessellar.data.datamodule import ImageDataModule
-from tessellar.errors import UserError
+from tessellar.errors import UserError, check_is_file
 from tessellar.evaluation.engine import Yardstick, evaluate
 from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.networks.loading import load_extractors
@@ -120,6 +120,7 @@ def check_out(out: str) -> None:
     path = Path(out)
     if out and path.is_dir():
         raise UserError(f"--out {out} is a folder; name a file")
+    check_is_file(path)
     taken = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
     if taken is not None:
         raise UserError(f"--out {out}: {taken} is a file, not a folder")

@@ -5,15 +5,20 @@ before parsing; and YAML that no parser should be given.
 from collections.abc import Sequence
 from pathlib import Path
 
-from tessellar.errors import UserError
+from tessellar.errors import UserError, check_is_file
 from tessellar.plain_data import Repeated, Unbounded, read_yaml
 from tessellar.sampling.older import in_one_line, refuse_config, refuse_words, respell
+
+#: Pipes that a shell makes for one command, `--config <(...)`: read once, by the parser.
+OF_THE_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def refuse_older(argv: Sequence[str]) -> None:
     """Raise UserError, in one line, with the new spelling of what is in the older one."""
     refuse_words(argv)
     for path in configs_of(argv):
+        if not path.startswith(OF_THE_SHELL):
+            check_is_file(path)
         try:
             config = read_yaml(Path(path))
         except (Unbounded, Repeated):

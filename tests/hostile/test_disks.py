@@ -369,3 +369,22 @@ def test_of_two_commands_into_one_output_one_wins_and_the_other_is_refused(tmp_p
     winner = next(line for line in ended if line not in refused)
     assert {json.loads(path.read_text()) for path in target.iterdir()} == {winner}
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def test_a_pipe_or_a_device_is_no_output_and_stays_what_it_is(tmp_path: Path) -> None:
+    """A file that is moved into the place of a device would be the end of it: `--out /dev/null`, by root."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    run_of_one = tmp_path / "metrics.csv"
+    run_of_one.write_text("step,a\n1,2\n")
+    writers: list[Callable[[], Any]] = [
+        lambda: write_record({"metrics": {}}, pipe),  # type: ignore[typeddict-item]
+        lambda: write_arrays(pipe, {"a": np.zeros(1)}),
+        lambda: write_safetensors({"a": torch.zeros(1)}, pipe),
+        lambda: save_png(torch.zeros(3, 2, 2, dtype=torch.uint8), pipe),
+        lambda: metric_curves(run_of_one, pipe),
+    ]
+    for write in writers:
+        with pytest.raises(UserError, match="pipe is a pipe or a device, not a file"):
+            write()
+        assert pipe.is_fifo() and sorted(tmp_path.iterdir()) == [run_of_one, pipe]

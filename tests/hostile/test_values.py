@@ -66,7 +66,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """Names, with a mark on pipes: a file in the place of one is another thing."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        mark = " (pipe)" if path.is_fifo() else ""
+        found.append(f"{path.relative_to(folder)}{mark}")
+    return found
 
 
 def said(command: str, words: list[str]) -> tuple[int, list[str]]:
@@ -138,6 +143,7 @@ SAMPLE: dict[str, str] = {
     "--prompts {tiny}/prompts.txt": "needs a generator that is conditioned on text",
     "--package os.path.join": "package",
     "--package ../x": "is not the name of a package",
+    "--config {tiny}/pipe": "pipe is a pipe or a device, not a file",
     "--overwrite --out {tiny}": "holds no samples.json, so it is never replaced",
     "--out {tiny}/set.npz": "exists and is not a folder",
     "--out {tiny}/set.npz/x": "set.npz",
@@ -158,6 +164,11 @@ EVALUATE: dict[str, str] = {
     f"{IMAGES} --protocol adm-50k": "adm-50k",
     f"{IMAGES} --device meta": "holds no values",
     f"{IMAGES} --out {{tiny}}": "is a folder; name a file",
+    f"{IMAGES} --out {{tiny}}/pipe": "pipe is a pipe or a device, not a file",
+    "stats {tiny}/set.npz --extractor {tiny}/net.safetensors --out {tiny}/pipe": (
+        "pipe is a pipe or a device, not a file"
+    ),
+    f"{IMAGES} --config {{tiny}}/pipe": "pipe is a pipe or a device, not a file",
     f"{IMAGES} --out {{tiny}}/set.npz/x.json": "is a file, not a folder",
     f"{IMAGES} --network.name x --network.arch resnet9999 --network.num_classes 4 "
     "--network.image_size [32,32]": "timm cannot make 'resnet9999'",
@@ -319,6 +330,7 @@ TRAIN: dict[str, str] = {
     "--config zero.yaml --name x": "default_root_dir is .*which holds a zero byte",
     "--config list.yaml --name x": "a config is a mapping",
     "--config bytes.yaml --name x": "bytes.yaml",
+    "--config {tiny}/pipe --name x": "pipe: there is no such file",
     "--config twice.yaml --name x": "twice.yaml gives 'max_steps' in line 2 and again in line 3",
     f"{RUN} --data.class_path tessellar.data.ImageFolderData --data.init_args.root "
     "{tiny}/nowhere --data.init_args.size 16": "nowhere is not a folder",
