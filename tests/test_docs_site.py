@@ -1,6 +1,7 @@
 """The site: links of all pages, on a forge and on the site; pages and figures that are made."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,13 @@ def test_commands_are_run_or_have_a_reason() -> None:
     golden = {folder.name for folder in (ROOT / "tests" / "golden").iterdir()}
     named = {word.rpartition("/")[2] for line in verified for word in line.split()[3:]}
     assert named <= golden and len(named) > 20
+
+
+def test_the_count_of_commands_stands_among_what_was_counted() -> None:
+    text = docs_commands.with_count((ROOT / "docs" / "guarantees.md").read_text())
+    total, run, left = map(int, re.findall(r"\d+", docs_commands.counted()))
+    assert total == run + left and run > 100
+    assert f"{total} commands on the pages: {run} run at tiny size, {left} marked" in text
 
 
 def test_pages_of_the_api_name_modules_that_are_there() -> None:

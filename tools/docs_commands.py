@@ -195,6 +195,16 @@ def counted() -> str:
     )
 
 
+def with_count(page: str) -> str:
+    """A page whose place for it holds the count of all commands: on the site it is that of the build."""
+    return re.sub(
+        r"(<!-- commands -->).*?(<!-- end of commands -->)",
+        rf"\g<1>{counted()}\g<2>",
+        page,
+        flags=re.S,
+    )
+
+
 def python_of(file: Path) -> list[str]:
     """The Python of a page, block by block."""
     return re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.S)

@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from docs_commands import lines_of, with_reasons  # noqa: E402
+from docs_commands import lines_of, with_count, with_reasons  # noqa: E402
 from mkdocs.config.defaults import MkDocsConfig  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 from mkdocs.structure.pages import Page  # noqa: E402
@@ -69,10 +69,12 @@ def made() -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """The links of the site, of a page that lies in docs/; below each block of commands whether it is run."""
+    """The links of the site, of a page that lies in docs/; below each block of commands whether it is run; the
+    count of all commands, where a page has a place for it.
+    """
     if page.file.generated_by is None:
         markdown = for_site(markdown, f"docs/{page.file.src_uri}")
-    return with_marks(markdown)
+    return with_count(with_marks(markdown))
 
 
 def with_marks(markdown: str) -> str:
