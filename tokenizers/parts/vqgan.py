@@ -41,7 +41,9 @@ class VQGAN(GridTokenizer):
         return self.decoder.conv_out.weight  # type: ignore[union-attr, return-value]
 
     def take_size(self, image_size: tuple[int, int]) -> None:
-        """Convolutions go over images of any multiple of the stride."""
+        """Convolutions go over images of any multiple of the stride; scales are of one size (VAR)."""
+        if self.layout.grid is None:
+            return super().take_size(image_size)
         height, width = image_size
         if height % self.stride or width % self.stride:
             raise UserError(
