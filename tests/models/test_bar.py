@@ -342,9 +342,9 @@ def test_a_published_file_gives_the_generator_back(patch: int, bits: int) -> Non
     generator = small(bits=bits, patch=patch)
     state = official.to_official(generator)
     assert state["blocks.0.mlp.w12.weight"].shape == (2 * 85, 32)
-    half = generator.layers[0].mlp.w1.weight  # type: ignore[union-attr]
+    half: Any = generator.layers[0].mlp.w1.weight  # type: ignore[union-attr]
     assert torch.equal(state["blocks.0.mlp.w12.weight"][:85], half)
-    own = generator.layers[1].mlp.w2.bias  # type: ignore[union-attr]
+    own: Any = generator.layers[1].mlp.w2.bias  # type: ignore[union-attr]
     assert torch.equal(state["blocks.1.mlp.w3.bias"], own)
     assert torch.equal(state["lm_head.t_embedder.W"], generator.bit_head.frequencies)
     for layer in range(2):  # tables that ours computes
