@@ -28,7 +28,6 @@ from benchmarks.studies.heads import (
     LENGTH,
     LEVELS,
     LLAMA,
-    UPDATES,
     WIDTH,
     tokenizer,
 )
@@ -51,8 +50,10 @@ from tessellar.sampling.settings import Sampling
 log = logging.getLogger(__name__)
 NAME = "backbone"
 BFLOAT16 = ("--trainer.precision", "bf16-mixed")
+UPDATES = 250  # half of those of heads.py
+DECAY = ("--model.init_args.schedule.decay_start", "0.66")
 LATENT = tokenizer("kl_f4", 800)
-IMAGES = 400  # samples of a row, of seeds 0 to 399
+IMAGES = 200  # samples of a row, of seeds 0 to 199
 LIKELY = 256  # test images whose losses are taken
 KNOWN = (0, 4, 11, 18, 25, 32, 39, 46, 53, 60)  # places before the one that is asked for
 DRAWS = 16  # noise levels of each token of a diffusion loss
@@ -62,7 +63,6 @@ CAUSAL = {"num_classes": 10, "num_heads": 4, "dropout": 0.0, **LLAMA}
 DIFFUSION = {"diffusion.steps": 25, "diffusion.clip": 4.0, "guidance.scale": 3.0}
 SETS = {"algorithm.steps": 16, "guidance": "Revealed"}
 ONE_BY_ONE = {**SETS, "algorithm.steps": 64}
-SHORT = ("--model.init_args.schedule.decay_start", "0.66")
 ADAMW = ("--model.init_args.optimizer.name", "adamw")
 
 
@@ -96,7 +96,7 @@ class Run:
         updates = str(self.updates)
         steps = ("--trainer.max_steps", updates, "--trainer.val_check_interval", updates)
         file = f"configs/fashion_mnist/{self.config}.yaml"
-        return Training(self.name, file, (*BFLOAT16, *LENGTH, *steps, *words, *self.words))
+        return Training(self.name, file, (*BFLOAT16, *LENGTH, *steps, *DECAY, *words, *self.words))
 
 
 PARTS = "benchmarks.studies.backbone_parts"
@@ -114,8 +114,7 @@ BRIDGE_OPTIONS = {
 BEHIND = {"width": WIDTH, "head_width": 128, "head_depth": 2, "options": CAUSAL}
 RUNS = (
     Run("mar", "mar", MASKED),
-    # Half the samples: what it gains, it gains although it saw fewer.
-    Run("mar-causal", "mar", BEHIND, f"{PARTS}.CausalMAR", SHORT, updates=250),
+    Run("mar-causal", "mar", BEHIND, f"{PARTS}.CausalMAR"),
     Run("mar-causal-rotary", "mar", {**BEHIND, "rotations": True}, f"{PARTS}.CausalMAR"),
     Run("mar-grid", "mar", {"options": MAR_OPTIONS}, f"{PARTS}.GridMAR"),
     Run("mar-least-0", "mar", {**MASKED, "least_masked": 0.0}),
