@@ -10,13 +10,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
 from tessellar.callbacks.codebook_usage import CodebookUsage
 from tessellar.callbacks.ema import EMA
 from tessellar.checkpoints.card import Record
-from tessellar.cli import evaluate, sample
+from tessellar.cli import evaluate, sample, train
 from tessellar.data.sets.image_folder import ImageFolderData
 from tessellar.errors import UserError
 from tessellar.models.llamagen import LlamaGen
@@ -33,6 +34,7 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.generator_module import GeneratorModule
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.tokenizer_module import TokenizerModule
+from tests.tiny.configs import tokenizer_run
 from tests.tiny.pairs import GENERATORS
 from tests.training.test_resume import Drawing, SaveAll, differences, everything
 
@@ -225,6 +227,23 @@ def test_a_resumed_run_on_buckets_is_the_uninterrupted_one(
     resumed, rest = run(ckpt_path=tmp_path / "batch_4.ckpt")
     assert rest == losses[4:]
     assert not differences(whole, resumed)
+
+
+def test_a_yaml_says_the_buckets_and_the_run_what_they_hold(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tokenizer_run(4, validate_every=2, save_every=4)
+    options = {"root": str(pictures), "size": 16, "batch_size": 4, "val_root": str(pictures)}
+    options |= {"buckets": [[16, 24], [24, 16]], "num_workers": 0}
+    config["data"] = {"class_path": "tessellar.data.ImageFolderData", "init_args": options}
+    config["log_every"] = 1
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    train.main(["--config", "run.yaml", "--name", "mixed"])
+    said = Path("runs/mixed/log.txt").read_text()
+    assert "in buckets 16 x 16: 8, 16 x 24: 8, 24 x 16: 8" in said
+    assert Path("runs/mixed/export/model.safetensors").exists()
+    assert list(Path("runs/mixed/pictures").glob("reconstructions_*.png"))
 
 
 def test_commands_draw_and_measure_a_size(
