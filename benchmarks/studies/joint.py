@@ -24,8 +24,8 @@ from benchmarks.studies.steps import ROOT, Training, measured, read_results, wri
 
 NAME = "joint"
 PLOT = ROOT / "docs" / "pictures" / "joint.png"
-UPDATES = 300
-JOINT_UPDATES = 230
+UPDATES = 150
+JOINT_UPDATES = 115
 BATCH = 32
 CORRUPTION = "tessellar.training.methods.latent_corruption"
 QUANTIZER = {
@@ -80,7 +80,7 @@ def trainings(arm: str, arguments: argparse.Namespace) -> list[Training]:
     if corruptions is None:
         ramp = ("weight", "start", "warmup")
         options = ["--ema", "null"]
-        for loss, values in (("likelihood", (0.1, 60, 40)), ("prediction", (1.0, 60, 40))):
+        for loss, values in (("likelihood", (0.1, 30, 20)), ("prediction", (1.0, 30, 20))):
             for key, value in zip(ramp, values, strict=True):
                 options += [f"--model.{loss}.{key}", str(value)]
         words = (*TOKENIZER, *GENERATOR, *options)
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/joint"))
     parser.add_argument("--only", nargs="*", choices=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=2000, help="that are measured, of each kind")
+    parser.add_argument("--images", type=int, default=1000, help="that are measured, of each kind")
     arguments = parser.parse_args(argv)
     for name in ("data", "extractor", "runs"):
         setattr(arguments, name, getattr(arguments, name).resolve())

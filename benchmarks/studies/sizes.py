@@ -27,9 +27,9 @@ NAME = "sizes"
 PLOT = ROOT / "docs" / "pictures" / "sizes.png"
 TOKENIZER = "configs/fashion_mnist/tokenizer.yaml"
 GENERATOR = "configs/fashion_mnist/generator.yaml"
-SMALL_UPDATES = {"tokenizer": 300, "generator": 200}
-UPDATES = {"tokenizer": 80, "generator": 80}
-# Narrow ones: a minute or two of one core each.
+SMALL_UPDATES = {"tokenizer": 150, "generator": 120}
+UPDATES = {"tokenizer": 60, "generator": 60}
+# Narrow ones, briefly: half a minute of one core each.
 WIDTHS = {
     "tokenizer": ("--model.tokenizer.width", "96", "--model.tokenizer.decoder_depth", "3"),
     "generator": (
@@ -46,7 +46,7 @@ def training(kind: str, size: int, name: str, *further: str) -> Training:
     batch = 32 if size == 32 else 16
     options = (
         *("--data.size", str(size), "--data.batch_size", str(batch), "--log_every", "1"),
-        *("--trainer.max_steps", str(updates), "--trainer.val_check_interval", "20"),
+        *("--trainer.max_steps", str(updates), "--trainer.val_check_interval", "15"),
         *("--trainer.check_val_every_n_epoch", "null", "--trainer.limit_val_batches", "8"),
         *("--model.schedule.warmup", "20", *WIDTHS[kind], *further),
         *("--trainer.precision", "bf16-mixed"),  # half the time, with AMX
