@@ -26,6 +26,7 @@ from tessellar.data.captions import decode_text
 from tessellar.data.pixels import read_mask, read_pixels
 from tessellar.errors import UserError
 from tessellar.pipeline import ImageGenerator, assemble, pick_device
+from tessellar.plain_data import read_json
 from tessellar.processes.diffusion import AncestralDiffusion, DiffusionSampler
 from tessellar.processes.flow import EulerMaruyama, Flow
 from tessellar.progress import Progress, count_of
@@ -114,7 +115,7 @@ def sample(
         npz: write samples.npz, which ADM's evaluator reads
         grid: write grid.png, a row a class
         overwrite: replace an older set of samples
-        resume: keep unfinished work beside --out, so that the same command goes on
+        resume: keep unfinished work beside --out, so that the same command goes on; a finished set stays
         shard: make part 1/4, 2/4, ... of the set; the folder appears with the last part
         search: keep the best of several candidates, such as Beam; --search.help lists them
         image: picture to edit, or that a search compares with (Reconstruction)
@@ -124,7 +125,11 @@ def sample(
         size: height and width, of a model that was trained on several (default: its own)
     """
     trust(package)
-    check_target(Path(out), RECORD, overwrite)
+    keeps = resume or shard is not None
+    # A job that goes on may find its set finished: which set that is, is known further down.
+    finished = keeps and not overwrite and (Path(out) / RECORD).is_file()
+    if not finished:
+        check_target(Path(out), RECORD, overwrite)
     source, generator = _load(model, raw, device)
     shown = size_of(size)
     if shown is not None:
@@ -161,7 +166,6 @@ def sample(
             "--image alone says not what to do: give a --mask, an --edit, or a --search that compares with it"
         )
     part = shard_of(shard)
-    keeps = resume or shard is not None
     if keeps and not png:
         raise UserError("--resume and --shard keep the images as PNG: leave --no-png out")
     if keeps and (search is not None or edits):
@@ -183,6 +187,12 @@ def sample(
         "precision": precision,
         **({} if shown is None else {"size": list(shown)}),
     }
+    if finished:
+        if holds_set(Path(out), plan, npz):
+            if distributed.rank() == 0:
+                print(f"all {len(labels)} images are there: {out}")
+            return
+        check_target(Path(out), RECORD, overwrite)
     start = time.perf_counter()
     wanted = None if texts is None else [texts[label] for label in labels]
     kept: KeptSet | None = None
@@ -195,8 +205,8 @@ def sample(
         if not _all_made(kept, len(labels)):
             return
     with _stage(Path(out), overwrite) as stage:
-        size = generator.tokenizer.image_size
-        folder = SampleFolder(stage, labels, size, png=png, npz=npz, grid=grid, titles=titles)
+        pixels = generator.tokenizer.image_size
+        folder = SampleFolder(stage, labels, pixels, png=png, npz=npz, grid=grid, titles=titles)
         share = distributed.own_share(len(labels))
         if kept is None:
             _draw(making.batches(generator, labels, share, wanted), len(share), folder.write)
@@ -247,6 +257,14 @@ def size_of(numbers: list[int] | None) -> tuple[int, int] | None:
     if len(numbers) not in (1, 2) or min(numbers) < 1:
         raise UserError(f"--size is {numbers}; it is a side, or height and width, in pixels")
     return numbers[0], numbers[-1]
+
+
+def holds_set(folder: Path, plan: dict[str, Any], npz: bool) -> bool:
+    """Whether the finished set in `folder` is that of `plan`, its npz with it where that is asked for."""
+    record = read_json(folder / RECORD)
+    wanted = json.loads(json.dumps(plan))
+    same = isinstance(record, dict) and all(record.get(key) == wanted[key] for key in wanted)
+    return same and (not npz or (folder / "samples.npz").is_file())
 
 
 def read_material(

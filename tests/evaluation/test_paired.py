@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.models import alexnet
 
 from tessellar.errors import UserError
@@ -33,6 +34,19 @@ def test_ssim_of_flat_images_is_its_luminance_term() -> None:
     a, b, c = 100.0, 50.0, (0.01 * 255) ** 2
     images = [torch.full((1, 3, 16, 16), int(level), dtype=torch.uint8) for level in (a, b)]
     assert float(ssim(*images)) == pytest.approx((2 * a * b + c) / (a * a + b * b + c), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(11, 24), (32, 19)])
+def test_ssim_agrees_with_torchmetrics(random_images: Images, size: tuple[int, int]) -> None:
+    a = random_images(3, seed=1, size=32)[..., : size[0], : size[1]]
+    noise = random_images(3, seed=2, size=32)[..., : size[0], : size[1]] // 4
+    b = (a // 2 + noise).clamp(max=255)
+    b[0, 0] = 7  # a flat channel
+    theirs = structural_similarity_index_measure(
+        a.double(), b.double(), data_range=255.0, reduction="none", kernel_size=11
+    )
+    assert isinstance(theirs, Tensor)
+    torch.testing.assert_close(ssim(a, b), theirs.reshape(3), rtol=1e-9, atol=1e-12)
 
 
 def test_sums_do_not_depend_on_batches(random_images: Images) -> None:

@@ -86,6 +86,24 @@ def test_an_interrupted_set_goes_on(model: str, drawn: Drawn, tmp_path: Path) ->
     assert records[0].keys() == records[1].keys()
 
 
+@pytest.mark.parametrize("how", [["--resume"], ["--shard", "2/2"]])
+def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
+    model: str, drawn: Drawn, how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "set"
+    words = [model, "--count", "3", "--out", str(place)]
+    main(words)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    drawn.seen.clear()
+    main([*words, *how])
+    assert capsys.readouterr().out.endswith(f"all 3 images are there: {place}\n")
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    for other in (["--seed", "1"], ["--npz"]):  # another set, and a file that it has not
+        with pytest.raises(UserError, match="set exists; choose another --out"):
+            main([*words, *how, *other])
+    assert not drawn.seen and [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_shards_make_one_set_without_a_process_group(
     model: str, drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
