@@ -183,7 +183,7 @@ def main() -> None:
         "--compile", action="store_true", help="compile our blocks (minutes of start-up)"
     )
     parser.add_argument(
-        "--layout", default="auto", choices=["auto", "plain", "transposed", "packed"]
+        "--layout", default="auto", choices=["auto", "plain", "transposed", "packed", "int8"]
     )
     parser.add_argument("--no-windows", action="store_true", help="leave out SJD and GSD")
     parser.add_argument("--json", type=Path)

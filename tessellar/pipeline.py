@@ -25,7 +25,7 @@ from tessellar.protocol.generator import Generator
 from tessellar.protocol.guidance import GuidanceSchedule
 from tessellar.protocol.packages import trusting
 from tessellar.protocol.tokenizer import Tokenizer
-from tessellar.sampling.prepare import prepared
+from tessellar.sampling.prepare import WeightLayout, prepared
 from tessellar.sampling.report import Recorder
 from tessellar.sampling.settings import Sampling
 from tessellar.text.conditioners import TextConditioner
@@ -207,8 +207,10 @@ class ImageGenerator(nn.Module):
 
     def prepared_for(self, sampling: Sampling) -> AbstractContextManager[None]:
         """Within it the generator is prepared once for all batches that are drawn."""
-        # Packed weights are none that a compiler can read.
-        return prepared(self.generator, layout="plain" if sampling.algorithm.compile else "auto")
+        layout: WeightLayout = "int8" if sampling.algorithm.int8 else "auto"
+        if sampling.algorithm.compile:
+            layout = "plain"  # packed weights are none that a compiler can read
+        return prepared(self.generator, layout=layout)
 
     @torch.no_grad()
     def sample_tokens(

@@ -27,6 +27,7 @@ class Algorithm(ABC):
 
     exact: ClassVar[bool] = True
     compile: bool = False  # whether the generator runs inside a compiled function
+    int8: bool = False  # whether its matrices are rounded to 8 bits
 
     @abstractmethod
     def __call__(

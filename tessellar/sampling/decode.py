@@ -135,15 +135,19 @@ class Ancestral(EntityByEntity):
 
     `steps`: number of entities, for generators of random order. `compile`: the whole step as one
     compiled function, replayed as a CUDA graph on a GPU; for generators whose entities all have as
-    many tokens. Compiling takes up to minutes, once a process and batch size.
+    many tokens. Compiling takes up to minutes, once a process and batch size. `int8`: matrices
+    rounded to 8 bits, on a CPU, for one image at a time: other values, so other tokens.
     """
 
     steps: int | None = None
     compile: bool = False
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_whole("steps of Ancestral", self.steps, least=1)
+        if self.compile and self.int8:
+            raise UserError("int8 weights are none that a compiler can read: leave one of them out")
 
     def plan(self, generator: Generator, noise: Noise) -> Entities:
         return generator.plan(noise, self.steps)

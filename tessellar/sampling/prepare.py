@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from tessellar.errors import UserError
 from tessellar.layers.attention import attention
 from tessellar.layers.llama import LlamaBlock, Pass
 from tessellar.protocol.generator import Generator
@@ -29,7 +30,8 @@ PACKED_FOR_ROWS = (
 MANY_ROWS = 256  # above, float32 products are faster as they are: by 7 % at 512 rows, 13 % at 2,048
 STEPS_AHEAD = 16  # of which what is known beforehand is computed in one product
 
-WeightLayout = Literal["auto", "plain", "transposed", "packed"]
+WeightLayout = Literal["auto", "plain", "transposed", "packed", "int8"]
+INT8_COLUMNS = 32  # the kernel reads so many columns at once, and beyond the end of a row
 
 
 class Product:
@@ -40,6 +42,10 @@ class Product:
     which takes half of its time at two rows; in float32 it reads the weight at 6 GB/s where the
     packed one reads 10 (2 to 16 rows, one thread). `auto` packs where the processor can. Which is
     fastest depends on the processor (benchmarks/decoding.py).
+
+    `int8` rounds each row of the weight to 255 steps of its own, and x to bfloat16: half of
+    bfloat16's bytes, for one or two rows; of many rows the product is slower than any other. On a
+    CPU only; raises UserError elsewhere.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class Product:
         packable = weight.device.type == "cpu" and can_pack(dtype)
         if layout == "auto":
             layout = "packed" if packable else "plain"
+        if layout == "int8" and weight.device.type != "cpu":
+            raise UserError(f"int8 weights are read on a CPU, not on {weight.device}")
         if layout == "packed" and not packable:
             raise ValueError(
                 f"{dtype} weights on this {weight.device} cannot be packed; "
@@ -63,7 +71,10 @@ class Product:
         self.for_many_rows = self.weight if layout == "packed" and own else None
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.is_packed = layout == "packed"
-        if layout == "packed":
+        self.steps: Tensor | None = None
+        if layout == "int8":
+            self.weight, self.steps = in_8_bits(weight.detach())
+        elif layout == "packed":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
         elif layout == "transposed":
             self.weight = self.weight.t().contiguous().t()
@@ -71,9 +82,25 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         if self.for_many_rows is not None and x.shape[:-1].numel() > MANY_ROWS:
             return F.linear(x, self.for_many_rows, self.bias)
+        if self.steps is not None:
+            rows = F.pad(x, (0, self.weight.shape[1] - x.shape[-1])).flatten(0, -2).bfloat16()
+            found = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.steps)
+            found = found.to(x.dtype).unflatten(0, x.shape[:-1])
+            return found if self.bias is None else found + self.bias
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [out, in], zeros behind its columns, and bfloat16 [out]: the product of both is nearest
+    to `weight`.
+    """
+    weight = weight.float()
+    # Rounded first: what is multiplied by them is then nearest for the steps that are read.
+    steps = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
+    rounded = (weight / steps.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return F.pad(rounded, (0, -weight.shape[1] % INT8_COLUMNS)).contiguous(), steps
 
 
 @cache

@@ -75,7 +75,9 @@ def other(model: ImageGenerator, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @contextmanager
 def started(*words: str) -> Iterator[str]:
     """The address of a page that the command serves."""
-    code = "from tessellar.cli.main import main; main('demo')"
+    # Ctrl-C ends it also where this test runs in the background, whose children ignore it.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from tessellar.cli.main import main; main('demo')"
     command = [sys.executable, "-c", code, *words, "--port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -181,7 +183,7 @@ def colours(picture: Image.Image) -> int:
 
 def test_an_image_is_drawn_token_by_token(visitor: Visitor, model: ImageGenerator) -> None:
     name = model.class_names[2]
-    visitor.fill("draw-subject", name)
+    visitor.choose("draw-subject", name)
     visitor.fill("draw-seed", "7")
     seen = """() => {
         window.seen = [];
@@ -247,7 +249,7 @@ def test_what_is_drawn_over_is_drawn_anew(visitor: Visitor, model: ImageGenerato
     time.sleep(1)
     red = np.asarray(visitor.screenshot("inpaint_mask"))
     assert ((red[..., 0] > 240) & (red[..., 1] < 60) & (red[..., 2] < 60)).sum() > 500
-    visitor.fill("inpaint-subject", model.class_names[5])
+    visitor.choose("inpaint-subject", model.class_names[5])
     visitor.fill("inpaint-temperature", "2")
     visitor.page.click("#inpaint-go")
     said = visitor.said("inpaint-said", "tokens kept")
@@ -286,7 +288,7 @@ def test_a_picture_is_reconstructed(
 
 def test_two_exports_side_by_side(visitor: Visitor, model: ImageGenerator, other: Path) -> None:
     visitor.tab("Compare")
-    visitor.fill("compare-subject", model.class_names[1])
+    visitor.choose("compare-subject", model.class_names[1])
     visitor.fill("compare-seed", "3")
     visitor.page.click("#compare-go")
     left = visitor.image("compare-left")

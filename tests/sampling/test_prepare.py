@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tessellar.errors import UserError
 from tessellar.layers.kv_cache import KVCache
 from tessellar.layers.llama import LlamaBlock, Pass, Positions
 from tessellar.models.llamagen import LlamaGen
@@ -23,6 +24,7 @@ from tessellar.sampling.prepare import (
     FusedLinear,
     Product,
     WeightLayout,
+    in_8_bits,
     prepared,
 )
 from tessellar.sampling.settings import Sampling
@@ -117,6 +119,39 @@ def test_a_linear_layer_with_and_without_a_bias(layout: WeightLayout, bias: bool
     with torch.no_grad():
         found = FusedLinear(linear, torch.float32, layout)(x)
         torch.testing.assert_close(found, linear(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 17, 24, 64])  # the kernel reads 32 at once
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_are_off_by_half_a_step(columns: int, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(columns, 40, bias=bias)
+    linear.weight.data[3] = 0.0
+    x = torch.randn(2, 3, columns).bfloat16().to(dtype)
+    with torch.no_grad():
+        found = FusedLinear(linear, dtype, "int8")(x)
+        exact = linear(x.float())
+    assert found.dtype == dtype and found.shape == exact.shape
+    half_step = linear.weight.detach().abs().amax(1) / 127 / 2 * 1.01
+    most = x.float().abs().sum(-1, keepdim=True) * half_step + 0.01 * exact.abs() + 0.004
+    assert ((found.float() - exact).abs() <= most).all()
+    weight, steps = in_8_bits(linear.weight)
+    back = weight[:, :columns].float() * steps.float()[:, None]
+    assert ((back - linear.weight).abs() <= steps.float()[:, None] / 2 * 1.01).all()
+    assert weight.shape[1] % 32 == 0 and not weight[:, columns:].any()
+
+
+def test_a_generator_with_int8_weights_draws_nearly_the_same() -> None:
+    generator = captioned()
+    plain = logits(generator)
+    with prepared(generator, layout="int8"):
+        rounded = logits(generator)
+    assert not torch.equal(rounded, plain)
+    assert (rounded - plain).norm() / plain.norm() < 0.05
+    assert torch.equal(logits(generator), plain)
+    with pytest.raises(UserError, match="leave one of them out"):
+        Ancestral(compile=True, int8=True)
 
 
 @pytest.mark.parametrize("rows", [MANY_ROWS, MANY_ROWS + 1])
