@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tessellar import distributed
 from tessellar.checkpoints.data_facts import other_class
 from tessellar.data.batch import Batch as DataBatch
 from tessellar.data.datamodule import ImageDataModule
@@ -29,6 +30,7 @@ from tessellar.training.generator_module import ImageGeneratorModule
 from tessellar.training.optim import OptimizerSettings
 from tessellar.training.speed import checkpoint_activations, compile_each_block
 
+METHOD_KEY = "alignment_method"
 AT_ONCE = 64  # images that a reward's preparation reads or draws
 
 
@@ -154,10 +156,23 @@ class AlignmentModule(ImageGeneratorModule):
             tokens = self.model.sample_tokens(condition, self.method.sampling, seeds)
             yield self.model.decode(tokens)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[METHOD_KEY] = distributed.all_gather(self.method.kept())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a method keeps is each process's own: another number of them begins anew."""
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint.get(METHOD_KEY, [])
+        if len(kept) == distributed.world_size():
+            self.method.put_back(kept[distributed.rank()])
+
     def training_step(self, batch: dict[str, Any], _: int) -> dict[str, Tensor]:
         tokens = self.tokens_of(batch)
         progress = self.updates / self.total_updates
-        given = Batch(tokens, self.model.conditioner(batch), batch, progress)
+        part = self.batches % self.accumulate
+        condition = self.model.conditioner(batch)
+        given = Batch(tokens, condition, batch, progress, self.updates, part)
         made = self.method.terms(self.model, given)
         total = torch.stack(list(made.losses.values())).sum()
         self.backward_and_step(self.players[0], total)

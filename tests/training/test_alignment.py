@@ -465,6 +465,45 @@ def test_a_classifier_and_a_distribution_reward_a_run_exactly_resumed(
     assert float(whole["weights"]["method.all_rewards.1.mean"].abs().sum()) > 0
 
 
+def test_several_updates_are_made_by_one_roll_out(source: str) -> None:
+    method = GRPO([Brightness()], group_size=4, passes=2)
+    model = aligned(source, method).model
+    first = batch_of(model, 2)
+    torch.manual_seed(3)
+    one = method.terms(model, first)
+    assert float(one.logged["ratio_off"]) == 0.0
+    assert abs(float(one.losses["policy"].detach())) < 1e-6
+    other = method.terms(model, batch_of(model, 2)._replace(part=1))  # a part has its own roll-out
+    assert not torch.equal(one.logged["reward"], other.logged["reward"])
+    one.losses["policy"].backward()
+    with torch.no_grad():
+        for parameter in model.generator.parameters():
+            parameter -= 0.5 * parameter.grad if parameter.grad is not None else 0.0
+    again = method.terms(model, batch_of(model, 3)._replace(update=1))
+    assert torch.equal(again.logged["reward"], one.logged["reward"])  # nothing was drawn
+    assert float(again.logged["ratio_off"]) > 1e-3
+    assert float(again.losses["policy"].detach()) < 0  # the surrogate was raised
+    anew = method.terms(model, first._replace(update=2))
+    assert float(anew.logged["ratio_off"]) == 0.0
+    assert not torch.equal(anew.logged["reward"], one.logged["reward"])
+
+
+def test_a_run_stopped_between_passes_resumes_exactly(fit, source: str, tmp_path: Path) -> None:
+    def run(folder: Path | None = None, **options: Any):
+        module = aligned(source, GRPO([Brightness()], group_size=2, passes=3), accumulate=2)
+        ema, drawing = EMA(0.9), Drawing()
+        saving: list[L.Callback] = [] if folder is None else [SaveAll(folder)]
+        trainer, losses = fit(module, 4, [ema, drawing, *saving], **options)
+        return everything(module, trainer, ema, drawing), losses
+
+    whole, losses = run(tmp_path)
+    for batch in (3, 4, 6):
+        resumed, rest = run(ckpt_path=tmp_path / f"batch_{batch}.ckpt")
+        assert rest == losses[batch:] and differences(whole, resumed) == []
+    kept = torch.load(tmp_path / "batch_4.ckpt", weights_only=True)["alignment_method"]
+    assert [sorted(of_one) for of_one in kept] == [["0", "1"]]
+
+
 def test_va_pi_resumes_exactly_and_raises_its_reward(fit, source: str, tmp_path: Path) -> None:
     def run(folder: Path | None = None, **options: Any):
         module = aligned(source, VAPi(Brightness(), group_size=4, ce_weight=0.0))

@@ -2,12 +2,13 @@
 drawn from the generator's own tokens, `group_size` of one condition, and judged by rewards.
 
 The policy that is trained is the one that drew: with the guidance, the temperature and the filters
-of `sampling`, unless `guided` or `filtered` says otherwise. One update a roll-out, so old
+of `sampling`, unless `guided` or `filtered` says otherwise. In the first update of a roll-out old
 log-probabilities are the new ones and ratios 1: the value of the loss is 0, its gradient is not.
+Further `passes` over the same roll-out are clipped where they have gone far enough.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +41,36 @@ from tessellar.training.alignment.rewards import Drawn, Reward, repeated
 from tessellar.training.random_state import new_seeds
 
 
+class RollOut(NamedTuple):
+    """Images of R rows: tokens [R, N, ...], their conditions, advantages [R], rewards [number of
+    rewards, R] and log-probabilities [R, N] under the policy that drew them.
+    """
+
+    tokens: Tensor
+    condition: Condition
+    advantages: Tensor
+    rewards: Tensor
+    old: Tensor | None = None
+
+    def to(self, device: torch.device) -> "RollOut":
+        parts = [None if part is None else part.to(device) for part in self]
+        return RollOut(*parts)  # type: ignore[arg-type]
+
+
 @in_ranges
 class GRPO(AlignmentMethod):
     """`rewards` each have advantages of their own within a group, which their weights add up.
 
     `kl` weighs the distance (k3, token by token) to the generator as it began. `scale` divides
     advantages by the group's deviation (without it: Dr. GRPO); `ratio` is a token's or, as in GSPO,
-    the geometric mean over a sequence. Raises UserError for a group of one, no reward or a greedy
-    choice.
+    the geometric mean over a sequence. `passes` updates are made by each roll-out; data that come in
+    between are not read. Raises UserError for a group of one, no reward or a greedy choice.
     """
 
     ranges: ClassVar = {
         "group_size": SIZES,
         "decode_at_once": SIZES,
+        "passes": SIZES,
         "kl": AMOUNTS,
         "clip_range": AMOUNTS,
     }
@@ -70,6 +88,7 @@ class GRPO(AlignmentMethod):
         filtered: bool = True,
         eps: float = 1e-4,
         decode_at_once: int = 8,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         require_group(group_size)
@@ -87,6 +106,8 @@ class GRPO(AlignmentMethod):
         self.filtered = filtered
         self.eps = eps
         self.decode_at_once = decode_at_once
+        self.passes = passes
+        self._rolled_out: dict[int, RollOut] = {}  # by the part of an update
 
     @property
     def needs_reference(self) -> bool:
@@ -97,18 +118,23 @@ class GRPO(AlignmentMethod):
         return list(self.all_rewards)  # type: ignore[arg-type]
 
     def terms(self, model: ImageGenerator, batch: Batch) -> Terms:
-        rows = torch.arange(batch.condition.batch).repeat_interleave(self.group_size)
-        condition = batch.condition.select(rows)
-        tokens = model.sample_tokens(condition, self.sampling, new_seeds(len(rows)))
-        rewards, advantages = self.judged(model, batch, tokens)
+        drawn = self._rolled_out.pop(batch.part, None)
+        if drawn is None or batch.update % self.passes == 0:
+            drawn = self.roll_out(model, batch)
+        drawn = drawn.to(batch.tokens.device)
+        tokens = drawn.tokens
+        condition = drawn.condition
         new = self.log_probs(model.generator, tokens, condition)
+        old = new.detach() if drawn.old is None else drawn.old
+        if self.passes > 1:
+            self._rolled_out[batch.part] = drawn._replace(old=old)
         surrogate = clipped_surrogate(
-            self.of_ratio(new), self.of_ratio(new.detach()), advantages, self.clip_range
+            self.of_ratio(new), self.of_ratio(old), drawn.advantages, self.clip_range
         )
         each = surrogate.loss
-        total = rewards.sum(0)
+        total = drawn.rewards.sum(0)
         logged = policy_facts(total, surrogate, self.group_size, self.clip_range)
-        for reward, values in zip(self.rewards, rewards, strict=True):
+        for reward, values in zip(self.rewards, drawn.rewards, strict=True):
             logged[f"reward_{type(reward).__name__}"] = values.mean()
         if self.kl:
             assert self.reference is not None
@@ -118,6 +144,27 @@ class GRPO(AlignmentMethod):
             each = each + self.kl * divergence
             logged["kl"] = divergence.mean()
         return Terms({"policy": each.mean()}, logged)
+
+    def roll_out(self, model: ImageGenerator, batch: Batch) -> RollOut:
+        """Draw a group for each condition of a batch, and judge it."""
+        rows = torch.arange(batch.condition.batch).repeat_interleave(self.group_size)
+        condition = batch.condition.select(rows)
+        tokens = model.sample_tokens(condition, self.sampling, new_seeds(len(rows)))
+        rewards, advantages = self.judged(model, batch, tokens)
+        return RollOut(tokens, condition, advantages, rewards)
+
+    def kept(self) -> dict[str, Any]:
+        """Roll-outs that are used again."""
+        found = {}
+        for part, drawn in self._rolled_out.items():
+            found[str(part)] = {**drawn._asdict(), "condition": drawn.condition._asdict()}
+        return found
+
+    def put_back(self, kept: Mapping[str, Any]) -> None:
+        self._rolled_out = {}
+        for part, drawn in kept.items():
+            condition = Condition(**drawn["condition"])
+            self._rolled_out[int(part)] = RollOut(**{**drawn, "condition": condition})
 
     def of_ratio(self, values: Tensor) -> Tensor:
         """Log-probabilities [R, N] of tokens, or their mean [R, 1] over a sequence."""

@@ -25,13 +25,15 @@ from tessellar.training.alignment.rewards import Reward
 
 class Batch(NamedTuple):
     """Tokens [B, N, ...] of the real images with their condition, what else the data says (`image`,
-    `label`, `caption`), and how far the run is, in [0, 1].
+    `label`, `caption`), and how far the run is, in [0, 1]: which `part` of which `update`.
     """
 
     tokens: Tensor
     condition: Condition
     data: Mapping[str, Any]
     progress: float
+    update: int = 0
+    part: int = 0
 
     @property
     def images(self) -> Tensor:
@@ -93,6 +95,15 @@ class AlignmentMethod(nn.Module, ABC):
     @abstractmethod
     def terms(self, model: ImageGenerator, batch: Batch) -> Terms:
         """Losses of one batch."""
+
+    def kept(self) -> dict[str, Any]:
+        """What this process's later batches need of earlier ones, for checkpoints: tensors and plain
+        data.
+        """
+        return {}
+
+    def put_back(self, kept: Mapping[str, Any]) -> None:
+        """Inverse of `kept`."""
 
 
 def require_scores(generator: Generator) -> None:
