@@ -55,6 +55,17 @@ def test_config_rebuilds_an_equal_tokenizer(name: str) -> None:
     assert torch.equal(again.encode(images), tokenizer.encode(images))
 
 
+def test_gelu_is_exact_where_it_is_asked_for() -> None:
+    approximate = make("vit").eval()
+    exact = ViTVQ(VectorQuantizer(32, 4), 16, 4, 16, 1, 1, 2, gelu="none").eval()
+    exact.load_state_dict(approximate.state_dict())
+    assert isinstance(approximate, ViTVQ)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    difference = (exact.latents(images) - approximate.latents(images)).abs().max()
+    assert 0 < difference < 0.02  # both approximate one function
+    assert build(exact.config).config == exact.config
+
+
 def test_tokens_are_in_raster_order() -> None:
     tokenizer, images = make("cnn").eval(), torch.rand(1, 3, 16, 16)
     assert isinstance(tokenizer, LlamaGenVQ)
