@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 NAME = "backbone"
 BFLOAT16 = ("--trainer.precision", "bf16-mixed")
 UPDATES = 250  # half of those of heads.py
+# Its pictures would cost as much as the training.
+NO_VALIDATION = ("--trainer.limit_val_batches", "0")
 DECAY = ("--model.init_args.schedule.decay_start", "0.66")
 LATENT = tokenizer("kl_f4", 800)
 IMAGES = 200  # samples of a row, of seeds 0 to 199
@@ -96,7 +98,11 @@ class Run:
         updates = str(self.updates)
         steps = ("--trainer.max_steps", updates, "--trainer.val_check_interval", updates)
         file = f"configs/fashion_mnist/{self.config}.yaml"
-        return Training(self.name, file, (*BFLOAT16, *LENGTH, *steps, *DECAY, *words, *self.words))
+        return Training(
+            self.name,
+            file,
+            (*BFLOAT16, *LENGTH, *steps, *NO_VALIDATION, *DECAY, *words, *self.words),
+        )
 
 
 PARTS = "benchmarks.studies.backbone_parts"

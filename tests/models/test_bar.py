@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,7 @@ from tessellar.protocol.layout import Bits, Categorical, Layout, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import GREEDY, Sampling
 from tessellar.training.optim import decays
+from tests.tiny.bar_by_official_names import bit_logits, conditions
 
 LABELS = Condition(ids=torch.tensor([0, 3]))
 FALSE_ALARM = 1e-6
@@ -376,3 +378,37 @@ def test_dropout_is_of_the_large_variants_alone() -> None:
             made = preset(grid_layout(16, 16, Bits(16)))
             rates[name] = {layer.dropout.p for layer in made.layers}  # type: ignore[union-attr]
     assert rates == {"b": {0.0}, "l": {0.2}}
+
+
+@pytest.mark.parametrize("raster", [True, False], ids=["raster", "orders of their own"])
+@torch.no_grad()
+def test_the_transformer_computes_what_the_official_tensors_say(raster: bool) -> None:
+    generator = small()
+    state = official.to_official(generator)
+    bits = bits_of(generator)
+    drawn = torch.rand(2, 4, generator=torch.Generator().manual_seed(2)).argsort(1)
+    orders = torch.arange(4).expand(2, -1) if raster else drawn
+    told = conditions(state, bits, LABELS.ids, orders, heads=4)  # type: ignore[arg-type]
+    scores = generator.score(bits, LABELS, Entities(orders, (1,) * 4))
+    assert scores.hidden is not None
+    torch.testing.assert_close(
+        generator.bit_head.condition(scores.hidden), told, atol=2e-5, rtol=1e-4
+    )
+    masked = torch.arange(4).expand(2, 4, -1) % 2 == 0
+    ratio = torch.tensor([[0.1, 0.4, 0.7, 1.0]]).expand(2, -1)
+    ours = generator.bit_head(scores.hidden, bits, masked, ratio)
+    values = bits.masked_fill(masked, 2).flatten(0, 1)
+    theirs = bit_logits(state, values, told.flatten(0, 1), ratio.flatten())
+    torch.testing.assert_close(ours.flatten(0, 1), theirs, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_patches_are_rows_of_the_patch_then_columns_then_bits() -> None:
+    generator = small(bits=3, patch=2)
+    bits = bits_of(generator)
+    together = rearrange(bits, "b (h p w q) k -> b (h w) (p q k)", h=2, p=2, w=2, q=2)
+    raster = torch.arange(4).expand(2, -1)
+    state = official.to_official(generator)
+    told = conditions(state, together, LABELS.ids, raster, heads=4)  # type: ignore[arg-type]
+    hidden = generator.score(bits, LABELS).hidden
+    torch.testing.assert_close(generator.bit_head.condition(hidden), told, atol=2e-5, rtol=1e-4)

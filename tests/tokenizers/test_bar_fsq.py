@@ -15,6 +15,7 @@ from tessellar.tokenizers.bar_fsq import BARFSQ, bar_fsq_256, bar_fsq_512
 from tessellar.tokenizers.bar_fsq.official import from_official, to_official
 from tessellar.tokenizers.quantizers.binary_fsq import BinaryFSQ
 from tessellar.training.optim import OptimizerSettings
+from tests.tiny.bar_by_official_names import decoded, encoded
 
 TOWER = {
     "patch_size": 4,
@@ -141,6 +142,7 @@ def published() -> BARFSQ:
     )
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.2)
+    nn.init.constant_(made.to_code.bias, -3.8)  # the threshold: both values occur
     return made.eval()
 
 
@@ -164,9 +166,15 @@ def test_a_published_file_gives_the_tokenizer_back() -> None:
     again = from_official(state, heads=(3, 2))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(again.encode(images), made.encode(images))
+    assert len(made.encode(images).unique()) == 2
     tokens = torch.randint(2, (2, 16, 5))
     assert torch.equal(again.decode(tokens), made.decode(tokens))
     assert again.config["init_args"]["decoder_eps"] == 1e-5
+    assert {name.partition("transformer.1.")[2] for name in state if "transformer.1." in name} == {
+        f"{layer}.{tensor}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for tensor in ("weight", "bias")
+    }
     assert state["decoder.class_embedding"].shape == (1, 32)
     assert state["decoder.ffn.0.weight"].shape == (48, 32, 1, 1)
     layer = "encoder.trainable_encoder.layers.1.self_attn"
@@ -226,3 +234,13 @@ def test_the_encoder_has_a_rate_of_its_own() -> None:
     assert of_rate[1.0] == {id(p) for p in made.parameters()} - encoder
     with pytest.raises(ValueError, match="encoder_rate is 0"):
         OptimizerSettings(encoder_rate=0.0)
+
+
+@torch.no_grad()
+def test_both_ways_compute_what_the_official_tensors_say() -> None:
+    made = published()
+    state = to_official(made)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    tokens = made.encode(images)
+    assert torch.equal(encoded(state, images, heads=3), tokens) and len(tokens.unique()) == 2
+    torch.testing.assert_close(made.decode(tokens), decoded(state, tokens, heads=2))
