@@ -133,7 +133,16 @@ def test_figures_are_of_the_systems_themselves() -> None:
     assert systems.system_of("RandAR").drawn
     assert {var.head, systems.system_of("MAR").head} < set(figures.HEADS)
     shown = figures.tokenizer_figure(systems.tokens_of("ResTok"))
-    assert "any prefix from 4 decodes" in shown
+    assert "any prefix from 4 decodes" in " ".join(re.findall(r">([^<]*)</text>", shown))
+
+
+def test_words_of_a_figure_fit_into_it() -> None:
+    drawing = figures.tokenizer_figure(systems.tokens_of("VAR's VQVAE"))
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)[0])
+    words = re.findall(r'x="16.0" y="([\d.]+)" font-size="12"[^>]*>([^<]*)<', drawing)
+    assert len(words) >= 3  # its name, then two lines
+    for below, line in words:
+        assert float(below) < height - 4 and 16 + figures.LETTER * len(line) < width
 
 
 def test_marks_of_parity_lie_left_of_their_tolerance() -> None:

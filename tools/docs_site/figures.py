@@ -11,6 +11,7 @@ from docs_site.systems import System, Tokens
 from tessellar.protocol.layout import Bits, Categorical, Continuous, Factorized, Kind, Layout
 
 CELL = 22.0
+LETTER = 6.9  # pixels of a letter at size 12, on average, in a wide font (DejaVu Sans)
 #: What an evaluation predicts of the tokens of one entity, by the class of the distribution.
 HEADS = {
     "Logits": ("categories", "one draw a token"),
@@ -66,13 +67,18 @@ def tokenizer_figure(tokens: Tokens) -> str:
     """Image, tokenizer, layout with the prefix that decodes, image."""
     layout = tokens.layout
     width, height = extent(layout)
-    sheet = Sheet(430 + width, max(height, 88) + 104, f"{tokens.name}: {layout}")
+    shortest = layout.min_prefix
+    prefix = "decoded as a whole" if shortest is None else f"any prefix from {shortest} decodes"
+    kinds = list(dict.fromkeys(kind_of(segment.kind) for segment in layout.segments))
+    held = f"{layout.length} positions, each {' or '.join(kinds)}"
+    said = _wrapped(f"{_segments(layout)}: {held}; {prefix}", 430 + width)
+    below = max(height, 88) + 64
+    sheet = Sheet(430 + width, below + 8 + 16 * len(said), f"{tokens.name}: {layout}")
     middle = 40 + max(height, 88) / 2
     _image(sheet, 16, middle - 44, tokens.side)
     sheet.arrow(112, middle, 160, middle)
     sheet.word(136, middle - 8, "encode", size=11, colour=SOFT, anchor="middle")
     left = 170
-    shortest = layout.min_prefix
     for place, (x, y) in enumerate(cells_of(layout)):
         inside = shortest is not None and place < shortest
         fill = "#cfe8e4" if inside or shortest is None else "#ffffff"
@@ -81,12 +87,13 @@ def tokenizer_figure(tokens: Tokens) -> str:
     sheet.word(left + width + 34, middle - 8, "decode", size=11, colour=SOFT, anchor="middle")
     _image(sheet, left + width + 68, middle - 44, tokens.side)
     sheet.word(16, 22, tokens.name, bold=True)
-    prefix = "decoded as a whole" if shortest is None else f"any prefix from {shortest} decodes"
-    kinds = list(dict.fromkeys(kind_of(segment.kind) for segment in layout.segments))
-    held = f"{layout.length} positions, each {' or '.join(kinds)}"
-    said = wrap(f"{_segments(layout)}: {held}; {prefix}", int((sheet.width - 32) / 5.8))
-    sheet.words(16, max(height, 88) + 64, said)
+    sheet.words(16, below, said)
     return sheet.text()
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    """Lines of a sheet's width, less its margins."""
+    return wrap(text, int((width - 32) / LETTER))
 
 
 def _image(sheet: Sheet, x: float, y: float, side: int) -> None:
@@ -117,7 +124,9 @@ def system_figure(system: System) -> str:
     layout = system.tokens.layout
     width, height = extent(layout)
     tall = max(height, 110)
-    sheet = Sheet(470 + width, tall + 112, f"{system.name}: {len(system.sizes)} evaluations")
+    said = _wrapped(_order_in_words(system), 470 + width)
+    title = f"{system.name}: {len(system.sizes)} evaluations"
+    sheet = Sheet(470 + width, tall + 76 + 16 * len(said), title)
     sheet.word(16, 22, f"{system.name}, over the tokens of {system.tokens.name}", bold=True)
     top = 44 + (tall - height) / 2
     _condition(sheet, 16, 44 + tall / 2)
@@ -128,7 +137,7 @@ def system_figure(system: System) -> str:
         _cell(sheet, 142, top, x, y, shade(number / last), str(number + 1))
     sheet.arrow(142 + width + 6, 44 + tall / 2, 142 + width + 34, 44 + tall / 2)
     _head(sheet, 142 + width + 46, 44 + tall / 2 - 50, system)
-    sheet.words(16, tall + 68, wrap(_order_in_words(system), int((sheet.width - 32) / 5.8)))
+    sheet.words(16, tall + 68, said)
     return sheet.text()
 
 
