@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import ConstantInputWarning, rankdata, spearmanr
 
 from benchmarks.studies.steps import (
     EXPORTS,
@@ -156,23 +154,35 @@ def correlation(values: Sequence[float], distances: Sequence[float]) -> Correlat
     y = np.asarray(distances, dtype=float)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(*[float("nan")] * 4)
-    whole: Any = spearmanr(x, y)
+    everything = np.arange(len(x))[None]
+    (whole,) = rank_correlations(x[everything], y[everything])
     draw = np.random.default_rng(0)
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        for _ in range(DRAWS):
-            chosen = draw.integers(len(x), size=len(x))
-            again: Any = spearmanr(x[chosen], y[chosen])
-            found.append(float(again.statistic))
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return Correlation(float(whole.statistic), float(low), float(high), permuted(x, y))
+    chosen = draw.integers(len(x), size=(DRAWS, len(x)))
+    low, high = np.nanpercentile(rank_correlations(x[chosen], y[chosen]), [2.5, 97.5])
+    return Correlation(float(whole), float(low), float(high), permuted(x, y))
+
+
+def rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row of x and y [D, n], float64 [D]; nan where a side is constant."""
+    centred = [
+        ranks - ranks.mean(axis=1, keepdims=True) for ranks in (mean_ranks(x), mean_ranks(y))
+    ]
+    products = (centred[0] * centred[1]).sum(axis=1)
+    scale = np.sqrt(np.square(centred[0]).sum(axis=1) * np.square(centred[1]).sum(axis=1))
+    return np.divide(products, scale, out=np.full(len(x), np.nan), where=scale > 0)
+
+
+def mean_ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks of each row [D, n] from 0; equal values share the mean of theirs."""
+    below = (x[:, None, :] < x[:, :, None]).sum(axis=2)
+    equal = (x[:, None, :] == x[:, :, None]).sum(axis=2)
+    return below + (equal - 1) / 2
 
 
 def permuted(x: np.ndarray, y: np.ndarray) -> float:
     """The share of orders of `y` whose rank correlation with `x` is at least that of `y` in amount."""
-    ranks = rankdata(x) - rankdata(x).mean()
-    others = rankdata(y) - rankdata(y).mean()
+    ranks = mean_ranks(x[None])[0] - (len(x) - 1) / 2
+    others = mean_ranks(y[None])[0] - (len(x) - 1) / 2
     if len(x) <= 8:
         orders = np.array(list(itertools.permutations(others)))
     else:

@@ -5,6 +5,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
@@ -15,6 +16,7 @@ from benchmarks.studies.token_metrics import (
     correlation_table,
     correlations,
     metrics_of,
+    rank_correlations,
     table,
 )
 
@@ -72,6 +74,17 @@ def test_correlation_is_spearmans_with_an_exact_p_and_an_interval_around_it() ->
         again: Any = spearmanr(values, order)
         every.append(abs(again.statistic) >= 0.8 - 1e-9)
     assert found.p == pytest.approx(sum(every) / len(every))
+
+
+def test_rank_correlations_are_scipys_with_equal_values_too() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.integers(4, size=(20, 8)).astype(float)
+    y = draw.integers(4, size=(20, 8)).astype(float)
+    found = rank_correlations(x, y)
+    for row, value in enumerate(found):
+        known: Any = spearmanr(x[row], y[row])
+        assert value == pytest.approx(known.statistic)
+    assert isnan(rank_correlations(np.ones((1, 3)), np.array([[1.0, 2.0, 3.0]]))[0])
 
 
 def test_a_perfect_order_of_eight_is_as_rare_as_it_can_be() -> None:
