@@ -20,16 +20,34 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)  ## run all tests (pass options as ARGS="-k vq")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-# What `make check` runs beside the long tests: the lowest versions, the commands of the docs, the page in a browser.
-SCRIPTS := $(wildcard tools/lowest_versions.* tools/docs_commands.* tools/browser.*)
+# Each part alone, for one that failed; `make -k check` goes on after a failure.
+CHECKS := check-long check-soak check-lowest check-docs check-page
+.PHONY: $(CHECKS)
 
-check: $(STAMP)  ## what `make test` leaves out: launchers, kills at every step, a short soak, lowest versions
+check: $(CHECKS)  ## what `make test` leaves out: launchers, kills at every step, a short soak, lowest versions
+
+check-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long $(ARGS)
+
+check-soak: .venv/.data
 	rm -rf outputs/soak
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 8 --updates 60 --folder outputs/soak
-	$(foreach script,$(SCRIPTS),$(if $(filter %.py,$(script)),$(PY),bash) $(script) &&) true
 
-soak: $(STAMP)  ## attack runs of every kind 20 times each, compare their ends with uninterrupted runs' bit for bit
+check-lowest: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) tools/lowest_versions.py -- -n 2
+
+check-docs: $(STAMP)
+	$(PY) tools/docs_commands.py
+
+check-page: $(STAMP)
+	bash tools/browser.sh
+
+# The soak of Hugging Face data needs their package, which nothing else here does.
+.venv/.data: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[data]' -c constraints.txt
+	@touch $@
+
+soak: .venv/.data  ## attack runs of every kind 20 times each, compare their ends with uninterrupted runs' bit for bit
 	rm -rf outputs/soak
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.soak --attacks 20 --folder outputs/soak
 

@@ -156,6 +156,8 @@ def _say(cause: Cause, options: set[str]) -> str:
         return f"{prefix}there is no {found[1]!r}{hint}"
     if found := re.match(r"the following arguments are required: (.*)", text):
         return f"{prefix}{found[1]} missing; give it in the --config or as an option"
+    if text == "argument of type 'NoneType' is not iterable":  # where a class path is null
+        return f"{prefix}class_path missing; it names a class"
     if found := re.match(r"Expected an instantiatable class, but ([\w.]+) is abstract", text):
         return f"{prefix}class_path missing; it names a {_short(found[1])}"
     if text.startswith("Problems parsing config"):

@@ -48,6 +48,7 @@ from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.functions import check_words
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.cli.next_steps import Called, next_steps
+from tessellar.cli.nulls import refuse_nulls, refuse_nulls_within
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.cli.report import REPORT, write_report
 from tessellar.cli.spelling import spelled
@@ -181,6 +182,7 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config: Any = self.config
         trust(config.package or "")
+        self._refuse_nulls()
         name = with_teachers(
             config.name or _default_name(config.config), stand_ins(config.model.as_dict())
         )
@@ -194,6 +196,20 @@ class TrainCLI(LightningCLI):
         stand_in(config.model.init_args, config_of(config.config))
         if self.run_folder.checkpoint is not None:
             self._read_no_start_files(config.model.init_args, self.run_folder.checkpoint)
+
+    def _refuse_nulls(self) -> None:
+        """Raise UserError for a key of null where that is no value of it."""
+        given = self.config.as_dict()  # type: ignore[union-attr]
+        for action in self.parser._actions:
+            name = action.dest
+            # A seed of null is one that Lightning draws.
+            if name in given and given[name] is None and name != "seed_everything":
+                if action.default is not None:
+                    raise UserError(f"{name} is null; leave it out for its default")
+        refuse_nulls(given["trainer"], L.Trainer, "trainer")
+        for part in ("model", "data"):
+            refuse_nulls_within(given[part], None, part)
+        refuse_nulls_within(given["sampling"], Sampling, "sampling")
 
     def _read_no_start_files(self, model: Any, checkpoint: Path) -> None:
         """What a checkpoint replaces anyway is not asked for: the source of a fine-tuning or of an
@@ -526,7 +542,8 @@ def _default_name(configs: Any) -> str:
     if not configs:
         raise UserError("give a --config, and --name for the folder under runs/")
     path = Path(str(configs[-1]))
-    return f"{path.parent.name}-{path.stem}"
+    # A config right here lies in no folder that has a name.
+    return "-".join(filter(None, (path.parent.name, path.stem)))
 
 
 def with_teachers(name: str, teachers: list[str]) -> str:

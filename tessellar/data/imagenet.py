@@ -18,12 +18,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tessellar.data.captions import decode_text
 from tessellar.data.crops import center_crop
 from tessellar.data.image_file import UnreadableImage, read_image
 from tessellar.data.tars.headers import LARGEST_MEMBER, Header, RefusedHeader
 from tessellar.data.tars.index import load_index
 from tessellar.data.tars.unpacking import Unpacked
-from tessellar.errors import UserError, writing
+from tessellar.errors import UserError, check_is_file, writing
 from tessellar.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ CLASSES = 1000
 SHARD = 10_000  # pictures of a shard
 DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_CLASSES = "data/meta.mat"
+LARGEST_LIST = 64 << 20  # bytes of one of the two; the kit's have some 700 kB
 
 Labels = Mapping[str, str]  # class of a picture, by its file's name without ending
 
@@ -145,21 +147,27 @@ def _pictures(source: Path) -> Iterator[tuple[str, BinaryIO]]:
 
 def read_labels(path: Path) -> Labels:
     """Classes of the validation pictures: of the development kit, Kaggle's CSV, or a text with the
-    class of picture 1, 2, ... a line.
+    class of picture 1, 2, ... a line. Raises UserError for anything else.
     """
+    check_is_file(path)
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return _of_devkit(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = decode_text(path.read_bytes(), f"--labels {path}")
+    except OSError as error:
         raise UserError(f"--labels {path} cannot be read ({error})") from error
     if path.suffix == ".csv":
-        rows = list(csv.reader(io.StringIO(text)))
+        try:
+            rows = list(csv.reader(io.StringIO(text)))
+        except csv.Error as error:
+            raise UserError(f"--labels {path} is no CSV ({error})") from error
         labels = {row[0]: row[1].split(" ")[0] for row in rows[1:] if len(row) > 1}
     else:
         labels = _numbered(text.split())
     wrong = next((name for name in labels.values() if not CLASS.fullmatch(name)), None)
-    if wrong is not None or not labels:
+    if not labels:
+        raise UserError(f"--labels {path} names no class")
+    if wrong is not None:
         raise UserError(f"--labels {path}: {wrong!r} is no class such as n01440764")
     return labels
 
@@ -183,12 +191,18 @@ def _of_devkit(path: Path) -> Labels:
                 if member.name.endswith(wanted):
                     content = tar.extractfile(member)
                     assert content is not None
+                    if member.size > LARGEST_LIST:
+                        raise UserError(f"{path}: {member.name} has {member.size} bytes")
                     found[wanted] = content.read()
     if len(found) < 2:
         raise UserError(f"{path} is not ImageNet's development kit: it lacks {DEVKIT_TRUTH}")
-    table = loadmat(io.BytesIO(found[DEVKIT_CLASSES]), squeeze_me=True)["synsets"]
-    by_number = {int(row[0]): str(row[1]) for row in table}
-    return _numbered([by_number[int(number)] for number in found[DEVKIT_TRUTH].split()])
+    try:
+        table = loadmat(io.BytesIO(found[DEVKIT_CLASSES]), squeeze_me=True)["synsets"]
+        by_number = {int(row[0]): str(row[1]) for row in table}
+        return _numbered([by_number[int(number)] for number in found[DEVKIT_TRUTH].split()])
+    except Exception as error:  # whatever the reader of MATLAB's files raises on a damaged one
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {reason})") from error
 
 
 def write_shards(folder: Path, target: Path, size: int = SHARD) -> int:

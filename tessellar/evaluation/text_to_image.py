@@ -19,7 +19,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tessellar.errors import UserError, writing
+from tessellar.data.captions import decode_text
+from tessellar.errors import UserError, check_is_file, writing
 from tessellar.plain_data import parse_json
 from tessellar.randomness import derive
 from tessellar.sampling.output import save_png
@@ -167,7 +168,7 @@ def read_lines(path: Path, needed: str) -> list[tuple[str, dict[str, Any]]]:
     without the text `needed`.
     """
     rows = []
-    for number, line in enumerate(_text_of(path).splitlines(), start=1):
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path}: line {number}")
@@ -182,9 +183,10 @@ def read_lines(path: Path, needed: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _text_of(path: Path) -> str:
+    check_is_file(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return decode_text(path.read_bytes(), str(path))
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 

@@ -342,7 +342,7 @@ def test_fine_tuning_takes_weights_and_starts_a_fresh_discriminator(call, caplog
 
 def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:
     assert call(TOKENIZER, "--trainer.max_steps", "1", name=None)[0] == 0
-    assert (tmp_path / "runs" / "-run" / "export").is_dir()
+    assert (tmp_path / "runs" / "run" / "export").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from torch import nn
 from tessellar.checkpoints.export import export_generator, export_tokenizer
 from tessellar.cli import convert, evaluate, sample, train
 from tessellar.cli.errors import run
+from tessellar.data.imagenet import DEVKIT_CLASSES, DEVKIT_TRUTH, read_labels
+from tessellar.errors import UserError
 from tessellar.evaluation.networks.timm_network import network_of
+from tessellar.evaluation.text_to_image import read_lines
 from tessellar.models.llamagen import LlamaGen
 from tessellar.networks.facts import NetworkFacts
 from tessellar.pipeline import ImageGenerator
@@ -330,6 +334,7 @@ TRAIN: dict[str, str] = {
     "--config zero.yaml --name x": "default_root_dir is .*which holds a zero byte",
     "--config list.yaml --name x": "a config is a mapping",
     "--config bytes.yaml --name x": "bytes.yaml",
+    "--config none.yaml --name x": "model: class_path missing",
     "--config {tiny}/pipe --name x": "pipe: there is no such file",
     "--config twice.yaml --name x": "twice.yaml gives 'max_steps' in line 2 and again in line 3",
     f"{RUN} --data.class_path tessellar.data.ImageFolderData --data.init_args.root "
@@ -377,6 +382,7 @@ def test_a_value_that_cannot_be_is_one_line(
         (folder / "brackets.yaml").write_text("[" * 5000)
         (folder / "zero.yaml").write_text('trainer: {default_root_dir: "a\\0b"}')
         (folder / "list.yaml").write_text("[1]")
+        (folder / "none.yaml").write_text(json.dumps({**config, "model": {"class_path": None}}))
         (folder / "twice.yaml").write_text("trainer:\n  max_steps: 1\n  max_steps: 2\n")
         (folder / "bytes.yaml").write_bytes(b"\xff\xfe\0x")
     before, theirs = files(folder), files(tiny)
@@ -387,3 +393,107 @@ def test_a_value_that_cannot_be_is_one_line(
     assert re.search(line, lines[0]), lines[0]
     left = [name for name in files(folder) if name not in before and not name.startswith("hub")]
     assert left == [] and files(tiny) == theirs
+
+
+NULLS = {
+    "trainer.max_steps": "leave it out for its default, -1",
+    "trainer.overfit_batches": "leave it out for its default, 0.0",
+    "model.tokenizer.width": "leave it out for its default",
+    "model.tokenizer.quantizer.entropy_weight": "leave it out for its default, 0.0",
+    "model.loss.perceptual_weight": "leave it out for its default",
+    "model.optimizer.lr": "leave it out for its default, 0.0001",
+    "model.optimizer.betas": "leave it out for its default",
+    "model.roll_out.sampling.guidance.scale": "leave it out for its default",
+    "data.seed": "leave it out for its default, 0",
+    "data.num_workers": "leave it out for its default",
+    "log_every": "leave it out for its default",
+    "save_every": "leave it out for its default",
+    "sampling.choice.temperature": "leave it out for its default, 1.0",
+}
+
+
+@pytest.mark.parametrize("key", NULLS)
+def test_null_is_no_value_of_what_has_no_none(
+    config: dict[str, Any], folder: Path, key: str
+) -> None:
+    """The parser hands it on as None whatever the type: a weight of None switched its loss off."""
+    place: Any = config
+    *above, last = key.split(".")
+    for name in above:
+        place = place.setdefault(name, {})
+        place = place.get("init_args", place)
+    place[last] = None
+    if "guidance" in key:
+        guidance = {"class_path": "tessellar.protocol.guidance.Linear", "init_args": {last: None}}
+        config["model"]["init_args"]["roll_out"]["sampling"]["guidance"] = guidance
+    (folder / "run.yaml").write_text(json.dumps(config))
+    code, lines = said("train", ["--config", "run.yaml", "--name", "x"])
+    assert code == 2 and len(lines) == 1 and not (folder / "runs").exists()
+    assert re.search(rf"^error: {re.escape(key)} is null; {NULLS[key]}", lines[0]), lines[0]
+
+
+def test_null_is_a_value_of_what_has_none(config: dict[str, Any], folder: Path) -> None:
+    """Types that say so, and defaults of None."""
+    config["trainer"] |= {"max_epochs": None, "limit_train_batches": None}
+    config["model"]["init_args"]["clip"] = None
+    config["model"]["init_args"]["tokenizer"]["init_args"]["quantizer"]["init_args"] |= {
+        "init_step": None,
+        "restart_every": None,
+    }
+    config |= {"ema": None, "keep_every": None, "best_metric": None, "seed_everything": None}
+    (folder / "run.yaml").write_text(json.dumps(config))
+    train.parse(["--config", "run.yaml", "--name", "x"])
+
+
+LABELS: dict[str, tuple[bytes, str]] = {
+    "empty.txt": (b"", "names no class"),
+    "no class.txt": (b"cat\ndog\n", "'cat' is no class such as n01440764"),
+    "no text.txt": (b"n01440764\xff\n", "is not UTF-8"),
+    "zero.txt": (b"n01440764\0\n", "holds zero bytes"),
+    "header.csv": (b"ImageId,PredictionString\n", "names no class"),
+    "endless.csv": (b'a,b\n"' + b"x" * 200_000, "is no CSV"),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_none_are_one_line(tmp_path: Path, name: str) -> None:
+    content, line = LABELS[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=line) as caught:
+        read_labels(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_texts_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    """Labels and prompts, as editors of Windows save them; and characters that only look like the end of a line."""
+    for encoding in ("utf-8-sig", "utf-16"):
+        labels = tmp_path / "labels.txt"
+        labels.write_bytes("n01440764\r\nn01443537\r\n".encode(encoding))
+        assert list(read_labels(labels).values()) == ["n01440764", "n01443537"]
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}'.encode(encoding))
+        found = read_lines(prompts, "prompt")
+        assert [row["prompt"] for _, row in found] == ["a\u2028b", "c"]
+
+
+def test_a_pipe_in_the_place_of_labels_or_prompts_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("labels.txt", "kit.tar.gz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="is a pipe or a device, not a file"):
+            read_labels(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe or a device, not a file"):
+        read_lines(tmp_path / "labels.txt", "prompt")
+
+
+@pytest.mark.parametrize("table", (b"", b"junk", b"MATLAB 5.0 MAT-file".ljust(300, b"\xff")))
+def test_a_damaged_development_kit_is_one_line(tmp_path: Path, table: bytes) -> None:
+    kit = tmp_path / "kit.tar.gz"
+    with tarfile.open(kit, "w:gz") as tar:
+        for name, content in ((DEVKIT_TRUTH, b"1\n2\n"), (DEVKIT_CLASSES, table)):
+            info = tarfile.TarInfo(f"kit/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match="kit.tar.gz is damaged") as caught:
+        read_labels(kit)
+    assert "\n" not in str(caught.value)
