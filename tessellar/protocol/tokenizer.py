@@ -60,6 +60,9 @@ class Tokenizer(Configured, ExactTables, ABC):
                 setattr(cls, name, _taking(Tokenizer._pictures, cls.__dict__[name]))
         if "decode" in cls.__dict__:
             cls.decode = _taking(Tokenizer._tokens, cls.__dict__["decode"])
+        makes_of_others = "source" in cls.__dict__ or "from_source" in cls.__dict__
+        if makes_of_others and "is_derived" not in cls.__dict__:
+            cls.is_derived = True
 
     @abstractmethod
     def encode(self, images: Pictures) -> Tensor:
@@ -73,7 +76,8 @@ class Tokenizer(Configured, ExactTables, ABC):
         """
         return self.encode(images)
 
-    #: Whether tokens are made of those of another tokenizer, `source`, which a cache holds.
+    #: Whether tokens are made of those of another tokenizer, `source`, which a cache holds: so of a
+    #: class that defines `source` or `from_source`, whether it says it or not.
     is_derived: ClassVar[bool] = False
 
     @property
