@@ -5,9 +5,10 @@
 
 InceptionV3 with random weights unless a file is given. Network, statistics, distance at D = 2048, and the way from
 pixels to FID; rounds are interleaved and the fastest counts, in CPU seconds if torch runs one thread (a busy machine
-then changes little), else in seconds. `--command N`: the whole command on a folder of N pictures and one of N / 10,
-against torch-fidelity's; both run in turns of two seconds, in CPU seconds. `--several N`: `evaluate.py model` with six
-small networks in one pass, against six runs, and the same on a folder. Numbers belong to the machine that made them.
+then changes little), else in seconds. `--command N`: the whole command on a folder of N pictures and one of N / 10 (64
+at least), against torch-fidelity's; both run in turns of two seconds, in CPU seconds. `--several N`: `evaluate.py
+model` with six small networks in one pass, against six runs, and the same on a folder. Numbers belong to the machine
+that made them.
 """
 
 import argparse
@@ -209,11 +210,11 @@ def write_pictures(count: int, folder: Path, seed: int, size: int = 64) -> Path:
 
 
 def command_row(count: int, weights: Path, folder: Path) -> Row:
-    """FID and IS of a folder of `count` pictures against one of a tenth: `evaluate.py samples` and
+    """FID and IS of a folder of `count` pictures against one of a tenth, at least 64: `evaluate.py samples` and
     torch-fidelity's command, side by side, start and decoding included.
     """
     samples = write_pictures(count, folder / "samples", seed=1)
-    reference = write_pictures(count // 10, folder / "reference", seed=2)
+    reference = write_pictures(max(64, count // 10), folder / "reference", seed=2)
     out = folder / "record.json"
     ours = [sys.executable, "evaluate.py", "samples", str(samples), "--reference", str(reference)]
     ours += ["--cache", str(folder / "c"), "--extractor", str(weights), "--metrics", "fd", "is"]
