@@ -348,8 +348,6 @@ def picture(rows: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel(name)
         axes.set_ylabel(f"generator's FD({network})", fontsize=8)
         axes.set_title(spelled(found[name]), fontsize=9)
-    for axes in panels[0, ::2]:
-        axes.set_xscale("log")
     panels[0, 0].legend(fontsize=7)
     figure.tight_layout()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
