@@ -13,10 +13,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 import lightning as L
 import torch
@@ -512,6 +513,23 @@ DECIDED = {
     "model_registry": "exports are folders; docs/checkpoints.md says how to share them",
 }
 DEFAULTS = inspect.signature(L.Trainer.__init__).parameters
+
+
+def try_integers_first(make: Callable[..., Any]) -> None:
+    """Have a parser take 1 for a number of batches, not for the share 1.0 of all of them.
+
+    A parser tries the types of a union in their order, and `typing` keeps one object for
+    Optional[Union[float, int]] and Optional[Union[int, float]]: whichever a package made first.
+    """
+    for name, kind in get_type_hints(make).items():
+        kinds = set(get_args(kind))
+        if kinds == {int, float}:
+            make.__annotations__[name] = int | float
+        elif kinds == {int, float, NoneType}:
+            make.__annotations__[name] = int | float | None
+
+
+try_integers_first(L.Trainer.__init__)
 
 
 def _refuse_decided(trainer: Any) -> None:

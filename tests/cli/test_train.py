@@ -6,12 +6,14 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import lightning as L
 import pytest
 import timm
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
 import tessellar
@@ -338,6 +340,22 @@ def test_fine_tuning_takes_weights_and_starts_a_fresh_discriminator(call, caplog
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     code, printed = call(tokenizer(f"{MODEL}.width", 32), *options, name="wider")
     assert code == 2 and printed.count("\n") == 1 and "runs/tok/export (tokenizer)" in printed
+
+
+def test_a_number_of_batches_is_no_share_of_them() -> None:
+    """Whichever order of the two types another package made `typing` remember."""
+
+    def made(batches: float | int | None = None, share: float | int = 1) -> None: ...
+
+    train.try_integers_first(made)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(made, "of")
+    parsed = parser.parse_object({"of": {"batches": 1, "share": 1}}).of
+    assert type(parsed.batches) is int and type(parsed.share) is int
+    assert parser.parse_object({"of": {"batches": 0.5}}).of.batches == 0.5
+    kinds = get_type_hints(L.Trainer.__init__)
+    for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
+        assert get_args(kinds[name])[:2] == (int, float), name
 
 
 def test_the_default_name_is_the_configs(call, tmp_path: Path) -> None:
