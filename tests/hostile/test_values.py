@@ -276,7 +276,7 @@ CONVERT: dict[str, str] = {
 RUN = "--config run.yaml --name x"
 TRAIN: dict[str, str] = {
     "": "give a config",
-    "run.yaml": "is not an action",
+    "run.yaml": "error: run.yaml is a config: tessellar train --config run.yaml",
     "--config nowhere.yaml": "nowhere.yaml",
     "--config {tiny}": "tiny|folder|file",
     f"{RUN} --log_every 0": "log_every",
