@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import IO, NamedTuple
 
 
@@ -33,6 +34,8 @@ def alternate(commands: Mapping[str, Sequence[str]], seconds: float = 2.0) -> di
     """
     running: dict[str, Started] = {}
     ended: dict[str, Ended] = {}
+    # Ended by a job's time limit, this process would leave the others standing still for ever.
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         for name, words in commands.items():
             # A file: a pipe that nobody reads would stop a command that prints much.
@@ -58,12 +61,18 @@ def alternate(commands: Mapping[str, Sequence[str]], seconds: float = 2.0) -> di
                 del running[name]
                 ended[name] = _ended(name, one, usage)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for one in running.values():
             if one.process.returncode is None:
                 os.killpg(one.process.pid, signal.SIGKILL)
                 one.process.wait()
             one.file.close()
     return ended
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Handler of a signal: the exit code that shells give it."""
+    raise SystemExit(128 + number)
 
 
 def _usage_of_ended(process: "subprocess.Popen[bytes]") -> float | None:

@@ -1,6 +1,11 @@
 """Commands that are timed side by side."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +42,16 @@ def test_a_command_that_prints_much_or_fails() -> None:
             {"waits": waits, "bad": [sys.executable, "-c", "print('what went wrong'); exit(3)"]},
             seconds=0.2,
         )
+
+
+def test_nothing_is_left_standing_still_where_the_measuring_is_ended(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    waits = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    script = f"from benchmarks.alternation import alternate; alternate({{'a': [{sys.executable!r}, '-c', {waits!r}]}})"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not mark.exists() or not mark.read_text():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
