@@ -183,17 +183,20 @@ class Judge:
 
 
 @torch.no_grad()
-def next_losses(model: ImageGenerator, data: Path) -> list[float]:
+def next_losses(
+    model: ImageGenerator, data: Path, count: int = LIKELY, draws: int = DRAWS
+) -> list[float]:
     """Mean loss of the token behind each number of `KNOWN` tokens in raster order, given those, of the
-    first test images under their classes: MAR's loss, or TokenBridge's in nats a channel.
+    first `count` test images under their classes: MAR's loss at `draws` noise levels a token, or
+    TokenBridge's in nats a channel.
     """
     images = FashionMNISTData(str(data)).val_dataset()
-    batch: Any = images.batch(list(range(LIKELY)))
+    batch: Any = images.batch(list(range(count)))
     torch.manual_seed(0)
     tokens = model.tokenizer.encode(batch["image"])
     condition = Condition(batch["label"])
     generator = model.generator
-    shape = (DRAWS * tokens.shape[0] * tokens.shape[1],)
+    shape = (draws * tokens.shape[0] * tokens.shape[1],)
     t = torch.randint(TRAINING_STEPS, shape)
     noise = torch.randn(*shape, tokens.shape[2])
     if isinstance(generator, CausalMAR):
@@ -202,8 +205,8 @@ def next_losses(model: ImageGenerator, data: Path) -> list[float]:
     if isinstance(generator, OpenMAGVIT2AR):
         return causal_nats(generator, tokens, condition)[list(KNOWN)].tolist()
     found = []
-    for count in KNOWN:
-        known = (torch.arange(tokens.shape[1]) < count).expand(tokens.shape[:2])
+    for before in KNOWN:
+        known = (torch.arange(tokens.shape[1]) < before).expand(tokens.shape[:2])
         found.append(masked_loss_at(generator, tokens, known, condition, t, noise))
     return found
 
@@ -221,11 +224,12 @@ def masked_loss_at(
             losses.append(F.cross_entropy(given, wanted))
         return float(torch.stack(losses).mean())
     patches = generator.to_patches(tokens)
-    z = generator.backbone(patches, known, condition)[:, place].repeat(DRAWS, 1)
-    clean = patches[:, place].repeat(DRAWS, 1)
+    draws = len(t) // known.numel()
+    z = generator.backbone(patches, known, condition)[:, place].repeat(draws, 1)
+    clean = patches[:, place].repeat(draws, 1)
     # The same levels and noises as of the causal one, which has them for every place.
-    at = t.view(DRAWS, *tokens.shape[:2])[:, :, place].flatten()
-    drawn = noise.view(DRAWS, *tokens.shape)[:, :, place].flatten(0, 1)
+    at = t.view(draws, *tokens.shape[:2])[:, :, place].flatten()
+    drawn = noise.view(draws, *tokens.shape)[:, :, place].flatten(0, 1)
     return float(generator.row_losses(clean, z, at, drawn).mean())
 
 
@@ -312,10 +316,26 @@ def measure(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
                 continue
             found = measured_row(row, arguments, judge)
             # Read now: another process may have measured other rows meanwhile.
-            rows = [*read_results(NAME)["rows"], found]
+            kept = read_results(NAME)
+            rows = [*kept.pop("rows"), found]
             rows.sort(key=lambda one: order.index(one["name"]))
-            write_results(NAME, rows, images=IMAGES, known=KNOWN, updates=UPDATES)
+            facts = {"images": IMAGES, "known": KNOWN, "updates": UPDATES}
+            write_results(NAME, rows, **{**kept, **facts})
             print(table([found]), flush=True)
+
+
+def look(files: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Losses of the next token of generators that are not trained to the end, NAME=FILE each."""
+    known = read_results(NAME)
+    found = known.setdefault("checkpoints", {})
+    for given in files:
+        name, _, file = given.partition("=")
+        model = load(file, trust=TRUST).eval()
+        assert isinstance(model, ImageGenerator)
+        found[name] = next_losses(model, arguments.data, count=128, draws=8)
+        print(name, *(f"{loss:.3f}" for loss in found[name]), flush=True)
+    rows = known.pop("rows")
+    write_results(NAME, rows, **known)
 
 
 def show(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
@@ -330,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--extractor", type=Path, required=True, help="feature network's file")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS])
+    parser.add_argument("--checkpoints", nargs="+", help="NAME=FILE: losses of these alone")
     steps = {"train": train, "measure": measure, "show": show}
     parser.add_argument("--steps", nargs="+", choices=list(steps), default=list(steps))
     arguments = parser.parse_args(argv)
@@ -337,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         setattr(arguments, name, getattr(arguments, name).resolve())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
+    if arguments.checkpoints:
+        look(arguments.checkpoints, arguments)
+        return
     runs = [run for run in RUNS if arguments.only is None or run.name in arguments.only]
     for step in arguments.steps:
         steps[step](runs, arguments)

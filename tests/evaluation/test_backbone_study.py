@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.studies import steps
+from benchmarks.studies import backbone, steps
 from benchmarks.studies.backbone import (
     KNOWN,
     RUNS,
@@ -19,10 +19,12 @@ from benchmarks.studies.backbone_parts import CausalMAR, GridMAR, RasterMAR
 from tessellar.cli.evaluation_sweep import varied
 from tessellar.models.bitdance.head import sincos_table
 from tessellar.models.mar import MAR
+from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.condition import Condition
 from tessellar.protocol.layout import Continuous, grid_layout
 from tessellar.protocol.noise import Noise
 from tessellar.sampling.settings import Sampling
+from tests.tiny.image_generators import of_classes
 
 LAYOUT = grid_layout(4, 4, Continuous(3))
 LABELS = Condition(ids=torch.tensor([0, 2]))
@@ -78,6 +80,30 @@ def test_a_row_has_losses_where_they_were_asked_for() -> None:
     lines = table([row, {**row, "name": "mar: 64 sets", "losses": None}]).splitlines()
     assert lines[2] == "| mar | 16,000 | 31.03 | 0.75 | 0.000 | 18.000 | 39.000 | 60.000 |"
     assert lines[3] == "| mar: 64 sets | 16,000 | 31.03 | 0.75 |  |  |  |  |"
+
+
+def test_losses_of_checkpoints_are_kept_beside_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(steps, "RESULTS", tmp_path)
+    steps.write_results("backbone", [{"name": "mar"}], updates=250)
+    read = []
+
+    def load(file: str, trust: tuple[str, ...]) -> ImageGenerator:
+        read.append((file, trust))
+        return of_classes(["a"])
+
+    monkeypatch.setattr(backbone, "load", load)
+    monkeypatch.setattr(backbone, "next_losses", lambda *_, **__: [0.5, 0.25])
+    words = ["--data", "d", "--extractor", "e", "--checkpoints", "early=runs/mar/last.ckpt"]
+    backbone.main(words)
+    assert read == [("runs/mar/last.ckpt", ("benchmarks",))]
+    assert steps.read_results("backbone") == {
+        "updates": 250,
+        "checkpoints": {"early": [0.5, 0.25]},
+        "rows": [{"name": "mar"}],
+    }
+    assert capsys.readouterr().out == "early 0.500 0.250\n"
 
 
 @pytest.mark.parametrize("rotations", [False, True])
