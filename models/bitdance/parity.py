@@ -36,6 +36,8 @@ READ = (
     "num_classes parallel_num diff_batch_mul time_shift P_std P_mean vae_ddconfig_override num_codebooks sample"
 ).split()
 SCHEDULES = {"linear": partial(Linear, reach_end=False), "constant": Constant}
+# Numbers a unit in the last place beside: guidance makes thousandths of such roundings.
+BESIDE = (1 + 2.0**-23, 1 - 2.0**-23, 1 + 2.0**-22, 1 - 2.0**-22)
 SUPPORTED = {"patch_size": 1, "time_schedule": "logit_normal", "parallel_mode": "patch"}
 
 
@@ -189,17 +191,38 @@ def sampling(recording: Recording) -> Outputs:
     """A whole decoding with a cache: the first step without guidance, its null rows by themselves.
 
     The recording's processor adds up more than eight keys in another order than others do, and the
-    sampler makes thousandths of such roundings: ours are kept out of the attention.
+    sampler makes thousandths of such roundings: ours are kept out of the attention. What is left
+    is measured.
     """
     generator = _generator(recording)
     for layer in generator.layers:
         layer.attention.implementation = "float64"  # type: ignore[union-attr]
+    found, tokens = _decoded(recording, generator, 1.0)
+    beside = [_decoded(recording, generator, factor)[0] for factor in BESIDE]
+    height = generator.layout.segments[0].shape[0]
+    channels_last = generator.area == 1
+    image = _drawn(recording, tokens, channels_last)
+    if channels_last:
+        other = _drawn(recording, tokens, channels_last=False)
+        image = recording.grown("sample.image", image, other)
+    return {
+        "sample.pre_sign": recording.grown("sample.pre_sign", found, *beside),
+        "sample.bits": signs_of(tokens, height),
+        "sample.image": image,
+    }
+
+
+def _decoded(recording: Recording, generator: BitDance, factor: float) -> tuple[Tensor, Tensor]:
+    """What the sampler ends with at every step, as it is recorded, and tokens [B, N, z]; the noise is
+    multiplied by `factor`.
+    """
     given = recording.inputs
     settings = recording.settings("sample.bits")
     condition = recording.classes("labels")
     batch = condition.batch
     solver = _watched(settings["sample_steps"] + 1, recording.config["time_shift"])
-    noise = RecordedNoise(_draws(given["sample.noise_first"], given["sample.noise"], batch))
+    first = given["sample.noise_first"] * factor
+    noise = RecordedNoise(_draws(first, given["sample.noise"] * factor, batch))
     state = generator.start(
         condition, guidance_of(settings["cfg_scale"], settings["cfg_schedule"], SCHEDULES)
     )
@@ -211,12 +234,7 @@ def sampling(recording: Recording) -> Outputs:
     if isinstance(state.part, NullFirst):
         ends = [torch.cat(solver.kept[:2]), *ends[2:]]
     found = torch.stack(ends)
-    height = generator.layout.segments[0].shape[0]
-    return {
-        "sample.pre_sign": found[:, :, 0] if generator.area == 1 else found,
-        "sample.bits": signs_of(tokens, height),
-        "sample.image": _drawn(recording, tokens, channels_last=generator.area == 1),
-    }
+    return found[:, :, 0] if generator.area == 1 else found, tokens
 
 
 def _drawn(recording: Recording, tokens: Tensor, channels_last: bool) -> Tensor:
@@ -273,18 +291,18 @@ def text_head(recording: Recording) -> Outputs:
     t = 1 - _times(config).of_normal(-given["loss.t_normal"])
     settings = recording.settings("sample.out")
     _check_sampler(settings)
-    drawn = _sampled(
-        head,
-        given["sample.cond"],
-        settings["cfg"],
-        given["sample.x0"],
-        given["sample.noise"],
-        config["time_shift"],
-    )
+
+    def drawn(factor: float) -> Tensor:
+        condition = given["sample.cond"] * factor
+        noise = given["sample.noise"] * factor
+        shift = config["time_shift"]
+        found = _sampled(head, condition, settings["cfg"], given["sample.x0"], noise, shift)
+        return found.repeat(2, 1, 1)
+
     outputs = {
         "x_pred": head(given["z"], given["t"], given["cond"]),
         "loss.map": head.row_losses(given["target"], t, given["loss.e"], given["cond"]),
-        "sample.out": drawn.repeat(2, 1, 1),
+        "sample.out": recording.grown("sample.out", drawn(1.0), *map(drawn, BESIDE)),
     }
     for name in recording.outputs("pos2d*"):
         outputs[name] = _positions(recording.settings(name), config["pos2d"]["hidden"])

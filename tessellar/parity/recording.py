@@ -114,7 +114,10 @@ class Settings(dict[str, Any]):
 
 @dataclass
 class Recording:
-    """One folder. `cases` are those to replay; `inputs` and `weights` are tracked."""
+    """One folder. `cases` are those to replay; `inputs` and `weights` are tracked.
+
+    `reach` says how far roundings go in outputs that make them larger (`grown`).
+    """
 
     folder: Path
     system: str
@@ -124,11 +127,20 @@ class Recording:
     weights: WeightFiles
     cases: set[str] = field(default_factory=set)
     case_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reach: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> TrackedTensors:
         given = {name: self.tensors[name] for name in self.names("input") if name in self.tensors}
         return TrackedTensors(given, "input")
+
+    def grown(self, name: str, value: Tensor, *others: Tensor) -> Tensor:
+        """`value` of an output that is no more exact than it is near `others`: the same computation,
+        rounded in other places or begun a unit in the last place beside. A recording made on
+        another processor lies as far from ours.
+        """
+        self.reach[name] = max(float((other - value).abs().max()) for other in others)
+        return value
 
     def names(self, role: str, cases: set[str] | None = None) -> list[str]:
         """Names of a role's tensors, of all cases or of some."""

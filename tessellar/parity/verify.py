@@ -1,7 +1,9 @@
 """Replay a folder of recorded official outputs with our modules and compare every one of them
 within its tolerance.
 
-|ours - theirs| <= atol + rtol |theirs|; both zero means exactly equal. A replay must read every recorded input and
+|ours - theirs| <= atol + rtol |theirs|; both zero means exactly equal. Where a computation makes
+its own roundings larger than that (a replay measures it: `Recording.grown`), GROWN times their
+reach is added. A replay must read every recorded input and
 weight file and produce every output: what is left over is listed and counts as a failure. Cases out
 of this project's scope are named and counted, with the reason.
 """
@@ -17,6 +19,8 @@ from torch import Tensor
 from tessellar.errors import UserError
 from tessellar.parity.recording import Entry, Recording, dtype_name, read_recording
 from tessellar.parity.registration import OUT_OF_SCOPE, Replay, replays_of, systems
+
+GROWN = 4  # reaches: processors differ by more than the few roundings that are tried
 
 
 class UnknownSystem(UserError):
@@ -111,7 +115,8 @@ def verify(
     for name in recording.names("output", recording.cases):
         ours = outputs.get(name)
         theirs = recording.tensors.get(name)
-        report.comparisons.append(compare(name, recording.entries[name], ours, theirs))
+        reach = recording.reach.get(name, 0.0)
+        report.comparisons.append(compare(name, recording.entries[name], ours, theirs, reach))
     report.leftovers += leftovers_of(recording, outputs, complete=not selected)
     return report
 
@@ -143,9 +148,11 @@ def replay_all(recording: Recording, known: Sequence[Replay], report: Report) ->
     return outputs
 
 
-def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None) -> Comparison:
+def compare(
+    name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None, reach: float = 0.0
+) -> Comparison:
     """One output of ours against the recorded one; reports the value that is worst in terms of its
-    tolerance.
+    tolerance. `reach`: how far roundings alone move ours.
     """
     problem = problem_of(entry, ours, theirs)
     if problem:
@@ -159,11 +166,14 @@ def compare(name: str, entry: Entry, ours: Tensor | None, theirs: Tensor | None)
         .nan_to_num(nan=torch.inf)
     )
     tolerance = (entry.atol + entry.rtol * theirs64.abs()).flatten().nan_to_num(nan=0.0, posinf=0.0)
+    tolerance = tolerance + GROWN * reach
     if error.numel() == 0:
         return Comparison(name, entry.case, 0.0, entry.atol, True)
     outside = int((error > tolerance).sum())
     worst = int(torch.where(error == 0, 0.0, error / tolerance).argmax())
     note = f"{outside} of {error.numel()} values outside" if outside else ""
+    if reach and not outside:
+        note = f"roundings reach {reach:.1e}"
     return Comparison(
         name, entry.case, float(error[worst]), float(tolerance[worst]), not outside, note
     )

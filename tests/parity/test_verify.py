@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tessellar.cli.convert import main, print_report
 from tessellar.errors import UserError
-from tessellar.parity.recording import Entry
+from tessellar.parity.recording import Entry, read_recording
 from tessellar.parity.verify import Report, compare, verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
@@ -351,3 +351,21 @@ def test_recorded_gradients_do_not_depend_on_kernels() -> None:
         assert report.passed
         errors.append([c.error for c in report.comparisons if "grad" in c.name])
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
+def test_an_output_that_grows_roundings_is_as_exact_as_these() -> None:
+    theirs = torch.tensor([1.0, -2.0, 3.0])
+    exact = entry(1e-6, 0)
+    near = theirs + 0.01
+    assert not compare("x", exact, near, theirs).passed
+    allowed = compare("x", exact, near, theirs, 0.005)
+    assert allowed.passed and allowed.note == "roundings reach 5.0e-03"
+    assert not compare("x", exact, near, theirs, 0.002).passed  # 4 reaches are 0.008
+    assert not compare("x", exact, near + 1, theirs, 0.005).passed
+
+
+def test_the_reach_is_measured_by_the_replay() -> None:
+    recording = read_recording(Path(__file__).parents[1] / "golden" / "bitdance_t2i_head")
+    value = torch.zeros(3)
+    assert recording.grown("a", value, value + 0.5, value - 2.0) is value
+    assert recording.reach == {"a": 2.0}
