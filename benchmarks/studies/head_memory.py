@@ -93,7 +93,7 @@ def parts_of(generator: nn.Module, width: int) -> Parts:
             return Parts(modules, lambda: generator.output(states).float().softmax(-1))
         case OpenMAGVIT2AR():
             tokens = whole.expand(-1, len(generator.vocabs))
-            rotations = generator._inside(states)
+            rotations = generator.inside()
             modules = (generator.embeddings, generator.intra)
             return Parts(modules, lambda: generator.intra(states, tokens, rotations))
         case BAR():

@@ -174,9 +174,7 @@ class OpenMAGVIT2AR(LlamaGenerator):
         states = hidden.flatten(0, 1)
         entity = state.entities.entity_at(rank)
         length = hidden.shape[1]
-        # Inside of a token, the first rows [1, F, ...] of the sequence's own table.
-        count = len(self.vocabs)
-        positions = Positions(self.rope_cos[None, :count], self.rope_sin[None, :count])
+        positions = self.inside()
 
         def guided(logits: Tensor, factor: int) -> Tensor:
             return state.merge(at_least_float32(logits).unflatten(0, (-1, length)), entity, factor)
@@ -210,6 +208,11 @@ class OpenMAGVIT2AR(LlamaGenerator):
         """The sum over sub-tokens of their mean cross-entropies, all with weight 1."""
         assert isinstance(scores, FactorLogits)
         return {"cross_entropy": scores.cross_entropy(targets, weight)}
+
+    def inside(self) -> Positions:
+        """Rotations [1, F, ...] inside of a token: the first rows of the sequence's own table."""
+        count = len(self.vocabs)
+        return Positions(self.rope_cos[None, :count], self.rope_sin[None, :count])
 
 
 # Published variants: width, depth, heads; depth inside of a token.     parameters (6 + 12 bits, 1,000 classes)
