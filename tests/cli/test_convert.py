@@ -146,7 +146,7 @@ def test_import_says_what_is_missing(official: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--out FOLDER"):
         main(["import", "llamagen", str(official), "--tokenizer", str(vq)])
     with pytest.raises(
-        UserError, match="there is no importer for 'dalle'; there are alitok, bitdance, flextok, "
+        UserError, match="there is no importer for 'dalle'; there are alitok, bar, bar_fsq, "
     ):
         main(["import", "dalle", str(official), *out])
     assert not (tmp_path / "out").exists()
