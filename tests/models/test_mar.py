@@ -122,7 +122,8 @@ def test_an_image_depends_on_its_own_seed(patch: int) -> None:
     sampling = Sampling(Revealed(2.0), algorithm=Ancestral(3), diffusion=FAST)
     together = sampling.tokens(generator, LABELS, [5, 6])
     alone = sampling.tokens(generator, LABELS.select(torch.tensor([1])), [6])
-    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)
+    # Latents of hundreds, unclipped: processors whose products differ by the number of rows grow roundings.
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-3)
     assert together.shape == (2, 16, 3) and bool(together.isfinite().all())
     assert not torch.allclose(together, sampling.tokens(generator, LABELS, [7, 8]))
 
