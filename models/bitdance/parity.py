@@ -179,12 +179,6 @@ class Watched(EulerMaruyamaToData):
         return found
 
 
-def _watched(steps: int, shift: float) -> Watched:
-    solver = Watched(steps, time_shift=shift)
-    object.__setattr__(solver, "kept", [])
-    return solver
-
-
 @replays("bitdance", "sample_cfg")
 @replays("bitdance_parallel", "sample_cfg")
 def sampling(recording: Recording) -> Outputs:
@@ -220,7 +214,8 @@ def _decoded(recording: Recording, generator: BitDance, factor: float) -> tuple[
     settings = recording.settings("sample.bits")
     condition = recording.classes("labels")
     batch = condition.batch
-    solver = _watched(settings["sample_steps"] + 1, recording.config["time_shift"])
+    solver = Watched(settings["sample_steps"] + 1, time_shift=recording.config["time_shift"])
+    object.__setattr__(solver, "kept", [])
     first = given["sample.noise_first"] * factor
     noise = RecordedNoise(_draws(first, given["sample.noise"] * factor, batch))
     state = generator.start(
