@@ -232,7 +232,7 @@ def steps_of(page: Page, whole: bool) -> list[Step]:
 def expect(step: Step, page: Page) -> None:
     """What the commands of the pages should leave and say."""
     words = step.words
-    if words[0] == "train.py" and not {"validate", "--print_config"} & set(words):
+    if words[0] == "train.py" and not {"validate", "--print_config", "--dry_run"} & set(words):
         run_folder = f"runs/{words[words.index('--name') + 1]}"
         files = ("export/model.safetensors", "report.html", "metrics.csv", "log.txt")
         step.makes = tuple(f"{run_folder}/{file}" for file in files)
@@ -241,6 +241,12 @@ def expect(step: Step, page: Page) -> None:
         out = words[words.index("--out") + 1] if "--out" in words else "outputs/samples"
         step.makes = (f"{out}/grid.png", f"{out}/samples.json")
         step.says = (r"\d+ images in ", f"writes {out}")
+        part, _, parts = (
+            words[words.index("--shard") + 1].partition("/") if "--shard" in words else ("", "", "")
+        )
+        if part != parts:  # the folder appears with the last part
+            step.makes = ()
+            step.says = (r"\d+ of \d+ images are in ", f"writes {out}")
     if words[:2] == ["evaluate.py", "model"]:
         step.says = (r"FD\(", "record: ", "writes ")
     if words[:2] == ["convert.py", "cache"]:
