@@ -123,7 +123,14 @@ FEW = ["--trainer.max_steps", "8", "--trainer.val_check_interval", "4", "--log_e
 SMALL = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.batch_size", "8"]
 FEW_SHAPES = ["--data.length", "64", "--data.val_length", "16"]
 FEW_OF = {
-    "extractor": ["--recipe.epochs", "1", "--architecture.arch", "test_resnet"],
+    "extractor": [
+        "--recipe.epochs",
+        "1",
+        "--architecture.arch",
+        "test_resnet",
+        "--data.batch_size",
+        "32",
+    ],
     "model": ["--count", "12", "--precision", "float32"],
     "sweep": ["--count", "12"],
     "tokens": ["--count", "12"],
