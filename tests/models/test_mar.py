@@ -118,12 +118,12 @@ def test_each_image_has_an_order_of_its_own(patch: int) -> None:
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_an_image_depends_on_its_own_seed(patch: int) -> None:
-    generator = model(patch)
+    # Unclipped latents of 60,000 grow roundings, which differ by the number of rows: none in float64.
+    generator = model(patch).double()
     sampling = Sampling(Revealed(2.0), algorithm=Ancestral(3), diffusion=FAST)
     together = sampling.tokens(generator, LABELS, [5, 6])
     alone = sampling.tokens(generator, LABELS.select(torch.tensor([1])), [6])
-    # Latents of hundreds, unclipped: processors whose products differ by the number of rows grow roundings.
-    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-6)
     assert together.shape == (2, 16, 3) and bool(together.isfinite().all())
     assert not torch.allclose(together, sampling.tokens(generator, LABELS, [7, 8]))
 
