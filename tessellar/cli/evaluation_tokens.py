@@ -178,8 +178,8 @@ def probe(
     Args:
         model: export folder, .safetensors, .ckpt or hub id of a tokenizer, or of a generator that holds one
         data: data set with classes or captions, as in a training YAML (default: that of the run)
-        features: of latents tokens codes pixels, or names of the tokenizer's modules; NAME:8 is the first 8 positions
-            (default: latents tokens)
+        features: of latents tokens codes semantics pixels, or names of the tokenizer's modules; NAME:8 is the first 8
+            positions (default: latents tokens)
         probes: of linear softmax attentive knn purity retrieval (default: linear, knn and purity with classes, and
             retrieval with captions)
         protocol: how features are pooled, how probes are fitted, seeds

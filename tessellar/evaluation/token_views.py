@@ -4,6 +4,7 @@
   variances);
 - `tokens`: the vectors of its codes, as its decoder is given them (continuous tokens as they are);
 - `codes`: how often each code of each codebook occurs in an image, over the number of positions;
+- `semantics`: what its semantic decoder gives of its tokens (MingTok, TokenFlow, RecTok, SEED);
 - `pixels`: the image itself, to compare with;
 - anything else: the output of the tokenizer's module of that name, such as `encoder.norm_out`, in
   its last call while the image is encoded.
@@ -14,7 +15,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -27,11 +28,20 @@ from tessellar.protocol.layout import Layout, codebooks
 from tessellar.protocol.nearest import nearest
 from tessellar.protocol.tokenizer import Quantizer, Tokenizer
 
-NAMES = ("latents", "tokens", "codes", "pixels")
+NAMES = ("latents", "tokens", "codes", "semantics", "pixels")
 MOST_CODES = 1 << 16  # of all codebooks together, whose frequencies are a vector
 
 View = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] to vectors [B, N, C]."""
+
+
+@runtime_checkable
+class Semantic(Protocol):
+    """A tokenizer whose tokens give features of what an image means."""
+
+    def semantics(self, tokens: Tensor) -> Tensor:
+        """Features [B, N, D] of tokens."""
+        ...
 
 
 class Asked(NamedTuple):
@@ -76,6 +86,8 @@ def view(tokenizer: Tokenizer, name: str) -> View:
         case "codes":
             check_codes(tokenizer.layout)
             return lambda images: frequencies(tokenizer.encode(images), tokenizer.layout)
+        case "semantics":
+            return lambda images: semantics_of(tokenizer, images)
     modules = dict(tokenizer.named_modules())
     if name not in modules or not name:
         hint = nearest(name, [*NAMES, *filter(None, modules)], listed=0)
@@ -162,6 +174,16 @@ def vectors_of(tokenizer: Tokenizer, images: Tensor) -> Tensor:
             "`tokens`; probe `codes`, or a module by its name"
         )
     return joined(seen, images)
+
+
+def semantics_of(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """What a semantic decoder gives of the tokens of images, [B, N, D]."""
+    if not isinstance(tokenizer, Semantic):
+        raise UserError(
+            f"{type(tokenizer).__name__} has no semantic decoder, whose `semantics` could be probed; "
+            "probe `latents` or `tokens`"
+        )
+    return tokenizer.semantics(tokenizer.encode(images)).float()
 
 
 def _until_seen(run: Callable[[], Any]) -> None:

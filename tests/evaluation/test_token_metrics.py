@@ -122,6 +122,8 @@ def test_features_by_name() -> None:
     assert "encode" not in vars(tokenizer.quantizer) and "decode" not in vars(tokenizer.quantizer)
     with pytest.raises(UserError, match="'latent' is no feature of OneDPiece.*latents"):
         view(tokenizer, "latent")
+    with pytest.raises(UserError, match="OneDPiece has no semantic decoder"):
+        view(tokenizer, "semantics")(images)
 
 
 def test_continuous_tokens_are_vectors_and_have_no_codes() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.evaluation.token_views import view
 from tessellar.networks.vision import teacher
 from tessellar.protocol.configured import build
 from tessellar.protocol.layout import Continuous, grid_layout
@@ -113,6 +114,20 @@ def test_training_reaches_every_parameter_through_noisy_latents() -> None:
     assert not torch.equal(made(images()).reconstruction, made(images()).reconstruction)
     with pytest.raises(UserError, match="semantic_dim is 5; the teacher's patches have 24"):
         model(teacher=frozen)
+
+
+@torch.no_grad()
+def test_features_of_tokens_are_those_of_clean_latents() -> None:
+    made = model().eval()
+    made.quantizer.center.normal_()
+    made.quantizer.scale.uniform_(0.5, 2.0)
+    assert made.semantic_decoder is not None
+    clean = made.semantic_decoder(made.quantizer.posterior(made.latents(images())).mean, None)
+    tokens = made.encode(images())
+    torch.testing.assert_close(made.semantics(tokens), clean, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(view(made, "semantics")(images()), clean, atol=2e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="no semantic decoder: give semantic_dim"):
+        model(semantic_dim=None).semantics(tokens)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tessellar.errors import UserError
+from tessellar.evaluation.token_views import view
 from tessellar.interop.importer import ImportOptions
 from tessellar.networks.vision import Teacher, teacher
 from tessellar.parity.verify import verify
@@ -89,6 +90,8 @@ def test_tokens_images_and_forward() -> None:
     assert made.layout == sequence_layout(6, Categorical(17)) and tokens.shape == (2, 6)
     assert torch.equal(tokens, output.tokens)
     torch.testing.assert_close(made.decode(tokens), output.reconstruction, atol=1e-5, rtol=1e-5)
+    embedding = made.embedding(made.quantizer.decode(tokens))
+    assert torch.equal(view(made, "semantics")(images()), embedding[:, None])
     for place in range(6):  # every code is heard
         other = tokens.clone()
         other[:, place] = (other[:, place] + 1) % 17

@@ -1,5 +1,6 @@
 """Every YAML under configs/ parses and builds, at real size, on the meta device."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ READS = {  # module of a generator -> preset whose tokens it reads; the others r
     "mingtok": "mingtok.mingtok_512",
 }
 EXPORTS = {"runs/vat/export": "vat.vat_b256"}  # where the export that a YAML names says more
-SIZED = ("runs/mingtok/export",)  # whose features a generator reads, of a width of its own
+SIZED = (
+    "runs/mingtok(teacher=fmnist-vit)/export",
+)  # whose features a generator reads, of a width of its own
 PARAMETERS = {
     "t2i/token_shuffle_512": 2_709_390_336,
     "t2i/token_shuffle_1024": 2_789_634_816,
@@ -123,6 +126,17 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("fashion_mnist/*.yaml")), ids=lambda p: p.stem)
+def test_a_generator_reads_the_run_that_its_tokenizer_has(path: Path) -> None:
+    tokenizer = yaml.safe_load(path.read_text())["model"]["init_args"].get("tokenizer")
+    if not isinstance(tokenizer, str):
+        return
+    run = Path(tokenizer).parent.name
+    name = run.partition("(")[0]
+    told = re.search(r"The run is called ([^\s]+)\.", path.with_name(f"{name}.yaml").read_text())
+    assert run == (told[1] if told else name)
+
+
 def _tokenizer(config: dict, path: Path) -> str:
     """One whose tokens are of the kind that the generator of a YAML reads; where its sizes matter, that of the YAML
     beside this one that trains the export.
@@ -130,7 +144,8 @@ def _tokenizer(config: dict, path: Path) -> str:
     arguments = config["model"]["init_args"]
     tokenizer = arguments["tokenizer"]
     if tokenizer in SIZED:
-        beside = path.with_name(f"{Path(tokenizer).parent.name}.yaml")
+        run = Path(tokenizer).parent.name.partition("(")[0]
+        beside = path.with_name(f"{run}.yaml")
         described = yaml.safe_load(beside.read_text())["model"]["init_args"]["tokenizer"]
         return yaml.safe_dump(described, default_flow_style=True)
     if isinstance(tokenizer, str) and tokenizer in EXPORTS:

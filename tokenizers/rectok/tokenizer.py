@@ -225,10 +225,19 @@ class RecTok(GridTokenizer):
         """1 - cosine between the features [B, N, D] that the semantic decoder gives back and those
         of the teacher: a mean over all patches, hidden ones too.
         """
+        return cosine_distance(self.read(seen.latents, seen.places), target).mean()
+
+    def read(self, latents: Tensor, places: Tensor | None = None) -> Tensor:
+        """The teacher's features [B, N, D] as the semantic decoder has them of latents [B, n, C] of
+        the patches at `places` [B, n] (None: all); raises UserError without such a decoder.
+        """
         if self.semantic_decoder is None:
             raise UserError("this RecTok has no semantic decoder: give semantic_dim")
-        found = self.semantic_decoder(seen.latents, seen.places)
-        return cosine_distance(found, target).mean()
+        return self.semantic_decoder(latents, places)
+
+    def semantics(self, tokens: Tensor) -> Tensor:
+        """As `read`, of tokens [B, N, C]."""
+        return self.read(self.quantizer.decode(tokens))
 
     def starting_from(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A tokenizer without a semantic decoder leaves another's out."""

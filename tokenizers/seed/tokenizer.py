@@ -272,6 +272,10 @@ class SEED(QuantizedTokenizer):
         weight = cast(nn.Linear, self.from_code[0]).weight
         return self.embedding_head(self.meaning(self.from_code(vectors.to(weight.dtype))))
 
+    def semantics(self, tokens: Tensor) -> Tensor:
+        """As `embedding`, of tokens: [B, 1, E]."""
+        return self.embedding(self.quantizer.decode(tokens))[:, None]
+
     def render(self, vectors: Tensor) -> Tensor:
         if self.detokenizer is None:
             raise UserError(
