@@ -24,9 +24,12 @@ from benchmarks.studies.steps import ROOT, Training, measured, read_results, wri
 
 NAME = "joint"
 PLOT = ROOT / "docs" / "pictures" / "joint.png"
-UPDATES = 150
-JOINT_UPDATES = 115
-BATCH = 32
+#: Of the tokenizer, then of the generator.
+UPDATES = (1200, 600)
+JOINT_UPDATES = 600
+BATCH = 64
+SWAPPED = 1000  # test images whose tokens are swapped for pFD
+RAMP = (100, 100)  # first update of a joint loss, and over how many it grows
 CORRUPTION = "tessellar.training.methods.latent_corruption"
 QUANTIZER = {
     "class_path": "tessellar.tokenizers.quantizers.ibq.IBQ",
@@ -66,7 +69,7 @@ def training(
     every = (
         *("--trainer.max_steps", str(updates), "--trainer.val_check_interval", str(updates)),
         *("--trainer.check_val_every_n_epoch", "null", "--trainer.limit_val_batches", "16"),
-        *("--data.batch_size", str(BATCH), "--model.schedule.warmup", "20", "--log_every", "5"),
+        *("--data.batch_size", str(BATCH), "--model.schedule.warmup", "50"),
         *("--trainer.precision", "bf16-mixed", "--seed_everything", str(arguments.seed)),
     )
     file = f"configs/fashion_mnist/{config}.yaml"
@@ -78,19 +81,19 @@ def trainings(arm: str, arguments: argparse.Namespace) -> list[Training]:
     corruptions = ARMS[arm]
     name = arm.replace(" ", "_")
     if corruptions is None:
-        ramp = ("weight", "start", "warmup")
         options = ["--ema", "null"]
-        for loss, values in (("likelihood", (0.1, 30, 20)), ("prediction", (1.0, 30, 20))):
-            for key, value in zip(ramp, values, strict=True):
+        for loss in ("likelihood", "prediction"):
+            for key, value in zip(("start", "warmup"), RAMP, strict=True):
                 options += [f"--model.{loss}.{key}", str(value)]
         words = (*TOKENIZER, *GENERATOR, *options)
         return [training(name, "joint", arguments, JOINT_UPDATES, *words)]
+    of_tokenizer, of_generator = UPDATES
     disturbed = ("--model.corruptions", json.dumps(corruptions)) if corruptions else ()
     words = (*TOKENIZER, *disturbed)
-    first = training(f"{name}-tokenizer", "tokenizer", arguments, UPDATES, *words)
+    first = training(f"{name}-tokenizer", "tokenizer", arguments, of_tokenizer, *words)
     export = first.folder(arguments.runs) / "export"
     words = (*GENERATOR, "--model.tokenizer", str(export))
-    return [first, training(f"{name}-generator", "generator", arguments, UPDATES, *words)]
+    return [first, training(f"{name}-generator", "generator", arguments, of_generator, *words)]
 
 
 def row_of(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,13 +109,13 @@ def row_of(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     of_tokens = measured(
         folder / "tokens.json",
         "evaluate.py",
-        *("tokens", str(export), "--count", str(arguments.images)),
-        *("--prefix_count", str(arguments.images), "--alpha", "0.2", "--delta", "100", *common),
+        *("tokens", str(export), "--prefix_count", str(SWAPPED)),
+        *("--alpha", "0.2", "--delta", "100", *common),
     )
     of_samples = measured(
         folder / "samples.json",
         "evaluate.py",
-        *("model", str(export), "--reference", "val", "--count", str(arguments.images)),
+        *("model", str(export), "--reference", "train", "--count", str(arguments.images)),
         *("--guidance", "Constant", "--guidance.scale", "1.5", *common),
     )
     facts = [one.facts(arguments.runs) for one in made]
@@ -181,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/joint"))
     parser.add_argument("--only", nargs="*", choices=list(ARMS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=1000, help="that are measured, of each kind")
+    parser.add_argument("--images", type=int, default=5000, help="that are drawn and measured")
     arguments = parser.parse_args(argv)
     for name in ("data", "extractor", "runs"):
         setattr(arguments, name, getattr(arguments, name).resolve())
