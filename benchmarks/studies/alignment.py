@@ -124,7 +124,7 @@ def distance_of(metrics: dict[str, float]) -> float:
 def plain_on_tuning_seeds(row: dict[str, Any]) -> float:
     """The distance without guidance by which a rate is chosen."""
     for point in row["tuning"]:
-        if point["settings"]["guidance.scale"] == 1.0:
+        if point["values"]["guidance.scale"] == 1.0:
             return distance_of(point["metrics"])
     raise ValueError("no scale of 1 was tried")
 

@@ -27,10 +27,10 @@ NAME = "sizes"
 PLOT = ROOT / "docs" / "pictures" / "sizes.png"
 TOKENIZER = "configs/fashion_mnist/tokenizer.yaml"
 GENERATOR = "configs/fashion_mnist/generator.yaml"
-SMALL_UPDATES = {"tokenizer": 150, "generator": 80}
-UPDATES = {"tokenizer": 45, "generator": 45}
-BATCHES = {"tokenizer": 16, "generator": 8}
-# Narrow ones, briefly: half a minute of one core each.
+SMALL_UPDATES = {"tokenizer": 500, "generator": 500}
+UPDATES = {"tokenizer": 150, "generator": 150}
+BATCHES = {"tokenizer": 16, "generator": 16}
+# Narrow ones, briefly: a minute or two of one core each.
 WIDTHS = {
     "tokenizer": ("--model.tokenizer.width", "96", "--model.tokenizer.decoder_depth", "3"),
     "generator": (
