@@ -26,7 +26,7 @@ NAME = "joint"
 PLOT = ROOT / "docs" / "pictures" / "joint.png"
 #: Of the tokenizer, then of the generator.
 UPDATES = (1200, 600)
-JOINT_UPDATES = 600
+JOINT_UPDATES = 700
 BATCH = 64
 SWAPPED = 1000  # test images whose tokens are swapped for pFD
 RAMP = (100, 100)  # first update of a joint loss, and over how many it grows

@@ -85,11 +85,11 @@ class Swap:
 
     def __call__(self, tokens: Tensor, images: Tensor, index: Tensor) -> Tensor:
         quantizer: Any = self.tokenizer.quantizer
-        distances = quantizer.distances(latents_of(self.tokenizer, images))
+        neighbours = quantizer.neighbours(latents_of(self.tokenizer, images), self.delta)
         changed = []
-        for row, near, place in zip(tokens, distances, index.tolist(), strict=True):
+        for row, near, place in zip(tokens, neighbours, index.tolist(), strict=True):
             generator = torch.Generator().manual_seed(self.seed + place)
-            changed.append(swapped(row, near, self.alpha, self.delta, generator))
+            changed.append(swapped(row, near, self.alpha, generator))
         return torch.stack(changed)
 
 
@@ -105,9 +105,9 @@ def check_swaps(tokenizer: Tokenizer, alphas: Sequence[float], deltas: Sequence[
     quantizer = getattr(tokenizer, "quantizer", None)
     layout = tokenizer.layout
     one_book = len(layout.segments) == 1 and layout.is_categorical
-    if not one_book or not hasattr(quantizer, "distances"):
+    if not one_book or not getattr(quantizer, "has_neighbours", False):
         raise UserError(
-            "pFD swaps codes of one learned codebook by their distances from the latent; "
+            "pFD swaps codes of one codebook that can be told near from far; "
             f"{type(tokenizer).__name__} has {layout} by {type(quantizer).__name__}"
         )
     vocab = int(layout.vocab()[0])

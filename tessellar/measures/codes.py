@@ -109,16 +109,13 @@ def purity(codes: Tensor, labels: Tensor) -> Purity:
     return Purity(float(share), float(information))
 
 
-def swapped(
-    tokens: Tensor, distances: Tensor, share: float, nearest: int, generator: torch.Generator
-) -> Tensor:
-    """Tokens [N] of one image, each with probability `share` replaced by one of the `nearest` codes
-    to its latent; `distances` [N, V] are those to all codes.
+def swapped(tokens: Tensor, near: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Tokens [N] of one image, each with probability `share` replaced by one of the codes [N, K] that
+    are `near` its latent.
 
-    The nearest code is one of them, so `nearest` 1 changes nothing.
+    The nearest code is one of them, so K = 1 changes nothing.
     """
-    ranked = distances.topk(nearest, dim=-1, largest=False).indices.cpu()
     chosen = torch.rand(len(tokens), generator=generator) < share
-    rank = torch.randint(nearest, (len(tokens), 1), generator=generator)
-    drawn = ranked.gather(1, rank)[:, 0]
+    rank = torch.randint(near.shape[-1], (len(tokens), 1), generator=generator)
+    drawn = near.cpu().gather(1, rank)[:, 0]
     return torch.where(chosen, drawn, tokens.cpu()).to(tokens.device)

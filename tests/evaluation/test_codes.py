@@ -63,13 +63,13 @@ def test_purity_by_hand() -> None:
 
 
 def test_a_swap_draws_among_the_nearest_codes_and_nothing_else() -> None:
-    distances = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(4000, 4)
+    near = torch.tensor([[0, 2, 3, 1]]).expand(4000, 4)
     tokens = torch.zeros(4000, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(swapped(tokens, distances, 1.0, 1, generator), tokens)
-    assert torch.equal(swapped(tokens, distances, 0.0, 4, generator), tokens)
-    counts = swapped(tokens, distances, 1.0, 3, generator).bincount(minlength=4)
+    assert torch.equal(swapped(tokens, near[:, :1], 1.0, generator), tokens)
+    assert torch.equal(swapped(tokens, near, 0.0, generator), tokens)
+    counts = swapped(tokens, near[:, :3], 1.0, generator).bincount(minlength=4)
     # A third each, seven standard deviations wide: false alarms of 1 in 10^11.
     assert counts[1] == 0 and bool(((counts[[0, 2, 3]] - 4000 / 3).abs() < 210).all())
-    half = swapped(tokens, distances, 0.5, 2, generator).bincount(minlength=4)
+    half = swapped(tokens, near[:, :2], 0.5, generator).bincount(minlength=4)
     assert half[1] == half[3] == 0 and abs(int(half[2]) - 1000) < 200

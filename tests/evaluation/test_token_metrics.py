@@ -12,9 +12,12 @@ from tessellar.errors import UserError
 from tessellar.evaluation.token_metrics import prefix_lengths
 from tessellar.evaluation.token_views import view
 from tessellar.protocol.layout import Categorical, Layout, Segment, sequence_layout
+from tessellar.protocol.tokenizer import Quantizer
 from tessellar.tokenizers.one_d_piece import OneDPiece
 from tessellar.tokenizers.quantizers.fsq import FSQ
 from tessellar.tokenizers.quantizers.gaussian import GaussianBottleneck
+from tessellar.tokenizers.quantizers.ibq import IBQ
+from tessellar.tokenizers.quantizers.lfq import LFQ
 from tessellar.tokenizers.quantizers.vq import VectorQuantizer
 from tessellar.tokenizers.titok import ViTSize
 from tessellar.tokenizers.vit_vq import ViTVQ
@@ -90,10 +93,24 @@ def test_mistakes_are_told_before_any_image(
         main(["tokens", exported, *SHAPES, "--extractor", "none", *words])
 
 
-def test_swaps_need_one_learned_codebook(tmp_path: Path, net: list[str]) -> None:
-    scalar = ViTVQ(FSQ((3, 3)), 32, 8, 16, 1, 1, 2)
-    path = str(export_tokenizer(scalar, tmp_path / "fsq"))
-    with pytest.raises(UserError, match="one learned codebook.*by FSQ"):
+@pytest.mark.parametrize("quantizer", [FSQ((3, 3)), IBQ(9, 2)], ids=["fsq", "ibq"])
+def test_swaps_of_codes_that_are_told_near_from_far(
+    quantizer: Quantizer, tmp_path: Path, net: list[str]
+) -> None:
+    """IBQ's token has the largest product, not the smallest distance."""
+    torch.manual_seed(0)
+    tokenizer = ViTVQ(quantizer, 32, 8, 16, 1, 1, 2)
+    path = str(export_tokenizer(tokenizer, tmp_path / "export"))
+    swaps = ["--alpha", "1", "--delta", "1", "9", "--count", "12"]
+    found = record("tokens", path, *SHAPES, *net, *swaps)
+    cells = {cell["delta"]: cell["rFD(tiny)"] for cell in found["tokens"]["swaps"]}
+    assert cells[1] == found["metrics"]["rFD(tiny)"] != cells[9]
+
+
+def test_swaps_need_one_codebook(tmp_path: Path, net: list[str]) -> None:
+    binary = ViTVQ(LFQ(4), 32, 8, 16, 1, 1, 2)
+    path = str(export_tokenizer(binary, tmp_path / "lfq"))
+    with pytest.raises(UserError, match="one codebook that can be told near from far.*by LFQ"):
         main(["tokens", path, *SHAPES, "--extractor", "none", "--alpha", "1", "--delta", "2"])
 
 
