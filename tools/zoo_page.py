@@ -38,6 +38,10 @@ they do not. No file could be downloaded where this was written: importers were 
 with the official keys, the names and the addresses below were not tried. A size is that of the file, parameters
 are those of our model, which a test builds. Numbers are the papers', not measured here; `measure` is the
 command that measures them so, where the paper's protocol is known.
+
+A licence is that of the weights, where their authors state one: the model card of their repository, or a file of
+the official code that speaks of weights ([below](#where-the-licences-of-weights-are-stated), read in stored copies).
+A licence of the code alone leaves that of the weights `unknown`.
 """
 
 
@@ -61,8 +65,19 @@ def row(entry: Published) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def sources() -> list[str]:
+    """A table of the repositories whose weights have a known licence, and of the files that state it."""
+    stated = {
+        (entry.repository, entry.license, entry.license_source): None
+        for entry in zoo().values()
+        if entry.license_source
+    }
+    rows = [f"| {' | '.join(cells)} |" for cells in stated]
+    return ["| weights of | licence | stated in |", "|---|---|---|", *rows]
+
+
 def page() -> str:
-    """The whole page: a table a system, then the commands that measure, then what is not read."""
+    """The whole page: a table a system, where licences are stated, the commands that measure, what is not read."""
     lines = [INTRODUCTION]
     systems: dict[str, list[Published]] = {}
     for entry in zoo().values():
@@ -73,6 +88,7 @@ def page() -> str:
         lines += ["| name | what | published | parameters | config | file | licence |"]
         lines += ["|---|---|---|---|---|---|---|"]
         lines += [row(entry) for entry in entries]
+    lines += ["", "## Where the licences of weights are stated", "", *sources()]
     lines += ["", "## Measuring the published numbers", "", "| name | measure |", "|---|---|"]
     for entry in zoo().values():
         if entry.evaluation():

@@ -37,6 +37,7 @@ class Published:
     file: str
     model: str
     license: str
+    license_source: str = ""
     size: str = UNKNOWN
     code_license: str = UNKNOWN
     parameters: int | None = None

@@ -160,6 +160,7 @@ def _published(checkpoint: Published) -> list[str]:
         "file": checkpoint.file,
         "size": checkpoint.size,
         "license": f"{checkpoint.license} (weights), {checkpoint.code_license} (official code)",
+        "stated in": checkpoint.license_source,
         "model": checkpoint.model,
         "parameters": UNKNOWN if count is None else f"{count:,}",
         "tokenizer": checkpoint.tokenizer,

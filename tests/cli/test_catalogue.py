@@ -79,6 +79,9 @@ def test_every_kind_is_listed_and_can_be_shown(capsys) -> None:
         assert name.rpartition("/")[2] in said(capsys, "show", name)
     assert "--config imagenet256/titok_l32" in said(capsys, "show", "titok")
     assert "drop" in said(capsys, "show", "LlamaGen")
+    weights = said(capsys, "show", "llamagen/c2i-b-256")
+    assert "MIT (weights), MIT (official code)" in weights
+    assert "hub:FoundationVision/LlamaGen/README.md" in weights
     pictures = said(capsys, "show", "ImageFolderData")
     for option in ("root: str", "val_share: float = 0.05", "batch_size: int = 64", "balance: "):
         assert option in pictures

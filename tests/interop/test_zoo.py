@@ -93,6 +93,20 @@ def test_what_entries_name_exists() -> None:
         assert entry.license and entry.file and entry.repository, entry.name
 
 
+def test_a_license_of_weights_names_the_file_that_states_it() -> None:
+    """Either the card of the entry's own repository or a file of the code's repository that speaks of weights."""
+    of_code = {
+        "github:apple/ml-flextok/LICENSE_WEIGHTS (read in a fork)",
+        "github:EPFL-VILAB/search-over-tokens/README.md",
+    }
+    for entry in zoo().values():
+        allowed = {f"hub:{entry.repository}/README.md", *of_code}
+        if entry.license == UNKNOWN:
+            assert not entry.license_source, entry.name
+        else:
+            assert entry.license_source in allowed, entry.name
+
+
 def test_the_numbers_are_those_of_our_recordings() -> None:
     """FID, IS and rFID are recorded beside the settings that give them."""
     numbers: set[tuple[str, float]] = set()
