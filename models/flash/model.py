@@ -51,6 +51,7 @@ class FlashDrafter(Generator):
     """
 
     ranges: ClassVar = {"hidden_weight": AMOUNTS, "soft_weight": AMOUNTS}
+    draws_alone = False
 
     def __init__(
         self,

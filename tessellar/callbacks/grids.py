@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from tessellar.images import to_uint8
+from tessellar.pipeline import ImageGenerator
 from tessellar.protocol.arguments import in_ranges
 from tessellar.protocol.condition import ClassConditioner, Condition
 from tessellar.sampling.grid import picture_grid
@@ -25,7 +26,7 @@ class Grids(L.Callback):
     generator.
 
     A class-conditional generator shows one row a class, one that reads text the first captions of
-    the validation set.
+    the validation set; a drafter shows none.
     """
 
     def __init__(self, run: Run, sampling: Sampling, columns: int = 8) -> None:
@@ -58,10 +59,13 @@ class Grids(L.Callback):
         if self._first is not None:
             self._save(trainer, pl_module, "reconstructions", self._pairs(*self._first))
             return
-        conditioner = pl_module.model.conditioner if hasattr(pl_module, "model") else None
+        model = getattr(pl_module, "model", None)
+        if isinstance(model, ImageGenerator) and not model.generator.draws_alone:
+            return
+        conditioner = getattr(model, "conditioner", None)
         reads_captions = isinstance(conditioner, TextConditioner) and bool(self._captions)
         if isinstance(conditioner, ClassConditioner) or reads_captions:
-            self._save(trainer, pl_module, "samples", self._samples(pl_module.model))
+            self._save(trainer, pl_module, "samples", self._samples(model))
 
     def _pairs(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Rows of originals, each above the row of its reconstructions."""

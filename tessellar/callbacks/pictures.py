@@ -57,7 +57,7 @@ class Pictures(L.Callback):
         model = getattr(pl_module, "model", None)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(model, ImageGenerator) and isinstance(data, ImageDataModule):
-            if isinstance(model.conditioner, ClassConditioner):
+            if isinstance(model.conditioner, ClassConditioner) and model.generator.draws_alone:
                 self._neighbours(trainer, pl_module, data, folder)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile) and trainer.is_global_zero:

@@ -58,6 +58,9 @@ def next_steps(module: Any, run: Path, called: Called) -> list[str]:
     if not isinstance(model, ImageGenerator):
         told = _generator_of(export, run.name, called)
         return [f"next: measure it: {spelled('evaluate')} model {export}", f"      {told}"]
+    if not model.generator.draws_alone:
+        drafting = f"--algorithm FlashDrafts --algorithm.model {export}"
+        return [f"next: let it draft: {spelled('sample')} GENERATOR {drafting}"]
     asked = " --prompts PROMPTS.txt" if isinstance(model.conditioner, TextConditioner) else ""
     out = shlex.quote(f"outputs/{run.name}")
     return [

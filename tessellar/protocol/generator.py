@@ -227,6 +227,8 @@ class Generator(Configured, ExactTables, ABC):
     conditioning: Conditioning
     #: In sampling: for how many steps at once a generator may compute what it knows of them beforehand.
     steps_ahead: int = 1
+    #: Whether it can be sampled by itself; a drafter (FLASH's) only drafts for another generator.
+    draws_alone: bool = True
 
     @property
     def condition_dropout(self) -> float:

@@ -2,11 +2,17 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from tessellar.callbacks.grids import Grids
+from tessellar.callbacks.pictures import Pictures
 from tessellar.checkpoints.export import export_generator
+from tessellar.cli.next_steps import Called, next_steps
+from tessellar.data import FashionMNISTData
 from tessellar.errors import UserError
 from tessellar.models.flash import FlashDrafter
 from tessellar.pipeline import ImageGenerator, load
@@ -53,6 +59,31 @@ def test_a_drafter_learns_from_a_frozen_export_and_drafts_for_it(fit, make, tmp_
         Sampling(algorithm=FlashDrafts(str(path))).tokens(
             model.generator, model.class_condition([0]), [0]
         )
+
+
+def test_a_drafter_is_validated_without_samples_and_says_how_it_is_used(
+    fit, make, tmp_path: Path
+) -> None:
+    target = make.generator_module()
+    path = export_generator(target.model, tmp_path / "target")
+    drafter = partial(
+        FlashDrafter, width=16, num_heads=2, num_classes=10, drafts=3, ffn_multiple_of=8
+    )
+    module = GeneratorModule(target.model.tokenizer, drafter, target=str(path))
+    (tmp_path / "run").mkdir()
+    run: Any = SimpleNamespace(folder=tmp_path / "run")
+    watching = [Grids(run, Sampling(), columns=1), Pictures(samples=2)]
+    fit(module, 2, watching, limit_val_batches=1, val_check_interval=2)
+    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "pictures").glob("neighbours*"))
+    (line,) = next_steps(module, tmp_path / "run", Called("x.yaml", FashionMNISTData, {}))
+    assert line.endswith(
+        f"GENERATOR --algorithm FlashDrafts --algorithm.model {tmp_path}/run/export"
+    )
+    # A generator that draws by itself has both.
+    fit(target, 2, watching, limit_val_batches=1, val_check_interval=2)
+    assert (tmp_path / "run" / "pictures").is_dir()
+    assert list((tmp_path / "pictures").glob("neighbours*"))
 
 
 def test_a_target_is_for_who_learns_from_one(fit, make, tmp_path: Path) -> None:
