@@ -1,6 +1,6 @@
 """How much a token's law depends on the few tokens before it: what limits exact speculative decoding of a model.
 
-    python benchmarks/dependence.py MODEL [--guidance 1.25] [--temperature 1] [--images 40] [--bf16]
+    python benchmarks/dependence.py MODEL [--guidance 1.25] [--temperature 1] [--images 40] [--bf16] [--out FILE]
 
 A draft of token i was drawn while the k tokens before it were drafts too. Here those k tokens of a sample are drawn
 anew, and the law of token i before and after is compared: its overlap, the sum over codes of min(p, p'), is the largest
@@ -9,6 +9,8 @@ places, and the entropy of the laws beside them, which by itself limits nothing.
 """
 
 import argparse
+import json
+from pathlib import Path
 from statistics import mean
 
 import torch
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file to write, too")
     arguments = parser.parse_args()
     model = load(arguments.model)
     if not isinstance(model, ImageGenerator):
@@ -95,6 +98,10 @@ def main() -> None:
     print(f"entropy of a token {entropy:.2f} nats")
     for k, overlap in overlaps.items():
         print(f"overlap after {k} tokens drawn anew: {overlap:.3f}")
+    if arguments.out is not None:
+        facts = {"images": arguments.images, "guidance": arguments.guidance}
+        found = {"entropy": entropy, "overlaps": overlaps, **facts}
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

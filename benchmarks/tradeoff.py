@@ -1,17 +1,23 @@
 """Decoding algorithms against each other on a trained generator: evaluations an image, time at batch 1, and FD.
 
-    python benchmarks/tradeoff.py MODEL --data DIR --extractor FILE [--guidance 1.5] [--rows REGEX] [--bf16] [--out DIR]
+    python benchmarks/tradeoff.py MODEL --data DIR --extractor FILE [FILE] [--guidance 1.5] [--rows REGEX] [--bf16]
+        [--drafter EXPORT] [--out DIR]
 
-Every row is one algorithm with its options. Its FD comes from `--images` class-balanced samples for each of the seeds,
-made in large batches: an image is the same in any batch, and so are its evaluations. Its time comes from `--timed`
-images one after the other. Rows are written to `results.json` as they are done and skipped when the script is run
-again; `table.md` and `tradeoff.png` are made of whatever is there. `--images 0` measures evaluations and time alone.
+Every row is one algorithm with its options; those that a generator refuses are named and left out. Its FD comes from
+`--images` class-balanced samples for each of the seeds, made in large batches: an image is the same in any batch, and
+so are its evaluations. Its time comes from `--timed` images one after the other, by the clock and in CPU-seconds, which
+a machine that does other work does not lengthen as much. FLASH has a row where a `--drafter` of the generator is given.
+
+Rows are written to `results.json` as they are done and skipped when the script is run again; `table.md` (exact and
+approximate algorithms apart) and `tradeoff.png` (the same, and the best of the approximate ones as one curve) are made
+of whatever is there. `--images 0` measures evaluations and time alone.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,11 +33,10 @@ from matplotlib.transforms import Bbox
 
 from tessellar.data.sets.fashion_mnist import FashionMNIST
 from tessellar.errors import UserError
-from tessellar.evaluation.engine import evaluate_samples
+from tessellar.evaluation.engine import Yardstick, evaluate
 from tessellar.evaluation.generation import GeneratedImages
-from tessellar.evaluation.networks.extractors import Extractor
 from tessellar.evaluation.networks.loading import load_extractor
-from tessellar.evaluation.references import Reference, reference_from
+from tessellar.evaluation.references import reference_from
 from tessellar.evaluation.sources import DatasetImages, ImageBatch
 from tessellar.images import to_uint8
 from tessellar.pipeline import ImageGenerator, load
@@ -40,6 +45,8 @@ from tessellar.protocol.condition import ClassConditioner
 from tessellar.protocol.guidance import Constant
 from tessellar.sampling.algorithm import Algorithm
 from tessellar.sampling.decode import Ancestral
+from tessellar.sampling.flash import FlashDrafts, load_drafter
+from tessellar.sampling.parallel_jacobi import ParallelJacobi
 from tessellar.sampling.prepare import prepared
 from tessellar.sampling.report import Recorder, Report
 from tessellar.sampling.settings import Sampling
@@ -47,8 +54,10 @@ from tessellar.sampling.speculative import (
     CouplingName,
     GroupedJacobi,
     ReusingJacobi,
+    SiblingJacobi,
     SpeculativeJacobi,
 )
+from tessellar.sampling.zipar import ZipAR
 
 # Where the name of a point may stand, in printer's points from it, the nearest first.
 PLACES = sorted(
@@ -66,8 +75,10 @@ class Row:
     algorithm: Algorithm = Ancestral()
 
 
-def all_rows() -> list[Row]:
-    """Plain; SJD by window, coupling and initial drafts; GSD by group size, threshold and window; SJD++."""
+def all_rows(drafter: str | None = None) -> list[Row]:
+    """Plain; SJD by window, coupling, initial drafts and siblings; FLASH with the export `drafter`; GSD by group size,
+    threshold and window; SJD++; ZipAR by window, PJD by coverage; numbers of steps of generators of random order.
+    """
     rows = [Row("plain")]
     for window in (8, 16, 32, 64):
         rows += [Row(f"sjd {window} {c}", SpeculativeJacobi(window, coupling=c)) for c in COUPLINGS]
@@ -88,7 +99,17 @@ def all_rows() -> list[Row]:
                 )
             )
     rows += [Row(f"gsd 16 near {q}", GroupedJacobi(d_quantile=q)) for q in (0.05, 0.2)]
-    return rows + [Row(f"sjd++ 16 t {t}", ReusingJacobi(threshold=t)) for t in (0.1, 0.5, 1.0)]
+    rows += [Row(f"sjd++ 16 t {t}", ReusingJacobi(threshold=t)) for t in (0.1, 0.5, 1.0)]
+    for window in (8, 16, 32):
+        for count in (2, 4):
+            siblings = SiblingJacobi(window, siblings=count)
+            rows.append(Row(f"siblings {window} x {count}", siblings))
+    if drafter is not None:
+        rows.append(Row(f"flash {load_drafter(drafter).drafts} drafts", FlashDrafts(drafter)))
+    rows += [Row(f"zipar {window}", ZipAR(window)) for window in (8, 4, 2, 1)]
+    for window, coverage in ((16, 0.75), (16, 0.5), (16, 0.25), (32, 0.5)):
+        rows.append(Row(f"pjd {window} c {coverage}", ParallelJacobi(window, coverage)))
+    return rows + [Row(f"steps {steps}", Ancestral(steps)) for steps in (8, 12, 20)]
 
 
 COUPLINGS: tuple[CouplingName, ...] = ("none", "maximal", "gumbel")
@@ -121,8 +142,7 @@ class Bench:
     """A model, what it is measured by, and how much of it."""
 
     model: ImageGenerator
-    extractor: Extractor | None
-    reference: Reference | None
+    yardsticks: tuple[Yardstick, ...]
     guidance: float
     temperature: float
     images: int
@@ -131,39 +151,52 @@ class Bench:
     batch_size: int
     bf16: bool
 
+    def sampling(self, row: Row) -> Sampling:
+        return Sampling(Constant(self.guidance), Choice(self.temperature), row.algorithm)
+
+    def refusal(self, row: Row) -> str | None:
+        """Why the generator cannot be decoded so, or None; draws an image, which warms up."""
+        try:
+            self._draw([0], self.sampling(row), Recorder())
+        except UserError as error:
+            return str(error)
+        return None
+
     def measure(self, row: Row) -> dict[str, Any]:
         """Evaluations and seconds an image at batch 1, and FD, class accuracy and evaluations of each seed."""
-        sampling = Sampling(Constant(self.guidance), Choice(self.temperature), row.algorithm)
-        result: dict[str, Any] = {"name": row.name, "exact": row.algorithm.exact}
-        result |= {
+        sampling = self.sampling(row)
+        result: dict[str, Any] = {
+            "name": row.name,
+            "exact": row.algorithm.exact,
+            "generator": type(self.model.generator).__name__,
             "sampling": sampling.describe(),
-            "batch_1": _summary(self._one_by_one(sampling)),
+            "batch_1": self._one_by_one(sampling),
             "seeds": [],
         }
         for number in range(self.seeds if self.images else 0):
-            source = RecordedImages(
-                self.model, self.images, sampling, (number + 1) * SEED_STEP, self.bf16
+            first = (number + 1) * SEED_STEP
+            source = RecordedImages(self.model, self.images, sampling, first, self.bf16)
+            record = evaluate(
+                source, self.yardsticks, metrics=("fd", "accuracy"), batch_size=self.batch_size
             )
-            assert self.extractor is not None
-            arguments = (source, self.extractor, self.reference)
-            record = evaluate_samples(
-                *arguments, metrics=("fd", "accuracy"), batch_size=self.batch_size
-            )
-            result["seeds"].append(
-                {"metrics": record["metrics"], **_summary(source.recorder.report())}
-            )
+            summary = _summary(source.recorder.report())
+            result["seeds"].append({"metrics": record["metrics"], **summary})
         return result
 
-    def _one_by_one(self, sampling: Sampling) -> Report:
-        recorder, conditioner = Recorder(entropy=True), self.model.conditioner
+    def _one_by_one(self, sampling: Sampling) -> dict[str, float]:
+        recorder = Recorder(entropy=True)
+        started = time.process_time()
+        self._draw(range(self.timed), sampling, recorder)
+        seconds = time.process_time() - started
+        return {**_summary(recorder.report()), "cpu_seconds_per_image": seconds / self.timed}
+
+    def _draw(self, images: Sequence[int], sampling: Sampling, recorder: Recorder) -> None:
+        conditioner = self.model.conditioner
         assert isinstance(conditioner, ClassConditioner)
-        classes = conditioner.num_classes
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            for i in range(self.timed):
-                sampling.tokens(
-                    self.model.generator, self.model.class_condition([i % classes]), [i], recorder
-                )
-        return recorder.report()
+            for image in images:
+                condition = self.model.class_condition([image % conditioner.num_classes])
+                sampling.tokens(self.model.generator, condition, [image], recorder)
 
 
 def _summary(report: Report) -> dict[str, Any]:
@@ -180,48 +213,84 @@ def _summary(report: Report) -> dict[str, Any]:
     }
 
 
-def fd_of(result: dict[str, Any]) -> list[float]:
-    """The Fréchet distance of each seed; empty where it was not measured."""
-    return [
-        value
+SECTIONS = ("exact", "approximate", "learned")
+
+
+def section(result: dict[str, Any]) -> str:
+    """Which of SECTIONS a row belongs to; `learned` are the numbers of steps that a generator was trained for."""
+    algorithm = result["sampling"]["algorithm"]["init_args"]
+    if algorithm.get("steps") is not None:
+        return "learned"
+    return "exact" if result["exact"] else "approximate"
+
+
+def distances_of(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the Fréchet distances that were measured, the first network's first."""
+    names = [
+        name
+        for result in results
         for seed in result["seeds"]
-        for name, value in seed["metrics"].items()
+        for name in seed["metrics"]
         if name.startswith("F")
     ]
+    return list(dict.fromkeys(names))
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, one row an algorithm; ratios are against the row `plain`."""
-    plain = next((r["batch_1"] for r in results if r["name"] == "plain"), None)
-    lines = [
-        "| algorithm | exact | evaluations | fewer by | where uncertain | seconds | faster by | FD | accuracy |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        one, distances = result["batch_1"], fd_of(result)
-        evaluations = mean(
-            [s["evaluations_per_image"] for s in result["seeds"]] or [one["evaluations_per_image"]]
-        )
-        cells = [result["name"], "yes" if result["exact"] else "no", f"{evaluations:.1f}"]
-        cells.append(f"{plain['evaluations_per_image'] / evaluations:.2f}" if plain else "")
-        cells.append(f"{one['tokens_per_evaluation_where_uncertain']:.2f}")
-        cells.append(f"{one['seconds_per_image']:.3f}")
-        cells.append(
-            f"{plain['seconds_per_image'] / one['seconds_per_image']:.2f}" if plain else ""
-        )
-        spread = f" ± {stdev(distances):.2f}" if len(distances) > 1 else ""
-        cells.append(f"{mean(distances):.2f}{spread}" if distances else "")
-        accuracies = [
-            v for s in result["seeds"] for k, v in s["metrics"].items() if "accuracy" in k
-        ]
-        cells.append(f"{mean(accuracies):.3f}" if accuracies else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def values_of(result: dict[str, Any], name: str) -> list[float]:
+    """A metric of each seed; empty where it was not measured."""
+    return [seed["metrics"][name] for seed in result["seeds"] if name in seed["metrics"]]
+
+
+def evaluations_of(result: dict[str, Any]) -> float:
+    """Evaluations an image: of the images that were measured, or of the timed ones."""
+    measured = [seed["evaluations_per_image"] for seed in result["seeds"]]
+    return mean(measured or [result["batch_1"]["evaluations_per_image"]])
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, one row an algorithm, exact ones, approximate ones and learned steps apart; ratios are against the
+    row `plain`, those of time by CPU-seconds.
+    """
+    distances = distances_of(results)
+    titles = ["evaluations", "fewer by", "where uncertain", "seconds", "CPU-seconds", "faster by"]
+    titles += [*distances, "accuracy"]
+    tables = []
+    for name in SECTIONS:
+        chosen = [result for result in results if section(result) == name]
+        if chosen:
+            lines = [f"| {name} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+            lines += [line_of(result, results, distances) for result in chosen]
+            tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def line_of(
+    result: dict[str, Any], results: Sequence[dict[str, Any]], distances: Sequence[str]
+) -> str:
+    """A row's line of the table."""
+    plain = next((one for one in results if one["name"] == "plain"), None)
+    one = result["batch_1"]
+    evaluations = evaluations_of(result)
+    seconds = one["cpu_seconds_per_image"]
+    fewer = f"{evaluations_of(plain) / evaluations:.2f}" if plain else ""
+    faster = f"{plain['batch_1']['cpu_seconds_per_image'] / seconds:.2f}" if plain else ""
+    uncertain = f"{one['tokens_per_evaluation_where_uncertain']:.2f}"
+    cells = [result["name"], f"{evaluations:.1f}", fewer, uncertain]
+    cells += [f"{one['seconds_per_image']:.3f}", f"{seconds:.3f}", faster]
+    for name in distances:
+        found = values_of(result, name)
+        spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
+        cells.append(f"{mean(found):.2f}{spread}" if found else "")
+    named = [name for seed in result["seeds"] for name in seed["metrics"] if "accuracy" in name]
+    cells.append(f"{mean(values_of(result, named[0])):.3f}" if named else "")
+    return f"| {' | '.join(cells)} |"
 
 
 def family(result: dict[str, Any]) -> str:
     """The algorithm with its coupling: a colour of the plot."""
     algorithm = result["sampling"]["algorithm"]
+    if section(result) == "learned":
+        return f"{result['generator']}, learned steps"
     name = algorithm["class_path"].rpartition(".")[2]
     coupling = algorithm["init_args"].get("coupling", "none")
     return name if coupling == "none" else f"{name}, {coupling} coupling"
@@ -234,8 +303,11 @@ def mark(result: dict[str, Any]) -> str:
 
 
 class Point(NamedTuple):
-    """A row of the plot: its colour's name, what tells it apart, evaluations, FD and its deviation."""
+    """A row of the plot: its part of the table, its colour's name, what tells it apart, evaluations, FD and its
+    deviation.
+    """
 
+    section: str
     family: str
     mark: str
     evaluations: float
@@ -243,25 +315,65 @@ class Point(NamedTuple):
     spread: float
 
 
-def points_of(results: list[dict[str, Any]]) -> list[Point]:
-    """The rows whose distance was measured."""
+def points_of(results: Sequence[dict[str, Any]], metric: str) -> list[Point]:
+    """The rows whose distance `metric` was measured."""
     found = []
     for result in results:
-        distances = fd_of(result)
+        distances = values_of(result, metric)
         if distances:
-            evaluations = mean(seed["evaluations_per_image"] for seed in result["seeds"])
             spread = stdev(distances) if len(distances) > 1 else 0.0
-            row = (family(result), mark(result), evaluations, mean(distances), spread)
-            found.append(Point(*row))
+            row = (section(result), family(result), mark(result), evaluations_of(result))
+            found.append(Point(*row, mean(distances), spread))
     return found
 
 
-def plot(points: list[Point], metric: str, path: Path) -> None:
-    """Evaluations an image against the distance `metric`, mean and spread over the seeds, a colour
-    a family; its best rows are named.
+def best_of(points: Sequence[Point]) -> list[Point]:
+    """Those of which no other one has a smaller distance at as many evaluations or fewer; by evaluations."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.evaluations, one.distance)):
+        if not best or point.distance < best[-1].distance:
+            best.append(point)
+    return best
+
+
+def plot(points: Sequence[Point], metric: str, path: Path) -> None:
+    """Evaluations an image against the distance `metric`, mean and spread over the seeds, a colour a family: exact
+    algorithms on the left, on the right approximate ones with a curve through the best, and learned steps.
+
+    The band is plain decoding's distance. The best rows of a family are named.
     """
-    figure = Figure(figsize=(10, 6.5))
-    axes = figure.subplots()
+    figure = Figure(figsize=(14, 6.5))
+    left, right = figure.subplots(1, 2, sharey=True)
+    exact = [point for point in points if point.section == "exact"]
+    others = [point for point in points if point.section != "exact"]
+    named = [put_points(left, exact), put_points(right, others)]
+    approximate = best_of([point for point in others if point.section == "approximate"])
+    x = [point.evaluations for point in approximate]
+    y = [point.distance for point in approximate]
+    right.plot(x, y, color="0.5", linewidth=0.8, zorder=0, label="best approximate")
+    plain = next((point for point in exact if point.family == "Ancestral"), None)
+    for panel in (left, right):
+        if plain is not None:
+            least = plain.distance - plain.spread
+            most = plain.distance + plain.spread
+            panel.axhspan(least, most, color="0.92", zorder=0, label="plain decoding")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
+        panel.xaxis.set_minor_formatter("{x:.0f}")
+        panel.set_xlabel("network evaluations an image")
+        panel.legend(loc="upper right")
+    left.set_title("exact")
+    right.set_title("approximate, and learned steps")
+    left.set_ylabel(metric)
+    # Names find their places when nothing moves any more.
+    put_labels(figure, left, named[0], exact)
+    put_labels(figure, right, named[1], others)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def put_points(axes: Axes, points: Sequence[Point]) -> list[tuple[Point, Any]]:
+    """Draws points, a colour a family; returns those that are to be named, with their colours."""
     named = []
     for name in dict.fromkeys(point.family for point in points):
         chosen = [point for point in points if point.family == name]
@@ -271,33 +383,20 @@ def plot(points: list[Point], metric: str, path: Path) -> None:
         color = line.get_color()
         spread = [point.spread for point in chosen]
         axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.4)
-        for point in chosen:
-            better = [
-                other
-                for other in chosen
-                if other.evaluations <= point.evaluations and other.distance < point.distance
-            ]
-            if not better:
-                named.append((point, color))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
-    axes.xaxis.set_minor_formatter("{x:.0f}")
-    axes.set_xlabel("network evaluations an image")
-    axes.set_ylabel(metric)
-    axes.legend(loc="upper right")
-    put_labels(figure, axes, named, points)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+        named += [(point, color) for point in best_of(chosen)]
+    return named
 
 
 def put_labels(
-    figure: Figure, axes: Axes, named: list[tuple[Point, Any]], points: list[Point]
+    figure: Figure, axes: Axes, named: Sequence[tuple[Point, Any]], points: Sequence[Point]
 ) -> list[Annotation]:
     """Names of points, each at the nearest place around its point where it covers no other name and
     no point, inside the axes; a thin line leads to it.
     """
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)  # fixes where points are
+    if not points:
+        return []
     places = axes.transData.transform([(p.evaluations, p.distance) for p in points])
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     inside = axes.get_window_extent(renderer)
@@ -324,30 +423,35 @@ def put_labels(
     return labels
 
 
-def run(bench: Bench, rows: list[Row], out: Path) -> None:
+def run(bench: Bench, rows: Sequence[Row], out: Path) -> None:
     """Measure the rows that are not in `results.json` yet."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    known = [result["name"] for result in results]
     with prepared(bench.model.generator, torch.bfloat16 if bench.bf16 else None):
         for row in rows:
-            if row.name in (r["name"] for r in results):
+            if row.name in known:
+                continue
+            refusal = bench.refusal(row)
+            if refusal is not None:
+                print(f"{row.name} is left out: {refusal}", flush=True)
                 continue
             results.append(bench.measure(row))
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            print(table(results).splitlines()[-1], flush=True)
+            print(line_of(results[-1], results, distances_of(results)), flush=True)
     (out / "table.md").write_text(table(results), encoding="utf-8")
-    if any(fd_of(r) for r in results):
-        metrics = [name for r in results for seed in r["seeds"] for name in seed["metrics"]]
-        metric = next(name for name in metrics if name.startswith("F"))
-        plot(points_of(results), metric, out / "tradeoff.png")
+    distances = distances_of(results)
+    if distances:
+        plot(points_of(results, distances[0]), distances[0], out / "tradeoff.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="export of a class-conditional generator")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST")
-    parser.add_argument("--extractor", help="file of the feature network")
+    parser.add_argument("--extractor", nargs="+", help="files of the feature networks")
+    parser.add_argument("--drafter", help="export of FLASH's drafter of this generator")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument(
@@ -363,30 +467,32 @@ def main() -> None:
         help="the generator in bfloat16; the tokenizer decodes in float32",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/tradeoff"))
+    parser.add_argument("--cache", type=Path, help="of references (default: in --out)")
     arguments = parser.parse_args()
     if arguments.images and not (arguments.data and arguments.extractor):
         parser.error("FD needs --data and --extractor; --images 0 leaves it out")
     model = load(arguments.model)
     if not isinstance(model, ImageGenerator):
         raise UserError(f"{arguments.model} is a tokenizer; a generator is needed")
-    extractor, reference = None, None
-    if arguments.images:
-        extractor = load_extractor(arguments.extractor)
+    yardsticks = []
+    for file in arguments.extractor if arguments.images else ():
+        extractor = load_extractor(file)
         images = DatasetImages(FashionMNIST(arguments.data, "train"), "fashion-mnist", "train")
-        reference = reference_from(images, extractor, arguments.out / "cache")
+        cache = arguments.cache or arguments.out / "cache"
+        yardsticks.append(Yardstick(extractor, reference_from(images, extractor, cache)))
     bench = Bench(
         model,
-        extractor,
-        reference,
-        arguments.guidance,
-        arguments.temperature,
-        arguments.images,
-        arguments.timed,
-        arguments.seeds,
-        arguments.batch_size,
-        arguments.bf16,
+        tuple(yardsticks),
+        guidance=arguments.guidance,
+        temperature=arguments.temperature,
+        images=arguments.images,
+        timed=arguments.timed,
+        seeds=arguments.seeds,
+        batch_size=arguments.batch_size,
+        bf16=arguments.bf16,
     )
-    run(bench, [row for row in all_rows() if re.search(arguments.rows, row.name)], arguments.out)
+    rows = [row for row in all_rows(arguments.drafter) if re.search(arguments.rows, row.name)]
+    run(bench, rows, arguments.out)
 
 
 if __name__ == "__main__":
