@@ -1,7 +1,8 @@
-"""Null in a YAML, where a parameter does not take it.
+"""Null in a YAML or an option, where a parameter takes it, and where not.
 
 The parser takes null for any type, and hands it on as None: a weight of None switched its loss off
-without a word, and a size of None ended in a comparison that names no key.
+without a word, and a size of None ended in a comparison that names no key. An option of a class
+within a class it reads twice, the second time from what Python prints: null has become None there.
 """
 
 import importlib
@@ -11,7 +12,31 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+from jsonargparse import get_loader, set_loader
+
 from tessellar.errors import UserError
+
+
+def read_none_as_null() -> None:
+    """Have parsers of YAML read the word None as null, wherever it stands: without this,
+    `--model.tokenizer.teacher null` asks for a class called None.
+    """
+    plain = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        return without_none(plain(text))
+
+    set_loader("yaml", load, (yaml.YAMLError,))
+
+
+def without_none(value: Any) -> Any:
+    """Plain data with None in the place of the word."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return None if value == "None" else value
 
 
 def refuse_nulls(config: Mapping[str, Any], owner: Callable[..., Any], key: str = "") -> None:

@@ -49,7 +49,7 @@ from tessellar.cli.errors import put_tracebacks_into
 from tessellar.cli.functions import check_words
 from tessellar.cli.mistakes import cause_of, explain, nearest
 from tessellar.cli.next_steps import Called, next_steps
-from tessellar.cli.nulls import refuse_nulls, refuse_nulls_within
+from tessellar.cli.nulls import read_none_as_null, refuse_nulls, refuse_nulls_within
 from tessellar.cli.older_sampling import refuse_older
 from tessellar.cli.report import REPORT, write_report
 from tessellar.cli.spelling import spelled
@@ -530,6 +530,7 @@ def try_integers_first(make: Callable[..., Any]) -> None:
 
 
 try_integers_first(L.Trainer.__init__)
+read_none_as_null()
 
 
 def _refuse_decided(trainer: Any) -> None:

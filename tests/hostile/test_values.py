@@ -445,6 +445,24 @@ def test_null_is_a_value_of_what_has_none(config: dict[str, Any], folder: Path) 
     train.parse(["--config", "run.yaml", "--name", "x"])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.tokenizer.quantizer.restart_every", "null"],
+        ["--model.init_args.tokenizer.init_args.quantizer.init_args.restart_every=null"],
+        ["--model.tokenizer.quantizer", '{"init_args": {"restart_every": null}}'],
+    ],
+)
+def test_null_is_a_value_of_an_option_of_a_class_within_a_class(
+    config: dict[str, Any], folder: Path, words: list[str]
+) -> None:
+    quantizer = config["model"]["init_args"]["tokenizer"]["init_args"]["quantizer"]["init_args"]
+    quantizer["restart_every"] = 5
+    (folder / "run.yaml").write_text(json.dumps(config))
+    cli = train.parse(["--config", "run.yaml", "--name", "x", *words])
+    assert cli.model.tokenizer.quantizer.restart_every is None
+
+
 LABELS: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "names no class"),
     "no class.txt": (b"cat\ndog\n", "'cat' is no class such as n01440764"),
