@@ -43,14 +43,17 @@ class Training:
         suffix = f"(teacher={self.teacher})" if self.teacher else ""
         return runs / f"{self.name}{suffix}"
 
-    def make(self, runs: Path, data: Path) -> Path:
-        """Train to the end, or go on to it; returns the run's export."""
+    def make(self, runs: Path, data: Path | None) -> Path:
+        """Train to the end, or go on to it; returns the run's export. `data` None: `options` say where
+        the data lie.
+        """
+        where = () if data is None else ("--data.init_args.root", str(data))
         export = self.folder(runs) / "export"
         if not (export / "model.safetensors").exists():
             command(
                 "train.py",
                 *("--config", self.config, "--name", self.name, "--runs_root", str(runs)),
-                *("--resume", "auto", "--data.init_args.root", str(data)),
+                *("--resume", "auto", *where),
                 *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu"),
                 *("--save_every", "100"),
                 *self.options,
@@ -111,16 +114,19 @@ def measured(path: Path, script: str, *words: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_results(name: str, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
-    """The JSON of a study, which is committed."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def write_results(
+    name: str, rows: Sequence[dict[str, Any]], folder: Path | None = None, **facts: Any
+) -> None:
+    """The JSON of a study, which is committed (None), or of a trial in a `folder`."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**facts, "rows": list(rows)}, indent=1, ensure_ascii=False)
-    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def read_results(name: str) -> dict[str, Any]:
+def read_results(name: str, folder: Path | None = None) -> dict[str, Any]:
     """Inverse of `write_results`; no rows where there is no such file."""
-    path = RESULTS / f"{name}.json"
+    path = (folder or RESULTS) / f"{name}.json"
     if not path.exists():
         return {"rows": []}
     return json.loads(path.read_text(encoding="utf-8"))
