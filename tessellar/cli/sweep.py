@@ -163,10 +163,7 @@ class Sweeping:
 
     def number(self, option: str, values: Mapping[str, str], default: int | None) -> int:
         """A whole number that a run is given; raises UserError where nothing says it."""
-        found: Any = values.get(option)
-        for before, after in zip(self.options, self.options[1:], strict=False):
-            if before == f"--{option}":
-                found = after
+        found: Any = self.given().get(option, values.get(option))
         for content in reversed(self.contents):
             if found is None:
                 part = content.get(option.partition(".")[0]) or {}
@@ -179,6 +176,14 @@ class Sweeping:
             raise UserError(
                 f"--samples needs to know {option}, which is {found!r}: give --{option} a number"
             ) from error
+
+    def given(self) -> dict[str, str]:
+        """Options that every run has, with their values."""
+        found = {}
+        for option, value in zip(self.options, self.options[1:], strict=False):
+            if option.startswith("--"):
+                found[option.removeprefix("--")] = value
+        return found
 
     def words(self, values: Mapping[str, str]) -> list[str]:
         """Words of train.py, but for the run's name."""
@@ -341,14 +346,17 @@ def shape_of_run(folder: Path) -> Shape | None:
 
 
 def preset_of(sweeping: Sweeping, chosen: Trial, shape: Shape | None) -> dict[str, Any]:
-    """A config to lay over another: what was chosen of the optimizer and the batch, and the width and
-    depth that it was chosen at, by which rates, starts and decays are carried to others.
+    """A config to lay over another: what was chosen or given of the optimizer and the batch, and the
+    width and depth that it was chosen at, by which rates, starts and decays are carried to others.
+
+    A rate is worth nothing without the kind of optimizer that it was chosen for.
     """
     if shape is None:
         return {}
-    optimizer: dict[str, Any] = {}
+    settings = read_yaml(sweeping.folder(chosen.values) / "config.yaml")["model"]["init_args"]
+    optimizer: dict[str, Any] = {"name": settings["optimizer"]["name"]}
     preset: dict[str, Any] = {}
-    for option, value in chosen.values.items():
+    for option, value in {**sweeping.given(), **chosen.values}.items():
         number = yaml.safe_load(value)
         if isinstance(number, str) and re.fullmatch(r"[\d.]+e[+-]?\d+", number):
             number = float(number)  # YAML takes 1e-4 for a word

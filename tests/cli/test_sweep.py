@@ -72,7 +72,8 @@ class Trained:
             rows.writerow(["step", "train/loss", "val/psnr"])
             for update in range(1, updates + 1):
                 rows.writerow([update, end + 10 * (1 - update / updates), ""])
-        made = yaml.safe_dump({"model": {"init_args": {"optimizer": {"lr": rate}}}})
+        optimizer = {"name": "adamw", "lr": rate}
+        made = yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer}}})
         (folder / "config.yaml").write_text(made)
         if not (folder / "export").exists():
             torch.manual_seed(0)
@@ -164,9 +165,12 @@ def test_samples_fix_the_length_whatever_the_batch(trained: Trained, config: str
 def test_the_preset_carries_what_was_chosen_to_other_widths(
     trained: Trained, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call("--config", config, *RATES, *BATCHES, "--updates", "10", "--out", "s")
+    fixed = ["--model.optimizer.weight_decay", "0.05"]
+    call("--config", config, *RATES, *BATCHES, *fixed, "--updates", "10", "--out", "s")
     preset = yaml.safe_load(Path("s/preset.yaml").read_text())
     assert preset["model"]["init_args"]["optimizer"] == {
+        "name": "adamw",
+        "weight_decay": 0.05,
         "lr": 0.01,
         "transfer": {"base_width": 16, "base_depth": 3},
     }
