@@ -59,6 +59,8 @@ class TrainedTogether(ImageGenerator):
         super().__init__(tokenizer, generator, conditioner)
         for parameter in trained:
             parameter.requires_grad_(True)
+        # It was frozen: a quantizer in evaluation passes no gradient to its encoder.
+        self.train()
 
     def train(self, mode: bool = True) -> "TrainedTogether":
         """All parts are in the same mode."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from tessellar.checkpoints.export import export_generator
 from tessellar.cli.train import parse
@@ -198,6 +199,15 @@ for config in CONFIGS:
     BUILT.append(pytest.param(config, marks=marks, id=named))
 
 
+def trained_but_evaluating(module: nn.Module) -> list[str]:
+    """Parts with trained weights that are not in training mode as a run begins."""
+    found = []
+    for name, part in module.named_modules():
+        if not part.training and any(p.requires_grad for p in part.parameters(recurse=False)):
+            found.append(name)
+    return found
+
+
 @pytest.mark.parametrize("path", BUILT)
 def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -225,4 +235,5 @@ def test_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cli = parse([*options, "--trainer.devices", "1"])
     count = sum(p.numel() for p in cli.model.ema_target.parameters())
     assert count == PARAMETERS.get(name, count)
+    assert not trained_but_evaluating(cli.model)
     assert path.read_text().startswith("# ")

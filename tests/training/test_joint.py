@@ -29,6 +29,7 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.joint_module import JointModule
 from tessellar.training.methods.joint import Ramp, assignment, expected_vectors, soft_inputs
 from tessellar.training.optim import OptimizerSettings
+from tessellar.training.tokenizer_module import TokenizerModule
 from tessellar.training.transfer import Transfer
 from tests.tiny.pairs import TOKENIZERS
 from tests.training.test_resume import Drawing, SaveAll, differences, everything
@@ -179,6 +180,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_averages_both(fit, tmp_path:
         assert torch.equal(tensor, ema.average[name].to(tensor.dtype)), name
     raw = tessellar.load(tmp_path / "batch_6.ckpt", raw=True)
     assert torch.equal(raw.tokenizer.patch_in.weight, module.tokenizer.patch_in.weight)
+
+
+def test_without_what_joins_them_the_tokenizer_is_trained_as_alone(fit) -> None:
+    """From its first batch on, as a run makes it: no test may put the module into its mode."""
+    nothing = Ramp(0.0)
+    joint = make(likelihood=nothing, prediction=nothing)
+    fit(joint, 3)
+    torch.manual_seed(0)
+    loss = TokenizerLoss(Reconstruction(l1=1.0))
+    tokenizer = ViTVQ(IBQ(16, 4), 16, 4, 16, 1, 1, 2)
+    alone = TokenizerModule(tokenizer, loss, optimizer=OptimizerSettings(lr=1e-3))
+    fit(alone, 3)
+    moved = dict(joint.tokenizer.named_parameters())
+    for name, parameter in alone.tokenizer.named_parameters():
+        assert torch.equal(parameter, moved[name]), name
 
 
 def test_the_export_holds_both_and_samples_and_validation_logs(fit, tmp_path: Path) -> None:
