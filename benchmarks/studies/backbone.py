@@ -59,6 +59,8 @@ IMAGES = 200  # samples of a row, of seeds 0 to 199
 LIKELY = 256  # test images whose losses are taken
 KNOWN = (0, 4, 11, 18, 25, 32, 39, 46, 53, 60)  # places before the one that is asked for
 DRAWS = 16  # noise levels of each token of a diffusion loss
+READ = (0, 4, 8, 16, 24, 32, 48)  # random known tokens whose worth is asked for
+READ_DRAWS = 4  # noise levels there
 
 MASKED = {"width": WIDTH, "num_heads": 4, **CHANNEL_HEAD}
 CAUSAL = {"num_classes": 10, "num_heads": 4, "dropout": 0.0, **LLAMA}
@@ -124,6 +126,14 @@ RUNS = (
     Run("mar-causal-rotary", "mar", {**BEHIND, "rotations": True}, f"{PARTS}.CausalMAR"),
     Run("mar-grid", "mar", {"options": MAR_OPTIONS}, f"{PARTS}.GridMAR"),
     Run("mar-least-0", "mar", {**MASKED, "least_masked": 0.0}),
+    Run("mar-uniform", "mar", {"options": MAR_OPTIONS}, f"{PARTS}.UniformMAR"),
+    Run(
+        "mar-uniform-x3",
+        "mar",
+        {"options": MAR_OPTIONS},
+        f"{PARTS}.UniformMAR",
+        updates=3 * UPDATES,
+    ),
     Run("mar-raster", "mar", {**MAR_OPTIONS, "least_masked": 0.0}, f"{PARTS}.RasterMAR"),
     Run("mar-adamw", "mar", MASKED, words=ADAMW),
     Run("mar-x3", "mar", MASKED, updates=3 * UPDATES),
@@ -266,6 +276,52 @@ def measured_row(row: Row, arguments: argparse.Namespace, judge: Judge) -> dict[
     }
 
 
+@torch.no_grad()
+def reading_of(model: ImageGenerator, data: Path) -> dict[int, list[float]]:
+    """Mean loss of MAR's unknown tokens by how many random ones of the 64 are known, and the same where
+    those are another image's: what it reads of them.
+    """
+    images = FashionMNISTData(str(data)).val_dataset()
+    batch: Any = images.batch(list(range(LIKELY)))
+    generator: Any = model.generator
+    torch.manual_seed(0)
+    patches = generator.to_patches(model.tokenizer.encode(batch["image"]))
+    condition = Condition(batch["label"])
+    t = torch.randint(TRAINING_STEPS, (READ_DRAWS * patches[..., 0].numel(),))
+    noise = torch.randn(len(t), patches.shape[2])
+    clean = patches.repeat(READ_DRAWS, 1, 1).flatten(0, 1)
+    found = {}
+    for count in READ:
+        places = torch.rand(patches.shape[:2]).argsort(1)[:, :count]
+        known = torch.zeros(patches.shape[:2], dtype=torch.bool).scatter(1, places, True)
+        losses = []
+        for read in (patches, patches.roll(1, 0)):
+            z = generator.backbone(read, known, condition)
+            given = z.repeat(READ_DRAWS, 1, 1).flatten(0, 1)
+            rows = generator.row_losses(clean, given, t, noise)
+            losses.append(float(rows.view(READ_DRAWS, *known.shape).mean(0)[~known].mean()))
+        found[count] = losses
+    return found
+
+
+def read(runs: Sequence[Run], arguments: argparse.Namespace) -> None:
+    """What the masked backbones read of known tokens."""
+    for run in runs:
+        if not run.name.startswith("mar") or "causal" in run.name:
+            continue
+        export = run.training(arguments.runs).folder(arguments.runs) / "export"
+        if not (export / "model.safetensors").exists():
+            continue
+        model = load(str(export), trust=TRUST).eval()
+        assert isinstance(model, ImageGenerator)
+        found = reading_of(model, arguments.data)
+        kept = read_results(NAME)
+        rows = kept.pop("rows")
+        reading = {**kept.pop("reading", {}), run.name: found}
+        write_results(NAME, rows, **kept, reading=reading)
+        print(run.name, *(f"{count}: {a:.3f} ({b:.3f})" for count, (a, b) in found.items()))
+
+
 def raster_plan(generator: Any) -> Any:
     """A plan of one order for all images."""
 
@@ -351,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"))
     parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS])
     parser.add_argument("--checkpoints", nargs="+", help="NAME=FILE: losses of these alone")
-    steps = {"train": train, "measure": measure, "show": show}
+    steps = {"train": train, "measure": measure, "read": read, "show": show}
     parser.add_argument("--steps", nargs="+", choices=list(steps), default=list(steps))
     arguments = parser.parse_args(argv)
     for name in ("data", "extractor", "runs"):

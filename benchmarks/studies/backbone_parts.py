@@ -128,3 +128,15 @@ class RasterMAR(MAR):
     def plan(self, noise: Noise, steps: int | None = None) -> Entities:
         """One order for all images."""
         return self.sets(torch.arange(self.length), steps or self.steps)
+
+
+class UniformMAR(MAR):
+    """Any share of the patches is known in training, none rarer than another; `options` are MAR's."""
+
+    def __init__(self, layout: Layout, options: dict[str, Any]) -> None:
+        super().__init__(layout, **options)
+
+    def draw_mask(self, batch: int) -> Tensor:
+        count = int(torch.randint(1, self.length + 1, ()))
+        orders = torch.rand(batch, self.length).argsort(1)
+        return orders < count
