@@ -40,15 +40,22 @@ NOISE = {
     "class_path": f"{CORRUPTION}.Interpolate",
     "init_args": {"gamma": 3.0, "relative": True},
 }
-SWAP = {
-    "class_path": f"{CORRUPTION}.Swap",
-    "init_args": {"alpha": 1.0, "beta": 0.1, "delta": 100},
-}
+
+
+def swap(delta: int) -> dict[str, Any]:
+    """RobustTok's settings with so many near codes; its 100 are a fortieth of its 4,096 codes."""
+    return {
+        "class_path": f"{CORRUPTION}.Swap",
+        "init_args": {"alpha": 1.0, "beta": 0.1, "delta": delta},
+    }
+
+
 #: What disturbs the latents of each arm in training; None: one joint run.
 ARMS: dict[str, list[dict[str, Any]] | None] = {
     "two stages": [],
     "joint": None,
-    "perturbed": [SWAP],
+    "perturbed": [swap(100)],
+    "perturbed, 12 codes": [swap(12)],
     "denoised": [MASK, NOISE],
 }
 TOKENIZER = (
@@ -79,7 +86,7 @@ def training(
 def trainings(arm: str, arguments: argparse.Namespace) -> list[Training]:
     """The runs of an arm in their order; the last one's export holds both."""
     corruptions = ARMS[arm]
-    name = arm.replace(" ", "_")
+    name = arm.replace(",", "").replace(" ", "_")
     if corruptions is None:
         options = ["--ema", "null"]
         for loss in ("likelihood", "prediction"):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.models.beit import Block
@@ -84,6 +84,7 @@ class SemanticVision(VisionModel):
             self.projection = None
             self.register_buffer("shared_space", found)
         self.requires_grad_(True)
+        self.train()
         unread = [*network.blocks[self.layers[0] + 1 :], network.fc_norm, network.head]
         if network.attn_pool is not None:
             unread.append(network.attn_pool)
@@ -91,6 +92,11 @@ class SemanticVision(VisionModel):
             unread.append(network.norm)
         for part in unread:  # no feature reads it
             part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Unlike other vision models, in the mode of what trains it."""
+        nn.Module.train(self, mode)
+        return self
 
     def fill(self, state: Mapping[str, Tensor], where: str) -> None:
         """As a vision model, from files that may hold more: a projection, a norm behind pooling."""
