@@ -36,10 +36,14 @@ QUANTIZER = {
     "init_args": {"vocab_size": 512, "dim": 16},
 }
 MASK = {"class_path": f"{CORRUPTION}.Mask"}
-NOISE = {
-    "class_path": f"{CORRUPTION}.Interpolate",
-    "init_args": {"gamma": 3.0, "relative": True},
-}
+
+
+def noise(gamma: float) -> dict[str, Any]:
+    """l-DeTok's noise at a strength; its own is 3."""
+    return {
+        "class_path": f"{CORRUPTION}.Interpolate",
+        "init_args": {"gamma": gamma, "relative": True},
+    }
 
 
 def swap(delta: int) -> dict[str, Any]:
@@ -56,7 +60,8 @@ ARMS: dict[str, list[dict[str, Any]] | None] = {
     "joint": None,
     "perturbed": [swap(100)],
     "perturbed, 12 codes": [swap(12)],
-    "denoised": [MASK, NOISE],
+    "denoised": [MASK, noise(3.0)],
+    "denoised, noise of 0.5": [MASK, noise(0.5)],
 }
 TOKENIZER = (
     *("--model.tokenizer.quantizer", json.dumps(QUANTIZER)),
