@@ -46,8 +46,8 @@ SECOND = EXPORTS / "fmnist-convnext-small.safetensors"
 TEACHER = EXPORTS / "fmnist-vit.safetensors"
 BATCH = 64
 UPDATES = 500  # of a tokenizer, over all of its stages
-GENERATOR_UPDATES = 500
-CAPTIONED_UPDATES = 600
+GENERATOR_UPDATES = 400
+CAPTIONED_UPDATES = 500
 TOKENIZER = "--model.init_args.tokenizer.init_args"
 SHORT = (
     *("--trainer.precision", "bf16-mixed", "--data.init_args.batch_size", str(BATCH)),
@@ -59,11 +59,12 @@ class Images(NamedTuple):
     """How many images are measured (None: all of the set)."""
 
     reconstructed: int | None = None
-    prefixes: int = 2000
-    probed: int = 10_000  # training images that a probe is fitted to
-    scored: int | None = None  # validation images that it is scored on
-    tuning: int = 300  # samples at each guidance
+    prefixes: int = 1000
+    probed: int = 6000  # training images that a probe is fitted to
+    scored: int | None = 4000  # validation images that it is scored on
+    tuning: int = 200  # samples at each guidance
     reported: int = 2000  # samples at the chosen one
+    candidates: int | None = None  # validation images of Open Clip Art, and their captions
 
 
 @dataclass(frozen=True)
@@ -347,11 +348,11 @@ def retrieval_row(given: argparse.Namespace) -> dict[str, Any]:
             *("--data.shards", train, "--data.val_shards", val),
             *("--probes", "retrieval", "--batch_size", "100"),
             *("--train_count", str(given.counts.probed)),
-            *counted("--count", given.counts.scored),
+            *counted("--count", given.counts.candidates),
         )
         probes[name] = record["metrics"]
     export = runs["SEED"].folder(given.runs) / "export"
-    found = similarities(export, given.captioned, given.counts.scored)
+    found = similarities(export, given.captioned, given.counts.candidates)
     save_png(retrieval_picture(found), given.pictures / f"{NAME}_retrieval.png")
     return {
         "candidates": len(found.captions),
@@ -428,7 +429,9 @@ def settle(given: argparse.Namespace) -> None:
     given.generator_updates = given.updates or GENERATOR_UPDATES
     given.captioned_updates = given.updates or CAPTIONED_UPDATES
     given.updates = given.updates or UPDATES
-    given.counts = Images() if given.images is None else Images(*[given.images] * 6)
+    given.counts = (
+        Images() if given.images is None else Images(*[given.images] * len(Images._fields))
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
