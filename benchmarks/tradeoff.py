@@ -352,7 +352,9 @@ def plot(points: Sequence[Point], metric: str, path: Path) -> None:
     y = [point.distance for point in approximate]
     right.plot(x, y, color="0.5", linewidth=0.8, zorder=0, label="best approximate")
     plain = next((point for point in exact if point.family == "Ancestral"), None)
-    for panel in (left, right):
+    for panel, chosen in ((left, exact), (right, others)):
+        if not chosen:  # an empty axis has no logarithm
+            continue
         if plain is not None:
             least = plain.distance - plain.spread
             most = plain.distance + plain.spread

@@ -142,6 +142,9 @@ def test_the_picture_has_a_panel_of_exact_and_one_of_other_rows(
     left, right = (axes.get_legend_handles_labels()[1] for axes in named)
     assert "Ancestral" in left and "plain decoding" in left and "ZipAR" not in left
     assert {"ZipAR", "LPD, learned steps", "best approximate"} <= set(right)
+    for alone in (rows[0], rows[1]):
+        plot(points_of([alone], first), first, tmp_path / f"{alone['name']}.png")
+        assert (tmp_path / f"{alone['name']}.png").is_file()
 
 
 def test_a_number_of_steps_is_learned_and_plain_decoding_exact() -> None:
