@@ -7,9 +7,9 @@ Trains a ViT-VQ of 256 tokens, a LlamaGen, an LPD on as many samples, and a draf
 by `evaluate.py sweep` on tuning seeds (the LlamaGen's with plain decoding, LPD's at each number of steps); measures
 every row by benchmarks/tradeoff.py, with the given network and a second one; then the exact row of fewest evaluations
 on an older model and on this one, each beside its overlaps by benchmarks/dependence.py. The older model is a checkpoint
-of the same run, as many samples in as docs/decoding.md's model of 256 tokens had, unless `--old` names another. Writes
-benchmarks/results/studies/parallel.json and docs/pictures/parallel.png and prints the tables of docs/decoding.md. What
-is there is not made again; what was interrupted goes on.
+of the same run, as many samples in as docs/decoding.md's model of 256 tokens had, unless `--old` names another;
+`--retrain_old` trains that model again. Writes benchmarks/results/studies/parallel.json and docs/pictures/parallel.png
+and prints the tables of docs/decoding.md. What is there is not made again; what was interrupted goes on.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ FASHION = ("--data", "tessellar.data.FashionMNISTData", "--data.root")
 SECOND = EXPORTS / "fmnist-convnext-small.safetensors"
 BATCH = 32
 TOKENIZER_SAMPLES = 25_600
-SAMPLES = 64_000  # of the LlamaGen, and of LPD
+SAMPLES = 44_800  # of the LlamaGen, and of LPD, which takes twice as long
+WIDTH = 192  # of both, as of docs/decoding.md's model
+DEPTH = 6
+HEAD_DIM = 32
 EARLY = 25_600  # samples of the checkpoint that stands for an older model
 DRAFTER_SAMPLES = 12_800
 DRAFTS = 5
@@ -48,6 +52,7 @@ SCALES = (1.5, 2.0, 2.5, 3.0)
 IMAGES = 500  # of each seed of a row
 SEEDS = 3
 TIMED = 20  # images of a row at batch 1
+AT_ONCE = 125  # images; siblings hold the caches of several branches
 PROBED = 20  # images whose overlaps are taken
 
 #: Names of rows of benchmarks/tradeoff.py.
@@ -74,7 +79,6 @@ ROWS = (*EXACT, *APPROXIMATE, *LEARNED, *LIMITS)
 
 TOKENIZER = "--model.init_args.tokenizer.init_args"
 GENERATOR = "--model.init_args.generator.init_args"
-SIZES = {"width": 128, "depth": 4, "num_heads": 4}
 
 
 def length_of(samples: int) -> tuple[str, ...]:
@@ -104,8 +108,11 @@ def tokenizer(given: argparse.Namespace) -> Training:
 
 def on_tokens(given: argparse.Namespace, name: str, samples: int, *words: str) -> Training:
     """A run of the config `name` on the tokenizer's tokens."""
-    sizes = [word for key, value in SIZES.items() for word in (f"{GENERATOR}.{key}", str(value))]
     tokens = str(tokenizer(given).folder(given.runs) / "export")
+    sizes = (
+        *(f"{GENERATOR}.width", str(given.width), f"{GENERATOR}.depth", str(given.depth)),
+        *(f"{GENERATOR}.num_heads", str(given.width // HEAD_DIM)),
+    )
     options = (*length_of(samples), "--model.init_args.tokenizer", tokens, *sizes, *words)
     return Training(name, config(name), options)
 
@@ -183,12 +190,25 @@ def decoded(
     return found
 
 
+def floor_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What the tokenizer's reconstructions leave to be reached, and what it cost."""
+    made = tokenizer(given)
+    folder = made.folder(given.runs)
+    record = measured(
+        folder / "reconstruction.json",
+        "evaluate.py",
+        *("model", str(folder / "export"), "--metrics", "[fd,paired]"),
+        *("--count", str(given.reported), *common(given)),
+    )
+    return {"training": made.facts(given.runs), "metrics": record["metrics"]}
+
+
 def measured_row(given: argparse.Namespace, row: str) -> dict[str, Any]:
     """A row of the table, with what had to be trained for it."""
     tokenizer(given).make(given.runs, given.data)
     words = [
         *("--data", str(given.data), "--extractor", str(given.extractor), str(SECOND)),
-        *("--images", str(given.images), "--seeds", str(SEEDS)),
+        *("--images", str(given.images), "--seeds", str(SEEDS), "--batch-size", str(AT_ONCE)),
         *("--cache", str(given.runs / ".cache")),
     ]
     if row in LEARNED:
@@ -199,6 +219,8 @@ def measured_row(given: argparse.Namespace, row: str) -> dict[str, Any]:
         tuned = swept(given, model)
     scale = tuned["guidance"]
     trained = {}
+    if row == "plain":
+        trained = {"tokenizer": floor_of(given)}
     if row == FLASH:
         drafting = drafter(given, scale)
         words += ["--drafter", str(drafting.make(given.runs, given.data))]
@@ -211,7 +233,10 @@ def measured_row(given: argparse.Namespace, row: str) -> dict[str, Any]:
 def older(given: argparse.Namespace) -> tuple[str, Path]:
     """What the older model is, and where."""
     if given.old is not None:
-        return f"old: {given.old.name}", given.old
+        return f"old: {given.old}", given.old
+    if given.retrain_old:
+        model = replace(on_tokens(given, "generator", given.early), name="old-generator")
+        return f"old: {given.early:,} samples", model.make(given.runs, given.data)
     update = given.early // BATCH
     folder = llamagen(given).folder(given.runs) / "checkpoints"
     what = f"old: this run's checkpoint at {given.early:,} samples"
@@ -318,10 +343,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/studies/parallel"))
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--old", type=Path, help="export of an older model of the same layout")
+    parser.add_argument(
+        "--retrain_old", action="store_true", help="train one on as many samples as --early"
+    )
     sizes = {
         "tokenizer_samples": (TOKENIZER_SAMPLES, "of the tokenizer's training"),
         "samples": (SAMPLES, "of the LlamaGen's, and of LPD's"),
         "early": (EARLY, "of the checkpoint that is the older model"),
+        "width": (WIDTH, "of both generators"),
+        "depth": (DEPTH, "of both generators"),
         "drafter_samples": (DRAFTER_SAMPLES, "of the drafter's training"),
         "tuning": (TUNING, "images at each guidance"),
         "reported": (REPORTED, "images at the chosen one"),

@@ -32,8 +32,11 @@ GIVEN = argparse.Namespace(
     tokenizer_samples=3200,
     early=640,
     drafter_samples=320,
+    width=64,
+    depth=2,
     timed=2,
     old=None,
+    retrain_old=False,
 )
 
 
@@ -75,6 +78,23 @@ def test_the_older_model_is_a_checkpoint_that_stays_unless_another_is_given() ->
     assert path == Path("runs/generator/checkpoints/update_00000020.ckpt")
     other = argparse.Namespace(**{**vars(GIVEN), "old": Path("x/export")})
     assert older(other)[1] == Path("x/export")
+
+
+def test_the_older_model_is_trained_again_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def make(self: steps.Training, runs: Path, data: Path) -> Path:
+        made.append(self)
+        return self.folder(runs) / "export"
+
+    monkeypatch.setattr(steps.Training, "make", make)
+    again = argparse.Namespace(**{**vars(GIVEN), "retrain_old": True, "data": Path("data")})
+    assert older(again) == ("old: 640 samples", Path("runs/old-generator/export"))
+    (run,) = made
+    assert run.config == llamagen(GIVEN).config
+    assert run.options[run.options.index("--trainer.max_steps") + 1] == "20"
 
 
 def test_the_best_exact_row_has_the_fewest_evaluations_and_no_drafter() -> None:
