@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,25 @@ def swap(delta: int) -> dict[str, Any]:
     }
 
 
-#: What disturbs the latents of each arm in training; None: one joint run.
-ARMS: dict[str, list[dict[str, Any]] | None] = {
-    "two stages": [],
-    "joint": None,
-    "perturbed": [swap(100)],
-    "perturbed, 12 codes": [swap(12)],
-    "denoised": [MASK, noise(3.0)],
-    "denoised, noise of 0.5": [MASK, noise(0.5)],
+@dataclass(frozen=True)
+class Arm:
+    """What disturbs the latents in the tokenizer's training, and for how many of its last updates the
+    decoder alone is trained, on clean ones; or one `joint` run.
+    """
+
+    corruptions: tuple[dict[str, Any], ...] = ()
+    clean: int = 0
+    joint: bool = False
+
+
+ARMS = {
+    "two stages": Arm(),
+    "joint": Arm(joint=True),
+    "perturbed": Arm((swap(100),)),
+    "perturbed, 12 codes": Arm((swap(12),)),
+    "denoised": Arm((MASK, noise(3.0))),
+    # As l-DeTok's paper ends.
+    "denoised, then the decoder": Arm((MASK, noise(3.0)), clean=300),
 }
 TOKENIZER = (
     *("--model.tokenizer.quantizer", json.dumps(QUANTIZER)),
@@ -88,11 +100,11 @@ def training(
     return Training(f"{name}-{arguments.seed}", file, (*every, *options))
 
 
-def trainings(arm: str, arguments: argparse.Namespace) -> list[Training]:
-    """The runs of an arm in their order; the last one's export holds both."""
-    corruptions = ARMS[arm]
-    name = arm.replace(",", "").replace(" ", "_")
-    if corruptions is None:
+def trainings(name: str, arguments: argparse.Namespace) -> list[Training]:
+    """The runs of an arm in their order; the last one's export holds both models."""
+    arm = ARMS[name]
+    name = name.replace(",", "").replace(" ", "_")
+    if arm.joint:
         options = ["--ema", "null"]
         for loss in ("likelihood", "prediction"):
             for key, value in zip(("start", "warmup"), RAMP, strict=True):
@@ -100,12 +112,16 @@ def trainings(arm: str, arguments: argparse.Namespace) -> list[Training]:
         words = (*TOKENIZER, *GENERATOR, *options)
         return [training(name, "joint", arguments, JOINT_UPDATES, *words)]
     of_tokenizer, of_generator = UPDATES
-    disturbed = ("--model.corruptions", json.dumps(corruptions)) if corruptions else ()
-    words = (*TOKENIZER, *disturbed)
-    first = training(f"{name}-tokenizer", "tokenizer", arguments, of_tokenizer, *words)
-    export = first.folder(arguments.runs) / "export"
-    words = (*GENERATOR, "--model.tokenizer", str(export))
-    return [first, training(f"{name}-generator", "generator", arguments, of_generator, *words)]
+    corruptions = ("--model.corruptions", json.dumps(arm.corruptions)) if arm.corruptions else ()
+    updates = of_tokenizer - arm.clean
+    words = (*TOKENIZER, *corruptions)
+    made = [training(f"{name}-tokenizer", "tokenizer", arguments, updates, *words)]
+    if arm.clean:
+        start = str(made[-1].folder(arguments.runs) / "export")
+        words = (*TOKENIZER, "--model.decoder_only", "true", "--model.init_from", start)
+        made.append(training(f"{name}-decoder", "tokenizer", arguments, arm.clean, *words))
+    words = (*GENERATOR, "--model.tokenizer", str(made[-1].folder(arguments.runs) / "export"))
+    return [*made, training(f"{name}-generator", "generator", arguments, of_generator, *words)]
 
 
 def row_of(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
