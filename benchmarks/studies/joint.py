@@ -58,17 +58,20 @@ def swap(delta: int) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Arm:
     """What disturbs the latents in the tokenizer's training, and for how many of its last updates the
-    decoder alone is trained, on clean ones; or one `joint` run.
+    decoder alone is trained, on clean ones; or one `joint` run, `anew` with another generator on its
+    tokenizer, which then stays.
     """
 
     corruptions: tuple[dict[str, Any], ...] = ()
     clean: int = 0
     joint: bool = False
+    anew: bool = False
 
 
 ARMS = {
     "two stages": Arm(),
     "joint": Arm(joint=True),
+    "joint, then a generator": Arm(joint=True, anew=True),
     "perturbed": Arm((swap(100),)),
     "perturbed, 12 codes": Arm((swap(12),)),
     "denoised": Arm((MASK, noise(3.0))),
@@ -104,14 +107,18 @@ def trainings(name: str, arguments: argparse.Namespace) -> list[Training]:
     """The runs of an arm in their order; the last one's export holds both models."""
     arm = ARMS[name]
     name = name.replace(",", "").replace(" ", "_")
+    of_tokenizer, of_generator = UPDATES
     if arm.joint:
         options = ["--ema", "null"]
         for loss in ("likelihood", "prediction"):
             for key, value in zip(("start", "warmup"), RAMP, strict=True):
                 options += [f"--model.{loss}.{key}", str(value)]
         words = (*TOKENIZER, *GENERATOR, *options)
-        return [training(name, "joint", arguments, JOINT_UPDATES, *words)]
-    of_tokenizer, of_generator = UPDATES
+        made = [training("joint", "joint", arguments, JOINT_UPDATES, *words)]
+        if not arm.anew:
+            return made
+        words = (*GENERATOR, "--model.tokenizer", str(made[-1].folder(arguments.runs) / "export"))
+        return [*made, training(name, "generator", arguments, of_generator, *words)]
     corruptions = ("--model.corruptions", json.dumps(arm.corruptions)) if arm.corruptions else ()
     updates = of_tokenizer - arm.clean
     words = (*TOKENIZER, *corruptions)
