@@ -84,7 +84,8 @@ TOKENIZER = (
 )
 GENERATOR = (
     *("--model.generator.width", "128", "--model.generator.depth", "4"),
-    *("--model.generator.num_heads", "4"),
+    *("--model.generator.num_heads", "4", "--model.generator.ffn_multiple_of", "64"),
+    *("--model.generator.zero_init_residual", "true"),
 )
 FASHION = ("--data", "tessellar.data.FashionMNISTData", "--data.root")
 
@@ -224,12 +225,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("data", "extractor", "runs"):
         setattr(arguments, name, getattr(arguments, name).resolve())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = {(row["name"], row["seed"]): row for row in read_results(NAME)["rows"]}
     for arm in arguments.only or ARMS:
-        rows[arm, arguments.seed] = row_of(arm, arguments)
-        ordered = [
-            rows[key] for key in sorted(rows, key=lambda key: (key[1], list(ARMS).index(key[0])))
-        ]
+        found = row_of(arm, arguments)
+        # Read now: another process may have measured other arms meanwhile.
+        rows = {(row["name"], row["seed"]): row for row in read_results(NAME)["rows"]}
+        rows[arm, arguments.seed] = found
+        order = sorted(rows, key=lambda key: (key[1], list(ARMS).index(key[0])))
+        ordered = [rows[key] for key in order]
         write_results(NAME, ordered)
         plot(ordered)
         print(table(ordered), flush=True)
