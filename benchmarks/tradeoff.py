@@ -340,7 +340,7 @@ def plot(points: Sequence[Point], metric: str, path: Path) -> None:
     """Evaluations an image against the distance `metric`, mean and spread over the seeds, a colour a family: exact
     algorithms on the left, on the right approximate ones with a curve through the best, and learned steps.
 
-    The band is plain decoding's distance. The best rows of a family are named.
+    The band is plain decoding's distance. The best rows of a family are named, and all learned steps.
     """
     figure = Figure(figsize=(14, 6.5))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -350,7 +350,7 @@ def plot(points: Sequence[Point], metric: str, path: Path) -> None:
     approximate = best_of([point for point in others if point.section == "approximate"])
     x = [point.evaluations for point in approximate]
     y = [point.distance for point in approximate]
-    right.plot(x, y, color="0.5", linewidth=0.8, zorder=0, label="best approximate")
+    right.plot(x, y, color="0.5", linewidth=0.8, zorder=1, label="best approximate")
     plain = next((point for point in exact if point.family == "Ancestral"), None)
     for panel, chosen in ((left, exact), (right, others)):
         if not chosen:  # an empty axis has no logarithm
@@ -361,10 +361,10 @@ def plot(points: Sequence[Point], metric: str, path: Path) -> None:
             panel.axhspan(least, most, color="0.92", zorder=0, label="plain decoding")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:.0f}")
-        panel.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.25, 1.5, 1.75)))
+        panel.xaxis.set_minor_locator(LogLocator(base=2, subs=(1.5,)))
         panel.xaxis.set_minor_formatter("{x:.0f}")
         panel.set_xlabel("network evaluations an image")
-        panel.legend(loc="upper right")
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     left.set_title("exact")
     right.set_title("approximate, and learned steps")
     left.set_ylabel(metric)
@@ -385,7 +385,8 @@ def put_points(axes: Axes, points: Sequence[Point]) -> list[tuple[Point, Any]]:
         color = line.get_color()
         spread = [point.spread for point in chosen]
         axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.4)
-        named += [(point, color) for point in best_of(chosen)]
+        shown = chosen if chosen[0].section == "learned" else best_of(chosen)
+        named += [(point, color) for point in shown]
     return named
 
 
