@@ -423,8 +423,9 @@ def measure(heads: Sequence[Head], arguments: argparse.Namespace) -> None:
         rows = {one["name"]: one for one in known["rows"]}
         rows[head.name] = row
         ordered = [rows[one.name] for one in HEADS if one.name in rows]
-        facts = {"updates": UPDATES, "batch": BATCH, "tuning": TUNING, "reported": REPORTED}
-        write_results(NAME, ordered, tokenizers=list(tokenizers.values()), **facts)
+        facts: dict[str, Any] = {"updates": UPDATES, "batch": BATCH, "tuning": TUNING}
+        facts |= {"reported": REPORTED, "tokenizers": list(tokenizers.values())}
+        write_results(NAME, ordered, **facts)
         print(table(ordered), memory_table(ordered), sep="\n\n", flush=True)
 
 

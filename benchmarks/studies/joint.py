@@ -22,6 +22,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.studies.steps import ROOT, Training, measured, read_results, write_results
+from tessellar.checkpoints.export import export_tokenizer
+from tessellar.pipeline import load_generator
 
 NAME = "joint"
 PLOT = ROOT / "docs" / "pictures" / "joint.png"
@@ -30,6 +32,7 @@ UPDATES = (1200, 600)
 JOINT_UPDATES = 700
 BATCH = 64
 SWAPPED = 1000  # test images whose tokens are swapped for pFD
+ALONE = "tokenizer"  # folder in a joint run with the export of its tokenizer
 RAMP = (100, 100)  # first update of a joint loss, and over how many it grows
 CORRUPTION = "tessellar.training.methods.latent_corruption"
 QUANTIZER = {
@@ -118,7 +121,8 @@ def trainings(name: str, arguments: argparse.Namespace) -> list[Training]:
         made = [training("joint", "joint", arguments, JOINT_UPDATES, *words)]
         if not arm.anew:
             return made
-        words = (*GENERATOR, "--model.tokenizer", str(made[-1].folder(arguments.runs) / "export"))
+        alone = made[-1].folder(arguments.runs) / ALONE
+        words = (*GENERATOR, "--model.tokenizer", str(alone))
         return [*made, training(name, "generator", arguments, of_generator, *words)]
     corruptions = ("--model.corruptions", json.dumps(arm.corruptions)) if arm.corruptions else ()
     updates = of_tokenizer - arm.clean
@@ -137,6 +141,9 @@ def row_of(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     made = trainings(arm, arguments)
     for one in made:
         export = one.make(arguments.runs, arguments.data)
+        alone = one.folder(arguments.runs) / ALONE
+        if ARMS[arm].anew and not alone.exists():
+            export_tokenizer(load_generator(str(export)).tokenizer, alone)
     folder = made[-1].folder(arguments.runs)
     common = (
         *("--extractor", str(arguments.extractor), *FASHION, str(arguments.data)),
