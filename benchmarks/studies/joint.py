@@ -78,6 +78,7 @@ ARMS = {
     "perturbed": Arm((swap(100),)),
     "perturbed, 12 codes": Arm((swap(12),)),
     "denoised": Arm((MASK, noise(3.0))),
+    "denoised, noise of 0.5": Arm((MASK, noise(0.5))),
     # As l-DeTok's paper ends.
     "denoised, then the decoder": Arm((MASK, noise(3.0)), clean=300),
 }
@@ -207,16 +208,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]]) -> None:
     """The distance of samples over that of reconstructions: the lower left is best."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     panel = figure.add_subplot()
     for row in rows:
         shown = numbers(row)
         across = next(value for name, value in shown.items() if name.startswith("rFD"))
         up = next(value for name, value in shown.items() if name.startswith("FD"))
-        panel.plot(across, up, "o")
-        panel.annotate(f"{row['name']} ({row['seed']})", (across, up), fontsize=8)
+        color = f"C{list(ARMS).index(row['name'])}"
+        marker = "os^v"[row["seed"] % 4]
+        panel.plot(across, up, marker, color=color, label=f"{row['name']} ({row['seed']})")
     panel.set_xlabel("distance of reconstructions")
     panel.set_ylabel("distance of samples")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(PLOT, dpi=100)
 
 
