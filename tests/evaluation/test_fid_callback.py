@@ -31,12 +31,16 @@ from tessellar.tokenizers.vit_vq import ViTVQ
 from tessellar.training.metrics_file import MetricsFile
 
 
+class Weight(nn.Linear):
+    draws_alone = True  # as generators say
+
+
 class Brush(ImageGenerator):
     """One weight; images are noise of the seed around it."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.conditioner, self.generator = ClassConditioner(10), nn.Linear(1, 1, bias=False)
+        self.conditioner, self.generator = ClassConditioner(10), Weight(1, 1, bias=False)
         nn.init.zeros_(self.generator.weight)
 
     def sample_tokens(
